@@ -1,0 +1,140 @@
+"""Settings of the algorithm: frozen dataclasses, checked when they are made.
+
+They import nothing but the standard library, so that the command line can read a spec without loading torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from deal_core.errors import ConfigError
+
+FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Shape of the one LoRA adapter of a lineage; the same for every version of it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    rank: int = 16
+    """r: number of columns of B and rows of A."""
+    alpha: float | None = None
+    """Scale α of ΔW = (α/r)·B·A; None means 2·rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that carry the adapter; None means the model type's query and value projections."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 2, f"adapter.rank is {self.rank}; give at least 2.")
+        _require(self.alpha is None or self.alpha > 0, f"adapter.alpha is {self.alpha}; give a positive number.")
+
+    @property
+    def scale_alpha(self) -> float:
+        """α with its default filled in."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one task is learned, whatever the strategy."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    learning_rate: float = 5e-4
+    """Constant rate of AdamW; no warm-up, no weight decay."""
+    num_epochs: int = 1
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimiser steps; when given it replaces num_epochs."""
+    batch_size: int = 8
+    """Rows per micro-batch and device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step."""
+    max_grad_norm: float = 1.0
+    """Clip of the global gradient norm; 0 turns it off."""
+    max_prompt_tokens: int = 512
+    """A longer prompt loses the end of its text, never its instruction."""
+    max_answer_tokens: int = 50
+    """A longer answer loses its end."""
+    checkpoint_steps: int = 25
+    """Optimiser steps between checkpoints; 0 keeps none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    group_by_length: bool = True
+    """Fill batches with rows of similar length."""
+    seed: int = 0
+    """Seed of the adapter's initialisation and of the order of rows."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number.")
+        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_answer_tokens"):
+            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give at least 1.")
+        _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps is {self.max_steps}; give at least 1.")
+        _require(self.max_prompt_tokens >= 16, f"train.max_prompt_tokens is {self.max_prompt_tokens}; give 16 or more.")
+        _require(self.checkpoint_steps >= 0, f"train.checkpoint_steps is {self.checkpoint_steps}; give 0 or more.")
+        _require(self.max_grad_norm >= 0, f"train.max_grad_norm is {self.max_grad_norm}; give 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How answers are generated and scored."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    max_batch_tokens: int = 4096
+    """Prompt tokens per batch, padding included."""
+    max_new_tokens: int = 50
+    """Longest generated answer."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_batch_tokens >= 64, f"evaluate.max_batch_tokens is {self.max_batch_tokens}; give 64 or more.")
+        _require(self.max_new_tokens >= 1, f"evaluate.max_new_tokens is {self.max_new_tokens}; give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a landed file must satisfy, and how it is split."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    test_share: float = 0.2
+    """Share of rows held out by hash when the file brings no split of its own."""
+    max_bad_share: float = 0.2
+    """An arrival with a larger share of bad rows is refused whole."""
+    max_text_chars: int = 20_000
+    """A row with a longer input or output is a bad row."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.test_share < 1, f"data.test_share is {self.test_share}; give a share between 0 and 1.")
+        _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; give a share from 0 to 1.")
+        _require(self.max_text_chars >= 1, f"data.max_text_chars is {self.max_text_chars}; give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What a new version must satisfy to become champion. Points are hundredths of accuracy."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    min_accuracy: float | None = None
+    """Floor of the new task's accuracy, 0 to 1; None leaves the floor to min_gain_points alone."""
+    min_gain_points: float = 10.0
+    """The new task must be this many points above the untouched base model."""
+    max_drop_points: float = 10.0
+    """No old task may lose more than this many points against the parent."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_accuracy is None or 0 <= self.min_accuracy <= 1,
+                 f"gate.min_accuracy is {self.min_accuracy}; give a share from 0 to 1.")
+        _require(self.max_drop_points >= 0, f"gate.max_drop_points is {self.max_drop_points}; give 0 or more.")
+
+
+Core = Literal["frozen", "soft", "literal"]
+Sides = Literal["both", "A", "B"]

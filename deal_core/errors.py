@@ -1,0 +1,27 @@
+"""Errors a user of the pipeline can meet. Every message says what was found, where, and what to do."""
+
+from __future__ import annotations
+
+
+class DealError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(DealError, ValueError):
+    """A setting or an argument does not fit."""
+
+
+class DataValidationError(DealError, ValueError):
+    """An arrival cannot be used as it is."""
+
+
+class AdapterStateError(DealError):
+    """Saved adapter or method state does not fit the model it is loaded into."""
+
+
+class RegistryError(DealError):
+    """The model registry refused or contradicts what was asked."""
+
+
+class StoreError(DealError):
+    """The object store could not do what was asked."""
