@@ -136,5 +136,58 @@ class GateConfig:
         _require(self.max_drop_points >= 0, f"gate.max_drop_points is {self.max_drop_points}; give 0 or more.")
 
 
-Core = Literal["frozen", "soft", "literal"]
+Form = Literal["spectral", "literal"]
+Core = Literal["frozen", "soft"]
 Sides = Literal["both", "A", "B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DealConfig:
+    """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    form: Form = "spectral"
+    """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
+    core: Core = "soft"
+    """frozen: core slots never change. soft: they may, against the wall of lambda1."""
+    sides: Sides = "both"
+    """Which factors are updated."""
+    balanced: bool = True
+    """Rewrite the factors as P Σ^½ and Q Σ^½ when a task arrives; False keeps them raw."""
+    energy: float = 0.95
+    """Core slots hold at least this share of ‖ΔW‖²_F."""
+    free_share: float = 0.25
+    """At least this share of the slots is left free for the new task."""
+    recycle: bool = True
+    """Empty the free slots and seed them anew; False lets the new task continue from what they hold."""
+    project: bool = True
+    """Keep recycled rows of A out of the core's row space."""
+    widths: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Widths σ_j of the heat kernels, in units of the largest singular value."""
+    num_layers: int = 1
+    """K of Eq. 9; 0 turns the retention filter off."""
+    mixing: bool = True
+    """Train the matrix Ω of Eq. 11 beside the offset b."""
+    lambda1: float = 0.01
+    """Weight of the core's deviation."""
+    a: float = 5.0
+    """Exponent of the core's deviation."""
+    lambda2: float = 0.001
+    """Weight of the update's size."""
+    b: float = 2.0
+    """Exponent of the update's size."""
+    tolerance: float = 0.1
+    """ρ: relative deviation of a core slot at which the lambda1 term starts to bite."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.energy <= 1, f"deal.energy is {self.energy}; give a share above 0, at most 1.")
+        _require(0 <= self.free_share < 1, f"deal.free_share is {self.free_share}; give a share from 0, below 1.")
+        _require(bool(self.widths) and min(self.widths) > 0, f"deal.widths is {self.widths}; give positive widths.")
+        _require(self.form == "spectral" or min(self.widths) >= 0.2,
+                 f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.")
+        _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
+        _require(min(self.lambda1, self.lambda2) >= 0,
+                 f"deal.lambda1 is {self.lambda1} and deal.lambda2 is {self.lambda2}; give 0 or more.")
+        _require(self.a >= self.b >= 1, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b >= 1.")
+        _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")

@@ -1,0 +1,86 @@
+"""Retention network: which part of the old spectrum a new task keeps (arXiv 2509.18942, Eq. 8-10).
+
+Shapes: M modules of one shape, N features of the side (I for A, O for B), R rank, J kernel widths, K layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deal_core.adapter.kernels import log_heat
+
+START_CENTRE = 1.0
+
+
+class SpectralRetention(nn.Module):
+    """Gain h_k of every core direction as a smooth function of its singular value.
+
+    h_k = Σ_j g_j φ_j(s_k; c_j)/φ_j(s_k; c_j⁰) with s_k = σ_k/σ_1, c_j⁰ = 1 and g_j = 1/J at the start, so h = 1: nothing
+    is lost before the first step. K layers multiply their gains; δ is the identity.
+    """
+
+    widths_J: Tensor
+    normalised_MR: Tensor
+
+    def __init__(self, sigma_MR: Tensor, widths: Sequence[float], num_layers: int) -> None:
+        super().__init__()
+        num_modules, num_widths = sigma_MR.shape[0], len(widths)
+        self.register_buffer("widths_J", sigma_MR.new_tensor(list(widths)))
+        top_M1 = sigma_MR[:, :1]
+        self.register_buffer("normalised_MR", torch.where(top_M1 > 0, sigma_MR / top_M1.clamp(min=1e-30), 0.0))
+        self.filters_KMJ = nn.Parameter(sigma_MR.new_full((num_layers, num_modules, num_widths), 1 / num_widths))
+        self.centres_KMJ = nn.Parameter(sigma_MR.new_full((num_layers, num_modules, num_widths), START_CENTRE))
+
+    def gains(self) -> Tensor:
+        """Gain of every direction, shape M×R; 1 before the first step."""
+        s_MR1 = self.normalised_MR.unsqueeze(-1)
+        start = log_heat(s_MR1, START_CENTRE, self.widths_J)
+        gain_MR = torch.ones_like(self.normalised_MR)
+        for filter_MJ, centre_MJ in zip(self.filters_KMJ, self.centres_KMJ, strict=True):
+            ratio_MRJ = torch.exp(log_heat(s_MR1, centre_MJ.unsqueeze(1), self.widths_J) - start)
+            gain_MR = gain_MR * (ratio_MRJ * filter_MJ.unsqueeze(1)).sum(-1)
+        return gain_MR
+
+    def forward(self, y_MNR: Tensor) -> Tensor:
+        """Scale each direction of Y by its gain."""
+        return y_MNR * self.gains().unsqueeze(1)
+
+
+class LiteralRetention(nn.Module):
+    """Eq. 8-10 as written, on a raw factor: H ← Σ_j Ψ_j diag(g_j) Ψ_j⁻¹ H with Ψ_j = U diag(φ_j(s)) Uᵀ.
+
+    U and s come from the SVD of the factor itself; g_j is diagonal over its N rows; c_j is learnable.
+    """
+
+    widths_J: Tensor
+    basis_MNR: Tensor
+    normalised_MR: Tensor
+
+    def __init__(self, y_MNR: Tensor, widths: Sequence[float], num_layers: int) -> None:
+        super().__init__()
+        num_modules, num_rows, _ = y_MNR.shape
+        basis_MNR, sigma_MR, _ = torch.linalg.svd(y_MNR, full_matrices=False)
+        shape = (num_layers, num_modules, len(widths))
+        self.register_buffer("widths_J", y_MNR.new_tensor(list(widths)))
+        self.register_buffer("basis_MNR", basis_MNR)
+        self.register_buffer("normalised_MR", sigma_MR / sigma_MR[:, :1].clamp(min=1e-30))
+        self.filters_KMJN = nn.Parameter(y_MNR.new_full((*shape, num_rows), 1 / len(widths)))
+        self.centres_KMJ = nn.Parameter(y_MNR.new_full(shape, START_CENTRE))
+
+    def forward(self, y_MNR: Tensor) -> Tensor:
+        """Apply the K layers to Y (M×N×R); the identity on Y's column space before the first step."""
+        hidden_MNR = y_MNR
+        basis_M1NR = self.basis_MNR.unsqueeze(1)
+        for filter_MJN, centre_MJ in zip(self.filters_KMJN, self.centres_KMJ, strict=True):
+            log_MJR = log_heat(
+                self.normalised_MR.unsqueeze(1), centre_MJ.unsqueeze(-1), self.widths_J.view(1, -1, 1)
+            )
+            coefficients_M1RR = basis_M1NR.mT @ hidden_MNR.unsqueeze(1)
+            inverse_MJNR = basis_M1NR @ (torch.exp(-log_MJR).unsqueeze(-1) * coefficients_M1RR)
+            filtered_MJNR = filter_MJN.unsqueeze(-1) * inverse_MJNR
+            outer_MJNR = basis_M1NR @ (torch.exp(log_MJR).unsqueeze(-1) * (basis_M1NR.mT @ filtered_MJNR))
+            hidden_MNR = outer_MJNR.sum(1)
+        return hidden_MNR

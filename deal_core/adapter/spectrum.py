@@ -1,0 +1,74 @@
+"""The balanced form of LoRA adapters, and the split of its directions into core and free slots.
+
+Shapes: M modules of one shape, O out features, I in features, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deal_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Thin singular value decomposition ΔW = P Σ Qᵀ of M adapters, singular values in descending order.
+
+    Attributes:
+        left_MOR: P, orthonormal columns.
+        sigma_MR: The singular values.
+        right_MIR: Q, orthonormal columns.
+    """
+
+    left_MOR: Tensor
+    sigma_MR: Tensor
+    right_MIR: Tensor
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the balanced factors Y_A = Q Σ^½ (M×I×R) and Y_B = P Σ^½ (M×O×R), with ΔW = Y_B Y_Aᵀ."""
+        root_M1R = self.sigma_MR.sqrt().unsqueeze(1)
+        return self.right_MIR * root_M1R, self.left_MOR * root_M1R
+
+    def truncate(self, rank: int) -> Spectrum:
+        """Keep the `rank` largest directions: the best approximation of that rank (Eckart-Young)."""
+        return Spectrum(self.left_MOR[..., :rank], self.sigma_MR[:, :rank], self.right_MIR[..., :rank])
+
+
+def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
+    """Decompose ΔW = B·A without ever forming it: QR of each factor, SVD of the R×R core.
+
+    Example:
+        >>> spectrum = decompose(torch.randn(1, 4, 32), torch.randn(1, 16, 4))
+        >>> y_a, y_b = spectrum.factors()
+
+    Raises:
+        ConfigError: The rank exceeds a module's number of features, so that no thin form exists.
+    """
+    rank = a_MRI.shape[1]
+    if rank > min(a_MRI.shape[2], b_MOR.shape[1]):
+        raise ConfigError(
+            f"Adapter rank {rank} exceeds the size of a target module ({b_MOR.shape[1]}×{a_MRI.shape[2]}); "
+            f"set adapter.rank to {min(a_MRI.shape[2], b_MOR.shape[1])} or less."
+        )
+    q_A, r_A = torch.linalg.qr(a_MRI.float().mT)
+    q_B, r_B = torch.linalg.qr(b_MOR.float())
+    u, sigma_MR, vh = torch.linalg.svd(r_B @ r_A.mT)
+    return Spectrum(q_B @ u, sigma_MR, q_A @ vh.mT)
+
+
+def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
+    """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F, leaving at least `num_free`.
+
+    A module whose ΔW is zero has no core.
+
+    Returns:
+        An integer tensor of shape (M,).
+    """
+    power_MR = sigma_MR.double().square()
+    total_M1 = power_MR.sum(1, keepdim=True)
+    below_MR = power_MR.cumsum(1) < energy * total_M1 * (1 - 1e-12)
+    count_M = torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)
+    return count_M.clamp(max=sigma_MR.shape[1] - num_free)

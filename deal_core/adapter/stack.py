@@ -1,0 +1,70 @@
+"""LoRA factors of a PEFT model, stacked by shape so that the method treats all modules of one shape at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from deal_core.errors import AdapterStateError
+
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class LoraStack:
+    """The M modules of one shape that carry the adapter.
+
+    Attributes:
+        names: Names of the modules, in the model's order.
+        a_params: Their lora_A weights, each R×I.
+        b_params: Their lora_B weights, each O×R.
+    """
+
+    names: tuple[str, ...]
+    a_params: tuple[nn.Parameter, ...]
+    b_params: tuple[nn.Parameter, ...]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return copies of the factors as fp32 tensors A (M×R×I) and B (M×O×R)."""
+        return (
+            torch.stack([p.detach() for p in self.a_params]).float(),
+            torch.stack([p.detach() for p in self.b_params]).float(),
+        )
+
+    @torch.no_grad()
+    def write(self, a_MRI: Tensor, b_MOR: Tensor) -> None:
+        """Copy factors into the modules' own parameters."""
+        for param, value in zip((*self.a_params, *self.b_params), (*a_MRI, *b_MOR), strict=True):
+            param.copy_(value)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of A (M×R×I) and B (M×O×R); zero where a parameter received none."""
+
+        def stacked(params: tuple[nn.Parameter, ...]) -> Tensor:
+            return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
+
+        return stacked(self.a_params), stacked(self.b_params)
+
+
+def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
+    """Group the adapter's modules by shape, in the order in which the shapes first appear.
+
+    Raises:
+        AdapterStateError: The model carries no LoRA module.
+    """
+    groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, nn.Parameter]]] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER_NAME in module.lora_A:
+            a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+            groups.setdefault((b.shape[0], a.shape[1]), []).append((name, a, b))
+    if not groups:
+        raise AdapterStateError("The model carries no LoRA module; attach an adapter before training it.")
+    stacks = []
+    for members in groups.values():
+        names, a_params, b_params = zip(*members, strict=True)
+        stacks.append(LoraStack(names, a_params, b_params))
+    return tuple(stacks)

@@ -1,0 +1,31 @@
+"""Controlled update of a retained factor (arXiv 2509.18942, Eq. 11)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ControlledUpdate(nn.Module):
+    """O = X̂ + X̂Ω + b, with Ω (M×R×R) and b (M×N×R) zero at the start, so that O = X̂ before the first step.
+
+    Args:
+        shape: (M, N, R) of the factor.
+        mixing: Whether Ω is trained; without it only b is.
+        trainable_MR: True where a slot's column of b may move; None lets all of them move.
+    """
+
+    trainable_M1R: Tensor | None
+
+    def __init__(self, shape: torch.Size, *, mixing: bool, trainable_MR: Tensor | None = None) -> None:
+        super().__init__()
+        num_modules, _, rank = shape
+        self.offset_MNR = nn.Parameter(torch.zeros(shape))
+        self.mixing_MRR = nn.Parameter(torch.zeros(num_modules, rank, rank)) if mixing else None
+        self.register_buffer("trainable_M1R", None if trainable_MR is None else trainable_MR.float().unsqueeze(1))
+
+    def forward(self, retained_MNR: Tensor) -> Tensor:
+        """Return O (M×N×R)."""
+        offset_MNR = self.offset_MNR if self.trainable_M1R is None else self.offset_MNR * self.trainable_M1R
+        out_MNR = retained_MNR + offset_MNR
+        return out_MNR if self.mixing_MRR is None else out_MNR + retained_MNR @ self.mixing_MRR
