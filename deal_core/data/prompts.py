@@ -1,0 +1,184 @@
+"""From a stored row to token ids: the prompt a model is asked with, and the answer it learns."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from deal_core.data.schema import DEFAULT_TEMPLATE, TaskSchema
+from deal_core.errors import ConfigError
+
+
+class PromptParts(NamedTuple):
+    """A prompt as before + text + after; only text may be shortened."""
+
+    before: str
+    text: str
+    after: str
+
+
+Message = dict[str, str]
+
+
+def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase) -> PromptParts:
+    """The prompt of one row, in parts.
+
+    A labelled task asks "{instruction}\\nOption: {a, b, c}\\n{text}\\nAnswer:", without the lines it has nothing for. A
+    completion is the prompt as it is, under the instruction if the task has one. A chat is rendered by the tokenizer's
+    chat template; its text is the content of the last message before the answer.
+
+    Args:
+        task: The task; its format must not be "auto".
+        input: The row's stored input.
+        tokenizer: The base model's tokenizer; only a chat needs it.
+
+    Raises:
+        ConfigError: A chat task, and the tokenizer has no chat template.
+
+    Example:
+        >>> task = TaskSchema(name="t", labels=("a", "b"), instruction="Which?")
+        >>> "".join(render_prompt(task, "Some text", tokenizer))
+        'Which?\\nOption: a, b\\nSome text\\nAnswer:'
+    """
+    if task.format == "chat":
+        messages = _messages(task, input)
+        return _split_chat(_render_chat(task, messages, tokenizer), messages)
+    if task.format == "auto":
+        raise ConfigError(f"Task {task.name} has format auto; use the schema in its dataset's manifest.")
+    template = task.template if task.template is not None else _default_template(task)
+    values = {"instruction": task.instruction.strip(), "options": ", ".join(task.labels)}
+    sides = ["", ""]
+    side = 0
+    for literal, name, _, _ in string.Formatter().parse(template):
+        sides[side] += literal
+        if name == "text":
+            side = 1
+        elif name is not None:
+            sides[side] += values[name]
+    return PromptParts(sides[0], input, sides[1])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int) -> list[int]:
+    """Token ids of a row's prompt, at most `max_prompt_tokens` of them.
+
+    What is too long loses the end of its text, never the instruction, the options or "Answer:"; a chat first loses its
+    oldest turns. Special tokens are what the tokenizer adds of itself: a beginning for decoders that have one, the end
+    token for T5's encoder.
+
+    Raises:
+        ConfigError: The prompt is too long even without any text.
+    """
+    if task.format == "chat":
+        return _encode_chat(tokenizer, task, _messages(task, input), max_prompt_tokens)
+    before, text, after = render_prompt(task, input, tokenizer)
+    return _encode_shortened(
+        lambda shortened: _encode(tokenizer, before + shortened + after), text, task, max_prompt_tokens
+    )
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int) -> list[int]:
+    """Token ids of a row's answer with the end token: a blank, the answer, the end; a chat's answer has no blank.
+
+    It is tokenised apart from the prompt, so that the prompt's ids are the same in training and in generation. An
+    answer that is too long loses its end but keeps the end token: generation must learn to stop.
+
+    Raises:
+        ConfigError: The tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("The base model's tokenizer has no end token (eos_token); use a base model that has one.")
+    blank = "" if task.format == "chat" or output[:1].isspace() else " "
+    ids = tokenizer(blank + output, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*ids[: max_answer_tokens - 1], int(tokenizer.eos_token_id)]
+
+
+def _default_template(task: TaskSchema) -> str:
+    if task.format == "completion":
+        return "{instruction}\n{text}" if task.instruction.strip() else "{text}"
+    template = DEFAULT_TEMPLATE
+    if not task.instruction.strip():
+        template = template.replace("{instruction}\n", "")
+    return template if task.labels else template.replace("Option: {options}\n", "")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    # A decoder's tokenizer may be set to add an end token; a prompt that ends there is no question. T5 has no
+    # beginning token, and its encoder expects the end.
+    adds_end = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
+    return ids[:-1] if adds_end and tokenizer.bos_token_id is not None else ids
+
+
+def _encode_shortened(
+    encode: Callable[[str], list[int]], text: str, task: TaskSchema, max_prompt_tokens: int
+) -> list[int]:
+    """Ids with the longest beginning of the text that fits, found by bisection."""
+    ids = encode(text)
+    if len(ids) <= max_prompt_tokens:
+        return ids
+    best = encode("")
+    if len(best) > max_prompt_tokens:
+        raise ConfigError(
+            f"The prompt of task {task.name} takes {len(best)} tokens without any text, more than max_prompt_tokens = "
+            f"{max_prompt_tokens}; raise train.max_prompt_tokens or shorten the task's instruction and labels."
+        )
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        ids = encode(text[:middle])
+        if len(ids) <= max_prompt_tokens:
+            fits, best = middle, ids
+        else:
+            too_long = middle
+    return best
+
+
+def _messages(task: TaskSchema, input: str) -> list[Message]:
+    messages: list[Message] = json.loads(input)
+    if task.instruction.strip() and messages[0]["role"] != "system":
+        return [{"role": "system", "content": task.instruction.strip()}, *messages]
+    return messages
+
+
+def _render_chat(task: TaskSchema, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"Task {task.name} is made of chats, and the base model's tokenizer has no chat template; use an "
+            "instruction-tuned base model, or rows of prompt and completion."
+        )
+    rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return str(rendered)
+
+
+def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
+    content = messages[-1]["content"].strip()
+    start = rendered.rfind(content)
+    if start < 0:  # the template rewrites what it is given
+        return PromptParts(rendered, "", "")
+    return PromptParts(rendered[:start], content, rendered[start + len(content) :])
+
+
+def _encode_chat(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, messages: list[Message], max_prompt_tokens: int
+) -> list[int]:
+    def encode(messages: list[Message]) -> list[int]:
+        # The template writes the beginning token itself.
+        rendered = _render_chat(task, messages, tokenizer)
+        ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    while len(encode([*system, *turns])) > max_prompt_tokens:
+        later_starts = [index for index, turn in enumerate(turns) if index and turn["role"] == "user"]
+        if not later_starts:
+            break
+        turns = turns[later_starts[0] :]
+    *earlier, last = [*system, *turns]
+    return _encode_shortened(
+        lambda text: encode([*earlier, {**last, "content": text}]), last["content"], task, max_prompt_tokens
+    )

@@ -1,0 +1,169 @@
+"""What a task's rows look like, and the record of one dataset. Standard library only, except for ROW_SCHEMA."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+
+from deal_core.config import FORBID_UNKNOWN
+from deal_core.errors import ConfigError, DataValidationError
+
+Format = Literal["labelled", "completion", "chat"]
+Split = Literal["train", "test"]
+
+SCHEMA_VERSION = 1
+"""Version of the stored rows, of the row digest and of the manifest."""
+
+COLUMNS_OF_FORMAT: dict[Format, tuple[str, str] | tuple[str]] = {
+    "labelled": ("text", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+"""The columns a row of each format must have, by the names this project calls them."""
+
+ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
+"""A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
+list of the messages before the last one, output the last one's content. sha256: digest of the normalised row."""
+
+DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
+_TEMPLATE_FIELDS = ("instruction", "options", "text")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def label_key(label: str) -> str:
+    """Labels with the same key are the same label: outer blanks and case do not count."""
+    return label.strip().casefold()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSchema:
+    """One domain: what its rows hold and how the model is asked.
+
+    Example:
+        >>> TaskSchema(name="billing", labels=("refund", "card lost"), instruction="Which request is this?").format
+        'labelled'
+
+    Raises:
+        ConfigError: A field does not fit; the message names it and says what would.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    name: str
+    """Letters, digits, dot, dash and underscore; it becomes part of paths."""
+    format: Format | Literal["auto"] = "labelled"
+    """What a row is made of; "auto" is replaced by what the arrival's columns show when its dataset is built."""
+    labels: tuple[str, ...] = ()
+    """Every allowed answer of a labelled task, as the model shall spell it; empty: taken from the first arrival."""
+    instruction: str = ""
+    """What the model is told before each text; for a chat the system message of conversations that bring none."""
+    template: str | None = None
+    """Prompt with {text} and, as wanted, {instruction} and {options}; None: the default of the format."""
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Our name of a column (text, label, prompt, completion, messages, split) → its name in the file."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"task.name is {self.name!r}; use 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter "
+                "or a digit."
+            )
+        if self.format not in (*COLUMNS_OF_FORMAT, "auto"):
+            raise ConfigError(f"task.format is {self.format!r}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
+        _check_labels(self.labels, self.format)
+        _check_template(self.template, self.format)
+        known = {*(name for names in COLUMNS_OF_FORMAT.values() for name in names), "split"}
+        unknown = sorted(set(self.columns) - known)
+        if unknown:
+            raise ConfigError(f"task.columns names {', '.join(unknown)}; the columns are {', '.join(sorted(known))}.")
+        object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
+        object.__setattr__(self, "columns", dict(self.columns))
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as a dict of JSON types."""
+        return {**asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskSchema:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "labels": tuple(data.get("labels", ()))})
+
+
+def _check_labels(labels: tuple[str, ...], task_format: str) -> None:
+    if labels and task_format not in ("labelled", "auto"):
+        raise ConfigError(f"task.labels is given for a {task_format} task; only labelled tasks have labels.")
+    seen: dict[str, str] = {}
+    for label in labels:
+        if not label.strip() or "\n" in label.strip():
+            raise ConfigError(f"task.labels holds {label!r}; a label is one line and not empty.")
+        if label_key(label) in seen:
+            raise ConfigError(
+                f"task.labels holds {seen[label_key(label)]!r} and {label!r}, which differ in case or blanks only; "
+                "keep one of them."
+            )
+        seen[label_key(label)] = label
+
+
+def _check_template(template: str | None, task_format: str) -> None:
+    if template is None:
+        return
+    if task_format == "chat":
+        raise ConfigError("task.template is given for a chat task; chats use the base model's own chat template.")
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"task.template cannot be read ({error}); write a literal brace as {{{{ or }}}}.") from error
+    fields = [name for _, name, _, _ in pieces if name is not None]
+    unknown = sorted(set(fields) - set(_TEMPLATE_FIELDS))
+    if unknown or any(spec or conversion for _, _, spec, conversion in pieces):
+        raise ConfigError(
+            f"task.template may hold {', '.join('{' + name + '}' for name in _TEMPLATE_FIELDS)} and nothing else in "
+            f"braces; it is {template!r}. Write a literal brace twice."
+        )
+    if fields.count("text") != 1:
+        raise ConfigError(f"task.template holds {{text}} {fields.count('text')} times; it must hold it once.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetManifest:
+    """The record of one dataset: where it came from, what was kept and what was not."""
+
+    task: TaskSchema
+    """The task with its format and labels filled in."""
+    sha256: str
+    """Digest of the task's name and the rows with their split, whatever their order, file format or file name."""
+    source: str
+    """Name of the file that landed."""
+    num_read: int
+    num_train: int
+    num_test: int
+    num_rejected: int
+    """Bad rows; num_read = num_train + num_test + num_rejected."""
+    problems: Mapping[str, int] = field(hash=False)
+    """Bad rows by reason."""
+    split: Literal["given", "hash"]
+    """Whether the file (or a test file beside it) says which rows are test rows, or the rows' digests do."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as a dict of JSON types."""
+        return {**asdict(self), "task": self.task.to_json(), "problems": dict(self.problems)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DatasetManifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataValidationError: The manifest has another schema version.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise DataValidationError(
+                f"The manifest has schema version {data.get('schema_version')!r}, this program reads {SCHEMA_VERSION}; "
+                "build the dataset again from its file."
+            )
+        return cls(**{**data, "task": TaskSchema.from_json(data["task"])})
