@@ -1,0 +1,233 @@
+"""One protocol over a folder and an S3 bucket: bytes and files under keys, with a conditional put.
+
+Keys are relative paths with `/` between their parts. A prefix names a folder: `adapters/base` holds
+`adapters/base/x`, not `adapters/base2/x`; the empty prefix holds everything. No key may be the folder of another one.
+
+Example:
+    >>> store = open_store("file:///srv/deal/store")
+    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
+    True
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import unicodedata
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from deal_core.errors import ConfigError, StoreError
+from infra.settings import StoreSettings
+
+MAX_KEY_BYTES = 1024
+MAX_PART_BYTES = 255
+RESERVED = ".incoming"
+"""First part of no key: a folder store keeps files there until they are complete."""
+
+
+class ObjectNotFoundError(StoreError):
+    """Nothing is stored under the key or prefix asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectInfo:
+    """What a listing tells of an object; `etag` changes when the content does."""
+
+    key: str
+    size: int
+    etag: str
+    modified: datetime
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is safe on every store.
+
+    Raises:
+        StoreError: it is empty, absolute, too long, has an empty, `.` or `..` part, or a control character.
+    """
+    problem = _problem_of(key)
+    if problem:
+        raise StoreError(f"The key {key!r} {problem}; use a relative path such as 'inbox/billing/may.csv'.")
+    return key
+
+
+def _problem_of(key: str) -> str | None:
+    parts = key.split("/")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in key):
+        return "has a control character or is not valid Unicode"
+    if any(part in ("", ".", "..") for part in parts):
+        return "has an empty, '.' or '..' part"
+    if parts[0] == RESERVED:
+        return f"starts with {RESERVED}, which the store keeps for itself"
+    if len(key.encode()) > MAX_KEY_BYTES or max(len(part.encode()) for part in parts) > MAX_PART_BYTES:
+        return f"is longer than {MAX_KEY_BYTES} bytes, or a part of it than {MAX_PART_BYTES}"
+    return None
+
+
+def is_usable_key(key: str) -> bool:
+    """Whether `key`, found in a store that others write to as well, can be addressed."""
+    return _problem_of(key) is None
+
+
+def folder_of(prefix: str) -> str:
+    """The prefix as it starts the keys below it: checked, with one trailing slash, or empty."""
+    bare = prefix.removesuffix("/")
+    return check_key(bare) + "/" if bare else ""
+
+
+def check_source(local: Path, key: str) -> Path:
+    """Return the file `local`, which is about to be stored under `key`.
+
+    Raises:
+        StoreError: there is no such file.
+    """
+    if not local.is_file():
+        raise StoreError(f"Cannot store {key!r}: there is no file {local}; check the path.")
+    return local
+
+
+@contextmanager
+def complete_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; what was written becomes `target` in one step, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class ObjectStore(ABC):
+    """What every store does. Each method raises StoreError for a bad key or a store that does not answer."""
+
+    uri: str
+
+    @abstractmethod
+    def get_bytes(self, key: str) -> bytes:
+        """The object's content. Raises ObjectNotFoundError when there is none."""
+
+    @abstractmethod
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Store `data` under `key`, whole or not at all.
+
+        Args:
+            key: where to.
+            data: the content.
+            if_absent: leave an object that is already there untouched. Of several writers at once exactly one wins.
+
+        Returns:
+            Whether it was stored; False only with `if_absent`: somebody was first.
+        """
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether an object is stored under exactly this key."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects below `prefix`, in the order of their keys' bytes, however many they are."""
+
+    @abstractmethod
+    def upload_file(self, local: Path, key: str) -> None:
+        """Store a file's content without holding it in memory; whole or not at all."""
+
+    @abstractmethod
+    def download_file(self, key: str, local: Path) -> None:
+        """Write the object to `local` without holding it in memory; whole or not at all.
+
+        Raises:
+            ObjectNotFoundError: nothing is stored under `key`.
+        """
+
+    @abstractmethod
+    def delete(self, prefix: str) -> int:
+        """Delete the object `prefix` and everything below it; return how many objects that were.
+
+        Raises:
+            StoreError: the prefix is empty, which would delete the whole store.
+        """
+
+    def uri_of(self, key: str) -> str:
+        """Full address of a key or prefix, for people and other programs."""
+        return f"{self.uri.rstrip('/')}/{check_key(key)}"
+
+    def upload_folder(self, local: Path, prefix: str, *, marker: str | None = None) -> int:
+        """Store every file below the folder `local` under `prefix`.
+
+        Args:
+            local: an existing folder.
+            prefix: where to.
+            marker: name of the file that goes last: once it is there, the rest is too.
+
+        Returns:
+            The number of files.
+
+        Raises:
+            StoreError: `local` is no folder, is empty, or lacks the marker.
+        """
+        files = sorted(path for path in local.rglob("*") if path.is_file())
+        names = {path: path.relative_to(local).as_posix() for path in files}
+        if not files or (marker is not None and marker not in names.values()):
+            wanted = f"file {marker}" if files else "files"
+            raise StoreError(f"The folder {local} has no {wanted} to upload to {prefix}; check that it was written.")
+        for path in sorted(files, key=lambda path: names[path] == marker):
+            self.upload_file(path, folder_of(prefix) + names[path])
+        return len(files)
+
+    def download_folder(self, prefix: str, local: Path) -> int:
+        """Write every object below `prefix` into the folder `local`.
+
+        A folder that did not exist appears complete or not at all; in one that did, files are replaced one by one and
+        others stay.
+
+        Returns:
+            The number of files.
+
+        Raises:
+            ObjectNotFoundError: there is no object below `prefix`.
+        """
+        local.parent.mkdir(parents=True, exist_ok=True)
+        start = len(folder_of(prefix))
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=local.parent) as part:
+            folder = local if local.is_dir() else Path(part) / "complete"
+            num_files = 0
+            for info in self.list(prefix):
+                self.download_file(info.key, folder / info.key[start:])
+                num_files += 1
+            if not num_files:
+                raise ObjectNotFoundError(f"There is nothing below {prefix!r} in {self.uri}; check the name.")
+            if folder != local:
+                folder.rename(local)
+        return num_files
+
+
+def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
+    """Open the store at `uri`; nothing is written or asked for yet.
+
+    Args:
+        uri: file:///folder, s3://bucket or s3://bucket/prefix, or the plain path of a folder.
+        settings: address and keys of the S3 server; read from the environment when None.
+
+    Raises:
+        ConfigError: the uri has another form.
+    """
+    from infra.file_store import FileStore
+
+    if "://" not in uri:
+        return FileStore(Path(uri))
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path and not parts.query:
+        return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and parts.netloc and not parts.query:
+        from infra.s3_store import S3Store
+
+        return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
+    raise ConfigError(f"The store {uri!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one.")

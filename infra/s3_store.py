@@ -1,0 +1,175 @@
+"""An object store in an S3 bucket, Amazon's or another server's."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+from deal_core.errors import ConfigError, StoreError
+from infra.object_store import (
+    ObjectInfo,
+    ObjectNotFoundError,
+    ObjectStore,
+    check_key,
+    check_source,
+    complete_file,
+    folder_of,
+    is_usable_key,
+)
+from infra.settings import StoreSettings
+
+logger = logging.getLogger(__name__)
+
+NUM_TRIES = 20
+"""How often a conditional put is sent while the server answers that another one is under way."""
+
+
+def make_client(settings: StoreSettings) -> Any:
+    """A boto3 S3 client; what the settings leave open comes from boto3's own sources.
+
+    Raises:
+        ConfigError: only one of the two keys is set.
+    """
+    key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
+    if (key is None) != (secret is None):
+        raise ConfigError("Only one of DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY is set; set both or none.")
+    # Servers other than Amazon's do not all know the checksums that boto3 adds of its own accord.
+    checksums = "when_required" if settings.s3_endpoint_url else "when_supported"
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 5},
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=key and key.get_secret_value(),
+            aws_secret_access_key=secret and secret.get_secret_value(),
+            config=config,
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"The S3 settings do not fit: {error}; check DEAL_S3_* and AWS_*.") from None
+
+
+class S3Store(ObjectStore):
+    """Objects of one bucket, below an optional prefix. The bucket must exist."""
+
+    def __init__(self, bucket: str, root: str, settings: StoreSettings) -> None:
+        self.bucket = bucket
+        self.root = folder_of(root)
+        self.uri = f"s3://{bucket}/{self.root}".removesuffix("/")
+        self.client = make_client(settings)
+
+    def get_bytes(self, key: str) -> bytes:
+        with self._saying("read", key):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
+            return bytes(answer["Body"].read())
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        name = self._name(key)
+        with self._saying("write", key):
+            if if_absent:
+                return self._put_if_absent(name, data)
+            self.client.put_object(Bucket=self.bucket, Key=name, Body=data)
+            return True
+
+    def exists(self, key: str) -> bool:
+        try:
+            with self._saying("look up", key):
+                self.client.head_object(Bucket=self.bucket, Key=self._name(key))
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        folder = self.root + folder_of(prefix)
+        with self._saying("list", prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
+            for item in (item for page in pages for item in page.get("Contents", ())):
+                key = item["Key"].removeprefix(self.root)
+                if key.endswith("/"):  # what consoles store to show an empty folder
+                    continue
+                if not is_usable_key(key):
+                    logger.warning("Skipped %r in %s: no valid key; rename the object.", key, self.uri)
+                    continue
+                etag = item["ETag"].strip('"')
+                yield ObjectInfo(key=key, size=item["Size"], etag=etag, modified=item["LastModified"])
+
+    def upload_file(self, local: Path, key: str) -> None:
+        with self._saying("write", key):
+            self.client.upload_file(str(check_source(local, key)), self.bucket, self._name(key))
+
+    def download_file(self, key: str, local: Path) -> None:
+        with self._saying("read", key), complete_file(local) as part:
+            self.client.download_file(self.bucket, self._name(key), str(part))
+
+    def delete(self, prefix: str) -> int:
+        whole = check_key(prefix.removesuffix("/"))
+        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
+        with self._saying("delete", prefix):
+            for key in keys:  # one by one: some servers refuse the checksum of the call for many
+                self.client.delete_object(Bucket=self.bucket, Key=self._name(key))
+        return len(keys)
+
+    def _name(self, key: str) -> str:
+        return self.root + check_key(key)
+
+    def _put_if_absent(self, name: str, data: bytes) -> bool:
+        """Store unless something is there. A put whose answer got lost is sent again and then finds itself."""
+        writer = uuid.uuid4().hex
+        for remaining in reversed(range(NUM_TRIES)):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer}
+                )
+                return True
+            except ClientError as error:
+                code = _code_of(error)
+                if code in ("PreconditionFailed", "412"):
+                    found = self.client.head_object(Bucket=self.bucket, Key=name)
+                    return bool(found["Metadata"].get("writer") == writer)
+                if code not in ("ConditionalRequestConflict", "409") or not remaining:
+                    raise
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _saying(self, doing: str, key: str) -> Iterator[None]:
+        """Turn boto3's errors into one that says what failed, where, and what to do."""
+        try:
+            yield
+        except ClientError as error:
+            code = _code_of(error)
+            if code in ("NoSuchKey", "NotFound", "404"):
+                raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
+            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {code}; {_remedy(code)}.") from error
+        except NoCredentialsError as error:
+            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: no keys; set AWS_* or DEAL_S3_*.") from error
+        except (BotoCoreError, Boto3Error) as error:
+            reason = str(error).rstrip(".")
+            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check address and network.") from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check the local path.") from error
+
+
+def _code_of(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _remedy(code: str) -> str:
+    if code == "NoSuchBucket":
+        return "make the bucket first"
+    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return "check the keys and what they are allowed to do"
+    return "check the server's log"

@@ -1,0 +1,90 @@
+"""Where the pipeline runs: one settings class per concern, read from the environment when it is made.
+
+Everything has a default under one folder, DEAL_HOME, so that nothing needs to be set to run on one machine.
+
+Example:
+    >>> StoreSettings(home="/srv/deal").store_uri
+    'file:///srv/deal/store'
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import AfterValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
+"""A path made absolute, so that it means the same after a change of directory; it need not exist."""
+
+QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""What keeps Prefect and MLflow from calling home."""
+
+
+class HomeSettings(BaseSettings):
+    """Folders of this machine."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True, populate_by_name=True)
+
+    home: Folder = Field(default=Path("deal-home"), validate_default=True)
+    """Everything the pipeline writes when it runs embedded (DEAL_HOME)."""
+    cache_dir: Folder = Field(default_factory=lambda: platformdirs.user_cache_path("deal"))
+    """Base models that were downloaded or converted (DEAL_CACHE_DIR)."""
+
+
+def _default_store(data: dict[str, Any]) -> str:
+    return str((data["home"] / "store").as_uri())
+
+
+class StoreSettings(HomeSettings):
+    """The object store. Keys that are not set are left to boto3's own sources (AWS_* variables, profiles, roles)."""
+
+    store_uri: str = Field(default_factory=_default_store)
+    """file:///folder or s3://bucket/prefix (DEAL_STORE_URI)."""
+    s3_endpoint_url: str | None = None
+    """Address of an S3 server other than Amazon's (DEAL_S3_ENDPOINT_URL)."""
+    s3_region: str | None = None
+    """Region of the bucket (DEAL_S3_REGION)."""
+    s3_access_key_id: SecretStr | None = None
+    """Access key (DEAL_S3_ACCESS_KEY_ID); needs the secret key too."""
+    s3_secret_access_key: SecretStr | None = None
+    """Secret key (DEAL_S3_SECRET_ACCESS_KEY)."""
+
+
+def _default_tracking(data: dict[str, Any]) -> str:
+    return f"sqlite:///{data['home'] / 'mlflow.db'}"
+
+
+def _default_artifacts(data: dict[str, Any]) -> str:
+    return str((data["home"] / "mlflow-artifacts").as_uri())
+
+
+class TrackingSettings(HomeSettings):
+    """MLflow: runs, models and their artifacts. User and password are MLflow's own MLFLOW_TRACKING_* variables."""
+
+    tracking_uri: str = Field(default_factory=_default_tracking, validation_alias="MLFLOW_TRACKING_URI")
+    """A tracking server, or a database (MLFLOW_TRACKING_URI)."""
+    artifact_uri: str = Field(default_factory=_default_artifacts)
+    """Where artifacts go when tracking_uri is a database (DEAL_ARTIFACT_URI); a server decides for itself."""
+
+
+def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Environment variables that let Prefect and MLflow run without a server, quietly, inside `home`.
+
+    The command sets them before it imports either. A variable that `environment` has is left out; so is Prefect's
+    database when PREFECT_API_URL names a server.
+
+    Args:
+        home: the folder that takes everything; see HomeSettings.
+        environment: what the user has set.
+    """
+    values = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    if not environment.get("PREFECT_API_URL"):
+        folder = home / "prefect"
+        values["PREFECT_HOME"] = str(folder)
+        values["PREFECT_API_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
+    return {name: value for name, value in values.items() if name not in environment}
