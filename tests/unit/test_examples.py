@@ -1,0 +1,140 @@
+"""The example data keeps the promises of examples/README.md.
+
+The rows are read with the standard library, through what each spec says, so that a wrong spec fails here too.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import unicodedata
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DOMAINS = ("bank", "clinic", "parcels")
+SPEC_KEYS = {"schema_version", "lineage", "base_model", "strategy", "task", "train"}
+REQUIRED_TASK_KEYS = {"name", "data", "labels", "instruction"}
+OPTIONAL_TASK_KEYS = {"test_data", "columns"}
+NUM_PER_LABEL = {"train": 12, "test": 6}
+MAX_SIMILARITY = 0.6
+
+
+class Row(NamedTuple):
+    domain: str
+    split: str
+    text: str
+    label: str
+
+
+def load_spec(domain: str) -> dict[str, Any]:
+    spec = yaml.safe_load((EXAMPLES / domain / "spec.yaml").read_text(encoding="utf-8"))
+    assert isinstance(spec, dict)
+    return spec
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file, strict=True))
+        return [json.loads(line) for line in file]
+
+
+def load_rows(domain: str) -> list[Row]:
+    task = load_spec(domain)["task"]
+    columns = {"text": "text", "label": "label", **task.get("columns", {})}
+    files = [("train", task["data"])]
+    if "test_data" in task:
+        files.append(("test", task["test_data"]))
+    rows = []
+    for split, name in files:
+        for record in read_records(EXAMPLES / domain / name):
+            own_split = split if "test_data" in task else record["split"]
+            rows.append(Row(domain, own_split, record[columns["text"]], record[columns["label"]]))
+    return rows
+
+
+def all_rows() -> list[Row]:
+    return [row for domain in DOMAINS for row in load_rows(domain)]
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def similarity(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / len(a | b)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_spec_has_the_shape_of_a_spec(domain: str) -> None:
+    spec = load_spec(domain)
+    assert spec.keys() == SPEC_KEYS
+    assert spec["schema_version"] == 1
+    assert (spec["lineage"], spec["base_model"], spec["strategy"]) == ("demo", "smollm2-135m-instruct", "deal")
+    assert spec["train"] == {"max_steps": 48, "max_prompt_tokens": 192, "max_answer_tokens": 12}
+    task = spec["task"]
+    assert REQUIRED_TASK_KEYS <= task.keys() <= REQUIRED_TASK_KEYS | OPTIONAL_TASK_KEYS
+    assert task["name"] == domain
+    assert task["instruction"].endswith("Choose one from the option.")
+
+
+def test_each_example_shows_another_way_to_hand_data_over() -> None:
+    tasks = {domain: load_spec(domain)["task"] for domain in DOMAINS}
+    assert Path(tasks["bank"]["data"]).suffix == ".jsonl" and "columns" not in tasks["bank"]
+    assert Path(tasks["clinic"]["data"]).suffix == ".csv" and tasks["clinic"]["columns"]
+    assert "test_data" not in tasks["parcels"]
+    messages = read_records(EXAMPLES / "parcels" / tasks["parcels"]["data"])
+    assert {record["split"] for record in messages} == {"train", "test"}
+    assert sum("," in row.text for row in load_rows("clinic")) >= 20, "the CSV should exercise quoted commas"
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_labels_are_balanced_in_both_splits(domain: str) -> None:
+    labels = load_spec(domain)["task"]["labels"]
+    assert len(labels) == 6
+    expected = {(split, label): num for split, num in NUM_PER_LABEL.items() for label in labels}
+    assert Counter((row.split, row.label) for row in load_rows(domain)) == expected
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_labels_are_short_and_told_apart_by_their_first_word(domain: str) -> None:
+    labels = load_spec(domain)["task"]["labels"]
+    for label in labels:
+        assert re.fullmatch(r"[a-z]+( [a-z]+){0,2}", label), label
+    assert len({label.split()[0] for label in labels}) == len(labels)
+
+
+def test_domains_share_no_label_and_no_word_of_one() -> None:
+    labels = {domain: load_spec(domain)["task"]["labels"] for domain in DOMAINS}
+    vocabularies = {domain: set(" ".join(labels[domain]).split()) for domain in DOMAINS}
+    for a, b in combinations(DOMAINS, 2):
+        assert not vocabularies[a] & vocabularies[b], (a, b)
+
+
+def test_rows_are_of_one_to_two_sentences() -> None:
+    lengths = {row.text: len(row.text.split()) for row in all_rows()}
+    assert {text: num for text, num in lengths.items() if not 12 <= num <= 35} == {}
+    assert all(text == text.strip() and "\n" not in text for text in lengths)
+
+
+def test_no_two_rows_are_alike() -> None:
+    bags = [(row, words(row.text)) for row in all_rows()]
+    assert len(bags) == 3 * 6 * sum(NUM_PER_LABEL.values())
+    alike = [
+        (round(similarity(a_words, b_words), 2), a.text, b.text)
+        for (a, a_words), (b, b_words) in combinations(bags, 2)
+        if similarity(a_words, b_words) >= MAX_SIMILARITY
+    ]
+    assert alike == []
+
+
+def test_no_row_is_there_twice_after_normalisation() -> None:
+    counts = Counter(" ".join(unicodedata.normalize("NFKC", row.text).casefold().split()) for row in all_rows())
+    assert [text for text, num in counts.items() if num > 1] == []
