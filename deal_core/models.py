@@ -1,0 +1,121 @@
+"""The frozen base model under the adapter: found, checked and loaded with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
+from deal_core.errors import ConfigError
+from deal_core.fingerprint import sha256_of_model
+
+__all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "cpu_multiplies_bf16",
+           "load_base", "resolve_base"]
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A loaded base model and what identifies it."""
+
+    model: Any
+    """The transformers model, in evaluation mode, on the device that accelerate chose."""
+    tokenizer: Any
+    """Its tokenizer; pad_token is always set."""
+    name: str
+    """What the user called it, without the folders of a path."""
+    sha256: str
+    """Digest of its content: two names with the same digest are the same base."""
+    kind: Literal["causal", "seq2seq"]
+
+
+def load_base(
+    source: str, cache_folder: Path, *, precision: Precision = "auto", on_progress: Progress | None = None
+) -> BaseModel:
+    """Load a base model and its tokenizer.
+
+    Args:
+        source: as for `resolve_base`; also the folder that it gave.
+        cache_folder: where fetched and converted models, and digests, are kept.
+        precision: bf16, fp32, or auto (see `choose_dtype`).
+        on_progress: as for `resolve_base`.
+
+    Raises:
+        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code.
+
+    Example:
+        >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
+    """
+    folder = resolve_base(source, cache_folder, on_progress)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+        auto_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        model = auto_class.from_pretrained(
+            folder, config=config, dtype=choose_dtype(precision), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "
+            "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
+        ) from error
+    _ensure_pad_token(tokenizer, source)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(PartialState().device)
+    model.eval()
+    name, sha256 = _identity(source, folder, cache_folder)
+    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind="seq2seq" if seq2seq else "causal")
+
+
+def choose_dtype(precision: Precision) -> torch.dtype:
+    """Precision of the frozen weights; the adapter itself is always fp32.
+
+    auto is bf16 on a CUDA device that supports it and on a CPU with AMX or AVX512-BF16, where it is several times
+    faster than fp32; elsewhere it is fp32, as a CPU without them emulates bf16 slowly.
+
+    Raises:
+        ConfigError: an unknown precision. fp16 is refused: its loss scaling does not fit the pulled-back gradients.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"precision is {precision!r}; give auto, bf16 or fp32.")
+    if precision == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if cpu_multiplies_bf16(Path("/proc/cpuinfo")) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def cpu_multiplies_bf16(cpuinfo: Path) -> bool:
+    """Whether the CPU has bf16 matrix or vector units, by the flags that Linux lists (False where there is no list)."""
+    try:
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return bool({"amx_bf16", "avx512_bf16"} & set(flags))
+
+
+def _ensure_pad_token(tokenizer: Any, source: str) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    fallback = tokenizer.eos_token or tokenizer.unk_token
+    if fallback is None:
+        raise ConfigError(f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder.")
+    tokenizer.pad_token = fallback
+
+
+def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
+    """Name and digest. A converted model is known by the GGUF file's bytes, whichever library version converted it."""
+    if (folder / SOURCE_FILE).is_file():
+        origin = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+        return origin["name"], origin["sha256"]
+    name = folder.name if Path(source).expanduser().is_dir() else source
+    return name, sha256_of_model(folder, cache_folder / "digests")
