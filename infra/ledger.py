@@ -1,0 +1,70 @@
+"""Which dataset has been adapted by which version: one entry each, written once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectNotFoundError, ObjectStore
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """A lineage has learned from a dataset."""
+
+    lineage: str
+    sha256: str
+    task: str
+    run_key: str
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_json` reads back."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LedgerEntry:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StoreError: another version of this program wrote it.
+        """
+        values = dict(values)
+        found = values.pop("schema_version", None)
+        if found != SCHEMA_VERSION:
+            raise StoreError(
+                f"The ledger entry has schema version {found}, this program reads {SCHEMA_VERSION}; use the program "
+                "version that wrote it."
+            )
+        return cls(**values)
+
+
+class Ledger:
+    """The entries `ledger/<lineage>/<sha256>.json` of a store."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def find(self, lineage: str, sha256: str) -> LedgerEntry | None:
+        """The entry of a dataset in a lineage, if there is one."""
+        key = _key(lineage, sha256)
+        try:
+            return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
+        except ObjectNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"The ledger entry {key} in {self.store.uri} is damaged: {error}; delete it.") from error
+
+    def record(self, entry: LedgerEntry) -> bool:
+        """Write an entry unless there is one; of several writers at once exactly one gets True."""
+        data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
+        return self.store.put_bytes(_key(entry.lineage, entry.sha256), data, if_absent=True)
+
+
+def _key(lineage: str, sha256: str) -> str:
+    return f"ledger/{lineage}/{sha256}.json"

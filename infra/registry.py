@@ -1,0 +1,237 @@
+"""Adapter versions in MLflow's model registry: one registered model per lineage, its name the lineage's.
+
+What is known of a version lies in its tags, so that the registry alone tells the lineage's history.
+
+Example:
+    >>> registry = open_registry()  # doctest: +SKIP
+    >>> [version.task for version in registry.versions("base")]  # doctest: +SKIP
+    ['billing', 'clinic']
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from deal_core.errors import RegistryError
+from infra.settings import TrackingSettings
+from infra.tracking import RUN_KEY, open_client, saying
+
+Alias = Literal["champion", "challenger"]
+OWNER = {"deal.kind": "lineage"}
+"""Tag of the registered models that are ours."""
+PAGE = 1000
+
+_global_address = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionFacts:
+    """What is known of a version when it is registered; each field is a tag `deal.<field>`."""
+
+    run_key: str
+    task: str
+    strategy: str
+    base_sha256: str
+    dataset_sha256: str
+    config_sha256: str
+    adapter_uri: str
+    adapter_sha256: str
+    parent_version: str | None
+    accepted: bool
+    reasons: tuple[str, ...]
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+
+    def tags(self) -> dict[str, str]:
+        """The facts as registry tags; what is undefined is left out."""
+        special = {
+            "gate": "accepted" if self.accepted else "rejected",
+            "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
+        }
+        plain = {field.name: getattr(self, field.name) for field in fields(VersionFacts)}
+        del plain["accepted"], plain["reasons"]
+        return {f"deal.{name}": str(value) for name, value in {**plain, **special}.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionInfo(VersionFacts):
+    """A registered version."""
+
+    lineage: str
+    version: str
+    aliases: tuple[str, ...]
+    created: datetime
+    tracking_id: str
+    model_id: str
+
+
+def open_registry(settings: TrackingSettings | None = None) -> Registry:
+    """A registry as the environment, or `settings`, describes it."""
+    return Registry(settings or TrackingSettings())
+
+
+class Registry:
+    """Versions and aliases of lineages."""
+
+    def __init__(self, settings: TrackingSettings) -> None:
+        self.uri = settings.tracking_uri
+        self.client = open_client(settings)
+
+    def register(self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str) -> VersionInfo:
+        """Register a version, or return the one that was registered under the same run key.
+
+        Args:
+            lineage: the registered model's name.
+            facts: they become the version's tags, in the call that makes it.
+            tracking_id: the MLflow run.
+            model_id: what `TrackedRun.log_adapter` returned.
+
+        Raises:
+            RegistryError: a registered model of that name exists that is no lineage, or MLflow refuses.
+        """
+        known = self.find_version(facts.run_key)
+        if known is not None:
+            return known
+        with saying(f"register a version of {lineage!r}", self.uri):
+            self._require_lineage(lineage)
+            with _addressed(self.uri):
+                made = self.client.create_model_version(
+                    lineage,
+                    source=f"models:/{model_id}",
+                    run_id=tracking_id,
+                    tags=facts.tags(),
+                    description=_describe(facts),
+                    model_id=model_id,
+                )
+            shown = [{"name": lineage, "version": made.version}]
+            self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
+        return _read(made, {})
+
+    def find_version(self, run_key: str) -> VersionInfo | None:
+        """The version that was registered under a run key, if there is one."""
+        found = self._search(f"tags.`{RUN_KEY}` = '{run_key}'")
+        if not found:
+            return None
+        return _read(found[0], self._aliases(found[0].name))
+
+    def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
+        """All versions of a lineage, oldest first; none if the lineage is unknown."""
+        found = self._search(f"name = '{lineage}'")
+        aliases = self._aliases(lineage) if found else {}
+        return tuple(_read(version, aliases) for version in found)
+
+    def champion(self, lineage: str) -> VersionInfo | None:
+        """The version that serves, if the lineage has one."""
+        return self.with_alias(lineage, "champion")
+
+    def with_alias(self, lineage: str, alias: Alias) -> VersionInfo | None:
+        """The version that carries an alias, if one does."""
+        aliases = self._aliases(lineage)
+        if alias not in aliases:
+            return None
+        with saying(f"read {lineage}@{alias}", self.uri):
+            return _read(self.client.get_model_version(lineage, aliases[alias]), aliases)
+
+    def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
+        """Move an alias to a version; whoever moves aliases of a lineage must be alone in doing so.
+
+        Raises:
+            RegistryError: there is no such version, or the gate rejected it.
+        """
+        with saying(f"set {lineage}@{alias}", self.uri):
+            found = self.client.get_model_version(lineage, version)
+            if found.tags.get("deal.gate") != "accepted":
+                raise RegistryError(
+                    f"Version {version} of {lineage!r} did not pass its gate ({found.tags.get('deal.gate_reasons')}); "
+                    f"it cannot become {alias}."
+                )
+            self.client.set_registered_model_alias(lineage, alias, version)
+
+    def _require_lineage(self, name: str) -> None:
+        """Make the registered model if it is new; refuse one that somebody else made."""
+        try:
+            self.client.create_registered_model(name, tags=OWNER, description="Versions of one adapter, task by task.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            tags = self.client.get_registered_model(name).tags
+            if not OWNER.items() <= tags.items():
+                raise RegistryError(
+                    f"MLflow at {self.uri} has a registered model {name!r} that is no lineage of this pipeline; "
+                    "give the lineage another name."
+                ) from None
+
+    def _search(self, condition: str) -> list[ModelVersion]:
+        found: list[ModelVersion] = []
+        token = None
+        with saying("search versions", self.uri):
+            while True:
+                page = self.client.search_model_versions(condition, max_results=PAGE, page_token=token)
+                found += [version for version in page if RUN_KEY in version.tags]
+                token = page.token
+                if not token:
+                    return sorted(found, key=lambda version: int(version.version))
+
+    def _aliases(self, lineage: str) -> dict[str, str]:
+        """Alias to version number."""
+        with saying(f"read the aliases of {lineage!r}", self.uri):
+            try:
+                return {key: str(value) for key, value in self.client.get_registered_model(lineage).aliases.items()}
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return {}
+
+
+@contextmanager
+def _addressed(uri: str) -> Iterator[None]:
+    """Make `uri` MLflow's global address for a moment: a database store looks a logged model up through that."""
+    with _global_address:
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+
+
+def _describe(facts: VersionFacts) -> str:
+    origin = f"continues version {facts.parent_version}" if facts.parent_version else "starts from the base model"
+    verdict = "accepted" if facts.accepted else "rejected: " + "; ".join(facts.reasons)
+    return f"Learned **{facts.task}** with {facts.strategy}; {origin}. Gate: {verdict}"[:5000]
+
+
+def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
+    tags = {key.removeprefix("deal."): value for key, value in version.tags.items()}
+
+    def number(name: str) -> float | None:
+        return float(tags[name]) if name in tags else None
+
+    values: dict[str, Any] = {
+        "parent_version": tags.get("parent_version"),
+        "accepted": tags.get("gate") == "accepted",
+        "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
+        **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
+    }
+    values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}
+    return VersionInfo(
+        **values,
+        lineage=version.name,
+        version=str(version.version),
+        aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == str(version.version))),
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        tracking_id=version.run_id or "",
+        model_id=(version.source or "").removeprefix("models:/"),
+    )
