@@ -62,7 +62,9 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
     return PromptParts(sides[0], input, sides[1])
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int
+) -> list[int]:
     """Token ids of a row's prompt, at most `max_prompt_tokens` of them.
 
     What is too long loses the end of its text, never the instruction, the options or "Answer:"; a chat first loses its
@@ -80,7 +82,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: s
     )
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int) -> list[int]:
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int
+) -> list[int]:
     """Token ids of a row's answer with the end token: a blank, the answer, the end; a chat's answer has no blank.
 
     It is tokenised apart from the prompt, so that the prompt's ids are the same in training and in generation. An

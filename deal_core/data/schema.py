@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -36,8 +37,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def label_key(label: str) -> str:
-    """Labels with the same key are the same label: outer blanks and case do not count."""
-    return label.strip().casefold()
+    """Labels with the same key are the same label: case, the amount of white space and Unicode's form do not count."""
+    return unicodedata.normalize("NFC", " ".join(label.split()).casefold())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ class DatasetManifest:
     num_rejected: int
     """Bad rows; num_read = num_train + num_test + num_rejected."""
     problems: Mapping[str, int] = field(hash=False)
-    """Bad rows by reason."""
+    """Problems by reason; a bad row can have several."""
     split: Literal["given", "hash"]
     """Whether the file (or a test file beside it) says which rows are test rows, or the rows' digests do."""
     schema_version: int = SCHEMA_VERSION

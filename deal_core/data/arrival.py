@@ -1,0 +1,197 @@
+"""The checks across the rows of one arrival: columns, labels, repetitions, split, and whether it can be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deal_core.config import DataConfig
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import Columns, resolve_columns
+from deal_core.data.readers import file_kind, read_columns, read_rows
+from deal_core.data.rows import BadRow, Problem, RawRow, Row, shorten
+from deal_core.data.schema import COLUMNS_OF_FORMAT, SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
+from deal_core.errors import DataValidationError
+
+MAX_INFERRED_LABELS = 64
+MAX_EXAMPLES = 20
+_PROGRESS_ROWS = 1000
+_SHOWN_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """What the checks found in one arrival."""
+
+    manifest: DatasetManifest
+    bad_rows: tuple[BadRow, ...]
+    """The first MAX_EXAMPLES bad rows; quarantine has them all."""
+    refusal: str | None
+    """Why the arrival cannot be used, in one line; None when it can."""
+
+
+class Arrival:
+    """The files of one arrival while they are checked."""
+
+    def __init__(
+        self,
+        source: Path,
+        test_source: Path | None,
+        task: TaskSchema,
+        config: DataConfig,
+        frozen_test_rows: Collection[str],
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._source = source
+        self._config = config
+        self._on_progress = on_progress
+        # Test rows first, so that a training row that equals one is seen to.
+        files: list[tuple[Path, Split | None]] = [(source, None)]
+        if test_source is not None:
+            files = [(test_source, "test"), (source, "train")]
+        self._files = [(path, split, _columns_of(path, task, split)) for path, split in files]
+        formats = {columns.format for _, _, columns in self._files}
+        if len(formats) > 1:
+            raise DataValidationError(
+                f"{source.name} and its test file have rows of different formats ({', '.join(sorted(formats))}); "
+                "set task.format and name the columns alike."
+            )
+        self._names_split = any("split" in columns.names for _, _, columns in self._files)
+        self._is_split_given = self._names_split or test_source is not None
+        self._task = replace(task, format=formats.pop())
+        self._test_digests = {bytes.fromhex(digest) for digest in frozen_test_rows}
+        self._has_frozen_rows = bool(self._test_digests)
+        self._kept: dict[Split, set[bytes]] = {"train": set(), "test": set()}
+
+    def validate(
+        self, keep: Callable[[Row, Split], None], reject: Callable[[BadRow, object], None]
+    ) -> ValidationReport:
+        """Check every row; each ends in `keep` or in `reject`."""
+        infers_labels = self._task.format == "labelled" and not self._task.labels
+        if infers_labels or self._names_split:
+            self._survey(infers_labels)
+        counts: Counter[str] = Counter()
+        examples: list[BadRow] = []
+        num_rejected = 0
+        for path, file_split, raw, checked in self._checked_rows():
+            problems = checked if isinstance(checked, list) else []
+            if isinstance(checked, Row):
+                split = file_split or checked.split or self._split_by_digest(checked.digest)
+                problems = self._repetition(checked, split)
+                if not problems:
+                    self._kept[split].add(checked.digest)
+                    keep(checked, split)
+                    continue
+            num_rejected += 1
+            counts.update(problem.reason for problem in problems)
+            bad = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
+            reject(bad, raw.raw())
+            if len(examples) < MAX_EXAMPLES:
+                examples.append(bad)
+        manifest = self._manifest(counts, num_rejected)
+        return ValidationReport(manifest=manifest, bad_rows=tuple(examples), refusal=self._refusal(manifest, examples))
+
+    def _checked_rows(self) -> Iterator[tuple[Path, Split | None, RawRow, Row | list[Problem]]]:
+        self._num_read = 0
+        for path, file_split, columns in self._files:
+            checker = RowChecker(self._task, columns, self._config.max_text_chars)
+            for raw in read_rows(path, set(columns.names.values())):
+                self._num_read += 1
+                if self._on_progress is not None and self._num_read % _PROGRESS_ROWS == 0:
+                    self._on_progress(self._num_read)
+                yield path, file_split, raw, checker.check(raw)
+        if self._on_progress is not None:
+            self._on_progress(self._num_read)
+
+    def _survey(self, infers_labels: bool) -> None:
+        """A first reading: which digests are test rows, wherever in the file they stand, and which labels there are."""
+        spellings: dict[str, Counter[str]] = {}
+        for _, file_split, _, checked in self._checked_rows():
+            if isinstance(checked, list):
+                continue
+            if "test" in (file_split, checked.split):
+                self._test_digests.add(checked.digest)
+            if infers_labels:
+                spellings.setdefault(label_key(checked.output), Counter())[checked.output] += 1
+                if len(spellings) > MAX_INFERRED_LABELS:
+                    raise DataValidationError(_too_many_labels(self._source, spellings))
+        if infers_labels:
+            ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
+            labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
+            self._task = replace(self._task, labels=labels)
+
+    def _split_by_digest(self, digest: bytes) -> Split:
+        return "test" if int.from_bytes(digest[:4], "big") / 2**32 < self._config.test_share else "train"
+
+    def _repetition(self, row: Row, split: Split) -> list[Problem]:
+        value = shorten(row.input)
+        if split == "train" and (row.digest in self._test_digests or row.digest in self._kept["test"]):
+            return [Problem("duplicate of a test row", value)]
+        if row.digest in self._kept[split]:
+            return [Problem("duplicate row", value)]
+        return []
+
+    def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
+        content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
+        for split in ("train", "test"):
+            content.update(f"/{split}/".encode())
+            for digest in sorted(self._kept[split]):
+                content.update(digest)
+        return DatasetManifest(
+            task=self._task,
+            sha256=content.hexdigest(),
+            source=self._source.name,
+            num_read=self._num_read,
+            num_train=len(self._kept["train"]),
+            num_test=len(self._kept["test"]),
+            num_rejected=num_rejected,
+            problems=dict(counts.most_common()),
+            split="given" if self._is_split_given else "hash",
+        )
+
+    def _refusal(self, manifest: DatasetManifest, examples: Sequence[BadRow]) -> str | None:
+        name, num_good = manifest.source, manifest.num_train + manifest.num_test
+        limit = self._config.max_bad_share
+        if not manifest.num_read:
+            return f"{name} has no rows; land a file with some."
+        if manifest.num_rejected > limit * manifest.num_read:
+            share = manifest.num_rejected / manifest.num_read
+            counts = ", ".join(f"{count} × {reason}" for reason, count in manifest.problems.items())
+            first = "; ".join(str(bad) for bad in examples[:_SHOWN_EXAMPLES])
+            return (
+                f"{name}: {manifest.num_rejected} of {manifest.num_read} rows cannot be used ({share:.1%}, allowed are "
+                f"{limit:.1%}): {counts}. The first: {first}. Correct these rows and land the file again, or raise "
+                "data.max_bad_share."
+            )
+        if not manifest.num_train:
+            return f"{name} leaves no row to train on ({num_good} good rows, all of them test rows); add training rows."
+        if not manifest.num_test and not self._has_frozen_rows:
+            return (
+                f"{name} leaves no row to test with ({num_good} good rows); add rows, a test file (test_data) or a column "
+                "split with train and test."
+            )
+        return None
+
+
+def _columns_of(path: Path, task: TaskSchema, split: Split | None) -> Columns:
+    names = read_columns(path)
+    if not names and file_kind(path) == "jsonl":
+        # Nothing in it is readable: let every line be reported.
+        names = COLUMNS_OF_FORMAT["labelled" if task.format == "auto" else task.format]
+        task = replace(task, columns={})
+    columns = resolve_columns(names, task, path.name)
+    if split is not None:  # the file is all of one split, whatever a column in it says
+        columns = replace(columns, names={ours: name for ours, name in columns.names.items() if ours != "split"})
+    return columns
+
+
+def _too_many_labels(source: Path, labels: Collection[str]) -> str:
+    return (
+        f"{source.name} has more than {MAX_INFERRED_LABELS} different labels, such as "
+        f"{', '.join(repr(shorten(label, 30)) for label in sorted(labels)[:5])}; list the right ones in task.labels, or "
+        "set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
+    )

@@ -1,0 +1,150 @@
+"""The checks of one row: a good row comes out, or all that is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deal_core.data.columns import Columns
+from deal_core.data.rows import Problem, RawRow, Row, row_digest, shorten
+from deal_core.data.schema import Split, TaskSchema, label_key
+
+_SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+_UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
+_NO_ROW = Row("", "", b"", None)
+
+
+class RowChecker:
+    """Turns the raw rows of one file into good rows, or into everything that is wrong with them."""
+
+    def __init__(self, task: TaskSchema, columns: Columns, max_text_chars: int) -> None:
+        self._columns = columns
+        self._max_text_chars = max_text_chars
+        self._label_of_key = {label_key(label): label for label in task.labels}
+
+    def check(self, raw: RawRow) -> Row | list[Problem]:
+        """The good row, or all its problems. While the task has no labels, any label is good."""
+        if raw.fault is not None:
+            return [raw.fault]
+        problems: list[Problem] = []
+        split = self._split(raw.values, problems)
+        if self._columns.format == "chat":
+            row = self._chat(raw.values, split, problems)
+        elif self._columns.format == "completion":
+            prompt = self._text(raw.values, "prompt", problems)
+            completion = self._text(raw.values, "completion", problems)
+            row = Row(prompt, completion, row_digest([prompt], completion), split)
+        else:
+            text = self._text(raw.values, "text", problems).strip()
+            label = self._label(raw.values, problems)
+            row = Row(text, label, row_digest([text], label_key(label)), split)
+        return problems or row
+
+    def _cell(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str | None:
+        """A column's text; None when a problem was found."""
+        column = self._columns.names[name]
+        if column not in values:
+            problems.append(Problem("missing column", column))
+            return None
+        text = _as_text(values[column])
+        if text is None:
+            problems.append(Problem("malformed line", f"{column} is a {type(values[column]).__name__}, not a text"))
+        elif bad := _UNDECODABLE.search(text):
+            problems.append(Problem("bad encoding", shorten(text[max(0, bad.start() - 20) :])))
+            return None
+        return text
+
+    def _text(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str:
+        text = self._cell(values, name, problems)
+        if text is None:
+            return ""
+        self._check_length(text, self._columns.names[name], problems)
+        return text.replace("\r\n", "\n")
+
+    def _check_length(self, text: str, column: str, problems: list[Problem]) -> None:
+        if not text.strip():
+            problems.append(Problem("empty text", f"{column} is empty"))
+        elif len(text) > self._max_text_chars:
+            problems.append(Problem("over-long text", f"{len(text)} characters: {shorten(text)}"))
+
+    def _label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+        text = self._cell(values, "label", problems)
+        if text is None:
+            return ""
+        label = " ".join(text.split())
+        if not label:
+            problems.append(Problem("empty label", f"{self._columns.names['label']} is empty"))
+        elif not self._label_of_key:
+            self._check_length(label, self._columns.names["label"], problems)
+        elif label_key(label) not in self._label_of_key:
+            problems.append(Problem("label outside the task's set", shorten(label)))
+        return self._label_of_key.get(label_key(label), label)
+
+    def _split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
+        if "split" not in self._columns.names:
+            return None
+        text = self._cell(values, "split", problems)
+        split = None if text is None else _SPLITS.get(text.strip().casefold())
+        if text is not None and split is None:
+            problems.append(Problem("unknown split", f"{shorten(text)!r} is neither train nor test"))
+        return split
+
+    def _chat(self, values: Mapping[str, Any], split: Split | None, problems: list[Problem]) -> Row:
+        column = self._columns.names["messages"]
+        if column not in values:
+            problems.append(Problem("missing column", column))
+            return _NO_ROW
+        messages = _parse_messages(values[column])
+        if isinstance(messages, Problem):
+            problems.append(messages)
+            return _NO_ROW
+        *earlier, (_, answer) = messages
+        contents = [content for _, content in messages]
+        if not all(content.strip() for content in contents):
+            problems.append(Problem("empty text", f"a message in {column} is empty"))
+        else:
+            self._check_length("".join(contents), column, problems)
+        input = json.dumps([{"role": role, "content": content} for role, content in earlier], ensure_ascii=False)
+        return Row(input, answer, row_digest([part for message in earlier for part in message], answer), split)
+
+
+def _as_text(value: object) -> str | None:
+    """A cell as text; None when it is no single value. Bytes that are not UTF-8 become lone surrogates."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # whole numbers become floats where a column has gaps
+    return None if isinstance(value, (list, dict, tuple)) else str(value)
+
+
+def _parse_messages(value: object) -> list[tuple[str, str]] | Problem:
+    """The (role, content) pairs of a conversation that ends with the assistant's answer."""
+
+    def malformed(why: str) -> Problem:
+        return Problem("malformed messages", f"{why}: {shorten(value)}")
+
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return malformed("not JSON")
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return malformed("not a list of messages")
+    pairs = [(message.get("role"), message.get("content")) for message in value]
+    if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
+        return malformed("a message's role or content is missing or is not a text")
+    texts = [(str(role), str(content).replace("\r\n", "\n")) for role, content in pairs]
+    if bad := _UNDECODABLE.search("\n".join(part for pair in texts for part in pair)):
+        return Problem("bad encoding", f"{shorten(bad.group())} in {shorten(value)}")
+    roles = [role for role, _ in texts]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
+        return malformed(
+            f"roles {shorten(', '.join(roles))}; wanted are system (or none), then user and assistant in turn"
+        )
+    return texts

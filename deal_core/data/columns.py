@@ -1,0 +1,107 @@
+"""Which column of a file holds what: by the task's `columns`, else by the names people give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, TaskSchema
+from deal_core.errors import DataValidationError
+
+CONVENTIONS: dict[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "body", "content", "document", "review", "comment", "utterance", "note", "message",
+             "description"),
+    "label": ("label", "category", "class", "intent", "topic", "sentiment"),
+    "prompt": ("prompt", "instruction", "question", "input"),
+    "completion": ("completion", "response", "answer", "output", "target"),
+    "messages": ("messages", "conversation", "conversations"),
+    "split": ("split",),
+}  # fmt: skip
+"""Names a column may have, the first that a file has counts; case and outer blanks do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """A file's columns, found."""
+
+    format: Format
+    names: Mapping[str, str]
+    """Our name → the file's. Every required column, and "split" where the file has one."""
+
+
+def resolve_columns(file_columns: Sequence[str], task: TaskSchema, source: str) -> Columns:
+    """Find the task's columns among a file's; format "auto" is whichever format the file has the columns of.
+
+    Args:
+        file_columns: The file's column names, a doubled one twice.
+        task: What is wanted.
+        source: Name of the file, for the message.
+
+    Raises:
+        DataValidationError: A column is missing or ambiguous, or so is the format.
+
+    Example:
+        >>> resolve_columns(["id", "Body", "category"], TaskSchema(name="t"), "t.csv").names
+        {'text': 'Body', 'label': 'category'}
+    """
+    formats = _possible_formats(task)
+    found = {name: _find(name, file_columns, task, source) for name in CONVENTIONS}
+    fitting = [one for one in formats if all(found[name] is not None for name in COLUMNS_OF_FORMAT[one])]
+    if not fitting:
+        raise DataValidationError(_missing_message(file_columns, formats, found, source))
+    if len(fitting) > 1:
+        raise DataValidationError(
+            f"{source} has the columns of more than one format ({', '.join(fitting)}); set task.format to one of them."
+        )
+    wanted = (*COLUMNS_OF_FORMAT[fitting[0]], "split")
+    names = {name: column for name in wanted if (column := found[name]) is not None}
+    if len(set(names.values())) < len(names):
+        raise DataValidationError(f"task.columns gives one column of {source} two meanings: {names}; correct it.")
+    return Columns(format=fitting[0], names=names)
+
+
+def _possible_formats(task: TaskSchema) -> list[Format]:
+    if task.format != "auto":
+        return [task.format]
+    named = set(task.columns) - {"split"}
+    formats = [one for one, columns in COLUMNS_OF_FORMAT.items() if named <= set(columns)]
+    return ["labelled"] if task.labels else formats
+
+
+def _find(name: str, file_columns: Sequence[str], task: TaskSchema, source: str) -> str | None:
+    if name in task.columns:
+        matches = [column for column in file_columns if column.strip() == task.columns[name].strip()]
+        if not matches:
+            raise DataValidationError(
+                f"{source} has no column {task.columns[name]!r}, which task.columns gives for {name}; it has "
+                f"{_listed(file_columns)}."
+            )
+    else:
+        matches = []
+        for convention in CONVENTIONS[name]:
+            matches = [column for column in file_columns if column == convention] or [
+                column for column in file_columns if column.strip().casefold() == convention
+            ]
+            if matches:
+                break
+    if len(matches) > 1:
+        raise DataValidationError(
+            f"{source} has {len(matches)} columns that could be {name}: {_listed(matches)}; rename all but one."
+        )
+    return matches[0] if matches else None
+
+
+def _missing_message(
+    file_columns: Sequence[str], formats: Sequence[Format], found: Mapping[str, str | None], source: str
+) -> str:
+    wanted = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
+    missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if found[name] is None]
+    return (
+        f"{source} has the columns {_listed(file_columns)}, and {wanted}; nothing is named like {', '.join(missing)}. "
+        f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in names[:12])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 12 else shown or "(none)"

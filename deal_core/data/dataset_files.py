@@ -1,0 +1,115 @@
+"""The files of a dataset, written while its rows come by; what is not finished never looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deal_core.data.rows import BadRow, Row
+from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, Split
+
+_GROUP_ROWS = 8192
+_GROUP_CHARS = 2**24
+
+
+class Quarantine:
+    """A JSON lines file of bad rows: file, row, line, reason, value, more problems if any, and the raw row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate (a byte that was not UTF-8) becomes the JSON escape of itself.
+        self._stream: TextIO = path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def add(self, bad: BadRow, raw: object) -> None:
+        """Write one bad row."""
+        first, *more = bad.problems
+        entry = {"file": bad.file, "row": bad.row, "line": bad.line, "reason": first.reason, "value": first.value}
+        if more:
+            entry["more"] = [problem._asdict() for problem in more]
+        json.dump({**entry, "raw": raw}, self._stream, ensure_ascii=False, default=_as_json)
+        self._stream.write("\n")
+
+
+class DatasetFiles:
+    """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and last of all manifest.json.
+
+    Leaving the context without `publish` leaves quarantine.jsonl alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        for name in ("manifest.json", "train.parquet", "test.parquet"):
+            (folder / name).unlink(missing_ok=True)
+        self._tables = {split: _RowWriter(folder / f"{split}.parquet.part") for split in ("train", "test")}
+        self.quarantine = Quarantine(folder / "quarantine.jsonl")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.quarantine.__exit__(kind, error, trace)
+        for table in self._tables.values():
+            table.close()
+            table.path.unlink(missing_ok=True)
+
+    def add(self, row: Row, split: Split) -> None:
+        """Write one good row."""
+        self._tables[split].add(row)
+
+    def publish(self, manifest: DatasetManifest) -> None:
+        """Put the finished files in their places."""
+        for split, table in self._tables.items():
+            table.close()
+            os.replace(table.path, self._folder / f"{split}.parquet")
+        part = self._folder / "manifest.json.part"
+        part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, self._folder / "manifest.json")
+
+
+class _RowWriter:
+    """Rows into one Parquet file, a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd")
+        self._rows: list[tuple[str, str, str]] = []
+        self._num_chars = 0
+
+    def add(self, row: Row) -> None:
+        self._rows.append((row.input, row.output, row.digest.hex()))
+        self._num_chars += len(row.input) + len(row.output)
+        if len(self._rows) == _GROUP_ROWS or self._num_chars >= _GROUP_CHARS:
+            self._flush()
+
+    def close(self) -> None:
+        if self._writer.is_open:
+            self._flush()
+            self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = [pa.array(column, pa.string()) for column in zip(*self._rows, strict=True)]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=ROW_SCHEMA))
+        self._rows, self._num_chars = [], 0
+
+
+def _as_json(value: object) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,102 @@
+"""Bytes and lines of a text file, plain or gzip, with a bound on what one line, and one small file, can become."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from deal_core.errors import DataValidationError
+
+MAX_LINE_CHARS = 4 * 2**20
+"""The rest of a longer line is skipped."""
+MAX_SKIPPED_CHARS = 256 * 2**20
+"""A file with a line longer still is refused: it holds no rows of text."""
+MAX_UNPACKED_BYTES = 2**30
+MAX_UNPACKED_RATIO = 200
+"""A gzip file may unpack to MAX_UNPACKED_BYTES or to this many times its size, whichever is more. Text packs 2 to 20
+times, a gzip bomb 1000 times."""
+
+
+class Line(NamedTuple):
+    """A line with its end; `is_whole` is False where only its beginning was kept."""
+
+    number: int
+    text: str
+    is_whole: bool
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """The file's bytes, unpacked where its first bytes are those of gzip, whatever its name."""
+    file = path.open("rb")
+    if file.peek(2)[:2] != b"\x1f\x8b":
+        return file
+    file.close()
+    return io.BufferedReader(_UnpackGuard(path), buffer_size=2**17)
+
+
+def open_text(path: Path, *, newline: str) -> TextIO:
+    """The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, for the row's check to find.
+
+    Args:
+        path: The file.
+        newline: "" lets each of LF, CR and CR LF end a line, "\\n" only LF; line ends are kept either way.
+
+    Raises:
+        DataValidationError: The file is UTF-16.
+    """
+    file = open_bytes(path)
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        file.close()
+        raise DataValidationError(f"{path.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8).")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def numbered_lines(stream: TextIO) -> Iterator[Line]:
+    """The stream's lines, counted from 1.
+
+    Raises:
+        DataValidationError: A line goes on for more than MAX_SKIPPED_CHARS.
+    """
+    number = 0
+    while text := stream.readline(MAX_LINE_CHARS):
+        number += 1
+        ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
+        yield Line(number, text, ends)
+        skipped = 0
+        while not ends and (rest := stream.readline(MAX_LINE_CHARS)):
+            ends = rest.endswith(("\n", "\r"))
+            skipped += len(rest)
+            if skipped > MAX_SKIPPED_CHARS:
+                raise DataValidationError(
+                    f"Line {number} has more than {MAX_SKIPPED_CHARS // 2**20} million characters, which is no row of "
+                    "text; write the file again with one row a line."
+                )
+
+
+class _UnpackGuard(io.RawIOBase):
+    """The content of a gzip file, up to a limit: a small file must not unpack for ever."""
+
+    def __init__(self, path: Path) -> None:
+        self._unpacked = gzip.GzipFile(path, "rb")
+        self._name = path.name
+        self._left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._unpacked.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise DataValidationError(
+                f"{self._name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not; "
+                "if that is meant, land it unpacked."
+            )
+        return count
+
+    def close(self) -> None:
+        self._unpacked.close()
+        super().close()

@@ -1,0 +1,77 @@
+"""Rows of a Parquet file, a small batch at a time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deal_core.data.lines import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_bytes
+from deal_core.data.rows import RawRow
+from deal_core.errors import DataValidationError
+
+_BATCH_ROWS = 256
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """The file, read page by page; one in a gzip wrapper is unpacked to disk first, for it is read from its end."""
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(open_bytes(path))
+        if not source.seekable():
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, unpacked, 2**20)
+            unpacked.seek(0)
+            source = unpacked
+        file = stack.enter_context(pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False))
+        groups = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
+        if sum(groups) > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size):
+            raise DataValidationError(
+                f"{path.name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not; "
+                "if that is meant, write it without compression."
+            )
+        yield file
+
+
+def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[RawRow]:
+    """The file's rows; `values` holds the wanted columns, `raw` all of them."""
+    with open_parquet(path) as file:
+        wanted = [i for i, name in enumerate(file.schema_arrow.names) if columns is None or name in columns]
+        number = 0
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
+            for index, values in enumerate(_batch_rows(batch.select(wanted))):
+                number += 1
+                yield RawRow(number=number, values=values, whole=partial(_parquet_raw, batch, index))
+
+
+def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:
+    return _batch_rows(batch.slice(index, 1))[0]
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The batch's rows. A text that is not UTF-8 keeps its bytes, for the row's check to find."""
+    cells = [_cells(column) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):  # a text that is not UTF-8 (UnicodeDecodeError), a date beyond Python's
+        return [_cell(column, index) for index in range(len(column))]
+
+
+def _cell(column: pa.Array, index: int) -> Any:
+    try:
+        return column[index].as_py()
+    except UnicodeDecodeError as error:
+        return bytes(error.object)
+    except (ValueError, OverflowError):
+        return str(column.slice(index, 1))

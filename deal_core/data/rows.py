@@ -1,0 +1,95 @@
+"""What a row is: as it stands in a file, as a dataset keeps it, and as quarantine does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from deal_core.data.schema import Split
+
+Reason = Literal[
+    "malformed line",
+    "missing column",
+    "bad encoding",
+    "empty text",
+    "over-long text",
+    "empty label",
+    "label outside the task's set",
+    "malformed messages",
+    "unknown split",
+    "duplicate row",
+    "duplicate of a test row",
+]
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one row, and the value that shows it, shortened."""
+
+    reason: Reason
+    value: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawRow:
+    """One row as it stands in the file."""
+
+    number: int
+    """Counted from 1, a CSV's header not counted. In JSON lines the number of the line."""
+    line: int | None = None
+    """The line of the file on which the row begins, where the file has lines."""
+    values: Mapping[str, Any]
+    """The row's columns; empty when it could not be read."""
+    fault: Problem | None = None
+    """Why it could not be read."""
+    whole: Callable[[], Any] | None = None
+    """Gives the row as quarantine keeps it, where that is not `values`."""
+
+    def raw(self) -> Any:
+        """The row as quarantine keeps it: its columns, or the text that could not be read."""
+        return self.values if self.whole is None else self.whole()
+
+
+class Row(NamedTuple):
+    """A good row."""
+
+    input: str
+    output: str
+    digest: bytes
+    """SHA-256 of the normalised row, see `row_digest`."""
+    split: Split | None
+    """What the file says; None when it does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRow:
+    """One row that cannot be used, and all that is wrong with it."""
+
+    file: str
+    row: int
+    """As in `RawRow.number`."""
+    line: int | None
+    """As in `RawRow.line`."""
+    problems: tuple[Problem, ...]
+
+    def __str__(self) -> str:
+        line = f" (line {self.line})" if self.line not in (None, self.row) else ""
+        return f"row {self.row}{line} {', '.join(f'{reason}: {value!r}' for reason, value in self.problems)}"
+
+
+def shorten(value: object, width: int = 80) -> str:
+    """The value on one line, at most `width` characters long, with unprintable characters escaped."""
+    if not isinstance(value, str):
+        value = repr(value)
+    cut = value[: width + 1].encode("utf-8", "backslashreplace").decode("utf-8")
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def row_digest(inputs: Sequence[str], output: str) -> bytes:
+    """SHA-256 of a row (a chat has several inputs), blind to Unicode's form (NFC) and to the amount of white space."""
+    normal = [" ".join(unicodedata.normalize("NFC", part).split()) for part in (*inputs, output)]
+    return hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode("utf-8")).digest()

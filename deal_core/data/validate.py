@@ -1,0 +1,91 @@
+"""From a landed file to a dataset: every row checked, bad rows in quarantine, good rows split for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from deal_core.config import DataConfig
+from deal_core.data.arrival import Arrival, ValidationReport
+from deal_core.data.dataset_files import DatasetFiles, Quarantine
+from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.errors import DataValidationError
+
+
+class ArrivalRefusedError(DataValidationError):
+    """The arrival was read to its end and cannot be used."""
+
+    def __init__(self, message: str, report: ValidationReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def build_dataset(
+    source: Path,
+    task: TaskSchema,
+    folder: Path,
+    config: DataConfig,
+    *,
+    test_source: Path | None = None,
+    frozen_test_rows: Collection[str] = (),
+    on_progress: Callable[[int], None] | None = None,
+) -> DatasetManifest:
+    """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
+
+    Which rows are test rows is said by a test file, else by the column "split", else by the rows' digests; by digest a
+    row lands on the same side in every arrival.
+
+    Args:
+        source: The landed file, see `read_rows`.
+        task: The task; its format may be "auto", and a labelled task without labels gets those of the file.
+        folder: Where the dataset is written. What an earlier call left there is replaced.
+        config: Shares and limits.
+        test_source: A file with the test rows; then `source` holds training rows only.
+        frozen_test_rows: Digests (sha256) of the task's test rows so far; no training row may equal one.
+        on_progress: Called now and then with the number of rows read. The file is read twice where it names its split
+            itself, or where the labels are taken from it.
+
+    Returns:
+        The manifest, with the task's format and labels filled in.
+
+    Raises:
+        ArrivalRefusedError: Too many bad rows, or no row to train on or to test with; quarantine.jsonl is written.
+        DataValidationError: The file cannot be read, or not to its end.
+
+    Example:
+        >>> build_dataset(Path("tickets.csv"), TaskSchema(name="tickets"), Path("out"), DataConfig()).num_train
+    """
+    with DatasetFiles(folder) as files:
+        arrival = Arrival(source, test_source, task, config, frozen_test_rows, on_progress)
+        report = arrival.validate(files.add, files.quarantine.add)
+        if report.refusal is not None:
+            listed = f" Every bad row is listed in {files.quarantine.path}." if report.bad_rows else ""
+            raise ArrivalRefusedError(report.refusal + listed, report)
+        files.publish(report.manifest)
+    return report.manifest
+
+
+def validate_file(
+    source: Path,
+    task: TaskSchema,
+    config: DataConfig,
+    *,
+    test_source: Path | None = None,
+    frozen_test_rows: Collection[str] = (),
+    quarantine_file: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> ValidationReport:
+    """The checks of `build_dataset` alone; keeps no row, and reports a refusal instead of raising it.
+
+    Args:
+        source, task, config, test_source, frozen_test_rows, on_progress: As for `build_dataset`.
+        quarantine_file: Where all bad rows are written, if anywhere.
+
+    Raises:
+        DataValidationError: The file cannot be read, or not to its end.
+    """
+    arrival = Arrival(source, test_source, task, config, frozen_test_rows, on_progress)
+    if quarantine_file is None:
+        return arrival.validate(lambda row, split: None, lambda bad, raw: None)
+    with Quarantine(quarantine_file) as quarantine:
+        return arrival.validate(lambda row, split: None, quarantine.add)
