@@ -1,0 +1,185 @@
+"""Prompts ask as the task says, fit the model, and only ever lose the end of their text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from deal_core.data.prompts import encode_answer, encode_prompt, render_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TASK = TaskSchema(name="animals", labels=("a dog", "a cat"), instruction="Which animal is it?\n")
+
+
+def make_tokenizer(*, begins: bool = False, ends: bool = False, has_bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, so that every text comes back from its ids; `begins`, `ends`: tokens it adds itself."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        ["Which animal is it? Option: a dog, a cat Answer: the quick brown fox"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"]
+        ),
+    )
+    single = " ".join((["<s>"] if begins else []) + ["$A"] + (["</s>"] if ends else []))
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>" if has_bos else None, eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def chat(*messages: tuple[str, str]) -> str:
+    return json.dumps([{"role": role, "content": content} for role, content in messages])
+
+
+def test_a_labelled_prompt_is_the_benchmark_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    wanted = "Which animal is it?\nOption: a dog, a cat\nIt barks.\nAnswer:"
+    assert "".join(render_prompt(TASK, "It barks.", tokenizer)) == wanted
+    assert tokenizer.decode(encode_prompt(tokenizer, TASK, "It barks.", 200)) == wanted
+
+
+def test_a_labelled_prompt_has_no_line_for_what_the_task_does_not_say(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert "".join(render_prompt(TaskSchema(name="t"), "x", tokenizer)) == "x\nAnswer:"
+    assert "".join(render_prompt(TaskSchema(name="t", labels=("a", "b")), "x", tokenizer)) == "Option: a, b\nx\nAnswer:"
+
+
+def test_a_template_replaces_the_default(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskSchema(name="t", labels=("a", "b"), instruction="Say", template="{{{text}}} {options}? {instruction}:")
+    assert render_prompt(task, "{options}", tokenizer) == ("{", "{options}", "} a, b? Say:")
+
+
+def test_a_completion_prompt_is_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskSchema(name="t", format="completion")
+    assert "".join(render_prompt(task, " {as} it\nis ", tokenizer)) == " {as} it\nis "
+    told = TaskSchema(name="t", format="completion", instruction="Answer in verse.")
+    assert "".join(render_prompt(told, "Why?", tokenizer)) == "Answer in verse.\nWhy?"
+
+
+def test_a_chat_prompt_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskSchema(name="t", format="chat", instruction="Be brief.")
+    parts = render_prompt(task, chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Hi")), tokenizer)
+    assert parts == ("<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>Yes?</s><|user|>", "Hi", "</s><|assistant|>")
+    own = render_prompt(task, chat(("system", "Be rude."), ("user", "Hi")), tokenizer)
+    assert own.before == "<s><|system|>Be rude.</s><|user|>"
+
+
+def test_a_chat_gets_one_beginning_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode_prompt(make_tokenizer(begins=True), TaskSchema(name="t", format="chat"), chat(("user", "Hi")), 99)
+    assert ids.count(0) == 1
+
+
+def test_a_chat_without_a_chat_template_is_refused() -> None:
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        encode_prompt(bare, TaskSchema(name="t", format="chat"), chat(("user", "Hi")), 99)
+
+
+def test_format_auto_cannot_be_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="auto.*manifest"):
+        encode_prompt(tokenizer, TaskSchema(name="t", format="auto"), "x", 99)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=120), max_tokens=st.integers(40, 90))
+def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(text: str, max_tokens: int) -> None:
+    tokenizer = _shared_tokenizer()
+    ids = encode_prompt(tokenizer, TASK, text, max_tokens)
+    before, after = "Which animal is it?\nOption: a dog, a cat\n", "\nAnswer:"
+    prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    kept = prompt[len(before) : len(prompt) - len(after)]
+    assert len(ids) <= max_tokens
+    assert prompt == before + kept + after
+    assert text.startswith(kept)
+    if kept != text:
+        longer = before + text[: len(kept) + 1] + after
+        assert len(tokenizer(longer)["input_ids"]) > max_tokens
+
+
+_TOKENIZERS: list[PreTrainedTokenizerFast] = []
+
+
+def _shared_tokenizer() -> PreTrainedTokenizerFast:
+    if not _TOKENIZERS:
+        _TOKENIZERS.append(make_tokenizer())
+    return _TOKENIZERS[0]
+
+
+def test_a_prompt_with_no_room_for_any_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"animals takes \d+ tokens without any text.*max_prompt_tokens = 16"):
+        encode_prompt(tokenizer, TASK, "It barks." * 20, 16)
+
+
+def test_a_long_chat_loses_its_oldest_turns_then_the_end_of_the_last(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskSchema(name="t", format="chat")
+    turns = [("system", "Be kind."), ("user", "old " * 20), ("assistant", "ok"), ("user", "abcdefghij" * 3)]
+    full = encode_prompt(tokenizer, task, chat(*turns), 1000)
+    newest = encode_prompt(tokenizer, task, chat(turns[0], turns[3]), 1000)
+    assert encode_prompt(tokenizer, task, chat(*turns), len(full)) == full
+    assert encode_prompt(tokenizer, task, chat(*turns), len(full) - 1) == newest
+    cut = tokenizer.decode(encode_prompt(tokenizer, task, chat(*turns), len(newest) - 10))
+    assert cut == "<s><|system|>Be kind.</s><|user|>abcdefghijabcdefghij</s><|assistant|>"
+
+
+def test_an_answer_is_a_blank_the_label_and_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    for one in (tokenizer, make_tokenizer(begins=True, ends=True)):
+        ids = encode_answer(one, TASK, "a dog", 50)
+        assert one.decode(ids) == " a dog</s>"
+        assert ids.count(1) == 1 == len([i for i in ids if i < 2])
+
+
+def test_an_answer_gets_no_second_blank_and_a_chats_answer_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    completion = TaskSchema(name="t", format="completion")
+    assert tokenizer.decode(encode_answer(tokenizer, completion, "\n  code", 50)) == "\n  code</s>"
+    assert tokenizer.decode(encode_answer(tokenizer, TaskSchema(name="t", format="chat"), "Yes", 50)) == "Yes</s>"
+
+
+def test_a_long_answer_loses_its_end_and_keeps_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = encode_answer(tokenizer, TASK, "zyxwvutsrq", 50)
+    assert encode_answer(tokenizer, TASK, "zyxwvutsrq", 5) == [*whole[:4], 1]
+    assert encode_answer(tokenizer, TASK, "zyxwvutsrq", len(whole)) == whole
+
+
+def test_an_answer_needs_an_end_token() -> None:
+    endless = make_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match="no end token"):
+        encode_answer(endless, TASK, "a dog", 50)
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "has_bos", "first_is_bos", "last_is_eos"),
+    [
+        (False, False, True, False, False),  # SmolLM2
+        (True, False, True, True, False),  # Llama
+        (True, True, True, True, False),  # Llama set to add an end, which a prompt must not have
+        (False, True, False, False, True),  # T5
+    ],
+)
+def test_special_tokens_are_those_of_the_models_kind(
+    begins: bool, ends: bool, has_bos: bool, first_is_bos: bool, last_is_eos: bool
+) -> None:
+    ids = encode_prompt(make_tokenizer(begins=begins, ends=ends, has_bos=has_bos), TASK, "It barks.", 200)
+    assert (ids[0] == 0, ids[-1] == 1) == (first_is_bos, last_is_eos)
+
+
+def test_a_prompt_that_ends_with_the_end_token_by_itself_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskSchema(name="t", format="completion")
+    assert encode_prompt(tokenizer, task, "turn</s>", 50)[-1] == 1
