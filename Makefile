@@ -1,0 +1,47 @@
+# The two commands to know: `make demo` and `make test`.  `make help` lists the rest.
+
+# The first Python of 3.11 or newer; PYTHON=/path/to/python chooses another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+# Folder of the virtual environment.
+VENV ?= .venv
+# Passed on: make demo ARGS=--compare, make test ARGS='-k gate'.
+ARGS ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development needs
+
+demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter learns each
+	$(BIN)/deal demo $(ARGS)
+
+test: $(VENV)/.stamp-dev ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-dev ## check style
+	$(BIN)/ruff check .
+
+type: $(VENV)/.stamp-dev ## check types
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and what the tools left; deal-home stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found; install one, or give PYTHON=/path/to/python." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
+
+$(VENV)/.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.stamp
