@@ -18,6 +18,8 @@ import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deal_core.errors import ConfigError
+
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
 """A path made absolute, so that it means the same after a change of directory; it need not exist."""
 
@@ -56,7 +58,14 @@ class StoreSettings(HomeSettings):
 
 
 def _default_tracking(data: dict[str, Any]) -> str:
-    return f"sqlite:///{data['home'] / 'mlflow.db'}"
+    return f"sqlite:///{_in_uri(data['home'])}/mlflow.db"
+
+
+def _in_uri(folder: Path) -> Path:
+    """The folder, if a database uri can name it: a '?' would cut the path, and versions of SQLAlchemy differ on '%'."""
+    if {"?", "%"} & set(str(folder)):
+        raise ConfigError(f"The home folder {folder} has a '?' or '%' in its path; set DEAL_HOME to one without.")
+    return folder
 
 
 def _default_artifacts(data: dict[str, Any]) -> str:
@@ -75,16 +84,20 @@ class TrackingSettings(HomeSettings):
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment variables that let Prefect and MLflow run without a server, quietly, inside `home`.
 
-    The command sets them before it imports either. A variable that `environment` has is left out; so is Prefect's
+    The command sets them before it imports either; a tracking server that is away is given up after half a minute
+    rather than four. A variable that `environment` has is left out; so is Prefect's
     database when PREFECT_API_URL names a server.
 
     Args:
         home: the folder that takes everything; see HomeSettings.
         environment: what the user has set.
+
+    Raises:
+        ConfigError: the path of `home` does not fit into a database uri.
     """
-    values = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    values = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
     if not environment.get("PREFECT_API_URL"):
-        folder = home / "prefect"
+        folder = _in_uri(home) / "prefect"
         values["PREFECT_HOME"] = str(folder)
         values["PREFECT_API_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
     return {name: value for name, value in values.items() if name not in environment}

@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
+from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
@@ -55,9 +56,14 @@ def saying(doing: str, uri: str) -> Iterator[None]:
     """Turn MLflow's errors into one that says what failed, and where."""
     try:
         yield
-    except (MlflowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise RegistryError(f"Cannot {doing} at {uri}: {reason}; check MLFLOW_TRACKING_URI and the server.") from error
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        reason = _without_password(str(error).strip().split("\n")[0].rstrip("."))
+        where = _without_password(uri)
+        raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from error
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def open_tracker(settings: TrackingSettings | None = None) -> Tracker:

@@ -1,0 +1,9 @@
+"""The figures of a run, by name."""
+
+from __future__ import annotations
+
+from infra.report.matrix import accuracy_heatmap, accuracy_over_versions
+from infra.report.result import result_figure
+from infra.report.training import fill_bars, loss_curve
+
+__all__ = ["accuracy_heatmap", "accuracy_over_versions", "fill_bars", "loss_curve", "result_figure"]
