@@ -1,0 +1,175 @@
+"""Adapt: one arrival becomes the next version of a lineage, and its champion if it passes the gate.
+
+Example:
+    >>> result = asyncio.run(adapt(read_spec(Path("examples/bank/spec.yaml"))))  # doctest: +SKIP
+    >>> result.status  # doctest: +SKIP
+    'promoted'
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefect import flow
+
+from deal_core.config import AdapterConfig
+from deal_core.errors import ConfigError
+from deal_core.models import DEFAULT_BASE
+from flows.lock import hold_lineage
+from flows.results import AdaptResult, adapted, repeated
+from flows.spec import AdaptSpec
+from flows.stages import Stages
+from tasks.base import identify_base
+from tasks.evaluate import evaluate_version
+from tasks.gate import decide_gate
+from tasks.ingest import ingest_arrival
+from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
+from tasks.progress import reporter
+from tasks.promote import promote_version
+from tasks.record import LineageRecord, read_record, require_same_base
+from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.register import register_version
+from tasks.report import report_run
+from tasks.run import end_run, remove_work, start_run
+from tasks.services import current_store
+from tasks.train import train_version
+
+
+@flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
+async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
+    """Learn one arrival.
+
+    Args:
+        spec: the arrival, the lineage, and how it learns.
+        again: train even if the lineage has learned from this arrival.
+
+    Raises:
+        ConfigError: the spec contradicts the lineage.
+        DataValidationError: the file is refused whole.
+    """
+    async with hold_lineage(spec.lineage):
+        stages = Stages()
+        parent = await stages.run("parent", find_parent, spec.lineage)
+        record = read_record(current_store(), parent.adapter_uri) if parent else None
+        adapter = choose_adapter(spec, record)
+        dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent)
+        stages.done("ingest", describe(dataset))
+        if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
+            return repeated(known, dataset)
+        base = await stages.run("base", identify_base, choose_base(spec, record))
+        stages.done("base", base.name)
+        if record:
+            require_same_base(record, base)
+        config_sha256 = spec.config_sha256(adapter)
+        attempt = 0
+        if again:
+            attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset)
+        run_key = make_run_key(
+            lineage=spec.lineage,
+            base=base,
+            dataset=dataset,
+            parent=parent,
+            config_sha256=config_sha256,
+            attempt=attempt,
+        )
+        if known := await stages.run("repeat", find_registered, run_key):
+            return repeated(known, dataset)
+        params = {**settings_of(spec, adapter), "attempt": attempt}
+        run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
+        try:
+            result = await _learn(spec, Job(run, base, parent, dataset, adapter, config_sha256), stages)
+        except BaseException:
+            end_run(run, "FAILED")
+            raise
+        end_run(run, "FINISHED")
+        remove_work(run)
+        return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on."""
+
+    run: RunRef
+    base: BaseRef
+    parent: VersionRef | None
+    dataset: DatasetRef
+    adapter: AdapterConfig
+    config_sha256: str
+
+
+async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
+    """The stages from training to report."""
+    run, base, parent, dataset = job.run, job.base, job.parent, job.dataset
+    trained = await stages.run(
+        "train", train_version, run, base, parent, dataset, spec.strategy, job.adapter, spec.deal, spec.train
+    )
+    stages.done("train", describe_training(trained.summary))
+    for note in trained.summary.notes:
+        reporter().said(f"    {note}")
+    report = await stages.run(
+        "evaluate", evaluate_version, base, parent, trained.adapter, dataset, spec.evaluate,
+        spec.train.max_prompt_tokens, trained.summary.notes,
+    )  # fmt: skip
+    stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
+    decision = await stages.run("gate", decide_gate, report, spec.gate)
+    stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
+    version = await stages.run(
+        "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
+        spec.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
+    )  # fmt: skip
+    stages.done("register", f"version {version.version} of {version.lineage}")
+    if version.accepted:
+        await stages.run("promote", promote_version, version)
+        stages.done("promote", f"version {version.version} is champion")
+    await stages.run("report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds))
+    stages.done("report", "figures and scores are in MLflow")
+    return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+
+
+def arrival_of(spec: AdaptSpec) -> Arrival:
+    """The arrival that a spec is about."""
+    task = spec.task
+    return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())
+
+
+def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """The base model that is asked for, else the lineage's own, else the default."""
+    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
+
+
+def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
+    """The adapter's shape that is asked for, else the lineage's own, else the default.
+
+    Raises:
+        ConfigError: another shape is asked for than the lineage's adapter has.
+    """
+    if record is None:
+        return spec.adapter or AdapterConfig()
+    if spec.adapter is not None and spec.adapter != record.adapter:
+        raise ConfigError(
+            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
+            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
+        )
+    return record.adapter
+
+
+def settings_of(spec: AdaptSpec, adapter: AdapterConfig) -> dict[str, Any]:
+    """The settings of a run, for its log."""
+    settings = spec.model_dump(mode="json", include={"strategy", "deal", "train", "evaluate", "data", "gate"})
+    return {**settings, "adapter": asdict(adapter)}
+
+
+def describe(dataset: DatasetRef) -> str:
+    """A dataset in a few words."""
+    rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
+    return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}"
+
+
+def describe_training(summary: TrainSummary) -> str:
+    """A training in a few words."""
+    resumed = f", resumed from step {summary.resumed_from_step}" if summary.resumed_from_step is not None else ""
+    losses = [loss for _, loss in summary.losses]
+    course = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
+    return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"

@@ -1,0 +1,265 @@
+"""The `deal` command. Heavy imports happen inside commands, so that `deal --help` answers at once."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
+
+app = typer.Typer(
+    name="deal",
+    help="Continual LoRA adaptation: files of new domains land, one adapter learns each without losing the last.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Hub id, local folder or GGUF file [the lineage's own, else smollm2-135m-instruct]."),
+]
+Strategy = Annotated[str, typer.Option("--strategy", help="How a task is learned: deal or seq_lora.")]
+
+
+@app.command()
+def demo(
+    compare: Annotated[bool, typer.Option("--compare", help="The same arrivals also by plain continued LoRA.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="Another base model [smollm2-135m-instruct].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let three example domains arrive one after another and show what the adapter keeps of each."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.demo import run_demo
+
+            return run_demo(compare=compare, base_model=base)
+
+        outcome = deal.run(start)
+        from flows.tables import show_demo
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_demo(outcome, deal.home))
+        if outcome.failed:
+            raise typer.Exit(FAILED)
+        _exit_if_rejected(outcome.rejected)
+
+
+@app.command()
+def adapt(
+    spec: Annotated[Path | None, typer.Argument(help="Spec file (YAML).", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Task the file belongs to.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="File: CSV, JSON lines or Parquet.")] = None,
+    test_data: Annotated[str | None, typer.Option("--test-data", help="File of test rows.")] = None,
+    lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
+    base: Base = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="deal or seq_lora [deal].")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Train even if this arrival was adapted before.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Adapt the lineage's champion to one file: by a spec, or by --task and --data."""
+    with session(home, as_json, debug) as deal:
+        from flows.spec import spec_from_options
+
+        adapt_spec = spec_from_options(
+            spec, task=task, data=data, test_data=test_data, lineage=lineage, base_model=base, strategy=strategy
+        )
+
+        def start() -> Any:
+            from flows.adapt import adapt as adapt_flow
+
+            return adapt_flow(adapt_spec, again=again)
+
+        outcome = deal.run(start)
+        from flows.tables import show_adaptation
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_adaptation(outcome))
+        _exit_if_rejected(outcome.rejected)
+
+
+@app.command()
+def watch(
+    once: Annotated[bool, typer.Option("--once", help="Handle what is there, then end.")] = False,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
+    ] = None,
+    lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
+    base: Base = None,
+    strategy: Annotated[str | None, typer.Option("--strategy", help="deal or seq_lora [deal].")] = None,
+    poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between two looks at the inbox.")] = 2.0,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
+    with session(home, as_json, debug) as deal:
+        from flows.spec import lineage_spec_from_options
+
+        lineage_spec = lineage_spec_from_options(spec, lineage=lineage, base_model=base, strategy=strategy)
+
+        def start() -> Any:
+            from flows.watch import watch as watch_flow
+
+            return watch_flow(lineage_spec, once=once, poll_seconds=poll)
+
+        outcome = deal.run(start)
+        from flows.tables import show_watch
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_watch(outcome))
+        if outcome.num_refused:
+            raise typer.Exit(FAILED)
+        _exit_if_rejected(outcome.num_rejected > 0)
+
+
+@app.command()
+def evaluate(
+    lineage: Lineage = "default",
+    version: Annotated[str | None, typer.Option("--version", help="Adapter version [the champion].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a version afresh on the frozen test rows of every task it knows."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.evaluate import evaluate as evaluate_flow
+
+            return evaluate_flow(lineage, version)
+
+        outcome = deal.run(start)
+        from flows.tables import show_evaluation
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_evaluation(outcome))
+
+
+@app.command()
+def history(lineage: Lineage = "default", home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List the versions of a lineage: task, scores, the gate's word, aliases."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("reading"):
+            from flows.history import read_history
+
+            entries = read_history(lineage)
+        from flows.tables import show_history
+
+        deal.screen.result([entry.model_dump(mode="json") for entry in entries], *show_history(lineage, entries))
+
+
+@app.command()
+def predict(
+    text: Annotated[str, typer.Argument(help="Text to answer; - reads standard input.")],
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Task [the newest one].")] = None,
+    lineage: Lineage = "default",
+    version: Annotated[str | None, typer.Option("--version", help="Adapter version [the champion].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a text with the lineage's champion."""
+    with session(home, as_json, debug) as deal:
+        if text == "-":
+            text = typer.get_text_stream("stdin").read().strip()
+        with deal.screen.working("predicting"):
+            from flows.embedded import calm_libraries
+            from flows.predict import predict as predict_answer
+
+            calm_libraries()
+            answer = predict_answer(text, lineage=lineage, task=task, version=version)
+        deal.screen.result(answer.model_dump(mode="json"), answer.answer)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="File: CSV, JSON lines or Parquet.")],
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
+    ] = None,
+    task: Annotated[str, typer.Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a file as ingest would, and keep nothing of it."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("validate"):
+            from flows.validate import validate as validate_rows
+
+            outcome = validate_rows(
+                file, spec=spec, task=task, on_progress=lambda done: deal.screen.advanced("validate", done, None)
+            )
+        from flows.tables import show_validation
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_validation(outcome))
+        if not outcome.accepted:
+            raise typer.Exit(FAILED)
+
+
+@model_app.command("fetch")
+def fetch(
+    source: Annotated[str, typer.Argument(help="Built-in name, Hub id, local folder or GGUF file.")] = (
+        "smollm2-135m-instruct"
+    ),
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a base model to this machine, checked and converted, so that runs need no network."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("fetch"):
+            from deal_core.base_sources import resolve_base
+            from infra.settings import HomeSettings
+
+            folder = resolve_base(
+                source,
+                HomeSettings().cache_dir,
+                lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing),
+            )
+        deal.screen.result({"source": source, "folder": str(folder)}, f"{source} is in {folder}")
+
+
+@app.command()
+def ui(
+    open_: Annotated[bool, typer.Option("--open", help="Start MLflow's own server here and open it.")] = False,
+    port: Annotated[int, typer.Option("--port", help="Port on the loopback address.")] = 5000,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say where MLflow shows the runs, or open it."""
+    with session(home, as_json, debug) as deal:
+        _show_ui(deal, open_, port)
+
+
+def main() -> None:
+    """Run the command; the entry point of the installed `deal`."""
+    app()
+
+
+def _show_ui(deal: Session, open_: bool, port: int) -> None:
+    from flows.ui import open_ui, ui_address
+
+    address = ui_address(port)
+    shown = [f"MLflow keeps the runs in {address.tracking_uri}"]
+    if address.command:
+        shown += ["Show them with:", f"  {shlex.join(address.command)}", f"and open {address.url}"]
+    deal.screen.result(address.model_dump(mode="json"), *shown)
+    if open_:
+        raise typer.Exit(open_ui(address))
+
+
+def _exit_if_rejected(rejected: bool) -> None:
+    if rejected:
+        raise typer.Exit(REJECTED)

@@ -1,0 +1,75 @@
+"""The ground a command runs on: one folder for everything, no server, nobody's log lines but ours on the screen.
+
+Only commands call this, before they import anything heavy; a flow that a worker starts brings its own environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+LOGGING_YAML = """\
+# Written by the deal command: what Prefect and MLflow have to say goes to a file beside this one.
+version: 1
+disable_existing_loggers: false
+formatters:
+  plain: {{format: "%(asctime)s %(levelname)s %(name)s: %(message)s"}}
+handlers:
+  file: {{class: logging.FileHandler, filename: {filename}, formatter: plain, delay: true}}
+  api: {{class: prefect.logging.handlers.APILogHandler}}
+loggers:
+  prefect: {{level: INFO}}
+  prefect.flow_runs: {{level: NOTSET, handlers: [api]}}
+  prefect.task_runs: {{level: NOTSET, handlers: [api]}}
+  prefect._internal: {{level: ERROR, propagate: false, handlers: [file]}}
+root: {{level: WARNING, handlers: [file]}}
+"""
+
+QUIET = {
+    "MLFLOW_CONFIGURE_LOGGING": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+"""For this process and the ones it starts; a value the user has set is kept."""
+
+
+def enter_home(home: Path | None) -> Path:
+    """Make the home folder, point everything that writes at it, and return it.
+
+    Args:
+        home: the folder; None leaves it to DEAL_HOME and its default.
+    """
+    from infra.settings import HomeSettings, embedded_environment
+
+    if home is not None:
+        os.environ["DEAL_HOME"] = str(home.expanduser().resolve())
+    folder = HomeSettings().home.expanduser().resolve()
+    os.environ["DEAL_HOME"] = str(folder)
+    log_file = folder / "logs" / "deal.log"
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    logging_file = log_file.with_name("logging.yml")
+    quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"
+    logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
+    values = {**QUIET, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **embedded_environment(folder)}
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    logging.captureWarnings(True)
+    warnings.simplefilter("ignore")
+    return folder
+
+
+def calm_libraries() -> None:
+    """Send the warnings and bars of libraries to the log file; call it once they are imported."""
+    for name in ("mlflow", "alembic", "transformers", "datasets", "huggingface_hub", "accelerate", "peft"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    warnings.simplefilter("ignore")  # some of them have set their own filters meanwhile
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,52 @@
+"""Evaluate: score a version afresh on the frozen test rows of every task it knows."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.config import EvaluateConfig
+from flows.history import find_version
+from flows.stages import Stages
+from infra.registry import open_registry
+from tasks.evaluate import score_version
+from tasks.lineage import version_ref
+
+
+class EvaluateResult(BaseModel):
+    """Fresh accuracies of a version beside those of its own run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    version: str
+    accuracies: dict[str, float]
+    recorded: dict[str, float]
+    """What the version's own run found."""
+    num_rows: dict[str, int]
+    seconds: float
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{lineage}")
+async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
+    """Score a version.
+
+    Args:
+        lineage: whose version.
+        version: its number; None: the champion.
+
+    Raises:
+        RegistryError: there is no such version.
+    """
+    stages = Stages()
+    found = version_ref(find_version(open_registry(), lineage, version))
+    scores = await stages.run("evaluate", score_version, found, EvaluateConfig())
+    stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
+    return EvaluateResult(
+        lineage=lineage,
+        version=found.version,
+        accuracies=scores.accuracies,
+        recorded=scores.recorded,
+        num_rows=scores.num_rows,
+        seconds=stages.seconds["evaluate"],
+    )

@@ -1,0 +1,69 @@
+"""The history of a lineage, as the registry tells it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import RegistryError
+from infra.registry import Registry, VersionInfo, open_registry
+
+
+class HistoryEntry(BaseModel):
+    """One version of a lineage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    task: str
+    strategy: str
+    parent_version: str | None
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    accepted: bool
+    reasons: tuple[str, ...]
+    aliases: tuple[str, ...]
+    created: datetime
+    dataset_sha256: str
+    tracking_id: str
+
+
+def read_history(lineage: str) -> list[HistoryEntry]:
+    """All versions of a lineage, oldest first.
+
+    Raises:
+        RegistryError: the lineage has no version.
+    """
+    versions = open_registry().versions(lineage)
+    if not versions:
+        raise RegistryError(unknown_lineage(lineage))
+    names = HistoryEntry.model_fields
+    return [HistoryEntry(**{name: getattr(version, name) for name in names}) for version in versions]
+
+
+def find_version(registry: Registry, lineage: str, version: str | None) -> VersionInfo:
+    """A version by its number; None: the champion.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    if version is None:
+        champion = registry.champion(lineage)
+        if champion is None:
+            raise RegistryError(unknown_lineage(lineage))
+        return champion
+    found = next((info for info in registry.versions(lineage) if info.version == version), None)
+    if found is None:
+        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
+    return found
+
+
+def unknown_lineage(lineage: str) -> str:
+    """What to say where a lineage has nothing to show."""
+    return (
+        f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
+        "or name another home with --home or lineage with --lineage."
+    )

@@ -1,0 +1,74 @@
+"""Answer one text with a version of a lineage."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import EvaluateConfig
+from deal_core.errors import ConfigError
+from deal_core.evaluate import first_answer_logits, generate_answers
+from flows.history import find_version
+from infra.registry import open_registry
+from tasks.base import lend_base
+from tasks.record import KnownTask, LineageRecord, read_record
+from tasks.services import borrowed_folder, current_store
+
+NUM_TOKENS = 5
+
+
+class Answer(BaseModel):
+    """A text and its answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    answer: str
+    first_token_logits: dict[str, float]
+    """The likeliest first tokens of the answer and their logits: what a plain PEFT load must give too."""
+    task: str
+    lineage: str
+    version: str
+
+
+def predict(text: str, *, lineage: str, task: str | None, version: str | None) -> Answer:
+    """Answer a text as the task's rows are answered.
+
+    Args:
+        text: the text; for a chat task the JSON list of messages.
+        lineage: whose adapter answers.
+        task: whose prompt is used; None: that of the task learned last.
+        version: number of the version; None: the champion.
+
+    Raises:
+        ConfigError: the lineage does not know the task.
+        RegistryError: the lineage has no such version.
+    """
+    store = current_store()
+    info = find_version(open_registry(), lineage, version)
+    record = read_record(store, info.adapter_uri)
+    known = _choose_task(record, task)
+    base = lend_base(record.base)
+    with borrowed_folder(store, info.adapter_uri) as folder, adapter_on(base.model, folder) as model:
+        limit = known.max_prompt_tokens
+        answers = generate_answers(
+            model, base.tokenizer, known.schema, [text], EvaluateConfig(), max_prompt_tokens=limit
+        )
+        logits = first_answer_logits(model, base.tokenizer, known.schema, text, max_prompt_tokens=limit)
+    likeliest = logits.topk(NUM_TOKENS)
+    tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
+    return Answer(
+        answer=answers[0],
+        first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
+        task=known.schema.name,
+        lineage=lineage,
+        version=info.version,
+    )
+
+
+def _choose_task(record: LineageRecord, name: str | None) -> KnownTask:
+    name = record.matrix.trained[-1] if name is None else name
+    known = record.task(name)
+    if known is None:
+        names = ", ".join(task.schema.name for task in record.tasks)
+        raise ConfigError(f"Lineage '{record.lineage}' knows no task '{name}'; it knows {names}.")
+    return known

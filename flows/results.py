@@ -1,0 +1,108 @@
+"""What an adaptation ends with, for people, machines and the flows that call it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.gate import EvaluationReport
+from deal_core.metrics import AccuracyMatrix
+from tasks.references import DatasetRef, TrainSummary, VersionRef
+
+Status = Literal["promoted", "rejected", "repeat"]
+
+
+class Scores(BaseModel):
+    """The scores of one version; None where undefined (a lineage of one task forgets nothing)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+
+    @classmethod
+    def of(cls, matrix: AccuracyMatrix) -> Scores:
+        """The scores of a matrix's last version."""
+        return cls(**{name: getattr(matrix, name) for name in cls.model_fields})
+
+
+class AdaptResult(BaseModel):
+    """The end of one adaptation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Status
+    rejected: bool
+    """The gate rejected the version, in this run or in the one that this run repeats."""
+    message: str
+    lineage: str
+    task: str
+    version: str
+    parent_version: str | None
+    reasons: tuple[str, ...]
+    dataset: DatasetRef
+    run_key: str
+    tracking_id: str | None = None
+    accuracies: dict[str, float] = {}
+    scores: Scores | None = None
+    matrix: dict[str, Any] | None = None
+    num_steps: int = 0
+    resumed_from_step: int | None = None
+    seconds: dict[str, float] = {}
+
+
+def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
+    """The result of an arrival that a version has learned from, or was rejected with, already."""
+    if version.accepted:
+        message = f"Nothing to do: version {version.version} has learned from this arrival; --again trains anew."
+    else:
+        message = (
+            f"Nothing to do: version {version.version} was trained on this arrival with the same parent and settings "
+            "and rejected; change the settings or give --again."
+        )
+    return AdaptResult(
+        status="repeat",
+        rejected=not version.accepted,
+        message=message,
+        lineage=version.lineage,
+        task=dataset.task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        dataset=dataset,
+        run_key=version.run_key,
+    )
+
+
+def adapted(
+    version: VersionRef,
+    dataset: DatasetRef,
+    report: EvaluationReport,
+    summary: TrainSummary,
+    tracking_id: str,
+    seconds: dict[str, float],
+) -> AdaptResult:
+    """The result of a run that trained."""
+    verdict = "is champion" if version.accepted else "was rejected by the gate; the champion stays as it was"
+    return AdaptResult(
+        status="promoted" if version.accepted else "rejected",
+        rejected=not version.accepted,
+        message=f"Version {version.version} of {version.lineage} {verdict}.",
+        lineage=version.lineage,
+        task=dataset.task,
+        version=version.version,
+        parent_version=version.parent_version,
+        reasons=version.reasons,
+        dataset=dataset,
+        run_key=version.run_key,
+        tracking_id=tracking_id,
+        accuracies=dict(report.accuracies),
+        scores=Scores.of(report.matrix),
+        matrix=report.matrix.to_json(),
+        num_steps=summary.num_steps,
+        resumed_from_step=summary.resumed_from_step,
+        seconds=seconds,
+    )

@@ -1,0 +1,92 @@
+"""The frame of every command: its home, its screen, what a mistake looks like and which code it exits with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from deal_core.errors import ConfigError, DealError
+from flows.screens import Screen
+
+FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
+                 show_default=False, rich_help_panel="Common"),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command works with."""
+
+    home: Path
+    screen: Screen
+
+    def run(self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting") -> Result:
+        """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once."""
+        from flows.embedded import calm_libraries
+        from tasks.progress import reporting_to
+
+        with self.screen.working(doing), reporting_to(self.screen) as stop:
+            coroutine = start()  # imports what the flow needs
+            calm_libraries()
+            previous = signal.getsignal(signal.SIGINT)
+
+            def on_interrupt(number: int, frame: Any) -> None:
+                stop.set()
+                self.screen.said("Stopping at the next step; the same command goes on from the last checkpoint.")
+                signal.signal(signal.SIGINT, previous)
+
+            signal.signal(signal.SIGINT, on_interrupt)
+            try:
+                return asyncio.run(coroutine)
+            finally:
+                signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
+    """Prepare the home folder and turn what goes wrong inside into one line and an exit code."""
+    from flows.embedded import enter_home
+
+    screen = Screen(as_json=as_json)
+    folder: Path | None = None
+    try:
+        folder = enter_home(home)
+        yield Session(home=folder, screen=screen)
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        screen.error("Stopped; the same command goes on from the last checkpoint.")
+        raise typer.Exit(STOPPED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        if not isinstance(error, DealError):
+            logging.getLogger("deal").exception("The command failed")
+        screen.error(_in_one_line(error, folder))
+        raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
+
+
+def _in_one_line(error: Exception, home: Path | None) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, DealError):
+        return message
+    where = f"what the libraries logged is in {home / 'logs' / 'deal.log'}, " if home else ""
+    return f"{type(error).__name__}: {message}. This was not expected; {where}--debug shows where it happened."

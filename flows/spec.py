@@ -1,0 +1,229 @@
+"""What to run: the spec, one YAML file or the same thing as a flow's parameter.
+
+Example:
+    >>> read_spec(Path("examples/bank/adapt.yaml")).task.name  # doctest: +SKIP
+    'bank'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deal_core.config import AdapterConfig, DataConfig, DealConfig, EvaluateConfig, GateConfig, TrainConfig
+from deal_core.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Format = Literal["labelled", "completion", "chat"]
+Strategy = Literal["deal", "seq_lora"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class TaskFields(BaseModel):
+    """What can be said of a task besides its name; None where the lineage or the file itself has to tell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Format | None = None
+    """Kind of rows: (text, label), (prompt, completion) or (messages)."""
+    labels: tuple[str, ...] | None = None
+    """The answers of a labelled task; None: those of the lineage, else those found in the file."""
+    instruction: str | None = None
+    """First line of the prompt."""
+    template: str | None = None
+    """Replaces the built-in prompt layout; fields {instruction}, {options}, {text}."""
+    columns: dict[str, str] = {}
+    """Canonical column name to the name in the file, where convention does not find it."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that say something, as a dict."""
+        fields = self.model_dump(include=set(TaskFields.model_fields))
+        return {name: value for name, value in fields.items() if value not in (None, {})}
+
+
+class TaskSpec(TaskFields):
+    """One arrival: the task it belongs to, and its file."""
+
+    name: Name
+    data: str
+    """Path or store uri of the file with training rows (and test rows, unless test_data is given)."""
+    test_data: str | None = None
+    """Path of a file whose rows are all test rows."""
+
+
+class LineageSpec(BaseModel):
+    """Everything of a run but the arrival: which lineage, learned how, judged by what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    lineage: Name = "default"
+    base_model: str | None = None
+    """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
+    strategy: Strategy = "deal"
+    adapter: AdapterConfig | None = None
+    """None: the shape of the lineage's adapter, else the default shape."""
+    deal: DealConfig = DealConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    data: DataConfig = DataConfig()
+    gate: GateConfig = GateConfig()
+
+    def with_task(self, task: TaskSpec) -> AdaptSpec:
+        """The spec of one arrival in this lineage."""
+        shared = {name: getattr(self, name) for name in LineageSpec.model_fields}
+        return AdaptSpec(task=task, **shared)
+
+
+class AdaptSpec(LineageSpec):
+    """One adaptation: the flow's parameter."""
+
+    task: TaskSpec
+
+    def resolved(self, folder: Path) -> Self:
+        """The same spec with its relative paths taken from `folder`."""
+        task = self.task.model_copy(
+            update={
+                "data": _resolve(self.task.data, folder),
+                "test_data": self.task.test_data and _resolve(self.task.test_data, folder),
+            }
+        )
+        base = self.base_model and _resolve_base(self.base_model, folder)
+        return self.model_copy(update={"task": task, "base_model": base})
+
+    def config_sha256(self, adapter: AdapterConfig) -> str:
+        """Digest of every setting that can change the run's result; where the files lie is none of them.
+
+        Args:
+            adapter: the adapter's shape after the lineage's was filled in.
+        """
+        settings = self.model_dump(
+            mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
+                                  "task": {"name", "data", "test_data", "columns"}}
+        )
+        settings["adapter"] = asdict(adapter)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _resolve_base(base: str, folder: Path) -> str:
+    """A base that is a path, made absolute; a name is left as it is."""
+    path = folder / Path(base).expanduser()
+    return str(path.resolve()) if path.exists() else base
+
+
+def _resolve(path: str, folder: Path) -> str:
+    return path if "://" in path else str((folder / Path(path).expanduser()).resolve())
+
+
+def read_spec(path: Path) -> AdaptSpec:
+    """Read the spec of one adaptation; relative paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or a key or value does not fit.
+    """
+    return parse(AdaptSpec, read_yaml(path), str(path)).resolved(path.resolve().parent)
+
+
+def spec_from_options(
+    path: Path | None, *, task: str | None, data: str | None, test_data: str | None, **lineage_options: str | None
+) -> AdaptSpec:
+    """The spec of one adaptation from a command's options, which win over the file's values.
+
+    Raises:
+        ConfigError: neither a spec nor both of task and data are given, or something does not fit.
+    """
+    options = _given(lineage_options)
+    arrival = _given({"name": task, "data": data, "test_data": test_data})
+    if path is None:
+        if not (task and data):
+            raise ConfigError("Give a spec file, or both --task NAME and --data FILE.")
+        return parse(AdaptSpec, {**options, "task": arrival}, "options").resolved(Path.cwd())
+    if arrival:
+        raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
+    spec = read_spec(path)
+    if base := options.pop("base_model", None):
+        options["base_model"] = _resolve_base(base, Path.cwd())
+    return parse(AdaptSpec, {**spec.model_dump(mode="json"), **options}, "options")
+
+
+def lineage_spec_from_options(path: Path | None, **options: str | None) -> LineageSpec:
+    """What a watch needs to know of its lineage, from a file (a task in it is left out) and the command's options.
+
+    Raises:
+        ConfigError: something does not fit.
+    """
+    values = dict(read_yaml(path)) if path else {}
+    values.pop("task", None)
+    if path and isinstance(values.get("base_model"), str):
+        values["base_model"] = _resolve_base(values["base_model"], path.resolve().parent)
+    given = _given(options)
+    if "base_model" in given:
+        given["base_model"] = _resolve_base(given["base_model"], Path.cwd())
+    return parse(LineageSpec, {**values, **given}, str(path or "options"))
+
+
+def _given(options: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Read a YAML file that must be a mapping.
+
+    Raises:
+        ConfigError: the file is missing or holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
+    return loaded
+
+
+def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
+    """Check `values` against `model`, and say in one line per problem what is wrong.
+
+    Raises:
+        ConfigError: with every problem found, its key and the remedy.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem, model) for problem in error.errors())
+        raise ConfigError(f"{origin}: {problems}") from None
+
+
+def _describe(problem: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "spec"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(model, problem["loc"][:-1])
+        return f"unknown key '{where}'" + (f" (known: {', '.join(known)})" if known else "; remove it")
+    if problem["type"] == "missing":
+        return f"key '{where}' is missing; add it"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"'{where}' is {problem['input']!r}; use letters, digits, '.', '_' and '-', at most 64"
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return message if message.startswith(where) else f"'{where}': {message} (got {problem['input']!r})"
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Keys that the part of the spec at `location` may have."""
+    current: Any = model
+    for part in location:
+        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        current = next((kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)), None)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return [field.name for field in fields(current)] if is_dataclass(current) else []

@@ -1,0 +1,48 @@
+"""The base model of a run, loaded once per process and lent to the stages that need it."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.errors import ConfigError
+from deal_core.models import BaseModel, load_base
+from infra.settings import HomeSettings
+from tasks.progress import advance
+from tasks.references import BaseRef
+
+_loaded: dict[str, BaseModel] = {}
+
+
+def lend_base(reference: BaseRef) -> BaseModel:
+    """A base model, bare; whoever puts an adapter on it takes it off again.
+
+    Raises:
+        ConfigError: what lies at its source is another model than it was.
+    """
+    base = _load(reference.source)
+    if base.sha256 != reference.sha256:
+        raise ConfigError(
+            f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {base.sha256[:12]} now); "
+            "bring the old one back, or start a new lineage."
+        )
+    return base
+
+
+def _load(source: str) -> BaseModel:
+    if source not in _loaded:
+        _loaded.clear()  # one at a time: base models are large
+        report = advance("base")
+        _loaded[source] = load_base(
+            source,
+            HomeSettings().cache_dir,
+            on_progress=lambda doing, done, total: report(done, total, doing),
+        )
+    return _loaded[source]
+
+
+@task(name="base", cache_policy=NO_CACHE)
+def identify_base(source: str) -> BaseRef:
+    """Load a base model and say which one it is."""
+    base = _load(source)
+    return BaseRef(source=source, name=base.name, sha256=base.sha256)

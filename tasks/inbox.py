@@ -1,0 +1,144 @@
+"""The inbox: which files have landed, which are complete, and what became of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectInfo, ObjectStore
+
+INBOX = "inbox"
+TASK_FILE = "task.yaml"
+MAX_TRIES = 3
+"""A watch that goes on tries an arrival so often when its run fails for a reason that may pass (a server away, say)."""
+RETRY_PAUSE = timedelta(seconds=60)
+"""Pause before the second try; twice as long before the third."""
+
+Outcome = Literal["promoted", "rejected", "repeat", "refused", "failed"]
+
+
+class Handled(BaseModel):
+    """What became of one file; stands until its content changes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    etag: str
+    outcome: Outcome
+    message: str
+    version: str | None = None
+    num_tries: int = 1
+    at: datetime
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether a watch that goes on shall try the file again."""
+        failed = self.outcome == "failed" and self.num_tries < MAX_TRIES
+        return failed and now - self.at >= RETRY_PAUSE * self.num_tries
+
+
+class InboxState(BaseModel):
+    """The files that a lineage's watch has handled, by key."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    files: dict[str, Handled] = {}
+
+    def is_open(self, info: ObjectInfo, now: datetime, *, retry_now: bool) -> bool:
+        """Whether this content of the file has to be handled.
+
+        Args:
+            info: the file as it is now.
+            now: the time.
+            retry_now: also when its run failed before, however often and lately: somebody asked for it.
+        """
+        handled = self.files.get(info.key)
+        if handled is None or handled.etag != info.etag:
+            return True
+        return handled.outcome == "failed" if retry_now else handled.is_due(now)
+
+    def record(
+        self, info: ObjectInfo, outcome: Outcome, message: str, *, now: datetime, version: str | None = None
+    ) -> Handled:
+        """Note what became of a file."""
+        before = self.files.get(info.key)
+        num_tries = before.num_tries + 1 if before and before.etag == info.etag else 1
+        handled = Handled(
+            etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, at=now
+        )
+        self.files[info.key] = handled
+        return handled
+
+
+def read_state(store: ObjectStore, lineage: str) -> InboxState:
+    """The state of a lineage's watch; empty when it never ran.
+
+    Raises:
+        StoreError: the state cannot be understood.
+    """
+    key = _state_key(lineage)
+    if not store.exists(key):
+        return InboxState()
+    try:
+        return InboxState.model_validate(json.loads(store.get_bytes(key)))
+    except (ValueError, ValidationError):
+        raise StoreError(
+            f"{store.uri_of(key)} is no state of a watch; delete it, and every file in the inbox is looked at again "
+            "(what was adapted is still not adapted twice)."
+        ) from None
+
+
+def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
+    """Keep the state of a lineage's watch."""
+    store.put_bytes(_state_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
+
+
+def list_arrivals(store: ObjectStore, companions: Iterable[str] = ()) -> list[ObjectInfo]:
+    """Files at inbox/<task>/<file>, oldest first.
+
+    Args:
+        store: where the inbox is.
+        companions: keys of files that belong to an arrival and are none of their own, such as test rows.
+    """
+    skipped = set(companions)
+    arrivals = [info for info in store.list(INBOX) if _is_arrival(info.key) and info.key not in skipped]
+    return sorted(arrivals, key=lambda info: (info.modified, info.key))
+
+
+def split_settled(
+    arrivals: Iterable[ObjectInfo], seen: Mapping[str, str], now: datetime, settle_seconds: float
+) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """Part arrivals into those that are complete and those that may still be written.
+
+    A file is complete when it has not changed since the previous look, or for `settle_seconds`.
+
+    Args:
+        arrivals: what is there now.
+        seen: etag by key at the previous look.
+        now: the time.
+        settle_seconds: how long a file must have been left alone.
+    """
+    settled: list[ObjectInfo] = []
+    growing: list[ObjectInfo] = []
+    for info in arrivals:
+        is_old = now - info.modified.astimezone(UTC) >= timedelta(seconds=settle_seconds)
+        (settled if is_old or seen.get(info.key) == info.etag else growing).append(info)
+    return settled, growing
+
+
+def task_of(key: str) -> str:
+    """The task an arrival belongs to."""
+    return key.split("/")[1]
+
+
+def _is_arrival(key: str) -> bool:
+    parts = key.split("/")
+    return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
+
+
+def _state_key(lineage: str) -> str:
+    return f"watch/{lineage}.json"

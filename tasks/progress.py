@@ -1,0 +1,114 @@
+"""How a run tells whoever started it where it stands.
+
+The stages report to the reporter of the current context: the command shows bars and lines, a worker writes log lines.
+The callbacks of `advance` are also where a run that was asked to stop does stop, since stages run in threads that
+nothing can kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: somebody asked for it
+    """The user asked the run to stop; it goes on from its last checkpoint when it is started again."""
+
+
+class Reporter(Protocol):
+    """Receives what happens in a run. Methods are called from worker threads."""
+
+    def stage_started(self, stage: str) -> None:
+        """A stage begins."""
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        """`done` of `total` units of a stage are through."""
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        """A stage ended; `detail` is its result in a few words."""
+
+    def said(self, message: str) -> None:
+        """Something worth a line of its own."""
+
+
+class LogReporter:
+    """Writes stages as log lines: what a worker or a test wants."""
+
+    def stage_started(self, stage: str) -> None:
+        """Log it."""
+        logger.info("%s started", stage)
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        """Log it, for those who debug."""
+        logger.debug("%s %s/%s %s", stage, done, total, detail)
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        """Log it."""
+        logger.info("%s finished in %.1f s: %s", stage, seconds, detail)
+
+    def said(self, message: str) -> None:
+        """Log it."""
+        logger.info("%s", message)
+
+
+@dataclass
+class _Context:
+    reporter: Reporter = field(default_factory=LogReporter)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+_current: ContextVar[_Context | None] = ContextVar("deal_progress", default=None)
+
+
+def _context() -> _Context:
+    return _current.get() or _Context()
+
+
+@contextmanager
+def reporting_to(reporter: Reporter) -> Iterator[threading.Event]:
+    """Send what happens inside to `reporter`; setting the event that is returned stops the run at its next step."""
+    context = _Context(reporter=reporter)
+    token = _current.set(context)
+    try:
+        yield context.stop
+    finally:
+        _current.reset(token)
+
+
+def reporter() -> Reporter:
+    """The reporter of the current context."""
+    return _context().reporter
+
+
+def raise_if_stopped() -> None:
+    """End here if the run was asked to stop.
+
+    Raises:
+        Interrupted: it was.
+    """
+    if _context().stop.is_set():
+        raise Interrupted
+
+
+def advance(stage: str, total: float | None = None) -> Callable[..., None]:
+    """A callback `(done, total=None, detail="")` for code that reports progress of `stage`.
+
+    Raises:
+        Interrupted: from the callback, when the run was asked to stop.
+    """
+    context = _context()  # the caller's, whichever thread the callback runs in
+    default_total = total
+
+    def callback(done: float, total: float | None = None, detail: str = "") -> None:
+        if context.stop.is_set():
+            raise Interrupted
+        context.reporter.advanced(stage, done, default_total if total is None else total, detail)
+
+    return callback

@@ -1,0 +1,110 @@
+"""What the stages of a run hand to each other: small frozen references, never frames, models or clients.
+
+A `uri` is relative to the root of the object store, so that a store can be moved or read from elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Reference(BaseModel):
+    """Base of all references: immutable, JSON-able, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRef(Reference):
+    """A base model: how to load it, and the hash of its weights that a lineage is bound to."""
+
+    source: str
+    name: str
+    sha256: str
+
+
+class Arrival(Reference):
+    """A file that landed for a task, with what is known of the task's rows."""
+
+    task: str
+    data: str
+    """Local path, or a full uri inside the store."""
+    test_data: str | None = None
+    given: dict[str, Any] = {}
+    """Fields of the task's schema that the user gave."""
+
+
+class DatasetRef(Reference):
+    """A validated arrival in the store (`datasets/<task>/<sha256>`)."""
+
+    task: str
+    uri: str
+    sha256: str
+    num_train: int
+    num_test: int
+    num_rejected: int
+
+
+class AdapterRef(Reference):
+    """A plain PEFT folder in the store (`adapters/<lineage>/<run>`)."""
+
+    lineage: str
+    run_key: str
+    uri: str
+    sha256: str
+    parent_version: str | None = None
+
+
+class VersionRef(Reference):
+    """A registered adapter version: where its folder is and what the gate said of it."""
+
+    lineage: str
+    version: str
+    run_key: str
+    adapter_uri: str
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+    parent_version: str | None = None
+
+
+class RunRef(Reference):
+    """One adaptation run: its identity and the MLflow run that belongs to it."""
+
+    lineage: str
+    task: str
+    run_key: str
+    tracking_id: str
+
+    @property
+    def short_key(self) -> str:
+        """The part of the key that names folders."""
+        return self.run_key[:16]
+
+
+class TrainSummary(Reference):
+    """What training reports of itself; kept beside the adapter until the run is registered."""
+
+    adapter_sha256: str
+    num_steps: int
+    seconds: float
+    rows_per_second: float
+    losses: tuple[tuple[int, float], ...]
+    resumed_from_step: int | None = None
+    fill: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+
+
+class TrainedAdapter(Reference):
+    """The result of the train stage."""
+
+    adapter: AdapterRef
+    summary: TrainSummary
+
+
+class VersionScores(Reference):
+    """Fresh accuracies of a version, those of its own run, and how many rows they are of, by task."""
+
+    accuracies: dict[str, float]
+    recorded: dict[str, float]
+    num_rows: dict[str, int]

@@ -1,0 +1,75 @@
+"""What the stages reach the outside world through, made from the environment where it is needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from deal_core.errors import StoreError
+from infra.file_store import FileStore
+from infra.object_store import ObjectStore, open_store
+from infra.settings import HomeSettings, StoreSettings
+from tasks.references import VersionRef
+
+
+def current_store() -> ObjectStore:
+    """The object store that the environment names."""
+    settings = StoreSettings()
+    return open_store(settings.store_uri, settings)
+
+
+def work_folder(lineage: str, short_key: str) -> Path:
+    """Where a run keeps its checkpoints and results until it is registered; found again by its key after a crash."""
+    return HomeSettings().home / "work" / lineage / short_key
+
+
+@contextmanager
+def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
+    """A local copy of a folder of the store, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
+        folder = Path(temporary) / "folder"
+        store.download_folder(uri, folder)
+        yield folder
+
+
+@contextmanager
+def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
+    """A local copy of the parent's adapter; None where the run starts from the base."""
+    if parent is None:
+        yield None
+        return
+    with borrowed_folder(store, parent.adapter_uri) as folder:
+        yield folder
+
+
+@contextmanager
+def local_file(store: ObjectStore, address: str) -> Iterator[Path]:
+    """A local path of a file that is given by path, by a file:// uri, or by its full uri in the store.
+
+    Raises:
+        StoreError: the uri is of another store, or nothing is there.
+    """
+    root = store.uri.rstrip("/") + "/"
+    if not address.startswith(root):
+        yield _outside_store(address, store)
+        return
+    key = address.removeprefix(root)
+    if isinstance(store, FileStore):  # a file of gigabytes need not be copied
+        yield store.root / key
+        return
+    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
+        path = Path(temporary) / key.rsplit("/", 1)[-1]
+        store.download_file(key, path)
+        yield path
+
+
+def _outside_store(address: str, store: ObjectStore) -> Path:
+    if "://" not in address:
+        return Path(address)
+    parts = urlsplit(address)
+    if parts.scheme != "file":
+        raise StoreError(f"{address} is not in the store {store.uri}; give a local path, or set DEAL_STORE_URI.")
+    return Path(unquote(parts.path))

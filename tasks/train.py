@@ -1,0 +1,112 @@
+"""Train: the parent's adapter continued on one dataset, as a plain PEFT folder in the store."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets import Dataset
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.train import TrainingResult, train_adapter
+from infra.object_store import ObjectStore, complete_file
+from infra.tracking import TrackedRun, open_tracker
+from tasks.base import lend_base
+from tasks.ingest import read_manifest
+from tasks.progress import advance
+from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAdapter, TrainSummary, VersionRef
+from tasks.services import borrowed_parent, current_store, work_folder
+
+SUMMARY_FILE = "training.json"
+
+
+@task(name="train", cache_policy=NO_CACHE)
+def train_version(
+    run: RunRef,
+    base: BaseRef,
+    parent: VersionRef | None,
+    dataset: DatasetRef,
+    strategy: str,
+    adapter: AdapterConfig,
+    deal: DealConfig,
+    train: TrainConfig,
+) -> TrainedAdapter:
+    """Train the run's adapter; started again after a crash it goes on from where the work folder says.
+
+    Raises:
+        AdapterStateError: the parent's adapter does not fit the base model.
+    """
+    store = current_store()
+    folder = work_folder(run.lineage, run.short_key)
+    if not (folder / SUMMARY_FILE).is_file():
+        tracked = open_tracker().run(run.tracking_id)
+        with borrowed_parent(store, parent) as parent_folder:
+            result = train_adapter(
+                lend_base(base),
+                parent_folder=parent_folder,
+                rows=_training_rows(store, dataset, folder),
+                task=read_manifest(store, dataset.uri).task,
+                strategy=strategy,
+                adapter=adapter,
+                deal=deal,
+                train=train,
+                output_folder=folder / "adapter",
+                checkpoint_folder=folder / "checkpoints",
+                on_log=_on_log(tracked, num_steps(train, dataset.num_train)),
+            )
+        tracked.flush()
+        _write_summary(folder, result)
+    summary = TrainSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
+    uri = f"adapters/{run.lineage}/{run.short_key}"
+    store.upload_folder(folder / "adapter", uri)
+    reference = AdapterRef(
+        lineage=run.lineage,
+        run_key=run.run_key,
+        uri=uri,
+        sha256=summary.adapter_sha256,
+        parent_version=parent.version if parent else None,
+    )
+    return TrainedAdapter(adapter=reference, summary=summary)
+
+
+def num_steps(train: TrainConfig, num_rows: int) -> int:
+    """Optimiser steps that these settings take on so many rows."""
+    per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
+    return train.max_steps or per_epoch * train.num_epochs
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """Digest of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _training_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Dataset:
+    """The training rows, mapped from disk rather than held in memory."""
+    path = folder / "rows" / "train.parquet"
+    store.download_file(f"{dataset.uri}/train.parquet", path)
+    return Dataset.from_parquet(str(path), cache_dir=str(path.parent))
+
+
+def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:
+    report = advance("train", total)
+
+    def on_log(step: int, values: Mapping[str, float]) -> None:
+        tracked.log(step, {f"train/{name}": value for name, value in values.items()})
+        report(step, detail=f"loss {values['loss']:.3f}" if "loss" in values else "")
+
+    return on_log
+
+
+def _write_summary(folder: Path, result: TrainingResult) -> None:
+    """Say, last of all, that the adapter in the work folder is complete."""
+    summary = TrainSummary(adapter_sha256=sha256_of_folder(folder / "adapter"), **asdict(result))
+    with complete_file(folder / SUMMARY_FILE) as part:
+        part.write_text(summary.model_dump_json(), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""The inbox: order, half-written files, and what is never looked at twice."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectInfo, open_store
+from tasks.inbox import (
+    MAX_TRIES,
+    RETRY_PAUSE,
+    InboxState,
+    list_arrivals,
+    read_state,
+    split_settled,
+    task_of,
+    write_state,
+)
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def info(key: str = "inbox/bank/a.csv", etag: str = "1", age: float = 100.0) -> ObjectInfo:
+    return ObjectInfo(key=key, size=1, etag=etag, modified=NOW - timedelta(seconds=age))
+
+
+def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    names = ["bank/late.csv", "clinic/early.csv", "bank/task.yaml", "bank/.hidden", "stray.csv", "bank/deep/x.csv",
+             "bank/test.csv"]  # fmt: skip
+    for number, name in enumerate(names):
+        store.put_bytes(f"inbox/{name}", b"x")
+        os.utime(tmp_path / "inbox" / name, (number, number))
+    os.utime(tmp_path / "inbox/clinic/early.csv", (-5, -5))
+    found = [entry.key for entry in list_arrivals(store, companions=["inbox/bank/test.csv"])]
+    assert found == ["inbox/clinic/early.csv", "inbox/bank/late.csv"]
+    assert task_of(found[0]) == "clinic"
+
+
+def test_a_file_that_changed_since_the_last_look_is_left_alone() -> None:
+    fresh = info(age=0.5)
+    assert split_settled([fresh], {}, NOW, 2.0) == ([], [fresh])
+    assert split_settled([fresh], {fresh.key: "0"}, NOW, 2.0) == ([], [fresh])
+    assert split_settled([fresh], {fresh.key: fresh.etag}, NOW, 2.0) == ([fresh], [])
+
+
+def test_an_old_file_needs_no_second_look() -> None:
+    old = info(age=3)
+    assert split_settled([old], {}, NOW, 2.0) == ([old], [])
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "rejected", "repeat", "refused"])
+def test_what_was_handled_is_closed_until_its_content_changes(outcome: str) -> None:
+    state = InboxState()
+    state.record(info(), outcome, "", now=NOW)  # type: ignore[arg-type]
+    later = NOW + 100 * RETRY_PAUSE
+    assert not state.is_open(info(), later, retry_now=True)
+    assert not state.is_open(info(), later, retry_now=False)
+    assert state.is_open(info(etag="2"), later, retry_now=False)
+
+
+def test_a_failed_run_is_tried_again_after_a_pause_and_not_for_ever() -> None:
+    state = InboxState()
+    now = NOW
+    for number in range(1, MAX_TRIES):
+        state.record(info(), "failed", "", now=now)
+        assert not state.is_open(info(), now + RETRY_PAUSE * number / 2, retry_now=False)
+        now += RETRY_PAUSE * number
+        assert state.is_open(info(), now, retry_now=False)
+    state.record(info(), "failed", "", now=now)
+    assert not state.is_open(info(), now + 100 * RETRY_PAUSE, retry_now=False)
+    assert state.is_open(info(), now, retry_now=True)
+
+
+def test_a_changed_file_starts_counting_anew() -> None:
+    state = InboxState()
+    for _ in range(MAX_TRIES):
+        state.record(info(), "failed", "", now=NOW)
+    assert state.record(info(etag="2"), "failed", "", now=NOW).num_tries == 1
+
+
+def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    state = InboxState()
+    state.record(info(), "promoted", "done", now=NOW, version="3")
+    write_state(store, "a", state)
+    assert read_state(store, "a") == state
+    assert read_state(store, "b") == InboxState()
+
+
+def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("watch/a.json", b"{nonsense")
+    with pytest.raises(StoreError, match="delete it"):
+        read_state(store, "a")
