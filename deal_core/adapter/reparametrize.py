@@ -1,0 +1,117 @@
+"""LoRA factors as functions of the method's parameters: materialise before a step, pull gradients back after it.
+
+The network acts on weights, not on activations: training runs on the adapter's ordinary lora_A and lora_B, and once per
+optimiser step the accumulated gradients of the factors go back through the network. The parameters live outside the
+trained model, so that no wrapper of the model sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from deal_core.adapter.factor import FactorNetwork, LiteralFactor, SpectralFactor
+from deal_core.adapter.spectrum import count_core_slots, decompose
+from deal_core.adapter.stack import LoraStack
+from deal_core.config import DealConfig
+
+
+class Reparametrization(nn.Module):
+    """The factor networks of all stacks of one adapter.
+
+    Its state (parameters and the arrival's constants: spectrum, seeds, core mask) is what a checkpoint keeps.
+
+    Attributes:
+        num_core_slots: Core slots of every module, by name; empty for the literal form.
+        is_full: Names of the modules whose core had to be cut to leave the free share.
+    """
+
+    def __init__(self, stacks: Sequence[LoraStack], config: DealConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self._stacks = tuple(stacks)
+        self.num_core_slots: dict[str, int] = {}
+        self.is_full: tuple[str, ...] = ()
+        self.sides = nn.ModuleList()
+        for stack in self._stacks:
+            factory = _literal_sides if config.form == "literal" else self._spectral_sides
+            self.sides.append(nn.ModuleList(factory(stack, config, generator)))
+
+    def _spectral_sides(
+        self, stack: LoraStack, config: DealConfig, generator: torch.Generator
+    ) -> tuple[FactorNetwork, FactorNetwork]:
+        a_MRI, b_MOR = stack.read()
+        spectrum = decompose(a_MRI, b_MOR)
+        rank = a_MRI.shape[1]
+        num_free = max(1, round(config.free_share * rank))
+        count_M = count_core_slots(spectrum.sigma_MR, config.energy, num_free)
+        wanted_M = count_core_slots(spectrum.sigma_MR, config.energy, 0)
+        self.num_core_slots.update(zip(stack.names, count_M.tolist(), strict=True))
+        self.is_full += tuple(n for n, c, w in zip(stack.names, count_M, wanted_M, strict=True) if c < w)
+        core_MR = torch.arange(rank).unsqueeze(0) < count_M.unsqueeze(1)
+        y_A, y_B = spectrum.factors() if config.balanced else (a_MRI.mT.clone(), b_MOR)
+        if config.recycle:
+            y_A, y_B = _recycle(y_A, y_B, core_MR, config, generator)
+        guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.recycle else None
+        a_side = SpectralFactor(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
+        b_side = SpectralFactor(y_B, spectrum.sigma_MR, core_MR, config, None, is_trained=config.sides != "A")
+        return a_side, b_side
+
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Write A' and B' into the adapter's own parameters."""
+        for stack, (a_side, b_side) in zip(self._stacks, self.sides, strict=True):
+            stack.write(a_side().mT, b_side())
+
+    def pull_back(self) -> None:
+        """Set the parameters' gradients to those of the factors, taken back through the networks (chain rule)."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        for stack, networks in zip(self._stacks, self.sides, strict=True):
+            grad_A, grad_B = stack.gradients()
+            outputs, gradients = [], []
+            for network, gradient in zip(networks, (grad_A.mT, grad_B), strict=True):
+                if network.is_trained:
+                    outputs.append(network())
+                    gradients.append(gradient)
+            torch.autograd.backward(outputs, gradients)
+
+    def penalty(self) -> Tensor:
+        """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""
+        return torch.stack([network.penalty() for networks in self.sides for network in networks]).sum()
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Take every constant and parameter from the first process, bit for bit."""
+        for tensor in self.state_dict().values():
+            tensor.copy_(broadcast(tensor.contiguous()))
+
+
+def _recycle(
+    y_A: Tensor, y_B: Tensor, core_MR: Tensor, config: DealConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Empty the free slots of one factor and seed the other as PEFT seeds a new LoRA: U(−1/√n, 1/√n) for n features.
+
+    B is emptied and A seeded, unless A alone is trained: a slot that is zero in its only trained partner's mate never
+    gets a gradient.
+    """
+    core_M1R = core_MR.unsqueeze(1)
+    seeded = y_B if config.sides == "A" else y_A
+    bound = seeded.shape[1] ** -0.5
+    seeds = (torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound
+    if config.sides == "A":
+        return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)
+    return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)
+
+
+def _literal_sides(
+    stack: LoraStack, config: DealConfig, generator: torch.Generator
+) -> tuple[FactorNetwork, FactorNetwork]:
+    del generator  # the literal form seeds nothing
+    a_MRI, b_MOR = stack.read()
+    return (
+        LiteralFactor(a_MRI.mT, config, is_trained=config.sides != "B"),
+        LiteralFactor(b_MOR, config, is_trained=config.sides != "A"),
+    )

@@ -1,0 +1,154 @@
+"""Adapters and method state on disk: a plain PEFT folder, loadable with no code of ours, and method.json beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from deal_core.adapter.spectrum import count_core_slots, decompose
+from deal_core.adapter.stack import ADAPTER_NAME, collect_stacks
+from deal_core.config import AdapterConfig
+from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.strategies.base import MethodState
+
+METHOD_JSON = "method.json"
+METHOD_TENSORS = "method.safetensors"
+SCHEMA_VERSION = 1
+
+# The query and value projections, as in arXiv 2509.18942, under the names each model type gives them.
+TARGET_MODULES: dict[str, tuple[str, ...]] = {
+    "t5": ("q", "v"),
+    "mt5": ("q", "v"),
+    "umt5": ("q", "v"),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"),
+        ("q_proj", "v_proj"),
+    ),
+}
+
+
+@contextmanager
+def adapter_on(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
+    """Lend a base model with a saved adapter on it (None: untouched); it is bare again afterwards."""
+    if folder is None:
+        yield model
+        return
+    peft_model = load_adapter(model, folder)
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+
+
+def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, base_name: str, seed: int) -> PeftModel:
+    """Give a base model a new LoRA adapter in fp32, ΔW = 0; `base_name` is what its saved config names as base.
+
+    Raises:
+        ConfigError: The target modules are not known for this model type, or not in the model.
+    """
+    targets = adapter.target_modules or TARGET_MODULES.get(model.config.model_type)
+    if targets is None:
+        raise ConfigError(
+            f"No default target modules are known for model type {model.config.model_type!r}; "
+            "name the linear layers that shall carry the adapter in adapter.target_modules."
+        )
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.scale_alpha,
+        target_modules=list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"adapter.target_modules {targets} do not fit {type(model).__name__}: {error}") from error
+    config.base_model_name_or_path = base_name  # PEFT puts the local path there
+    return peft_model
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load a PEFT folder onto a base model, in fp32.
+
+    Raises:
+        AdapterStateError: The folder holds no adapter, or its keys are not exactly those that the model expects.
+    """
+    weights_path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not (folder / "adapter_config.json").is_file() or not weights_path.is_file():
+        raise AdapterStateError(
+            f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}); give the folder of a version."
+        )
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trainable
+    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None
+    peft_model = get_peft_model(model, config)
+    config.base_model_name_or_path = base_name
+    tensors = load_file(weights_path)
+    expected, found = set(get_peft_model_state_dict(peft_model)), set(tensors)
+    if expected != found:
+        raise AdapterStateError(
+            f"{weights_path} does not fit the model: {len(expected - found)} keys are missing "
+            f"{sorted(expected - found)[:3]}, {len(found - expected)} are unexpected {sorted(found - expected)[:3]}. "
+            "Load it onto the base model it was trained on."
+        )
+    set_peft_model_state_dict(peft_model, tensors)
+    return peft_model
+
+
+def save_adapter(model: PeftModel, folder: Path, state: MethodState) -> None:
+    """Write the adapter as a plain PEFT folder, and the method's state beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours is written from the run
+    if state.tensors:
+        save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "strategy": state.strategy,
+        "stores": state.stores,
+        "num_bytes": state.num_bytes,
+    }
+    (folder / METHOD_JSON).write_text(json.dumps(header, indent=2) + "\n")
+
+
+def load_method_state(folder: Path) -> MethodState:
+    """Read the method's state of a saved version.
+
+    Raises:
+        AdapterStateError: It is missing, or of a schema this release does not read.
+    """
+    path = folder / METHOD_JSON
+    if not path.is_file():
+        raise AdapterStateError(f"{path} is missing; the folder was not written by this project.")
+    header = json.loads(path.read_text())
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise AdapterStateError(
+            f"{path} has schema version {header.get('schema_version')}, this release reads {SCHEMA_VERSION}; "
+            "use the release that wrote it."
+        )
+    tensors_path = folder / METHOD_TENSORS
+    tensors = load_file(tensors_path) if tensors_path.is_file() else {}
+    return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors)
+
+
+def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
+    """Share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name: how full the adapter is."""
+    fill: dict[str, float] = {}
+    for stack in collect_stacks(model):
+        sigma_MR = decompose(*stack.read()).sigma_MR
+        shares_M = count_core_slots(sigma_MR, energy, 0) / sigma_MR.shape[1]
+        fill.update(zip(stack.names, shares_M.tolist(), strict=True))
+    return fill
+
+
+__all__ = ["ADAPTER_NAME", "adapter_fill", "adapter_on", "attach_adapter", "load_adapter", "load_method_state", "save_adapter"]

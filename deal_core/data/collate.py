@@ -1,0 +1,116 @@
+"""From rows to batches: tokenised once, filled with rows of similar length, logits needed for the answer alone.
+
+Shapes: B rows of a batch, T tokens of the longest row, K tokens of the longest answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.schema import TaskSchema
+
+IGNORED = -100
+BATCHES_PER_BUCKET = 16
+
+
+def encode_rows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+) -> Dataset:
+    """Tokenise rows of (input, output) into columns prompt_ids, answer_ids and length."""
+
+    def encode(row: Mapping[str, str]) -> dict[str, Any]:
+        prompt_ids = encode_prompt(tokenizer, task, row["input"], max_prompt_tokens)
+        answer_ids = encode_answer(tokenizer, task, row["output"], max_answer_tokens)
+        return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "length": len(prompt_ids) + len(answer_ids)}
+
+    return rows.map(encode, remove_columns=rows.column_names)
+
+
+class AnswerCollator:
+    """Pads a batch. Decoder-only: prompt and answer end at the right edge, so that one slice holds every answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool) -> None:
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+        self._is_seq2seq = is_seq2seq
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask (B×T) and labels (B×K), the answers' tokens only."""
+        answers = [list(row["answer_ids"]) for row in rows]
+        prompts = [list(row["prompt_ids"]) for row in rows]
+        if self._is_seq2seq:
+            input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
+            labels, _ = pad_batch(answers, IGNORED, side="right")
+            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        input_ids, mask = pad_batch([p + a for p, a in zip(prompts, answers, strict=True)], self._pad_id, side="left")
+        labels, _ = pad_batch(answers, IGNORED, side="left")
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "labels": labels,
+        }
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:
+    """Pad token lists to one length; return the tokens and the mask of real ones, both B×T."""
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(s, dtype=torch.long) for s in sequences],
+        batch_first=True,
+        padding_value=value,
+        padding_side=side,
+    )
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True, padding_side=side
+    )
+    return tokens, mask
+
+
+class BucketSampler(Sampler[int]):
+    """Order of rows for an epoch: batches hold rows of similar length, batches come in random order.
+
+    The order follows from the seed and the epoch alone, so that a run resumed in any epoch sees the same one;
+    transformers' LengthGroupedSampler draws from the global generator and does not have this property.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool) -> None:
+        self._lengths = list(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group_by_length = group_by_length
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        if not self._group_by_length:
+            return iter(order)
+        bucket = self._batch_size * BATCHES_PER_BUCKET
+        batches: list[list[int]] = []
+        for start in range(0, len(order), bucket):
+            members = sorted(order[start : start + bucket], key=self._lengths.__getitem__)
+            batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
+        # a batch that is not full must come last, or it would shift the borders of those after it
+        partial = [batch for batch in batches if len(batch) < self._batch_size]
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return iter([row for batch in shuffled + partial for row in batch])

@@ -1,0 +1,157 @@
+"""Generate answers and score them: greedy, batched by length, stopped at each answer's end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from deal_core.config import EvaluateConfig
+from deal_core.data.collate import pad_batch
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.metrics import exact_match, rouge1
+
+OnProgress = Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation:
+    """One model's answers to a task's test rows.
+
+    Attributes:
+        task: Name of the task.
+        accuracy: Share of exact matches after strip and case-fold, 0 to 1.
+        rouge1: Mean unigram F1 of answer and reference.
+        num_rows: Test rows.
+        majority_rate: Share of the commonest reference: what a constant answer scores.
+        answers: The generated answers, in the rows' order.
+    """
+
+    task: str
+    accuracy: float
+    rouge1: float
+    num_rows: int
+    majority_rate: float
+    answers: tuple[str, ...]
+
+
+def evaluate_task(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> TaskEvaluation:
+    """Answer every row's input and compare with its output."""
+    references = list(rows["output"])
+    answers = generate_answers(
+        model, tokenizer, task, list(rows["input"]), config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
+    )
+    num_rows = len(references)
+    pairs = list(zip(answers, references, strict=True))
+    commonest = Counter(reference.strip().casefold() for reference in references).most_common(1)
+    return TaskEvaluation(
+        task=task.name,
+        accuracy=sum(exact_match(a, r) for a, r in pairs) / num_rows if num_rows else 0.0,
+        rouge1=sum(rouge1(a, r) for a, r in pairs) / num_rows if num_rows else 0.0,
+        num_rows=num_rows,
+        majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
+        answers=tuple(answers),
+    )
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> list[str]:
+    """Generate one greedy answer per input, in the inputs' order.
+
+    Args:
+        on_progress: Called with the number of rows just answered.
+
+    Example:
+        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
+    """
+    model.eval()
+    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    answers = [""] * len(prompts)
+    limit = _answer_limit(tokenizer, task, config)
+    for batch in _batches_by_length([len(p) for p in prompts], config.max_batch_tokens):
+        tokens = _generate(model, tokenizer, [prompts[i] for i in batch], limit)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text.strip()
+        if on_progress is not None:
+            on_progress(len(batch))
+    return answers
+
+
+@torch.inference_mode()
+def first_answer_logits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
+) -> Tensor:
+    """Logits of the first answer token, shape (vocabulary,), as fp32: what `generate_answers` starts from."""
+    model.eval()
+    input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=_device(model))
+    if model.config.is_encoder_decoder:
+        start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
+        logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
+    else:
+        logits = model(input_ids=input_ids, logits_to_keep=1).logits
+    return logits[0, -1].float()
+
+
+def _answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
+    """A labelled task's answers end by its longest label; going on would change no exact match."""
+    if not task.labels:
+        return config.max_new_tokens
+    longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    return min(config.max_new_tokens, longest + 1)
+
+
+def _batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    is_seq2seq = model.config.is_encoder_decoder
+    input_ids, mask = pad_batch(prompts, int(tokenizer.pad_token_id or 0), side="right" if is_seq2seq else "left")
+    tokens = model.generate(
+        input_ids=input_ids.to(_device(model)),
+        attention_mask=mask.to(_device(model)),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new_tokens: list[list[int]] = tokens[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
+    return new_tokens

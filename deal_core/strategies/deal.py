@@ -1,0 +1,84 @@
+"""DEAL: retain the adapter's core spectrum, learn the new task in what is free (arXiv 2509.18942)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.strategies.base import MethodState, Strategy
+
+
+class Deal(Strategy):
+    """The first task of a lineage is plain LoRA; every later one trains the method's parameters instead of A and B."""
+
+    name = "deal"
+
+    def prepare(self, model: PeftModel, state: MethodState | None) -> None:
+        """Decompose the parent's adapter and write the factors the new task starts from."""
+        super().prepare(model, state)
+        self.network: Reparametrization | None = None
+        generator = torch.Generator().manual_seed(self.seed)
+        if state is None:
+            self._start_first_task(generator)
+            return
+        self.network = Reparametrization(self.stacks, self.deal, generator)
+        self.network.synchronise()
+        self.network.materialise()
+
+    def _start_first_task(self, generator: torch.Generator) -> None:
+        """With one side trained, the other must not be the zero one, or no gradient ever flows."""
+        if self.deal.sides == "both":
+            return
+        for stack in self.stacks:
+            if self.deal.sides == "A":
+                a_MRI, b_MOR = stack.read()
+                bound = b_MOR.shape[2] ** -0.5
+                seeds = (torch.rand(b_MOR.shape, generator=generator) * 2 - 1) * bound
+                stack.write(torch.zeros_like(a_MRI), seeds)
+            for param in stack.b_params if self.deal.sides == "A" else stack.a_params:
+                param.requires_grad_(False)
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return g, c, Ω and b; for the first task, A and B."""
+        return super().parameters() if self.network is None else list(self.network.parameters())
+
+    def penalty(self) -> Tensor | None:
+        """Return the λ₁ and λ₂ terms of Eq. 12; none for the first task."""
+        return None if self.network is None else self.network.penalty()
+
+    def before_step(self) -> None:
+        """Pull the gradients of A and B back to the method's parameters."""
+        if self.network is not None:
+            self.network.pull_back()
+
+    def after_step(self) -> None:
+        """Materialise A and B from the stepped parameters."""
+        if self.network is not None:
+            self.network.materialise()
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return the network's parameters and the arrival's constants."""
+        return {} if self.network is None else dict(self.network.state_dict())
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take parameters and constants back, and materialise from them."""
+        if self.network is not None:
+            self.network.load_state_dict(tensors)
+            self.network.materialise()
+
+    def notes(self) -> tuple[str, ...]:
+        """Say how much of the adapter was core, and whether it is full."""
+        if self.network is None or not self.network.num_core_slots:
+            return ()
+        counts = self.network.num_core_slots
+        found = [f"core slots when the task arrived: {sum(counts.values()) / len(counts):.1f} per module on average"]
+        if self.network.is_full:
+            found.append(
+                f"the adapter is full in {len(self.network.is_full)} of {len(counts)} modules: their core was cut to "
+                "leave free slots; a larger adapter.rank in a new lineage gives more room"
+            )
+        return tuple(found)

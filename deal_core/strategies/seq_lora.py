@@ -1,0 +1,11 @@
+"""SeqLoRA: keep training the same LoRA, the lower bound every method of the field is measured against."""
+
+from __future__ import annotations
+
+from deal_core.strategies.base import Strategy
+
+
+class SeqLora(Strategy):
+    """Plain LoRA fine-tuning, task after task, on one adapter."""
+
+    name = "seq_lora"

@@ -1,0 +1,194 @@
+"""Train one adapter on one task, whatever the strategy; resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import DataValidationError
+from deal_core.models import BaseModel
+from deal_core.strategies import make_strategy
+from deal_core.trainer import AdapterTrainer, find_checkpoint
+
+OnLog = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a training run did.
+
+    Attributes:
+        num_steps: Optimiser steps of the whole run, those before a resume included.
+        seconds: Wall time of this call's training loop.
+        rows_per_second: Training rows per second in this call.
+        losses: (step, mean loss per answer token) of every step, those before a resume included.
+        resumed_from_step: The checkpoint's step when the run was continued, else None.
+        fill: Share of each module's slots that the trained adapter uses.
+        notes: What a person should know about how the task was learned.
+    """
+
+    num_steps: int
+    seconds: float
+    rows_per_second: float
+    losses: tuple[tuple[int, float], ...]
+    resumed_from_step: int | None
+    fill: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def train_adapter(
+    base: BaseModel,
+    *,
+    parent_folder: Path | None,
+    rows: Dataset,
+    task: TaskSchema,
+    strategy: str,
+    adapter: AdapterConfig,
+    deal: DealConfig,
+    train: TrainConfig,
+    output_folder: Path,
+    checkpoint_folder: Path,
+    on_log: OnLog | None = None,
+) -> TrainingResult:
+    """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
+
+    Called again with the same arguments after it died, it goes on from the last complete checkpoint.
+
+    Args:
+        base: The base model; it is bare again when this returns.
+        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
+        rows: Training rows with columns input and output.
+        task: How a row becomes a prompt.
+        strategy: Name of the strategy.
+        output_folder: Gets the PEFT folder and the method's state.
+        checkpoint_folder: Gets the checkpoints.
+        on_log: Called after every optimiser step with the step and its loss and gradient norm.
+
+    Raises:
+        DataValidationError: There is no row to train on.
+        AdapterStateError: The parent's adapter does not fit the base.
+    """
+    if len(rows) == 0:
+        raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
+    if parent_folder is None:
+        model = attach_adapter(base.model, adapter, base_name=base.name, seed=train.seed)
+        parent_state = None
+    else:
+        model = load_adapter(base.model, parent_folder, is_trainable=True)
+        parent_state = load_method_state(parent_folder)
+    try:
+        method = make_strategy(strategy, deal, train.seed)
+        method.prepare(model, parent_state)
+        encoded = encode_rows(
+            method.rows(rows),
+            base.tokenizer,
+            task,
+            max_prompt_tokens=train.max_prompt_tokens,
+            max_answer_tokens=train.max_answer_tokens,
+        )
+        trainer = AdapterTrainer(
+            model=model,
+            args=training_arguments(train, checkpoint_folder, len(encoded)),
+            train_dataset=encoded,
+            data_collator=AnswerCollator(base.tokenizer, is_seq2seq=base.kind == "seq2seq"),
+            strategy=method,
+            group_by_length=train.group_by_length,
+        )
+        if on_log is not None:
+            trainer.add_callback(_ReportSteps(on_log))
+        checkpoint = find_checkpoint(checkpoint_folder)
+        started = time.perf_counter()
+        trainer.run(checkpoint)
+        seconds = time.perf_counter() - started
+        state = method.finish()
+        save_adapter(model, output_folder, state)
+        return _summarise(trainer, seconds, checkpoint, adapter_fill(model), method.notes())
+    finally:
+        model.unload()
+
+
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
+    """Translate our settings into transformers' own."""
+    steps_per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
+    save_steps = train.checkpoint_steps
+    total = train.max_steps or steps_per_epoch * train.num_epochs
+    return TrainingArguments(
+        output_dir=str(checkpoint_folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=train.max_grad_norm,
+        num_train_epochs=train.num_epochs,
+        max_steps=train.max_steps or -1,
+        logging_steps=1,
+        save_strategy="steps" if 0 < save_steps < total else "no",
+        save_steps=max(save_steps, 1),
+        save_total_limit=2,
+        seed=train.seed,
+        gradient_checkpointing=train.gradient_checkpointing,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,
+    )
+
+
+class _ReportSteps(TrainerCallback):
+    def __init__(self, on_log: OnLog) -> None:
+        self._on_log = on_log
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._on_log(state.global_step, {k: float(logs[k]) for k in ("loss", "grad_norm") if k in logs})
+
+
+def _summarise(
+    trainer: AdapterTrainer,
+    seconds: float,
+    checkpoint: Path | None,
+    fill: Mapping[str, float],
+    notes: tuple[str, ...],
+) -> TrainingResult:
+    state, args = trainer.state, trainer.args
+    resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows_seen = (state.global_step - (resumed_from or 0)) * rows_per_step
+    return TrainingResult(
+        num_steps=state.global_step,
+        seconds=seconds,
+        rows_per_second=rows_seen / seconds if seconds > 0 else 0.0,
+        losses=tuple((int(log["step"]), float(log["loss"])) for log in state.log_history if "loss" in log),
+        resumed_from_step=resumed_from,
+        fill=fill,
+        notes=notes,
+    )
+
+
+def remove_checkpoints(checkpoint_folder: Path) -> None:
+    """Delete the checkpoints of a run whose result is safe elsewhere."""
+    shutil.rmtree(checkpoint_folder, ignore_errors=True)
+
+
+__all__ = ["OnLog", "PeftModel", "TrainingResult", "remove_checkpoints", "train_adapter", "training_arguments"]

@@ -1,0 +1,144 @@
+"""A thin subclass of transformers' Trainer: answer-only logits, a strategy's hooks, checkpoints that resume exactly.
+
+Precision, gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deal_core.data.collate import IGNORED, BucketSampler
+from deal_core.errors import ConfigError
+from deal_core.strategies.base import Strategy
+
+STRATEGY_TENSORS = "strategy.safetensors"
+COMPLETE = "COMPLETE"
+
+
+class AdapterTrainer(Trainer):
+    """Runs Trainer's loop with a strategy's parameters in the optimiser.
+
+    Order at every optimiser step: micro-batches as in plain LoRA → strategy.before_step (gradients of the factors become
+    gradients of the method's parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
+    """
+
+    def __init__(self, *, strategy: Strategy, group_by_length: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.args.fp16:
+            raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
+        self.strategy = strategy
+        self._group_by_length = group_by_length
+        # the loss below is a sum over tokens divided by the tokens of the whole accumulated batch
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = False
+        self.add_callback(_StepStrategy(strategy))
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint when one is given."""
+        if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
+            self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return BucketSampler(
+            rows["length"], self.args.train_batch_size, self.args.seed, group_by_length=self._group_by_length
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the strategy's parameters, which may live outside the model."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=0.0
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy of the answer's tokens; logits are computed for their positions alone."""
+        labels_BK = inputs["labels"]
+        if self.model.config.is_encoder_decoder:
+            outputs = model(**inputs)
+            logits_BKV = outputs.logits
+        else:
+            features = {name: value for name, value in inputs.items() if name != "labels"}
+            # as indices, not as a number: the slice a number makes is not contiguous, and on CPU the output layer then
+            # copies its whole weight once per row
+            length, num_answer = inputs["input_ids"].shape[1], labels_BK.shape[1]
+            positions = torch.arange(length - num_answer - 1, length, device=labels_BK.device)
+            outputs = model(**features, logits_to_keep=positions, use_cache=False)
+            logits_BKV = outputs.logits[:, :-1]
+        loss_sum = cross_entropy(
+            logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        if num_items_in_batch is None:
+            loss = loss_sum / labels_BK.ne(IGNORED).sum()
+        else:
+            loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; at the last of a step the gradients become those of the strategy's parameters."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.strategy.before_step()
+            penalty = self.strategy.penalty()
+            if penalty is not None:
+                penalty.backward()
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.accelerator.clip_grad_norm_(self.strategy.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # clipping is off: report the norm all the same
+            return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        tensors = self.strategy.checkpoint()
+        if tensors:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / STRATEGY_TENSORS)
+        (folder / COMPLETE).touch()  # written last: a folder without it does not count
+
+
+class _StepStrategy(TrainerCallback):
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._strategy.after_step()
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint; remove those that a killed process left half-written."""
+    if not folder.is_dir():
+        return None
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / COMPLETE).is_file():
+            found.append((int(path.name.rsplit("-", 1)[1]), path))
+        else:
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
