@@ -130,7 +130,12 @@ class FileStore(ObjectStore):
 def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
     """Give a complete file its name; False when the name is taken and must not be taken over."""
     for remaining in reversed(range(NUM_TRIES)):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # it was there and is gone again, or a file is in the way
+            if not remaining:
+                raise
+            continue
         try:
             if not if_absent:
                 os.replace(part, target)

@@ -151,7 +151,12 @@ class Registry:
             RegistryError: there is no such version, or the gate rejected it.
         """
         with saying(f"set {lineage}@{alias}", self.uri):
-            found = self.client.get_model_version(lineage, version)
+            try:
+                found = self.client.get_model_version(lineage, version)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise RegistryError(f"Lineage {lineage!r} has no version {version}; look into its history.") from None
             if found.tags.get("deal.gate") != "accepted":
                 raise RegistryError(
                     f"Version {version} of {lineage!r} did not pass its gate ({found.tags.get('deal.gate_reasons')}); "

@@ -23,8 +23,13 @@ from deal_core.errors import ConfigError
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
 """A path made absolute, so that it means the same after a change of directory; it need not exist."""
 
-QUIET = {"DO_NOT_TRACK": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-"""What keeps Prefect and MLflow from calling home."""
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""What keeps Prefect and MLflow from calling home, and off the screen."""
 
 
 class HomeSettings(BaseSettings):

@@ -1,0 +1,283 @@
+"""The contract of the object store, the same for a folder and for an S3 server that is talked to over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import boto3
+import pytest
+from botocore.httpsession import URLLib3Session
+from moto.server import ThreadedMotoServer
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectNotFoundError, ObjectStore, open_store
+from infra.s3_store import S3Store
+from infra.settings import StoreSettings
+
+
+@pytest.fixture(scope="module")
+def s3_settings() -> Iterator[StoreSettings]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield StoreSettings.model_validate(
+        {
+            "s3_endpoint_url": f"http://{host}:{port}",
+            "s3_region": "eu-central-1",
+            "s3_access_key_id": "somebody",
+            "s3_secret_access_key": "secret",
+        }
+    )
+    server.stop()
+
+
+@pytest.fixture
+def s3_store(s3_settings: StoreSettings) -> S3Store:
+    store = open_store(f"s3://bucket-{uuid.uuid4().hex}/team/store", s3_settings)
+    assert isinstance(store, S3Store)
+    store.client.create_bucket(
+        Bucket=store.bucket, CreateBucketConfiguration={"LocationConstraint": s3_settings.s3_region}
+    )
+    return store
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "s3":
+        found: ObjectStore = request.getfixturevalue("s3_store")
+        return found
+    return open_store((tmp_path / "a store").as_uri())
+
+
+def keys(store: ObjectStore, prefix: str = "") -> list[str]:
+    return [info.key for info in store.list(prefix)]
+
+
+def test_bytes_come_back_and_the_last_put_wins(store: ObjectStore) -> None:
+    assert store.put_bytes("a/b.bin", b"\x00one")
+    assert store.put_bytes("a/b.bin", b"two\xff")
+    assert store.get_bytes("a/b.bin") == b"two\xff"
+    assert store.exists("a/b.bin")
+    assert not store.exists("a")
+    assert not store.exists("a/b.bin2")
+
+
+def test_what_is_missing_is_said_with_its_key(store: ObjectStore, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(ObjectNotFoundError, match=r"no object 'a/b'.*check the name"):
+        store.get_bytes("a/b")
+    with pytest.raises(ObjectNotFoundError, match="'a/b'"):
+        store.download_file("a/b", target)
+    with pytest.raises(ObjectNotFoundError, match="nothing below 'a'"):
+        store.download_folder("a", target)
+    with pytest.raises(StoreError, match="there is no file"):
+        store.upload_file(tmp_path / "absent", "a/b")
+    assert not target.exists()
+    assert keys(store) == []
+
+
+@pytest.mark.parametrize("racer", ["different", "same"])
+def test_of_racing_conditional_puts_exactly_one_wins(store: ObjectStore, racer: str) -> None:
+    num_racers = 12
+    barrier = Barrier(num_racers)
+
+    def race(number: int) -> bool:
+        barrier.wait()
+        data = f"racer {number}" if racer == "different" else "racer"
+        return store.put_bytes("ledger/base/one.json", data.encode(), if_absent=True)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(num_racers) as pool:
+            won = list(pool.map(race, range(num_racers)))
+        assert sum(won) == 1
+        winner = f"racer {won.index(True)}" if racer == "different" else "racer"
+        assert store.get_bytes("ledger/base/one.json") == winner.encode()
+        assert keys(store) == ["ledger/base/one.json"]
+        assert store.delete("ledger") == 1
+
+
+def test_a_late_conditional_put_leaves_what_is_there(store: ObjectStore) -> None:
+    assert store.put_bytes("key", b"first", if_absent=True)
+    assert not store.put_bytes("key", b"second", if_absent=True)
+    assert store.get_bytes("key") == b"first"
+
+
+def test_a_listing_goes_past_one_page(store: ObjectStore) -> None:
+    names = [f"many/{number:04d}" for number in range(1005)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: store.put_bytes(name, b"x"), names))
+    assert keys(store, "many") == names
+
+
+def test_a_prefix_is_a_folder(store: ObjectStore) -> None:
+    for key in ("a/1", "a/b/2", "ab/3", "a.txt"):
+        store.put_bytes(key, b"x")
+    assert keys(store, "a") == keys(store, "a/") == ["a/1", "a/b/2"]
+    assert keys(store) == ["a.txt", "a/1", "a/b/2", "ab/3"]
+    assert keys(store, "nothing") == []
+
+
+def test_a_listing_tells_size_and_change(store: ObjectStore) -> None:
+    store.put_bytes("x/one", b"12345")
+    (before,) = store.list("x")
+    store.put_bytes("x/one", b"54321")
+    (after,) = store.list("x")
+    assert before.size == after.size == 5
+    assert before.etag != after.etag
+    assert before.modified.tzinfo is not None and before.modified <= after.modified
+
+
+def test_deleting_takes_the_object_and_its_folder_and_no_neighbour(store: ObjectStore) -> None:
+    for key in ("a/1", "a/b/2", "ab/3", "c/d"):
+        store.put_bytes(key, b"x")
+    assert store.delete("a") == 2
+    assert store.delete("c/d") == 1
+    assert store.delete("c/d") == 0
+    assert keys(store) == ["ab/3"]
+    assert store.put_bytes("a", b"no folder is left in the way")
+    with pytest.raises(StoreError):
+        store.delete("")
+    assert keys(store) == ["a", "ab/3"]
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "../a", "a/../b", "a//b", "./a", "a\nb", "a\x7f", "a\udcff", "a" * 1025])
+def test_bad_keys_are_refused(store: ObjectStore, key: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    for attempt in (
+        lambda: store.put_bytes(key, b"x"),
+        lambda: store.get_bytes(key),
+        lambda: store.exists(key),
+        lambda: store.upload_file(file, key),
+        lambda: store.download_file(key, tmp_path / "target"),
+    ):
+        with pytest.raises(StoreError, match="The key"):
+            attempt()
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("key", ["inbox/bank/März 2024 (1) + ä%20&?.csv", "..a/b..", "a/...", "日本/語.jsonl"])
+def test_unusual_names_work(store: ObjectStore, key: str, tmp_path: Path) -> None:
+    store.put_bytes(key, key.encode())
+    assert keys(store) == [key]
+    store.download_file(key, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == key.encode()
+
+
+def test_a_large_file_goes_up_and_down_unchanged(store: ObjectStore, tmp_path: Path) -> None:
+    block = bytes(range(256)) * 4096
+    source = tmp_path / "source"
+    with source.open("wb") as writer:
+        for number in range(20):
+            writer.write(block[number:] + block[:number])
+    store.upload_file(source, "large/file")
+    assert [info.size for info in store.list("large")] == [20 << 20]
+    store.download_file("large/file", tmp_path / "new" / "target")
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (source, tmp_path / "new" / "target")]
+    assert digests[0] == digests[1]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["target"]
+
+
+def test_a_folder_goes_up_and_down_with_its_marker_last(store: ObjectStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("manifest.json", "train.parquet", "sub/z.bin"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    order = []
+    upload = store.upload_file
+    store.upload_file = lambda local, key: (order.append(key), upload(local, key))[1]  # type: ignore[method-assign]
+    assert store.upload_folder(source, "data/x", marker="manifest.json") == 3
+    assert order[-1] == "data/x/manifest.json"
+
+    assert store.download_folder("data/x", tmp_path / "target") == 3
+    found = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")}
+    assert found == {"manifest.json", "train.parquet", "sub/z.bin"}
+    assert (tmp_path / "target" / "sub" / "z.bin").read_text() == "sub/z.bin"
+    with pytest.raises(StoreError, match=r"no file absent\.json"):
+        store.upload_folder(source, "data/y", marker="absent.json")
+    assert keys(store, "data/y") == []
+
+
+def test_a_folder_that_was_there_is_updated_and_keeps_its_other_files(store: ObjectStore, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    (target / "one").write_text("old")
+    store.put_bytes("x/one", b"new")
+    store.download_folder("x", target)
+    assert (target / "mine").read_text() == "mine"
+    assert (target / "one").read_text() == "new"
+
+
+def test_a_broken_download_leaves_nothing(store: ObjectStore, tmp_path: Path) -> None:
+    for name in ("x/1", "x/2"):
+        store.put_bytes(name, b"x")
+    download = store.download_file
+
+    def break_down(key: str, local: Path) -> None:
+        if key == "x/2":
+            raise StoreError("the network went away")
+        download(key, local)
+
+    store.download_file = break_down  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="went away"):
+        store.download_folder("x", tmp_path / "new" / "target")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_conditional_put_whose_answer_got_lost_still_knows_that_it_won(s3_store: S3Store) -> None:
+    sent = []
+
+    def lose_first_answer(request, **_):  # type: ignore[no-untyped-def]
+        sent.append(request)
+        if len(sent) > 1:
+            return None
+        answer = URLLib3Session().send(request)
+        assert answer.status_code == 200
+        answer.status_code = 500
+        return answer
+
+    s3_store.client.meta.events.register("before-send.s3.PutObject", lose_first_answer)
+    assert s3_store.put_bytes("ledger/one", b"mine", if_absent=True)
+    assert len(sent) == 2
+    assert not s3_store.put_bytes("ledger/one", b"mine", if_absent=True)
+
+
+def test_objects_that_others_put_under_odd_keys_are_skipped(
+    s3_store: S3Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for key in ("x/../../escaped", "x/", "x/good"):
+        s3_store.client.put_object(Bucket=s3_store.bucket, Key=s3_store.root + key, Body=b"x")
+    assert keys(s3_store) == ["x/good"]
+    assert s3_store.download_folder("x", tmp_path / "deep" / "target") == 1
+    assert not list(tmp_path.rglob("escaped"))
+    assert "x/../../escaped" in caplog.text
+
+
+def test_a_missing_bucket_and_a_dead_server_are_told_apart(s3_settings: StoreSettings, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"NoSuchBucket; make the bucket first"):
+        open_store("s3://no-such-bucket", s3_settings).put_bytes("a", b"x")
+    nowhere = s3_settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9.*check address and network"):
+        open_store("s3://bucket", nowhere).get_bytes("a")
+
+
+def test_two_prefixes_of_one_bucket_are_two_stores(s3_store: S3Store, s3_settings: StoreSettings) -> None:
+    other = open_store(f"s3://{s3_store.bucket}/team/store2", s3_settings)
+    s3_store.put_bytes("a", b"1")
+    other.put_bytes("a", b"2")
+    assert (s3_store.get_bytes("a"), other.get_bytes("a")) == (b"1", b"2")
+    raw = boto3.client(
+        "s3",
+        endpoint_url=s3_settings.s3_endpoint_url,
+        region_name="eu-central-1",
+        aws_access_key_id="x",
+        aws_secret_access_key="y",
+    ).list_objects_v2(Bucket=s3_store.bucket)
+    assert [item["Key"] for item in raw["Contents"]] == ["team/store/a", "team/store2/a"]
+    assert s3_store.uri_of("a") == f"s3://{s3_store.bucket}/team/store/a"

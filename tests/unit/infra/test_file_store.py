@@ -1,0 +1,119 @@
+"""What only the folder store does; its contract is tested together with S3's in tests/integration."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import StoreError
+from infra import object_store
+from infra.file_store import FileStore
+from infra.object_store import open_store
+
+
+def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    assert list(store.list()) == []
+    assert not store.exists("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uris_and_paths_name_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store("my store").put_bytes("a/b", b"x")
+    store = open_store(f"file://{tmp_path}/my%20store")
+    assert store.get_bytes("a/b") == b"x"
+    assert store.uri_of("a/b") == (tmp_path / "my store" / "a" / "b").as_uri()
+
+
+def test_a_reader_never_sees_half_an_object(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    contents = [bytes([number]) * 200_000 for number in range(2)]
+    store.put_bytes("k", contents[0])
+    done = threading.Event()
+    seen = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(store.get_bytes("k"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(60):
+        store.put_bytes("k", contents[number % 2])
+    done.set()
+    reader.join()
+    assert seen and all(content in contents for content in seen)
+
+
+def test_an_upload_that_breaks_leaves_the_old_object_and_no_litter(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("k", b"old")
+    unreadable = tmp_path / "folder"
+    unreadable.mkdir()
+    with pytest.raises(StoreError):
+        store.upload_file(unreadable, "k")
+    assert store.get_bytes("k") == b"old"
+    assert [info.key for info in store.list()] == ["k"]
+    assert list((tmp_path / "store" / object_store.RESERVED).iterdir()) == []
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_a_key_cannot_be_the_folder_of_another(tmp_path: Path, if_absent: bool) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("a/b", b"x")
+    with pytest.raises(StoreError, match="Cannot write 'a'"):
+        store.put_bytes("a", b"x", if_absent=if_absent)
+    with pytest.raises(StoreError, match="Cannot write 'a/b/c'"):
+        store.put_bytes("a/b/c", b"x", if_absent=if_absent)
+    assert [info.key for info in store.list()] == ["a/b"]
+
+
+def test_writers_and_a_deleter_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    done = threading.Event()
+
+    def delete() -> None:
+        while not done.is_set():
+            store.delete("deep")
+
+    deleter = threading.Thread(target=delete)
+    deleter.start()
+    try:
+        for number in range(200):
+            store.put_bytes(f"deep/down/{number}", b"x", if_absent=number % 2 == 0)
+    finally:
+        done.set()
+        deleter.join()
+
+
+def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/good", b"x")
+    (tmp_path / "inbox" / "bad\nname").write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(tmp_path / "inbox") + b"/latin-\xe4")).write_bytes(b"x")
+    assert [info.key for info in store.list("inbox")] == ["inbox/good"]
+    assert caplog.text.count("Skipped") == 2
+
+
+def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="keeps for itself"):
+        FileStore(tmp_path).put_bytes(f"{object_store.RESERVED}/x", b"x")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"Cannot write 'a' in file://.*check the folder"):
+        FileStore(tmp_path / "file" / "store").put_bytes("a", b"x")
+
+
+def test_downloaded_files_have_the_users_usual_permissions(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("a", b"x")
+    store.download_file("a", tmp_path / "mine")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert (tmp_path / "mine").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "store" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode

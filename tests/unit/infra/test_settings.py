@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import ConfigError
+from infra.object_store import open_store
+from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment
+
+NAMES = (
+    "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",
+    "DEAL_S3_REGION", "DEAL_S3_ACCESS_KEY_ID", "DEAL_S3_SECRET_ACCESS_KEY",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_everything_is_under_one_folder_by_default(tmp_path: Path) -> None:
+    home = tmp_path / "deal-home"
+    assert HomeSettings().home == home
+    assert StoreSettings().store_uri == (home / "store").as_uri()
+    assert TrackingSettings().tracking_uri == f"sqlite:///{home}/mlflow.db"
+    assert TrackingSettings().artifact_uri == (home / "mlflow-artifacts").as_uri()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_moves_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEAL_HOME", "elsewhere/../here")
+    assert HomeSettings().home == tmp_path / "here"
+    assert StoreSettings().store_uri == (tmp_path / "here" / "store").as_uri()
+    assert TrackingSettings().tracking_uri == f"sqlite:///{tmp_path}/here/mlflow.db"
+
+
+def test_each_variable_is_honoured_and_an_empty_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEAL_CACHE_DIR", str(tmp_path / "models"))
+    monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket/team")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    monkeypatch.setenv("DEAL_ARTIFACT_URI", "")
+    assert HomeSettings().cache_dir == tmp_path / "models"
+    assert StoreSettings().store_uri == "s3://bucket/team"
+    assert TrackingSettings().tracking_uri == "https://mlflow.example"
+    assert TrackingSettings().artifact_uri.startswith("file:")
+
+
+def test_s3_settings_reach_the_client_and_the_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_S3_ENDPOINT_URL", "http://127.0.0.1:9000")
+    monkeypatch.setenv("DEAL_S3_REGION", "eu-west-3")
+    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "the-key")
+    monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "the-secret")
+    settings = StoreSettings()
+    client = open_store("s3://bucket").client  # type: ignore[attr-defined]
+    credentials = client._request_signer._credentials
+    assert client.meta.endpoint_url == "http://127.0.0.1:9000"
+    assert client.meta.region_name == "eu-west-3"
+    assert (credentials.access_key, credentials.secret_key) == ("the-key", "the-secret")
+    assert "the-secret" not in f"{settings!r}{settings}{settings.model_dump_json()}"
+
+
+def test_half_a_pair_of_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "the-key")
+    with pytest.raises(ConfigError, match="set both or none"):
+        open_store("s3://bucket")
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "s3://bucket?x=1", "file://host/folder", "gs://bucket"])
+def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"neither file:///folder nor s3://.*DEAL_STORE_URI"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+def test_a_home_that_no_database_uri_can_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set DEAL_HOME"):
+        TrackingSettings(home=tmp_path / name)
+    with pytest.raises(ConfigError, match="set DEAL_HOME"):
+        embedded_environment(tmp_path / name, {})
+    assert StoreSettings(home=tmp_path / name).home == tmp_path / name
+
+
+def test_embedded_prefect_lives_in_the_home_folder_and_calls_nobody() -> None:
+    values = embedded_environment(Path("/srv/deal"), {})
+    assert values["PREFECT_HOME"] == "/srv/deal/prefect"
+    assert values["PREFECT_API_DATABASE_CONNECTION_URL"] == "sqlite+aiosqlite:////srv/deal/prefect/prefect.db"
+    assert values["DO_NOT_TRACK"] == values["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert values["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+def test_what_the_user_has_set_is_kept() -> None:
+    with_server = embedded_environment(Path("/srv/deal"), {"PREFECT_API_URL": "http://prefect:4200/api"})
+    assert not {"PREFECT_HOME", "PREFECT_API_DATABASE_CONNECTION_URL"} & with_server.keys()
+    assert with_server["DO_NOT_TRACK"] == "true"
+    with_home = embedded_environment(Path("/srv/deal"), {"PREFECT_HOME": "/mine", "DO_NOT_TRACK": "1"})
+    assert not {"PREFECT_HOME", "DO_NOT_TRACK"} & with_home.keys()
