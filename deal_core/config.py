@@ -177,6 +177,8 @@ class DealConfig:
     """Weight of the update's size."""
     b: float = 2.0
     """Exponent of the update's size."""
+    interpolation: float = 1.0
+    """γ: the version is (1 − γ)·parent + γ·trained, at the same rank; 1 keeps the trained adapter as it is."""
     tolerance: float = 0.1
     """ρ: relative deviation of a core slot at which the lambda1 term starts to bite."""
 
@@ -190,4 +192,6 @@ class DealConfig:
         _require(min(self.lambda1, self.lambda2) >= 0,
                  f"deal.lambda1 is {self.lambda1} and deal.lambda2 is {self.lambda2}; give 0 or more.")
         _require(self.a >= self.b >= 1, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b >= 1.")
+        _require(0 < self.interpolation <= 1,
+                 f"deal.interpolation is {self.interpolation}; give a share above 0, at most 1.")
         _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deal_core.data.collate import IGNORED, BucketSampler
@@ -41,6 +42,7 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
+        self.remove_callback(PrinterCallback)
         self.add_callback(_StepStrategy(strategy))
 
     def run(self, checkpoint: Path | None) -> None:

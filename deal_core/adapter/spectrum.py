@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deal_core.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -38,25 +36,19 @@ class Spectrum:
 
 
 def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
-    """Decompose ΔW = B·A without ever forming it: QR of each factor, SVD of the R×R core.
+    """Decompose ΔW = B·A without ever forming it: QR of each factor, SVD of the small core between them.
+
+    Returns:
+        min(R, I, O) directions per module.
 
     Example:
         >>> spectrum = decompose(torch.randn(1, 4, 32), torch.randn(1, 16, 4))
         >>> y_a, y_b = spectrum.factors()
-
-    Raises:
-        ConfigError: The rank exceeds a module's number of features, so that no thin form exists.
     """
-    rank = a_MRI.shape[1]
-    if rank > min(a_MRI.shape[2], b_MOR.shape[1]):
-        raise ConfigError(
-            f"Adapter rank {rank} exceeds the size of a target module ({b_MOR.shape[1]}×{a_MRI.shape[2]}); "
-            f"set adapter.rank to {min(a_MRI.shape[2], b_MOR.shape[1])} or less."
-        )
     q_A, r_A = torch.linalg.qr(a_MRI.float().mT)
     q_B, r_B = torch.linalg.qr(b_MOR.float())
-    u, sigma_MR, vh = torch.linalg.svd(r_B @ r_A.mT)
-    return Spectrum(q_B @ u, sigma_MR, q_A @ vh.mT)
+    u, sigma, vh = torch.linalg.svd(r_B @ r_A.mT, full_matrices=False)
+    return Spectrum(q_B @ u, sigma, q_A @ vh.mT)
 
 
 def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from deal_core.errors import AdapterStateError
+from deal_core.errors import AdapterStateError, ConfigError
 
 ADAPTER_NAME = "default"
 
@@ -55,11 +55,17 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
 
     Raises:
         AdapterStateError: The model carries no LoRA module.
+        ConfigError: The rank exceeds a module's number of features: such slots could hold nothing.
     """
     groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, nn.Parameter]]] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and ADAPTER_NAME in module.lora_A:
             a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+            if a.shape[0] > min(b.shape[0], a.shape[1]):
+                raise ConfigError(
+                    f"Adapter rank {a.shape[0]} exceeds the size of {name} ({b.shape[0]}×{a.shape[1]}); "
+                    f"set adapter.rank to {min(b.shape[0], a.shape[1])} or less."
+                )
             groups.setdefault((b.shape[0], a.shape[1]), []).append((name, a, b))
     if not groups:
         raise AdapterStateError("The model carries no LoRA module; attach an adapter before training it.")

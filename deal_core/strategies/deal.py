@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.strategies.base import MethodState, Strategy
 
@@ -21,6 +22,7 @@ class Deal(Strategy):
         """Decompose the parent's adapter and write the factors the new task starts from."""
         super().prepare(model, state)
         self.network: Reparametrization | None = None
+        self._parent: list[Factors] = [stack.read() for stack in self.stacks] if state is not None else []
         generator = torch.Generator().manual_seed(self.seed)
         if state is None:
             self._start_first_task(generator)
@@ -69,6 +71,14 @@ class Deal(Strategy):
         if self.network is not None:
             self.network.load_state_dict(tensors)
             self.network.materialise()
+
+    @torch.no_grad()
+    def finish(self) -> MethodState:
+        """Take the version between parent and trained adapter."""
+        if self.network is not None and self.deal.interpolation < 1:
+            for stack, parent in zip(self.stacks, self._parent, strict=True):
+                stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
+        return super().finish()
 
     def notes(self) -> tuple[str, ...]:
         """Say how much of the adapter was core, and whether it is full."""
