@@ -42,10 +42,12 @@ class FileStore(ObjectStore):
         self.uri = self.root.as_uri()
 
     def get_bytes(self, key: str) -> bytes:
+        """Read the file."""
         with self._saying("read", key):
             return self._path(key).read_bytes()
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write the file; a hard link decides between writers that come together."""
         target = self._path(key)
         with self._saying("write", key), self._incoming() as part:
             with part.open("wb") as writer:
@@ -55,10 +57,12 @@ class FileStore(ObjectStore):
             return _place(part, target, if_absent=if_absent)
 
     def exists(self, key: str) -> bool:
+        """Whether there is such a file."""
         with self._saying("look up", key):
             return self._path(key).is_file()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Files below a folder."""
         folder = folder_of(prefix)
         found = []
         with self._saying("list", prefix):
@@ -74,17 +78,20 @@ class FileStore(ObjectStore):
                 yield self._info(key)
 
     def upload_file(self, local: Path, key: str) -> None:
+        """Copy a file in."""
         target = self._path(key)
         with self._saying("write", key), self._incoming() as part:
             _copy(check_source(local, key), part)
             _place(part, target, if_absent=False)
 
     def download_file(self, key: str, local: Path) -> None:
+        """Copy a file out."""
         source = self._path(key)
         with self._saying("read", key), source.open("rb"), complete_file(local) as part:
             _copy(source, part)
 
     def delete(self, prefix: str) -> int:
+        """Delete files, and the folders that this leaves empty."""
         whole = check_key(prefix.removesuffix("/"))
         keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
         with self._saying("delete", prefix):

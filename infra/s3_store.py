@@ -72,11 +72,13 @@ class S3Store(ObjectStore):
         self.client = make_client(settings)
 
     def get_bytes(self, key: str) -> bytes:
+        """Read the object."""
         with self._saying("read", key):
             answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
             return bytes(answer["Body"].read())
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write the object; `If-None-Match: *` decides between writers that come together."""
         name = self._name(key)
         with self._saying("write", key):
             if if_absent:
@@ -85,6 +87,7 @@ class S3Store(ObjectStore):
             return True
 
     def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
         try:
             with self._saying("look up", key):
                 self.client.head_object(Bucket=self.bucket, Key=self._name(key))
@@ -93,6 +96,7 @@ class S3Store(ObjectStore):
         return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects below a folder, page by page."""
         folder = self.root + folder_of(prefix)
         with self._saying("list", prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
@@ -107,14 +111,17 @@ class S3Store(ObjectStore):
                 yield ObjectInfo(key=key, size=item["Size"], etag=etag, modified=item["LastModified"])
 
     def upload_file(self, local: Path, key: str) -> None:
+        """Upload in parts, as boto3's transfer manager does."""
         with self._saying("write", key):
             self.client.upload_file(str(check_source(local, key)), self.bucket, self._name(key))
 
     def download_file(self, key: str, local: Path) -> None:
+        """Download in parts, as boto3's transfer manager does."""
         with self._saying("read", key), complete_file(local) as part:
             self.client.download_file(self.bucket, self._name(key), str(part))
 
     def delete(self, prefix: str) -> int:
+        """Delete objects, listed first."""
         whole = check_key(prefix.removesuffix("/"))
         keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
         with self._saying("delete", prefix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     """Move positions apart to at least `gap`, keeping their order: for labels beside the ends of lines."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     moved = list(positions)
-    for before, here in zip(order, order[1:], strict=False):
+    for before, here in pairwise(order):
         moved[here] = max(moved[here], moved[before] + gap)
     excess = (max(moved) - max(positions)) / 2 if moved else 0.0
     return [position - excess for position in moved]

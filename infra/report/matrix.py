@@ -21,7 +21,7 @@ COLOUR_MAP = colormaps["YlGnBu"]
 """Light to dark in one direction, also in grey."""
 GAP = 0.12
 """Between the base model's row and the versions', in rows."""
-DARK_FROM = 55.0
+DARK_FROM = 68.0
 """Per cent from which the numbers are white."""
 
 

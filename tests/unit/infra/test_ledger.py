@@ -1,3 +1,5 @@
+"""The ledger: one entry a dataset and lineage, written once."""
+
 from __future__ import annotations
 
 import json

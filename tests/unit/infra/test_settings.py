@@ -1,3 +1,5 @@
+"""Settings: their defaults, the variables they come from, and what they do."""
+
 from __future__ import annotations
 
 from pathlib import Path

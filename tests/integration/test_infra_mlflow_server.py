@@ -1,0 +1,77 @@
+"""The same code against an MLflow server over HTTP, which keeps the artifacts itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.registry import VersionFacts, open_registry
+from infra.settings import QUIET, TrackingSettings
+from infra.tracking import open_tracker
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "server"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination", str(folder / "artifacts"),
+        ],
+        cwd=folder, env={**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    log = []
+    try:
+        for line in process.stdout:
+            log.append(line)
+            if "startup complete" in line:
+                break
+        else:
+            pytest.fail("".join(log))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_a_run_and_its_version_over_http(server: str, tmp_path: Path) -> None:
+    settings = TrackingSettings.model_validate({"home": tmp_path / "home", "tracking_uri": server})
+    tracker, registry = open_tracker(settings), open_registry(settings)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    facts = VersionFacts(
+        run_key="key", task="billing", strategy="deal", base_sha256="b", dataset_sha256="d", config_sha256="c",
+        adapter_uri="adapters/base/key", adapter_sha256="a", parent_version=None, accepted=True, reasons=(),
+        average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
+    )  # fmt: skip
+    for _ in range(2):  # as when the process died just before the end
+        with tracker.start("base", "key", name="billing", params={"strategy": "deal"}) as run:
+            run.log(1, {"loss": 1.0})
+            run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
+            model_id = run.log_adapter(adapter, "billing")
+            version = registry.register("base", facts, tracking_id=run.run_id, model_id=model_id)
+    registry.set_alias("base", "champion", version.version)
+
+    champion = registry.champion("base")
+    assert champion is not None
+    assert registry.versions("base") == (champion,) == (registry.find_version("key"),)
+    assert (champion.tracking_id, champion.model_id, champion.aliases) == (run.run_id, model_id, ("champion",))
+    found = tracker.client.get_run(run.run_id)
+    assert (found.info.status, found.data.metrics, len(found.inputs.dataset_inputs)) == ("FINISHED", {"loss": 1.0}, 1)
+    assert [item.path for item in tracker.client.list_logged_model_artifacts(model_id)] == ["adapter_config.json"]
+    assert list((tmp_path / "server" / "artifacts").rglob("adapter_config.json"))
+    assert not (tmp_path / "home").exists()
