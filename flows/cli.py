@@ -95,6 +95,7 @@ def watch(
     spec: Annotated[
         Path | None, typer.Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Only this task's files [all].")] = None,
     lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
     base: Base = None,
     strategy: Annotated[str | None, typer.Option("--strategy", help="deal or seq_lora [deal].")] = None,
@@ -112,7 +113,7 @@ def watch(
         def start() -> Any:
             from flows.watch import watch as watch_flow
 
-            return watch_flow(lineage_spec, once=once, poll_seconds=poll)
+            return watch_flow(lineage_spec, tasks=tuple(task or ()), once=once, poll_seconds=poll)
 
         outcome = deal.run(start)
         from flows.tables import show_watch

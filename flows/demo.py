@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.errors import ConfigError
 from flows.results import AdaptResult, Scores
 from flows.spec import AdaptSpec, LineageSpec, TaskFields, read_spec
-from flows.watch import watch
+from flows.watch import WatchResult, watch
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
 from tasks.inbox import INBOX, TASK_FILE
@@ -71,10 +71,23 @@ async def run_demo(*, compare: bool, base_model: str | None = None, examples: Pa
     """
     folder = examples or _examples_folder()
     specs = [_read_example(folder / name) for name in ORDER]
-    outcomes = [await _run_lineage(specs, _lineage_of(specs[0], "demo", "deal", base_model))]
+    lineages = [_lineage_of(specs[0], "demo", "deal", base_model)]
     if compare:
-        outcomes.append(await _run_lineage(specs, _lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model)))
-    return DemoResult(outcomes=tuple(outcomes))
+        lineages.append(_lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model))
+    store = current_store()
+    watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
+    _clear(store, specs)  # of what a demo that was stopped has left
+    for number, spec in enumerate(specs, start=1):
+        reporter().said(f"\nArrival {number} of {len(specs)}: {spec.task.name}")
+        _land(store, spec)
+        for lineage in lineages:
+            if compare:
+                reporter().said(f"Lineage {lineage.lineage} ({lineage.strategy})")
+            watched[lineage.lineage].append(
+                await watch(lineage, tasks=(spec.task.name,), once=True, poll_seconds=POLL_SECONDS)
+            )
+    _clear(store, specs)  # other lineages that watch this inbox shall not learn the demo
+    return DemoResult(outcomes=tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages))
 
 
 def _examples_folder() -> Path:
@@ -95,16 +108,7 @@ def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | 
     return LineageSpec(**{**values, **changed})
 
 
-async def _run_lineage(specs: list[AdaptSpec], lineage: LineageSpec) -> LineageOutcome:
-    store = current_store()
-    runs: list[AdaptResult] = []
-    refused: list[str] = []
-    reporter().said(f"Lineage {lineage.lineage}, strategy {lineage.strategy}")
-    for spec in specs:
-        _land(store, spec)
-        watched = await watch(lineage, once=True, poll_seconds=POLL_SECONDS)
-        runs += watched.runs
-        refused += [seen.message for seen in watched.files if seen.outcome in ("refused", "failed")]
+def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:
     champion = open_registry().champion(lineage.lineage)
     matrix = read_record(store, champion.adapter_uri).matrix if champion else None
     return LineageOutcome(
@@ -113,8 +117,10 @@ async def _run_lineage(specs: list[AdaptSpec], lineage: LineageSpec) -> LineageO
         champion=champion.version if champion else None,
         matrix=matrix.to_json() if matrix else None,
         scores=Scores.of(matrix) if matrix else None,
-        runs=tuple(runs),
-        refused=tuple(refused),
+        runs=tuple(run for result in watched for run in result.runs),
+        refused=tuple(
+            seen.message for result in watched for seen in result.files if seen.outcome in ("refused", "failed")
+        ),
     )
 
 
@@ -129,3 +135,11 @@ def _land(store: ObjectStore, spec: AdaptSpec) -> None:
     if test_data:
         store.upload_file(test_data, f"{folder}/{test_data.name}")
     store.upload_file(data, f"{folder}/{data.name}")
+
+
+def _clear(store: ObjectStore, specs: list[AdaptSpec]) -> None:
+    """Take the demo's own files out of the inbox."""
+    for spec in specs:
+        files = [TASK_FILE, *(Path(path).name for path in (spec.task.data, spec.task.test_data) if path)]
+        for name in files:
+            store.delete(f"{INBOX}/{spec.task.name}/{name}")

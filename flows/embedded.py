@@ -27,7 +27,8 @@ loggers:
 root: {{level: WARNING, handlers: [file]}}
 """
 
-QUIET = {
+SETTINGS = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default, 20, is short on a busy machine
     "MLFLOW_CONFIGURE_LOGGING": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -55,7 +56,7 @@ def enter_home(home: Path | None) -> Path:
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"
     logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
-    values = {**QUIET, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **embedded_environment(folder)}
+    values = {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **embedded_environment(folder)}
     for name, value in values.items():
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)

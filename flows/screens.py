@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from deal_core.errors import DealError
+
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
 
@@ -102,3 +104,9 @@ class Screen:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, on one line; one that is not ours with its kind."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from deal_core.errors import ConfigError, DealError
-from flows.screens import Screen
+from flows.screens import Screen, in_one_line
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
@@ -80,13 +80,12 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
             traceback.print_exc(file=sys.stderr)
         if not isinstance(error, DealError):
             logging.getLogger("deal").exception("The command failed")
-        screen.error(_in_one_line(error, folder))
+        screen.error(_explain(error, folder))
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
 
 
-def _in_one_line(error: Exception, home: Path | None) -> str:
-    message = " ".join(str(error).split())
+def _explain(error: Exception, home: Path | None) -> str:
     if isinstance(error, DealError):
-        return message
-    where = f"what the libraries logged is in {home / 'logs' / 'deal.log'}, " if home else ""
-    return f"{type(error).__name__}: {message}. This was not expected; {where}--debug shows where it happened."
+        return in_one_line(error)
+    where = f"{home / 'logs' / 'deal.log'} and --debug show" if home else "--debug shows"
+    return f"{in_one_line(error)}. This was not expected; {where} where it happened."

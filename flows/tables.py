@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from flows.demo import DemoResult
     from flows.evaluate import EvaluateResult
     from flows.history import HistoryEntry
-    from flows.results import AdaptResult
+    from flows.results import AdaptResult, Scores
     from flows.validate import ValidateResult
     from flows.watch import WatchResult
 
@@ -25,12 +26,17 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def matrix_table(matrix: Mapping[str, Any], title: str) -> Table:
+def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table; the columns named in `right` hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def matrix_table(matrix: Mapping[str, Any]) -> Table:
     """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("after learning")
-    for task in matrix["tasks"]:
-        table.add_column(task, justify="right")
+    table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
     table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
     for trained, row in zip(matrix["trained"], matrix["rows"], strict=True):
         cells = [f"[bold]{percent(value)}[/]" if task == trained else percent(value)
@@ -44,7 +50,7 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     color = {"promoted": "green", "rejected": "red", "repeat": "yellow"}[run.status]
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
-        shown += [matrix_table(run.matrix, f"Accuracy of {run.lineage}, %"), _scores(run)]
+        shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
     return shown
@@ -54,32 +60,25 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
     """What a watch has handled."""
     if not result.files:
         return ["Nothing new in the inbox."]
-    table = Table(title=f"Handled for {result.lineage}", title_justify="left", title_style="bold")
-    for column in ("file", "outcome", "version", "what happened"):
-        table.add_column(column, overflow="fold")
+    table = new_table("file", "outcome", "version", "what happened", right=["version"])
     for seen in result.files:
         table.add_row(seen.key, seen.outcome, seen.version or "–", escape(seen.message))
-    return [table]
+    return [heading(f"Handled for {result.lineage}"), table]
 
 
 def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
     """Fresh accuracies beside the recorded ones."""
-    table = Table(title=f"Version {result.version} of {result.lineage}, accuracy in %", title_justify="left")
-    table.add_column("task")
-    for column in ("now", "at its run", "test rows"):
-        table.add_column(column, justify="right")
+    numbers = ["now", "at its run", "test rows"]
+    table = new_table("task", *numbers, right=numbers)
     for task, value in result.accuracies.items():
         table.add_row(task, percent(value), percent(result.recorded.get(task)), str(result.num_rows[task]))
-    return [table]
+    return [heading(f"Accuracy of {result.lineage}, version {result.version}, %"), table]
 
 
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
     """The versions of a lineage."""
-    table = Table(title=f"Lineage {lineage}", title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
-    for column in ("version", "parent", "AA", "forgetting"):
-        table.add_column(column, justify="right")
-    for column in ("task", "strategy", "gate", "alias", "when"):
-        table.add_column(column, no_wrap=column != "alias")
+    numbers = ["version", "parent", "AA", "forgetting"]
+    table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
     for entry in entries:
         gate = "[green]accepted[/]" if entry.accepted else "[red]rejected[/]"
         table.add_row(
@@ -87,7 +86,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
         )  # fmt: skip
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
-    return [table, *reasons]
+    return [heading(f"Lineage {lineage}"), table, *reasons]
 
 
 def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
@@ -99,13 +98,10 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         f"format {result.format}" + (f", labels {escape(', '.join(result.labels))}" if result.labels else ""),
     ]
     if result.bad_rows:
-        table = Table(title=f"Bad rows (the first {len(result.bad_rows)})", title_justify="left")
-        table.add_column("row", justify="right")
-        table.add_column("line", justify="right")
-        table.add_column("reason", overflow="fold")
+        table = new_table("row", "line", "reason", right=["row", "line"])
         for bad in result.bad_rows:
             table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
-        shown.append(table)
+        shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
     if result.refusal:
         shown.append(f"[red]{escape(result.refusal)}[/]")
     return shown
@@ -114,40 +110,48 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     """What the demo came to, lineages side by side."""
     shown: list[RenderableType] = []
-    comparison = Table(title="In the end", title_justify="left", title_style="bold")
-    comparison.add_column("lineage")
-    comparison.add_column("strategy")
-    for column in ("AA", "forgetting", "BWT", "FWT", "champion"):
-        comparison.add_column(column, justify="right")
+    numbers = ["AA", "forgetting", "BWT", "FWT", "champion"]
+    comparison = new_table("lineage", "strategy", *numbers, right=numbers)
     for outcome in result.outcomes:
         if outcome.matrix is None or outcome.scores is None:
+            shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
             continue
-        shown.append(matrix_table(outcome.matrix, f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"))
+        shown += [heading(f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"), matrix_table(outcome.matrix)]
         scores = outcome.scores
         comparison.add_row(
             outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
             percent(scores.backward_transfer), percent(scores.forward_transfer), f"version {outcome.champion}",
         )  # fmt: skip
-    if shown:
-        shown.append(comparison)
+    if comparison.row_count:
+        shown += [heading("In the end"), comparison]
     for outcome in result.outcomes:
         for run in outcome.runs:
             if run.rejected:
                 shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
         shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
-    option = f" --home {home}"
-    first = result.outcomes[0].lineage
+    option, first = home_option(home), result.outcomes[0].lineage
     shown.append(
         f"Look closer:  deal history --lineage {first}{option}\n"
         f"              deal ui{option}\n"
-        f"              deal predict --lineage {first} --task parcels \"My parcel is stuck at customs\"{option}"
-    )  # fmt: skip
+        f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+    )
     return shown
 
 
-def _scores(run: AdaptResult) -> str:
-    assert run.scores is not None
-    scores = run.scores
+def heading(text: str) -> str:
+    """A line above a table."""
+    return f"\n[bold]{escape(text)}[/]"
+
+
+def home_option(home: Path) -> str:
+    """The --home that a further command needs; none where it is found without."""
+    if home == Path("deal-home").resolve():
+        return ""
+    shown = home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+    return f" --home {shlex.quote(str(shown))}"
+
+
+def _scores(scores: Scores) -> str:
     return "   ".join(
         f"{name} [bold]{percent(value)}[/]"
         for name, value in (

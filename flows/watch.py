@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.errors import ConfigError, DataValidationError
 from flows.adapt import adapt
 from flows.results import AdaptResult
+from flows.screens import in_one_line
 from flows.spec import LineageSpec, TaskFields, TaskSpec, parse
 from infra.object_store import ObjectInfo, ObjectStore
 from tasks.inbox import (
@@ -74,11 +75,14 @@ class WatchResult(BaseModel):
 
 
 @flow(name="watch", flow_run_name="watch-{spec.lineage}")
-async def watch(spec: LineageSpec, once: bool = False, poll_seconds: float = 2.0) -> WatchResult:
+async def watch(
+    spec: LineageSpec, tasks: tuple[str, ...] = (), once: bool = False, poll_seconds: float = 2.0
+) -> WatchResult:
     """Adapt a lineage to what lands in the inbox.
 
     Args:
         spec: the lineage and how it learns; each file's task and schema come from where it lies.
+        tasks: look at these tasks' files only; none: at all.
         once: end when everything that is there has been handled.
         poll_seconds: pause between two looks; a file that changes between two looks is left alone.
     """
@@ -90,7 +94,9 @@ async def watch(spec: LineageSpec, once: bool = False, poll_seconds: float = 2.0
         raise_if_stopped()
         state = read_state(store, spec.lineage)
         now = datetime.now(UTC)
-        landed = list_arrivals(store, _companions(store))
+        landed = [
+            info for info in list_arrivals(store, _companions(store)) if not tasks or task_of(info.key) in tasks
+        ]
         arrivals = [info for info in landed if state.is_open(info, now, retry_now=once)]
         settled, growing = split_settled(arrivals, seen, now, poll_seconds)
         for info in settled:
@@ -109,7 +115,7 @@ async def _handle(
     store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo
 ) -> tuple[Handled, AdaptResult | None]:
     """Adapt to one file; a file that cannot be used is noted, so that it is reported once."""
-    reporter().said(f"Arrival {info.key.removeprefix(INBOX + '/')}")
+    reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     run: AdaptResult | None = None
     version: str | None = None
     outcome: Outcome
@@ -117,13 +123,13 @@ async def _handle(
         run = await adapt(spec.with_task(_task_spec(store, info.key)))
         outcome, message, version = run.status, run.message, run.version
     except (DataValidationError, ConfigError) as error:
-        outcome, message = "refused", str(error)
+        outcome, message = "refused", in_one_line(error)
         reporter().said(f"Refused: {message}")
     except Interrupted:
         raise
     except Exception as error:
         logger.exception("The run for %s failed", info.key)
-        outcome, message = "failed", str(error)
+        outcome, message = "failed", in_one_line(error)
         reporter().said(f"Failed: {message}")
     return state.record(info, outcome, message, now=datetime.now(UTC), version=version), run
 

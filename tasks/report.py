@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.gate import EvaluationReport
-from infra.report.figures import accuracy_heatmap, fill_bars, loss_curve
+from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.tracking import TrackedRun, open_tracker
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 
@@ -35,6 +35,7 @@ def report_run(
     tracked.log_json("evaluation.json", report.to_json())
     for name, figure in (
         ("accuracy_matrix", accuracy_heatmap(report.matrix)),
+        ("accuracy_over_versions", accuracy_over_versions(report.matrix)),
         ("adapter_fill", fill_bars(summary.fill)),
         ("loss", loss_curve(summary.losses)),
     ):
