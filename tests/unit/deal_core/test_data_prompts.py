@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
-from deal_core.data.prompts import encode_answer, encode_prompt, render_prompt
-from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from deal_core.data.prompts import encode_answer, encode_prompt, render_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -93,8 +95,11 @@ def test_a_chat_without_a_chat_template_is_refused() -> None:
 
 
 def test_format_auto_cannot_be_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="auto.*manifest"):
+    with pytest.raises(ConfigError, match=r"auto.*manifest"):
         encode_prompt(tokenizer, TaskSchema(name="t", format="auto"), "x", 99)
+
+
+_shared_tokenizer = functools.cache(make_tokenizer)
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,15 +116,6 @@ def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(text: str, 
     if kept != text:
         longer = before + text[: len(kept) + 1] + after
         assert len(tokenizer(longer)["input_ids"]) > max_tokens
-
-
-_TOKENIZERS: list[PreTrainedTokenizerFast] = []
-
-
-def _shared_tokenizer() -> PreTrainedTokenizerFast:
-    if not _TOKENIZERS:
-        _TOKENIZERS.append(make_tokenizer())
-    return _TOKENIZERS[0]
 
 
 def test_a_prompt_with_no_room_for_any_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

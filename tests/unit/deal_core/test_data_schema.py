@@ -1,0 +1,138 @@
+"""Schemas refuse what cannot work, name the remedy, and come back from JSON as they were."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from deal_core.data.columns import resolve_columns
+from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
+from deal_core.errors import ConfigError, DataValidationError
+
+
+class Spec(BaseModel):
+    task: TaskSchema
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "../up"}, "task.name is '../up'"),
+        ({"name": ".."}, "task.name"),
+        ({"name": ""}, "task.name"),
+        ({"name": "a\n"}, "task.name"),
+        ({"name": "a" * 65}, "1 to 64"),
+        ({"format": "xml"}, "task.format is 'xml'; use one of labelled, completion, chat, auto"),
+        ({"labels": ("A", "b", " a ")}, "'A' and ' a '"),
+        ({"labels": ("a", " ")}, "a label is one line and not empty"),
+        ({"labels": ("a\nb",)}, "a label is one line"),
+        ({"format": "completion", "labels": ("a",)}, "only labelled tasks have labels"),
+        ({"template": "{text} {optoins}"}, "nothing else in braces"),
+        ({"template": "{text!r}"}, "nothing else in braces"),
+        ({"template": "{text"}, "task.template cannot be read"),
+        ({"template": "no place"}, "{text} 0 times"),
+        ({"template": "{text}{text}"}, "{text} 2 times"),
+        ({"format": "chat", "template": "{text}"}, "chat template"),
+        ({"columns": {"txt": "body"}}, "task.columns names txt"),
+    ],
+)
+def test_a_task_that_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TaskSchema(**{"name": "t", **fields})
+    assert message in str(error.value)
+    with pytest.raises(ValidationError):
+        Spec.model_validate({"task": {"name": "t", **fields}})
+
+
+@pytest.mark.parametrize("name", ["a", "SST-2", "0day", "a.b_c-d", "a" * 64])
+def test_names_that_are_safe_in_a_path_are_taken(name: str) -> None:
+    assert TaskSchema(name=name).name == name
+
+
+def test_unknown_keys_in_a_spec_are_errors() -> None:
+    with pytest.raises(ValidationError, match="instructions"):
+        Spec.model_validate({"task": {"name": "t", "instructions": "x"}})
+
+
+def test_schema_and_manifest_come_back_from_json() -> None:
+    task = TaskSchema(
+        name="t", format="labelled", labels=("é", "b"), instruction="i", template="{text}", columns={"text": "Body"}
+    )
+    manifest = DatasetManifest(
+        task=task, sha256="00", source="f.csv", num_read=4, num_train=1, num_test=1, num_rejected=2,
+        problems={"duplicate row": 2}, split="hash",
+    )  # fmt: skip
+    assert TaskSchema.from_json(json.loads(json.dumps(task.to_json()))) == task
+    assert DatasetManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert hash(task) == hash(TaskSchema.from_json(task.to_json()))
+
+
+def test_a_manifest_of_another_version_is_refused() -> None:
+    with pytest.raises(DataValidationError, match="schema version 99, this program reads 1"):
+        DatasetManifest.from_json({"schema_version": 99})
+
+
+def test_labels_are_the_same_across_case_blanks_and_unicode_forms() -> None:
+    assert label_key(" Caf\u00e9  au LAIT ") == label_key("cafe\u0301 au lait")
+    assert label_key("STRASSE") == label_key("straße")
+    assert label_key("a") != label_key("b")
+
+
+@pytest.mark.parametrize(
+    ("columns", "task_format", "names"),
+    [
+        (("text", "label"), "labelled", {"text": "text", "label": "label"}),
+        (("id", " Body ", "CATEGORY"), "labelled", {"text": " Body ", "label": "CATEGORY"}),
+        (("sentence", "intent", "Split"), "labelled", {"text": "sentence", "label": "intent", "split": "Split"}),
+        (("instruction", "response"), "completion", {"prompt": "instruction", "completion": "response"}),
+        (("prompt", "completion"), "completion", {"prompt": "prompt", "completion": "completion"}),
+        (("question", "answer"), "completion", {"prompt": "question", "completion": "answer"}),
+        (("messages",), "chat", {"messages": "messages"}),
+        (("sentence", "text", "label"), "labelled", {"text": "text", "label": "label"}),
+    ],
+)
+def test_columns_and_format_are_found_by_convention(
+    columns: tuple[str, ...], task_format: str, names: dict[str, str]
+) -> None:
+    found = resolve_columns(columns, TaskSchema(name="t", format="auto"), "f.csv")
+    assert (found.format, dict(found.names)) == (task_format, names)
+
+
+def test_columns_that_the_task_names_win() -> None:
+    task = TaskSchema(name="t", format="auto", columns={"text": "q", "label": "z"})
+    assert dict(resolve_columns(("text", "label", "q", "z"), task, "f").names) == {"text": "q", "label": "z"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "message"),
+    [
+        (
+            ("text", "y"),
+            {},
+            "f.csv has the columns 'text', 'y', and labelled rows need text and label; nothing is named",
+        ),
+        (("x", "y"), {"format": "auto"}, "completion rows need prompt and completion or chat rows need messages"),
+        (("text", "label", "messages"), {"format": "auto"}, "more than one format (labelled, chat)"),
+        (("text", "label"), {"columns": {"text": "body"}}, "no column 'body', which task.columns gives for text"),
+        (("text", "label"), {"columns": {"label": "text"}}, "two meanings"),
+        (("text", "label", "text"), {}, "2 columns that could be text"),
+        (("Text", "TEXT", "label"), {}, "2 columns that could be text"),
+        ((), {}, "(none)"),
+        (tuple(f"c{i}" for i in range(500)), {}, "(500 in all)"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused_by_name(
+    columns: tuple[str, ...], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataValidationError) as error:
+        resolve_columns(columns, TaskSchema(name="t", **fields), "f.csv")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_of_the_exact_name_wins_over_another_case() -> None:
+    assert dict(resolve_columns(("Text", "text", "label"), TaskSchema(name="t"), "f").names)["text"] == "text"

@@ -1,0 +1,448 @@
+"""An arrival becomes a dataset: every bad row is named, no good row is lost, and the split holds for good."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deal_core.config import DataConfig
+from deal_core.data.arrival import MAX_EXAMPLES
+from deal_core.data.rows import row_digest
+from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
+from deal_core.data.validate import ArrivalRefusedError, build_dataset, validate_file
+from deal_core.errors import DataValidationError
+
+TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
+LENIENT = DataConfig(max_bad_share=1.0)
+GOOD = [{"text": f"text number {index}", "label": "Dog" if index % 2 else "cat"} for index in range(100)]
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Rows as JSON lines; a string or bytes goes in as the line itself."""
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def build(source: Path, task: TaskSchema = TASK, config: DataConfig = LENIENT, **options: Any) -> DatasetManifest:
+    return build_dataset(source, task, source.parent / "dataset", config, **options)
+
+
+def rows_of(folder: Path, *splits: str) -> list[dict[str, str]]:
+    tables = [pq.read_table(folder / "dataset" / f"{split}.parquet") for split in splits or ("train", "test")]
+    assert all(table.schema == ROW_SCHEMA for table in tables)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def quarantine_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "dataset" / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_good_rows_are_stored_and_counted(tmp_path: Path) -> None:
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    stored = rows_of(tmp_path)
+    assert sorted((row["input"], row["output"]) for row in stored) == sorted((r["text"], r["label"]) for r in GOOD)
+    assert manifest.num_train == len(rows_of(tmp_path, "train"))
+    assert manifest.num_test == len(rows_of(tmp_path, "test"))
+    assert (manifest.num_read, manifest.num_rejected, dict(manifest.problems), manifest.split) == (100, 0, {}, "hash")
+    assert DatasetManifest.from_json(json.loads((tmp_path / "dataset" / "manifest.json").read_text())) == manifest
+    assert manifest.source == "pets.jsonl"
+    assert sorted(path.name for path in (tmp_path / "dataset").iterdir()) == [
+        "manifest.json", "quarantine.jsonl", "test.parquet", "train.parquet",
+    ]  # fmt: skip
+
+
+LONG = "x" * 101
+BAD_LINES: list[tuple[Any, str, str]] = [
+    ({"label": "cat"}, "missing column", "text"),
+    ({"text": "no label"}, "missing column", "label"),
+    ({"text": " \t\n", "label": "cat"}, "empty text", "text is empty"),
+    ({"text": None, "label": "cat"}, "empty text", "text is empty"),
+    ({"text": "a", "label": "bird"}, "label outside the task's set", "bird"),
+    ({"text": "a", "label": 7}, "label outside the task's set", "7"),
+    ({"text": "a", "label": None}, "empty label", "label is empty"),
+    ({"text": "a", "label": ["cat"]}, "malformed line", "label is a list, not a text"),
+    ({"text": LONG, "label": "cat"}, "over-long text", "101 characters: xxxx"),
+    (b'{"text": "caf\xe9 au lait", "label": "cat"}', "bad encoding", "caf\\udce9 au lait"),
+    ({"text": "nul \x00 byte", "label": "cat"}, "bad encoding", "nul \\x00 byte"),
+    ('{"text": "half \\ud83d pair", "label": "cat"}', "bad encoding", "half \\ud83d pair"),
+    ('{"text": "cut', "malformed line", '{"text": "cut'),
+    ({"text": "text  number\u00a05", "label": " DOG"}, "duplicate row", "text  number"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason", "value"), BAD_LINES)
+def test_a_bad_row_is_named_with_its_number_reason_value_and_content(
+    tmp_path: Path, line: Any, reason: str, value: str
+) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, line])
+    manifest = build(source, config=DataConfig(max_text_chars=100))
+    assert (manifest.num_read, manifest.num_rejected, dict(manifest.problems)) == (101, 1, {reason: 1})
+    assert len(rows_of(tmp_path)) == 100
+    (entry,) = quarantine_of(tmp_path)
+    assert (entry["file"], entry["row"], entry["line"], entry["reason"]) == ("pets.jsonl", 101, 101, reason)
+    assert value in entry["value"]
+    if isinstance(line, dict):
+        assert entry["raw"] == line
+
+
+def test_bytes_that_are_not_utf8_can_be_had_back_from_quarantine(tmp_path: Path) -> None:
+    build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, b'{"text": "caf\xe9 \\\\udce9", "label": "cat"}']))
+    (entry,) = quarantine_of(tmp_path)
+    assert entry["raw"]["text"].encode("utf-8", "surrogateescape") == b"caf\xe9 \\udce9"
+
+
+def test_all_problems_of_a_row_are_counted_and_the_row_once(tmp_path: Path) -> None:
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, {"text": "", "label": "bird"}]))
+    assert (manifest.num_rejected, dict(manifest.problems)) == (
+        1,
+        {"empty text": 1, "label outside the task's set": 1},
+    )
+    (entry,) = quarantine_of(tmp_path)
+    assert [problem["reason"] for problem in entry["more"]] == ["label outside the task's set"]
+
+
+def test_unicode_forms_of_one_text_are_one_row(tmp_path: Path) -> None:
+    rows = [{"text": "Caf\u00e9", "label": "cat"}, {"text": "Cafe\u0301", "label": "cat"}]
+    assert dict(build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *rows])).problems) == {"duplicate row": 1}
+
+
+def test_what_is_wrong_in_an_unused_column_costs_no_row(tmp_path: Path) -> None:
+    rows = [*GOOD, b'{"text": "new", "label": "cat", "author": "Andr\xe9"}']
+    assert build(write_jsonl(tmp_path / "pets.jsonl", rows)).num_rejected == 0
+
+
+def test_labels_are_stored_in_the_tasks_own_spelling(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": label} for index, label in enumerate(["dog", " DOG ", "Cat", "cat"] * 10)]
+    build(write_jsonl(tmp_path / "pets.jsonl", rows))
+    assert {row["output"] for row in rows_of(tmp_path)} == {"Dog", "cat"}
+
+
+def test_labels_of_other_types_are_taken_as_text(tmp_path: Path) -> None:
+    task = TaskSchema(name="t", labels=("0", "1", "true"))
+    values = [0, 1, 1.0, "1", True]
+    rows = [{"text": f"{kind} {index}", "label": value} for kind, value in enumerate(values) for index in range(9)]
+    assert build(write_jsonl(tmp_path / "t.jsonl", rows), task).num_rejected == 0
+    table = pa.table({"text": [f"t{i}" for i in range(20)], "label": pa.array([1.0, None, 1.0, float("nan")] * 5)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    manifest = build(tmp_path / "t.parquet", task)
+    assert dict(manifest.problems) == {"empty label": 10}
+    assert {row["output"] for row in rows_of(tmp_path)} == {"1"}
+
+
+def test_labels_are_taken_from_the_arrival_by_frequency_then_name(tmp_path: Path) -> None:
+    labels = ["b"] * 10 + ["B"] * 4 + ["c"] * 20 + ["a "] * 14 + ["two\nlines"] * 3
+    rows = [{"text": f"t{index}", "label": label} for index, label in enumerate(labels)]
+    manifest = build(write_jsonl(tmp_path / "t.jsonl", rows), TaskSchema(name="t", format="auto"))
+    assert manifest.task.labels == ("c", "a", "b", "two lines")
+    assert manifest.task.format == "labelled"
+    assert {row["output"] for row in rows_of(tmp_path)} == {"a", "b", "c", "two lines"}
+
+
+def test_too_many_labels_are_an_error_that_names_some(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": f"free answer {index}"} for index in range(65)]
+    source = write_jsonl(tmp_path / "t.jsonl", rows)
+    with pytest.raises(
+        DataValidationError, match=r"more than 64 different labels, such as 'free answer 0'.*task\.labels"
+    ):
+        build(source, TaskSchema(name="t"))
+    build(write_jsonl(source, rows[:64]), TaskSchema(name="t"))
+
+
+def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_path: Path) -> None:
+    bad = [{"text": "", "label": "cat"}] * 25
+    source = write_jsonl(tmp_path / "pets.jsonl", [*bad, *GOOD])
+    assert build(source, config=DataConfig(max_bad_share=0.2)).num_rejected == 25
+    with pytest.raises(ArrivalRefusedError) as refused:
+        build(source, config=DataConfig(max_bad_share=0.19))
+    message = str(refused.value)
+    assert message.startswith(
+        "pets.jsonl: 25 of 125 rows cannot be used (20.0%, allowed are 19.0%): 25 × empty text. The first: row 1 empty "
+        "text: 'text is empty'; row 2"
+    )
+    assert "\n" not in message
+    assert "quarantine.jsonl" in message
+    assert len(message) < 800
+    assert len(refused.value.report.bad_rows) == MAX_EXAMPLES
+    assert refused.value.report.manifest.num_rejected == 25
+    assert len(quarantine_of(tmp_path)) == 25
+    assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["quarantine.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "pets.jsonl has no rows"),
+        (["", "  "], "pets.jsonl has no rows"),
+        ([{"text": "a", "label": "cat", "split": "test"}], "no row to train on"),
+        ([{"text": "a", "label": "cat", "split": "train"}], "no row to test with"),
+        (["broken"] * 3, "3 of 3 rows cannot be used"),
+    ],
+)
+def test_an_arrival_that_cannot_be_learned_is_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
+    config = DataConfig()
+    with pytest.raises(ArrivalRefusedError, match=message):
+        build(write_jsonl(tmp_path / "pets.jsonl", rows), config=config)
+    assert validate_file(tmp_path / "pets.jsonl", TASK, config).refusal is not None
+
+
+def test_a_file_that_was_cut_off_keeps_its_bad_rows_and_makes_no_dataset(tmp_path: Path) -> None:
+    source = tmp_path / "pets.jsonl.gz"
+    content = "".join(json.dumps(row) + "\n" for row in [{"text": "", "label": "cat"}, *GOOD * 200])
+    source.write_bytes(gzip.compress(content.encode())[:-100])
+    with pytest.raises(DataValidationError, match="cut off"):
+        build(source)
+    assert quarantine_of(tmp_path)[0]["row"] == 1
+    assert [path.name for path in (tmp_path / "dataset").iterdir()] == ["quarantine.jsonl"]
+
+
+def test_a_refused_arrival_leaves_no_earlier_dataset_behind(tmp_path: Path) -> None:
+    build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    with pytest.raises(ArrivalRefusedError):
+        build(write_jsonl(tmp_path / "pets.jsonl", []))
+    assert not (tmp_path / "dataset" / "manifest.json").exists()
+
+
+# --- split
+
+
+def test_by_digest_a_row_lands_on_the_same_side_in_every_arrival(tmp_path: Path) -> None:
+    build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    first = {row["sha256"] for row in rows_of(tmp_path, "test")}
+    assert 8 <= len(first) <= 35
+    variants = [
+        {"text": f"  {row['text'].replace(' ', '  ')}\r\n", "label": row["label"].upper()} for row in GOOD[::-1]
+    ]
+    more = [{"text": f"another {index}", "label": "cat"} for index in range(100)]
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*more, *variants]), frozen_test_rows=first)
+    assert manifest.num_rejected == 0
+    assert first <= {row["sha256"] for row in rows_of(tmp_path, "test")}
+    assert not first & {row["sha256"] for row in rows_of(tmp_path, "train")}
+
+
+def test_the_share_of_test_rows_is_the_one_asked_for(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": "cat"} for index in range(4000)]
+    source = write_jsonl(tmp_path / "pets.jsonl", rows)
+    shares = [build(source, config=DataConfig(test_share=share)).num_test / 4000 for share in (0.1, 0.5)]
+    assert shares == pytest.approx([0.1, 0.5], abs=0.03)
+
+
+def test_the_rule_of_the_split_is_written_in_the_digest(tmp_path: Path) -> None:
+    build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    for split in ("train", "test"):
+        for row in rows_of(tmp_path, split):
+            assert row["sha256"] == row_digest([row["input"]], row["output"].casefold()).hex()
+            assert (int(row["sha256"][:8], 16) / 2**32 < 0.2) == (split == "test")
+
+
+def test_a_split_column_wins_and_a_training_row_never_equals_a_test_row(tmp_path: Path) -> None:
+    rows = [{**row, "split": "Test" if index >= 60 else "train"} for index, row in enumerate(GOOD)]
+    leaks = [{**rows[70], "split": "train"}, {**rows[0], "split": "train"}, {**rows[99], "split": "test"}]
+    bad = {"text": "x", "label": "cat", "split": "validation"}
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [leaks[0], *rows, *leaks[1:], bad]))
+    assert (manifest.split, manifest.num_train, manifest.num_test) == ("given", 60, 40)
+    assert [(entry["row"], entry["reason"]) for entry in quarantine_of(tmp_path)] == [
+        (1, "duplicate of a test row"),
+        (102, "duplicate row"),
+        (103, "duplicate row"),
+        (104, "unknown split"),
+    ]
+
+
+def test_a_test_file_wins_over_a_split_column(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "pets.jsonl", [{**row, "split": "test"} for row in GOOD[:80]])
+    test = write_csv(tmp_path / "held_out.csv", GOOD[78:])
+    manifest = build(train, test_source=test)
+    assert (manifest.split, manifest.num_read, manifest.num_train, manifest.num_test) == ("given", 102, 78, 22)
+    assert [(entry["file"], entry["row"], entry["reason"]) for entry in quarantine_of(tmp_path)] == [
+        ("pets.jsonl", 79, "duplicate of a test row"),
+        ("pets.jsonl", 80, "duplicate of a test row"),
+    ]
+
+
+def test_a_test_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "pets.jsonl", GOOD)
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataValidationError, match="different formats"):
+        build(train, TaskSchema(name="pets", format="auto"), test_source=test)
+
+
+def test_a_training_row_that_equals_a_frozen_test_row_is_bad(tmp_path: Path) -> None:
+    frozen = [row_digest([GOOD[3]["text"]], GOOD[3]["label"].casefold()).hex()]
+    rows = [{**row, "split": "train"} for row in GOOD]
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", rows), frozen_test_rows=frozen)
+    assert dict(manifest.problems) == {"duplicate of a test row": 1}
+    assert quarantine_of(tmp_path)[0]["row"] == 4
+    assert manifest.num_test == 0  # the frozen rows are there to test with
+
+
+# --- identity
+
+
+def test_a_dataset_is_the_same_whatever_its_order_format_and_file_name(tmp_path: Path) -> None:
+    one = build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    shuffled = [{"Category": row["label"].upper(), "body": row["text"], "id": "7"} for row in GOOD[::-1]]
+    two = build(write_csv(tmp_path / "other.csv", shuffled))
+    pq.write_table(pa.Table.from_pylist(GOOD), tmp_path / "third.parquet")
+    three = build(tmp_path / "third.parquet", TaskSchema(name="pets"))
+    assert one.sha256 == two.sha256 == three.sha256
+
+
+def test_a_dataset_is_another_with_another_row_task_or_split(tmp_path: Path) -> None:
+    same = build(write_jsonl(tmp_path / "pets.jsonl", GOOD)).sha256
+    others = [
+        build(write_jsonl(tmp_path / "pets.jsonl", GOOD[1:])).sha256,
+        build(write_jsonl(tmp_path / "pets.jsonl", [{**GOOD[0], "label": "Dog"}, *GOOD[1:]])).sha256,
+        build(write_jsonl(tmp_path / "pets.jsonl", GOOD), TaskSchema(name="pets2", labels=TASK.labels)).sha256,
+        build(write_jsonl(tmp_path / "pets.jsonl", GOOD), config=DataConfig(test_share=0.4)).sha256,
+    ]
+    assert len({same, *others}) == 5
+
+
+def test_the_same_arrival_again_is_the_same_dataset_against_its_own_test_rows(tmp_path: Path) -> None:
+    for name, rows in (
+        ("hash", GOOD),
+        ("given", [{**r, "split": "test" if i % 3 else "train"} for i, r in enumerate(GOOD)]),
+    ):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        first = build(source)
+        frozen = {row["sha256"] for row in rows_of(tmp_path, "test")}
+        assert build(source, frozen_test_rows=frozen) == first
+
+
+# --- other formats
+
+
+def test_completions_keep_their_white_space(tmp_path: Path) -> None:
+    rows = [{"prompt": f"def f{index}():\r\n", "completion": "    return 1\r\n"} for index in range(50)]
+    manifest = build(write_jsonl(tmp_path / "code.jsonl", rows), TaskSchema(name="code", format="auto"))
+    assert manifest.task.format == "completion"
+    assert {row["output"] for row in rows_of(tmp_path)} == {"    return 1\n"}
+    assert rows_of(tmp_path, "train")[0]["input"].endswith("():\n")
+
+
+def conversation(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+CHATS = [
+    conversation(("system", "Be kind."), ("user", f"Hello {index}"), ("assistant", "Hi!"), ("user", "Bye"),
+                 ("assistant", f"Bye {index}"))
+    for index in range(40)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_chat_is_stored_as_its_earlier_messages_and_its_answer(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"chat.{kind}"
+    if kind == "jsonl":
+        write_jsonl(source, [{"messages": chat} for chat in CHATS])
+    elif kind == "csv":
+        write_csv(source, [{"messages": json.dumps(chat)} for chat in CHATS])
+    else:
+        pq.write_table(pa.table({"messages": CHATS}), source)
+    build(source, TaskSchema(name="chat", format="auto"))
+    stored = {row["output"]: json.loads(row["input"]) for row in rows_of(tmp_path)}
+    assert stored == {f"Bye {index}": chat[:-1] for index, chat in enumerate(CHATS)}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("not json", "malformed messages"),
+        ({"role": "user"}, "malformed messages"),
+        (["user", "assistant"], "malformed messages"),
+        ([], "malformed messages"),
+        (conversation(("system", "x")), "malformed messages"),
+        (conversation(("user", "no answer")), "malformed messages"),
+        (conversation(("assistant", "a"), ("user", "b")), "malformed messages"),
+        (conversation(("user", "a"), ("user", "b"), ("assistant", "c")), "malformed messages"),
+        (conversation(("user", "a"), ("robot", "c")), "malformed messages"),
+        (conversation(("user", "a"), ("assistant", None)), "malformed messages"),
+        ([{"role": "user"}, {"role": "assistant", "content": "c"}], "malformed messages"),
+        (conversation(("user", "a"), ("assistant", " ")), "empty text"),
+        (conversation(("user", "a" * 101), ("assistant", "c")), "over-long text"),
+        (conversation(("user", "nul \x00"), ("assistant", "c")), "bad encoding"),
+        (CHATS[0], "duplicate row"),
+    ],
+)
+def test_bad_chats_are_named(tmp_path: Path, messages: Any, reason: str) -> None:
+    rows = [{"messages": messages} for messages in (*CHATS, messages)]
+    config = DataConfig(max_text_chars=100)
+    manifest = build(write_jsonl(tmp_path / "chat.jsonl", rows), TaskSchema(name="chat", format="chat"), config)
+    assert dict(manifest.problems) == {reason: 1}
+    assert quarantine_of(tmp_path)[0]["row"] == 41
+
+
+# --- the checks alone
+
+
+def test_validate_file_finds_the_same_and_writes_nothing_unasked(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *(line for line, _, _ in BAD_LINES)])
+    config = DataConfig(max_bad_share=1.0, max_text_chars=100)
+    report = validate_file(source, TASK, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["pets.jsonl"]
+    assert report.refusal is None
+    assert [bad.row for bad in report.bad_rows] == list(range(101, 101 + len(BAD_LINES)))
+    validate_file(source, TASK, config, quarantine_file=tmp_path / "found" / "bad.jsonl")
+    assert build(source, config=config) == report.manifest
+    assert (tmp_path / "found" / "bad.jsonl").read_text() == (tmp_path / "dataset" / "quarantine.jsonl").read_text()
+
+
+def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": "cat"} for index in range(2500)]
+    seen: list[int] = []
+    build(write_jsonl(tmp_path / "pets.jsonl", rows), on_progress=seen.append)
+    assert seen == [1000, 2000, 2500]
+
+
+def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deal_core.data.dataset_files._GROUP_ROWS", 16)
+    build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
+    assert pq.ParquetFile(tmp_path / "dataset" / "train.parquet").num_row_groups > 3
+    assert len(rows_of(tmp_path)) == 100
+
+
+LINES = st.one_of(
+    st.sampled_from([line for line, _, _ in BAD_LINES]),
+    st.fixed_dictionaries({"text": st.text(max_size=8), "label": st.sampled_from(["dog", "CAT", "bird", ""])}),
+    st.sampled_from(GOOD),
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(lines=st.lists(LINES, max_size=25))
+def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[Any]) -> None:
+    """Whatever arrives; and what is kept is exactly the distinct good rows."""
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *lines]))
+    kept, rejected = rows_of(tmp_path), quarantine_of(tmp_path)
+    assert manifest.num_read == 100 + len(lines) == len(kept) + len(rejected)
+    assert len({row["sha256"] for row in kept}) == len(kept)
+    good = {
+        (unicodedata.normalize("NFC", line["text"]).split()[0], line["label"].strip().casefold())
+        for line in [*GOOD, *lines]
+        if isinstance(line, dict) and isinstance(line.get("text"), str) and isinstance(line.get("label"), str)
+        if line["text"].strip() and "\x00" not in line["text"] and line["label"].strip().casefold() in ("dog", "cat")
+    }
+    assert {(unicodedata.normalize("NFC", row["input"]).split()[0], row["output"].casefold()) for row in kept} == good
