@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import IGNORED, BucketSampler
+from deal_core.data.collate import IGNORED, BucketSampler, answer_logits
 from deal_core.errors import ConfigError
 from deal_core.strategies.base import Strategy
 
@@ -74,17 +74,7 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         """Cross-entropy of the answer's tokens; logits are computed for their positions alone."""
         labels_BK = inputs["labels"]
-        if self.model.config.is_encoder_decoder:
-            outputs = model(**inputs)
-            logits_BKV = outputs.logits
-        else:
-            features = {name: value for name, value in inputs.items() if name != "labels"}
-            # as indices, not as a number: the slice a number makes is not contiguous, and on CPU the output layer then
-            # copies its whole weight once per row
-            length, num_answer = inputs["input_ids"].shape[1], labels_BK.shape[1]
-            positions = torch.arange(length - num_answer - 1, length, device=labels_BK.device)
-            outputs = model(**features, logits_to_keep=positions, use_cache=False)
-            logits_BKV = outputs.logits[:, :-1]
+        logits_BKV = answer_logits(model, inputs)
         loss_sum = cross_entropy(
             logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -92,7 +82,7 @@ class AdapterTrainer(Trainer):
             loss = loss_sum / labels_BK.ne(IGNORED).sum()
         else:
             loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": logits_BKV}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; at the last of a step the gradients become those of the strategy's parameters."""
@@ -119,7 +109,7 @@ class AdapterTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         tensors = self.strategy.checkpoint()
         if tensors:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / STRATEGY_TENSORS)
+            save_file({name: t.detach().clone() for name, t in tensors.items()}, folder / STRATEGY_TENSORS)
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
 
 

@@ -108,7 +108,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
 def save_adapter(model: PeftModel, folder: Path, state: MethodState) -> None:
     """Write the adapter as a plain PEFT folder, and the method's state beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours is written from the run
     if state.tensors:
         save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)

@@ -1,0 +1,95 @@
+"""A tiny base model in fp32, a task, rows, and a parent adapter that has learned something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.models import BaseModel, load_base
+from deal_core.train import TrainingResult, train_adapter
+
+TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
+WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
+
+
+def make_rows(num_rows: int, first: int = 0) -> Dataset:
+    labels = list(WORDS)
+    rows = []
+    for i in range(first, first + num_rows):
+        label = labels[i % 3]
+        word = WORDS[label].split()[(i // 3) % 3]
+        rows.append({"input": f"message {i} about {word} " + "and more " * (i % 5), "output": label})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    disable_progress_bars()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def task() -> TaskSchema:
+    return TASK
+
+
+@pytest.fixture
+def rows() -> Callable[..., Dataset]:
+    return make_rows
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
+    return load_base(str(tiny_base), tmp_path / "cache", precision="fp32")
+
+
+@dataclass
+class Run:
+    """What a test needs of one training run."""
+
+    result: TrainingResult
+    folder: Path
+    losses: list[float] = field(default_factory=list)
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture
+def train(base: BaseModel, tmp_path: Path) -> Train:
+    """Train with small defaults that a test overrides; every call gets a folder of its own."""
+    count = 0
+
+    def run(strategy: str = "deal", parent: Path | None = None, **changes: Any) -> Run:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run-{count}"
+        given = {
+            "task": TASK,
+            "rows": make_rows(24),
+            "adapter": AdapterConfig(rank=4),
+            "deal": DealConfig(),
+            "train": TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64),
+            "output_folder": folder / "adapter",
+            "checkpoint_folder": folder / "checkpoints",
+            **changes,
+        }
+        result = train_adapter(base, parent_folder=parent, strategy=strategy, **given)
+        return Run(result, given["output_folder"], [loss for _, loss in result.losses])
+
+    return run
+
+
+@pytest.fixture
+def parent(train: Train) -> Path:
+    """Folder of an adapter that has learned one task."""
+    first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
+    return train("seq_lora", rows=make_rows(24, first=100), train=first).folder

@@ -1,0 +1,238 @@
+"""The mathematics of DEAL on small factors: what holds at the start, what training may move, where gradients go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.adapter.spectrum import decompose
+from deal_core.adapter.stack import LoraStack
+from deal_core.config import DealConfig
+
+RANK, IN, OUT, MODULES = 8, 24, 20, 3
+SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])
+SETTINGS = {
+    "soft": DealConfig(),
+    "frozen": DealConfig(core="frozen"),
+    "literal": DealConfig(form="literal"),
+    "raw": DealConfig(balanced=False, recycle=False, project=False),
+    "two layers": DealConfig(num_layers=2),
+}
+
+
+def make_stack() -> LoraStack:
+    """Modules whose ΔW has the spectrum SIGMA: three core directions hold 99 % of the energy."""
+    generator = torch.Generator().manual_seed(1)
+    a_params, b_params = [], []
+    for _ in range(MODULES):
+        q = torch.linalg.qr(torch.randn(IN, RANK, generator=generator))[0]
+        p = torch.linalg.qr(torch.randn(OUT, RANK, generator=generator))[0]
+        twist = torch.randn(RANK, RANK, generator=generator)
+        a_params.append(nn.Parameter(torch.linalg.inv(twist) @ (q * SIGMA.sqrt()).mT))
+        b_params.append(nn.Parameter((p * SIGMA.sqrt()) @ twist))
+    return LoraStack(tuple(f"m{i}" for i in range(MODULES)), tuple(a_params), tuple(b_params))
+
+
+def network_of(config: DealConfig, stack: LoraStack | None = None) -> tuple[Reparametrization, LoraStack]:
+    stack = stack or make_stack()
+    return Reparametrization([stack], config, torch.Generator().manual_seed(2)), stack
+
+
+def factors(network: Reparametrization) -> tuple[Tensor, Tensor]:
+    a_side, b_side = network.sides[0]
+    return a_side(), b_side()
+
+
+def set_gradients(stack: LoraStack, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in (*stack.a_params, *stack.b_params):
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def step(network: Reparametrization, stack: LoraStack, num_steps: int, lr: float = 1e-2) -> None:
+    """AdamW on random gradients of the factors."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0)
+    network.materialise()
+    for i in range(num_steps):
+        set_gradients(stack, 10 + i)
+        network.pull_back()
+        optimizer.step()
+        network.materialise()
+
+
+def test_core_is_what_holds_the_energy():
+    network, _ = network_of(DealConfig(energy=0.95))
+    assert network.num_core_slots == {"m0": 2, "m1": 2, "m2": 2}
+    network, _ = network_of(DealConfig(energy=0.995))
+    assert set(network.num_core_slots.values()) == {3}
+
+
+def test_free_share_cuts_the_core_and_says_so():
+    network, _ = network_of(DealConfig(energy=1.0, free_share=0.5))
+    assert set(network.num_core_slots.values()) == {4}
+    assert network.is_full == ("m0", "m1", "m2")
+    network, _ = network_of(DealConfig(energy=0.95, free_share=0.5))
+    assert network.is_full == ()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_of_the_core_is_lost_before_the_first_step(name):
+    network, stack = network_of(SETTINGS[name])
+    a_MRI, b_MOR = stack.read()
+    before = b_MOR @ a_MRI
+    y_A, y_B = factors(network)
+    lost = (y_B @ y_A.mT - before).norm() / before.norm()
+    recycled = SETTINGS[name].recycle and SETTINGS[name].form == "spectral"
+    # what recycling may lose is the energy outside the core: √(1 − energy) of the norm at most
+    assert lost < (0.05**0.5 if recycled else 1e-4)
+    assert not recycled or lost > 1e-3
+
+
+def test_every_slot_can_learn_after_recycling():
+    """A slot near zero in both factors is a dead saddle."""
+    for sides in ("both", "A", "B"):
+        network, _ = network_of(DealConfig(sides=sides))
+        y_A, y_B = factors(network)
+        norms_A, norms_B = y_A.norm(dim=1), y_B.norm(dim=1)
+        assert torch.minimum(norms_A, norms_B)[:, 2:].max() == 0
+        assert (norms_B if sides == "A" else norms_A)[:, 2:].min() > 0.1
+
+
+def test_recycled_slots_hold_no_direction_of_the_core_after_training():
+    network, stack = network_of(DealConfig())
+    core = decompose(*stack.read()).right_MIR[..., :2]
+    step(network, stack, 50)
+    free = factors(network)[0][..., 2:]
+    assert (core.mT @ free).norm() <= 1e-5 * free.norm()
+    network, stack = network_of(DealConfig(project=False))
+    step(network, stack, 50)
+    free = factors(network)[0][..., 2:]
+    assert (core.mT @ free).norm() > 1e-2 * free.norm()
+
+
+def test_a_frozen_core_never_moves_and_a_soft_one_does():
+    for core, moves in (("frozen", False), ("soft", True)):
+        network, stack = network_of(DealConfig(core=core))
+        before = [y.detach().clone() for y in factors(network)]
+        step(network, stack, 5)
+        for old, new in zip(before, factors(network), strict=True):
+            assert torch.equal(old[..., :2], new[..., :2]) is not moves
+            assert not torch.equal(old[..., 2:], new[..., 2:])
+
+
+@pytest.mark.parametrize(("sides", "moved"), [("both", (True, True)), ("A", (True, False)), ("B", (False, True))])
+def test_only_the_chosen_sides_move(sides, moved):
+    network, stack = network_of(DealConfig(sides=sides))
+    before = [y.detach().clone() for y in factors(network)]
+    step(network, stack, 3)
+    now = factors(network)
+    assert tuple(not torch.equal(old, new) for old, new in zip(before, now, strict=True)) == moved
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pulled_back_gradients_equal_autograd_through_the_network(name):
+    """Two steps (gradients of A and B first, then back through the networks) against one straight backward pass."""
+    network, stack = network_of(SETTINGS[name])
+    step(network, stack, 2)  # away from the symmetric start
+    x = torch.randn(5, IN, generator=torch.Generator().manual_seed(3))
+
+    def loss_of(a_MIR: Tensor, b_MOR: Tensor) -> Tensor:
+        return torch.stack([(x @ a @ b.mT).square().mean() for a, b in zip(a_MIR, b_MOR, strict=True)]).sum()
+
+    straight = torch.autograd.grad(loss_of(*factors(network)), list(network.parameters()))
+    network.materialise()
+    for param in (*stack.a_params, *stack.b_params):
+        param.grad = None
+    loss_of(torch.stack([a.mT for a in stack.a_params]), torch.stack(list(stack.b_params))).backward()
+    network.pull_back()
+    for expected, parameter in zip(straight, network.parameters(), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def penalty_gradients(config: DealConfig) -> list[Tensor]:
+    network, stack = network_of(config)
+    step(network, stack, 5)
+    network.zero_grad()
+    network.penalty().backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize("form", ["spectral", "literal"])
+@pytest.mark.parametrize("change", [{"lambda1": 0.5}, {"lambda2": 0.5}, {"a": 3.0}, {"b": 1.0}])
+def test_each_weight_and_order_changes_the_gradient(form, change):
+    config = DealConfig(form=form, lambda1=0.1, lambda2=0.1)
+    before, after = penalty_gradients(config), penalty_gradients(replace(config, **change))
+    assert any(not torch.allclose(x, y, rtol=1e-3, atol=0) for x, y in zip(before, after, strict=True))
+
+
+def test_tolerance_moves_the_wall():
+    before, after = penalty_gradients(DealConfig()), penalty_gradients(DealConfig(tolerance=0.01))
+    assert max(g.abs().max() for g in after) > 10 * max(g.abs().max() for g in before)
+
+
+NETWORK_CHANGES: list[dict[str, Any]] = [
+    {"widths": (0.3, 0.6)},
+    {"num_layers": 2},
+    {"num_layers": 0},
+    {"mixing": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [("spectral", {"balanced": False}), *((f, c) for f in ("spectral", "literal") for c in NETWORK_CHANGES)],
+)
+def test_each_setting_of_the_network_changes_what_is_learned(form, change):
+    def learned(**changes: Any) -> Tensor:
+        network, stack = network_of(replace(DealConfig(form=form), **changes))
+        step(network, stack, 5)
+        y_A, y_B = factors(network)
+        return (y_B @ y_A.mT).detach()
+
+    assert not torch.allclose(learned(), learned(**change), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_parameter_moves(name):
+    network, stack = network_of(SETTINGS[name])
+    before = {key: p.detach().clone() for key, p in network.named_parameters()}
+    step(network, stack, 2)
+    assert before
+    for key, parameter in network.named_parameters():
+        assert not torch.equal(before[key], parameter), key
+
+
+def test_state_restores_constants_and_parameters_bit_for_bit():
+    network, stack = network_of(DealConfig())
+    step(network, stack, 3)
+    expected = [y.detach().clone() for y in factors(network)]
+    other = Reparametrization([make_stack()], DealConfig(), torch.Generator().manual_seed(99))
+    assert not torch.equal(factors(other)[0], expected[0])
+    other.load_state_dict(network.state_dict())
+    for restored, wanted in zip(factors(other), expected, strict=True):
+        assert torch.equal(restored, wanted)
+
+
+def test_literal_form_follows_its_equation():
+    """Against Ψ_j formed in full, for one layer and perturbed g and c."""
+    network, _ = network_of(DealConfig(form="literal", num_layers=1))
+    side = network.sides[0][1]
+    retention = side.retention
+    with torch.no_grad():
+        retention.filters_KMJN.add_(0.1 * torch.rand_like(retention.filters_KMJN))
+        retention.centres_KMJ.add_(0.1 * torch.rand_like(retention.centres_KMJ))
+    y_NR = side.start_MNR[0]
+    u, s, _ = torch.linalg.svd(y_NR, full_matrices=False)
+    s = s / s[0]
+    expected = torch.zeros_like(y_NR)
+    for j, width in enumerate((0.25, 0.5, 1.0)):
+        phi = torch.exp(-((s - retention.centres_KMJ[0, 0, j]) ** 2) / (2 * width**2))
+        psi, inverse = u @ torch.diag(phi) @ u.mT, u @ torch.diag(1 / phi) @ u.mT
+        expected = expected + psi @ torch.diag(retention.filters_KMJN[0, 0, j]) @ inverse @ y_NR
+    torch.testing.assert_close(side()[0], expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,75 @@
+"""The balanced form, the split into slots, and interpolation at fixed rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deal_core.adapter.interpolate import interpolate
+from deal_core.adapter.spectrum import count_core_slots, decompose
+
+
+@pytest.fixture
+def factors() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 20, generator=generator), torch.randn(3, 12, 4, generator=generator)
+
+
+def test_balanced_form_is_the_same_function(factors):
+    a_MRI, b_MOR = factors
+    y_A, y_B = decompose(a_MRI, b_MOR).factors()
+    torch.testing.assert_close(y_B @ y_A.mT, b_MOR @ a_MRI, rtol=1e-5, atol=1e-5)
+
+
+def test_balanced_form_shares_the_singular_values_equally(factors):
+    a_MRI, b_MOR = factors
+    spectrum = decompose(a_MRI, b_MOR)
+    y_A, y_B = spectrum.factors()
+    expected = torch.linalg.svdvals(b_MOR @ a_MRI)[:, :4]
+    torch.testing.assert_close(spectrum.sigma_MR, expected, rtol=1e-4, atol=1e-5)
+    for y_MNR in (y_A, y_B):
+        torch.testing.assert_close(y_MNR.mT @ y_MNR, torch.diag_embed(spectrum.sigma_MR), rtol=1e-4, atol=1e-4)
+
+
+def test_no_full_product_is_formed():
+    """Shapes of an 8B model's projection: the full product would take 64 GiB for these modules."""
+    spectrum = decompose(torch.randn(1, 2, 131_072), torch.randn(1, 131_072, 2))
+    assert spectrum.left_MOR.shape == spectrum.right_MIR.shape == (1, 131_072, 2)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "energy", "num_free", "count"),
+    [
+        ([3.0, 1.0, 0.1, 0.0], 0.95, 1, 2),
+        ([3.0, 1.0, 0.1, 0.0], 0.85, 1, 1),
+        ([1.0, 1.0, 1.0, 1.0], 0.95, 1, 3),
+        ([1.0, 1.0, 1.0, 1.0], 0.95, 2, 2),
+        ([1.0, 1.0, 1.0, 1.0], 0.95, 0, 4),
+        ([0.0, 0.0, 0.0, 0.0], 0.95, 1, 0),
+    ],
+)
+def test_core_holds_the_energy_and_leaves_the_free_slots(sigma, energy, num_free, count):
+    assert count_core_slots(torch.tensor([sigma]), energy, num_free).tolist() == [count]
+
+
+def test_interpolation_is_exact_where_the_rank_allows_it(factors):
+    a_MRI, b_MOR = factors
+    y_A, y_B = interpolate((a_MRI, b_MOR), (a_MRI, 3 * b_MOR), 0.25)
+    assert y_A.shape == a_MRI.shape and y_B.shape == b_MOR.shape
+    torch.testing.assert_close(y_B @ y_A, 1.5 * b_MOR @ a_MRI, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("share", "end"), [(0.0, 0), (1.0, 1)])
+def test_interpolation_ends_at_parent_and_trained(factors, share, end):
+    other = (factors[0].flip(2), factors[1].flip(1))
+    ends = (factors, other)
+    y_A, y_B = interpolate(*ends, share)
+    torch.testing.assert_close(y_B @ y_A, ends[end][1] @ ends[end][0], rtol=1e-4, atol=1e-4)
+
+
+def test_interpolation_is_the_best_approximation_of_that_rank(factors):
+    other = (factors[0].flip(2), factors[1].flip(1))
+    y_A, y_B = interpolate(factors, other, 0.5)
+    full = 0.5 * (factors[1] @ factors[0] + other[1] @ other[0])
+    lost = torch.linalg.svdvals(full)[:, 4:].square().sum().sqrt()
+    torch.testing.assert_close((y_B @ y_A - full).norm(), lost, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,159 @@
+"""Strategies through the real training loop: what the first task is, what later ones reduce to, what moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.errors import ConfigError
+from deal_core.strategies import make_strategy
+
+OFF = DealConfig(
+    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
+)
+STEPS = TrainConfig(max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def plain_lora(base, task, rows, train: TrainConfig) -> dict[str, torch.Tensor]:
+    """A loop of our own with torch and PEFT alone: full logits, no Trainer."""
+    torch.manual_seed(train.seed)
+    model = get_peft_model(
+        base.model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    encoded = encode_rows(rows, base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=50)
+    sampler = BucketSampler(encoded["length"], train.batch_size, train.seed, group_by_length=True)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=train.learning_rate, weight_decay=0)
+    done = 0
+    for epoch in range(100):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for start in range(0, len(order), train.batch_size):
+            if done == train.max_steps:
+                found = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+                model.unload()
+                return found
+            batch = collate([encoded[i] for i in order[start : start + train.batch_size]])
+            labels = batch.pop("labels")
+            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]
+            cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+    raise AssertionError("too few steps")
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
+def test_first_task_is_plain_lora(strategy, base, task, rows, train):
+    expected = plain_lora(base, task, rows(24), STEPS)
+    found = weights(train(strategy, train=STEPS).folder)
+    assert len(found) == len(expected) == 8
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name.replace(".default", "")], value, rtol=1e-4, atol=1e-5)
+
+
+def test_first_task_of_deal_equals_that_of_seq_lora_bit_for_bit(train):
+    ours, plain = (weights(train(strategy, train=STEPS).folder) for strategy in ("deal", "seq_lora"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_later_task_with_everything_off_is_plain_lora(parent, train):
+    """Balancing, filter, recycling, projection and λ off, over 20 fp32 steps."""
+    ours, plain = (weights(train(s, parent, deal=OFF, train=STEPS).folder) for s in ("deal", "seq_lora"))
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)
+    started = weights(parent)
+    assert max((plain[name] - started[name]).abs().max() for name in plain) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"form": "literal"},
+        {"core": "frozen"},
+        {"sides": "A"},
+        {"sides": "B"},
+        {"balanced": False},
+        {"energy": 0.5},
+        {"free_share": 0.75, "energy": 1.0},
+        {"recycle": False},
+        {"project": False},
+        {"widths": (0.5,)},
+        {"num_layers": 0},
+        {"mixing": False},
+        {"lambda1": 10.0},
+        {"lambda2": 10.0},
+        {"lambda1": 1.0, "a": 6.0},
+        {"lambda2": 10.0, "b": 1.0},
+        {"lambda1": 1.0, "tolerance": 0.01},
+        {"interpolation": 0.5},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_result(change, parent, train):
+    start = {key: value for key, value in change.items() if key in ("lambda1", "lambda2") and len(change) > 1}
+    start |= {"energy": 1.0} if "free_share" in change else {}
+    default = weights(train("deal", parent, deal=DealConfig(**start)).folder)
+    changed = weights(train("deal", parent, deal=DealConfig(**change)).folder)
+    assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
+def test_size_of_the_adapter_stays_the_same(strategy, parent, train):
+    before = {name: value.shape for name, value in weights(parent).items()}
+    assert {name: v.shape for name, v in weights(train(strategy, parent).folder).items()} == before
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
+def test_every_later_task_is_learned(strategy, parent, train):
+    losses = train(strategy, parent, train=TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2)).losses
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("sides", ["A", "B"])
+def test_one_sided_training_learns_from_the_first_task_on(sides, train):
+    config = TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2)
+    first = train("deal", deal=DealConfig(sides=sides), train=config)
+    assert sum(first.losses[-5:]) < 0.8 * sum(first.losses[:5])
+
+
+def test_interpolation_lies_between_parent_and_trained(parent, train):
+    def update(folder: Path) -> list[torch.Tensor]:
+        found = weights(folder)
+        names = sorted(name for name in found if "lora_A" in name)
+        return [found[name.replace("lora_A", "lora_B")] @ found[name] for name in names]
+
+    start, end = update(parent), update(train("deal", parent).folder)
+    half = update(train("deal", parent, deal=DealConfig(interpolation=0.5)).folder)
+    for old, new, between in zip(start, end, half, strict=True):
+        exact = (old + new) / 2
+        beyond_rank = torch.linalg.svdvals(exact)[4:].square().sum().sqrt()
+        torch.testing.assert_close((between - exact).norm(), beyond_rank, rtol=1e-3, atol=1e-5)
+
+
+def test_unknown_strategy_names_the_known_ones():
+    with pytest.raises(ConfigError, match="deal, seq_lora"):
+        make_strategy("dael", DealConfig(), 0)
+
+
+def test_rank_beyond_a_module_is_refused(train):
+    with pytest.raises(ConfigError, match=r"rank 64 exceeds .* set adapter.rank to 32"):
+        train("deal", adapter=AdapterConfig(rank=64))
+
+
+def test_notes_say_how_full_the_adapter_is(parent, train):
+    notes = train("deal", parent, deal=DealConfig(energy=1.0, free_share=0.5)).result.notes
+    assert "2.0 per module" in notes[0] and "full in 4 of 4 modules" in notes[1]

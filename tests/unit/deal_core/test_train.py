@@ -1,0 +1,232 @@
+"""The training loop: settings, resume, answer-only loss, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.errors import AdapterStateError, ConfigError, DataValidationError
+from deal_core.evaluate import first_answer_logits
+from deal_core.train import training_arguments
+from deal_core.trainer import AdapterTrainer
+
+SHORT = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
+@pytest.mark.parametrize("killed_at", [4, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, killed_at, parent, train, tmp_path):
+    """Six steps an epoch: the second case resumes in the second epoch."""
+    config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=3)
+    whole = train(strategy, parent, train=config)
+    assert whole.result.num_steps == 18 and whole.result.resumed_from_step is None
+
+    def die(step: int, _: object) -> None:
+        if step == killed_at:
+            raise Killed
+
+    folders = {"output_folder": tmp_path / "again", "checkpoint_folder": tmp_path / "again-checkpoints"}
+    with pytest.raises(Killed):
+        train(strategy, parent, train=config, on_log=die, **folders)
+    resumed = train(strategy, parent, train=config, **folders)
+    assert resumed.result.resumed_from_step == killed_at - killed_at % 3
+    assert resumed.losses == whole.losses
+    expected, found = weights(whole.folder), weights(resumed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_half_written_checkpoint_does_not_count(parent, train, tmp_path):
+    config = TrainConfig(max_steps=8, batch_size=4, learning_rate=5e-3, checkpoint_steps=2)
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    whole = train("deal", parent, train=config, **folders)
+    newest = max(folders["checkpoint_folder"].glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (newest / "COMPLETE").unlink()
+    (newest / "optimizer.pt").write_bytes(b"cut")
+    resumed = train("deal", parent, train=config, **folders)
+    assert resumed.result.resumed_from_step == int(newest.name.split("-")[1]) - 2
+    assert resumed.losses == whole.losses
+
+
+def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
+    train(train=replace(SHORT, checkpoint_steps=0), checkpoint_folder=tmp_path / "c")
+    assert not list((tmp_path / "c").glob("checkpoint-*"))
+    train(train=replace(SHORT, checkpoint_steps=1), checkpoint_folder=tmp_path / "c")
+    assert list((tmp_path / "c").glob("checkpoint-*"))
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
+    """The loss is a mean over the tokens of the whole step, not a mean of means."""
+    whole = train("deal", parent, train=replace(SHORT, batch_size=8, group_by_length=False))
+    split = train("deal", parent, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4, group_by_length=False))
+    assert whole.losses == pytest.approx(split.losses, rel=1e-4)
+    for name, value in weights(whole.folder).items():
+        torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(parent, train):
+    plain = train("deal", parent, train=SHORT)
+    saved = train("deal", parent, train=replace(SHORT, gradient_checkpointing=True))
+    assert saved.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"max_steps": 5},
+        {"max_steps": None, "num_epochs": 1},
+        {"batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 1e-3},
+        {"max_prompt_tokens": 40},
+        {"max_answer_tokens": 1},
+        {"seed": 1},
+        {"group_by_length": False},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_result(change, train, rows):
+    default = weights(train(train=SHORT).folder)
+    changed = weights(train(train=replace(SHORT, **change)).folder)
+    assert any(not torch.equal(default[name], changed[name]) for name in default)
+
+
+def test_epochs_and_accumulation_count_steps(train):
+    run = train(train=TrainConfig(num_epochs=2, batch_size=4, gradient_accumulation_steps=3, checkpoint_steps=0))
+    assert run.result.num_steps == 4  # 24 rows: two steps of twelve an epoch
+
+
+def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
+    from deal_core.config import DealConfig
+    from deal_core.strategies import make_strategy
+
+    for strategy in ("deal", "seq_lora"):
+        model = load_adapter(base.model, parent, is_trainable=True)
+        method = make_strategy(strategy, DealConfig(), 0)
+        method.prepare(model, load_method_state(parent))
+        encoded = encode_rows(rows(8), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+        trainer = AdapterTrainer(
+            model=model,
+            args=training_arguments(SHORT, tmp_path, len(encoded)),
+            train_dataset=encoded,
+            data_collator=AnswerCollator(base.tokenizer, is_seq2seq=False),
+            strategy=method,
+            group_by_length=True,
+        )
+        held = [p for group in trainer.create_optimizer().param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in held]
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+        trainer.run(None)
+        assert {id(p) for p in held} == {id(p) for p in method.parameters()}
+        assert all(not torch.equal(old, new) for old, new in zip(before, held, strict=True))
+        assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+        model.unload()
+
+
+def test_saved_adapter_gives_the_same_logits_with_and_without_our_code(base, task, train, parent, tiny_base):
+    run = train("deal", parent)
+    with adapter_on(base.model, run.folder) as model:
+        ours = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+        tokens = torch.tensor([base.tokenizer("anything at all")["input_ids"]])
+        full = model(input_ids=tokens).logits
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    untouched = plain(input_ids=tokens).logits
+    loaded = PeftModel.from_pretrained(plain, str(run.folder))
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, full)
+    assert not torch.allclose(untouched, full)
+    torch.testing.assert_close(
+        first_answer_logits(loaded, base.tokenizer, task, "about the sea", max_prompt_tokens=64), ours
+    )
+
+
+def test_the_base_is_bare_and_unchanged_after_training(base, train):
+    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    train("deal")
+    after = dict(base.model.named_parameters())
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_written_is_a_plain_peft_folder(train, tmp_path):
+    run = train("deal")
+    assert sorted(p.name for p in run.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "method.json",
+    ]
+    assert str(tmp_path) not in (run.folder / "adapter_config.json").read_text()
+    method = json.loads((run.folder / "method.json").read_text())
+    assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0}
+
+
+def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
+    run = train("deal")
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder, broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
+    with pytest.raises(AdapterStateError, match="8 are unexpected"):
+        load_adapter(base.model, broken)
+    with pytest.raises(AdapterStateError, match="holds no adapter"):
+        load_adapter(base.model, tmp_path)
+
+
+def test_a_method_state_of_another_release_is_refused(train):
+    folder = train("deal").folder
+    (folder / "method.json").write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(AdapterStateError, match="schema version 99"):
+        load_method_state(folder)
+
+
+def test_no_rows_and_wrong_modules_are_refused(train, rows):
+    with pytest.raises(DataValidationError, match="no training rows"):
+        train("deal", rows=rows(0))
+    with pytest.raises(ConfigError, match="nonesuch"):
+        train("deal", adapter=AdapterConfig(rank=4, target_modules=("nonesuch",)))
+
+
+def test_target_modules_and_alpha_reach_the_adapter(train):
+    run = train("deal", adapter=AdapterConfig(rank=2, alpha=3.0, target_modules=("o_proj",)))
+    config = json.loads((run.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 3.0, ["o_proj"])
+    assert len(run.result.fill) == 2 and all("o_proj" in name for name in run.result.fill)
+
+
+def test_losses_are_reported_step_by_step(train):
+    seen: list[tuple[int, float]] = []
+    run = train(on_log=lambda step, values: seen.append((step, values["loss"])))
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert tuple(seen) == run.result.losses
+
+
+def test_batches_hold_rows_of_similar_length_and_every_row_once():
+    lengths = [(i * 37) % 100 for i in range(203)]
+    sampler = BucketSampler(lengths, 8, seed=0, group_by_length=True)
+    order = list(sampler)
+    assert sorted(order) == list(range(203))
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in order[s : s + 8]] for s in range(0, 200, 8))]
+    assert sum(spread) / len(spread) < 10
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
