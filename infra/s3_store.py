@@ -155,19 +155,23 @@ class S3Store(ObjectStore):
         """Turn boto3's errors into one that says what failed, where, and what to do."""
         try:
             yield
-        except ClientError as error:
-            code = _code_of(error)
-            if code in ("NoSuchKey", "NotFound", "404"):
+        except (ClientError, BotoCoreError, Boto3Error, OSError) as error:
+            # the transfer manager wraps the server's answer
+            answer = error.__context__ if isinstance(error, Boto3Error) else error
+            if isinstance(answer, ClientError) and _code_of(answer) in ("NoSuchKey", "NotFound", "404"):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {code}; {_remedy(code)}.") from error
-        except NoCredentialsError as error:
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: no keys; set AWS_* or DEAL_S3_*.") from error
-        except (BotoCoreError, Boto3Error) as error:
-            reason = str(error).rstrip(".")
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check address and network.") from error
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check the local path.") from error
+            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {_explain(answer or error)}.") from error
+
+
+def _explain(error: BaseException) -> str:
+    """What happened, and what to do about it."""
+    if isinstance(error, ClientError):
+        return f"{_code_of(error)}; {_remedy(_code_of(error))}"
+    if isinstance(error, NoCredentialsError):
+        return "no keys; set AWS_* or DEAL_S3_*"
+    if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some are both
+        return f"{error.strerror or error}; check the local path"
+    return f"{str(error).rstrip('.')}; check address and network"
 
 
 def _code_of(error: ClientError) -> str:
