@@ -147,7 +147,9 @@ def main(
     train: Annotated[str, typer.Option(help="Changes to TrainConfig, as JSON.")] = "{}",
     deal: Annotated[str, typer.Option(help="Changes to DealConfig, as JSON.")] = "{}",
     last_only: Annotated[bool, typer.Option(help="Score after the last task alone: for choosing settings.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the cells and the summary.")] = Path("benchmarks/results/continual"),
+    out: Annotated[Path, typer.Option(help="Folder of the cells and the summary.")] = Path(
+        "benchmarks/results/continual"
+    ),
     work: Annotated[Path, typer.Option(help="Folder for what cells share.")] = Path("benchmark-work"),
 ) -> None:
     """Run the cells that are missing, then write summary.json and summary.md."""

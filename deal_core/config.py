@@ -76,7 +76,9 @@ class TrainConfig:
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number.")
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_answer_tokens"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give at least 1.")
-        _require(self.max_steps is None or self.max_steps >= 1, f"train.max_steps is {self.max_steps}; give at least 1.")
+        _require(
+            self.max_steps is None or self.max_steps >= 1, f"train.max_steps is {self.max_steps}; give at least 1."
+        )
         _require(self.max_prompt_tokens >= 16, f"train.max_prompt_tokens is {self.max_prompt_tokens}; give 16 or more.")
         _require(self.checkpoint_steps >= 0, f"train.checkpoint_steps is {self.checkpoint_steps}; give 0 or more.")
         _require(self.max_grad_norm >= 0, f"train.max_grad_norm is {self.max_grad_norm}; give 0 or more.")
@@ -131,8 +133,10 @@ class GateConfig:
     """No old task may lose more than this many points against the parent."""
 
     def __post_init__(self) -> None:
-        _require(self.min_accuracy is None or 0 <= self.min_accuracy <= 1,
-                 f"gate.min_accuracy is {self.min_accuracy}; give a share from 0 to 1.")
+        _require(
+            self.min_accuracy is None or 0 <= self.min_accuracy <= 1,
+            f"gate.min_accuracy is {self.min_accuracy}; give a share from 0 to 1.",
+        )
         _require(self.max_drop_points >= 0, f"gate.max_drop_points is {self.max_drop_points}; give 0 or more.")
 
 
@@ -186,12 +190,17 @@ class DealConfig:
         _require(0 < self.energy <= 1, f"deal.energy is {self.energy}; give a share above 0, at most 1.")
         _require(0 <= self.free_share < 1, f"deal.free_share is {self.free_share}; give a share from 0, below 1.")
         _require(bool(self.widths) and min(self.widths) > 0, f"deal.widths is {self.widths}; give positive widths.")
-        _require(self.form == "spectral" or min(self.widths) >= 0.2,
-                 f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.")
+        _require(
+            self.form == "spectral" or min(self.widths) >= 0.2,
+            f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.",
+        )
         _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
-        _require(min(self.lambda1, self.lambda2) >= 0,
-                 f"deal.lambda1 is {self.lambda1} and deal.lambda2 is {self.lambda2}; give 0 or more.")
+        _require(
+            min(self.lambda1, self.lambda2) >= 0,
+            f"deal.lambda1 is {self.lambda1} and deal.lambda2 is {self.lambda2}; give 0 or more.",
+        )
         _require(self.a >= self.b >= 1, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b >= 1.")
-        _require(0 < self.interpolation <= 1,
-                 f"deal.interpolation is {self.interpolation}; give a share above 0, at most 1.")
+        _require(
+            0 < self.interpolation <= 1, f"deal.interpolation is {self.interpolation}; give a share above 0, at most 1."
+        )
         _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")

@@ -54,7 +54,13 @@ def evaluate_task(
     """Answer every row's input and compare with its output."""
     references = list(rows["output"])
     answers = generate_answers(
-        model, tokenizer, task, list(rows["input"]), config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
+        model,
+        tokenizer,
+        task,
+        list(rows["input"]),
+        config,
+        max_prompt_tokens=max_prompt_tokens,
+        on_progress=on_progress,
     )
     num_rows = len(references)
     pairs = list(zip(answers, references, strict=True))

@@ -109,7 +109,10 @@ class AdapterTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         tensors = self.strategy.checkpoint()
         if tensors:
-            save_file({name: t.detach().clone() for name, t in tensors.items()}, folder / STRATEGY_TENSORS)
+            save_file(
+                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+                folder / STRATEGY_TENSORS,
+            )
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
 
 

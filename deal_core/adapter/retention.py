@@ -75,9 +75,7 @@ class LiteralRetention(nn.Module):
         hidden_MNR = y_MNR
         basis_M1NR = self.basis_MNR.unsqueeze(1)
         for filter_MJN, centre_MJ in zip(self.filters_KMJN, self.centres_KMJ, strict=True):
-            log_MJR = log_heat(
-                self.normalised_MR.unsqueeze(1), centre_MJ.unsqueeze(-1), self.widths_J.view(1, -1, 1)
-            )
+            log_MJR = log_heat(self.normalised_MR.unsqueeze(1), centre_MJ.unsqueeze(-1), self.widths_J.view(1, -1, 1))
             coefficients_M1RR = basis_M1NR.mT @ hidden_MNR.unsqueeze(1)
             inverse_MJNR = basis_M1NR @ (torch.exp(-log_MJR).unsqueeze(-1) * coefficients_M1RR)
             filtered_MJNR = filter_MJN.unsqueeze(-1) * inverse_MJNR

@@ -29,7 +29,19 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "mt5": ("q", "v"),
     "umt5": ("q", "v"),
     **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"),
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "olmo2",
+            "granite",
+        ),
         ("q_proj", "v_proj"),
     ),
 }
@@ -151,4 +163,12 @@ def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
     return fill
 
 
-__all__ = ["ADAPTER_NAME", "adapter_fill", "adapter_on", "attach_adapter", "load_adapter", "load_method_state", "save_adapter"]
+__all__ = [
+    "ADAPTER_NAME",
+    "adapter_fill",
+    "adapter_on",
+    "attach_adapter",
+    "load_adapter",
+    "load_method_state",
+    "save_adapter",
+]

@@ -35,7 +35,9 @@ def plain_lora(base, task, rows, train: TrainConfig) -> dict[str, torch.Tensor]:
     encoded = encode_rows(rows, base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=50)
     sampler = BucketSampler(encoded["length"], train.batch_size, train.seed, group_by_length=True)
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=train.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=train.learning_rate, weight_decay=0
+    )
     done = 0
     for epoch in range(100):
         sampler.set_epoch(epoch)

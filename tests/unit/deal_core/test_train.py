@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -42,10 +42,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, killed_at, paren
 
     def die(step: int, _: object) -> None:
         if step == killed_at:
-            raise Killed
+            raise KilledError
 
     folders = {"output_folder": tmp_path / "again", "checkpoint_folder": tmp_path / "again-checkpoints"}
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(strategy, parent, train=config, on_log=die, **folders)
     resumed = train(strategy, parent, train=config, **folders)
     assert resumed.result.resumed_from_step == killed_at - killed_at % 3
@@ -76,7 +76,9 @@ def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
 def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
     """The loss is a mean over the tokens of the whole step, not a mean of means."""
     whole = train("deal", parent, train=replace(SHORT, batch_size=8, group_by_length=False))
-    split = train("deal", parent, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4, group_by_length=False))
+    split = train(
+        "deal", parent, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4, group_by_length=False)
+    )
     assert whole.losses == pytest.approx(split.losses, rel=1e-4)
     for name, value in weights(whole.folder).items():
         torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
@@ -228,5 +230,3 @@ def test_batches_hold_rows_of_similar_length_and_every_row_once():
     assert list(sampler) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
-
-

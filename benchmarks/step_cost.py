@@ -1,0 +1,144 @@
+"""What DEAL costs over plain LoRA: step time and peak memory, interleaved in one run.
+
+    python -m benchmarks.step_cost
+
+Two trainers of one base model, one with each strategy, take turns: one optimiser step each on the same batch, in random
+order, so that whatever else the machine does falls on both. Peak memory is measured in a process of its own per strategy.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from datasets import Dataset, disable_progress_bars
+
+from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.config import AdapterConfig, DealConfig
+from deal_core.data.collate import AnswerCollator, answer_logits
+from deal_core.metrics import paired_interval
+from deal_core.models import DEFAULT_BASE, BaseModel, load_base
+from deal_core.strategies import MethodState, Strategy, make_strategy
+from infra.settings import HomeSettings
+
+STRATEGIES = ("seq_lora", "deal")
+
+
+def make_batch(base: BaseModel, num_rows: int, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Rows of random tokens, all of one length, with answers of four tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, base.model.config.vocab_size - 10, (num_rows, num_tokens), generator=generator).tolist()
+    rows = Dataset.from_list([{"prompt_ids": row[:-4], "answer_ids": row[-4:]} for row in tokens])
+    return AnswerCollator(base.tokenizer, is_seq2seq=base.kind == "seq2seq")(list(rows))
+
+
+class Stepper:
+    """One strategy on a base model of its own, with the parent's adapter, taking optimiser steps."""
+
+    def __init__(self, strategy: str, source: str, parent: Path) -> None:
+        self.base = load_base(source, HomeSettings().cache_dir)
+        self.model = load_adapter(self.base.model, parent, is_trainable=True)
+        self.strategy: Strategy = make_strategy(strategy, DealConfig(), 0)
+        self.strategy.prepare(self.model, load_method_state(parent))
+        self.optimizer = torch.optim.AdamW(list(self.strategy.parameters()), lr=5e-4, weight_decay=0.0)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> float:
+        """Forward, backward, the strategy's hooks, clip and AdamW; return the seconds it took."""
+        started = time.perf_counter()
+        logits = answer_logits(self.model, batch)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten()).backward()
+        self.strategy.before_step()
+        penalty = self.strategy.penalty()
+        if penalty is not None:
+            penalty.backward()
+        torch.nn.utils.clip_grad_norm_(self.strategy.parameters(), 1.0)
+        self.optimizer.step()
+        self.strategy.after_step()
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def make_parent(source: str, rank: int, folder: Path) -> None:
+    """An adapter with something in every slot, so that there is a core to keep."""
+    base = load_base(source, HomeSettings().cache_dir)
+    model = attach_adapter(base.model, AdapterConfig(rank=rank), base_name=base.name, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            scale = torch.logspace(-2, -4, parameter.shape[1])
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    save_adapter(model, folder, MethodState(strategy="seq_lora", stores="nothing"))
+
+
+def measure_peak(strategy: str, source: str, parent: Path, num_rows: int, num_tokens: int, queue: object) -> None:
+    """Put the peak resident memory of a process that takes three steps, in MiB."""
+    stepper = Stepper(strategy, source, parent)
+    batch = make_batch(stepper.base, num_rows, num_tokens)
+    for _ in range(3):
+        stepper.step(batch)
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # type: ignore[attr-defined]
+
+
+def main(
+    base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
+    steps: Annotated[int, typer.Option(help="Steps of each strategy that count.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/step_cost.json"),
+) -> None:
+    """Print and write the ratio of step times (median, paired 95 % CI) and of peak memory."""
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as work:
+        parent = Path(work)
+        make_parent(base, rank, parent)
+        peaks = {}
+        context = multiprocessing.get_context("spawn")
+        for name in STRATEGIES:
+            queue = context.Queue()
+            process = context.Process(target=measure_peak, args=(name, base, parent, batch_size, tokens, queue))
+            process.start()
+            peaks[name] = queue.get()
+            process.join()
+        steppers = {name: Stepper(name, base, parent) for name in STRATEGIES}
+        batch = make_batch(steppers["deal"].base, batch_size, tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+        order = random.Random(0)
+        for i in range(steps + 3):
+            for name in order.sample(STRATEGIES, len(STRATEGIES)):
+                taken = steppers[name].step(batch)
+                if i >= 3:  # the first steps warm allocators and kernels up
+                    seconds[name].append(taken)
+    ratios = [ours / plain for ours, plain in zip(seconds["deal"], seconds["seq_lora"], strict=True)]
+    interval = paired_interval(ratios, [0.0] * len(ratios))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "base": base,
+        "num_steps": steps,
+        "batch": [batch_size, tokens],
+        "rank": rank,
+        "threads": torch.get_num_threads(),
+        "median_step_seconds": medians,
+        "ratio_of_medians": medians["deal"] / medians["seq_lora"],
+        "median_of_paired_ratios": statistics.median(ratios),
+        "mean_of_paired_ratios_ci95": [interval.mean, interval.low, interval.high],
+        "peak_memory_mib": peaks,
+        "peak_memory_ratio": peaks["deal"] / peaks["seq_lora"],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

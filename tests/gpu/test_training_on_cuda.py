@@ -1,0 +1,50 @@
+"""The same training on a CUDA device: bf16 base, fp32 adapter, and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.models import load_base
+from deal_core.train import TrainingResult, train_adapter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+TASK = TaskSchema(name="colours", labels=("red", "green"), instruction="Which colour is meant?")
+ROWS = [
+    {"input": f"message {i} about {('blood', 'grass')[i % 2]}", "output": ("red", "green")[i % 2]} for i in range(24)
+]
+STEPS = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
+
+
+def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = None) -> TrainingResult:
+    def on_log(step: int, _: object) -> None:
+        if step == die_at:
+            raise InterruptedError
+
+    base = load_base(str(tiny_base), work / "cache", precision="auto")
+    return train_adapter(
+        base, parent_folder=parent, rows=Dataset.from_list(ROWS), task=TASK, strategy="deal",
+        adapter=AdapterConfig(rank=4), deal=DealConfig(), train=STEPS, output_folder=work / "adapter",
+        checkpoint_folder=work / "checkpoints", on_log=on_log,
+    )  # fmt: skip
+
+
+def test_learns_and_resumes(tiny_base, tmp_path):
+    first = run(tiny_base, tmp_path / "first", None)
+    parent = tmp_path / "first" / "adapter"
+    assert first.losses[-1][1] < first.losses[0][1]
+    whole = run(tiny_base, tmp_path / "whole", parent)
+    with pytest.raises(InterruptedError):
+        run(tiny_base, tmp_path / "again", parent, die_at=7)
+    resumed = run(tiny_base, tmp_path / "again", parent)
+    assert resumed.resumed_from_step == 4
+    assert [loss for _, loss in resumed.losses] == pytest.approx([loss for _, loss in whole.losses], rel=2e-2)

@@ -1,0 +1,116 @@
+"""Answers: what is generated, how it is batched, how it is scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.collate import encode_rows
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluate import evaluate_task, first_answer_logits, generate_answers, match_references
+
+WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
+
+
+@pytest.fixture
+def folder(train):
+    """Folder of an adapter that has learned the task well enough to answer some rows."""
+    return train("seq_lora", train=WELL).folder
+
+
+def one_by_one(model, tokenizer, task, text) -> str:
+    """Greedy decoding spelled out: no batch, no padding, no cache."""
+    ids = encode_prompt(tokenizer, task, text, 64)
+    start = len(ids)
+    for _ in range(10):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
+def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder):
+    inputs = rows(12)["input"]
+    config = EvaluateConfig(max_batch_tokens=max_batch_tokens, max_new_tokens=10)
+    open_task = TaskSchema(name="open", instruction=task.instruction)
+    seen: list[int] = []
+    with adapter_on(base.model, folder) as model:
+        expected = [one_by_one(model, base.tokenizer, open_task, text) for text in inputs]
+        found = generate_answers(
+            model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
+        )
+    assert found == expected
+    assert len(set(found)) > 1
+    assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+def test_scores_are_those_of_the_answers(base, task, rows, folder):
+    with adapter_on(base.model, folder) as model:
+        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+    right = [a.casefold() == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
+    assert 0 < sum(right) and found.accuracy == sum(right) / 24
+    assert (found.task, found.num_rows, found.majority_rate) == ("colours", 24, 8 / 24)
+    assert found.rouge1 >= found.accuracy
+
+
+def test_matching_in_one_pass_agrees_with_generation(base, task, rows, folder):
+    with adapter_on(base.model, folder) as model:
+        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+        matches = match_references(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+    assert matches == [a == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
+    assert 0 < sum(matches) < 24
+
+
+def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
+    """A base model that never ends its answers: more tokens than a label has would be wasted."""
+    inputs = rows(2)["input"]
+    tokens = base.tokenizer
+
+    def longest(for_task: TaskSchema, limit: int) -> int:
+        answers = generate_answers(
+            base.model, tokens, for_task, inputs, EvaluateConfig(max_new_tokens=limit), max_prompt_tokens=64
+        )
+        return max(len(tokens(a, add_special_tokens=False)["input_ids"]) for a in answers)
+
+    free = TaskSchema(name="open", instruction=task.instruction)
+    label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    assert longest(task, 30) < 2 * (label_tokens + 1) < longest(free, 30)
+    assert longest(free, 4) <= 5
+
+
+def test_no_rows_score_nothing(base, task):
+    empty = Dataset.from_dict({"input": [], "output": []})
+    found = evaluate_task(base.model, base.tokenizer, task, empty, EvaluateConfig(), max_prompt_tokens=64)
+    assert (found.accuracy, found.num_rows, found.answers) == (0.0, 0, ())
+
+
+def test_first_answer_logits_start_the_answer(base, task, folder):
+    with adapter_on(base.model, folder) as model:
+        logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+        answer = generate_answers(
+            model, base.tokenizer, task, ["about the sea"], EvaluateConfig(), max_prompt_tokens=64
+        )[0]
+    first = base.tokenizer.decode([int(logits.argmax())]).strip()
+    assert logits.shape == (base.model.config.vocab_size,) and answer.startswith(first)
+
+
+def test_padding_does_not_change_a_rows_loss(base, task, rows):
+    """Each row alone and all rows in one batch give the same logits at the answer's positions."""
+    from deal_core.data.collate import AnswerCollator, answer_logits
+
+    encoded = encode_rows(rows(6), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
+    with torch.no_grad():
+        batch = collate(list(encoded))
+        together = answer_logits(base.model, batch)
+        for i, row in enumerate(encoded):
+            alone = answer_logits(base.model, collate([row]))[0]
+            torch.testing.assert_close(together[i, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
+        full = base.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    length = batch["labels"].shape[1]
+    torch.testing.assert_close(together, full[:, -length - 1 : -1])

@@ -1,0 +1,82 @@
+"""The T5 layout: the same method on "q" and "v" of an encoder-decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import DealConfig, EvaluateConfig, TrainConfig
+from deal_core.evaluate import evaluate_task, first_answer_logits, match_references
+from deal_core.models import BaseModel, load_base
+
+STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
+OFF = DealConfig(
+    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
+)
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
+    """A T5 of two layers, with the words of the tiny base."""
+    folder = tmp_path / "t5"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_base(str(folder), tmp_path / "cache", precision="fp32")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_queries_and_values_of_all_attentions_carry_the_adapter(base, train):
+    assert base.kind == "seq2seq"
+    names = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights(train("deal", train=STEPS).folder)}
+    assert names == {"q", "v"}
+    assert len(weights(train("deal", train=STEPS).folder)) == 2 * 2 * 6  # A and B, q and v, six attentions
+
+
+def test_later_task_with_everything_off_is_plain_lora(base, parent, train):
+    ours, plain = (weights(train(s, parent, deal=OFF, train=STEPS).folder) for s in ("deal", "seq_lora"))
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)
+
+
+def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, tmp_path):
+    whole = train("deal", parent, train=STEPS)
+    plain = train("seq_lora", parent, train=STEPS)
+    assert whole.losses != plain.losses
+
+    def die(step: int, _: object) -> None:
+        if step == 3:
+            raise InterruptedError
+
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    with pytest.raises(InterruptedError):
+        train("deal", parent, train=STEPS, on_log=die, **folders)
+    resumed = train("deal", parent, train=STEPS, **folders)
+    assert resumed.result.resumed_from_step == 2 and resumed.losses == whole.losses
+
+
+def test_answers_and_plain_peft_agree(base, task, rows, train):
+    folder = train("deal", train=TrainConfig(max_steps=150, batch_size=8, learning_rate=3e-2)).folder
+    with adapter_on(base.model, folder) as model:
+        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+        matches = match_references(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+        ours = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+    assert matches == [a == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
+    loaded = PeftModel.from_pretrained(base.model, str(folder))
+    again = first_answer_logits(loaded, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+    torch.testing.assert_close(again, ours)
