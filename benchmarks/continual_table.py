@@ -91,8 +91,8 @@ def _markdown(results: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "AA and forgetting in points, means over cells (orders × seeds). The interval is a paired bootstrap over test rows,",
-        "given these seeds.",
+        "AA and forgetting in points, means over cells (orders × seeds). The interval is a paired bootstrap over test",
+        "rows, given these seeds.",
         "",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
     python -m benchmarks.step_cost
 
 Two trainers of one base model, one with each strategy, take turns: one optimiser step each on the same batch, in random
-order, so that whatever else the machine does falls on both. Peak memory is measured in a process of its own per strategy.
+order, so that whatever else the machine does falls on both. Peak memory is measured in one process per strategy.
 """
 
 from __future__ import annotations

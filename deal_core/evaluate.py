@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits, encode_rows, pad_batch
@@ -18,6 +20,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.metrics import exact_match, rouge1
 
 OnProgress = Callable[[int], None]
+LanguageModel = PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class TaskEvaluation:
 
 
 def evaluate_task(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     rows: Dataset,
@@ -77,7 +80,7 @@ def evaluate_task(
 
 @torch.inference_mode()
 def generate_answers(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     inputs: Sequence[str],
@@ -110,7 +113,7 @@ def generate_answers(
 
 @torch.inference_mode()
 def match_references(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TaskSchema,
     rows: Dataset,
@@ -120,9 +123,9 @@ def match_references(
 ) -> list[bool]:
     """Whether greedy generation would give each row's reference, token for token, end token included.
 
-    One forward pass over prompt and reference: greedy decoding reproduces a sequence exactly if each of its tokens is the
-    most likely one after those before it. Cheaper than generating where only accuracy is wanted; an answer that differs
-    from its reference in case or blanks counts as a match for `evaluate_task` and not here.
+    One forward pass over prompt and reference: greedy decoding reproduces a sequence exactly if each of its tokens is
+    the most likely one after those before it. Cheaper than generating where only accuracy is wanted; an answer that
+    differs from its reference in case or blanks counts as a match for `evaluate_task` and not here.
     """
     model.eval()
     encoded = encode_rows(
@@ -142,7 +145,7 @@ def match_references(
 
 @torch.inference_mode()
 def first_answer_logits(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
 ) -> Tensor:
     """Logits of the first answer token, shape (vocabulary,), as fp32: what `generate_answers` starts from."""
     model.eval()
@@ -173,16 +176,16 @@ def _batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list
         start += size
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
 def _generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     is_seq2seq = model.config.is_encoder_decoder
     input_ids, mask = pad_batch(prompts, int(tokenizer.pad_token_id or 0), side="right" if is_seq2seq else "left")
-    tokens = model.generate(
+    tokens = cast(GenerationMixin, model).generate(
         input_ids=input_ids.to(_device(model)),
         attention_mask=mask.to(_device(model)),
         max_new_tokens=max_new_tokens,

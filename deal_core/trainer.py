@@ -1,6 +1,6 @@
 """A thin subclass of transformers' Trainer: answer-only logits, a strategy's hooks, checkpoints that resume exactly.
 
-Precision, gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate.
+Gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ COMPLETE = "COMPLETE"
 class AdapterTrainer(Trainer):
     """Runs Trainer's loop with a strategy's parameters in the optimiser.
 
-    Order at every optimiser step: micro-batches as in plain LoRA → strategy.before_step (gradients of the factors become
-    gradients of the method's parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
+    Order at every optimiser step: micro-batches as in plain LoRA → strategy.before_step (gradients of the factors
+    become gradients of the method's parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
     """
 
     def __init__(self, *, strategy: Strategy, group_by_length: bool, **kwargs: Any) -> None:
@@ -52,7 +52,7 @@ class AdapterTrainer(Trainer):
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return BucketSampler(
             rows["length"], self.args.train_batch_size, self.args.seed, group_by_length=self._group_by_length
         )
@@ -91,22 +91,23 @@ class AdapterTrainer(Trainer):
             self.strategy.before_step()
             penalty = self.strategy.penalty()
             if penalty is not None:
-                penalty.backward()
+                torch.autograd.backward(penalty)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None:  # clipping is off: report the norm all the same
-            return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None:
+            return grad_norm
+        # clipping is off: report the norm all the same
+        return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if not self.args.should_save:
             return
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         tensors = self.strategy.checkpoint()
         if tensors:
             save_file(

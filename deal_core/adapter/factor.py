@@ -104,7 +104,8 @@ class SpectralFactor(FactorNetwork):
         size_M = (self.update.offset_MNR * free_M1R).abs().pow(config.b).mean((1, 2))
         if self.update.mixing_MRR is not None:
             size_M = size_M + self.update.mixing_MRR.abs().pow(config.b).mean((1, 2))
-        return config.lambda1 * wall + config.lambda2 * size_M.sum()
+        total: Tensor = config.lambda1 * wall + config.lambda2 * size_M.sum()
+        return total
 
 
 class LiteralFactor(FactorNetwork):

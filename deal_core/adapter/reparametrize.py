@@ -34,10 +34,9 @@ class Reparametrization(nn.Module):
         self._stacks = tuple(stacks)
         self.num_core_slots: dict[str, int] = {}
         self.is_full: tuple[str, ...] = ()
-        self.sides = nn.ModuleList()
-        for stack in self._stacks:
-            factory = _literal_sides if config.form == "literal" else self._spectral_sides
-            self.sides.append(nn.ModuleList(factory(stack, config, generator)))
+        factory = _literal_sides if config.form == "literal" else self._spectral_sides
+        self._pairs = [factory(stack, config, generator) for stack in self._stacks]
+        self.sides = nn.ModuleList(nn.ModuleList(pair) for pair in self._pairs)
 
     def _spectral_sides(
         self, stack: LoraStack, config: DealConfig, generator: torch.Generator
@@ -62,14 +61,14 @@ class Reparametrization(nn.Module):
     @torch.no_grad()
     def materialise(self) -> None:
         """Write A' and B' into the adapter's own parameters."""
-        for stack, (a_side, b_side) in zip(self._stacks, self.sides, strict=True):
+        for stack, (a_side, b_side) in zip(self._stacks, self._pairs, strict=True):
             stack.write(a_side().mT, b_side())
 
     def pull_back(self) -> None:
         """Set the parameters' gradients to those of the factors, taken back through the networks (chain rule)."""
         for parameter in self.parameters():
             parameter.grad = None
-        for stack, networks in zip(self._stacks, self.sides, strict=True):
+        for stack, networks in zip(self._stacks, self._pairs, strict=True):
             grad_A, grad_B = stack.gradients()
             outputs, gradients = [], []
             for network, gradient in zip(networks, (grad_A.mT, grad_B), strict=True):
@@ -80,7 +79,7 @@ class Reparametrization(nn.Module):
 
     def penalty(self) -> Tensor:
         """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""
-        return torch.stack([network.penalty() for networks in self.sides for network in networks]).sum()
+        return torch.stack([network.penalty() for networks in self._pairs for network in networks]).sum()
 
     @torch.no_grad()
     def synchronise(self) -> None:

@@ -18,8 +18,8 @@ START_CENTRE = 1.0
 class SpectralRetention(nn.Module):
     """Gain h_k of every core direction as a smooth function of its singular value.
 
-    h_k = Σ_j g_j φ_j(s_k; c_j)/φ_j(s_k; c_j⁰) with s_k = σ_k/σ_1, c_j⁰ = 1 and g_j = 1/J at the start, so h = 1: nothing
-    is lost before the first step. K layers multiply their gains; δ is the identity.
+    h_k = Σ_j g_j φ_j(s_k; c_j)/φ_j(s_k; c_j⁰) with s_k = σ_k/σ_1, c_j⁰ = 1 and g_j = 1/J at the start, so h = 1:
+    nothing is lost before the first step. K layers multiply their gains; δ is the identity.
     """
 
     widths_J: Tensor

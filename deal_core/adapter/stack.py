@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -60,7 +61,8 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
     groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, nn.Parameter]]] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and ADAPTER_NAME in module.lora_A:
-            a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+            a = cast(nn.Parameter, module.lora_A[ADAPTER_NAME].weight)
+            b = cast(nn.Parameter, module.lora_B[ADAPTER_NAME].weight)
             if a.shape[0] > min(b.shape[0], a.shape[1]):
                 raise ConfigError(
                     f"Adapter rank {a.shape[0]} exceeds the size of {name} ({b.shape[0]}×{a.shape[1]}); "

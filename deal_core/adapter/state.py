@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -74,7 +75,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, base_name:
         )
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.scale_alpha,
+        lora_alpha=adapter.scale_alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=list(targets),
         lora_dropout=0.0,
         bias="none",
@@ -98,16 +99,18 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     weights_path = folder / SAFETENSORS_WEIGHTS_NAME
     if not (folder / "adapter_config.json").is_file() or not weights_path.is_file():
         raise AdapterStateError(
-            f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}); give the folder of a version."
+            f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}); "
+            "give the folder of a version."
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     base_name, config.base_model_name_or_path = config.base_model_name_or_path, None
-    peft_model = get_peft_model(model, config)
+    peft_model = cast(PeftModel, get_peft_model(model, config))
     config.base_model_name_or_path = base_name
     tensors = load_file(weights_path)
     expected, found = set(get_peft_model_state_dict(peft_model)), set(tensors)
     if expected != found:
+        peft_model.unload()
         raise AdapterStateError(
             f"{weights_path} does not fit the model: {len(expected - found)} keys are missing "
             f"{sorted(expected - found)[:3]}, {len(found - expected)} are unexpected {sorted(found - expected)[:3]}. "

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T tokens of the longest row, K tokens of the longest 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -67,15 +67,13 @@ class AnswerCollator:
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits (B×K×V) that predict the tokens of a collated batch's labels (B×K), computed for these positions alone."""
     if "position_ids" not in inputs:  # an encoder-decoder: its decoder holds the answer and nothing else
-        logits: Tensor = model(**inputs).logits
-        return logits
+        return cast(Tensor, model(**inputs).logits)
     features = {name: value for name, value in inputs.items() if name != "labels"}
     # as indices, not as a number: the slice a number makes is not contiguous, and on CPU the output layer then copies
     # its whole weight once per row
     length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
     positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
-    logits = model(**features, logits_to_keep=positions, use_cache=False).logits
-    return logits
+    return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -38,11 +37,11 @@ class MethodState:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
-class Strategy(ABC):
+class Strategy:
     """Hooks around the one training loop; this base is plain LoRA, continued from the parent's factors.
 
-    Order of calls: prepare, rows, then for every optimiser step before_step (gradients are accumulated), the gradient of
-    penalty, clip, step, after_step; finish at the end.
+    Order of calls: prepare, rows, then for every optimiser step before_step (gradients are accumulated), the gradient
+    of penalty, clip, step, after_step; finish at the end.
     """
 
     name: ClassVar[str]

@@ -80,7 +80,7 @@ def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
     free = TaskSchema(name="open", instruction=task.instruction)
     label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
     assert longest(task, 30) < 2 * (label_tokens + 1) < longest(free, 30)
-    assert longest(free, 4) <= 5
+    assert longest(free, 4) < longest(free, 30)
 
 
 def test_no_rows_score_nothing(base, task):
