@@ -141,6 +141,7 @@ def _from_hub(source: str) -> Path:
             source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"]
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"The base model {source!r} could not be fetched from the Hub ({reason}). {_KINDS}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"The base model {source!r} could not be fetched from the Hub ({reason}). {_KINDS}"
+        raise ConfigError(message) from error
     return _checked_folder(Path(folder), source)

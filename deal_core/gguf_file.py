@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,15 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
-        kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        seq2seq = config.is_encoder_decoder
+        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         if hasattr(transformers, "GgufConfig"):  # newer releases would keep the weights packed where they can
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = kind.from_pretrained(file.parent, dtype=torch.bfloat16, **arguments)
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        model, info = auto_class.from_pretrained(
+            file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
+        )
+        require_all_weights(info)
+    except Exception as error:  # a damaged file can break its readers in any way
         raise ConfigError(
             f"{file.name} cannot be read as a GGUF model ({type(error).__name__}: {error}). Give a complete .gguf file "
             "of an architecture that transformers reads, such as llama, qwen2 or mistral."
@@ -41,6 +45,17 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
     tokenizer.save_pretrained(folder)
     if on_progress is not None:
         on_progress(f"converting {file.name}", size, size)
+
+
+def require_all_weights(info: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers has filled up with random weights, going by its loading info.
+
+    Raises:
+        ValueError: weights are missing or of another shape.
+    """
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ValueError(f"{len(absent)} weights are missing or of another shape, {absent[0]} the first")
 
 
 def _forget_quantization(model: Any) -> None:

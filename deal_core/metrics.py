@@ -1,4 +1,4 @@
-"""Scores of answers, and what an accuracy matrix says of learning and forgetting (method.md's section 6 definitions)."""
+"""Scores of answers, and what an accuracy matrix says of learning and forgetting."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
 from deal_core.errors import ConfigError
 from deal_core.fingerprint import sha256_of_model
+from deal_core.gguf_file import require_all_weights
 
 __all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "cpu_multiplies_bf16",
            "load_base", "resolve_base"]
@@ -53,16 +54,18 @@ def load_base(
     Example:
         >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
     """
+    dtype = choose_dtype(precision)
     folder = resolve_base(source, cache_folder, on_progress)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-        auto_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        model = auto_class.from_pretrained(
-            folder, config=config, dtype=choose_dtype(precision), use_safetensors=True, trust_remote_code=False
+        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        require_all_weights(info)
+    except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(
             f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "
             "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
@@ -72,7 +75,8 @@ def load_base(
     model.to(PartialState().device)
     model.eval()
     name, sha256 = _identity(source, folder, cache_folder)
-    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind="seq2seq" if seq2seq else "causal")
+    kind: Literal["causal", "seq2seq"] = "seq2seq" if seq2seq else "causal"
+    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
 
 
 def choose_dtype(precision: Precision) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def _download(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, i
                "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
     with log.open("wb") as output:
         # pip stages what it downloads in TMPDIR: there its growth can be seen, whatever pip's version.
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
+                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait(process, wheel_file, folder, on_progress)
         finally:
@@ -79,10 +80,8 @@ def _wait(
 ) -> None:
     what = f"downloading {wheel_file.requirement}"
     while True:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         if on_progress is not None:
             on_progress(what, min(_bytes_in(folder), wheel_file.wheel_bytes), wheel_file.wheel_bytes)
         if process.returncode is not None:
