@@ -97,14 +97,15 @@ def test_of_racing_conditional_puts_exactly_one_wins(store: ObjectStore, racer: 
         data = f"racer {number}" if racer == "different" else "racer"
         return store.put_bytes("ledger/base/one.json", data.encode(), if_absent=True)
 
-    for _ in range(3):
-        with ThreadPoolExecutor(num_racers) as pool:
+    num_rounds = 3 if isinstance(store, S3Store) else 100
+    with ThreadPoolExecutor(num_racers) as pool:
+        for _ in range(num_rounds):
             won = list(pool.map(race, range(num_racers)))
-        assert sum(won) == 1
-        winner = f"racer {won.index(True)}" if racer == "different" else "racer"
-        assert store.get_bytes("ledger/base/one.json") == winner.encode()
-        assert keys(store) == ["ledger/base/one.json"]
-        assert store.delete("ledger") == 1
+            assert sum(won) == 1
+            winner = f"racer {won.index(True)}" if racer == "different" else "racer"
+            assert store.get_bytes("ledger/base/one.json") == winner.encode()
+            assert keys(store) == ["ledger/base/one.json"]
+            assert store.delete("ledger") == 1
 
 
 def test_a_late_conditional_put_leaves_what_is_there(store: ObjectStore) -> None:
@@ -265,6 +266,7 @@ def test_objects_that_others_put_under_odd_keys_are_skipped(
     assert s3_store.download_folder("x", tmp_path / "deep" / "target") == 1
     assert not list(tmp_path.rglob("escaped"))
     assert "x/../../escaped" in caplog.text
+    assert caplog.text.count("Skipped") == 2, "what shows an empty folder in a console is not worth a warning"
 
 
 def test_a_missing_bucket_and_a_dead_server_are_told_apart(s3_settings: StoreSettings, tmp_path: Path) -> None:

@@ -90,6 +90,33 @@ def test_writers_and_a_deleter_do_not_trip_over_each_other(tmp_path: Path) -> No
         deleter.join()
 
 
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_a_folder_that_vanishes_under_a_writer_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, if_absent: bool
+) -> None:
+    store = FileStore(tmp_path)
+    name = "link" if if_absent else "replace"
+    place, make = getattr(os, name), Path.mkdir
+    vanished, collided = [], []
+
+    def place_too_late(part: Path, target: Path) -> None:
+        if not vanished:
+            vanished.append(target.parent.rmdir())
+        place(part, target)
+
+    def collide(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if path.name == "a" and not collided:
+            collided.append(path)
+            raise FileExistsError(path)
+        make(path, mode, parents, exist_ok)
+
+    monkeypatch.setattr(os, name, place_too_late)
+    monkeypatch.setattr(Path, "mkdir", collide)
+    assert store.put_bytes("a/b", b"x", if_absent=if_absent)
+    assert vanished and collided
+    assert store.get_bytes("a/b") == b"x"
+
+
 def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = FileStore(tmp_path)
     store.put_bytes("inbox/good", b"x")
