@@ -165,6 +165,8 @@ class DealConfig:
     """At least this share of the slots is left free for the new task."""
     recycle: bool = True
     """Empty the free slots and seed them anew; False lets the new task continue from what they hold."""
+    seed_scale: float = 1.0
+    """Seeds of recycled slots in units of PEFT's own; what is larger learns faster for the same rate."""
     project: bool = True
     """Keep recycled rows of A out of the core's row space."""
     widths: tuple[float, ...] = (0.25, 0.5, 1.0)
@@ -203,4 +205,5 @@ class DealConfig:
         _require(
             0 < self.interpolation <= 1, f"deal.interpolation is {self.interpolation}; give a share above 0, at most 1."
         )
+        _require(self.seed_scale > 0, f"deal.seed_scale is {self.seed_scale}; give a positive number.")
         _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")

@@ -91,14 +91,14 @@ class Reparametrization(nn.Module):
 def _recycle(
     y_A: Tensor, y_B: Tensor, core_MR: Tensor, config: DealConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Empty the free slots of one factor and seed the other as PEFT seeds a new LoRA: U(−1/√n, 1/√n) for n features.
+    """Empty the free slots of one factor and seed the other as PEFT seeds a new LoRA, U(−1/√n, 1/√n), times a scale.
 
     B is emptied and A seeded, unless A alone is trained: a slot that is zero in its only trained partner's mate never
     gets a gradient.
     """
     core_M1R = core_MR.unsqueeze(1)
     seeded = y_B if config.sides == "A" else y_A
-    bound = seeded.shape[1] ** -0.5
+    bound = config.seed_scale * seeded.shape[1] ** -0.5
     seeds = (torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound
     if config.sides == "A":
         return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)

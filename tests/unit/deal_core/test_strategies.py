@@ -93,6 +93,7 @@ def test_later_task_with_everything_off_is_plain_lora(parent, train):
         {"free_share": 0.75, "energy": 1.0},
         {"recycle": False},
         {"project": False},
+        {"seed_scale": 2.0},
         {"widths": (0.5,)},
         {"num_layers": 0},
         {"mixing": False},

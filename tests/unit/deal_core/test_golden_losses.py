@@ -1,0 +1,35 @@
+"""Losses of a fixed run against those once recorded: a change of the mathematics shows, one of style does not.
+
+Write them anew, after a change that is meant to move them, with
+    DEAL_RECORD_GOLDEN=1 python -m pytest tests/unit/deal_core/test_golden_losses.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deal_core.config import DealConfig, TrainConfig
+
+FOLDER = Path(__file__).parents[2] / "golden"
+STEPS = TrainConfig(max_steps=10, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+SETTINGS = {
+    "seq_lora": ("seq_lora", DealConfig()),
+    "deal_soft": ("deal", DealConfig(core="soft", interpolation=1.0)),
+    "deal_frozen": ("deal", DealConfig(core="frozen", interpolation=1.0)),
+    "deal_literal": ("deal", DealConfig(form="literal", interpolation=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_losses_of_a_second_task(name, parent, train):
+    strategy, deal = SETTINGS[name]
+    losses = train(strategy, parent, deal=deal, train=STEPS).losses
+    path = FOLDER / f"{name}.txt"
+    if os.environ.get("DEAL_RECORD_GOLDEN"):
+        header = f"# losses of {STEPS.max_steps} steps of a second task, {strategy}, tiny Llama of conftest.py, fp32, CPU\n"
+        path.write_text(header + "".join(f"{loss:.6f}\n" for loss in losses))
+    recorded = [float(line) for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert losses == pytest.approx(recorded, rel=2e-3)
