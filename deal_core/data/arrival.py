@@ -171,8 +171,8 @@ class Arrival:
             return f"{name} leaves no row to train on ({num_good} good rows, all of them test rows); add training rows."
         if not manifest.num_test and not self._has_frozen_rows:
             return (
-                f"{name} leaves no row to test with ({num_good} good rows); add rows, a test file (test_data) or a column "
-                "split with train and test."
+                f"{name} leaves no row to test with ({num_good} good rows); add rows, a test file (test_data) "
+                "or a column split with train and test."
             )
         return None
 
@@ -192,6 +192,6 @@ def _columns_of(path: Path, task: TaskSchema, split: Split | None) -> Columns:
 def _too_many_labels(source: Path, labels: Collection[str]) -> str:
     return (
         f"{source.name} has more than {MAX_INFERRED_LABELS} different labels, such as "
-        f"{', '.join(repr(shorten(label, 30)) for label in sorted(labels)[:5])}; list the right ones in task.labels, or "
-        "set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
+        f"{', '.join(repr(shorten(label, 30)) for label in sorted(labels)[:5])}; list the right ones in task.labels, "
+        "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
     )

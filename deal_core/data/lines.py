@@ -38,11 +38,11 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def open_text(path: Path, *, newline: str) -> TextIO:
-    """The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, for the row's check to find.
+    r"""The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, for the row's check to find.
 
     Args:
         path: The file.
-        newline: "" lets each of LF, CR and CR LF end a line, "\\n" only LF; line ends are kept either way.
+        newline: "" lets each of LF, CR and CR LF end a line, "\n" only LF; line ends are kept either way.
 
     Raises:
         DataValidationError: The file is UTF-16.

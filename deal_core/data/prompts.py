@@ -25,9 +25,9 @@ Message = dict[str, str]
 
 
 def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase) -> PromptParts:
-    """The prompt of one row, in parts.
+    r"""The prompt of one row, in parts.
 
-    A labelled task asks "{instruction}\\nOption: {a, b, c}\\n{text}\\nAnswer:", without the lines it has nothing for. A
+    A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:", without the lines it has nothing for. A
     completion is the prompt as it is, under the instruction if the task has one. A chat is rendered by the tokenizer's
     chat template; its text is the content of the last message before the answer.
 
@@ -42,7 +42,7 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
     Example:
         >>> task = TaskSchema(name="t", labels=("a", "b"), instruction="Which?")
         >>> "".join(render_prompt(task, "Some text", tokenizer))
-        'Which?\\nOption: a, b\\nSome text\\nAnswer:'
+        'Which?\nOption: a, b\nSome text\nAnswer:'
     """
     if task.format == "chat":
         messages = _messages(task, input)

@@ -114,7 +114,8 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataValidationError(
-            f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload it again."
+            f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload "
+            "it again."
         ) from error
 
 

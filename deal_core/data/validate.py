@@ -77,9 +77,7 @@ def validate_file(
 ) -> ValidationReport:
     """The checks of `build_dataset` alone; keeps no row, and reports a refusal instead of raising it.
 
-    Args:
-        source, task, config, test_source, frozen_test_rows, on_progress: As for `build_dataset`.
-        quarantine_file: Where all bad rows are written, if anywhere.
+    Bad rows are written to `quarantine_file` if one is named; the other arguments are those of `build_dataset`.
 
     Raises:
         DataValidationError: The file cannot be read, or not to its end.

@@ -136,3 +136,8 @@ def test_columns_that_do_not_fit_are_refused_by_name(
 
 def test_a_column_of_the_exact_name_wins_over_another_case() -> None:
     assert dict(resolve_columns(("Text", "text", "label"), TaskSchema(name="t"), "f").names)["text"] == "text"
+
+
+def test_a_task_with_labels_is_labelled_whatever_else_the_file_has() -> None:
+    task = TaskSchema(name="t", format="auto", labels=("a", "b"))
+    assert resolve_columns(("messages", "text", "label"), task, "f").format == "labelled"
