@@ -10,6 +10,8 @@ import os
 import warnings
 from pathlib import Path
 
+from deal_core.errors import ConfigError
+
 LOGGING_YAML = """\
 # Written by the deal command: what Prefect and MLflow have to say goes to a file beside this one.
 version: 1
@@ -52,10 +54,14 @@ def enter_home(home: Path | None) -> Path:
     folder = HomeSettings().home.expanduser().resolve()
     os.environ["DEAL_HOME"] = str(folder)
     log_file = folder / "logs" / "deal.log"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"
-    logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"The home folder {folder} cannot be used ({reason}); give one with --home.") from None
     values = {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **embedded_environment(folder)}
     for name, value in values.items():
         os.environ.setdefault(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -41,21 +42,27 @@ class Session:
     def run(self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting") -> Result:
         """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once."""
         from flows.embedded import calm_libraries
-        from tasks.progress import reporting_to
+        from flows.prefect_api import end_orphans, start_api
+        from tasks.progress import Interrupted, reporting_to
 
+        end_orphans(self.home)
         with self.screen.working(doing), reporting_to(self.screen) as stop:
+            start_api()
             coroutine = start()  # imports what the flow needs
             calm_libraries()
             previous = signal.getsignal(signal.SIGINT)
 
             def on_interrupt(number: int, frame: Any) -> None:
+                if stop.is_set():  # threads cannot be ended otherwise; what is on the disk is always consistent
+                    os._exit(STOPPED)
                 stop.set()
-                self.screen.said("Stopping at the next step; the same command goes on from the last checkpoint.")
-                signal.signal(signal.SIGINT, previous)
+                self.screen.said("Stopping at the next step; Ctrl-C again stops at once.")
 
             signal.signal(signal.SIGINT, on_interrupt)
             try:
                 return asyncio.run(coroutine)
+            except Interrupted:
+                raise KeyboardInterrupt from None
             finally:
                 signal.signal(signal.SIGINT, previous)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -49,4 +51,40 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[None]:
+    """A Prefect server for the flows of the whole session."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making its tables takes seconds, copying it none."""
+    from infra.settings import TrackingSettings
+    from infra.tracking import open_tracker
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    open_tracker(TrackingSettings(home=folder))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An empty home folder that the settings point at."""
+    for name in [name for name in os.environ if name.startswith("DEAL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    monkeypatch.setenv("DEAL_HOME", str(folder))
+    monkeypatch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     return folder

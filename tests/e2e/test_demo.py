@@ -1,0 +1,51 @@
+"""The demo as a user runs it, on the built-in base model: the only slow test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model]
+
+
+def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "DEAL_CACHE_DIR" or not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--home", str(home), "--json"],
+        cwd=home.parent, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (outcome,) = deal(home, "demo")["outcomes"]
+
+    assert (outcome["lineage"], outcome["champion"]) == ("demo", "3")
+    assert [(run["task"], run["status"]) for run in outcome["runs"]] == [
+        ("bank", "promoted"), ("clinic", "promoted"), ("parcels", "promoted"),
+    ]  # fmt: skip
+    assert all(run["num_steps"] >= 40 for run in outcome["runs"])
+    matrix = outcome["matrix"]
+    last = dict(zip(matrix["tasks"], matrix["rows"][-1], strict=True))
+    for task, base in zip(matrix["tasks"], matrix["base"], strict=True):
+        assert last[task] >= base + 0.1, f"{task} is not above the base model any more"
+
+    answer = deal(home, "predict", "Mein Paket? My parcel is stuck at customs in Leipzig.", "--lineage", "demo")
+    assert answer["version"] == "3" and answer["task"] == "parcels" and answer["answer"]
+    scores = deal(home, "evaluate", "--lineage", "demo")
+    assert scores["accuracies"] == scores["recorded"] == pytest.approx(last)
+    assert [entry["task"] for entry in deal(home, "history", "--lineage", "demo")] == ["bank", "clinic", "parcels"]

@@ -1,0 +1,116 @@
+"""kill -9 in mid-training, then the same command: it resumes, loses nothing, and makes one version."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+TOLERANCE = 0.02
+"""Of a step's loss: bf16 weights round, and the order of sums may differ between two processes."""
+
+pytestmark = pytest.mark.e2e
+
+
+def environment(home: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "DEAL_CACHE_DIR": str(home.parent / "cache")}
+
+
+def command(home: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--home", str(home), "--json"]
+
+
+def deal(home: Path, *arguments: str) -> Any:
+    done = subprocess.run(
+        command(home, *arguments), cwd=home.parent, env=environment(home), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def losses(home: Path, tracking_id: str) -> dict[int, float]:
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    history = client.get_metric_history(tracking_id, "train/loss")
+    assert len(history) == len({point.step for point in history}), "a step was logged twice"
+    return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+
+
+def servers_of(home: Path) -> list[int]:
+    """The Prefect APIs that belong to a home."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_server = b"prefect.server.api.server:create_app" in (folder / "cmdline").read_bytes()
+            if is_server and str(home).encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def spec(tiny_base: Path, tmp_path: Path) -> Path:
+    values = {
+        "lineage": "l",
+        "base_model": str(tiny_base),
+        "task": {
+            "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
+            "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
+        },
+        "train": {"max_steps": 150, "max_prompt_tokens": 192, "checkpoint_steps": 10},
+        "gate": {"min_gain_points": -100, "max_drop_points": 100},
+    }  # fmt: skip
+    path = tmp_path / "clinic.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first = tmp_path / "bank.yaml"
+    values = yaml.safe_load(spec.read_text())
+    values["task"] = {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")}
+    values["train"] |= {"max_steps": 5, "checkpoint_steps": 0}
+    first.write_text(yaml.safe_dump(values))
+    for home in (whole, killed):  # with a parent the second task is learned by the method, not by plain LoRA
+        assert deal(home, "adapt", str(first))["version"] == "1"
+    expected = deal(whole, "adapt", str(spec))
+
+    process = subprocess.Popen(
+        command(killed, "adapt", str(spec)), cwd=tmp_path, env=environment(killed), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_checkpoint(killed, process, step=50)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert servers_of(killed), "the killed command leaves its API behind"
+
+    result = deal(killed, "adapt", str(spec))
+    assert result["status"] == "promoted" and result["version"] == "2" and result["parent_version"] == "1"
+    assert result["resumed_from_step"] is not None and result["resumed_from_step"] >= 50
+    assert result["run_key"] != "" and result["num_steps"] == 150
+    assert [entry["version"] for entry in deal(killed, "history", "--lineage", "l")] == ["1", "2"]
+    resumed, uninterrupted = losses(killed, result["tracking_id"]), losses(whole, expected["tracking_id"])
+    assert list(resumed) == list(uninterrupted) == list(range(1, 151))
+    assert resumed == pytest.approx(uninterrupted, abs=TOLERANCE)
+    assert not servers_of(killed), "the next command ends what the killed one left, and then its own"
+    assert not any(killed.joinpath("work").rglob("checkpoint-*"))
+
+
+def wait_for_checkpoint(home: Path, process: subprocess.Popen[bytes], step: int) -> None:
+    """Return once the checkpoint of that step is complete."""
+    while not any(home.joinpath("work").rglob(f"checkpoints/checkpoint-{step}/COMPLETE")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)

@@ -1,0 +1,331 @@
+"""The adapt flow from a landed file to the registry, on a base model of two layers."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from deal_core.errors import ConfigError, DataValidationError
+from flows.adapt import adapt
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+from infra.ledger import Ledger
+from infra.registry import Registry, open_registry
+from tasks.record import read_record
+from tasks.services import current_store
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BANK = {
+    "name": "bank",
+    "data": str(EXAMPLES / "bank" / "train.jsonl"),
+    "test_data": str(EXAMPLES / "bank" / "test.jsonl"),
+    "instruction": "What is it about?",
+}
+CLINIC = {
+    "name": "clinic",
+    "data": str(EXAMPLES / "clinic" / "train.csv"),
+    "test_data": str(EXAMPLES / "clinic" / "test.csv"),
+    "columns": {"text": "note", "label": "finding"},
+}
+PASS = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+FAIL = {**PASS, "min_accuracy": 1.0}
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
+    values = {
+        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
+        "train": {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
+        **settings,
+    }  # fmt: skip
+    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
+
+
+@pytest.fixture(scope="module")
+def bank_home(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, AdaptResult]:
+    """A home whose lineage has learned its first task, and how that ended."""
+    folder = tmp_path_factory.mktemp("bank-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        return folder, run(tiny_base, BANK)
+
+
+@pytest.fixture
+def first(home: Path, bank_home: tuple[Path, AdaptResult]) -> AdaptResult:
+    """The first task's result, in a copy of its home."""
+    folder, result = bank_home
+    shutil.copytree(folder, home, dirs_exist_ok=True)
+    return result
+
+
+def versions() -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(info.version, info.task, info.aliases) for info in open_registry().versions("l")]
+
+
+def tracked_run(home: Path, result: AdaptResult) -> Any:
+    assert result.tracking_id is not None
+    return MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(result.tracking_id)
+
+
+def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(first: AdaptResult, home: Path) -> None:
+    result = first
+    assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "1", None, 3)
+    assert versions() == [("1", "bank", ("challenger", "champion"))]
+    assert (result.dataset.num_train, result.dataset.num_test) == (72, 36)
+
+    store = current_store()
+    dataset, adapter = result.dataset.uri, f"adapters/l/{result.run_key[:16]}"
+    assert dataset == f"datasets/bank/{result.dataset.sha256}"
+    assert {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)} == {
+        "train.parquet", "test.parquet", "manifest.json",
+    }  # fmt: skip
+    names = {info.key.removeprefix(f"{adapter}/") for info in store.list(adapter)}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
+
+    record = read_record(store, adapter)
+    assert [known.schema.name for known in record.tasks] == ["bank"]
+    assert len(record.tasks[0].schema.labels) == 6
+    assert record.matrix.to_json() == result.matrix
+    entry = Ledger(store).find("l", result.dataset.sha256)
+    assert entry is not None and (entry.version, entry.run_key) == ("1", result.run_key)
+    assert not list((home / "work").rglob("*.*")), "checkpoints are left behind"
+
+
+def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
+    result = first
+    found = tracked_run(home, result)
+
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.max_steps"] == "3"
+    assert found.data.params["strategy"] == "deal"
+    metrics = found.data.metrics
+    assert metrics["accuracy/bank"] == result.accuracies["bank"]
+    assert "average_accuracy" in metrics and "base_accuracy" in metrics
+    assert "forgetting" not in metrics, "one task forgets nothing: undefined, not zero"
+    stages = ("ingest", "base", "train", "evaluate", "gate", "register", "promote")
+    assert {f"seconds/{stage}" for stage in stages} <= set(metrics)
+    assert metrics["rows_per_second/train"] > 0 and metrics["rows_per_second/evaluate"] > 0
+    assert [entry.dataset.name for entry in found.inputs.dataset_inputs] == ["bank"]
+    assert found.inputs.dataset_inputs[0].dataset.digest == result.dataset.sha256[:36]
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert [point.step for point in client.get_metric_history(result.tracking_id, "train/loss")] == [1, 2, 3]
+    figures = {entry.path for entry in client.list_artifacts(result.tracking_id, "figures")}
+    assert figures == {
+        "figures/accuracy_matrix.png", "figures/accuracy_over_versions.png", "figures/adapter_fill.png",
+        "figures/loss.png",
+    }  # fmt: skip
+    tags = client.get_model_version("l", "1").tags
+    assert tags["deal.dataset_sha256"] == result.dataset.sha256
+    assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and "deal.config_sha256" in tags
+
+
+def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_base: Path, first: AdaptResult) -> None:
+    second = run(tiny_base, CLINIC)
+
+    assert (second.status, second.version, second.parent_version) == ("promoted", "2", "1")
+    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+    assert set(second.accuracies) == {"bank", "clinic"}
+    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    matrix = record.matrix
+    assert (matrix.tasks, matrix.trained) == (("bank", "clinic"), ("bank", "clinic"))
+    assert matrix.rows[0][0] == first.accuracies["bank"]
+    assert matrix.rows[0][1] is not None, "the parent is measured on the new task before training"
+    assert None not in matrix.base
+    assert record.tasks[0].dataset_uri == first.dataset.uri
+    assert second.scores is not None and second.scores.forgetting is not None
+
+
+def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
+    rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
+    other = tmp_path / "other name.csv"
+    with other.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(reversed(rows))
+
+    for again_and_again in range(2):
+        repeat = run(tiny_base, {**BANK, "data": str(other) if again_and_again else BANK["data"]})
+        assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, first.version)
+        assert "version 1 has learned from this arrival" in repeat.message
+    assert len(versions()) == 1
+
+
+def test_other_settings_do_not_make_an_adapted_arrival_new(tiny_base: Path, first: AdaptResult) -> None:
+    assert run(tiny_base, BANK, deal={"energy": 0.9}).status == "repeat"
+
+
+def test_again_trains_anew_each_time(tiny_base: Path, first: AdaptResult) -> None:
+    second = run(tiny_base, BANK, again=True)
+    third = run(tiny_base, BANK, again=True)
+    assert [(second.status, second.version), (third.status, third.version)] == [("promoted", "2"), ("promoted", "3")]
+    assert third.matrix is not None and third.matrix["trained"] == ["bank", "bank", "bank"]
+    assert third.matrix["tasks"] == ["bank"]
+
+
+def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home: Path, first: AdaptResult) -> None:
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+
+    assert (rejected.status, rejected.rejected, rejected.version) == ("rejected", True, "2")
+    assert rejected.reasons and "clinic" in rejected.reasons[0]
+    assert versions() == [("1", "bank", ("challenger", "champion")), ("2", "clinic", ())]
+    assert Ledger(current_store()).find("l", rejected.dataset.sha256) is None
+    assert tracked_run(home, rejected).info.status == "FINISHED"
+    assert open_registry().versions("l")[1].reasons == rejected.reasons
+
+    repeat = run(tiny_base, CLINIC, gate=FAIL)
+    assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
+    assert len(versions()) == 2
+
+    accepted = run(tiny_base, CLINIC)
+    assert (accepted.status, accepted.version, accepted.parent_version) == ("promoted", "3", "1")
+    assert accepted.matrix is not None and accepted.matrix["trained"] == ["bank", "clinic"]
+
+
+def test_again_retries_what_was_rejected(tiny_base: Path) -> None:
+    run(tiny_base, BANK, gate=FAIL)
+    retried = run(tiny_base, BANK, gate=FAIL, again=True)
+    assert (retried.status, retried.version, retried.parent_version) == ("rejected", "2", None)
+
+
+def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
+    tiny_base: Path, tmp_path: Path, first: AdaptResult
+) -> None:
+    rows = [json.loads(line) for line in Path(BANK["test_data"]).read_text().splitlines()[:2]]
+    rows += [{"text": f"A new message number {number} about my card.", "label": "lost card"} for number in range(20)]
+    arrival = tmp_path / "more.jsonl"
+    arrival.write_text("\n".join(json.dumps({**row, "split": "train"}) for row in rows))
+    second = run(tiny_base, {"name": "bank", "data": str(arrival)})
+
+    assert (second.status, second.dataset.num_rejected) == ("promoted", 2)
+    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    assert [known.dataset_uri for known in record.tasks] == [first.dataset.uri]
+    assert record.tasks[0].schema.instruction == BANK["instruction"]
+    assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
+
+
+def test_a_refused_file_leaves_its_rows_in_quarantine_and_nothing_else(tiny_base: Path, tmp_path: Path) -> None:
+    arrival = tmp_path / "bad.jsonl"
+    arrival.write_text('{"text": "", "label": "a"}\n' * 5 + '{"text": "good", "label": "b"}\n')
+    with pytest.raises(DataValidationError) as caught:
+        run(tiny_base, {"name": "bank", "data": str(arrival)})
+    keys = [info.key for info in current_store().list()]
+    assert len(keys) == 1 and keys[0].startswith("quarantine/bank/") and keys[0].endswith("/rows.jsonl")
+    assert current_store().uri_of(keys[0]) in str(caught.value), "the message says where the rows are"
+    assert versions() == []
+
+
+def test_bad_rows_go_to_quarantine_and_the_good_ones_are_learned(tiny_base: Path, tmp_path: Path) -> None:
+    arrival = tmp_path / "mixed.jsonl"
+    arrival.write_text(Path(BANK["data"]).read_text() + '{"text": "", "label": "lost card"}\n')
+    result = run(tiny_base, {**BANK, "data": str(arrival)})
+    kept = current_store().get_bytes(f"quarantine/bank/{result.dataset.sha256}/rows.jsonl").decode().splitlines()
+    assert (result.dataset.num_train, result.dataset.num_rejected, len(kept)) == (72, 1, 1)
+    assert json.loads(kept[0])["reason"] == "empty text"
+
+
+def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
+    other = tmp_path / "other-base"
+    other.mkdir()
+    for path in tiny_base.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    with pytest.raises(ConfigError, match="a new base model starts a new lineage"):
+        run(other, CLINIC)
+    assert len(versions()) == 1
+
+
+def test_a_base_model_at_another_place_is_the_same(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
+    moved = tmp_path / tiny_base.name
+    moved.mkdir()
+    for path in tiny_base.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert run(moved, CLINIC).status == "promoted"
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        (CLINIC, {"adapter": {"rank": 4}}, "shape"),
+        ({**BANK, "instruction": "Another one"}, {}, r"task\.instruction of 'bank'"),
+        ({**BANK, "labels": ["a", "b"]}, {}, r"task\.labels of 'bank'"),
+    ],
+)
+def test_what_contradicts_the_lineage_is_refused(
+    tiny_base: Path, first: AdaptResult, task: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_base, task, **settings)
+
+
+def test_the_lineage_supplies_base_and_adapter_shape(tiny_base: Path) -> None:
+    run(tiny_base, BANK, adapter={"rank": 4})
+    second = run(tiny_base, CLINIC, base_model=None)
+    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    assert (record.adapter.rank, record.base.source) == (4, str(tiny_base))
+
+
+class Killed(BaseException):
+    """Stands for the process's death."""
+
+
+@pytest.mark.parametrize("alias", ["champion", "challenger"])
+def test_a_promotion_cut_short_is_completed_by_the_next_run(
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, alias: str
+) -> None:
+    whole = Registry.set_alias
+
+    def die(registry: Registry, lineage: str, name: Any, version: str) -> None:
+        if name == alias:
+            raise Killed
+        whole(registry, lineage, name, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_alias", die)
+        with pytest.raises(Killed):
+            run(tiny_base, CLINIC)
+    repeat = run(tiny_base, CLINIC)
+
+    assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
+    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+
+
+def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", die)
+        with pytest.raises(Killed):
+            run(tiny_base, BANK)
+    experiment = client.get_experiment_by_name("deal/l").experiment_id
+    assert [found.info.status for found in client.search_runs([experiment])] == ["FAILED"]
+
+    summary = next((home / "work").rglob("training.json"))
+    summary.write_bytes(summary.read_bytes().replace(b'"num_steps":3', b'"num_steps":99'))
+    result = run(tiny_base, BANK)
+    assert (result.status, result.version, result.num_steps) == ("promoted", "1", 99)
+    assert [found.info.status for found in client.search_runs([experiment])] == ["FINISHED"], "continued, not doubled"
+
+
+def test_the_frozen_test_rows_are_those_of_the_file(first: AdaptResult, tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    current_store().download_file(f"{first.dataset.uri}/test.parquet", path)
+    wanted = {json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()}
+    assert set(pq.read_table(path).column("input").to_pylist()) == wanted

@@ -1,0 +1,47 @@
+"""With a Prefect server, one run per lineage at a time is the server's business."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows.lock import hold_lineage
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+async def limit_of(lineage: str) -> tuple[int, int]:
+    async with get_client() as client:
+        found = await client.read_global_concurrency_limit_by_name(f"lineage-{lineage}")
+        return found.limit, found.active_slots
+
+
+def test_the_limit_is_made_held_and_given_back() -> None:
+    async def flow() -> None:
+        async with hold_lineage("server-lock"):
+            assert await limit_of("server-lock") == (1, 1)
+        assert await limit_of("server-lock") == (1, 0)
+
+    asyncio.run(flow())
+
+
+def test_a_second_run_waits_for_the_first() -> None:
+    events: list[str] = []
+
+    async def second() -> None:
+        async with hold_lineage("server-queue"):
+            events.append("second in")
+
+    async def flow() -> None:
+        async with hold_lineage("server-queue"):
+            waiting = asyncio.create_task(second())
+            async with hold_lineage("server-other"):
+                events.append("other in")
+            assert not waiting.done()
+            events.append("first out")
+        await waiting
+
+    asyncio.run(flow())
+    assert events == ["other in", "first out", "second in"]

@@ -1,0 +1,210 @@
+"""The watch flow: what lands in the inbox is adapted in order, once, and what cannot be used is said once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import flows.demo
+from flows.spec import LineageSpec, parse
+from flows.watch import WatchResult, watch
+from infra.registry import Registry, open_registry
+from tasks.progress import reporting_to
+from tasks.services import current_store
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+class Said:
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)
+
+    def stage_started(self, stage: str) -> None: ...
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None: ...
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None: ...
+
+
+def lineage(base: Path, **settings: Any) -> LineageSpec:
+    values = {
+        "lineage": "l", "base_model": str(base), "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0}, **settings,
+    }  # fmt: skip
+    return parse(LineageSpec, values, "test")
+
+
+def look(spec: LineageSpec, **options: Any) -> tuple[WatchResult, list[str]]:
+    said = Said()
+    with reporting_to(said):
+        result = asyncio.run(watch(spec, once=True, poll_seconds=0.01, **options))
+    return result, said.lines
+
+
+def land(home: Path, name: str, content: bytes, age: int = 100) -> Path:
+    path = home / "store" / "inbox" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    stamp = 1_700_000_000 - age
+    os.utime(path, (stamp, stamp))
+    return path
+
+
+def outcomes(result: WatchResult) -> list[tuple[str, str]]:
+    return [(seen.key.removeprefix("inbox/"), seen.outcome) for seen in result.files]
+
+
+def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> None:
+    clinic = yaml.safe_dump({"columns": {"text": "note", "label": "finding"}, "instruction": "What is it?"})
+    land(home, "clinic/task.yaml", clinic.encode())
+    land(home, "clinic/b.csv", (EXAMPLES / "clinic" / "train.csv").read_bytes(), age=200)
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes(), age=100)
+    result, _ = look(lineage(tiny_base))
+
+    assert outcomes(result) == [("clinic/b.csv", "promoted"), ("parcels/a.jsonl", "promoted")]
+    assert [run.version for run in result.runs] == ["1", "2"]
+    manifest = current_store().get_bytes(f"{result.runs[0].dataset.uri}/manifest.json").decode()
+    assert "What is it?" in manifest
+    second, _ = look(lineage(tiny_base))
+    assert second.files == ()
+    assert len(open_registry().versions("l")) == 2
+
+
+def test_a_later_arrival_needs_no_task_file(tiny_base: Path, home: Path) -> None:
+    task = yaml.safe_dump({"columns": {"text": "note", "label": "finding"}})
+    land(home, "clinic/task.yaml", task.encode())
+    land(home, "clinic/1.csv", (EXAMPLES / "clinic" / "train.csv").read_bytes())
+    look(lineage(tiny_base))
+    (home / "store" / "inbox" / "clinic" / "task.yaml").unlink()
+    land(home, "clinic/2.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes())
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("clinic/2.csv", "promoted")], "the lineage knows which columns the task has"
+
+
+def test_the_same_content_under_another_name_is_a_repeat(tiny_base: Path, home: Path) -> None:
+    content = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
+    land(home, "parcels/a.jsonl", content)
+    look(lineage(tiny_base))
+    land(home, "parcels/b.jsonl", content)
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("parcels/b.jsonl", "repeat")]
+    assert len(open_registry().versions("l")) == 1
+
+
+def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path) -> None:
+    land(home, "bank/task.yaml", b"test_data: held-out.jsonl\n")
+    land(home, "bank/held-out.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes(), age=300)
+    land(home, "bank/train.jsonl", (EXAMPLES / "bank" / "train.jsonl").read_bytes())
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("bank/train.jsonl", "promoted")]
+    assert (result.runs[0].dataset.num_train, result.runs[0].dataset.num_test) == (72, 36)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"bank/bad.jsonl": b'{"text": "", "label": "a"}\n' * 3}, "cannot be used"),
+        ({"bank/x.txt": b"text"}, "x.txt"),
+        ({"bank/task.yaml": b"instructions: typo\n", "bank/x.csv": b"text,label\na,b\n"}, "unknown key 'instructions'"),
+        ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
+    ],
+)
+def test_what_cannot_be_used_is_said_once(tiny_base: Path, home: Path, files: dict[str, bytes], message: str) -> None:
+    for name, content in files.items():
+        land(home, name, content)
+    result, said = look(lineage(tiny_base))
+    assert [outcome for _, outcome in outcomes(result)] == ["refused"]
+    assert any(line.startswith("Refused:") and message in line for line in said)
+    again, said = look(lineage(tiny_base))
+    assert again.files == () and said == []
+    assert result.num_refused == 1
+
+
+def test_a_corrected_file_is_looked_at_again(tiny_base: Path, home: Path) -> None:
+    land(home, "parcels/a.jsonl", b"nonsense\n")
+    look(lineage(tiny_base))
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes(), age=50)
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_one_bad_file_does_not_stop_the_others(tiny_base: Path, home: Path) -> None:
+    land(home, "bank/bad.jsonl", b"nonsense\n", age=200)
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("bank/bad.jsonl", "refused"), ("parcels/a.jsonl", "promoted")]
+
+
+def test_a_run_that_failed_is_tried_again(tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the server is away")
+
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", fail)
+        failed, said = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
+    assert any("RuntimeError: the server is away" in line for line in said)
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:
+    land(home, "bank/bad.jsonl", b"nonsense\n")
+    land(home, "clinic/bad.jsonl", b"nonsense\n")
+    result, _ = look(lineage(tiny_base), tasks=("clinic",))
+    assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
+
+
+def test_two_lineages_learn_from_one_inbox(tiny_base: Path, home: Path) -> None:
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    first, _ = look(lineage(tiny_base))
+    second, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"))
+    assert (outcomes(first), outcomes(second)) == ([("parcels/a.jsonl", "promoted")],) * 2
+    assert open_registry().versions("m")[0].strategy == "seq_lora"
+
+
+def test_the_demo_compares_two_lineages_on_the_same_arrivals(
+    tiny_base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in flows.demo.ORDER:
+        folder = tmp_path / "examples" / name
+        folder.mkdir(parents=True)
+        for path in (EXAMPLES / name).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        spec = yaml.safe_load((folder / "spec.yaml").read_text())
+        spec |= {"gate": {"min_gain_points": -100, "max_drop_points": 100}}
+        spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
+        (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+
+    def demo() -> flows.demo.DemoResult:
+        return asyncio.run(
+            flows.demo.run_demo(compare=True, base_model=str(tiny_base), examples=tmp_path / "examples")
+        )
+
+    result = demo()
+    champions = [(outcome.lineage, outcome.champion) for outcome in result.outcomes]
+    assert champions == [("demo", "3"), ("demo-seq-lora", "3")]
+    deal, rival = result.outcomes
+    assert [run.task for run in deal.runs] == ["bank", "clinic", "parcels"] == [run.task for run in rival.runs]
+    assert [run.dataset for run in deal.runs] == [run.dataset for run in rival.runs]
+    assert deal.matrix is not None and rival.matrix is not None
+    assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both"
+    assert not result.rejected and not result.failed
+    assert list(current_store().list("inbox")) == [], "other lineages shall not learn the demo's files"
+
+    again = demo()
+    assert [run.status for run in again.outcomes[0].runs] == ["repeat"] * 3
+    assert again.outcomes[0].matrix == deal.matrix

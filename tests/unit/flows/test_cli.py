@@ -1,0 +1,164 @@
+"""The deal command: what it prints for people and machines, its exit codes, and how mistakes look."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "examples"
+Deal = Callable[..., Result]
+
+
+@pytest.fixture
+def deal(home: Path) -> Iterator[Deal]:
+    """Runs the command in this process; what it sets in the environment is undone."""
+    before = dict(os.environ)
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    with warnings.catch_warnings():
+        yield invoke
+    logging.captureWarnings(False)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_help_loads_nothing_heavy_and_names_every_command() -> None:
+    code = (
+        "import sys; from flows.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'prefect', 'mlflow', 'transformers', 'pandas', 'pyarrow', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "model", "ui"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt"], "--task NAME and --data FILE"),
+        (["adapt", "none.yaml"], "There is no file none.yaml"),
+        (["adapt", "--task", "t"], "--task NAME and --data FILE"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "'strategy'"),
+        (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
+        (["model", "fetch", "no such model!"], "no such model!"),
+        (["adapt", "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_use_exits_2_with_one_clear_line(deal: Deal, arguments: list[str], message: str) -> None:
+    result = deal(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_debug_shows_where_a_mistake_was_noticed(deal: Deal) -> None:
+    assert "Traceback" in deal("adapt", "none.yaml", "--debug").stderr
+
+
+def test_an_error_is_json_for_machines(deal: Deal) -> None:
+    result = deal("adapt", "none.yaml", "--json")
+    assert "There is no file none.yaml" in json.loads(result.stderr)["error"]
+    assert result.stdout == ""
+
+
+def test_validate_tells_what_ingest_would_keep(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"), "--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert (told["accepted"], told["format"], told["num_read"], told["num_rejected"]) == (True, "labelled", 72, 0)
+    assert len(told["labels"]) == 6 and told["num_train"] + told["num_test"] == 72
+
+
+def test_validate_takes_columns_and_labels_from_a_spec(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "clinic" / "train.csv"), "--spec", str(EXAMPLES / "clinic" / "spec.yaml"))
+    assert result.exit_code == 0 and "can be adapted" in result.stdout and "low iron" in result.stdout
+
+
+def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("text,label\n,a\nfine,b\n")
+    result = deal("validate", str(path))
+    assert result.exit_code == 1
+    assert "is refused" in result.stdout and "empty text" in result.stdout
+    told = json.loads(deal("validate", str(path), "--json").stdout)
+    assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
+
+
+def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
+    result = deal("validate", "none.csv")
+    assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"))
+    assert "\x1b" not in result.output and "\r" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"], ["evaluate"]])
+@pytest.mark.usefixtures("prefect_api")
+def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
+    result = deal(*arguments, "--lineage", "nobody")
+    assert result.exit_code == 1
+    assert "'nobody' has no champion" in result.stderr and "deal adapt" in result.stderr
+
+
+def test_ui_names_the_database_and_the_command(deal: Deal, home: Path) -> None:
+    told = json.loads(deal("ui", "--json", "--port", "5123").stdout)
+    assert told["tracking_uri"] == f"sqlite:///{home / 'mlflow.db'}"
+    assert told["url"] == "http://127.0.0.1:5123"
+    assert told["command"][:2] == ["mlflow", "ui"] and f"sqlite:///{home / 'mlflow.db'}" in told["command"]
+    assert "mlflow ui --host 127.0.0.1" in deal("ui").stdout
+
+
+def test_ui_of_a_server_is_the_server(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    told = json.loads(deal("ui", "--json").stdout)
+    assert (told["url"], told["command"]) == ("http://mlflow.example:5000", [])
+
+
+def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:
+    told = json.loads(deal("ui", "--json", "--home", str(tmp_path / "other")).stdout)
+    assert told["tracking_uri"] == f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
+
+
+def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
+    deal: Deal, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(lineage: str) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("flows.history.read_history", fail)
+    result = deal("history")
+    assert result.exit_code == 1
+    assert "RuntimeError: first line second line" in result.stderr and "--debug" in result.stderr
+    assert str(home / "logs" / "deal.log") in result.stderr.replace("\n", "")
+    assert "Traceback" not in result.output
+
+
+def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(lineage: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.history.read_history", stop)
+    result = deal("history")
+    assert result.exit_code == 130 and "goes on from the last checkpoint" in result.stderr

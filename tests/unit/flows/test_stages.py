@@ -1,0 +1,146 @@
+"""Stages and the lock around them: timed, reported, stoppable, one run per lineage."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.lock import hold_lineage
+from flows.stages import Stages
+from tasks.progress import Interrupted, advance, raise_if_stopped, reporting_to
+
+
+@pytest.fixture
+def no_server(home: Path) -> Iterator[None]:
+    """Settings as on a machine without a Prefect server, whatever other tests have started."""
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+class Recorder:
+    """Keeps what is reported, and in which thread."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+
+    def stage_started(self, stage: str) -> None:
+        self.events.append(("started", stage))
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        self.events.append(("advanced", stage, done, total, detail))
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        self.events.append(("finished", stage, seconds >= 0, detail))
+
+    def said(self, message: str) -> None:
+        self.events.append(("said", message))
+
+
+def test_a_stage_runs_in_a_thread_and_reports_to_the_flows_reporter() -> None:
+    recorder, threads = Recorder(), []
+
+    def work(number: int) -> int:
+        threads.append(threading.current_thread())
+        advance("train", 4)(number, detail="loss 1")
+        return number + 1
+
+    async def flow() -> int:
+        stages = Stages()
+        result = await stages.run("train", work, 2)
+        stages.done("train", "fine")
+        assert set(stages.seconds) == {"train"}
+        return result
+
+    with reporting_to(recorder):
+        assert asyncio.run(flow()) == 3
+    assert threads[0] is not threading.main_thread()
+    assert recorder.events == [
+        ("started", "train"), ("advanced", "train", 2, 4, "loss 1"), ("finished", "train", True, "fine"),
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_asked_to_stop_ends_at_its_next_step() -> None:
+    recorder, steps = Recorder(), []
+    with reporting_to(recorder) as stop:
+
+        def train() -> None:
+            report = advance("train", 10)
+            for step in range(10):
+                report(step)
+                steps.append(step)
+                if step == 3:
+                    stop.set()
+
+        with pytest.raises(Interrupted):
+            asyncio.run(Stages().run("train", train))
+        with pytest.raises(Interrupted):
+            asyncio.run(Stages().run("next", lambda: steps.append(99)))
+    assert steps == [0, 1, 2, 3]
+
+
+def test_a_callback_belongs_to_the_run_that_made_it() -> None:
+    with reporting_to(Recorder()) as stop:
+        report = advance("train")
+        stop.set()
+    raise_if_stopped()  # the run that is over does not stop others
+    with pytest.raises(Interrupted):
+        report(1)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_one_run_per_lineage_at_a_time() -> None:
+    events: list[str] = []
+    recorder = Recorder()
+
+    async def hold(name: str, lineage: str, entered: asyncio.Event, leave: asyncio.Event) -> None:
+        async with hold_lineage(lineage):
+            events.append(f"{name} in")
+            entered.set()
+            await leave.wait()
+            events.append(f"{name} out")
+
+    async def flow() -> None:
+        first, second, other = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        leave = asyncio.Event()
+        runs = [asyncio.create_task(hold("first", "l", first, leave))]
+        await first.wait()
+        runs.append(asyncio.create_task(hold("second", "l", second, leave)))
+        runs.append(asyncio.create_task(hold("other", "m", other, leave)))
+        await other.wait()
+        assert not second.is_set()
+        leave.set()
+        await asyncio.gather(*runs)
+
+    with reporting_to(recorder):
+        asyncio.run(flow())
+    assert events.index("first out") < events.index("second in")
+    assert [event for event in recorder.events if event[0] == "said"], "whoever waits says so"
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_lineage_is_free_again_after_a_failure() -> None:
+    async def fail() -> None:
+        async with hold_lineage("l"):
+            raise RuntimeError
+
+    async def hold() -> None:
+        async with hold_lineage("l"):
+            pass
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(fail())
+    asyncio.run(asyncio.wait_for(hold(), timeout=30))
+
+
+@pytest.mark.usefixtures("no_server")
+def test_the_lock_lies_in_the_home(home: Path) -> None:
+    async def hold() -> None:
+        async with hold_lineage("l"):
+            assert (home / "locks" / "l.lock").exists()
+
+    asyncio.run(hold())

@@ -1,0 +1,73 @@
+"""Tables: the numbers that a person sees are those of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from deal_core.metrics import AccuracyMatrix
+from flows.demo import DemoResult, LineageOutcome
+from flows.results import Scores
+from flows.tables import home_option, matrix_table, percent, show_demo
+
+
+def text(*shown: RenderableType) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for renderable in shown:
+        console.print(renderable)
+    return console.export_text()
+
+
+def matrix() -> AccuracyMatrix:
+    first = AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None)
+    second = first.with_row("clinic", {"bank": 0.375, "clinic": 0.75}, base_accuracy=0.125, parent_accuracy=0.2)
+    return second.with_row(
+        "parcels", {"bank": 0.375, "clinic": 0.75, "parcels": 1.0}, base_accuracy=0.0, parent_accuracy=0.1
+    )
+
+
+def test_the_matrix_has_base_and_versions_in_rows_and_a_dash_where_nothing_was_measured() -> None:
+    lines = [line.split() for line in text(matrix_table(matrix().to_json())).splitlines() if line.strip()]
+    assert lines[0] == ["after", "learning", "bank", "clinic", "parcels"]
+    assert lines[2:] == [
+        ["(base", "model)", "25.0", "12.5", "0.0"],
+        ["bank", "50.0", "20.0", "–"],
+        ["clinic", "37.5", "75.0", "10.0"],
+        ["parcels", "37.5", "75.0", "100.0"],
+    ]
+
+
+def test_an_undefined_score_is_a_dash_and_zero_is_zero() -> None:
+    assert (percent(None), percent(0.0), percent(0.125)) == ("–", "0.0", "12.5")
+
+
+def outcome(lineage: str, **changes: object) -> LineageOutcome:
+    found = matrix()
+    values = {
+        "lineage": lineage, "strategy": "deal", "champion": "3", "matrix": found.to_json(), "scores": Scores.of(found),
+        "runs": (), "refused": (), **changes,
+    }  # fmt: skip
+    return LineageOutcome.model_validate(values)
+
+
+def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path) -> None:
+    result = DemoResult(outcomes=(outcome("demo"), outcome("rival", champion=None, matrix=None, scores=None)))
+    shown = text(*show_demo(result, tmp_path))
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["demo", "deal", "70.8", "6.2", "-6.2", "8.8", "version", "3"] in lines
+    assert "No version of rival has passed the gate" in shown
+    assert f"deal history --lineage demo --home {tmp_path}" in shown.replace("\n", "")
+
+
+def test_what_the_demo_could_not_use_is_shown(tmp_path: Path) -> None:
+    result = DemoResult(outcomes=(outcome("demo", refused=("bad [file]",)),))
+    assert result.failed and "bad [file]" in text(*show_demo(result, tmp_path))
+
+
+def test_home_is_named_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert home_option(tmp_path / "deal-home") == ""
+    assert home_option(tmp_path / "my home") == " --home 'my home'"
+    assert home_option(Path("/elsewhere")) == " --home /elsewhere"
