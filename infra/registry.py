@@ -23,8 +23,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
+from infra.mlflow_client import RUN_KEY, open_client, saying
 from infra.settings import TrackingSettings
-from infra.tracking import RUN_KEY, open_client, saying
 
 Alias = Literal["champion", "challenger"]
 OWNER = {"deal.kind": "lineage"}

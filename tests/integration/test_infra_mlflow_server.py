@@ -58,9 +58,11 @@ def test_a_run_and_its_version_over_http(server: str, tmp_path: Path) -> None:
         adapter_uri="adapters/base/key", adapter_sha256="a", parent_version=None, accepted=True, reasons=(),
         average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
     )  # fmt: skip
+    params = {f"p{number:03d}": number for number in range(150)}  # more than the server takes at once
     for _ in range(2):  # as when the process died just before the end
-        with tracker.start("base", "key", name="billing", params={"strategy": "deal"}) as run:
-            run.log(1, {"loss": 1.0})
+        with tracker.start("base", "key", name="billing", params=params) as run:
+            for step in range(1500):
+                run.log(step, {"loss": 1.0})
             run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
             model_id = run.log_adapter(adapter, "billing")
             version = registry.register("base", facts, tracking_id=run.run_id, model_id=model_id)
@@ -72,6 +74,8 @@ def test_a_run_and_its_version_over_http(server: str, tmp_path: Path) -> None:
     assert (champion.tracking_id, champion.model_id, champion.aliases) == (run.run_id, model_id, ("champion",))
     found = tracker.client.get_run(run.run_id)
     assert (found.info.status, found.data.metrics, len(found.inputs.dataset_inputs)) == ("FINISHED", {"loss": 1.0}, 1)
+    assert len(found.data.params) == 150
+    assert len(tracker.client.get_metric_history(run.run_id, "loss")) == 1500
     assert [item.path for item in tracker.client.list_logged_model_artifacts(model_id)] == ["adapter_config.json"]
     assert list((tmp_path / "server" / "artifacts").rglob("adapter_config.json"))
     assert not (tmp_path / "home").exists()

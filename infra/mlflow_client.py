@@ -1,0 +1,46 @@
+"""How MLflow is reached: clients with an explicit address, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from deal_core.errors import RegistryError
+from infra.settings import TrackingSettings
+
+RUN_KEY = "deal.run_key"
+"""Tag that says which adaptation a run, a model and a version belong to."""
+
+
+def open_client(settings: TrackingSettings) -> MlflowClient:
+    """A client of the tracking server or database; the folder of an SQLite file is made.
+
+    Raises:
+        RegistryError: nothing answers at the address.
+    """
+    uri = settings.tracking_uri
+    with saying("open MLflow", uri):
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def saying(doing: str, uri: str) -> Iterator[None]:
+    """Turn MLflow's errors into one that says what failed, and where."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        reason = _without_password(str(error).strip().split("\n")[0].rstrip("."))
+        where = _without_password(uri)
+        raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from error
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
