@@ -128,11 +128,10 @@ class Arrival:
         return "test" if int.from_bytes(digest[:4], "big") / 2**32 < self._config.test_share else "train"
 
     def _repetition(self, row: Row, split: Split) -> list[Problem]:
-        value = shorten(row.input)
         if split == "train" and (row.digest in self._test_digests or row.digest in self._kept["test"]):
-            return [Problem("duplicate of a test row", value)]
+            return [Problem("duplicate of a test row", shorten(row.input))]
         if row.digest in self._kept[split]:
-            return [Problem("duplicate row", value)]
+            return [Problem("duplicate row", shorten(row.input))]
         return []
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
