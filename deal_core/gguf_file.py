@@ -29,7 +29,9 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
         seq2seq = config.is_encoder_decoder
         auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        if hasattr(transformers, "GgufConfig"):  # newer releases would keep the weights packed where they can
+        if hasattr(transformers, "GgufConfig"):
+            # Newer releases keep the weights packed where they can, and mark the model as quantised so that it cannot
+            # be saved. Asked to dequantise they leave no mark; older ones know nothing else.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, info = auto_class.from_pretrained(
             file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
@@ -40,7 +42,6 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
             f"{file.name} cannot be read as a GGUF model ({type(error).__name__}: {error}). Give a complete .gguf file "
             "of an architecture that transformers reads, such as llama, qwen2 or mistral."
         ) from error
-    _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if on_progress is not None:
@@ -56,12 +57,3 @@ def require_all_weights(info: Mapping[str, Any]) -> None:
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ValueError(f"{len(absent)} weights are missing or of another shape, {absent[0]} the first")
-
-
-def _forget_quantization(model: Any) -> None:
-    """The weights are plain tensors now; marks of the file's packing would make save_pretrained refuse them."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, name):
-            setattr(model, name, False if name == "is_quantized" else None)

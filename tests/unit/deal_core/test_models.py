@@ -99,11 +99,16 @@ def test_a_damaged_gguf_file_leaves_nothing_behind(gguf_file: Path, tmp_path: Pa
     assert [file.suffix for file in (tmp_path / "cache/models").iterdir()] == [".lock"] * 3
 
 
+def test_a_gguf_file_that_lacks_a_weight_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_base, tmp_path / "partial.gguf", without="blk.1.ffn_up")
+    with pytest.raises(ConfigError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+        resolve_base(str(tmp_path / "partial.gguf"), tmp_path / "cache")
+
+
 def test_a_local_folder_is_loaded_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), tmp_path, precision="bf16")
     assert (base.kind, base.name, base.model.dtype) == ("causal", tiny_base.name, torch.bfloat16)
     assert not base.model.training and base.tokenizer.pad_token == "<|endoftext|>"
-    assert base.model.generation_config.pad_token_id == base.tokenizer.pad_token_id
 
 
 def test_an_encoder_decoder_is_loaded_as_one(tiny_base: Path, tmp_path: Path) -> None:
@@ -123,6 +128,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tiny_base: Path, tm
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     base = load_base(str(folder), tmp_path / "cache")
     assert base.tokenizer.pad_token == base.tokenizer.eos_token == "<|im_end|>"
+    assert base.model.generation_config.pad_token_id == base.tokenizer.eos_token_id
     for token in ("eos_token", "unk_token"):
         config.pop(token, None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

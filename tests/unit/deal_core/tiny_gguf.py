@@ -17,8 +17,14 @@ BLOCK = {
 }  # fmt: skip
 
 
-def write_gguf(folder: Path, file: Path) -> dict[str, torch.Tensor]:
-    """Quantise the model in `folder` to Q8_0, and give the weights that a reader of the file should get back."""
+def write_gguf(folder: Path, file: Path, *, without: str = "") -> dict[str, torch.Tensor]:
+    """Quantise the model in `folder` to Q8_0, and give the weights that a reader of the file should get back.
+
+    Args:
+        folder: a transformers folder.
+        file: what to write.
+        without: GGUF's name of a weight to leave out.
+    """
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -36,6 +42,7 @@ def write_gguf(folder: Path, file: Path) -> dict[str, torch.Tensor]:
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
     for layer in range(config.num_hidden_layers):
         names |= {f"blk.{layer}.{short}": f"model.layers.{layer}.{long}" for short, long in BLOCK.items()}
+    names.pop(without, None)
     weights, expected = model.state_dict(), {}
     for short, long in names.items():
         weight = weights[f"{long}.weight"].numpy()
