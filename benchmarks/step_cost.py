@@ -71,13 +71,13 @@ class Stepper:
 def make_parent(source: str, rank: int, folder: Path) -> None:
     """An adapter with something in every slot, so that there is a core to keep."""
     base = load_base(source, HomeSettings().cache_dir)
-    model = attach_adapter(base.model, AdapterConfig(rank=rank), base_name=base.name, seed=0)
+    model = attach_adapter(base.model, AdapterConfig(rank=rank), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             scale = torch.logspace(-2, -4, parameter.shape[1])
             parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-    save_adapter(model, folder, MethodState(strategy="seq_lora", stores="nothing"))
+    save_adapter(model, folder, MethodState(strategy="seq_lora", stores="nothing"), base_name=base.name)
 
 
 def measure_peak(strategy: str, source: str, parent: Path, num_rows: int, num_tokens: int, queue: object) -> None:
@@ -108,8 +108,10 @@ def main(
             queue = context.Queue()
             process = context.Process(target=measure_peak, args=(name, base, parent, batch_size, tokens, queue))
             process.start()
-            peaks[name] = queue.get()
             process.join()
+            if process.exitcode != 0:
+                raise typer.Exit(1)
+            peaks[name] = queue.get()
         steppers = {name: Stepper(name, base, parent) for name in STRATEGIES}
         batch = make_batch(steppers["deal"].base, batch_size, tokens)
         seconds: dict[str, list[float]] = {name: [] for name in STRATEGIES}

@@ -92,6 +92,12 @@ def generate_answers(
     """Generate one greedy answer per input, in the inputs' order.
 
     Args:
+        model: The base model, or it with an adapter on.
+        tokenizer: The base model's.
+        task: How an input becomes a prompt.
+        inputs: One per row.
+        config: Size of batches and length of answers.
+        max_prompt_tokens: A longer prompt loses the end of its text.
         on_progress: Called with the number of rows just answered.
 
     Example:

@@ -85,7 +85,7 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     """
     reasons: list[str] = []
     accuracy = report.accuracies[report.task]
-    floor = report.base_accuracy + config.min_gain_points / 100
+    floor = min(1.0, report.base_accuracy + config.min_gain_points / 100)
     if accuracy < floor - _SLACK:
         reasons.append(f"{report.task}: accuracy {_percent(accuracy)} is below the floor of {_percent(floor)} "
                        f"(base model's {_percent(report.base_accuracy)} + {config.min_gain_points:.1f} points).")

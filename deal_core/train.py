@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
@@ -72,9 +70,13 @@ def train_adapter(
         rows: Training rows with columns input and output.
         task: How a row becomes a prompt.
         strategy: Name of the strategy.
+        adapter: Shape of a new adapter; a parent's keeps its own.
+        deal: Settings of DEAL; other strategies do not read them.
+        train: How long and how fast.
         output_folder: Gets the PEFT folder and the method's state.
         checkpoint_folder: Gets the checkpoints.
-        on_log: Called after every optimiser step with the step and its loss and gradient norm.
+        on_log: Called after every optimiser step with the step and its loss and gradient norm; after a resume first
+            for the steps before it.
 
     Raises:
         DataValidationError: There is no row to train on.
@@ -82,8 +84,10 @@ def train_adapter(
     """
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
+    args = training_arguments(train, checkpoint_folder, len(rows))
+    base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
     if parent_folder is None:
-        model = attach_adapter(base.model, adapter, base_name=base.name, seed=train.seed)
+        model = attach_adapter(base.model, adapter, seed=train.seed)
         parent_state = None
     else:
         model = load_adapter(base.model, parent_folder, is_trainable=True)
@@ -100,7 +104,7 @@ def train_adapter(
         )
         trainer = AdapterTrainer(
             model=model,
-            args=training_arguments(train, checkpoint_folder, len(encoded)),
+            args=args,
             train_dataset=encoded,
             data_collator=AnswerCollator(base.tokenizer, is_seq2seq=base.kind == "seq2seq"),
             strategy=method,
@@ -113,17 +117,21 @@ def train_adapter(
         trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = method.finish()
-        save_adapter(model, output_folder, state)
+        save_adapter(model, output_folder, state, base_name=base.name)
         return _summarise(trainer, seconds, checkpoint, adapter_fill(model), method.notes())
     finally:
         model.unload()
 
 
+def num_steps(train: TrainConfig, num_rows: int) -> int:
+    """Optimiser steps that these settings take on so many rows."""
+    per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
+    return train.max_steps or per_epoch * train.num_epochs
+
+
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
     """Translate our settings into transformers' own."""
-    steps_per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
     save_steps = train.checkpoint_steps
-    total = train.max_steps or steps_per_epoch * train.num_epochs
     return TrainingArguments(
         output_dir=str(checkpoint_folder),
         per_device_train_batch_size=train.batch_size,
@@ -135,7 +143,7 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         num_train_epochs=train.num_epochs,
         max_steps=train.max_steps or -1,
         logging_steps=1,
-        save_strategy="steps" if 0 < save_steps < total else "no",
+        save_strategy="steps" if 0 < save_steps < num_steps(train, num_rows) else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=2,
         seed=train.seed,
@@ -152,6 +160,13 @@ class _ReportSteps(TrainerCallback):
     def __init__(self, on_log: OnLog) -> None:
         self._on_log = on_log
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """After a resume, say again what a killed process may not have passed on."""
+        for logs in state.log_history:
+            self._report(int(logs["step"]), logs)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -160,8 +175,11 @@ class _ReportSteps(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        if logs and "loss" in logs:
-            self._on_log(state.global_step, {k: float(logs[k]) for k in ("loss", "grad_norm") if k in logs})
+        self._report(state.global_step, logs or {})
+
+    def _report(self, step: int, logs: Mapping[str, float]) -> None:
+        if "loss" in logs:
+            self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
 
 
 def _summarise(
@@ -186,9 +204,4 @@ def _summarise(
     )
 
 
-def remove_checkpoints(checkpoint_folder: Path) -> None:
-    """Delete the checkpoints of a run whose result is safe elsewhere."""
-    shutil.rmtree(checkpoint_folder, ignore_errors=True)
-
-
-__all__ = ["OnLog", "PeftModel", "TrainingResult", "remove_checkpoints", "train_adapter", "training_arguments"]
+__all__ = ["OnLog", "TrainingResult", "num_steps", "train_adapter", "training_arguments"]

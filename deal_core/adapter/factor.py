@@ -75,7 +75,7 @@ class SpectralFactor(FactorNetwork):
             if is_soft and config.num_layers > 0:
                 self.retention = SpectralRetention(sigma_MR, config.widths, config.num_layers)
             self.update = ControlledUpdate(
-                start_MNR.shape, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
+                start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
             )
 
     def forward(self) -> Tensor:
@@ -119,7 +119,7 @@ class LiteralFactor(FactorNetwork):
         if is_trained:
             if config.num_layers > 0:
                 self.retention = LiteralRetention(start_MNR, config.widths, config.num_layers)
-            self.update = ControlledUpdate(start_MNR.shape, mixing=config.mixing)
+            self.update = ControlledUpdate(start_MNR, mixing=config.mixing)
 
     def forward(self) -> Tensor:
         """Return O: X̂ + X̂Ω + b."""

@@ -7,6 +7,7 @@ trained model, so that no wrapper of the model sees them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,7 @@ class Reparametrization(nn.Module):
         self._stacks = tuple(stacks)
         self.num_core_slots: dict[str, int] = {}
         self.is_full: tuple[str, ...] = ()
+        self._power = self._recycled_power = 0.0
         factory = _literal_sides if config.form == "literal" else self._spectral_sides
         self._pairs = [factory(stack, config, generator) for stack in self._stacks]
         self.sides = nn.ModuleList(nn.ModuleList(pair) for pair in self._pairs)
@@ -49,14 +51,22 @@ class Reparametrization(nn.Module):
         wanted_M = count_core_slots(spectrum.sigma_MR, config.energy, 0)
         self.num_core_slots.update(zip(stack.names, count_M.tolist(), strict=True))
         self.is_full += tuple(n for n, c, w in zip(stack.names, count_M, wanted_M, strict=True) if c < w)
-        core_MR = torch.arange(rank).unsqueeze(0) < count_M.unsqueeze(1)
+        core_MR = torch.arange(rank, device=count_M.device).unsqueeze(0) < count_M.unsqueeze(1)
         y_A, y_B = spectrum.factors() if config.balanced else (a_MRI.mT.clone(), b_MOR)
+        power_MR = spectrum.sigma_MR.double().square()
+        self._power += float(power_MR.sum())
         if config.recycle:
+            self._recycled_power += float((power_MR * ~core_MR).sum())
             y_A, y_B = _recycle(y_A, y_B, core_MR, config, generator)
         guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.recycle else None
         a_side = SpectralFactor(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
         b_side = SpectralFactor(y_B, spectrum.sigma_MR, core_MR, config, None, is_trained=config.sides != "A")
         return a_side, b_side
+
+    @property
+    def recycled_share(self) -> float:
+        """Share of the adapter's norm that recycling removed before the first step."""
+        return math.sqrt(self._recycled_power / self._power) if self._power > 0 else 0.0
 
     @torch.no_grad()
     def materialise(self) -> None:
@@ -99,7 +109,8 @@ def _recycle(
     core_M1R = core_MR.unsqueeze(1)
     seeded = y_B if config.sides == "A" else y_A
     bound = config.seed_scale * seeded.shape[1] ** -0.5
-    seeds = (torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound
+    # drawn on the CPU: the same seeds on every device
+    seeds = ((torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound).to(seeded.device)
     if config.sides == "A":
         return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)
     return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)

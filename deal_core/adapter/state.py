@@ -61,8 +61,8 @@ def adapter_on(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrain
         peft_model.unload()
 
 
-def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, base_name: str, seed: int) -> PeftModel:
-    """Give a base model a new LoRA adapter in fp32, ΔW = 0; `base_name` is what its saved config names as base.
+def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int) -> PeftModel:
+    """Give a base model a new LoRA adapter in fp32, ΔW = 0.
 
     Raises:
         ConfigError: The target modules are not known for this model type, or not in the model.
@@ -86,7 +86,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, base_name:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"adapter.target_modules {targets} do not fit {type(model).__name__}: {error}") from error
-    config.base_model_name_or_path = base_name  # PEFT puts the local path there
+    config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub; save_adapter names it
     return peft_model
 
 
@@ -104,11 +104,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
-    base_name, config.base_model_name_or_path = config.base_model_name_or_path, None
+    config.base_model_name_or_path = None
     peft_model = cast(PeftModel, get_peft_model(model, config))
-    config.base_model_name_or_path = base_name
+    config.base_model_name_or_path = None
     tensors = load_file(weights_path)
-    expected, found = set(get_peft_model_state_dict(peft_model)), set(tensors)
+    expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(tensors)
     if expected != found:
         peft_model.unload()
         raise AdapterStateError(
@@ -120,11 +120,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     return peft_model
 
 
-def save_adapter(model: PeftModel, folder: Path, state: MethodState) -> None:
-    """Write the adapter as a plain PEFT folder, and the method's state beside it."""
+def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:
+    """Write the adapter as a plain PEFT folder that names its base model, and the method's state beside it."""
     folder.mkdir(parents=True, exist_ok=True)
+    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours is written from the run
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     if state.tensors:
         save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)
     header = {

@@ -39,7 +39,7 @@ class Deal(Strategy):
             if self.deal.sides == "A":
                 a_MRI, b_MOR = stack.read()
                 bound = b_MOR.shape[2] ** -0.5
-                seeds = (torch.rand(b_MOR.shape, generator=generator) * 2 - 1) * bound
+                seeds = ((torch.rand(b_MOR.shape, generator=generator) * 2 - 1) * bound).to(b_MOR.device)
                 stack.write(torch.zeros_like(a_MRI), seeds)
             for param in stack.b_params if self.deal.sides == "A" else stack.a_params:
                 param.requires_grad_(False)
@@ -86,6 +86,10 @@ class Deal(Strategy):
             return ()
         counts = self.network.num_core_slots
         found = [f"core slots when the task arrived: {sum(counts.values()) / len(counts):.1f} per module on average"]
+        if self.network.recycled_share > 0:
+            found.append(
+                f"recycling the free slots removed {100 * self.network.recycled_share:.1f} % of the adapter's norm"
+            )
         if self.network.is_full:
             found.append(
                 f"the adapter is full in {len(self.network.is_full)} of {len(counts)} modules: their core was cut to "

@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_answers(base, task, rows, folder):
     with adapter_on(base.model, folder) as model:
         found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
     right = [a.casefold() == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
-    assert 0 < sum(right) and found.accuracy == sum(right) / 24
+    assert sum(right) > 0 and found.accuracy == sum(right) / 24
     assert (found.task, found.num_rows, found.majority_rate) == ("colours", 24, 8 / 24)
     assert found.rouge1 >= found.accuracy
 

@@ -29,7 +29,7 @@ def test_losses_of_a_second_task(name, parent, train):
     losses = train(strategy, parent, deal=deal, train=STEPS).losses
     path = FOLDER / f"{name}.txt"
     if os.environ.get("DEAL_RECORD_GOLDEN"):
-        header = f"# losses of {STEPS.max_steps} steps of a second task, {strategy}, tiny Llama of conftest.py, fp32, CPU\n"
+        header = f"# losses of {STEPS.max_steps} steps of a second task, {strategy}; tiny Llama of conftest.py, fp32\n"
         path.write_text(header + "".join(f"{loss:.6f}\n" for loss in losses))
     recorded = [float(line) for line in path.read_text().splitlines() if not line.startswith("#")]
     assert losses == pytest.approx(recorded, rel=2e-3)

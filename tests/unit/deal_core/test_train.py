@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +85,17 @@ def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
         torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_losses(parent, train):
+def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, parent, train):
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
     plain = train("deal", parent, train=SHORT)
-    saved = train("deal", parent, train=replace(SHORT, gradient_checkpointing=True))
+    with base.model.model.layers[0].input_layernorm.register_forward_hook(count):
+        saved = train("deal", parent, train=replace(SHORT, gradient_checkpointing=True))
+    assert calls == 2 * SHORT.max_steps  # once forward, once again for the backward pass
     assert saved.losses == pytest.approx(plain.losses, rel=1e-5)
 
 
@@ -218,6 +227,33 @@ def test_losses_are_reported_step_by_step(train):
     run = train(on_log=lambda step, values: seen.append((step, values["loss"])))
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert tuple(seen) == run.result.losses
+
+
+def test_a_resumed_run_says_the_earlier_steps_again(train, tmp_path):
+    """A killed process may not have passed its last ones on."""
+    config = replace(SHORT, checkpoint_steps=2)
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+
+    def die(step: int, _: object) -> None:
+        if step == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(train=config, on_log=die, **folders)
+    seen: list[int] = []
+    train(train=config, on_log=lambda step, _: seen.append(step), **folders)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_nothing_is_looked_up_in_the_network(base, parent, train, tmp_path, monkeypatch):
+    """PEFT asks the Hub for a base that an adapter names, when it saves, loads and checkpoints."""
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
+    folder = train("deal", parent, train=replace(SHORT, checkpoint_steps=1)).folder
+    with adapter_on(base.model, folder):
+        pass
+    assert asked == []
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
 
 
 def test_batches_hold_rows_of_similar_length_and_every_row_once():
