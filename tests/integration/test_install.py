@@ -1,0 +1,70 @@
+"""The project installs as a wheel, and works from outside the checkout."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+IGNORED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "benchmark-work")
+
+IMPORT_PACKAGES = """
+import importlib, sys
+target, *packages = sys.argv[1:]
+sys.path.insert(0, target)
+for name in packages:
+    folders = list(importlib.import_module(name).__path__)
+    assert folders == [f"{target}/{name.replace('.', '/')}"], f"{name} comes from {folders}"
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder that the project was installed into from a copy, as building writes beside the sources."""
+    folder = tmp_path_factory.mktemp("install")
+    shutil.copytree(ROOT, folder / "copy", ignore=IGNORED)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+         "--disable-pip-version-check", "--target", str(folder / "target"), str(folder / "copy")],
+        check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return folder / "target"
+
+
+def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    # -I: neither the working folder nor PYTHONPATH can lend a module
+    return subprocess.run([sys.executable, "-I", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    result = run(["-c", IMPORT_PACKAGES, str(installed), *packages], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
+    tops = {path.name for path in installed.iterdir()}
+    assert tops - {"bin"} == {"deal_core", "flows", "infra", "tasks", "deal_pipeline-0.1.0.dist-info"}
+    for package in ("deal_core", "flows", "infra", "tasks"):
+        source = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+        assert {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")} == source
+
+
+def test_the_example_data_is_installed(installed: Path) -> None:
+    def files_in(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    assert files_in(installed / "flows/examples") == files_in(ROOT / "examples")
+
+
+def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
+    start = f"import sys; sys.path.insert(0, {str(installed)!r}); from flows.cli import main; main()"
+    result = run(["-c", start, "--help"], tmp_path)
+    assert result.returncode == 0 and "adapt" in result.stdout, result.stderr
+    assert (installed / "bin/deal").is_file()
+    assert not list(tmp_path.iterdir())
