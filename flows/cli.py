@@ -34,6 +34,9 @@ Strategy = Annotated[str, typer.Option("--strategy", help="How a task is learned
 def demo(
     compare: Annotated[bool, typer.Option("--compare", help="The same arrivals also by plain continued LoRA.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="Another base model [smollm2-135m-instruct].")] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Where the result's picture goes (PNG) [HOME/demo.png].")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -44,7 +47,7 @@ def demo(
         def start() -> Any:
             from flows.demo import run_demo
 
-            return run_demo(compare=compare, base_model=base)
+            return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
 
         outcome = deal.run(start)
         from flows.tables import show_demo

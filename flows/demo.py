@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
+from deal_core.metrics import AccuracyMatrix
+from deal_core.metrics import AccuracyMatrix
 from flows.results import AdaptResult, Scores
 from flows.spec import AdaptSpec, LineageSpec, TaskFields, read_spec
 from flows.watch import WatchResult, watch
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
+from infra.report.canvas import save_png
+from infra.report.figures import result_figure
+from infra.report.canvas import save_png
+from infra.report.result import result_figure
 from tasks.inbox import INBOX, TASK_FILE
 from tasks.progress import reporter
 from tasks.record import read_record
@@ -46,6 +54,8 @@ class DemoResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     outcomes: tuple[LineageOutcome, ...]
+    picture: Path | None = None
+    """The PNG with the accuracy matrix; None: nothing passed the gate."""
 
     @property
     def rejected(self) -> bool:
@@ -58,17 +68,22 @@ class DemoResult(BaseModel):
         return any(outcome.refused for outcome in self.outcomes)
 
 
-async def run_demo(*, compare: bool, base_model: str | None = None, examples: Path | None = None) -> DemoResult:
+async def run_demo(
+    *, picture: Path, compare: bool, base_model: str | None = None, examples: Path | None = None
+) -> DemoResult:
     """Let the example domains land in the inbox one by one, and watch it.
 
     Args:
+        picture: where the picture of the result (PNG) goes.
         compare: the same arrivals also through plain continued LoRA, in a lineage of its own.
         base_model: instead of the examples' own.
         examples: folder of the example domains, instead of the project's own.
 
     Raises:
-        ConfigError: the examples are not there.
+        ConfigError: the examples are not there, the picture cannot be written, or the inbox has other files where
+            the demo's would go.
     """
+    _make_room(picture)
     folder = examples or _examples_folder()
     specs = [_read_example(folder / name) for name in ORDER]
     lineages = [_lineage_of(specs[0], "demo", "deal", base_model)]
@@ -76,18 +91,37 @@ async def run_demo(*, compare: bool, base_model: str | None = None, examples: Pa
         lineages.append(_lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model))
     store = current_store()
     watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
-    _clear(store, specs)  # of what a demo that was stopped has left
+    files = {spec.task.name: _files_of(spec) for spec in specs}
+    _refuse_foreign(store, files.values())
+    _clear(store, files.values())  # of what a demo that was stopped has left
     for number, spec in enumerate(specs, start=1):
         reporter().said(f"\nArrival {number} of {len(specs)}: {spec.task.name}")
-        _land(store, spec)
+        for key, content in files[spec.task.name].items():
+            store.put_bytes(key, content)
         for lineage in lineages:
             if compare:
                 reporter().said(f"Lineage {lineage.lineage} ({lineage.strategy})")
             watched[lineage.lineage].append(
                 await watch(lineage, tasks=(spec.task.name,), once=True, poll_seconds=POLL_SECONDS)
             )
-    _clear(store, specs)  # other lineages that watch this inbox shall not learn the demo
-    return DemoResult(outcomes=tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages))
+    _clear(store, files.values())  # other lineages that watch this inbox shall not learn the demo
+    outcomes = tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages)
+    return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
+
+
+def draw(result: DemoResult, path: Path) -> None:
+    """Draw the accuracy matrices as a PNG.
+
+    Raises:
+        ConfigError: there is nothing to draw, or the file cannot be written.
+    """
+    matrices = [AccuracyMatrix.from_json(outcome.matrix) for outcome in result.outcomes if outcome.matrix]
+    if not matrices:
+        raise ConfigError("There is no picture to draw: no version has passed the gate.")
+    try:
+        save_png(result_figure(*matrices), path)
+    except OSError as error:
+        raise ConfigError(f"The picture cannot be written to {path}: {error.strerror}; give another --picture.") from None
 
 
 def _examples_folder() -> Path:
@@ -124,22 +158,56 @@ def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult
     )
 
 
-def _land(store: ObjectStore, spec: AdaptSpec) -> None:
-    """Put an example's files into the inbox as a user would: what is known of the task first, its rows last."""
+def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
+    """An example's files by key, in the order a user would put them: what is known of the task, then its rows."""
     folder = f"{INBOX}/{spec.task.name}"
     data, test_data = Path(spec.task.data), spec.task.test_data and Path(spec.task.test_data)
     fields = TaskFields(**spec.task.given()).model_dump(mode="json", exclude_unset=True)
+    files = {}
     if test_data:
         fields["test_data"] = test_data.name
-    store.put_bytes(f"{folder}/{TASK_FILE}", yaml.safe_dump(fields, allow_unicode=True, sort_keys=False).encode())
-    if test_data:
-        store.upload_file(test_data, f"{folder}/{test_data.name}")
-    store.upload_file(data, f"{folder}/{data.name}")
+        files[f"{folder}/{test_data.name}"] = test_data.read_bytes()
+    task_file = yaml.safe_dump(fields, allow_unicode=True, sort_keys=False).encode()
+    return {f"{folder}/{TASK_FILE}": task_file, **files, f"{folder}/{data.name}": data.read_bytes()}
 
 
-def _clear(store: ObjectStore, specs: list[AdaptSpec]) -> None:
-    """Take the demo's own files out of the inbox."""
-    for spec in specs:
-        files = [TASK_FILE, *(Path(path).name for path in (spec.task.data, spec.task.test_data) if path)]
-        for name in files:
-            store.delete(f"{INBOX}/{spec.task.name}/{name}")
+def _refuse_foreign(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+    """Leave a user's files alone: the demo starts only where its own have room."""
+    for files in examples:
+        for key, content in files.items():
+            if store.exists(key) and store.get_bytes(key) != content:
+                raise ConfigError(
+                    f"{store.uri_of(key)} is not the demo's own file, and the demo would overwrite it; "
+                    "run the demo in another home (--home) or store, or move the file away."
+                )
+
+
+def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+    """Take the demo's own files out of the inbox; one that somebody has replaced meanwhile stays."""
+    for files in examples:
+        for key, content in files.items():
+            if store.exists(key) and store.get_bytes(key) == content:
+                store.delete(key)
+
+
+def _make_room(picture: Path) -> None:
+    """Find out before the work, not after it, whether the picture can be written."""
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The picture cannot go to {picture} ({error.strerror}); give another --picture.") from None
+    if picture.is_dir() or not os.access(picture.parent, os.W_OK):
+        raise ConfigError(f"The picture cannot go to {picture}; give the path of a file that can be written.")
+
+
+def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
+    """Draw the first lineage's matrix, beside it that of the second if it came as far."""
+    matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
+    if (first := matrices[0]) is None:
+        return None
+    rivals = zip(outcomes[1:], matrices[1:], strict=True)
+    name, rival = next(
+        ((outcome.strategy, matrix) for outcome, matrix in rivals if matrix and matrix.tasks == first.tasks), ("", None)
+    )
+    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=name), picture)
+    return picture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,11 +132,15 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
             if run.rejected:
                 shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
         shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
-    option, first = home_option(home), result.outcomes[0].lineage
+    if result.picture is not None:
+        shown.append(f"Picture:      {escape(str(result.picture))}")
+    deal, option, first = this_command(), home_option(home), result.outcomes[0].lineage
     shown.append(
-        f"Look closer:  deal history --lineage {first}{option}\n"
-        f"              deal ui{option}\n"
-        f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+        escape(
+            f"Look closer:  {deal} history --lineage {first}{option}\n"
+            f"              {deal} ui{option}\n"
+            f'              {deal} predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+        )
     )
     return shown
 
@@ -141,6 +148,19 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
 def heading(text: str) -> str:
     """A line above a table."""
     return f"\n[bold]{escape(text)}[/]"
+
+
+def this_command() -> str:
+    """How the running command can be called again from this shell, whether or not its environment is activated."""
+    running = Path(sys.argv[0])
+    if not (running.is_file() and os.access(running, os.X_OK)):
+        return "deal"  # called from Python
+    found = shutil.which(running.name)
+    if found is not None and Path(found).samefile(running):
+        return shlex.quote(running.name)
+    path = Path(os.path.abspath(running))
+    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(shown if os.sep in shown else f".{os.sep}{shown}")
 
 
 def home_option(home: Path) -> str:

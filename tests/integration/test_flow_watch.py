@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import flows.demo
+from deal_core.errors import ConfigError
 from flows.spec import LineageSpec, parse
 from flows.watch import WatchResult, watch
 from infra.registry import Registry, open_registry
@@ -176,9 +177,22 @@ def test_two_lineages_learn_from_one_inbox(tiny_base: Path, home: Path) -> None:
     assert open_registry().versions("m")[0].strategy == "seq_lora"
 
 
+@pytest.mark.parametrize("name", ["clinic/task.yaml", "parcels/messages.jsonl"])
+def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: Path, tmp_path: Path, name: str) -> None:
+    mine = land(home, name, b"mine")
+    leftover = land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match=rf"{name} is not the demo's own file"):
+        asyncio.run(flows.demo.run_demo(picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base)))
+    assert mine.read_bytes() == b"mine" and leftover.is_file()
+    assert open_registry().versions("demo") == ()
+
+
 def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     tiny_base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    picture = tmp_path / "pictures" / "demo.png"
+    mine = land(home, "other/other.jsonl", b"mine")
+    land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())  # left by a demo that was stopped
     for name in flows.demo.ORDER:
         folder = tmp_path / "examples" / name
         folder.mkdir(parents=True)
@@ -191,7 +205,9 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
 
     def demo() -> flows.demo.DemoResult:
         return asyncio.run(
-            flows.demo.run_demo(compare=True, base_model=str(tiny_base), examples=tmp_path / "examples")
+            flows.demo.run_demo(
+                picture=picture, compare=True, base_model=str(tiny_base), examples=tmp_path / "examples"
+            )
         )
 
     result = demo()
@@ -203,7 +219,10 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     assert deal.matrix is not None and rival.matrix is not None
     assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both"
     assert not result.rejected and not result.failed
-    assert list(current_store().list("inbox")) == [], "other lineages shall not learn the demo's files"
+    left = [info.key for info in current_store().list("inbox")]
+    assert left == ["inbox/other/other.jsonl"], "other lineages shall not learn the demo's files"
+    assert mine.read_bytes() == b"mine"
+    assert result.picture == picture and picture.read_bytes().startswith(b"\x89PNG")
 
     again = demo()
     assert [run.status for run in again.outcomes[0].runs] == ["repeat"] * 3
