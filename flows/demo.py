@@ -12,14 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
 from deal_core.metrics import AccuracyMatrix
-from deal_core.metrics import AccuracyMatrix
 from flows.results import AdaptResult, Scores
 from flows.spec import AdaptSpec, LineageSpec, TaskFields, read_spec
 from flows.watch import WatchResult, watch
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
-from infra.report.canvas import save_png
-from infra.report.figures import result_figure
 from infra.report.canvas import save_png
 from infra.report.result import result_figure
 from tasks.inbox import INBOX, TASK_FILE
@@ -107,21 +104,6 @@ async def run_demo(
     _clear(store, files.values())  # other lineages that watch this inbox shall not learn the demo
     outcomes = tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages)
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
-
-
-def draw(result: DemoResult, path: Path) -> None:
-    """Draw the accuracy matrices as a PNG.
-
-    Raises:
-        ConfigError: there is nothing to draw, or the file cannot be written.
-    """
-    matrices = [AccuracyMatrix.from_json(outcome.matrix) for outcome in result.outcomes if outcome.matrix]
-    if not matrices:
-        raise ConfigError("There is no picture to draw: no version has passed the gate.")
-    try:
-        save_png(result_figure(*matrices), path)
-    except OSError as error:
-        raise ConfigError(f"The picture cannot be written to {path}: {error.strerror}; give another --picture.") from None
 
 
 def _examples_folder() -> Path:

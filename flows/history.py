@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import RegistryError
 from infra.registry import Registry, VersionInfo, open_registry
+from tasks.services import current_store
 
 
 class HistoryEntry(BaseModel):
@@ -28,6 +29,8 @@ class HistoryEntry(BaseModel):
     aliases: tuple[str, ...]
     created: datetime
     dataset_sha256: str
+    adapter: str
+    """Full address of its PEFT folder."""
     tracking_id: str
 
 
@@ -40,8 +43,12 @@ def read_history(lineage: str) -> list[HistoryEntry]:
     versions = open_registry().versions(lineage)
     if not versions:
         raise RegistryError(unknown_lineage(lineage))
-    names = HistoryEntry.model_fields
-    return [HistoryEntry(**{name: getattr(version, name) for name in names}) for version in versions]
+    store = current_store()
+    shared = HistoryEntry.model_fields.keys() - {"adapter"}
+    return [
+        HistoryEntry(**{name: getattr(info, name) for name in shared}, adapter=store.uri_of(info.adapter_uri))
+        for info in versions
+    ]
 
 
 def find_version(registry: Registry, lineage: str, version: str | None) -> VersionInfo:

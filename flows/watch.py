@@ -30,7 +30,7 @@ from tasks.inbox import (
     task_of,
     write_state,
 )
-from tasks.progress import Interrupted, raise_if_stopped, reporter
+from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.services import current_store
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,9 @@ async def watch(
     files: list[Seen] = []
     runs: list[AdaptResult] = []
     seen: dict[str, str] = {}
+    if not once:
+        reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
     while True:
-        raise_if_stopped()
         state = read_state(store, spec.lineage)
         now = datetime.now(UTC)
         landed = [
@@ -100,14 +101,17 @@ async def watch(
         arrivals = [info for info in landed if state.is_open(info, now, retry_now=once)]
         settled, growing = split_settled(arrivals, seen, now, poll_seconds)
         for info in settled:
-            raise_if_stopped()
+            if is_stopped():
+                break
             handled, run = await _handle(store, spec, state, info)
             write_state(store, spec.lineage, state)
             files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
             runs += [run] if run else []
-        if once and not growing:
+        if is_stopped() or (once and not growing):
             return WatchResult(lineage=spec.lineage, files=tuple(files), runs=tuple(runs))
         seen = {info.key: info.etag for info in arrivals}
+        if settled or not files:
+            reporter().stage_started("waiting")
         await asyncio.sleep(poll_seconds)
 
 

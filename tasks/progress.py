@@ -87,13 +87,18 @@ def reporter() -> Reporter:
     return _context().reporter
 
 
+def is_stopped() -> bool:
+    """Whether the run was asked to stop."""
+    return _context().stop.is_set()
+
+
 def raise_if_stopped() -> None:
     """End here if the run was asked to stop.
 
     Raises:
         Interrupted: it was.
     """
-    if _context().stop.is_set():
+    if is_stopped():
         raise Interrupted
 
 
