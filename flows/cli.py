@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
@@ -182,7 +183,7 @@ def predict(
 
             calm_libraries()
             answer = predict_answer(text, lineage=lineage, task=task, version=version)
-        deal.screen.result(answer.model_dump(mode="json"), answer.answer)
+        deal.screen.result(answer.model_dump(mode="json"), escape(answer.answer))
 
 
 @app.command()
@@ -231,7 +232,7 @@ def fetch(
                 HomeSettings().cache_dir,
                 lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing),
             )
-        deal.screen.result({"source": source, "folder": str(folder)}, f"{source} is in {folder}")
+        deal.screen.result({"source": source, "folder": str(folder)}, escape(f"{source} is in {folder}"))
 
 
 @app.command()
@@ -256,10 +257,11 @@ def _show_ui(deal: Session, open_: bool, port: int) -> None:
     from flows.ui import open_ui, ui_address
 
     address = ui_address(port)
-    shown = [f"MLflow keeps the runs in {address.tracking_uri}"]
-    if address.command:
-        shown += ["Show them with:", f"  {shlex.join(address.command)}", f"and open {address.url}"]
-    deal.screen.result(address.model_dump(mode="json"), *shown)
+    safe = address.shown()
+    shown = [f"MLflow keeps the runs in {safe.tracking_uri}"]
+    if safe.command:
+        shown += ["Show them with:", f"  {shlex.join(safe.command)}", f"and open {safe.url}"]
+    deal.screen.result(safe.model_dump(mode="json"), *map(escape, shown))
     if open_:
         raise typer.Exit(open_ui(address))
 

@@ -27,8 +27,8 @@ class Screen:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+        self.err = Console(stderr=True, highlight=False, emoji=False)
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
@@ -72,8 +72,8 @@ class Screen:
             yield
             return
         columns = (
-            SpinnerColumn(), TextColumn("{task.description:<9}"), BarColumn(bar_width=30),
-            TaskProgressColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.fields[detail]}[/]"),
+            SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
+            TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.err, transient=True) as self._progress:
             if doing:

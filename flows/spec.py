@@ -1,7 +1,7 @@
 """What to run: the spec, one YAML file or the same thing as a flow's parameter.
 
 Example:
-    >>> read_spec(Path("examples/bank/adapt.yaml")).task.name  # doctest: +SKIP
+    >>> read_spec(Path("examples/bank/spec.yaml")).task.name  # doctest: +SKIP
     'bank'
 """
 

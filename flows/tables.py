@@ -65,7 +65,7 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
         return ["Nothing new in the inbox."]
     table = new_table("file", "outcome", "version", "what happened", right=["version"])
     for seen in result.files:
-        table.add_row(seen.key, seen.outcome, seen.version or "–", escape(seen.message))
+        table.add_row(escape(seen.key), seen.outcome, seen.version or "–", escape(seen.message))
     return [heading(f"Handled for {result.lineage}"), table]
 
 

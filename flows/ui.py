@@ -12,7 +12,7 @@ import webbrowser
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.settings import TrackingSettings
+from infra.settings import TrackingSettings, without_password
 
 START_SECONDS = 60
 
@@ -26,6 +26,14 @@ class UiAddress(BaseModel):
     url: str
     command: tuple[str, ...]
     """Starts the server; empty where one runs already."""
+
+    def shown(self) -> UiAddress:
+        """The same for other eyes: without passwords."""
+        return UiAddress(
+            tracking_uri=without_password(self.tracking_uri),
+            url=without_password(self.url),
+            command=tuple(without_password(part) for part in self.command),
+        )
 
 
 def ui_address(port: int) -> UiAddress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
-from infra.settings import TrackingSettings
+from infra.settings import TrackingSettings, without_password
 
 RUN_KEY = "deal.run_key"
 """Tag that says which adaptation a run, a model and a version belong to."""
@@ -37,10 +36,6 @@ def saying(doing: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        reason = _without_password(str(error).strip().split("\n")[0].rstrip("."))
-        where = _without_password(uri)
+        reason = without_password(str(error).strip().split("\n")[0].rstrip("."))
+        where = without_password(uri)
         raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from error
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://***@", text)

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.mlflow_client import RUN_KEY, open_client, saying
-from infra.settings import TrackingSettings
+from infra.settings import TrackingSettings, without_password
 
 Alias = Literal["champion", "challenger"]
 OWNER = {"deal.kind": "lineage"}
@@ -174,8 +174,8 @@ class Registry:
             tags = self.client.get_registered_model(name).tags
             if not OWNER.items() <= tags.items():
                 raise RegistryError(
-                    f"MLflow at {self.uri} has a registered model {name!r} that is no lineage of this pipeline; "
-                    "give the lineage another name."
+                    f"MLflow at {without_password(self.uri)} has a registered model {name!r} that is no lineage of "
+                    "this pipeline; give the lineage another name."
                 ) from None
 
     def _search(self, condition: str) -> list[ModelVersion]:

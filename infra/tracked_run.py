@@ -20,6 +20,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
 from deal_core.errors import RegistryError
 from infra.mlflow_client import RUN_KEY, saying
+from infra.settings import without_password
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class TrackedRun:
                 self._flushed_at = time.monotonic()
                 self._send()
         except MlflowException as error:
-            logger.warning("Metrics wait for MLflow at %s: %s", self.client.tracking_uri, str(error).split("\n")[0])
+            where, reason = self.client.tracking_uri, str(error).split("\n")[0]
+            logger.warning("Metrics wait for MLflow at %s: %s", without_password(where), without_password(reason))
 
     def flush(self) -> None:
         """Send the points that wait.
@@ -160,6 +162,11 @@ class TrackedRun:
             if model_id not in [output.model_id for output in outputs]:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
         return model_id
+
+    def is_finished(self) -> bool:
+        """Whether the run has ended as it should."""
+        with self._saying("read the state"):
+            return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
 
     def end(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
         """Send what waits and end the run."""

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
 from infra.mlflow_client import RUN_KEY, open_client, saying
-from infra.settings import TrackingSettings
+from infra.settings import TrackingSettings, without_password
 from infra.tracked_run import TrackedRun
 
 __all__ = ["TrackedRun", "Tracker", "open_tracker"]
@@ -87,7 +87,8 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was first
                     raise
-        raise RegistryError(f"MLflow at {self.uri} neither finds nor makes the experiment {name!r}; look into its UI.")
+        where = without_password(self.uri)
+        raise RegistryError(f"MLflow at {where} neither finds nor makes the experiment {name!r}; look into its UI.")
 
     def _artifact_location(self, lineage: str) -> str | None:
         """Where a database's artifacts go (MLflow's default is the working directory); None: the server decides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Collection
@@ -54,7 +55,8 @@ def ingest_arrival(arrival: Arrival, config: DataConfig, parent: VersionRef | No
                 on_progress=advance("ingest"),
             )
         except ArrivalRefusedError as error:
-            sha256 = error.report.manifest.sha256
+            # by the bad rows: of a file without a good one the dataset is empty, and all such have one digest
+            sha256 = _digest_of(folder / QUARANTINE_FILE)
             kept = _publish_quarantine(store, folder, arrival.task, sha256)
             message = str(error).replace(str(folder / QUARANTINE_FILE), kept)
             raise ArrivalRefusedError(message, error.report) from None
@@ -114,6 +116,11 @@ def _publish_quarantine(store: ObjectStore, folder: Path, task_name: str, sha256
         store.upload_file(rows, key)
     rows.unlink(missing_ok=True)
     return store.uri_of(key)
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, DealConfig, TrainConfig
-from deal_core.train import TrainingResult, train_adapter
+from deal_core.train import TrainingResult, num_steps, train_adapter
 from infra.object_store import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
 from tasks.base import lend_base
@@ -72,12 +71,6 @@ def train_version(
         parent_version=parent.version if parent else None,
     )
     return TrainedAdapter(adapter=reference, summary=summary)
-
-
-def num_steps(train: TrainConfig, num_rows: int) -> int:
-    """Optimiser steps that these settings take on so many rows."""
-    per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
-    return train.max_steps or per_epoch * train.num_epochs
 
 
 def sha256_of_folder(folder: Path) -> str:

@@ -136,6 +136,13 @@ def test_ui_of_a_server_is_the_server(deal: Deal, monkeypatch: pytest.MonkeyPatc
     assert (told["url"], told["command"]) == ("http://mlflow.example:5000", [])
 
 
+def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ("http://me:secret@mlflow.example:5000", "postgresql://me:secret@db.example/mlflow"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        for result in (deal("ui"), deal("ui", "--json")):
+            assert "secret" not in result.output and ".example" in result.output
+
+
 def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:
     told = json.loads(deal("ui", "--json", "--home", str(tmp_path / "other")).stdout)
     assert told["tracking_uri"] == f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"

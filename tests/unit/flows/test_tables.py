@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
+from rich.markup import escape
 
 from deal_core.metrics import AccuracyMatrix
 from flows.demo import DemoResult, LineageOutcome
 from flows.results import Scores
-from flows.tables import home_option, matrix_table, percent, show_demo, this_command
+from flows.screens import Screen
+from flows.tables import home_option, matrix_table, percent, show_demo, show_watch, this_command
+from flows.watch import Seen, WatchResult
 
 
 def text(*shown: RenderableType) -> str:
@@ -82,6 +85,13 @@ def test_the_command_is_shown_as_this_shell_can_call_it(tmp_path: Path, monkeypa
     assert this_command() == str(program).removeprefix("/")
     monkeypatch.setenv("PATH", str(program.parent))
     assert this_command() == "deal", "the environment is activated"
+
+
+def test_foreign_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Seen(key="inbox/bank/[red]x[/].csv", outcome="refused", message="[/]", version=None)
+    Screen().result({}, *show_watch(WatchResult(lineage="l", files=(seen,), runs=())), escape("[bold]a :smile:[/b]"))
+    shown = capsys.readouterr().out
+    assert "[red]x[/].csv" in shown and "[bold]a :smile:[/b]" in shown
 
 
 def test_home_is_named_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
