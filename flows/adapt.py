@@ -22,6 +22,7 @@ from flows.spec import AdaptSpec
 from flows.stages import Stages
 from tasks.base import identify_base
 from tasks.evaluate import evaluate_version
+from tasks.finish import keep_findings
 from tasks.gate import decide_gate
 from tasks.ingest import ingest_arrival
 from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
@@ -115,6 +116,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     decision = await stages.run("gate", decide_gate, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
+    keep_findings(trained.adapter.uri, report, trained.summary)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
         spec.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,

@@ -1,4 +1,4 @@
-"""Where a lineage stands: its champion, what it has learned already, and a promotion that a crash cut short."""
+"""Where a lineage stands: its champion, what it has learned already, and what a crash left undone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from infra.ledger import Ledger
-from infra.registry import Registry, VersionInfo, open_registry
-from tasks.promote import finish_promotion
+from infra.registry import VersionInfo, open_registry
+from tasks.finish import finish_run
 from tasks.references import BaseRef, DatasetRef, VersionRef
 from tasks.services import current_store
 
@@ -19,10 +19,11 @@ from tasks.services import current_store
 def find_parent(lineage: str) -> VersionRef | None:
     """The champion, which the next version continues; None: the lineage starts from the base.
 
-    A promotion that a crash cut short is completed first, so that no accepted version is passed over.
+    What a crash left undone of the newest version's run is done first, so that no accepted version is passed over.
     """
     registry = open_registry()
-    _complete_promotion(registry, lineage)
+    if versions := registry.versions(lineage):
+        finish_run(registry, versions[-1], version_ref(versions[-1]))
     champion = registry.champion(lineage)
     return version_ref(champion) if champion else None
 
@@ -70,14 +71,3 @@ def version_ref(info: VersionInfo) -> VersionRef:
         reasons=info.reasons,
         parent_version=info.parent_version,
     )
-
-
-def _complete_promotion(registry: Registry, lineage: str) -> None:
-    """Promotion sets `challenger` last; an accepted version that is newer than it was cut off on its way."""
-    accepted = [version for version in registry.versions(lineage) if version.accepted]
-    if not accepted or "challenger" in accepted[-1].aliases:
-        return
-    newest = accepted[-1]
-    champion = registry.champion(lineage)
-    if (champion.version if champion else None) in (newest.parent_version, newest.version):
-        finish_promotion(registry, Ledger(current_store()), newest)

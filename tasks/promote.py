@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
 from infra.registry import Registry, VersionInfo, open_registry
-from infra.tracking import open_tracker
 from tasks.references import VersionRef
 from tasks.services import current_store
 
@@ -21,8 +21,26 @@ def promote_version(version: VersionRef) -> None:
     move_aliases(registry, Ledger(current_store()), known)
 
 
+def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
+    """Whether the champion is neither the version nor what it continues, so that promoting it would lose a task."""
+    champion = registry.champion(version.lineage)
+    return (champion.version if champion else None) not in (version.parent_version, version.version)
+
+
 def move_aliases(registry: Registry, ledger: Ledger, version: VersionInfo) -> None:
-    """The steps of a promotion; each can be repeated, and `challenger` moves last, as the sign that all is done."""
+    """The steps of a promotion; each can be repeated, and `challenger` moves last, as the sign that all is done.
+
+    Raises:
+        RegistryError: another version took the place of the one that this version continues.
+    """
+    if is_overtaken(registry, version):
+        champion = registry.champion(version.lineage)
+        raise RegistryError(
+            f"Version {version.version} of {version.lineage} continues "
+            f"{f'version {version.parent_version}' if version.parent_version else 'the base model'}, but "
+            f"{f'version {champion.version} is' if champion else 'no version is'} champion now; it was not promoted. "
+            "Run the same command again: it starts from the champion of now."
+        )
     registry.set_alias(version.lineage, "champion", version.version)
     ledger.record(
         LedgerEntry(
@@ -34,9 +52,3 @@ def move_aliases(registry: Registry, ledger: Ledger, version: VersionInfo) -> No
         )
     )
     registry.set_alias(version.lineage, "challenger", version.version)
-
-
-def finish_promotion(registry: Registry, ledger: Ledger, version: VersionInfo) -> None:
-    """Complete a promotion whose process died, and end its MLflow run."""
-    move_aliases(registry, ledger, version)
-    open_tracker().run(version.tracking_id).end()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from deal_core.errors import ConfigError, DataValidationError
+from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
@@ -301,6 +301,47 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
 
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
     assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+
+
+@pytest.mark.parametrize("gate", [PASS, FAIL])
+def test_a_report_cut_short_is_completed_by_the_next_run(
+    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, gate: dict[str, float]
+) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.adapt.report_run", die)
+        patch.setattr("flows.adapt.end_run", die)  # as if the machine went down: the run goes on for ever
+        with pytest.raises(Killed):
+            run(tiny_base, CLINIC, gate=gate)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    tracking_id = client.get_model_version("l", "2").run_id
+    assert client.get_run(tracking_id).info.status == "RUNNING" and list((home / "work").rglob("training.json"))
+    repeat = run(tiny_base, CLINIC, gate=gate)
+
+    assert (repeat.status, repeat.version) == ("repeat", "2")
+    done = client.get_run(tracking_id)
+    assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
+    assert client.list_artifacts(tracking_id, "figures")
+    assert not list((home / "work").rglob("*.*"))
+
+
+def test_a_version_that_another_has_overtaken_is_not_promoted(
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Registry.register
+
+    def overtaken(registry: Registry, *args: Any, **kwargs: Any) -> Any:
+        made = whole(registry, *args, **kwargs)
+        registry.client.delete_registered_model_alias("l", "champion")
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", overtaken)
+        with pytest.raises(RegistryError, match=r"no version is champion now.*Run the same command again"):
+            run(tiny_base, CLINIC)
+    assert versions()[1] == ("2", "clinic", ()), "accepted, and still not promoted over what it does not continue"
 
 
 def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(
