@@ -1,4 +1,4 @@
-"""Load a version with torch, transformers and peft alone: python docs/plain_peft.py BASE ADAPTER PROMPT."""
+"""Load a version with torch, transformers and peft alone: python docs/plain_peft.py BASE ADAPTER PRECISION PROMPT."""
 
 import sys
 
@@ -6,10 +6,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base, adapter, prompt = sys.argv[1:]
+base, adapter, precision, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
+model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, precision))
+model = PeftModel.from_pretrained(model, adapter).eval()
 with torch.no_grad():
     logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].float()
 for value, token in zip(*(part.tolist() for part in logits.topk(5)), strict=True):
-    print(f"{value:8.3f}  {tokenizer.decode([token])!r}")
+    print(f"{value:.4f}\t{tokenizer.decode([token])!r}")

@@ -6,10 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig
+from deal_core.data.prompts import render_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluate import first_answer_logits, generate_answers
+from deal_core.base_sources import resolve_base
 from flows.history import find_version
 from infra.registry import open_registry
+from infra.settings import HomeSettings
 from tasks.base import lend_base
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.services import borrowed_folder, current_store
@@ -25,6 +28,14 @@ class Answer(BaseModel):
     answer: str
     first_token_logits: dict[str, float]
     """The likeliest first tokens of the answer and their logits: what a plain PEFT load must give too."""
+    prompt: str
+    """What the model was asked, the text in its task's template."""
+    base_model: str
+    """Folder or Hub id that the base model was loaded from."""
+    adapter: str
+    """Address of the version's PEFT folder."""
+    precision: str
+    """Type of the base model's weights, such as bfloat16."""
     task: str
     lineage: str
     version: str
@@ -58,6 +69,10 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
         answer=answers[0],
+        prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
+        base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
+        adapter=store.uri_of(info.adapter_uri),
+        precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
         task=known.schema.name,
         lineage=lineage,
