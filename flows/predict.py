@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.adapter.state import adapter_on
+from deal_core.base_sources import resolve_base
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import render_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluate import first_answer_logits, generate_answers
-from deal_core.base_sources import resolve_base
 from flows.history import find_version
 from infra.registry import open_registry
 from infra.settings import HomeSettings

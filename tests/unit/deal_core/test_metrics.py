@@ -113,7 +113,12 @@ def test_with_row_wants_every_task_and_no_other(accuracies: dict[str, float]) ->
 
 @pytest.mark.parametrize(
     ("answer", "expected", "same"),
-    [(" Card Lost\n", "card lost", True), ("STRASSE", "straße", True), ("card  lost", "card lost", False), ("", "a", False)],
+    [
+        (" Card Lost\n", "card lost", True),
+        ("STRASSE", "straße", True),
+        ("card  lost", "card lost", False),
+        ("", "a", False),
+    ],
 )
 def test_exact_match_ignores_case_and_outer_space_only(answer: str, expected: str, same: bool) -> None:
     assert exact_match(answer, expected) is same
