@@ -29,8 +29,11 @@ loggers:
 root: {{level: WARNING, handlers: [file]}}
 """
 
+FAILURES = logging.getLogger("deal")
+"""Where a command writes what nobody expected."""
+
 SETTINGS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default, 20, is short on a busy machine
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # the default, 20, is short on a busy machine
     "MLFLOW_CONFIGURE_LOGGING": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -67,7 +70,15 @@ def enter_home(home: Path | None) -> Path:
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)
     warnings.simplefilter("ignore")
+    _log_failures_to(log_file)
     return folder
+
+
+def _log_failures_to(log_file: Path) -> None:
+    """Commands that import no Prefect have no other handler, and Python's own would print to the screen."""
+    handler = logging.FileHandler(log_file, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    FAILURES.handlers, FAILURES.propagate = [handler], False
 
 
 def calm_libraries() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -70,7 +69,7 @@ class Session:
 @contextmanager
 def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
     """Prepare the home folder and turn what goes wrong inside into one line and an exit code."""
-    from flows.embedded import enter_home
+    from flows.embedded import FAILURES, enter_home
 
     screen = Screen(as_json=as_json)
     folder: Path | None = None
@@ -86,7 +85,7 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
         if debug:
             traceback.print_exc(file=sys.stderr)
         if not isinstance(error, DealError):
-            logging.getLogger("deal").exception("The command failed")
+            FAILURES.exception("The command failed")
         screen.error(_explain(error, folder))
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
 

@@ -159,6 +159,7 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     assert result.exit_code == 1
     assert "RuntimeError: first line second line" in result.stderr and "--debug" in result.stderr
     assert str(home / "logs" / "deal.log") in result.stderr.replace("\n", "")
+    assert "Traceback" in (home / "logs" / "deal.log").read_text()
     assert "Traceback" not in result.output
 
 
