@@ -59,7 +59,7 @@ def prefect_api() -> Iterator[None]:
     """A Prefect server for the flows of the whole session."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=300):
         yield
 
 

@@ -114,8 +114,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
     assert "\x1b" not in result.output and "\r" not in result.output
 
 
-@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"], ["evaluate"]])
-@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"]])
 def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
     result = deal(*arguments, "--lineage", "nobody")
     assert result.exit_code == 1
