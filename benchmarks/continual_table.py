@@ -10,89 +10,115 @@ from typing import Any
 from deal_core.metrics import AccuracyMatrix, paired_interval
 
 BASELINE = "seq_lora"
+CellJson = dict[str, Any]
 
 
-def matrix_of(cell: dict[str, Any]) -> AccuracyMatrix:
+def matrix_of(cell: CellJson) -> AccuracyMatrix:
     """The accuracy matrix of a cell that was scored after every task."""
     matrix = AccuracyMatrix()
-    for name, scores in zip(cell["tasks"], cell["correct"], strict=True):
+    for name, scores in zip(cell["settings"]["tasks"], cell["correct"], strict=True):
         shares = {task: bits.count("1") / len(bits) for task, bits in scores.items()}
         matrix = matrix.with_row(name, shares, base_accuracy=None, parent_accuracy=None)
     return matrix
 
 
 def write_summary(folder: Path) -> None:
-    """Write summary.json and summary.md beside the cells of a folder."""
-    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*-*.json"))]
-    cells = [cell for cell in cells if not cell["settings"]["last_only"]]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    """Write summary.json and summary.md beside the cells of a folder: a row per strategy, settings and order."""
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "summary.json"]
+    groups: dict[str, list[CellJson]] = defaultdict(list)
     for cell in cells:
-        groups[cell["settings"]["strategy"], cell["settings"]["order"]].append(cell)
-    strategies = sorted({strategy for strategy, _ in groups})
-    orders = sorted({order for _, order in groups})
-    results = [_row(groups, strategy, (order,)) for strategy in strategies for order in orders]
-    results += [_row(groups, strategy, tuple(orders)) for strategy in strategies if len(orders) > 1]
-    results = [row for row in results if row["num_cells"]]
+        if not cell["settings"]["last_only"]:
+            groups[_variant(cell)].append(cell)
+    baselines = {_protocol(cell): group for group in groups.values() for cell in group if _strategy(cell) == BASELINE}
+    results = []
+    for group in groups.values():
+        orders = sorted({cell["settings"]["order"] for cell in group})
+        for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
+            rivals = baselines.get(_protocol(group[0]), [])
+            results.append(_row(_of(group, chosen), _of(rivals, chosen), chosen))
     (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "summary.md").write_text(_markdown(results))
 
 
-def _row(groups: dict[tuple[str, str], list[dict[str, Any]]], strategy: str, orders: tuple[str, ...]) -> dict[str, Any]:
-    """One line of the table. The mean over several orders weighs each order alike."""
-    cells = [cell for order in orders for cell in groups[strategy, order]]
-    rivals = [cell for order in orders for cell in groups[BASELINE, order]]
+def _strategy(cell: CellJson) -> str:
+    return str(cell["settings"]["strategy"])
+
+
+def _variant(cell: CellJson) -> str:
+    """Cells that differ in order and seed alone belong together."""
+    return json.dumps([_strategy(cell), cell["settings"]["deal"], _protocol(cell)])
+
+
+def _protocol(cell: CellJson) -> str:
+    """What two strategies must share to be compared."""
+    settings = cell["settings"]
+    train = {name: value for name, value in settings["train"].items() if name != "seed"}
+    return json.dumps([settings["rows"], settings["test_rows"], settings["adapter"], train, settings["base"]])
+
+
+def _of(cells: list[CellJson], orders: list[str]) -> list[CellJson]:
+    return [cell for cell in cells if cell["settings"]["order"] in orders]
+
+
+def _row(cells: list[CellJson], rivals: list[CellJson], orders: list[str]) -> dict[str, Any]:
+    """One line of the table. The mean over several orders weighs each cell alike."""
     matrices = [matrix_of(cell) for cell in cells]
+    accuracies = [100 * (matrix.average_accuracy or 0) for matrix in matrices]
+    forgetting = [100 * (matrix.forgetting or 0) for matrix in matrices]
     row: dict[str, Any] = {
-        "strategy": strategy,
-        "orders": list(orders),
+        "strategy": _strategy(cells[0]),
+        "deal": cells[0]["settings"]["deal"],
+        "orders": orders,
         "num_cells": len(cells),
-        "average_accuracy": _mean([100 * (m.average_accuracy or 0) for m in matrices]),
-        "by_seed": [round(100 * (m.average_accuracy or 0), 2) for m in matrices],
-        "forgetting": _mean([100 * (m.forgetting or 0) for m in matrices]),
-        "train_seconds": _mean([cell["seconds"]["train"] for cell in cells]),
-        "evaluate_seconds": _mean([cell["seconds"]["evaluate"] for cell in cells]),
+        "average_accuracy": sum(accuracies) / len(cells),
+        "average_accuracy_by_cell": accuracies,
+        "forgetting": sum(forgetting) / len(cells),
+        "forgetting_by_cell": forgetting,
     }
-    if strategy != BASELINE and cells and _seeds(cells) == _seeds(rivals):
-        interval = paired_interval(_correct_per_row(cells), _correct_per_row(rivals))
-        row["difference"] = [100 * interval.mean, 100 * interval.low, 100 * interval.high]
+    if _strategy(cells[0]) != BASELINE and _keys(cells) == _keys(rivals):
+        interval = paired_interval(_right_per_row(cells), _right_per_row(rivals))
+        row["difference_points_ci95"] = [100 * interval.mean, 100 * interval.low, 100 * interval.high]
     return row
 
 
-def _seeds(cells: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return sorted((cell["settings"]["order"], cell["settings"]["seed"]) for cell in cells)
+def _keys(cells: list[CellJson]) -> list[tuple[str, int, str]]:
+    return sorted((cell["settings"]["order"], cell["settings"]["seed"], cell["settings"]["data"]) for cell in cells)
 
 
-def _correct_per_row(cells: list[dict[str, Any]]) -> list[float]:
-    """For every (order, task, test row) the share of seeds whose final model is right: the unit that is resampled."""
-    shares: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+def _right_per_row(cells: list[CellJson]) -> list[float]:
+    """For every test row of every task the share of cells whose final model is right: the unit that is resampled.
+
+    A row that stands in several orders and seeds is one unit: its answers are not independent.
+    """
+    shares: dict[tuple[str, int], list[int]] = defaultdict(list)
     for cell in cells:
         for task, bits in cell["correct"][-1].items():
             for i, bit in enumerate(bits):
-                shares[cell["settings"]["order"], task, i].append(int(bit))
+                shares[task, i].append(int(bit))
     return [sum(values) / len(values) for _, values in sorted(shares.items())]
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| strategy | orders | cells | AA | AA by cell | forgetting | AA minus seq_lora (95 % CI) |",
-        "|---|---|---|---|---|---|---|",
+        "| strategy | order | cells | AA | by cell | forgetting | by cell | AA minus seq_lora (95 % CI) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in results:
-        difference = row.get("difference")
+    for row in sorted(results, key=lambda row: (row["orders"], row["strategy"])):
+        difference = row.get("difference_points_ci95")
         shown = "" if difference is None else f"{difference[0]:+.1f} ({difference[1]:+.1f} to {difference[2]:+.1f})"
-        by_seed = ", ".join(f"{value:.1f}" for value in row["by_seed"])
         lines.append(
-            f"| {row['strategy']} | {' and '.join(row['orders'])} | {row['num_cells']} | {row['average_accuracy']:.1f} "
-            f"| {by_seed} | {row['forgetting']:.1f} | {shown} |"
+            f"| {row['strategy']} | {' and '.join(row['orders'])} | {row['num_cells']} "
+            f"| {row['average_accuracy']:.1f} | {_list(row['average_accuracy_by_cell'])} "
+            f"| {row['forgetting']:.1f} | {_list(row['forgetting_by_cell'])} | {shown} |"
         )
     lines += [
         "",
-        "AA and forgetting in points, means over cells (orders × seeds). The interval is a paired bootstrap over test",
+        "AA and forgetting in points, means over cells (order × seed). The interval is a paired bootstrap over test",
         "rows, given these seeds.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _list(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
