@@ -46,6 +46,8 @@ class Session:
 
         end_orphans(self.home)
         with self.screen.working(doing), reporting_to(self.screen) as stop:
+            from prefect.exceptions import TerminationSignal
+
             start_api()
             coroutine = start()  # imports what the flow needs
             calm_libraries()
@@ -60,7 +62,7 @@ class Session:
             signal.signal(signal.SIGINT, on_interrupt)
             try:
                 return asyncio.run(coroutine)
-            except Interrupted:
+            except (Interrupted, TerminationSignal):
                 raise KeyboardInterrupt from None
             finally:
                 signal.signal(signal.SIGINT, previous)

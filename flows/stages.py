@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from tasks.progress import raise_if_stopped, reporter
+from tasks.progress import ask_to_stop, raise_if_stopped, reporter
 
 Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
@@ -26,7 +26,11 @@ class Stages:
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
-        output = await asyncio.to_thread(call, *args, **kwargs)
+        try:
+            output = await asyncio.to_thread(call, *args, **kwargs)
+        except asyncio.CancelledError:  # SIGTERM, say; nothing but the stage itself can end its thread
+            ask_to_stop()
+            raise
         self.seconds[name] = time.perf_counter() - started
         return output
 

@@ -87,6 +87,11 @@ def reporter() -> Reporter:
     return _context().reporter
 
 
+def ask_to_stop() -> None:
+    """Let the run of the current context end at its next step."""
+    _context().stop.set()
+
+
 def is_stopped() -> bool:
     """Whether the run was asked to stop."""
     return _context().stop.is_set()

@@ -83,6 +83,30 @@ def test_a_run_that_was_asked_to_stop_ends_at_its_next_step() -> None:
     assert steps == [0, 1, 2, 3]
 
 
+def test_a_cancelled_flow_ends_the_thread_of_its_stage() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    def train() -> None:
+        report = advance("train")
+        began.set()
+        try:
+            while True:
+                report(1)
+        finally:
+            ended.set()
+
+    async def flow() -> None:
+        stage = asyncio.create_task(Stages().run("train", train))
+        await asyncio.to_thread(began.wait)
+        stage.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stage
+
+    with reporting_to(Recorder()):
+        asyncio.run(flow())
+    assert ended.is_set()
+
+
 def test_a_callback_belongs_to_the_run_that_made_it() -> None:
     with reporting_to(Recorder()) as stop:
         report = advance("train")
