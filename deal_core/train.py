@@ -86,12 +86,11 @@ def train_adapter(
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     args = training_arguments(train, checkpoint_folder, len(rows))
     base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
+    parent_state = None if parent_folder is None else load_method_state(parent_folder)
     if parent_folder is None:
         model = attach_adapter(base.model, adapter, seed=train.seed)
-        parent_state = None
     else:
         model = load_adapter(base.model, parent_folder, is_trainable=True)
-        parent_state = load_method_state(parent_folder)
     try:
         method = make_strategy(strategy, deal, train.seed)
         method.prepare(model, parent_state)

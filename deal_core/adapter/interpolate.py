@@ -27,7 +27,4 @@ def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
     a_MRI = torch.cat([parent_A, trained_A], dim=1)
     b_MOR = torch.cat([(1 - share) * parent_B, share * trained_B], dim=2)
     y_A, y_B = decompose(a_MRI, b_MOR).truncate(rank).factors()
-    missing = rank - y_A.shape[2]  # a module smaller than 2·rank may have fewer directions than slots
-    if missing > 0:
-        y_A, y_B = torch.nn.functional.pad(y_A, (0, missing)), torch.nn.functional.pad(y_B, (0, missing))
     return y_A.mT, y_B

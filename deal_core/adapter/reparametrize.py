@@ -108,7 +108,8 @@ def _recycle(
     """
     core_M1R = core_MR.unsqueeze(1)
     seeded = y_B if config.sides == "A" else y_A
-    bound = config.seed_scale * seeded.shape[1] ** -0.5
+    fan_in = y_B.shape[2] if config.sides == "A" else y_A.shape[1]
+    bound = config.seed_scale * fan_in**-0.5
     # drawn on the CPU: the same seeds on every device
     seeds = ((torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound).to(seeded.device)
     if config.sides == "A":

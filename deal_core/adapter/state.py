@@ -108,7 +108,16 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     peft_model = cast(PeftModel, get_peft_model(model, config))
     config.base_model_name_or_path = None
     tensors = load_file(weights_path)
-    expected, found = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), set(tensors)
+    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    expected, found = set(own), set(tensors)
+    misshapen = sorted(name for name in expected & found if own[name].shape != tensors[name].shape)
+    if misshapen:
+        peft_model.unload()
+        name = misshapen[0]
+        raise AdapterStateError(
+            f"{weights_path} does not fit the model: {name} has shape {list(tensors[name].shape)}, the model expects "
+            f"{list(own[name].shape)}. Load it onto the base model it was trained on."
+        )
     if expected != found:
         peft_model.unload()
         raise AdapterStateError(

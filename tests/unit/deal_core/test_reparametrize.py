@@ -236,3 +236,74 @@ def test_literal_form_follows_its_equation():
         psi, inverse = u @ torch.diag(phi) @ u.mT, u @ torch.diag(1 / phi) @ u.mT
         expected = expected + psi @ torch.diag(retention.filters_KMJN[0, 0, j]) @ inverse @ y_NR
     torch.testing.assert_close(side()[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def perturbed(config: DealConfig) -> Reparametrization:
+    """A network whose every parameter is away from its start."""
+    network, _ = network_of(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def test_output_follows_its_equations():
+    """h, X̂ and O of one module, written out, for perturbed g, c, Ω and b."""
+    side = perturbed(DealConfig(num_layers=2)).sides[0][1]
+    s = SIGMA / SIGMA[0]
+    gain = torch.ones(RANK)
+    for k in range(2):
+        terms = []
+        for j, width in enumerate((0.25, 0.5, 1.0)):
+            moved = torch.exp(-((s - side.retention.centres_KMJ[k, 0, j]) ** 2) / (2 * width**2))
+            terms.append(side.retention.filters_KMJ[k, 0, j] * moved / torch.exp(-((s - 1) ** 2) / (2 * width**2)))
+        gain = gain * torch.stack(terms).sum(0)
+    retained = side.start_MNR[0] * torch.where(torch.arange(RANK) < 2, gain, 1.0)
+    expected = retained + retained @ side.update.mixing_MRR[0] + side.update.offset_MNR[0]
+    torch.testing.assert_close(side()[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_penalty_follows_its_equation():
+    config = DealConfig(lambda1=0.3, lambda2=0.7, a=3.0, b=2.0, tolerance=0.5, project=False)
+    network = perturbed(config)
+    expected = 0.0
+    for side in network.sides[0]:
+        for m in range(MODULES):
+            moved, start = side()[m][:, :2], side.start_MNR[m][:, :2]
+            expected += 0.3 * (((moved - start).norm(dim=0) / (0.5 * start.norm(dim=0))) ** 3).mean()
+            free = torch.cat([torch.zeros(len(start), 2), side.update.offset_MNR[m][:, 2:]], 1)
+            expected += 0.7 * (free.abs() ** 2).mean() + 0.7 * (side.update.mixing_MRR[m].abs() ** 2).mean()
+    torch.testing.assert_close(network.penalty(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_literal_penalty_follows_its_equation():
+    config = DealConfig(form="literal", lambda1=0.3, lambda2=0.7, a=3.0, b=2.0)
+    assert network_of(config)[0].penalty() == 0
+    network = perturbed(config)
+    expected = 0.0
+    for side in network.sides[0]:
+        expected += 0.3 * ((side.retention.filters_KMJN - 1 / 3).abs() ** 3).sum()
+        expected += 0.3 * ((side.retention.centres_KMJ - 1).abs() ** 3).sum()
+        expected += 0.7 * (side.update.offset_MNR**2).sum() + 0.7 * (side.update.mixing_MRR**2).sum()
+    torch.testing.assert_close(network.penalty(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("sides", "fan_in"), [("both", IN), ("A", RANK)])
+def test_seeds_are_those_of_a_new_lora(sides, fan_in):
+    network, _ = network_of(DealConfig(sides=sides, project=False, seed_scale=2.0))
+    seeds = factors(network)[1 if sides == "A" else 0][..., 2:]
+    bound = 2 * fan_in**-0.5
+    assert 0.9 * bound < seeds.max() <= bound and -bound <= seeds.min() < -0.9 * bound
+
+
+def test_one_slot_stays_free_whatever_the_share():
+    network, _ = network_of(DealConfig(energy=1.0, free_share=0.0))
+    assert set(network.num_core_slots.values()) == {RANK - 1}
+
+
+def test_without_recycling_nothing_is_projected_away():
+    network, stack = network_of(DealConfig(recycle=False, project=True))
+    a_MRI, b_MOR = stack.read()
+    y_A, y_B = factors(network)
+    torch.testing.assert_close(y_B @ y_A.mT, b_MOR @ a_MRI, rtol=1e-4, atol=1e-5)

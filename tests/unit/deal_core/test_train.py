@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
@@ -177,14 +177,15 @@ def test_the_base_is_bare_and_unchanged_after_training(base, train):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_what_is_written_is_a_plain_peft_folder(train, tmp_path):
+def test_what_is_written_is_a_plain_peft_folder(base, train):
     run = train("deal")
     assert sorted(p.name for p in run.folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "method.json",
     ]
-    assert str(tmp_path) not in (run.folder / "adapter_config.json").read_text()
+    config = json.loads((run.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name
     method = json.loads((run.folder / "method.json").read_text())
     assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0}
 
@@ -197,6 +198,19 @@ def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
     (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
     with pytest.raises(AdapterStateError, match="8 are unexpected"):
         load_adapter(base.model, broken)
+    weights_path = broken / "adapter_model.safetensors"
+    (broken / "adapter_config.json").write_text(json.dumps(config))
+    whole = load_file(weights_path)
+    first = sorted(whole)[0]
+    for tensors, said in (
+        ({n: t for n, t in whole.items() if n != first}, "1 keys are missing"),
+        ({**whole, "more": torch.zeros(1)}, "1 are unexpected"),
+        ({**whole, first: torch.zeros(4, 8)}, r"has shape \[4, 8\], the model expects \[4, 32\]"),
+    ):
+        save_file(tensors, weights_path)
+        with pytest.raises(AdapterStateError, match=said):
+            load_adapter(base.model, broken)
+        assert not any("lora" in name for name, _ in base.model.named_parameters())
     with pytest.raises(AdapterStateError, match="holds no adapter"):
         load_adapter(base.model, tmp_path)
 
