@@ -38,7 +38,7 @@ class LineageOutcome(BaseModel):
     champion: str | None
     """Its version that serves; None: nothing passed the gate."""
     matrix: dict[str, Any] | None
-    """The champion's accuracy matrix."""
+    """The newest version's accuracy matrix, whether the gate accepted it or not."""
     scores: Scores | None
     runs: tuple[AdaptResult, ...]
     refused: tuple[str, ...]
@@ -125,8 +125,10 @@ def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | 
 
 
 def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:
-    champion = open_registry().champion(lineage.lineage)
-    matrix = read_record(store, champion.adapter_uri).matrix if champion else None
+    registry = open_registry()
+    champion = registry.champion(lineage.lineage)
+    newest = registry.versions(lineage.lineage)[-1:]  # rejected or not: lineages are compared on the same arrivals
+    matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
     return LineageOutcome(
         lineage=lineage.lineage,
         strategy=lineage.strategy,
