@@ -160,7 +160,7 @@ def first_answer_logits(
         start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
         logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
     else:
-        logits = model(input_ids=input_ids, logits_to_keep=1).logits
+        logits = model(input_ids=input_ids, logits_to_keep=1).logits  # one row: nothing is copied
     return logits[0, -1].float()
 
 
@@ -191,6 +191,8 @@ def _generate(
 ) -> list[list[int]]:
     is_seq2seq = model.config.is_encoder_decoder
     input_ids, mask = pad_batch(prompts, int(tokenizer.pad_token_id or 0), side="right" if is_seq2seq else "left")
+    # as an index, not as the number that generate fills in: see answer_logits
+    last = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
     tokens = cast(GenerationMixin, model).generate(
         input_ids=input_ids.to(_device(model)),
         attention_mask=mask.to(_device(model)),
@@ -199,6 +201,7 @@ def _generate(
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **last,
     )
     new_tokens: list[list[int]] = tokens[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
     return new_tokens

@@ -56,7 +56,8 @@ def rows_of(folder: Path, *splits: str) -> list[dict[str, str]]:
 
 
 def quarantine_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "dataset" / "quarantine.jsonl").read_text().splitlines()]
+    with (folder / "dataset" / "quarantine.jsonl").open(encoding="utf-8") as lines:  # a row may hold other line ends
+        return [json.loads(line) for line in lines]
 
 
 def test_good_rows_are_stored_and_counted(tmp_path: Path) -> None:
