@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import match_references
 from deal_core.models import BaseModel
@@ -100,7 +100,7 @@ def run_cell(base: BaseModel, cell: Cell, *, data: Path, first_tasks: Path) -> d
                     task=schema,
                     strategy=cell.strategy,
                     adapter=cell.adapter,
-                    deal=deal,
+                    method=MethodConfig(deal=deal),
                     train=cell.train,
                     output_folder=folder,
                     checkpoint_folder=Path(work) / "checkpoints",

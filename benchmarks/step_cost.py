@@ -23,11 +23,12 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, DealConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
+from deal_core.data.schema import TaskSchema
 from deal_core.metrics import paired_interval
 from deal_core.models import DEFAULT_BASE, BaseModel, load_base
-from deal_core.strategies import MethodState, Strategy, make_strategy
+from deal_core.strategies import MethodState, Strategy, TaskContext, make_strategy
 from infra.settings import HomeSettings
 
 STRATEGIES = ("seq_lora", "deal")
@@ -47,8 +48,13 @@ class Stepper:
     def __init__(self, strategy: str, source: str, parent: Path) -> None:
         self.base = load_base(source, HomeSettings().cache_dir)
         self.model = load_adapter(self.base.model, parent, is_trainable=True)
-        self.strategy: Strategy = make_strategy(strategy, DealConfig(), 0)
-        self.strategy.prepare(self.model, load_method_state(parent))
+        self.strategy: Strategy = make_strategy(strategy, MethodConfig(), 0)
+        nothing = Dataset.from_list([])
+        context = TaskContext(
+            base=self.base, task=TaskSchema(name="none"), rows=nothing, encoded=nothing, old_tasks=(),
+            adapter=AdapterConfig(), train=TrainConfig(),
+        )  # fmt: skip
+        self.strategy.prepare(self.model, load_method_state(parent), context)
         self.optimizer = torch.optim.AdamW(list(self.strategy.parameters()), lr=5e-4, weight_decay=0.0)
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:

@@ -6,7 +6,7 @@ They import nothing but the standard library, so that the command line can read 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from deal_core.errors import ConfigError
 
@@ -207,3 +207,74 @@ class DealConfig:
         )
         _require(self.seed_scale > 0, f"deal.seed_scale is {self.seed_scale}; give a positive number.")
         _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")
+
+
+Texts = Literal["none", "arrival", "stored"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsalConfig:
+    """Old tasks are asked again while a new one is learned; `deal` and `replay` read it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    texts: Texts = "none"
+    """What the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; nothing is
+    kept of old data. stored: rows of the old tasks, kept with the adapter."""
+    stored_share: float = 0.02
+    """Share of a task's training rows that `stored` keeps."""
+    texts_per_task: int = 48
+    """Questions made for each old task when the texts are the arrival's."""
+    rows_per_step: int = 4
+    """Questions in every optimiser step, beside the batch."""
+    weight: float = 1.0
+    """Weight of their loss against the new task's."""
+    temperature: float = 1.0
+    """Softness of the answers that are held: of the parent's distribution and of the model's."""
+
+    def __post_init__(self) -> None:
+        _require(self.texts in get_args(Texts), f"rehearsal.texts is {self.texts!r}; use {', '.join(get_args(Texts))}.")
+        _require(
+            0 < self.stored_share <= 1,
+            f"rehearsal.stored_share is {self.stored_share}; give a share above 0, at most 1.",
+        )
+        for name in ("texts_per_task", "rows_per_step"):
+            _require(getattr(self, name) >= 1, f"rehearsal.{name} is {getattr(self, name)}; give at least 1.")
+        _require(self.weight > 0, f"rehearsal.weight is {self.weight}; give a positive number.")
+        _require(self.temperature > 0, f"rehearsal.temperature is {self.temperature}; give a positive number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RivalConfig:
+    """One knob each of the methods that `deal` is measured against."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    o_lora_weight: float = 0.5
+    """λ of O-LoRA's orthogonality (arXiv 2310.14152)."""
+    ella_weight: float = 1.0
+    """λ of ELLA's overlap with the past (arXiv 2601.02232)."""
+    ewc_weight: float = 100.0
+    """λ of EWC's quadratic penalty (arXiv 1612.00796)."""
+    lwf_weight: float = 1.0
+    """Weight of LwF's distillation (arXiv 1606.09282)."""
+    lwf_temperature: float = 2.0
+    """T of LwF's distillation."""
+
+    def __post_init__(self) -> None:
+        for name in ("o_lora_weight", "ella_weight", "ewc_weight", "lwf_weight"):
+            _require(getattr(self, name) >= 0, f"rivals.{name} is {getattr(self, name)}; give 0 or more.")
+        _require(
+            self.lwf_temperature > 0, f"rivals.lwf_temperature is {self.lwf_temperature}; give a positive number."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Settings of all strategies; each reads its own part."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
+
+    deal: DealConfig = DealConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
+    rivals: RivalConfig = RivalConfig()

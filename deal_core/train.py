@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, encode_rows
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 from deal_core.models import BaseModel
-from deal_core.strategies import make_strategy
+from deal_core.strategies import make_strategy, strategy_class
+from deal_core.strategies.base import TaskContext
 from deal_core.trainer import AdapterTrainer, find_checkpoint
 
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -54,10 +55,12 @@ def train_adapter(
     task: TaskSchema,
     strategy: str,
     adapter: AdapterConfig,
-    deal: DealConfig,
+    method: MethodConfig,
     train: TrainConfig,
     output_folder: Path,
     checkpoint_folder: Path,
+    old_tasks: Sequence[TaskSchema] = (),
+    joined: Sequence[tuple[TaskSchema, Dataset]] = (),
     on_log: OnLog | None = None,
 ) -> TrainingResult:
     """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
@@ -71,10 +74,12 @@ def train_adapter(
         task: How a row becomes a prompt.
         strategy: Name of the strategy.
         adapter: Shape of a new adapter; a parent's keeps its own.
-        deal: Settings of DEAL; other strategies do not read them.
+        method: Settings of the strategies; each reads its own part.
         train: How long and how fast.
         output_folder: Gets the PEFT folder and the method's state.
         checkpoint_folder: Gets the checkpoints.
+        old_tasks: What the parent has learned, in order: instructions and labels, never rows.
+        joined: Further tasks with their rows, learned in the same run; for joint training.
         on_log: Called after every optimiser step with the step and its loss and gradient norm; after a resume first
             for the steps before it.
 
@@ -84,29 +89,34 @@ def train_adapter(
     """
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
-    args = training_arguments(train, checkpoint_folder, len(rows))
+    num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
+    args = training_arguments(train, checkpoint_folder, num_rows)
     base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
     parent_state = None if parent_folder is None else load_method_state(parent_folder)
     if parent_folder is None:
         model = attach_adapter(base.model, adapter, seed=train.seed)
     else:
-        model = load_adapter(base.model, parent_folder, is_trainable=True)
+        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
+        model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
-        method = make_strategy(strategy, deal, train.seed)
-        method.prepare(model, parent_state)
-        encoded = encode_rows(
-            method.rows(rows),
-            base.tokenizer,
-            task,
-            max_prompt_tokens=train.max_prompt_tokens,
-            max_answer_tokens=train.max_answer_tokens,
+        encoded = concatenate_datasets([
+            encode_rows(
+                each_rows, base.tokenizer, each,
+                max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+            )
+            for each, each_rows in ((task, rows), *joined)
+        ])  # fmt: skip
+        context = TaskContext(
+            base=base, task=task, rows=rows, encoded=encoded, old_tasks=tuple(old_tasks), adapter=adapter, train=train
         )
+        learner = make_strategy(strategy, method, train.seed)
+        learner.prepare(model, parent_state, context)
         trainer = AdapterTrainer(
             model=model,
             args=args,
             train_dataset=encoded,
-            data_collator=AnswerCollator(base.tokenizer, is_seq2seq=base.kind == "seq2seq"),
-            strategy=method,
+            data_collator=context.collator(),
+            strategy=learner,
             group_by_length=train.group_by_length,
         )
         if on_log is not None:
@@ -115,9 +125,9 @@ def train_adapter(
         started = time.perf_counter()
         trainer.run(checkpoint)
         seconds = time.perf_counter() - started
-        state = method.finish()
+        state = learner.finish()
         save_adapter(model, output_folder, state, base_name=base.name)
-        return _summarise(trainer, seconds, checkpoint, adapter_fill(model), method.notes())
+        return _summarise(trainer, seconds, checkpoint, adapter_fill(model), learner.notes())
     finally:
         model.unload()
 

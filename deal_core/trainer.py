@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import IGNORED, BucketSampler, answer_logits
+from deal_core.data.collate import IGNORED, BucketSampler, answer_loss
 from deal_core.errors import ConfigError
 from deal_core.strategies.base import Strategy
 
@@ -28,8 +27,9 @@ COMPLETE = "COMPLETE"
 class AdapterTrainer(Trainer):
     """Runs Trainer's loop with a strategy's parameters in the optimiser.
 
-    Order at every optimiser step: micro-batches as in plain LoRA → strategy.before_step (gradients of the factors
-    become gradients of the method's parameters) → gradient of strategy.penalty → clip → AdamW → strategy.after_step.
+    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal → strategy.before_step
+    (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
+    AdamW → strategy.after_step.
     """
 
     def __init__(self, *, strategy: Strategy, group_by_length: bool, **kwargs: Any) -> None:
@@ -37,6 +37,7 @@ class AdapterTrainer(Trainer):
         if self.args.fp16:
             raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
         self.strategy = strategy
+        self._rehearsal = strategy.rehearsal()
         self._group_by_length = group_by_length
         # the loss below is a sum over tokens divided by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
@@ -73,21 +74,21 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Cross-entropy of the answer's tokens; logits are computed for their positions alone."""
-        labels_BK = inputs["labels"]
-        logits_BKV = answer_logits(model, inputs)
-        loss_sum = cross_entropy(
-            logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        loss_sum = answer_loss(model, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / labels_BK.ne(IGNORED).sum()
+            loss = loss_sum / inputs["labels"].ne(IGNORED).sum()
         else:
             loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
-        return (loss, {"logits": logits_BKV}) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; at the last of a step the gradients become those of the strategy's parameters."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
+            if self._rehearsal is not None:
+                rehearsed = self._rehearsal.loss(self.model_wrapped, self.state.global_step)
+                if rehearsed is not None:
+                    torch.autograd.backward(rehearsed)
             self.strategy.before_step()
             penalty = self.strategy.penalty()
             if penalty is not None:

@@ -104,7 +104,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     """The stages from training to report."""
     run, base, parent, dataset = job.run, job.base, job.parent, job.dataset
     trained = await stages.run(
-        "train", train_version, run, base, parent, dataset, spec.strategy, job.adapter, spec.deal, spec.train
+        "train", train_version, run, base, parent, dataset, spec.strategy, job.adapter, spec.method, spec.train
     )
     stages.done("train", describe_training(trained.summary))
     for note in trained.summary.notes:
@@ -159,7 +159,8 @@ def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConf
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig) -> dict[str, Any]:
     """The settings of a run, for its log."""
-    settings = spec.model_dump(mode="json", include={"strategy", "deal", "train", "evaluate", "data", "gate"})
+    parts = {"strategy", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    settings = spec.model_dump(mode="json", include=parts)
     return {**settings, "adapter": asdict(adapter)}
 
 

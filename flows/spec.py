@@ -17,12 +17,22 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deal_core.config import AdapterConfig, DataConfig, DealConfig, EvaluateConfig, GateConfig, TrainConfig
+from deal_core.config import (
+    AdapterConfig,
+    DataConfig,
+    DealConfig,
+    EvaluateConfig,
+    GateConfig,
+    MethodConfig,
+    RehearsalConfig,
+    RivalConfig,
+    TrainConfig,
+)
 from deal_core.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Format = Literal["labelled", "completion", "chat"]
-Strategy = Literal["deal", "seq_lora"]
+Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -71,10 +81,17 @@ class LineageSpec(BaseModel):
     adapter: AdapterConfig | None = None
     """None: the shape of the lineage's adapter, else the default shape."""
     deal: DealConfig = DealConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
+    rivals: RivalConfig = RivalConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
     gate: GateConfig = GateConfig()
+
+    @property
+    def method(self) -> MethodConfig:
+        """Settings of the strategies."""
+        return MethodConfig(deal=self.deal, rehearsal=self.rehearsal, rivals=self.rivals)
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """The spec of one arrival in this lineage."""

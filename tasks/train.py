@@ -11,13 +11,15 @@ from datasets import Dataset
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
 from deal_core.train import TrainingResult, num_steps, train_adapter
 from infra.object_store import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
+from tasks.record import read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAdapter, TrainSummary, VersionRef
 from tasks.services import borrowed_parent, current_store, work_folder
 
@@ -32,7 +34,7 @@ def train_version(
     dataset: DatasetRef,
     strategy: str,
     adapter: AdapterConfig,
-    deal: DealConfig,
+    method: MethodConfig,
     train: TrainConfig,
 ) -> TrainedAdapter:
     """Train the run's adapter; started again after a crash it goes on from where the work folder says.
@@ -52,10 +54,11 @@ def train_version(
                 task=read_manifest(store, dataset.uri).task,
                 strategy=strategy,
                 adapter=adapter,
-                deal=deal,
+                method=method,
                 train=train,
                 output_folder=folder / "adapter",
                 checkpoint_folder=folder / "checkpoints",
+                old_tasks=_old_tasks(store, parent),
                 on_log=_on_log(tracked, num_steps(train, dataset.num_train)),
             )
         tracked.flush()
@@ -86,6 +89,10 @@ def _training_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Dat
     path = folder / "rows" / "train.parquet"
     store.download_file(f"{dataset.uri}/train.parquet", path)
     return Dataset.from_parquet(str(path), cache_dir=str(path.parent))
+
+
+def _old_tasks(store: ObjectStore, parent: VersionRef | None) -> list[TaskSchema]:
+    return [known.schema for known in read_record(store, parent.adapter_uri).tasks] if parent else []
 
 
 def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:

@@ -90,8 +90,16 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, folder: Path, *, is_trainable: bool = False, num_new_slots: int = 0
+) -> PeftModel:
     """Load a PEFT folder onto a base model, in fp32.
+
+    Args:
+        model: The base model.
+        folder: What PEFT, or `save_adapter`, wrote.
+        is_trainable: Whether its factors will get gradients.
+        num_new_slots: Slots to add behind the adapter's own, zero in both factors; the function stays the same.
 
     Raises:
         AdapterStateError: The folder holds no adapter, or its keys are not exactly those that the model expects.
@@ -105,9 +113,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = None
+    tensors = load_file(weights_path)
+    if num_new_slots:
+        config.lora_alpha = config.lora_alpha * (config.r + num_new_slots) / config.r  # α/r, the scale, stays
+        config.r += num_new_slots
+        tensors = {name: _widen(name, tensor, num_new_slots) for name, tensor in tensors.items()}
     peft_model = cast(PeftModel, get_peft_model(model, config))
     config.base_model_name_or_path = None
-    tensors = load_file(weights_path)
     own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     expected, found = set(own), set(tensors)
     misshapen = sorted(name for name in expected & found if own[name].shape != tensors[name].shape)
@@ -127,6 +139,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         )
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
+
+
+def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
+    """Add zero rows to an A (R×I), zero columns to a B (O×R)."""
+    return torch.nn.functional.pad(factor, (0, 0, 0, num_new_slots) if ".lora_A." in name else (0, num_new_slots))
 
 
 def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:

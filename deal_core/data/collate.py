@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -74,6 +75,14 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
     positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
     return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
+
+
+def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of a collated batch's answers, summed over their tokens."""
+    logits_BKV = answer_logits(model, inputs)
+    return cross_entropy(
+        logits_BKV.flatten(0, 1).float(), inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:

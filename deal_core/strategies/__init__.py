@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from deal_core.config import DealConfig
+from deal_core.config import MethodConfig
 from deal_core.errors import ConfigError
-from deal_core.strategies.base import MethodState, Strategy
+from deal_core.strategies.base import MethodState, Strategy, TaskContext
 from deal_core.strategies.deal import Deal
+from deal_core.strategies.ella import Ella
+from deal_core.strategies.ewc import Ewc
+from deal_core.strategies.inc_lora import IncLora
+from deal_core.strategies.lwf import Lwf
+from deal_core.strategies.o_lora import OLora
+from deal_core.strategies.replay import Replay
 from deal_core.strategies.seq_lora import SeqLora
+from deal_core.strategies.slao import Slao
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Deal, SeqLora)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls for cls in (Deal, SeqLora, IncLora, OLora, Ella, Ewc, Lwf, Replay, Slao)
+}
 
 
-def make_strategy(name: str, deal: DealConfig, seed: int) -> Strategy:
-    """Return the strategy called `name`.
+def strategy_class(name: str) -> type[Strategy]:
+    """Return the class of the strategy called `name`.
 
     Raises:
         ConfigError: There is no such strategy.
     """
     if name not in STRATEGIES:
         raise ConfigError(f"Strategy {name!r} is not known; choose one of: {', '.join(sorted(STRATEGIES))}.")
-    return STRATEGIES[name](deal, seed)
+    return STRATEGIES[name]
 
 
-__all__ = ["STRATEGIES", "MethodState", "Strategy", "make_strategy"]
+def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:
+    """Return a strategy, ready to take a model; the errors are `strategy_class`'s."""
+    return strategy_class(name)(config, seed)
+
+
+__all__ = ["STRATEGIES", "MethodState", "Strategy", "TaskContext", "make_strategy", "strategy_class"]

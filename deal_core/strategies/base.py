@@ -12,7 +12,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from deal_core.adapter.stack import LoraStack, collect_stacks
-from deal_core.config import DealConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator
+from deal_core.data.schema import TaskSchema
+from deal_core.models import BaseModel
+from deal_core.rehearsal import Rehearsal
 
 Stores = Literal["nothing", "data", "features"]
 
@@ -37,34 +41,73 @@ class MethodState:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """What a strategy may look at when a task arrives.
+
+    Attributes:
+        base: The base model and its tokenizer.
+        task: How a row of the new task becomes a prompt.
+        rows: Its training rows, columns input and output.
+        encoded: The same rows as tokens, columns prompt_ids, answer_ids and length.
+        old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
+        adapter: Shape of a lineage's first adapter.
+        train: How long and how fast.
+    """
+
+    base: BaseModel
+    task: TaskSchema
+    rows: Dataset
+    encoded: Dataset
+    old_tasks: tuple[TaskSchema, ...]
+    adapter: AdapterConfig
+    train: TrainConfig
+
+    def collator(self) -> AnswerCollator:
+        """Return what pads rows of this base model to a batch."""
+        return AnswerCollator(self.base.tokenizer, is_seq2seq=self.base.kind == "seq2seq")
+
+
 class Strategy:
     """Hooks around the one training loop; this base is plain LoRA, continued from the parent's factors.
 
-    Order of calls: prepare, rows, then for every optimiser step before_step (gradients are accumulated), the gradient
-    of penalty, clip, step, after_step; finish at the end.
+    Order of calls: prepare, then for every optimiser step rehearsal and before_step (gradients are accumulated), the
+    gradient of penalty, clip, step, after_step; finish at the end.
     """
 
     name: ClassVar[str]
-    stores: ClassVar[Stores] = "nothing"
     model: PeftModel
     stacks: tuple[LoraStack, ...]
+    context: TaskContext
 
-    def __init__(self, deal: DealConfig, seed: int) -> None:
-        self.deal = deal
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        self.config = config
         self.seed = seed
 
-    def prepare(self, model: PeftModel, state: MethodState | None) -> None:
+    @property
+    def stores(self) -> Stores:
+        """What is kept of old tasks' data."""
+        return "nothing"
+
+    @classmethod
+    def num_new_slots(cls, adapter: AdapterConfig) -> int:
+        """Return by how many slots a later task widens the adapter: none, or the lineage's versions would grow."""
+        del adapter
+        return 0
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Take the model, its adapter already loaded; `state` is None for the first task of a lineage."""
         self.model = model
         self.stacks = collect_stacks(model)
-
-    def rows(self, rows: Dataset) -> Dataset:
-        """Return the rows to train on."""
-        return rows
+        self.context = context
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return what the optimiser holds."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return the questions about old tasks whose loss is added to every optimiser step's."""
+        return None
 
     def penalty(self) -> Tensor | None:
         """Return a term of the loss that is added once per optimiser step."""

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.strategies.base import MethodState, Strategy
+from deal_core.rehearsal import Rehearsal
+from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
+from deal_core.strategies.questions import keep_rows, make_rehearsal
 
 
 class Deal(Strategy):
@@ -18,9 +20,17 @@ class Deal(Strategy):
 
     name = "deal"
 
-    def prepare(self, model: PeftModel, state: MethodState | None) -> None:
-        """Decompose the parent's adapter and write the factors the new task starts from."""
-        super().prepare(model, state)
+    @property
+    def stores(self) -> Stores:
+        """Nothing, unless the rehearsal keeps rows."""
+        return "data" if self.config.rehearsal.texts == "stored" else "nothing"
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Ask the parent about the old tasks, decompose its adapter, and write the factors the new task starts from."""
+        super().prepare(model, state, context)
+        self.deal = self.config.deal
+        self._tensors = {} if state is None else state.tensors
+        self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._tensors, self.seed)
         self.network: Reparametrization | None = None
         self._parent: list[Factors] = [stack.read() for stack in self.stacks] if state is not None else []
         generator = torch.Generator().manual_seed(self.seed)
@@ -43,6 +53,10 @@ class Deal(Strategy):
                 stack.write(torch.zeros_like(a_MRI), seeds)
             for param in stack.b_params if self.deal.sides == "A" else stack.a_params:
                 param.requires_grad_(False)
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return the questions about old tasks."""
+        return self._rehearsal
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return g, c, Ω and b; for the first task, A and B."""
@@ -78,7 +92,8 @@ class Deal(Strategy):
         if self.network is not None and self.deal.interpolation < 1:
             for stack, parent in zip(self.stacks, self._parent, strict=True):
                 stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
-        return super().finish()
+        kept = keep_rows(self.config.rehearsal, self.context, self._tensors, self.seed)
+        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
         """Say how much of the adapter was core, and whether it is full."""

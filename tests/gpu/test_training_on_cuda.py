@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.models import load_base
 from deal_core.train import TrainingResult, train_adapter
@@ -33,7 +33,7 @@ def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = N
     base = load_base(str(tiny_base), work / "cache", precision="auto")
     return train_adapter(
         base, parent_folder=parent, rows=Dataset.from_list(ROWS), task=TASK, strategy="deal",
-        adapter=AdapterConfig(rank=4), deal=DealConfig(), train=STEPS, output_folder=work / "adapter",
+        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS, output_folder=work / "adapter",
         checkpoint_folder=work / "checkpoints", on_log=on_log,
     )  # fmt: skip
 

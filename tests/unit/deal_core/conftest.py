@@ -11,13 +11,16 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.models import BaseModel, load_base
 from deal_core.train import TrainingResult, train_adapter
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
+
+
+PARTS = ("deal", "rehearsal", "rivals")
 
 
 def make_rows(num_rows: int, first: int = 0) -> Dataset:
@@ -76,7 +79,7 @@ def train(base: BaseModel, tmp_path: Path) -> Train:
             "task": TASK,
             "rows": make_rows(24),
             "adapter": AdapterConfig(rank=4),
-            "deal": DealConfig(),
+            "method": MethodConfig(**{name: changes.pop(name) for name in PARTS if name in changes}),
             "train": TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64),
             "output_folder": folder / "adapter",
             "checkpoint_folder": folder / "checkpoints",

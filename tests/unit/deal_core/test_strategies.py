@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
 from deal_core.errors import ConfigError
 from deal_core.strategies import make_strategy
@@ -149,7 +149,7 @@ def test_interpolation_lies_between_parent_and_trained(parent, train):
 
 def test_unknown_strategy_names_the_known_ones():
     with pytest.raises(ConfigError, match="deal, seq_lora"):
-        make_strategy("dael", DealConfig(), 0)
+        make_strategy("dael", MethodConfig(), 0)
 
 
 def test_rank_beyond_a_module_is_refused(train):

@@ -1,0 +1,147 @@
+"""Rehearsal: while a new task is learned, the model is asked about old ones, and held to the answers it had.
+
+Shapes: B questions, K tokens of the longest answer, V vocabulary, N most likely tokens that a target keeps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits
+
+NUM_KEPT = 64
+"""Most likely tokens of a target distribution that are kept; the rest of its mass counts as one more token."""
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt, the answer to hold, and how sure its author was.
+
+    Attributes:
+        prompt_ids: Tokens of the prompt.
+        answer_ids: Tokens of the answer, K of them.
+        tokens_KN: The likeliest tokens at each of the answer's positions; None: the answer alone is held.
+        shares_KN: Their probabilities.
+    """
+
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[int]
+    tokens_KN: Tensor | None = None
+    shares_KN: Tensor | None = None
+
+
+class Rehearsal:
+    """Draws a few questions for every step, every old task as often as any other, and gives their loss.
+
+    Args:
+        tasks: Questions of each old task; a task without any is passed over.
+        collate: Pads them to a batch.
+        num_rows: Questions of one step.
+        weight: Of their loss.
+        temperature: T: both distributions are softened by it, and the loss is multiplied by T².
+        seed: With the step's number it decides which are drawn, so that a resumed run draws the same.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Sequence[Question]],
+        collate: AnswerCollator,
+        *,
+        num_rows: int,
+        weight: float,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.tasks = [list(questions) for questions in tasks if questions]
+        self._collate = collate
+        self._num_rows = num_rows
+        self._weight = weight
+        self._temperature = temperature
+        self._seed = seed
+
+    def draw(self, step: int) -> list[Question]:
+        """Return the questions of a step."""
+        generator = random.Random(self._seed * 1_000_003 + step)
+        return [generator.choice(generator.choice(self.tasks)) for _ in range(self._num_rows if self.tasks else 0)]
+
+    def loss(self, model: nn.Module, step: int) -> Tensor | None:
+        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known."""
+        questions = self.draw(step)
+        if not questions:
+            return None
+        device = next(model.parameters()).device
+        inputs = {name: value.to(device) for name, value in self._collate([vars(q) for q in questions]).items()}
+        logits_BKV = answer_logits(model, inputs).float()
+        is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
+        losses, num_tokens = [], 0
+        for logits_KV, labels_K, question in zip(logits_BKV, inputs["labels"], questions, strict=True):
+            length = len(question.answer_ids)
+            part = slice(-length, None) if is_right else slice(0, length)
+            losses.append(self._question_loss(logits_KV[part], labels_K[part], question))
+            num_tokens += length
+        return self._weight * torch.stack(losses).sum() / num_tokens
+
+    def _question_loss(self, logits_KV: Tensor, labels_K: Tensor, question: Question) -> Tensor:
+        if question.tokens_KN is None or question.shares_KN is None:
+            return cross_entropy(logits_KV, labels_K, ignore_index=IGNORED, reduction="sum")
+        tokens_KN, shares_KN = question.tokens_KN.to(logits_KV.device), question.shares_KN.to(logits_KV.device)
+        log_model_KN = (logits_KV / self._temperature).log_softmax(-1).gather(-1, tokens_KN)
+        rest_model_K = (1 - log_model_KN.exp().sum(-1)).clamp_min(TINY)
+        rest_K = (1 - shares_KN.sum(-1)).clamp_min(TINY)
+        kept = (shares_KN * (shares_KN.clamp_min(TINY).log() - log_model_KN)).sum()
+        rest = (rest_K * (rest_K.log() - rest_model_K.log())).sum()
+        return self._temperature**2 * (kept + rest)
+
+
+@torch.no_grad()
+def ask(
+    model: nn.Module,
+    collate: AnswerCollator,
+    questions: Sequence[Question],
+    *,
+    temperature: float,
+    batch_size: int = 16,
+) -> list[Question]:
+    """Add the model's own distribution at every position of each answer, softened by the temperature."""
+    device = next(model.parameters()).device
+    answered: list[Question] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        inputs = {name: value.to(device) for name, value in collate([vars(q) for q in batch]).items()}
+        shares_BKV = (answer_logits(model, inputs).float() / temperature).softmax(-1)
+        top = shares_BKV.topk(min(NUM_KEPT, shares_BKV.shape[-1]), dim=-1)
+        for question, tokens_KN, shares_KN in zip(batch, top.indices, top.values, strict=True):
+            length = len(question.answer_ids)
+            part = slice(-length, None) if "position_ids" in inputs else slice(0, length)
+            answered.append(
+                Question(question.prompt_ids, question.answer_ids, tokens_KN[part].cpu(), shares_KN[part].cpu())
+            )
+    return answered
+
+
+def pack(questions: Sequence[Question]) -> Tensor:
+    """Write prompts and answers as one tensor of integers, for a method's state."""
+    flat = [
+        number
+        for q in questions
+        for number in (len(q.prompt_ids), len(q.answer_ids), *q.prompt_ids, *q.answer_ids)
+    ]
+    return torch.tensor(flat, dtype=torch.int32)
+
+
+def unpack(packed: Tensor) -> list[Question]:
+    """The inverse of `pack`."""
+    numbers, questions, at = packed.tolist(), [], 0
+    while at < len(numbers):
+        num_prompt, num_answer = numbers[at : at + 2]
+        middle, end = at + 2 + num_prompt, at + 2 + num_prompt + num_answer
+        questions.append(Question(numbers[at + 2 : middle], numbers[middle:end]))
+        at = end
+    return questions

@@ -1,0 +1,81 @@
+"""What is asked about old tasks while a new one is learned: by which texts, and whose answers are held."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+
+from deal_core.config import EvaluateConfig, RehearsalConfig
+from deal_core.data.collate import encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluate import generate_answers
+from deal_core.rehearsal import Question, Rehearsal, ask, pack, unpack
+from deal_core.strategies.base import TaskContext
+
+STORED = "rows."
+
+
+def make_rehearsal(
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, tensors: Mapping[str, Tensor], seed: int
+) -> Rehearsal | None:
+    """Return the rehearsal of a task that arrives, or None where there is nothing to ask.
+
+    Args:
+        config: Which texts, how many.
+        model: The parent, its adapter on and untouched.
+        context: The arrival.
+        tensors: The parent's method state, which holds the stored rows.
+        seed: Decides what is drawn.
+    """
+    if config.texts == "stored":
+        tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED)]
+    elif config.texts == "arrival":
+        olds = [old for old in context.old_tasks if _can_ask(old, context.task)]
+        tasks = [_on_new_texts(config, model, context, old, seed + i) for i, old in enumerate(olds)]
+    else:
+        return None
+    rehearsal = Rehearsal(
+        tasks, context.collator(), num_rows=config.rows_per_step, weight=config.weight,
+        temperature=config.temperature, seed=seed,
+    )  # fmt: skip
+    return rehearsal if rehearsal.tasks else None
+
+
+def keep_rows(
+    config: RehearsalConfig, context: TaskContext, tensors: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Return the stored rows of all tasks, the new one's sample among them; empty where none are kept."""
+    if config.texts != "stored":
+        return {}
+    kept = {name: value for name, value in tensors.items() if name.startswith(STORED)}
+    rows = list(context.encoded)
+    sample = random.Random(seed).sample(rows, max(1, round(config.stored_share * len(rows))))
+    questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in sample]
+    return {**kept, f"{STORED}{len(kept):04d}": pack(questions)}
+
+
+def _can_ask(old: TaskSchema, new: TaskSchema) -> bool:
+    """A chat's rows are conversations; those of the other formats are texts."""
+    return old.name != new.name and (old.format == "chat") == (new.format == "chat")
+
+
+def _on_new_texts(
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, old: TaskSchema, seed: int
+) -> list[Question]:
+    """The new task's texts under an old task's instruction, with the parent's answers."""
+    texts = list(context.rows["input"])
+    texts = random.Random(seed).sample(texts, min(config.texts_per_task, len(texts)))
+    train, limit = context.train, context.train.max_prompt_tokens
+    config_of_answers = EvaluateConfig(max_new_tokens=train.max_answer_tokens)
+    answers = generate_answers(model, context.base.tokenizer, old, texts, config_of_answers, max_prompt_tokens=limit)
+    rows = [{"input": text, "output": answer} for text, answer in zip(texts, answers, strict=True)]
+    encoded = encode_rows(
+        Dataset.from_list(rows), context.base.tokenizer, old,
+        max_prompt_tokens=limit, max_answer_tokens=train.max_answer_tokens,
+    )  # fmt: skip
+    questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in encoded]
+    return ask(model, context.collator(), questions, temperature=config.temperature)

@@ -1,0 +1,38 @@
+"""Replay: a few rows of every old task are kept and ride along with the new ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peft import PeftModel
+
+from deal_core.rehearsal import Rehearsal
+from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
+from deal_core.strategies.questions import keep_rows, make_rehearsal
+
+
+class Replay(Strategy):
+    """SeqLoRA with stored rows, whatever `rehearsal.texts` says: it is the method that keeps data."""
+
+    name = "replay"
+
+    @property
+    def stores(self) -> Stores:
+        """Rows of old tasks."""
+        return "data"
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Take the stored rows."""
+        super().prepare(model, state, context)
+        self._stored = replace(self.config.rehearsal, texts="stored")
+        self._tensors = {} if state is None else state.tensors
+        self._rehearsal = make_rehearsal(self._stored, model, context, self._tensors, self.seed)
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return questions from stored rows, held to their labels."""
+        return self._rehearsal
+
+    def finish(self) -> MethodState:
+        """Add a sample of this task's rows to what is kept."""
+        kept = keep_rows(self._stored, self.context, self._tensors, self.seed)
+        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)

@@ -1,0 +1,143 @@
+"""Rehearsal: which questions are drawn, what their loss is, and that old answers stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from deal_core.adapter.state import adapter_on, load_method_state
+from deal_core.config import RehearsalConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluate import first_answer_logits
+from deal_core.rehearsal import Question, Rehearsal, ask, pack, unpack
+
+OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
+LONG = TrainConfig(max_steps=20, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
+
+
+@pytest.fixture
+def collate(base):
+    return AnswerCollator(base.tokenizer, is_seq2seq=False)
+
+
+def question(base, prompt: str, answer: str) -> Question:
+    ids = [base.tokenizer(text)["input_ids"] for text in (prompt, answer)]
+    return Question(*ids)
+
+
+def rehearsal(tasks, collate, **changes) -> Rehearsal:
+    given = {"num_rows": 4, "weight": 1.0, "temperature": 1.0, "seed": 0, **changes}
+    return Rehearsal(tasks, collate, **given)
+
+
+def test_every_task_is_asked_as_often_as_any_other_whatever_it_holds(collate):
+    one, many = [Question([1], [2])], [Question([3], [4])] * 50
+    drawn = [q for step in range(200) for q in rehearsal([one, many, []], collate).draw(step)]
+    assert 0.4 < sum(q.prompt_ids == [1] for q in drawn) / len(drawn) < 0.6
+
+
+def test_what_is_drawn_follows_from_seed_and_step_alone(collate):
+    tasks = [[Question([i], [i]) for i in range(40)]]
+    assert rehearsal(tasks, collate).draw(7) == rehearsal(tasks, collate).draw(7)
+    assert rehearsal(tasks, collate).draw(7) != rehearsal(tasks, collate).draw(8)
+    assert rehearsal(tasks, collate).draw(7) != rehearsal(tasks, collate, seed=1).draw(7)
+
+
+def test_nothing_to_ask_is_no_loss(base, collate):
+    assert rehearsal([[], []], collate).loss(base.model, 0) is None
+
+
+def test_loss_is_the_divergence_from_the_kept_distribution(base, collate):
+    """Against KL over the whole vocabulary, at both ends of a padded batch; the kept tail is small."""
+    questions = [question(base, "a long prompt about the sea and more", "red"), question(base, "short", "blue sky")]
+    with torch.no_grad():
+        answered = ask(base.model, collate, questions, temperature=2.0)
+        for parameter in base.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+    def exact(q: Question) -> torch.Tensor:
+        start, end = len(q.prompt_ids), len(q.prompt_ids) + len(q.answer_ids)
+        logits = base.model(input_ids=torch.tensor([[*q.prompt_ids, *q.answer_ids]])).logits[0, start - 1 : end - 1]
+        model = (logits / 2.0).log_softmax(-1)
+        kept = model.gather(-1, q.tokens_KN)
+        rest_p, rest_q = 1 - q.shares_KN.sum(-1), 1 - kept.exp().sum(-1)
+        return (q.shares_KN * (q.shares_KN.log() - kept)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
+
+    drawn = rehearsal([answered], collate, temperature=2.0, weight=3.0)
+    batch = drawn.draw(0)
+    expected = 3 * 4 * sum(exact(q) for q in batch) / sum(len(q.answer_ids) for q in batch)
+    torch.testing.assert_close(drawn.loss(base.model, 0), expected, rtol=1e-3, atol=1e-5)
+    assert expected > 0.01
+
+
+def test_loss_of_an_unmoved_model_is_nothing(base, collate):
+    answered = ask(base.model, collate, [question(base, "about grass", "green")], temperature=1.0)
+    assert rehearsal([answered], collate).loss(base.model, 0).abs() < 1e-4
+
+
+def test_an_answer_without_distribution_is_learned_as_a_label(base, collate):
+    q = question(base, "about grass", "green leaf")
+    logits = base.model(input_ids=torch.tensor([[*q.prompt_ids, *q.answer_ids]])).logits[0, len(q.prompt_ids) - 1 : -1]
+    expected = cross_entropy(logits, torch.tensor(q.answer_ids))
+    torch.testing.assert_close(rehearsal([[q]], collate).loss(base.model, 0), expected)
+
+
+def test_packed_rows_come_back():
+    questions = [Question([5, 6, 7], [8]), Question([9], [10, 11])]
+    assert unpack(pack(questions)) == questions
+
+
+@pytest.mark.parametrize("strategy", ["deal"])
+def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, parent, rows):
+    """`parent` answers OLD somehow; learning the colours again must move these answers less with rehearsal."""
+
+    def drift(config: RehearsalConfig) -> float:
+        folder = train(strategy, parent, train=LONG, rehearsal=config, old_tasks=(OLD,)).folder
+        shares = []
+        for where in (parent, folder):
+            with adapter_on(base.model, where) as model:
+                logits = [first_answer_logits(model, base.tokenizer, OLD, row["input"], max_prompt_tokens=64)
+                          for row in rows(6, first=50)]  # fmt: skip
+            shares.append(torch.stack(logits).log_softmax(-1))
+        return float((shares[0].exp() * (shares[0] - shares[1])).sum())
+
+    assert drift(RehearsalConfig(texts="arrival", weight=5.0)) < 0.5 * drift(RehearsalConfig(texts="none"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"texts": "none"}, {"texts_per_task": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
+    ids=str,
+)  # fmt: skip
+def test_every_setting_changes_the_result(change, parent, train):
+    from safetensors.torch import load_file
+
+    def weights(config: RehearsalConfig):
+        folder = train("deal", parent, rehearsal=config, old_tasks=(OLD,)).folder
+        return load_file(folder / "adapter_model.safetensors")
+
+    default = weights(RehearsalConfig(texts="arrival"))
+    changed = weights(RehearsalConfig(**{"texts": "arrival", **change}))
+    assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
+
+
+def test_deal_keeps_rows_only_when_asked_to(parent, train):
+    assert load_method_state(train("deal", parent).folder).stores == "nothing"
+    state = load_method_state(train("deal", rehearsal=RehearsalConfig(texts="stored", stored_share=0.5)).folder)
+    assert state.stores == "data" and [len(unpack(value)) for value in state.tensors.values()] == [12]
+
+
+def test_rehearsed_run_resumes(train, parent, tmp_path):
+    steps = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
+    given = {"train": steps, "rehearsal": RehearsalConfig(texts="arrival"), "old_tasks": (OLD,)}
+    whole = train("deal", parent, **given)
+
+    def die(step: int, _: object) -> None:
+        if step == 6:
+            raise InterruptedError
+
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    with pytest.raises(InterruptedError):
+        train("deal", parent, on_log=die, **given, **folders)
+    assert train("deal", parent, **given, **folders).losses == pytest.approx(whole.losses, rel=1e-5)

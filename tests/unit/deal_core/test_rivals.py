@@ -1,0 +1,191 @@
+"""What defines each rival, as a property of what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
+from deal_core.config import RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.evaluate import first_answer_logits
+from deal_core.rehearsal import unpack
+
+LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
+WIDENING = ["inc_lora", "o_lora", "ella"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def a_names(found: dict[str, torch.Tensor]) -> list[str]:
+    return sorted(name for name in found if ".lora_A." in name)
+
+
+def distance(first: Path, second: Path) -> float:
+    one, other = weights(first), weights(second)
+    return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+
+
+@pytest.mark.parametrize("strategy", ["ewc", "lwf", "replay", "slao", *WIDENING])
+def test_first_task_is_plain_lora(strategy, train):
+    ours, plain = weights(train(strategy, train=LONG).folder), weights(train("seq_lora", train=LONG).folder)
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("strategy", ["ewc", "lwf", "replay", "slao", *WIDENING])
+def test_every_later_task_is_learned(strategy, train):
+    first = train(strategy, train=LONG).folder
+    quick = TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2, checkpoint_steps=0)
+    losses = train(strategy, first, train=quick, rivals=RivalConfig(ewc_weight=0.1, lwf_weight=0.1)).losses
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("strategy", WIDENING)
+def test_earlier_slots_stay_and_new_ones_are_added(strategy, train, parent):
+    before, after = weights(parent), weights(train(strategy, parent, train=LONG).folder)
+    for name in a_names(before):
+        other = name.replace("lora_A", "lora_B")
+        assert torch.equal(after[name][:4], before[name]) and after[name].shape[0] == 8
+        assert torch.equal(after[other][:, :4], before[other])
+        assert after[other][:, 4:].abs().max() > 1e-4
+
+
+def test_new_slots_change_nothing_before_they_are_trained(base, task, parent):
+    with adapter_on(base.model, parent) as model:
+        expected = first_answer_logits(model, base.tokenizer, task, "the sea", max_prompt_tokens=64)
+    widened = load_adapter(base.model, parent, num_new_slots=4)
+    found = first_answer_logits(widened, base.tokenizer, task, "the sea", max_prompt_tokens=64)
+    torch.testing.assert_close(found, expected)
+
+
+def overlap(folder: Path) -> float:
+    return sum(float((a[:4] @ a[4:].mT).abs().sum()) for n, a in weights(folder).items() if ".lora_A." in n)
+
+
+def test_o_lora_reads_directions_orthogonal_to_the_earlier_ones(train, parent):
+    free = train("o_lora", parent, train=LONG, rivals=RivalConfig(o_lora_weight=0)).folder
+    held = train("o_lora", parent, train=LONG, rivals=RivalConfig(o_lora_weight=0.5)).folder
+    assert overlap(held) < 0.5 * overlap(free)
+    plain = train("inc_lora", parent, train=LONG).folder
+    assert distance(free, plain) == 0
+
+
+def test_ella_keeps_out_of_where_the_past_is_large(train, parent):
+    def overlap_of_updates(folder: Path) -> float:
+        found, total = weights(folder), 0.0
+        for name in a_names(found):
+            a, b = found[name], found[name.replace("lora_A", "lora_B")]
+            total += float(((b[:, :4] @ a[:4]) * (b[:, 4:] @ a[4:])).square().sum())
+        return total
+
+    free = train("ella", parent, train=LONG, rivals=RivalConfig(ella_weight=0)).folder
+    held = train("ella", parent, train=LONG, rivals=RivalConfig(ella_weight=1e4)).folder
+    assert overlap_of_updates(held) < 0.1 * overlap_of_updates(free)
+
+
+def test_ewc_holds_what_mattered(train):
+    first = train("ewc", train=LONG).folder
+    free = train("ewc", first, train=LONG, rivals=RivalConfig(ewc_weight=0)).folder
+    held = train("ewc", first, train=LONG, rivals=RivalConfig(ewc_weight=1e4)).folder
+    fisher = load_method_state(first).tensors
+
+    def moved(folder: Path) -> float:
+        start, end = weights(first), weights(folder)
+        pairs = [(fisher[name.replace(".weight", ".default.weight")], end[name] - start[name]) for name in start]
+        return sum(float((information * change**2).sum()) for information, change in pairs)
+
+    assert moved(held) < 0.2 * moved(free)
+    assert all(bool((value >= 0).all()) for value in fisher.values())
+
+
+def test_ewc_adds_the_information_of_every_task_and_does_not_grow(train):
+    first = train("ewc", train=LONG).folder
+    second = train("ewc", first, train=LONG).folder
+    before, after = load_method_state(first), load_method_state(second)
+    assert after.num_bytes == before.num_bytes
+    assert all(bool((after.tensors[name] >= before.tensors[name]).all()) for name in before.tensors)
+
+
+def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
+    def drift(weight: float) -> float:
+        config = RivalConfig(lwf_weight=weight)
+        folder = train("lwf", parent, train=LONG, rivals=config).folder
+        shares = []
+        for where in (parent, folder):
+            with adapter_on(base.model, where) as model:
+                logits = [first_answer_logits(model, base.tokenizer, task, row["input"], max_prompt_tokens=64)
+                          for row in rows(6)]  # fmt: skip
+            shares.append(torch.stack(logits).log_softmax(-1))
+        return float((shares[0].exp() * (shares[0] - shares[1])).sum())
+
+    assert drift(20.0) < 0.5 * drift(0.0)
+
+
+def test_replay_keeps_its_share_of_every_tasks_rows(train):
+    config = RehearsalConfig(stored_share=0.25)
+    first = train("replay", rehearsal=config).folder
+    second = train("replay", first, rehearsal=config).folder
+    state = load_method_state(second)
+    assert state.stores == "data"
+    assert [len(unpack(value)) for _, value in sorted(state.tensors.items())] == [6, 6]
+
+
+def test_replay_asks_the_stored_rows(train):
+    """With the stored rows' weight at its height, the later task moves the adapter elsewhere."""
+    first = train("replay", rehearsal=RehearsalConfig(stored_share=0.25)).folder
+    light, heavy = (
+        train("replay", first, train=LONG, rehearsal=RehearsalConfig(stored_share=0.25, weight=weight)).folder
+        for weight in (1e-6, 10.0)
+    )
+    plain = train("seq_lora", first, train=LONG).folder
+    assert distance(light, plain) < 1e-2 < distance(heavy, plain)
+
+
+def test_slao_starts_from_an_orthonormal_basis_of_the_last_a(train, parent):
+    still = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
+    first = train("slao", train=LONG).folder
+    second = train("slao", first, train=still).folder
+    before, after = weights(first), weights(second)
+    for name in a_names(before):
+        a = after[name]
+        torch.testing.assert_close(a @ a.mT, torch.eye(4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(before[name] @ a.mT @ a, before[name], rtol=0, atol=1e-5)  # the same row space
+    tensors = load_method_state(second).tensors
+    assert int(tensors["num_tasks"]) == 2
+
+
+def test_slao_averages_b_over_the_tasks(train):
+    first = train("slao", train=LONG).folder
+    second = train("slao", first, train=LONG).folder
+    third = train("slao", second, train=LONG).folder
+    for folder, before, number in ((second, first, 2), (third, second, 3)):
+        own = load_method_state(folder).tensors
+        stacked = [own[name] for name in sorted(own) if name.startswith("b.")]
+        merged, start = weights(folder), weights(before)
+        names = [name for name in merged if ".lora_B." in name]
+        unmerged = {value.shape[1:]: list(value) for value in stacked}
+        for name in names:
+            b = unmerged[merged[name].shape].pop(0)
+            expected = start[name] + (b - start[name]) / number**0.5
+            torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", WIDENING)
+def test_widening_resumes(strategy, train, parent, tmp_path):
+    steps = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
+    whole = train(strategy, parent, train=steps)
+
+    def die(step: int, _: object) -> None:
+        if step == 6:
+            raise InterruptedError
+
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    with pytest.raises(InterruptedError):
+        train(strategy, parent, train=steps, on_log=die, **folders)
+    resumed = train(strategy, parent, train=steps, **folders)
+    assert resumed.result.resumed_from_step == 4
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
