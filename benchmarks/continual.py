@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from datasets import disable_progress_bars
+from pydantic import TypeAdapter, ValidationError
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.continual_cell import Cell, digest_of_tasks, run_cell
 from benchmarks.continual_table import write_summary
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.errors import ConfigError
 from deal_core.models import DEFAULT_BASE, load_base
 from infra.settings import HomeSettings
 
@@ -29,24 +31,23 @@ ORDERS: dict[str, tuple[str, ...]] = {
     "2": ("dbpedia", "amazon", "agnews", "yahoo"),
     "3": ("yahoo", "amazon", "agnews", "dbpedia"),
 }
-Config = TypeVar("Config", TrainConfig, DealConfig)
+ConfigT = TypeVar("ConfigT", TrainConfig, MethodConfig)
+PLAIN = "seq_lora"
+"""Reads none of the method's settings: its cell does not depend on them."""
 
 
-def override(config: Config, changes: str) -> Config:
-    """Return a config with the fields of a JSON object replaced.
+def changed(kind: type[ConfigT], changes: str, **defaults: object) -> ConfigT:
+    """Return a config of this kind with the fields of a JSON object, parts of it nested, in place of its defaults.
 
     Raises:
-        typer.BadParameter: The text is no JSON object, or names a field that the config lacks.
+        typer.BadParameter: The text is no JSON object, or does not fit the config.
     """
     try:
-        values: dict[str, Any] = json.loads(changes)
+        return TypeAdapter(kind).validate_python({**defaults, **json.loads(changes)})
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"{changes!r} is not JSON: {error}") from error
-    unknown = sorted(set(values) - set(asdict(config)))
-    if unknown:
-        known = ", ".join(asdict(config))
-        raise typer.BadParameter(f"{type(config).__name__} has no {', '.join(unknown)}; it has {known}.")
-    return replace(config, **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except (ValidationError, ConfigError) as error:
+        raise typer.BadParameter(f"{changes!r} does not fit {kind.__name__}: {error}") from error
 
 
 def main(
@@ -60,7 +61,7 @@ def main(
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
     train: Annotated[str, typer.Option(help="Changes to TrainConfig, as JSON.")] = "{}",
-    deal: Annotated[str, typer.Option(help="Changes to DealConfig, as JSON.")] = "{}",
+    method: Annotated[str, typer.Option(help="Changes to MethodConfig, as JSON.")] = "{}",
     last_only: Annotated[bool, typer.Option(help="Score after the last task alone: for choosing settings.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("benchmarks/results/continual"),
     work: Annotated[Path, typer.Option(help="Folder for what cells share.")] = Path("benchmark-work"),
@@ -70,9 +71,9 @@ def main(
     transformers_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     loaded = load_base(base, HomeSettings().cache_dir)
-    train_config = override(TrainConfig(max_prompt_tokens=160, checkpoint_steps=0), train)
-    deal_config = override(DealConfig(), deal)
-    for name in strategy or ["seq_lora", "deal"]:
+    train_config = changed(TrainConfig, train, max_prompt_tokens=160, checkpoint_steps=0)
+    method_config = changed(MethodConfig, method)
+    for name in strategy or [PLAIN, "deal"]:
         for each in order:
             tasks = ORDERS.get(each) or tuple(each.split(","))
             for number in seed:
@@ -86,7 +87,7 @@ def main(
                     last_only=last_only,
                     adapter=AdapterConfig(rank=rank),
                     train=replace(train_config, seed=number),
-                    deal=deal_config if name == "deal" else None,
+                    method=None if name == PLAIN else method_config,
                     base=f"{loaded.name} {loaded.sha256}",
                     data=digest_of_tasks(data, tasks),
                 )

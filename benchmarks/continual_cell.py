@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import match_references
 from deal_core.models import BaseModel
@@ -37,7 +37,7 @@ class Cell:
     last_only: bool
     adapter: AdapterConfig
     train: TrainConfig
-    deal: DealConfig | None
+    method: MethodConfig | None
     base: str
     data: str
 
@@ -49,8 +49,14 @@ class Cell:
         """Twelve hexadecimal digits over all fields."""
         return _digest(self.to_json())
 
+    def shares_first_task(self) -> bool:
+        """Whether its first task is plain LoRA and nothing is kept from it beside the adapter."""
+        if self.strategy == "seq_lora" or self.method is None:
+            return self.strategy == "seq_lora"
+        return self.strategy == "deal" and self.method.deal.sides == "both" and self.method.rehearsal.texts != "stored"
+
     def first_task_digest(self) -> str:
-        """Over what decides the first task, which is plain LoRA whatever the strategy."""
+        """Over what decides a first task that is shared."""
         return _digest([self.tasks[0], self.rows, asdict(self.adapter), asdict(self.train), self.base, self.data])
 
 
@@ -79,18 +85,17 @@ def load_task(folder: Path, name: str) -> Task:
 def run_cell(base: BaseModel, cell: Cell, *, data: Path, first_tasks: Path) -> dict[str, Any]:
     """Learn the tasks; return which test rows are right after each, and what the tasks after the first cost.
 
-    The first task is plain LoRA for every strategy, so its adapter is trained and scored once and shared through
-    `first_tasks`.
+    A first task that is the same for several strategies is trained and scored once and shared through `first_tasks`.
     """
     tasks = [load_task(data, name) for name in cell.tasks]
-    deal = cell.deal or DealConfig()
+    method = cell.method or MethodConfig()
     correct: list[dict[str, str]] = []
     notes: list[list[str]] = []
     seconds = {"train": 0.0, "evaluate": 0.0}
     with tempfile.TemporaryDirectory() as work:
         parent: Path | None = None
         for t, (schema, train_rows, _) in enumerate(tasks):
-            is_shared = t == 0 and deal.sides == "both"
+            is_shared = t == 0 and cell.shares_first_task()
             folder = first_tasks / cell.first_task_digest() if is_shared else Path(work) / f"{t}"
             if not (folder / "method.json").is_file():
                 result = train_adapter(
@@ -100,10 +105,11 @@ def run_cell(base: BaseModel, cell: Cell, *, data: Path, first_tasks: Path) -> d
                     task=schema,
                     strategy=cell.strategy,
                     adapter=cell.adapter,
-                    method=MethodConfig(deal=deal),
+                    method=method,
                     train=cell.train,
                     output_folder=folder,
                     checkpoint_folder=Path(work) / "checkpoints",
+                    old_tasks=[old for old, _, _ in tasks[:t]],
                 )
                 if t > 0:
                     seconds["train"] += result.seconds

@@ -46,7 +46,7 @@ def _strategy(cell: CellJson) -> str:
 
 def _variant(cell: CellJson) -> str:
     """Cells that differ in order and seed alone belong together."""
-    return json.dumps([_strategy(cell), cell["settings"]["deal"], _protocol(cell)])
+    return json.dumps([_strategy(cell), cell["settings"]["method"], _protocol(cell)])
 
 
 def _protocol(cell: CellJson) -> str:
@@ -67,7 +67,7 @@ def _row(cells: list[CellJson], rivals: list[CellJson], orders: list[str]) -> di
     forgetting = [100 * (matrix.forgetting or 0) for matrix in matrices]
     row: dict[str, Any] = {
         "strategy": _strategy(cells[0]),
-        "deal": cells[0]["settings"]["deal"],
+        "method": cells[0]["settings"]["method"],
         "orders": orders,
         "num_cells": len(cells),
         "average_accuracy": sum(accuracies) / len(cells),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer import BadParameter
 
-from benchmarks.continual import main, override
+from benchmarks.continual import changed, main
 from benchmarks.continual_table import write_summary
-from deal_core.config import DealConfig
+from deal_core.config import MethodConfig
 
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
 
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 def run(base: Path, data: Path, out: Path, seed: int = 0, **changes: object) -> None:
     options = {
         "order": ["colours,sizes"], "seed": [seed], "strategy": None, "rows": 16, "test_from": 2, "test_to": 8,
-        "rank": 4, "base": str(base), "train": '{"num_epochs": 2, "learning_rate": 0.02}', "deal": "{}",
+        "rank": 4, "base": str(base), "train": '{"num_epochs": 2, "learning_rate": 0.02}', "method": "{}",
         "last_only": False, "out": out / "cells", "work": out / "work", **changes,
     }  # fmt: skip
     main(data=data, **options)
@@ -61,13 +61,13 @@ def test_cells_are_paired_kept_and_summed_up(tiny_base, data, tmp_path):
     assert low <= mean <= high
 
 
-@pytest.mark.parametrize("change", ["seed", "deal", "data"])
+@pytest.mark.parametrize("change", ["seed", "method", "data"])
 def test_what_decides_a_cell_makes_another_cell(change, tiny_base, data, tmp_path):
     run(tiny_base, data, tmp_path, strategy=["deal"])
     if change == "data":
         with (data / "sizes.test.jsonl").open("a") as file:
             file.write(json.dumps({"text": "one more", "label": "small"}) + "\n")
-    changes = {"seed": {"seed": 1}, "deal": {"deal": '{"core": "frozen"}'}, "data": {}}[change]
+    changes = {"seed": {"seed": 1}, "method": {"method": '{"deal": {"core": "frozen"}}'}, "data": {}}[change]
     run(tiny_base, data, tmp_path, strategy=["deal"], **changes)
     assert len(cells(tmp_path)) == 2
 
@@ -79,7 +79,7 @@ def test_figures_of_the_summary(tmp_path):
             names = order.split(",")
             settings = {
                 "strategy": strategy, "order": order, "tasks": names, "seed": 0, "rows": 1, "test_rows": [0, 4],
-                "last_only": False, "adapter": {}, "train": {}, "deal": None, "base": "b", "data": order,
+                "last_only": False, "adapter": {}, "train": {}, "method": None, "base": "b", "data": order,
             }  # fmt: skip
             correct = [{names[0]: "1111"}, {names[0]: bits, names[1]: bits}]
             path = tmp_path / f"{strategy}-{order}.json"
@@ -94,7 +94,9 @@ def test_figures_of_the_summary(tmp_path):
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(BadParameter, match=r"DealConfig has no cor; it has form, core"):
-        override(DealConfig(), '{"cor": 1}')
+    with pytest.raises(BadParameter, match=r"does not fit MethodConfig(.|\n)*deal.cor\b"):
+        changed(MethodConfig, '{"deal": {"cor": 1}}')
+    with pytest.raises(BadParameter, match=r"deal.tolerance is -1"):
+        changed(MethodConfig, '{"deal": {"tolerance": -1}}')
     with pytest.raises(BadParameter, match="is not JSON"):
-        override(DealConfig(), "core=soft")
+        changed(MethodConfig, "core=soft")
