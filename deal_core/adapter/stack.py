@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,18 +57,12 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
 
     Raises:
         AdapterStateError: The model carries no LoRA module.
-        ConfigError: The rank exceeds a module's number of features: such slots could hold nothing.
     """
     groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, nn.Parameter]]] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and ADAPTER_NAME in module.lora_A:
             a = cast(nn.Parameter, module.lora_A[ADAPTER_NAME].weight)
             b = cast(nn.Parameter, module.lora_B[ADAPTER_NAME].weight)
-            if a.shape[0] > min(b.shape[0], a.shape[1]):
-                raise ConfigError(
-                    f"Adapter rank {a.shape[0]} exceeds the size of {name} ({b.shape[0]}×{a.shape[1]}); "
-                    f"set adapter.rank to {min(b.shape[0], a.shape[1])} or less."
-                )
             groups.setdefault((b.shape[0], a.shape[1]), []).append((name, a, b))
     if not groups:
         raise AdapterStateError("The model carries no LoRA module; attach an adapter before training it.")
@@ -76,3 +71,18 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
         names, a_params, b_params = zip(*members, strict=True)
         stacks.append(LoraStack(names, a_params, b_params))
     return tuple(stacks)
+
+
+def check_rank(stacks: Sequence[LoraStack]) -> None:
+    """Refuse slots that could hold nothing.
+
+    Raises:
+        ConfigError: The rank exceeds a module's number of features.
+    """
+    for stack in stacks:
+        (rank, num_in), num_out = stack.a_params[0].shape, stack.b_params[0].shape[0]
+        if rank > min(num_in, num_out):
+            raise ConfigError(
+                f"Adapter rank {rank} exceeds the size of {stack.names[0]} ({num_out}×{num_in}); "
+                f"set adapter.rank to {min(num_in, num_out)} or less."
+            )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from deal_core.adapter.spectrum import count_core_slots, decompose
-from deal_core.adapter.stack import ADAPTER_NAME, collect_stacks
+from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.strategies.base import MethodState
@@ -65,7 +65,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
     """Give a base model a new LoRA adapter in fp32, ΔW = 0.
 
     Raises:
-        ConfigError: The target modules are not known for this model type, or not in the model.
+        ConfigError: The target modules are unknown for this model type, not in the model, or smaller than the rank.
     """
     targets = adapter.target_modules or TARGET_MODULES.get(model.config.model_type)
     if targets is None:
@@ -87,6 +87,11 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
     except ValueError as error:
         raise ConfigError(f"adapter.target_modules {targets} do not fit {type(model).__name__}: {error}") from error
     config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub; save_adapter names it
+    try:
+        check_rank(collect_stacks(peft_model))
+    except ConfigError:
+        peft_model.unload()
+        raise
     return peft_model
 
 

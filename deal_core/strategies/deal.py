@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.adapter.stack import check_rank
 from deal_core.rehearsal import Rehearsal
 from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
 from deal_core.strategies.questions import keep_rows, make_rehearsal
@@ -37,6 +38,7 @@ class Deal(Strategy):
         if state is None:
             self._start_first_task(generator)
             return
+        check_rank(self.stacks)
         self.network = Reparametrization(self.stacks, self.deal, generator)
         self.network.synchronise()
         self.network.materialise()

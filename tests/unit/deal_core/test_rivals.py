@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
-from deal_core.config import RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.config import AdapterConfig, RehearsalConfig, RivalConfig, TrainConfig
 from deal_core.evaluate import first_answer_logits
 from deal_core.rehearsal import unpack
 
@@ -189,3 +189,12 @@ def test_widening_resumes(strategy, train, parent, tmp_path):
     resumed = train(strategy, parent, train=steps, **folders)
     assert resumed.result.resumed_from_step == 4
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_widening_goes_on_beyond_the_size_of_a_layer(train):
+    """A new lineage refuses such a rank; an adapter per task gets there after enough tasks."""
+    adapter = AdapterConfig(rank=16)
+    first = train("inc_lora", adapter=adapter).folder
+    second = train("inc_lora", first, adapter=adapter)
+    assert {value.shape[0] for name, value in weights(second.folder).items() if ".lora_A." in name} == {32}
+    assert all(0 < share <= 1 for share in second.result.fill.values())
