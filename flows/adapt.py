@@ -18,7 +18,7 @@ from deal_core.errors import ConfigError
 from deal_core.models import DEFAULT_BASE
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
-from flows.spec import AdaptSpec
+from flows.spec import DEFAULT_STRATEGY, AdaptSpec
 from flows.stages import Stages
 from tasks.base import identify_base
 from tasks.evaluate import evaluate_version
@@ -53,7 +53,7 @@ async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
         stages = Stages()
         parent = await stages.run("parent", find_parent, spec.lineage)
         record = read_record(current_store(), parent.adapter_uri) if parent else None
-        adapter = choose_adapter(spec, record)
+        adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
         dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent)
         stages.done("ingest", describe(dataset))
         if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
@@ -62,7 +62,7 @@ async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
         stages.done("base", base.name)
         if record:
             require_same_base(record, base)
-        config_sha256 = spec.config_sha256(adapter)
+        config_sha256 = spec.config_sha256(adapter, strategy)
         attempt = 0
         if again:
             attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset)
@@ -76,10 +76,10 @@ async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
         )
         if known := await stages.run("repeat", find_registered, run_key):
             return repeated(known, dataset)
-        params = {**settings_of(spec, adapter), "attempt": attempt}
+        params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
         run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
         try:
-            result = await _learn(spec, Job(run, base, parent, dataset, adapter, config_sha256), stages)
+            result = await _learn(spec, Job(run, base, parent, dataset, adapter, strategy, config_sha256), stages)
         except BaseException:
             end_run(run, "FAILED")
             raise
@@ -97,6 +97,7 @@ class Job:
     parent: VersionRef | None
     dataset: DatasetRef
     adapter: AdapterConfig
+    strategy: str
     config_sha256: str
 
 
@@ -104,7 +105,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     """The stages from training to report."""
     run, base, parent, dataset = job.run, job.base, job.parent, job.dataset
     trained = await stages.run(
-        "train", train_version, run, base, parent, dataset, spec.strategy, job.adapter, spec.method, spec.train
+        "train", train_version, run, base, parent, dataset, job.strategy, job.adapter, spec.method, spec.train
     )
     stages.done("train", describe_training(trained.summary))
     for note in trained.summary.notes:
@@ -119,7 +120,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     keep_findings(trained.adapter.uri, report, trained.summary)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
-        spec.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
+        job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
     )  # fmt: skip
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
@@ -157,11 +158,16 @@ def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConf
     return record.adapter
 
 
-def settings_of(spec: AdaptSpec, adapter: AdapterConfig) -> dict[str, Any]:
+def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """The strategy that is asked for, else the lineage's own, else the default."""
+    return spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+
+
+def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
     """The settings of a run, for its log."""
-    parts = {"strategy", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    parts = {"deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
     settings = spec.model_dump(mode="json", include=parts)
-    return {**settings, "adapter": asdict(adapter)}
+    return {**settings, "adapter": asdict(adapter), "strategy": strategy}
 
 
 def describe(dataset: DatasetRef) -> str:

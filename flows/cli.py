@@ -28,7 +28,10 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="Hub id, local folder or GGUF file [the lineage's own, else smollm2-135m-instruct]."),
 ]
-Strategy = Annotated[str, typer.Option("--strategy", help="How a task is learned: deal or seq_lora.")]
+Strategy = Annotated[
+    str | None,
+    typer.Option("--strategy", help="deal, seq_lora, replay, o_lora, … [the lineage's own, else deal]."),
+]
 
 
 @app.command()
@@ -67,7 +70,7 @@ def adapt(
     test_data: Annotated[str | None, typer.Option("--test-data", help="File of test rows.")] = None,
     lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
     base: Base = None,
-    strategy: Annotated[str | None, typer.Option("--strategy", help="deal or seq_lora [deal].")] = None,
+    strategy: Strategy = None,
     again: Annotated[bool, typer.Option("--again", help="Train even if this arrival was adapted before.")] = False,
     home: Home = None,
     as_json: Json = False,
@@ -102,7 +105,7 @@ def watch(
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Only this task's files [all].")] = None,
     lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
     base: Base = None,
-    strategy: Annotated[str | None, typer.Option("--strategy", help="deal or seq_lora [deal].")] = None,
+    strategy: Strategy = None,
     poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between two looks at the inbox.")] = 2.0,
     home: Home = None,
     as_json: Json = False,

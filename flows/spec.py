@@ -33,6 +33,7 @@ from deal_core.errors import ConfigError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Format = Literal["labelled", "completion", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
+DEFAULT_STRATEGY: Strategy = "deal"
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -77,7 +78,8 @@ class LineageSpec(BaseModel):
     lineage: Name = "default"
     base_model: str | None = None
     """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
-    strategy: Strategy = "deal"
+    strategy: Strategy | None = None
+    """How a task is learned; None: as the lineage's champion was, else `deal`."""
     adapter: AdapterConfig | None = None
     """None: the shape of the lineage's adapter, else the default shape."""
     deal: DealConfig = DealConfig()
@@ -115,17 +117,18 @@ class AdaptSpec(LineageSpec):
         base = self.base_model and _resolve_base(self.base_model, folder)
         return self.model_copy(update={"task": task, "base_model": base})
 
-    def config_sha256(self, adapter: AdapterConfig) -> str:
+    def config_sha256(self, adapter: AdapterConfig, strategy: str) -> str:
         """Digest of every setting that can change the run's result; where the files lie is none of them.
 
         Args:
             adapter: the adapter's shape after the lineage's was filled in.
+            strategy: the strategy likewise.
         """
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
                                   "task": {"name", "data", "test_data", "columns"}}
         )
-        settings["adapter"] = asdict(adapter)
+        settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -103,6 +103,12 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert not list((home / "work").rglob("*.*")), "checkpoints are left behind"
 
 
+def test_a_lineage_keeps_its_strategy_until_another_is_asked_for(tiny_base: Path) -> None:
+    for task, settings in ((BANK, {"strategy": "seq_lora"}), (CLINIC, {}), (CLINIC, {"strategy": "deal"})):
+        run(tiny_base, task, again=bool(settings), **settings)
+    assert [info.strategy for info in open_registry().versions("l")] == ["seq_lora", "seq_lora", "deal"]
+
+
 def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
     result = first
     found = tracked_run(home, result)

@@ -131,31 +131,35 @@ def test_lineage_spec_leaves_the_task_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
-     "data: {test_share: 0.3}", "strategy: seq_lora"],
+     "data: {test_share: 0.3}"],
 )  # fmt: skip
 def test_every_setting_makes_another_run(change: str) -> None:
     adapter = AdapterConfig()
     import yaml
 
     plain = {"task": {"name": "t", "data": "x"}}
-    before = parse(AdaptSpec, plain, "a").config_sha256(adapter)
-    after = parse(AdaptSpec, {**plain, **yaml.safe_load(change)}, "b").config_sha256(adapter)
+    before = parse(AdaptSpec, plain, "a").config_sha256(adapter, "deal")
+    after = parse(AdaptSpec, {**plain, **yaml.safe_load(change)}, "b").config_sha256(adapter, "deal")
     assert before != after
 
 
-def test_adapter_and_instruction_make_another_run() -> None:
+def test_adapter_strategy_and_instruction_make_another_run() -> None:
     plain = parse(AdaptSpec, {"task": {"name": "t", "data": "x"}}, "a")
     told = parse(AdaptSpec, {"task": {"name": "t", "data": "x", "instruction": "Which?"}}, "b")
-    digests = {plain.config_sha256(AdapterConfig()), plain.config_sha256(AdapterConfig(rank=8)),
-               told.config_sha256(AdapterConfig())}  # fmt: skip
-    assert len(digests) == 3
+    digests = {
+        plain.config_sha256(AdapterConfig(), "deal"),
+        plain.config_sha256(AdapterConfig(rank=8), "deal"),
+        plain.config_sha256(AdapterConfig(), "seq_lora"),
+        told.config_sha256(AdapterConfig(), "deal"),
+    }
+    assert len(digests) == 4
 
 
 def test_where_the_file_lies_is_no_setting() -> None:
     adapter = AdapterConfig()
     here = parse(AdaptSpec, {"task": {"name": "t", "data": "here.csv"}}, "a")
     there = parse(AdaptSpec, {"task": {"name": "t", "data": "s3://there/x.csv"}}, "b")
-    assert here.config_sha256(adapter) == there.config_sha256(adapter)
+    assert here.config_sha256(adapter, "deal") == there.config_sha256(adapter, "deal")
 
 
 def test_given_tells_only_what_was_said() -> None:

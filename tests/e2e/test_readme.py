@@ -1,0 +1,104 @@
+"""The commands that the README shows, as a reader would type them; on the tiny base, so that it takes seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+GATE_MAY_REJECT = (0, 3)
+WAIT_SECONDS = 120
+
+pytestmark = pytest.mark.e2e
+Deal = Callable[..., int]
+
+
+def of(program: str) -> list[list[str]]:
+    found = [shlex.split(command)[1:] for command in COMMANDS if command.startswith(f"{program} ")]
+    assert found, f"the README shows no {program} command any more"
+    return found
+
+
+@pytest.mark.parametrize("arguments", of("make"), ids=" ".join)
+def test_make_knows_its_targets(arguments: list[str]) -> None:
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def lineage(home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in: the lineage `default` has a champion on the tiny base, and billing.csv is there."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copy(ROOT / "examples/bank/train.jsonl", folder / "bank.jsonl")
+    rows = [f"I was charged {i} euros {word} in month {i},{word}\n" for i in range(16) for word in ("twice", "never")]
+    (folder / "billing.csv").write_text("text,label\n" + "".join(rows))
+    (folder / "spec.yaml").write_text(
+        f"base_model: {tiny_base}\ntask: {{name: bank, data: bank.jsonl}}\n"
+        "train: {max_steps: 2, max_prompt_tokens: 64}\ngate: {min_gain_points: -100}\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run("adapt", "spec.yaml").returncode == 0
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_deal_commands_run(lineage: Path) -> None:
+    inbox = Path(os.environ["DEAL_HOME"]) / "store" / "inbox" / "bank"
+    inbox.mkdir(parents=True)
+    shutil.copy(ROOT / "examples/bank/test.jsonl", inbox)
+    for arguments in of("deal"):
+        if arguments[0] == "ui":
+            continue
+        once = ["--once"] if arguments[0] == "watch" else []  # else it would watch for ever
+        done = run(*arguments, *once)
+        expected = GATE_MAY_REJECT if arguments[0] in ("adapt", "watch") else (0,)
+        assert done.returncode in expected, f"deal {shlex.join(arguments)}: {done.stderr}"
+        assert done.stdout
+
+
+def test_ui_opens_the_page_that_shows_the_runs(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The browser is a program that writes down the address it is given."""
+    opened = lineage / "opened"
+    os.mkfifo(opened)
+    browser = lineage / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (arguments,) = (each for each in of("deal") if each[0] == "ui")
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--port", str(port)]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    stopper = threading.Timer(WAIT_SECONDS, lambda: opened.write_text(""))
+    stopper.start()
+    try:
+        url = opened.read_text().strip()
+        assert url == f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as page:
+            assert "MLflow" in page.read().decode()
+    finally:
+        stopper.cancel()
+        os.killpg(server.pid, signal.SIGINT)
+        assert server.wait(WAIT_SECONDS) == 0
