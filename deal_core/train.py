@@ -127,7 +127,7 @@ def train_adapter(
         seconds = time.perf_counter() - started
         state = learner.finish()
         save_adapter(model, output_folder, state, base_name=base.name)
-        return _summarise(trainer, seconds, checkpoint, adapter_fill(model), learner.notes())
+        return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), learner.notes())
     finally:
         model.unload()
 
@@ -191,8 +191,15 @@ class _ReportSteps(TrainerCallback):
             self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
 
 
+def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
+    """Rows that the first `step` optimiser steps have seen: the last step of an epoch takes what is left."""
+    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
+    return epochs * num_rows + steps * rows_per_step
+
+
 def _summarise(
     trainer: AdapterTrainer,
+    num_rows: int,
     seconds: float,
     checkpoint: Path | None,
     fill: Mapping[str, float],
@@ -201,11 +208,11 @@ def _summarise(
     state, args = trainer.state, trainer.args
     resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows_seen = (state.global_step - (resumed_from or 0)) * rows_per_step
+    seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (state.global_step, resumed_from or 0))
     return TrainingResult(
         num_steps=state.global_step,
         seconds=seconds,
-        rows_per_second=rows_seen / seconds if seconds > 0 else 0.0,
+        rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
         losses=tuple((int(log["step"]), float(log["loss"])) for log in state.log_history if "loss" in log),
         resumed_from_step=resumed_from,
         fill=fill,

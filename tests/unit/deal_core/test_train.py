@@ -285,3 +285,11 @@ def test_batches_hold_rows_of_similar_length_and_every_row_once():
     assert list(sampler) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):
+    """Ten rows in batches of four: the third step of an epoch takes two."""
+    config = TrainConfig(num_epochs=2, batch_size=4, max_prompt_tokens=64, checkpoint_steps=0)
+    result = train("seq_lora", rows=rows(10), train=config).result
+    assert result.num_steps == 6
+    assert result.rows_per_second * result.seconds == pytest.approx(20)
