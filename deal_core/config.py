@@ -5,6 +5,7 @@ They import nothing but the standard library, so that the command line can read 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -71,6 +72,11 @@ class TrainConfig:
     """Fill batches with rows of similar length."""
     seed: int = 0
     """Seed of the adapter's initialisation and of the order of rows."""
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimiser steps on so many rows, in one process."""
+        rows_per_step = self.batch_size * self.gradient_accumulation_steps
+        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number.")
@@ -218,13 +224,13 @@ class RehearsalConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
 
-    texts: Texts = "none"
+    texts: Texts = "arrival"
     """What the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; nothing is
     kept of old data. stored: rows of the old tasks, kept with the adapter."""
     stored_share: float = 0.02
     """Share of a task's training rows that `stored` keeps."""
-    texts_per_task: int = 48
-    """Questions made for each old task when the texts are the arrival's."""
+    num_texts: int = 256
+    """Questions made when the texts are the arrival's, shared out among the old tasks; fewer if the steps put fewer."""
     rows_per_step: int = 4
     """Questions in every optimiser step, beside the batch."""
     weight: float = 1.0
@@ -238,7 +244,7 @@ class RehearsalConfig:
             0 < self.stored_share <= 1,
             f"rehearsal.stored_share is {self.stored_share}; give a share above 0, at most 1.",
         )
-        for name in ("texts_per_task", "rows_per_step"):
+        for name in ("num_texts", "rows_per_step"):
             _require(getattr(self, name) >= 1, f"rehearsal.{name} is {getattr(self, name)}; give at least 1.")
         _require(self.weight > 0, f"rehearsal.weight is {self.weight}; give a positive number.")
         _require(self.temperature > 0, f"rehearsal.temperature is {self.temperature}; give a positive number.")

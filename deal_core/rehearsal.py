@@ -38,7 +38,7 @@ class Question:
 
 
 class Rehearsal:
-    """Draws a few questions for every step, every old task as often as any other, and gives their loss.
+    """Puts a few questions at every step, every old task as often as any other, and gives their loss.
 
     Args:
         tasks: Questions of each old task; a task without any is passed over.
@@ -46,7 +46,8 @@ class Rehearsal:
         num_rows: Questions of one step.
         weight: Of their loss.
         temperature: T: both distributions are softened by it, and the loss is multiplied by T².
-        seed: With the step's number it decides which are drawn, so that a resumed run draws the same.
+        seed: Decides the order. Which are put at a step follows from the step's number, so that a resumed run puts the
+            same; a task's questions come round again once all of them were put.
     """
 
     def __init__(
@@ -59,17 +60,21 @@ class Rehearsal:
         temperature: float,
         seed: int,
     ) -> None:
-        self.tasks = [list(questions) for questions in tasks if questions]
+        generator = random.Random(seed)
+        self.tasks = [generator.sample(questions, len(questions)) for questions in tasks if questions]
+        generator.shuffle(self.tasks)
         self._collate = collate
         self._num_rows = num_rows
         self._weight = weight
         self._temperature = temperature
-        self._seed = seed
 
     def draw(self, step: int) -> list[Question]:
-        """Return the questions of a step."""
-        generator = random.Random(self._seed * 1_000_003 + step)
-        return [generator.choice(generator.choice(self.tasks)) for _ in range(self._num_rows if self.tasks else 0)]
+        """Return the questions of a step, counted from 0."""
+        if not self.tasks:
+            return []
+        places = range(step * self._num_rows, (step + 1) * self._num_rows)
+        turns = ((place // len(self.tasks), self.tasks[place % len(self.tasks)]) for place in places)
+        return [questions[turn % len(questions)] for turn, questions in turns]
 
     def loss(self, model: nn.Module, step: int) -> Tensor | None:
         """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known."""

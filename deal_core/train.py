@@ -132,12 +132,6 @@ def train_adapter(
         model.unload()
 
 
-def num_steps(train: TrainConfig, num_rows: int) -> int:
-    """Optimiser steps that these settings take on so many rows."""
-    per_epoch = math.ceil(num_rows / (train.batch_size * train.gradient_accumulation_steps))
-    return train.max_steps or per_epoch * train.num_epochs
-
-
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
     """Translate our settings into transformers' own."""
     save_steps = train.checkpoint_steps
@@ -152,7 +146,7 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         num_train_epochs=train.num_epochs,
         max_steps=train.max_steps or -1,
         logging_steps=1,
-        save_strategy="steps" if 0 < save_steps < num_steps(train, num_rows) else "no",
+        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
         save_steps=max(save_steps, 1),
         save_total_limit=2,
         seed=train.seed,
@@ -220,4 +214,4 @@ def _summarise(
     )
 
 
-__all__ = ["OnLog", "TrainingResult", "num_steps", "train_adapter", "training_arguments"]
+__all__ = ["OnLog", "TrainingResult", "train_adapter", "training_arguments"]

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.train import TrainingResult, num_steps, train_adapter
+from deal_core.train import TrainingResult, train_adapter
 from infra.object_store import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
 from tasks.base import lend_base
@@ -59,7 +59,7 @@ def train_version(
                 output_folder=folder / "adapter",
                 checkpoint_folder=folder / "checkpoints",
                 old_tasks=_old_tasks(store, parent),
-                on_log=_on_log(tracked, num_steps(train, dataset.num_train)),
+                on_log=_on_log(tracked, train.num_steps(dataset.num_train)),
             )
         tracked.flush()
         _write_summary(folder, result)

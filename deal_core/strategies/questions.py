@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 
@@ -35,7 +36,9 @@ def make_rehearsal(
         tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED)]
     elif config.texts == "arrival":
         olds = [old for old in context.old_tasks if _can_ask(old, context.task)]
-        tasks = [_on_new_texts(config, model, context, old, seed + i) for i, old in enumerate(olds)]
+        num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
+        num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
+        tasks = [_on_new_texts(config, model, context, old, num_each, seed + i) for i, old in enumerate(olds)]
     else:
         return None
     rehearsal = Rehearsal(
@@ -64,11 +67,11 @@ def _can_ask(old: TaskSchema, new: TaskSchema) -> bool:
 
 
 def _on_new_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, old: TaskSchema, seed: int
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, old: TaskSchema, num_texts: int, seed: int
 ) -> list[Question]:
     """The new task's texts under an old task's instruction, with the parent's answers."""
     texts = list(context.rows["input"])
-    texts = random.Random(seed).sample(texts, min(config.texts_per_task, len(texts)))
+    texts = random.Random(seed).sample(texts, min(num_texts, len(texts)))
     train, limit = context.train, context.train.max_prompt_tokens
     config_of_answers = EvaluateConfig(max_new_tokens=train.max_answer_tokens)
     answers = generate_answers(model, context.base.tokenizer, old, texts, config_of_answers, max_prompt_tokens=limit)

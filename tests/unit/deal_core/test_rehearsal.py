@@ -34,8 +34,14 @@ def rehearsal(tasks, collate, **changes) -> Rehearsal:
 
 def test_every_task_is_asked_as_often_as_any_other_whatever_it_holds(collate):
     one, many = [Question([1], [2])], [Question([3], [4])] * 50
-    drawn = [q for step in range(200) for q in rehearsal([one, many, []], collate).draw(step)]
-    assert 0.4 < sum(q.prompt_ids == [1] for q in drawn) / len(drawn) < 0.6
+    drawn = [q for step in range(50) for q in rehearsal([one, many, []], collate, num_rows=3).draw(step)]
+    assert sum(q.prompt_ids == [1] for q in drawn) == len(drawn) / 2
+
+
+def test_a_question_comes_again_only_after_all_others_of_its_task(collate):
+    asked = rehearsal([[Question([i], [i]) for i in range(10)], [Question([100], [100])]], collate)
+    drawn = [q.prompt_ids[0] for step in range(5) for q in asked.draw(step)]
+    assert sorted(drawn) == [*range(10), *[100] * 10]
 
 
 def test_what_is_drawn_follows_from_seed_and_step_alone(collate):
@@ -107,7 +113,7 @@ def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, p
 
 
 @pytest.mark.parametrize(
-    "change", [{"texts": "none"}, {"texts_per_task": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
+    "change", [{"texts": "none"}, {"num_texts": 3}, {"rows_per_step": 1}, {"weight": 0.1}, {"temperature": 3.0}],
     ids=str,
 )  # fmt: skip
 def test_every_setting_changes_the_result(change, parent, train):
@@ -120,6 +126,21 @@ def test_every_setting_changes_the_result(change, parent, train):
     default = weights(RehearsalConfig(texts="arrival"))
     changed = weights(RehearsalConfig(**{"texts": "arrival", **change}))
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
+
+
+@pytest.mark.parametrize(("num_old", "num_texts", "expected"), [(1, 256, 16), (4, 256, 4), (3, 6, 2)])
+def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expected, base, parent, train, monkeypatch):
+    """Four steps of four: what an arrival costs does not grow with the number of old tasks."""
+    made = []
+
+    def count(model, collate, questions, **given):
+        made.append(len(questions))
+        return ask(model, collate, questions, **given)
+
+    monkeypatch.setattr("deal_core.strategies.questions.ask", count)
+    olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction="How big?") for i in range(num_old)]
+    train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
+    assert made == [expected] * num_old
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
