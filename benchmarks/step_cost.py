@@ -1,9 +1,10 @@
-"""What DEAL costs over plain LoRA: step time and peak memory, interleaved in one run.
+"""What DEAL costs over plain LoRA, with and without its rehearsal: step time and peak memory, interleaved in one run.
 
     python -m benchmarks.step_cost
 
-Two trainers of one base model, one with each strategy, take turns: one optimiser step each on the same batch, in random
-order, so that whatever else the machine does falls on both. Peak memory is measured in one process per strategy.
+One trainer per variant, each on a base model of its own, take turns: one optimiser step each on the same batch, in
+random order, so that whatever else the machine does falls on all. Peak memory is measured in one process per variant.
+The questions of the rehearsal are as long as the rows of the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.metrics import paired_interval
@@ -31,7 +32,13 @@ from deal_core.models import DEFAULT_BASE, BaseModel, load_base
 from deal_core.strategies import MethodState, Strategy, TaskContext, make_strategy
 from infra.settings import HomeSettings
 
-STRATEGIES = ("seq_lora", "deal")
+PLAIN = "seq_lora"
+VARIANTS = {
+    PLAIN: ("seq_lora", RehearsalConfig(texts="none")),
+    "deal_without_rehearsal": ("deal", RehearsalConfig(texts="none")),
+    "deal": ("deal", RehearsalConfig()),
+}
+OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")
 
 
 def make_batch(base: BaseModel, num_rows: int, num_tokens: int) -> dict[str, torch.Tensor]:
@@ -43,18 +50,21 @@ def make_batch(base: BaseModel, num_rows: int, num_tokens: int) -> dict[str, tor
 
 
 class Stepper:
-    """One strategy on a base model of its own, with the parent's adapter, taking optimiser steps."""
+    """One variant on a base model of its own, with the parent's adapter, taking optimiser steps."""
 
-    def __init__(self, strategy: str, source: str, parent: Path) -> None:
+    def __init__(self, variant: str, source: str, parent: Path, num_tokens: int) -> None:
+        strategy, rehearsal = VARIANTS[variant]
         self.base = load_base(source, HomeSettings().cache_dir)
         self.model = load_adapter(self.base.model, parent, is_trainable=True)
-        self.strategy: Strategy = make_strategy(strategy, MethodConfig(), 0)
-        nothing = Dataset.from_list([])
+        self.strategy: Strategy = make_strategy(strategy, MethodConfig(rehearsal=rehearsal), 0)
+        rows = Dataset.from_list([{"input": f"{i} is a number. " * num_tokens} for i in range(16)])
         context = TaskContext(
-            base=self.base, task=TaskSchema(name="none"), rows=nothing, encoded=nothing, old_tasks=(),
-            adapter=AdapterConfig(), train=TrainConfig(),
+            base=self.base, task=TaskSchema(name="new"), rows=rows, encoded=rows, old_tasks=(OLD_TASK,),
+            adapter=AdapterConfig(), train=TrainConfig(max_prompt_tokens=num_tokens - 2),
         )  # fmt: skip
         self.strategy.prepare(self.model, load_method_state(parent), context)
+        self._rehearsal = self.strategy.rehearsal()
+        self._num_steps = 0
         self.optimizer = torch.optim.AdamW(list(self.strategy.parameters()), lr=5e-4, weight_decay=0.0)
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
@@ -62,6 +72,10 @@ class Stepper:
         started = time.perf_counter()
         logits = answer_logits(self.model, batch)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten()).backward()
+        rehearsed = self._rehearsal and self._rehearsal.loss(self.model, self._num_steps)
+        if rehearsed is not None:
+            rehearsed.backward()
+        self._num_steps += 1
         self.strategy.before_step()
         penalty = self.strategy.penalty()
         if penalty is not None:
@@ -86,18 +100,31 @@ def make_parent(source: str, rank: int, folder: Path) -> None:
     save_adapter(model, folder, MethodState(strategy="seq_lora", stores="nothing"), base_name=base.name)
 
 
-def measure_peak(strategy: str, source: str, parent: Path, num_rows: int, num_tokens: int, queue: object) -> None:
+def measure_peak(variant: str, source: str, parent: Path, num_rows: int, num_tokens: int, queue: object) -> None:
     """Put the peak resident memory of a process that takes three steps, in MiB."""
-    stepper = Stepper(strategy, source, parent)
+    stepper = Stepper(variant, source, parent, num_tokens)
     batch = make_batch(stepper.base, num_rows, num_tokens)
     for _ in range(3):
         stepper.step(batch)
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # type: ignore[attr-defined]
 
 
+def compare(seconds: list[float], plain_seconds: list[float], peak: float, plain_peak: float) -> dict[str, object]:
+    """A variant's figures beside plain LoRA's."""
+    ratios = [ours / plain for ours, plain in zip(seconds, plain_seconds, strict=True)]
+    interval = paired_interval(ratios, [0.0] * len(ratios))
+    return {
+        "median_step_seconds": statistics.median(seconds),
+        "median_of_paired_ratios": statistics.median(ratios),
+        "mean_of_paired_ratios_ci95": [interval.mean, interval.low, interval.high],
+        "peak_memory_mib": peak,
+        "peak_memory_ratio": peak / plain_peak,
+    }
+
+
 def main(
     base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
-    steps: Annotated[int, typer.Option(help="Steps of each strategy that count.")] = 30,
+    steps: Annotated[int, typer.Option(help="Steps of each variant that count.")] = 30,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
@@ -110,7 +137,7 @@ def main(
         make_parent(base, rank, parent)
         peaks = {}
         context = multiprocessing.get_context("spawn")
-        for name in STRATEGIES:
+        for name in VARIANTS:
             queue = context.Queue()
             process = context.Process(target=measure_peak, args=(name, base, parent, batch_size, tokens, queue))
             process.start()
@@ -118,30 +145,22 @@ def main(
             if process.exitcode != 0:
                 raise typer.Exit(1)
             peaks[name] = queue.get()
-        steppers = {name: Stepper(name, base, parent) for name in STRATEGIES}
+        steppers = {name: Stepper(name, base, parent, tokens) for name in VARIANTS}
         batch = make_batch(steppers["deal"].base, batch_size, tokens)
-        seconds: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+        seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
         order = random.Random(0)
         for i in range(steps + 3):
-            for name in order.sample(STRATEGIES, len(STRATEGIES)):
+            for name in order.sample(list(VARIANTS), len(VARIANTS)):
                 taken = steppers[name].step(batch)
                 if i >= 3:  # the first steps warm allocators and kernels up
                     seconds[name].append(taken)
-    ratios = [ours / plain for ours, plain in zip(seconds["deal"], seconds["seq_lora"], strict=True)]
-    interval = paired_interval(ratios, [0.0] * len(ratios))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         "base": base,
         "num_steps": steps,
         "batch": [batch_size, tokens],
         "rank": rank,
         "threads": torch.get_num_threads(),
-        "median_step_seconds": medians,
-        "ratio_of_medians": medians["deal"] / medians["seq_lora"],
-        "median_of_paired_ratios": statistics.median(ratios),
-        "mean_of_paired_ratios_ci95": [interval.mean, interval.low, interval.high],
-        "peak_memory_mib": peaks,
-        "peak_memory_ratio": peaks["deal"] / peaks["seq_lora"],
+        "variants": {name: compare(seconds[name], seconds[PLAIN], peaks[name], peaks[PLAIN]) for name in VARIANTS},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
