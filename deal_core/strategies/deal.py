@@ -17,7 +17,10 @@ from deal_core.strategies.questions import keep_rows, make_rehearsal
 
 
 class Deal(Strategy):
-    """The first task of a lineage is plain LoRA; every later one trains the method's parameters instead of A and B."""
+    """The first task of a lineage is plain LoRA; every later one trains the method's parameters instead of A and B.
+
+    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.rehearsal`.
+    """
 
     name = "deal"
 
