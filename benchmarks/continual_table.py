@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deal_core.config import MethodConfig
 from deal_core.metrics import AccuracyMatrix, paired_interval
 
 BASELINE = "seq_lora"
@@ -47,6 +49,17 @@ def _strategy(cell: CellJson) -> str:
 def _variant(cell: CellJson) -> str:
     """Cells that differ in order and seed alone belong together."""
     return json.dumps([_strategy(cell), cell["settings"]["method"], _protocol(cell)])
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The strategy, and the settings in which it departs from the defaults of today."""
+    changes = []
+    for part, defaults in asdict(MethodConfig()).items():
+        for field, default in defaults.items():
+            value = (row["method"] or {}).get(part, {}).get(field, default)
+            if value != json.loads(json.dumps(default)):
+                changes.append(f"{part}.{field} {value}")
+    return row["strategy"] + (f" ({', '.join(changes)})" if changes else "")
 
 
 def _protocol(cell: CellJson) -> str:
@@ -103,11 +116,11 @@ def _markdown(results: list[dict[str, Any]]) -> str:
         "| strategy | order | cells | AA | by cell | forgetting | by cell | AA minus seq_lora (95 % CI) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(results, key=lambda row: (row["orders"], row["strategy"])):
+    for row in sorted(results, key=lambda row: (row["orders"], _name(row))):
         difference = row.get("difference_points_ci95")
         shown = "" if difference is None else f"{difference[0]:+.1f} ({difference[1]:+.1f} to {difference[2]:+.1f})"
         lines.append(
-            f"| {row['strategy']} | {' and '.join(row['orders'])} | {row['num_cells']} "
+            f"| {_name(row)} | {' and '.join(row['orders'])} | {row['num_cells']} "
             f"| {row['average_accuracy']:.1f} | {_list(row['average_accuracy_by_cell'])} "
             f"| {row['forgetting']:.1f} | {_list(row['forgetting_by_cell'])} | {shown} |"
         )

@@ -93,6 +93,13 @@ def test_figures_of_the_summary(tmp_path):
     assert both["difference_points_ci95"] == rows["deal", ("a,b",)]["difference_points_ci95"]
 
 
+def test_the_table_names_what_departs_from_the_defaults(tiny_base, data, tmp_path):
+    run(tiny_base, data, tmp_path, strategy=["deal"])
+    run(tiny_base, data, tmp_path, strategy=["deal"], method='{"rehearsal": {"texts": "none"}}')
+    lines = (tmp_path / "cells" / "summary.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["deal", "deal (rehearsal.texts none)"]
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(BadParameter, match=r"does not fit MethodConfig(.|\n)*deal.cor\b"):
         changed(MethodConfig, '{"deal": {"cor": 1}}')
