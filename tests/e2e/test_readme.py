@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ GATE_MAY_REJECT = (0, 3)
 WAIT_SECONDS = 120
 
 pytestmark = pytest.mark.e2e
-Deal = Callable[..., int]
 
 
 def of(program: str) -> list[list[str]]:
@@ -40,11 +39,10 @@ def test_make_knows_its_targets(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def lineage(home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def lineage(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder to work in: the lineage `default` has a champion on the tiny base, and billing.csv is there."""
-    folder = tmp_path / "work"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("work")
     shutil.copy(ROOT / "examples/bank/train.jsonl", folder / "bank.jsonl")
     rows = [f"I was charged {i} euros {word} in month {i},{word}\n" for i in range(16) for word in ("twice", "never")]
     (folder / "billing.csv").write_text("text,label\n" + "".join(rows))
@@ -52,10 +50,15 @@ def lineage(home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         f"base_model: {tiny_base}\ntask: {{name: bank, data: bank.jsonl}}\n"
         "train: {max_steps: 2, max_prompt_tokens: 64}\ngate: {min_gain_points: -100}\n"
     )
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert run("adapt", "spec.yaml").returncode == 0
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("DEAL_", "PREFECT_API", "MLFLOW_TRACKING"))]:
+            patch.delenv(name)
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("DEAL_CACHE_DIR", str(folder / "cache"))
+        done = run("adapt", "spec.yaml")
+        assert done.returncode == 0, done.stderr
+        yield folder
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +67,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_deal_commands_run(lineage: Path) -> None:
-    inbox = Path(os.environ["DEAL_HOME"]) / "store" / "inbox" / "bank"
+    inbox = lineage / "deal-home" / "store" / "inbox" / "bank"
     inbox.mkdir(parents=True)
     shutil.copy(ROOT / "examples/bank/test.jsonl", inbox)
     for arguments in of("deal"):
