@@ -14,11 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
+from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError
 from deal_core.evaluate import first_answer_logits
+from deal_core.strategies import MethodState
 from deal_core.train import training_arguments
 from deal_core.trainer import AdapterTrainer
 
@@ -152,10 +153,29 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         before = [p.detach().clone() for p in held]
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
         trainer.run(None)
-        assert {id(p) for p in held} == {id(p) for p in method.parameters()}
+        factors = (p for n, p in model.named_parameters() if ".lora_" in n)
+        expected = {id(p) for p in (method.network.parameters() if strategy == "deal" else factors)}
+        assert {id(p) for p in held} == expected and len(held) == len(expected)
         assert all(not torch.equal(old, new) for old, new in zip(before, held, strict=True))
         assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
         model.unload()
+
+
+def test_saved_and_reloaded_adapter_gives_the_logits_it_had_in_memory(base, task, tmp_path):
+    def logits(model):
+        return first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+
+    model = attach_adapter(base.model, AdapterConfig(rank=4, alpha=6.0), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.3)
+    in_memory = logits(model)
+    save_adapter(model, tmp_path, MethodState(strategy="seq_lora", stores="nothing"), base_name="tiny")
+    model.unload()
+    assert not torch.allclose(logits(base.model), in_memory, atol=1e-2)
+    with adapter_on(base.model, tmp_path) as reloaded:
+        torch.testing.assert_close(logits(reloaded), in_memory, rtol=0, atol=1e-6)
 
 
 def test_saved_adapter_gives_the_same_logits_with_and_without_our_code(base, task, train, parent, tiny_base):
