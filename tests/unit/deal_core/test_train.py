@@ -153,8 +153,12 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         before = [p.detach().clone() for p in held]
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
         trainer.run(None)
-        factors = (p for n, p in model.named_parameters() if ".lora_" in n)
-        expected = {id(p) for p in (method.network.parameters() if strategy == "deal" else factors)}
+        trained = {
+            "deal": lambda method, model: method.network.parameters(),
+            "seq_lora": lambda method, model: (p for n, p in model.named_parameters() if ".lora_" in n),
+            "inc_lora": lambda method, model: (*method.a_new, *method.b_new),
+        }[strategy]
+        expected = {id(p) for p in trained(method, model)}
         assert {id(p) for p in held} == expected and len(held) == len(expected)
         assert all(not torch.equal(old, new) for old, new in zip(before, held, strict=True))
         assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
