@@ -23,7 +23,7 @@ demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter lear
 
 # Two processes of one thread each: on two cores faster than one process of two, and sums are the same on any machine.
 test: $(VENV)/.stamp-dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style
 	$(BIN)/ruff check .
