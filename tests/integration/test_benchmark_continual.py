@@ -100,6 +100,18 @@ def test_the_table_names_what_departs_from_the_defaults(tiny_base, data, tmp_pat
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ["deal", "deal (rehearsal.texts none)"]
 
 
+def test_a_strategy_is_paired_with_the_same_seeds_of_the_baseline(tiny_base, data, tmp_path):
+    run(tiny_base, data, tmp_path, strategy=["deal", "seq_lora"])
+
+    def difference() -> list[float]:
+        rows = json.loads((tmp_path / "cells" / "summary.json").read_text())
+        return next(row for row in rows if row["strategy"] == "deal")["difference_points_ci95"]
+
+    before = difference()
+    run(tiny_base, data, tmp_path, strategy=["seq_lora"], seed=1)
+    assert difference() == before
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(BadParameter, match=r"does not fit MethodConfig(.|\n)*deal.cor\b"):
         changed(MethodConfig, '{"deal": {"cor": 1}}')
