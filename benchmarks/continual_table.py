@@ -53,12 +53,13 @@ def _variant(cell: CellJson) -> str:
 
 def _name(row: dict[str, Any]) -> str:
     """The strategy, and the settings in which it departs from the defaults of today."""
-    changes = []
-    for part, defaults in asdict(MethodConfig()).items():
-        for field, default in defaults.items():
-            value = (row["method"] or {}).get(part, {}).get(field, default)
-            if value != json.loads(json.dumps(default)):
-                changes.append(f"{part}.{field} {value}")
+    today = json.loads(json.dumps(asdict(MethodConfig())))
+    changes = [
+        f"{part}.{field} {value}"
+        for part, values in (row["method"] or {}).items()
+        for field, value in values.items()
+        if value != today.get(part, {}).get(field)
+    ]
     return row["strategy"] + (f" ({', '.join(changes)})" if changes else "")
 
 

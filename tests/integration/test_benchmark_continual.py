@@ -94,10 +94,10 @@ def test_figures_of_the_summary(tmp_path):
 
 
 def test_the_table_names_what_departs_from_the_defaults(tiny_base, data, tmp_path):
-    run(tiny_base, data, tmp_path, strategy=["deal"])
+    run(tiny_base, data, tmp_path)
     run(tiny_base, data, tmp_path, strategy=["deal"], method='{"rehearsal": {"texts": "none"}}')
     lines = (tmp_path / "cells" / "summary.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["deal", "deal (rehearsal.texts none)"]
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["deal", "deal (rehearsal.texts none)", "seq_lora"]
 
 
 def test_a_strategy_is_paired_with_the_same_seeds_of_the_baseline(tiny_base, data, tmp_path):
