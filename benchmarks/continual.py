@@ -12,18 +12,19 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 import typer
 from datasets import disable_progress_bars
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.continual_cell import Cell, digest_of_tasks, run_cell
-from benchmarks.continual_table import write_summary
+from benchmarks.continual_table import BASELINE, write_summary
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.models import DEFAULT_BASE, load_base
+from flows.spec import parse
 from infra.settings import HomeSettings
 
 ORDERS: dict[str, tuple[str, ...]] = {
@@ -31,23 +32,40 @@ ORDERS: dict[str, tuple[str, ...]] = {
     "2": ("dbpedia", "amazon", "agnews", "yahoo"),
     "3": ("yahoo", "amazon", "agnews", "dbpedia"),
 }
-ConfigT = TypeVar("ConfigT", TrainConfig, MethodConfig)
-PLAIN = "seq_lora"
-"""Reads none of the method's settings: its cell does not depend on them."""
+PROTOCOL = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
+"""Where the benchmark's TrainConfig departs from the defaults."""
 
 
-def changed(kind: type[ConfigT], changes: str, **defaults: object) -> ConfigT:
-    """Return a config of this kind with the fields of a JSON object, parts of it nested, in place of its defaults.
+class Settings(BaseModel):
+    """What every cell of a run shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: TrainConfig
+    method: MethodConfig
+
+
+def read_settings(train: str, method: str) -> Settings:
+    """Return the settings with the fields of two JSON objects, parts of them nested, in place of the defaults.
 
     Raises:
-        typer.BadParameter: The text is no JSON object, or does not fit the config.
+        typer.BadParameter: A text is no JSON object, or does not fit.
     """
     try:
-        return TypeAdapter(kind).validate_python({**defaults, **json.loads(changes)})
+        values = {"train": {**PROTOCOL, **_json_object(train)}, "method": _json_object(method)}
+        return parse(Settings, values, "settings")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{changes!r} is not JSON: {error}") from error
-    except (ValidationError, ConfigError) as error:
-        raise typer.BadParameter(f"{changes!r} does not fit {kind.__name__}: {error}") from error
+        raise ConfigError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{text!r} is no JSON object; give one such as {{}}.")
+    return values
 
 
 def main(
@@ -71,9 +89,8 @@ def main(
     transformers_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     loaded = load_base(base, HomeSettings().cache_dir)
-    train_config = changed(TrainConfig, train, max_prompt_tokens=160, checkpoint_steps=0)
-    method_config = changed(MethodConfig, method)
-    for name in strategy or [PLAIN, "deal"]:
+    settings = read_settings(train, method)
+    for name in strategy or [BASELINE, "deal"]:
         for each in order:
             tasks = ORDERS.get(each) or tuple(each.split(","))
             for number in seed:
@@ -86,8 +103,8 @@ def main(
                     test_rows=(test_from, test_to),
                     last_only=last_only,
                     adapter=AdapterConfig(rank=rank),
-                    train=replace(train_config, seed=number),
-                    method=None if name == PLAIN else method_config,
+                    train=replace(settings.train, seed=number),
+                    method=None if name == BASELINE else settings.method,  # it reads none
                     base=f"{loaded.name} {loaded.sha256}",
                     data=digest_of_tasks(data, tasks),
                 )

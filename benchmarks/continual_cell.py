@@ -51,9 +51,9 @@ class Cell:
 
     def shares_first_task(self) -> bool:
         """Whether its first task is plain LoRA and nothing is kept from it beside the adapter."""
-        if self.strategy == "seq_lora" or self.method is None:
-            return self.strategy == "seq_lora"
-        return self.strategy == "deal" and self.method.deal.sides == "both" and self.method.rehearsal.texts != "stored"
+        method = self.method or MethodConfig()
+        is_plain_deal = self.strategy == "deal" and method.deal.sides == "both" and method.rehearsal.texts != "stored"
+        return self.strategy == "seq_lora" or is_plain_deal
 
     def first_task_digest(self) -> str:
         """Over what decides a first task that is shared."""

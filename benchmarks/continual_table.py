@@ -89,15 +89,17 @@ def _row(cells: list[CellJson], rivals: list[CellJson], orders: list[str]) -> di
         "forgetting": sum(forgetting) / len(cells),
         "forgetting_by_cell": forgetting,
     }
-    pairs = [rival for rival in rivals if set(_keys([rival])) <= set(_keys(cells))]
-    if _strategy(cells[0]) != BASELINE and _keys(cells) == _keys(pairs):
+    keys = sorted(map(_key, cells))
+    pairs = [rival for rival in rivals if _key(rival) in keys]
+    if _strategy(cells[0]) != BASELINE and sorted(map(_key, pairs)) == keys:
         interval = paired_interval(_right_per_row(cells), _right_per_row(pairs))
         row["difference_points_ci95"] = [100 * interval.mean, 100 * interval.low, 100 * interval.high]
     return row
 
 
-def _keys(cells: list[CellJson]) -> list[tuple[str, int, str]]:
-    return sorted((cell["settings"]["order"], cell["settings"]["seed"], cell["settings"]["data"]) for cell in cells)
+def _key(cell: CellJson) -> tuple[str, int, str]:
+    """What two cells must share to be paired."""
+    return cell["settings"]["order"], cell["settings"]["seed"], cell["settings"]["data"]
 
 
 def _right_per_row(cells: list[CellJson]) -> list[float]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -242,7 +242,7 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys that the part of the spec at `location` may have."""
     current: Any = model
     for part in location:
-        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        annotation = get_type_hints(current).get(part) if isinstance(current, type) else None
         current = next((kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)), None)
     if isinstance(current, type) and issubclass(current, BaseModel):
         return list(current.model_fields)
