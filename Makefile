@@ -21,7 +21,7 @@ setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development
 demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter learns each
 	$(BIN)/deal demo $(ARGS)
 
-# Two processes of one thread each: on two cores faster than one process of two, and sums are the same on any machine.
+# Two processes of one thread each: on two cores faster than one process of two, and no sum depends on the number of cores.
 test: $(VENV)/.stamp-dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 

@@ -73,11 +73,6 @@ class TrainConfig:
     seed: int = 0
     """Seed of the adapter's initialisation and of the order of rows."""
 
-    def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps on so many rows, in one process."""
-        rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
-
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number.")
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_answer_tokens"):
@@ -88,6 +83,11 @@ class TrainConfig:
         _require(self.max_prompt_tokens >= 16, f"train.max_prompt_tokens is {self.max_prompt_tokens}; give 16 or more.")
         _require(self.checkpoint_steps >= 0, f"train.checkpoint_steps is {self.checkpoint_steps}; give 0 or more.")
         _require(self.max_grad_norm >= 0, f"train.max_grad_norm is {self.max_grad_norm}; give 0 or more.")
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimiser steps on so many rows, in one process."""
+        rows_per_step = self.batch_size * self.gradient_accumulation_steps
+        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

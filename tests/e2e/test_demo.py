@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.e2e.command import DEAL
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
         if name == "DEAL_CACHE_DIR" or not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))
     }
     done = subprocess.run(
-        [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--home", str(home), "--json"],
+        [*DEAL, *arguments, "--home", str(home), "--json"],
         cwd=home.parent, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == expect, done.stderr
@@ -46,3 +47,6 @@ def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None
 
     answer = deal(home, "predict", "Mein Paket? My parcel is stuck at customs in Leipzig.", "--lineage", "demo")
     assert answer["version"] == "3" and answer["task"] == "parcels" and answer["answer"]
+    scores = deal(home, "evaluate", "--lineage", "demo")
+    assert scores["accuracies"] == scores["recorded"] == pytest.approx(last)
+    assert [entry["task"] for entry in deal(home, "history", "--lineage", "demo")] == ["bank", "clinic", "parcels"]

@@ -7,15 +7,15 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.command import DEAL
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -62,8 +62,7 @@ def lineage(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run([*DEAL, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_deal_commands_run(lineage: Path) -> None:
@@ -80,7 +79,7 @@ def test_deal_commands_run(lineage: Path) -> None:
         assert done.stdout
 
 
-def test_ui_opens_the_page_that_shows_the_runs(lineage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_opens_the_page_that_shows_the_runs(lineage: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The browser is a program that writes down the address it is given."""
     opened = lineage / "opened"
     os.mkfifo(opened)
@@ -88,17 +87,14 @@ def test_ui_opens_the_page_that_shows_the_runs(lineage: Path, monkeypatch: pytes
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
     browser.chmod(0o755)
     monkeypatch.setenv("BROWSER", f"{browser} %s")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (arguments,) = (each for each in of("deal") if each[0] == "ui")
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--port", str(port)]
+    command = [*DEAL, *arguments, "--port", str(free_port)]
     server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stopper = threading.Timer(WAIT_SECONDS, lambda: opened.write_text(""))
     stopper.start()
     try:
         url = opened.read_text().strip()
-        assert url == f"http://127.0.0.1:{port}"
+        assert url == f"http://127.0.0.1:{free_port}"
         with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as page:
             assert "MLflow" in page.read().decode()
     finally:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
+
+from tests.e2e.command import DEAL
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -29,7 +30,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command(home: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments, "--home", str(home), "--json"]
+    return [*DEAL, *arguments, "--home", str(home), "--json"]
 
 
 def deal(home: Path, *arguments: str) -> Any:

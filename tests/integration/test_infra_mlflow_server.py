@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,15 +16,12 @@ from infra.tracking import open_tracker
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def server(tmp_path: Path, free_port: int) -> Iterator[str]:
     folder = tmp_path / "server"
     folder.mkdir()
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(free_port), "--workers", "1",
             "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
             "--artifacts-destination", str(folder / "artifacts"),
         ],
@@ -41,7 +37,7 @@ def server(tmp_path: Path) -> Iterator[str]:
                 break
         else:
             pytest.fail("".join(log))
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{free_port}"
     finally:
         process.terminate()
         process.communicate()

@@ -125,6 +125,14 @@ def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
     assert drift(20.0) < 0.5 * drift(0.0)
 
 
+def test_lwf_follows_its_temperature(train, parent):
+    cool, warm = (
+        train("lwf", parent, train=LONG, rivals=RivalConfig(lwf_temperature=temperature)).folder
+        for temperature in (1.0, 4.0)
+    )
+    assert distance(cool, warm) > 1e-3
+
+
 def test_replay_keeps_its_share_of_every_tasks_rows(train):
     config = RehearsalConfig(stored_share=0.25)
     first = train("replay", rehearsal=config).folder
