@@ -68,6 +68,11 @@ class Rehearsal:
         self._weight = weight
         self._temperature = temperature
 
+    def describe(self) -> str:
+        """Return what a person should know: how much is asked, about how many tasks."""
+        num_questions = sum(len(questions) for questions in self.tasks)
+        return f"rehearsed {num_questions} questions about old tasks ({len(self.tasks)}), {self._num_rows} a step"
+
     def draw(self, step: int) -> list[Question]:
         """Return the questions of a step, counted from 0."""
         if not self.tasks:

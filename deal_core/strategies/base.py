@@ -128,7 +128,8 @@ class Strategy:
 
     def notes(self) -> tuple[str, ...]:
         """Return what a person should know about how this task was learned."""
-        return ()
+        rehearsal = self.rehearsal()
+        return () if rehearsal is None else (rehearsal.describe(),)
 
     @torch.no_grad()
     def finish(self) -> MethodState:

@@ -101,11 +101,13 @@ class Deal(Strategy):
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
-        """Say how much of the adapter was core, and whether it is full."""
+        """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
+        found = list(super().notes())
         if self.network is None or not self.network.num_core_slots:
-            return ()
+            return tuple(found)
         counts = self.network.num_core_slots
-        found = [f"core slots when the task arrived: {sum(counts.values()) / len(counts):.1f} per module on average"]
+        mean = sum(counts.values()) / len(counts)
+        found.append(f"core slots when the task arrived: {mean:.1f} per module on average")
         if self.network.recycled_share > 0:
             found.append(
                 f"recycling the free slots removed {100 * self.network.recycled_share:.1f} % of the adapter's norm"

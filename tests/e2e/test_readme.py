@@ -39,10 +39,11 @@ def test_make_knows_its_targets(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def lineage(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def lineage(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
     """A folder to work in: the lineage `default` has a champion on the tiny base, and billing.csv is there."""
-    folder = tmp_path_factory.mktemp("work")
+    folder = tmp_path / "work"
+    folder.mkdir()
     shutil.copy(ROOT / "examples/bank/train.jsonl", folder / "bank.jsonl")
     rows = [f"I was charged {i} euros {word} in month {i},{word}\n" for i in range(16) for word in ("twice", "never")]
     (folder / "billing.csv").write_text("text,label\n" + "".join(rows))
@@ -79,11 +80,11 @@ def test_deal_commands_run(lineage: Path) -> None:
         assert done.stdout
 
 
-def test_ui_opens_the_page_that_shows_the_runs(lineage: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_opens_the_page_that_shows_the_runs(home: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The browser is a program that writes down the address it is given."""
-    opened = lineage / "opened"
+    opened = home / "opened"
     os.mkfifo(opened)
-    browser = lineage / "browser"
+    browser = home / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
     browser.chmod(0o755)
     monkeypatch.setenv("BROWSER", f"{browser} %s")

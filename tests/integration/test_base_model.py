@@ -14,14 +14,9 @@ SHA256 = "7c94099c0f5307517e62153f3609eed6ce2c55864469f052b26be53aa1221b52"
 """Identity of the converted model; another one means that lineages begun before would not be continued."""
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty cache folder, so that the whole way is taken."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.base_model
-def test_the_built_in_model_is_fetched_converted_and_answers(cache: Path) -> None:
+def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
     seen: list[tuple[str, int, int]] = []
     base = load_base(DEFAULT_BASE, cache, on_progress=lambda *progress: seen.append(progress))
     assert (base.name, base.sha256, base.kind) == (DEFAULT_BASE, SHA256, "causal")
@@ -45,13 +40,10 @@ def test_the_built_in_model_is_fetched_converted_and_answers(cache: Path) -> Non
         answer = base.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
 
-
-@pytest.mark.base_model
-def test_the_built_in_model_is_fetched_once(cache: Path) -> None:
     folder = resolve_base(DEFAULT_BASE, cache)
     before = (folder / "model.safetensors").stat()
-    seen: list[str] = []
-    assert resolve_base(DEFAULT_BASE, cache, lambda what, *_: seen.append(what)) == folder
+    seen.clear()
+    assert resolve_base(DEFAULT_BASE, cache, lambda *progress: seen.append(progress)) == folder
     assert not seen and (folder / "model.safetensors").stat() == before
     left = {path.name for path in folder.parent.iterdir()} - {folder.name}
     assert left == {f".{folder.name}.lock"} and folder.name.endswith(f"-v{CONVERSION}")

@@ -60,6 +60,15 @@ def test_cells_are_paired_kept_and_summed_up(tiny_base, data, tmp_path):
     assert low <= mean <= high
 
 
+def test_the_parent_of_a_cell_is_its_own(tiny_base, data, tmp_path):
+    """Old tasks are rehearsed: by deal from their instructions, by replay from rows its own first task has kept."""
+    run(tiny_base, data, tmp_path, strategy=["seq_lora", "deal", "replay"])
+    notes = {cell["settings"]["strategy"]: cell["notes"][0] for cell in cells(tmp_path).values()}
+    assert notes["seq_lora"] == []
+    assert "rehearsed 16 questions about old tasks (1)" in notes["deal"][0]
+    assert "rehearsed 1 questions about old tasks (1)" in notes["replay"][0]
+
+
 @pytest.mark.parametrize("change", ["seed", "method", "data"])
 def test_what_decides_a_cell_makes_another_cell(change, tiny_base, data, tmp_path):
     run(tiny_base, data, tmp_path, strategy=["deal"])

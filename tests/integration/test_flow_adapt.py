@@ -151,6 +151,8 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_b
     assert matrix.rows[0][1] is not None, "the parent is measured on the new task before training"
     assert None not in matrix.base
     assert record.tasks[0].dataset_uri == first.dataset.uri
+    findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
+    assert "questions about old tasks (1)" in findings["evaluation"]["notes"][0], "the first task was rehearsed"
     assert second.scores is not None and second.scores.forgetting is not None
 
 

@@ -123,8 +123,8 @@ def test_every_setting_changes_the_result(change, parent, train):
         folder = train("deal", parent, rehearsal=config, old_tasks=(OLD,)).folder
         return load_file(folder / "adapter_model.safetensors")
 
-    default = weights(RehearsalConfig(texts="arrival"))
-    changed = weights(RehearsalConfig(**{"texts": "arrival", **change}))
+    default = weights(RehearsalConfig())
+    changed = weights(RehearsalConfig(**change))
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
 
 
@@ -139,8 +139,10 @@ def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expec
 
     monkeypatch.setattr("deal_core.strategies.questions.ask", count)
     olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction="How big?") for i in range(num_old)]
-    train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
+    done = train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
     assert made == [expected] * num_old
+    note = f"rehearsed {expected * num_old} questions about old tasks ({num_old}), 4 a step"
+    assert done.result.notes[0] == note
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
