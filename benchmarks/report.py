@@ -1,15 +1,34 @@
-"""Write docs/benchmark.md from the stored results: `python -m benchmarks.report`."""
+"""Write docs/benchmark.md and its pictures from the stored results: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-NAMES = {"seq_lora": "plain LoRA", "deal_without_rehearsal": "DEAL without rehearsal", "deal": "DEAL"}
-TEMPLATE = Path(__file__).parent / "page.md.in"
+from deal_core.benchmark.summary import (
+    OURS,
+    CellJson,
+    Protocol,
+    accuracy,
+    departures,
+    final_scores,
+    matrix_of,
+    protocols,
+    read_cells,
+    summarise,
+)
+from flows.tables import interval, points
+from infra.report.canvas import save_png
+from infra.report.figures import development_figure, kept_figure
+
+COST_NAMES = {"seq_lora": "plain LoRA", "deal_without_rehearsal": "DEAL without rehearsal", "deal": "DEAL"}
+NUM_RIVALS = 2
+"""Rivals in the pictures: the best ones."""
 
 
 def read(path: Path) -> Any:
@@ -23,46 +42,110 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def cost_table(variants: dict[str, Any]) -> str:
-    """One line per variant: step and memory, beside plain LoRA."""
+def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
+    """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
+    rows = summarise(protocol)
+    settings = (protocol.cells or protocol.per_task or protocol.joint or (protocol.base,))[0]["settings"]
+    return {
+        "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
+        "is_judged": bool(protocol.lifted()), "pictures": draw(protocol, rows, images),
+    }  # fmt: skip
+
+
+def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy of every task in the end: by column of the table, one dict per task."""
+    columns = {name_of(row): row["accuracy_by_task"] for row in rows if row["orders"] == widest(rows, row)}
+    some = final_scores((protocol.cells or protocol.per_task or protocol.joint)[0])
+    lifted = protocol.lifted()
     lines = [
-        "| variant | step, median | ratio to plain LoRA (95 % CI of the mean) | peak memory | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for name, cost in variants.items():
-        _, low, high = cost["mean_of_paired_ratios_ci95"]
-        lines.append(
-            f"| {NAMES[name]} | {cost['median_step_seconds']:.3f} s | {cost['median_of_paired_ratios']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {cost['peak_memory_mib']:.0f} MiB | {cost['peak_memory_ratio']:.3f} |"
-        )
-    return "\n".join([*lines, ""])
+        {
+            "task": name, "num_rows": len(score["correct"]), "majority": 100 * score["majority_rate"],
+            "lifted": lifted.get(name), "values": [by_task.get(name) for by_task in columns.values()],
+        }
+        for name, score in some.items()
+    ]  # fmt: skip
+    return {"columns": list(columns), "lines": lines}
+
+
+def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
+    """The orders of the line that covers most of a strategy's cells."""
+    same = [each["orders"] for each in rows if name_of(each) == name_of(row)]
+    return max(same, key=len)
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A strategy, and in what it departs from the defaults."""
+    return row["strategy"] + (f" ({row['changes']})" if row["changes"] else "")
+
+
+def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
+    """Draw `deal` and its best rivals on the first order that has cells of all; (file, what it shows)."""
+    best = sorted(
+        {row["strategy"]: row["average_accuracy"] for row in rows
+         if not row["changes"] and row["orders"] != ["any"] and row["strategy"] != OURS}.items(),
+        key=lambda entry: -entry[1],
+    )  # fmt: skip
+    shown = [OURS, *(name for name, _ in best[:NUM_RIVALS])]
+    found = {name: [c for c in protocol.cells if c["settings"]["strategy"] == name and not departures(c)]
+             for name in shown}  # fmt: skip
+    if not found[OURS]:
+        return []
+    tasks = found[OURS][0]["settings"]["tasks"]
+    cells = {name: [c for c in each if c["settings"]["tasks"] == tasks] for name, each in found.items()}
+    stem = f"benchmark-{protocol.suite}-{found[OURS][0]['settings']['rows']}"
+    kept = {name: points_of(each) for name, each in cells.items() if each}
+    save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
+    pictures = [(f"{stem}-kept.png", "accuracy of every task right after it was learned and in the end")]
+    curves = {name: curve for name, each in cells.items() if (curve := average_so_far(each))}
+    if curves:
+        figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
+        save_png(figure, images / f"{stem}-average.png")
+        pictures.append((f"{stem}-average.png", "average accuracy over the number of tasks learned"))
+    return pictures
+
+
+def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
+    """Per task the mean accuracy over cells right after it was learned, and in the end."""
+    found = {}
+    for column, task in enumerate(cells[0]["settings"]["tasks"]):
+        learned = [accuracy(scores[task]) for cell in cells if task in (scores := cell["versions"][column]["scores"])]
+        kept = [accuracy(final_scores(cell)[task]) for cell in cells]
+        if len(learned) == len(kept):
+            found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
+    return found
+
+
+def average_so_far(cells: Sequence[CellJson]) -> list[float]:
+    """After each task the mean accuracy over the tasks so far and over cells; nothing where it was not measured."""
+    curves = []
+    for cell in cells:
+        matrix = matrix_of(cell)
+        if matrix is None:
+            return []
+        known = [row[: number + 1] for number, row in enumerate(matrix.rows)]
+        if any(value is None for row in known for value in row):
+            return []
+        curves.append([100 * sum(value or 0.0 for value in row) / len(row) for row in known])
+    return [sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
-    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/benchmark.md"),
+    page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = (
+        Path("docs/benchmark.md")
+    ),
 ) -> None:
     """Fill the page with the stored figures."""
-    folder = results / "continual"
-    table = (folder / "summary.md").read_text() if (folder / "summary.md").is_file() else ""
-    cell = read(next(iter(sorted(folder.glob("deal-*.json"))), folder / "deal-*.json"))["settings"]
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    templates.filters |= {"points": points, "interval": interval, "name": name_of}
+    tables = [describe(each, page.parent / "img") for each in protocols(read_cells(results / "continual"))]
     cost = read(results / "step_cost.json")
     page.write_text(
-        TEMPLATE.read_text().format(
-            rows=cell["rows"],
-            batch=cell["train"]["batch_size"],
-            rate=cell["train"]["learning_rate"],
-            rank=cell["adapter"]["rank"],
-            tokens=cell["train"]["max_prompt_tokens"],
-            base=cell["base"].split()[0],
-            first=cell["test_rows"][0],
-            last=cell["test_rows"][1] - 1,
-            table=table,
-            steps=cost["num_steps"],
-            step_rows=cost["batch"][0],
-            step_tokens=cost["batch"][1],
-            threads=cost["threads"],
-            cost_table=cost_table(cost["variants"]),
+        templates.get_template("page.md.j2").render(
+            tables=sorted(tables, key=lambda table: int(table["suite"])), cost=cost, cost_names=COST_NAMES
         )
     )
     typer.echo(f"{page} written")

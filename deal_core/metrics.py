@@ -16,9 +16,9 @@ SCHEMA_VERSION = 1
 class AccuracyMatrix:
     """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
 
-    Accuracies are shares, 0 to 1. From the
-    version that first learned a task on, its cells are all known; before, None, except that of the version just before
-    it, which forward transfer needs.
+    Accuracies are shares, 0 to 1. Known are a task's cells of the version that first learned it and of the last one;
+    in a lineage also of those between. Before it was learned they are None, except that of the version just before,
+    which forward transfer needs.
     """
 
     tasks: tuple[str, ...] = ()
@@ -43,9 +43,9 @@ class AccuracyMatrix:
             if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
                 raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
         for column, first in enumerate(self._first_versions()):
-            if any(row[column] is None for row in self.rows[first:]):
-                raise ValueError(f"The matrix lacks an accuracy of {self.tasks[column]!r} after it was learned; "
-                                 "evaluate every version on every task so far.")
+            if self.rows[first][column] is None or self.rows[-1][column] is None:
+                raise ValueError(f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
+                                 "learned a task, and the last one, on it.")
 
     def with_row(
         self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
@@ -84,10 +84,11 @@ class AccuracyMatrix:
     def forgetting_by_task(self) -> dict[str, float]:
         """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
 
-        The maximum starts at the first version trained on the task. Less than nothing is a gain. Empty with one task.
+        The maximum starts at the first version trained on the task, and passes over versions that were not evaluated
+        on it. Less than nothing is a gain. Empty with one task.
         """
         return {
-            task: max(self._known(version, column) for version in range(first, self._last)) - self._known(-1, column)
+            task: max(row[column] or 0.0 for row in self.rows[first : self._last]) - self._known(-1, column)
             for task, column, first in self._old_tasks()
         }
 

@@ -215,6 +215,58 @@ def validate(
             raise typer.Exit(FAILED)
 
 
+@app.command()
+def benchmark(
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of tasks.", show_default=False)],
+    suite: Annotated[str | None, typer.Option("--suite", help="3, 4, 8 or 15 tasks.", show_default=False)] = None,
+    order: Annotated[list[str] | None, typer.Option("--order", help="Order of the suite's tasks [1].")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Tasks of your own, in order.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", help="A strategy, or a bound: base, per_task, joint [deal, seq_lora]."),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed of weights and row order [0].")] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Training rows per task.")] = 300,
+    part: Annotated[str, typer.Option("--part", help="Test rows: dev (to choose settings on) or reported.")] = (
+        "reported"
+    ),
+    max_test_rows: Annotated[int | None, typer.Option("--max-test-rows", help="The first so many [all].")] = None,
+    scored: Annotated[
+        str, typer.Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
+    ] = "all",
+    train: Annotated[str, typer.Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Changes to the methods' settings, as JSON; a cell for each.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model [smollm2-135m-instruct].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of cells [benchmarks/results/continual].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare strategies on a suite of tasks; stored cells are kept, several commands share the work."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.benchmark import benchmark as benchmark_flow
+            from flows.benchmark import spec_from_options as benchmark_spec
+
+            return benchmark_flow(
+                benchmark_spec(
+                    data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
+                    part=part, max_test_rows=max_test_rows, scored=scored, base_model=base, out=out, train=train,
+                    methods=method or [],
+                )
+            )  # fmt: skip
+
+        outcome = deal.run(start)
+        from flows.tables import show_benchmark
+
+        deal.screen.result(outcome.model_dump(mode="json"), *show_benchmark(outcome))
+        if outcome.num_failed:
+            raise typer.Exit(FAILED)
+
+
 @model_app.command("fetch")
 def fetch(
     source: Annotated[str, typer.Argument(help="Built-in name, Hub id, local folder or GGUF file.")] = (

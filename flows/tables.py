@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from flows.benchmark import BenchmarkResult
     from flows.demo import DemoResult
     from flows.evaluate import EvaluateResult
     from flows.history import HistoryEntry
@@ -143,6 +144,36 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         )
     )
     return shown
+
+
+def show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
+    """A table per suite, and the cells that failed."""
+    shown: list[RenderableType] = []
+    numbers = ["cells", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
+    for found in result.tables:
+        table = new_table("strategy", "order", *numbers, right=numbers)
+        for row in found["rows"]:
+            table.add_row(
+                escape(row["strategy"] + (f" ({row['changes']})" if row["changes"] else "")),
+                " and ".join(row["orders"]), str(row["num_cells"]),
+                *(points(row[name]) for name in ("average_accuracy", "forgetting", "backward_transfer",
+                                                 "forward_transfer")),
+                interval(row.get("difference_points_ci95")),
+            )  # fmt: skip
+        rows, part = found["protocol"][:2]
+        shown += [heading(f"Suite {found['suite']}, {rows} training rows a task, {part} test rows"), table]
+    shown += [f"[red]{escape(f'{cell.file}: {cell.message}')}[/]" for cell in result.cells if cell.status == "failed"]
+    return shown
+
+
+def points(value: float | None) -> str:
+    """A figure in points of a hundred; a dash where it is undefined."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def interval(values: Sequence[float] | None) -> str:
+    """A difference with its interval; nothing where there is none."""
+    return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
 
 
 def heading(text: str) -> str:

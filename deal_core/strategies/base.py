@@ -76,6 +76,8 @@ class Strategy:
     """
 
     name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that decide what it does."""
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext

@@ -23,6 +23,7 @@ class Deal(Strategy):
     """
 
     name = "deal"
+    reads = ("deal", "rehearsal")
 
     @property
     def stores(self) -> Stores:

@@ -14,6 +14,7 @@ class Ella(IncLora):
     """IncLoRA with the penalty λ‖ΔW_new ⊙ W_past‖²_F, W_past = Σ_i ΔW_i, over all modules."""
 
     name = "ella"
+    reads = ("rivals.ella_weight",)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Form the sum of the earlier updates, M×O×I per stack."""

@@ -23,6 +23,7 @@ class Ewc(Strategy):
     """
 
     name = "ewc"
+    reads = ("rivals.ewc_weight",)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Take over the information of the earlier tasks and remember where the factors stand."""

@@ -12,6 +12,7 @@ class Lwf(Strategy):
     """SeqLoRA with T²·KL(parent ‖ model) on rows of the new task, at the positions of their answers."""
 
     name = "lwf"
+    reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the new task's rows."""

@@ -12,6 +12,7 @@ class OLora(IncLora):
     """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (its Eq. 7 with the absolute values of its released code)."""
 
     name = "o_lora"
+    reads = ("rivals.o_lora_weight",)
 
     def penalty(self) -> Tensor | None:
         """Return λ times the sum of the absolute inner products of new and earlier rows of A."""

@@ -15,6 +15,7 @@ class Replay(Strategy):
     """SeqLoRA with stored rows, whatever `rehearsal.texts` says: it is the method that keeps data."""
 
     name = "replay"
+    reads = ("rehearsal.stored_share", "rehearsal.rows_per_step", "rehearsal.weight")
 
     @property
     def stores(self) -> Stores:

@@ -1,9 +1,11 @@
-"""The figures of a run, by name."""
+"""The figures of runs and benchmarks, by name."""
 
 from __future__ import annotations
 
+from infra.report.benchmark import development_figure, kept_figure
 from infra.report.matrix import accuracy_heatmap, accuracy_over_versions
 from infra.report.result import result_figure
 from infra.report.training import fill_bars, loss_curve
 
-__all__ = ["accuracy_heatmap", "accuracy_over_versions", "fill_bars", "loss_curve", "result_figure"]
+__all__ = ["accuracy_heatmap", "accuracy_over_versions", "development_figure", "fill_bars", "kept_figure",
+           "loss_curve", "result_figure"]  # fmt: skip

@@ -89,6 +89,14 @@ def test_matrix_survives_json() -> None:
         AccuracyMatrix.from_json({**THREE.to_json(), "schema_version": 99})
 
 
+def test_a_version_between_that_was_not_scored_is_passed_over() -> None:
+    matrix = AccuracyMatrix(
+        tasks=THREE.tasks, trained=THREE.trained, base=THREE.base,
+        rows=((0.8, 0.3, None), (None, 0.7, 0.4), (0.6, 0.8, 0.5)),
+    )  # fmt: skip
+    assert matrix.forgetting_by_task == pytest.approx({"a": 0.2, "b": -0.1})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,7 +104,8 @@ def test_matrix_survives_json() -> None:
         ({"base": (0.1,)}, "one base accuracy a task"),
         ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4))}, "one row a version"),
         ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 50.0))}, "shares from 0 to 1"),
-        ({"rows": ((0.8, 0.3, None), (None, 0.7, 0.4), (0.6, 0.8, 0.5))}, "lacks an accuracy of 'a'"),
+        ({"rows": ((None, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 0.5))}, "lacks an accuracy of 'a'"),
+        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, None, 0.5))}, "lacks an accuracy of 'b'"),
     ],
 )
 def test_a_matrix_that_contradicts_itself_is_refused(change: dict[str, object], message: str) -> None:

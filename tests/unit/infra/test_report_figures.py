@@ -16,7 +16,15 @@ from matplotlib.patches import Rectangle
 
 from deal_core.metrics import AccuracyMatrix
 from infra.report.canvas import COLOURS, save_png, spread
-from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve, result_figure
+from infra.report.figures import (
+    accuracy_heatmap,
+    accuracy_over_versions,
+    development_figure,
+    fill_bars,
+    kept_figure,
+    loss_curve,
+    result_figure,
+)
 
 
 def make_matrix(*tasks: str) -> AccuracyMatrix:
@@ -142,9 +150,32 @@ def test_the_result_shows_both_matrices_and_what_is_left() -> None:
     assert [axes.get_title(loc="left").strip() for axes in alone] == ["mine", "at the end, all tasks"]
 
 
+def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
+    points = {"deal": {"bank": (80, 75), "clinic": (60, 60)}, "plain": {"bank": (82, 40)}}
+    figure = kept_figure(["bank", "clinic"], points)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bank", "clinic"]
+    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [list(span) for span in spans] == [[80, 75], [60, 60], [82, 40]]
+    filled = [line.get_xdata()[0] for line in axes.lines
+              if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "white"]  # fmt: skip
+    assert filled == [75, 60, 40]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
+
+
+def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
+    (axes,) = development_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}, "AA", "%").axes
+    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
+        "deal": ([1, 2, 3], [80, 70, 75]), "plain": ([1, 2, 3], [80, 50, 40]),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "figure",
     [
+        kept_figure([], {}),
+        kept_figure([f"a-rather-long-task-name-{number}" for number in range(15)], {"deal": {}}),
+        development_figure({}, "AA", "%"),
         accuracy_heatmap(AccuracyMatrix()),
         accuracy_over_versions(AccuracyMatrix()),
         loss_curve([]),

@@ -1,0 +1,119 @@
+"""One cell of the benchmark: everything that decides its figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from deal_core.benchmark.suites import Part
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.errors import ConfigError
+from deal_core.strategies import STRATEGIES, strategy_class
+
+SCHEMA_VERSION = 2
+
+Scored = Literal["all", "ends", "last"]
+"""Which entries of the accuracy matrix are measured. all: after every task all tasks so far and the next one. ends: a
+task right after it was learned, and all of them in the end. last: all of them in the end."""
+
+BOUNDS = ("base", "per_task", "joint")
+"""What strategies are seen against: the untouched base model, an adapter per task, one adapter for all rows at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is learned, by which strategy, and where it is scored; its digest names its file.
+
+    Attributes:
+        strategy: A strategy, or one of BOUNDS.
+        tasks: In the order in which they arrive.
+        seed: Of initialisation and of the order of rows.
+        rows: Training rows per task, the first ones.
+        part: Which test rows.
+        max_test_rows: The first so many of them; None: all.
+        scored: Which entries of the accuracy matrix.
+        adapter: Shape of the first adapter.
+        train: How long and how fast.
+        method: Dotted name of a method setting to its value, for those that the strategy reads.
+        base: Name and digest of the base model.
+        data: Digest of the tasks.
+    """
+
+    strategy: str
+    tasks: tuple[str, ...]
+    seed: int
+    rows: int
+    part: Part
+    max_test_rows: int | None
+    scored: Scored
+    adapter: AdapterConfig
+    train: TrainConfig
+    method: dict[str, Any]
+    base: str
+    data: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell as a dict of JSON types."""
+        return dict(json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)})))
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits over all fields."""
+        return _digest(self.to_json())
+
+    @property
+    def file_name(self) -> str:
+        """Name of the cell's file."""
+        return f"{self.strategy}-{self.seed}-{self.digest()}.json"
+
+    def scored_after(self, version: int) -> tuple[str, ...]:
+        """Return the tasks that are scored after task number `version`, counted from 0."""
+        if version == len(self.tasks) - 1:
+            return self.tasks
+        return {"all": self.tasks[: version + 2], "ends": self.tasks[version : version + 1], "last": ()}[self.scored]
+
+    def shared_digest(self) -> str | None:
+        """Digest of its first version, where that is plain LoRA and nothing but the adapter is kept; else None.
+
+        Cells with the same digest share it: it is trained and scored once.
+        """
+        method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
+        is_plain = method["deal.sides"] == "both" and method["rehearsal.texts"] != "stored"
+        if self.strategy not in ("seq_lora", "deal") or not is_plain:
+            return None
+        names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
+        values = {name: self.to_json()[name] for name in names}
+        return _digest([self.tasks[0], self.scored_after(0), values])
+
+
+def make_cell(
+    strategy: str, tasks: tuple[str, ...], *, method: MethodConfig, seed: int, train: TrainConfig, **fields: Any
+) -> Cell:
+    """Return a cell, with the method settings its strategy reads; a bound has none, and its tasks have no order.
+
+    Raises:
+        ConfigError: There is no such strategy.
+    """
+    if strategy not in (*STRATEGIES, *BOUNDS):
+        raise ConfigError(f"Strategy {strategy!r} is not known; choose from {', '.join((*STRATEGIES, *BOUNDS))}.")
+    is_bound = strategy in BOUNDS
+    return Cell(
+        strategy=strategy,
+        tasks=tuple(sorted(tasks)) if is_bound else tasks,
+        seed=0 if strategy == "base" else seed,
+        train=train,
+        method={} if is_bound else settings_read(strategy, method),
+        **fields,
+    )
+
+
+def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
+    """Return the method settings that a strategy reads, by dotted name."""
+    reads = strategy_class(strategy).reads
+    flat = {f"{part}.{name}": value for part, values in asdict(method).items() for name, value in values.items()}
+    return {name: value for name, value in flat.items() if name in reads or name.partition(".")[0] in reads}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

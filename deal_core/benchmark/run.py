@@ -1,0 +1,176 @@
+"""Run one cell of the benchmark; started again after it died, it goes on with the task it was at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from filelock import FileLock
+
+from deal_core.adapter.state import adapter_on, load_method_state
+from deal_core.benchmark.cell import BOUNDS, Cell
+from deal_core.benchmark.general import perplexity
+from deal_core.benchmark.suites import SuiteTask
+from deal_core.config import EvaluateConfig, MethodConfig
+from deal_core.evaluate import LanguageModel, evaluate_task
+from deal_core.metrics import exact_match
+from deal_core.models import BaseModel
+from deal_core.train import train_adapter
+
+OnProgress = Callable[[float, float, str], None]
+VERSION_FILE = "version.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRun:
+    """What a cell works with.
+
+    Attributes:
+        base: The base model, bare.
+        cell: What to do.
+        tasks: The cell's tasks by name.
+        method: Settings of the strategies.
+        work: Folder of this cell's versions; gone when the cell is done.
+        shared: Folder of first versions that cells share.
+        on_progress: Called with versions done, versions in all, and what is being done.
+    """
+
+    base: BaseModel
+    cell: Cell
+    tasks: Mapping[str, SuiteTask]
+    method: MethodConfig
+    work: Path
+    shared: Path
+    on_progress: OnProgress
+
+
+def run_cell(run: CellRun) -> dict[str, Any]:
+    """Learn the cell's tasks and return its result.
+
+    Returns:
+        JSON values: `versions` (a list, each with the task learned, what training took, and for every scored task a
+        string of 0 and 1, one per test row, and ROUGE-1), `perplexity` of the base and after the last version,
+        `adapter_bytes` of every version, `stores` and `state_bytes` of the last one's method state.
+
+    Raises:
+        DealError: as `train_adapter`.
+    """
+    cell = run.cell
+    before = perplexity(run.base.model, run.base.tokenizer)
+    if cell.strategy == "base":
+        scores = _score(run, run.base.model, cell.tasks, 0, 1)
+        return {"versions": [{"task": None, "scores": scores}], "perplexity": {"base": before}}
+    versions, folder = [], None
+    for number, learned in enumerate(_learned(cell)):
+        folder = _folder(run, number)
+        with _alone(run, number):
+            if not (folder / VERSION_FILE).is_file():
+                _make_version(run, number, learned, folder)
+        versions.append(json.loads((folder / VERSION_FILE).read_text()))
+    assert folder is not None
+    with adapter_on(run.base.model, folder) as model:
+        after = perplexity(model, run.base.tokenizer)
+    state = load_method_state(folder)
+    return {
+        "versions": versions,
+        "perplexity": {"base": before, "adapted": after},
+        "stores": state.stores,
+        "state_bytes": state.num_bytes,
+    }
+
+
+def _learned(cell: Cell) -> tuple[tuple[str, ...], ...]:
+    """The tasks that each version learns: one, or all of them at once."""
+    return (cell.tasks,) if cell.strategy == "joint" else tuple((name,) for name in cell.tasks)
+
+
+def _scored(cell: Cell, number: int) -> tuple[str, ...]:
+    if cell.strategy == "joint":
+        return cell.tasks
+    return (cell.tasks[number],) if cell.strategy == "per_task" else cell.scored_after(number)
+
+
+def _folder(run: CellRun, number: int) -> Path:
+    shared = run.cell.shared_digest()
+    return run.shared / shared if number == 0 and shared else run.work / str(number)
+
+
+@contextmanager
+def _alone(run: CellRun, number: int) -> Iterator[None]:
+    """While a version that cells share is made, others that need it wait."""
+    folder = _folder(run, number)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock") if folder.parent == run.shared else nullcontext():
+        yield
+
+
+def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Path) -> None:
+    """Train one version, score it, and say last of all that it is complete."""
+    cell, num_versions = run.cell, len(_learned(run.cell))
+    is_bound = cell.strategy in BOUNDS
+    num_steps = sum(cell.train.num_steps(len(_rows(run, name))) for name in learned)
+
+    def on_log(step: int, _: Mapping[str, float]) -> None:
+        run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
+
+    started = time.perf_counter()
+    result = train_adapter(
+        run.base,
+        parent_folder=None if number == 0 or is_bound else _folder(run, number - 1),
+        rows=_rows(run, learned[0]),
+        task=run.tasks[learned[0]].schema,
+        joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
+        strategy="seq_lora" if is_bound else cell.strategy,
+        adapter=cell.adapter,
+        method=run.method,
+        train=cell.train,
+        output_folder=folder,
+        checkpoint_folder=run.work / f"{number}-checkpoints",
+        old_tasks=[] if is_bound else [run.tasks[name].schema for name in cell.tasks[:number]],
+        on_log=on_log,
+    )
+    trained = time.perf_counter()
+    scored = _scored(cell, number)
+    with adapter_on(run.base.model, folder) as model:
+        scores = _score(run, model, scored, number + 0.7, num_versions)
+    version = {
+        "task": learned[0] if len(learned) == 1 else None,
+        "scores": scores,
+        "num_steps": result.num_steps,
+        "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
+        "rows_per_second": result.rows_per_second,
+        "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
+        "notes": list(result.notes),
+    }
+    (folder / VERSION_FILE).write_text(json.dumps(version))
+
+
+def _rows(run: CellRun, name: str) -> Dataset:
+    return Dataset.from_list(list(run.tasks[name].train[: run.cell.rows]))
+
+
+def _score(
+    run: CellRun, model: LanguageModel, names: Sequence[str], done: float, num_versions: float
+) -> dict[str, dict[str, Any]]:
+    """For every task which test rows are right, and the mean ROUGE-1 of the answers."""
+    cell = run.cell
+    scores = {}
+    for name in names:
+        run.on_progress(done, num_versions, f"scoring {name}")
+        rows = run.tasks[name].part(cell.part, cell.max_test_rows)
+        found = evaluate_task(
+            model, run.base.tokenizer, run.tasks[name].schema, Dataset.from_list(list(rows)), EvaluateConfig(),
+            max_prompt_tokens=cell.train.max_prompt_tokens,
+        )  # fmt: skip
+        pairs = zip(found.answers, rows, strict=True)
+        bits = "".join(str(int(exact_match(answer, row["output"]))) for answer, row in pairs)
+        scores[name] = {"correct": bits, "rouge1": found.rouge1, "majority_rate": found.majority_rate}
+    return scores

@@ -1,0 +1,194 @@
+"""The benchmark's tasks: in which orders they arrive, and how a folder of them is read.
+
+Orders and families are those of the 15-task continual-learning benchmark of O-LoRA (arXiv 2310.14152), which later work
+reports on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError
+
+Rows = tuple[dict[str, str], ...]
+Part = Literal["dev", "reported"]
+
+SUITES: dict[str, dict[str, tuple[str, ...]]] = {
+    "3": {"1": ("agnews", "dbpedia", "yahoo")},
+    "4": {
+        "1": ("dbpedia", "amazon", "yahoo", "agnews"),
+        "2": ("dbpedia", "amazon", "agnews", "yahoo"),
+        "3": ("yahoo", "amazon", "agnews", "dbpedia"),
+    },
+    "8": {"1": ("dbpedia", "QQP", "amazon", "RTE", "agnews", "BoolQA", "yahoo", "MNLI")},
+    "15": {
+        "1": ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo",
+              "MultiRC", "BoolQA", "WiC"),
+        "2": ("MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB", "yelp", "amazon", "SST-2", "dbpedia",
+              "agnews", "MultiRC", "yahoo"),
+    },
+}  # fmt: skip
+"""Suite to order to tasks. "8" is this project's own: unlike tasks that follow each other, where forgetting lives."""
+
+NUM_DEV_ROWS = 200
+FEW_ROWS, DEV_SHARE = 500, 0.4
+"""Settings are chosen on a task's first test rows: this many, or this share where there are fewer than FEW_ROWS."""
+ORDER_SEED = 0
+"""Of the shuffle of files in CL_Benchmark's layout, some of which are sorted by label."""
+
+FAMILIES = {
+    "TC": "What is the topic of the following paragraph? Choose one from the option.",
+    "SC": "What is the sentiment of the following paragraph? Choose one from the option.",
+    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
+    "Choose one from the option.",
+    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? Choose one from the option.',
+    "BoolQA": "According to the following passage, is the question true or false? Choose one from the option.",
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false? "
+    "Choose one from the option.",
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? "
+    "Choose one from the option.",
+    "COPA": "Which choice is the more plausible? Choose one from the option.",
+}
+"""Family of tasks (the outer folder in CL_Benchmark's layout) to the instruction that the field gives it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteTask:
+    """One task of a benchmark.
+
+    Attributes:
+        schema: How a row becomes a prompt.
+        train: Training rows, columns input and output.
+        test: Test rows likewise.
+    """
+
+    schema: TaskSchema
+    train: Rows
+    test: Rows
+
+    def part(self, part: Part, limit: int | None = None) -> Rows:
+        """Return the test rows on which settings are chosen, or those that are reported; the first `limit` of them."""
+        num_dev = NUM_DEV_ROWS if len(self.test) >= FEW_ROWS else int(DEV_SHARE * len(self.test))
+        rows = self.test[:num_dev] if part == "dev" else self.test[num_dev:]
+        return rows[:limit]
+
+
+def order_of(suite: str, order: str) -> tuple[str, ...]:
+    """Return the tasks of an order, first to last.
+
+    Raises:
+        ConfigError: There is no such suite or order.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"Suite {suite!r} is not known; choose one of {', '.join(SUITES)}.")
+    if order not in SUITES[suite]:
+        raise ConfigError(f"Suite {suite} has no order {order!r}; it has {', '.join(SUITES[suite])}.")
+    return SUITES[suite][order]
+
+
+def name_of(tasks: tuple[str, ...]) -> tuple[str, str]:
+    """Return (suite, order) of a sequence of tasks; ("own", the names) for one that is in no suite.
+
+    A set of tasks in the order of the alphabet, as bounds are stored, is (suite, "any").
+    """
+    for suite, orders in SUITES.items():
+        for order, known in orders.items():
+            if tasks == known:
+                return suite, order
+    for suite, orders in SUITES.items():
+        if tasks == tuple(sorted(next(iter(orders.values())))):
+            return suite, "any"
+    return "own", ", ".join(tasks)
+
+
+def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
+    """Read tasks from a folder in one of two layouts.
+
+    JSON lines: tasks.json ({task: {instruction, labels}}) and TASK.train.jsonl and TASK.test.jsonl with rows of text
+    and label. CL_Benchmark's own: FAMILY/TASK/ with labels.json, train.json and test.json (dev.json where that is
+    missing), lists of objects with sentence and label.
+
+    Raises:
+        ConfigError: The folder has neither layout.
+        DataValidationError: A task, or a field of a row, is missing.
+    """
+    if (folder / "tasks.json").is_file():
+        return {name: _from_json_lines(folder, name) for name in names}
+    if any(folder.glob("*/*/train.json")):
+        return {name: _from_cl_benchmark(folder, name) for name in names}
+    raise ConfigError(
+        f"{folder} holds no tasks: neither tasks.json with TASK.train.jsonl and TASK.test.jsonl, nor CL_Benchmark's "
+        "FAMILY/TASK/train.json."
+    )
+
+
+def digest_of(tasks: dict[str, SuiteTask]) -> str:
+    """Digest of what the tasks hold, whatever the layout it was read from and the order of the tasks."""
+    digest = hashlib.sha256()
+    for name, task in sorted(tasks.items()):
+        digest.update(json.dumps([name, task.schema.to_json(), task.train, task.test], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _from_json_lines(folder: Path, name: str) -> SuiteTask:
+    path = folder / "tasks.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if name not in described:
+        raise DataValidationError(f"{path} does not describe task {name!r}; it has {_list(described)}.")
+
+    def rows(part: str) -> Rows:
+        path = folder / f"{name}.{part}.jsonl"
+        lines = _read(path).split("\n")  # not splitlines: a text may hold other line separators
+        return _rows([json.loads(line) for line in lines if line.strip()], "text", path)
+
+    labels, instruction = described[name]["labels"], described[name]["instruction"]
+    return _task(name, labels, instruction, rows("train"), rows("test"))
+
+
+def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
+    found = sorted(folder.glob(f"*/{name}/train.json"))
+    if not found:
+        have = {path.parent.name: path for path in folder.glob("*/*/train.json")}
+        raise DataValidationError(f"{folder} has no FAMILY/{name}/train.json; it has {_list(have)}.")
+    home = found[0].parent
+    family = home.parent.name
+    if family not in FAMILIES:
+        raise DataValidationError(f"{home} is of family {family!r}; the families are {_list(FAMILIES)}.")
+
+    def rows(path: Path) -> Rows:
+        values = json.loads(_read(path))
+        random.Random(ORDER_SEED).shuffle(values)
+        return _rows(values, "sentence", path)
+
+    test = home / "test.json"
+    labels = json.loads(_read(home / "labels.json"))
+    return _task(name, labels, FAMILIES[family], rows(found[0]), rows(test if test.is_file() else home / "dev.json"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataValidationError(f"{path} cannot be read ({error.strerror}); the task needs it.") from None
+
+
+def _rows(values: list[dict[str, Any]], text: str, path: Path) -> Rows:
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict) or not {text, "label"} <= value.keys():
+            raise DataValidationError(f"Row {number} of {path} has not both {text!r} and 'label'.")
+    return tuple({"input": str(value[text]).strip(), "output": str(value["label"]).strip()} for value in values)
+
+
+def _task(name: str, labels: list[str], instruction: str, train: Rows, test: Rows) -> SuiteTask:
+    schema = TaskSchema(name=name, labels=tuple(labels), instruction=instruction)
+    return SuiteTask(schema=schema, train=train, test=test)
+
+
+def _list(names: dict[str, Any]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,236 @@
+"""From cells to figures: one line per strategy and order of tasks, each beside `deal` on the same rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, settings_read
+from deal_core.benchmark.suites import name_of
+from deal_core.config import MethodConfig
+from deal_core.errors import DataValidationError
+from deal_core.metrics import AccuracyMatrix, paired_interval
+
+OURS = "deal"
+CellJson = Mapping[str, Any]
+Scores = Mapping[str, Mapping[str, Any]]
+Z95 = 1.96
+
+
+def read_cells(folder: Path) -> list[CellJson]:
+    """Read every cell of a folder.
+
+    Raises:
+        DataValidationError: A cell is of another schema version.
+    """
+    cells = []
+    for path in sorted(folder.glob("*-*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if cell["settings"].get("schema_version") != SCHEMA_VERSION:
+            raise DataValidationError(f"{path} is of another schema version; move it away and run its cell again.")
+        cells.append(cell)
+    return cells
+
+
+def final_scores(cell: CellJson) -> Scores:
+    """What is known of every task in the end; an adapter per task answers for its own."""
+    versions = cell["versions"]
+    if cell["settings"]["strategy"] == "per_task":
+        return {name: score for version in versions for name, score in version["scores"].items()}
+    return dict(versions[-1]["scores"])
+
+
+def accuracy(score: Mapping[str, Any]) -> float:
+    """Share of right rows."""
+    bits: str = score["correct"]
+    return bits.count("1") / len(bits)
+
+
+def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | None:
+    """The accuracy matrix of a strategy's cell; None of a bound's, or where the last version alone was scored."""
+    settings = cell["settings"]
+    if settings["strategy"] in BOUNDS or settings["scored"] == "last":
+        return None
+    tasks, before = settings["tasks"], final_scores(base) if base else {}
+    rows = [[accuracy(scores[name]) if name in scores else None for name in tasks]
+            for scores in (version["scores"] for version in cell["versions"])]  # fmt: skip
+    untouched = tuple(accuracy(before[name]) if name in before else None for name in tasks)
+    return AccuracyMatrix(tasks=tuple(tasks), trained=tuple(tasks), rows=tuple(map(tuple, rows)), base=untouched)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What two cells must share to stand in one table, and the bounds that go with it."""
+
+    suite: str
+    key: str
+    base: CellJson | None
+    per_task: tuple[CellJson, ...]
+    joint: tuple[CellJson, ...]
+    cells: tuple[CellJson, ...]
+    """The strategies' cells."""
+
+    def lifted(self) -> dict[str, bool]:
+        """Whether an adapter of its own lifts a task above its majority class and the base model, by 95 %.
+
+        A task for which it does not measures nothing here. Empty where the bounds were not run.
+        """
+        if self.base is None or not self.per_task:
+            return {}
+        untouched, alone = final_scores(self.base), [final_scores(cell) for cell in self.per_task]
+        found = {}
+        for name, score in untouched.items():
+            share = sum(accuracy(scores[name]) for scores in alone) / len(alone)
+            error = Z95 * math.sqrt(share * (1 - share) / len(score["correct"]))
+            found[name] = share - error > max(accuracy(score), score["majority_rate"])
+        return found
+
+
+def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
+    """Sort cells into tables: same set of tasks, rows, test rows, shape of the adapter, training and base."""
+    groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
+    for cell in cells:
+        settings = cell["settings"]
+        train = {name: value for name, value in settings["train"].items() if name != "seed"}
+        names = ("rows", "part", "max_test_rows", "adapter", "base", "data")
+        key = json.dumps([*(settings[name] for name in names), train])
+        groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
+    found = []
+    for (suite, key), group in groups.items():
+        by: dict[str, list[CellJson]] = defaultdict(list)
+        for cell in group:
+            by[cell["settings"]["strategy"]].append(cell)
+        found.append(
+            Protocol(
+                suite=suite, key=key, base=by["base"][0] if by["base"] else None, per_task=tuple(by["per_task"]),
+                joint=tuple(by["joint"]),
+                cells=tuple(cell for name, each in by.items() if name not in BOUNDS for cell in each),
+            )
+        )  # fmt: skip
+    return found
+
+
+def departures(cell: CellJson) -> str:
+    """The settings in which a cell departs from the defaults of today, for people."""
+    settings = cell["settings"]
+    if settings["strategy"] in BOUNDS:
+        return ""
+    today = json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
+    changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
+    return ", ".join(changes)
+
+
+def summarise(protocol: Protocol) -> list[dict[str, Any]]:
+    """One dict per strategy, settings and order, and one over all orders where there are several; bounds first."""
+    groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
+    for cell in protocol.cells:
+        groups[cell["settings"]["strategy"], departures(cell)].append(cell)
+    ours = groups.get((OURS, ""), [])
+    rows = []
+    for (strategy, changes), group in groups.items():
+        orders = sorted({_order(cell) for cell in group})
+        for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
+            row = _figures(protocol, _of(group, chosen))
+            rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row}
+                        | ({} if group is ours else _difference(_of(group, chosen), _of(ours, chosen))))  # fmt: skip
+    bounds = {"base": [protocol.base] if protocol.base else [], "per_task": protocol.per_task, "joint": protocol.joint}
+    return [
+        *({"strategy": name, "changes": "", "orders": ["any"], **_figures(protocol, each)}
+          for name, each in bounds.items() if each),
+        *sorted(rows, key=lambda row: (row["orders"], row["strategy"], row["changes"])),
+    ]  # fmt: skip
+
+
+def _order(cell: CellJson) -> str:
+    return name_of(tuple(cell["settings"]["tasks"]))[1]
+
+
+def _of(cells: Sequence[CellJson], orders: Sequence[str]) -> list[CellJson]:
+    return [cell for cell in cells if _order(cell) in orders]
+
+
+def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
+    """Means over cells, shares as points of a hundred; None where a figure is undefined or was not measured."""
+    finals = [final_scores(cell) for cell in cells]
+    lifted = [name for name, is_lifted in protocol.lifted().items() if is_lifted]
+    matrices = [matrix_of(cell, protocol.base) for cell in cells]
+    by_cell = [100 * _mean(accuracy(score) for score in final.values()) for final in finals]
+    learned = [version for cell in cells for version in cell["versions"] if "rows_per_second" in version]
+    return {
+        "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
+        "num_cells": len(cells),
+        "average_accuracy": _mean(by_cell),
+        "average_accuracy_by_cell": by_cell,
+        "average_accuracy_lifted": _points(accuracy(final[name]) for final in finals for name in lifted),
+        "accuracy_by_task": {name: 100 * _mean(accuracy(f[name]) for f in finals) for name in finals[0]},
+        **{
+            name: _points(getattr(matrix, name) if matrix else None for matrix in matrices)
+            for name in ("forgetting", "backward_transfer", "forward_transfer")
+        },
+        "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
+        "perplexity_ratio": _mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
+        "rows_per_second": _mean_of_all(version["rows_per_second"] for version in learned),
+        "adapter_bytes": [learned[0]["adapter_bytes"], learned[-1]["adapter_bytes"]] if learned else None,
+        "stores": cells[0].get("stores"),
+        "state_bytes": max((cell.get("state_bytes") or 0 for cell in cells), default=0),
+        "minutes": _mean(sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60
+                         for cell in cells) if learned else None,
+    }  # fmt: skip
+
+
+def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str, Any]:
+    """Points of AA by which it is above our default on the same rows, orders and seeds; nothing where a cell lacks."""
+    keys = sorted(map(_pair, cells))
+    partners = [cell for cell in ours if _pair(cell) in keys]
+    if sorted(map(_pair, partners)) != keys:
+        return {}
+    interval = paired_interval(_right_per_row(cells), _right_per_row(partners))
+    return {"difference_points_ci95": [100 * value for value in asdict(interval).values()]}
+
+
+def _pair(cell: CellJson) -> tuple[str, int]:
+    return _order(cell), cell["settings"]["seed"]
+
+
+def _right_per_row(cells: Sequence[CellJson]) -> list[float]:
+    """For every test row the share of cells that are right in the end, weighed so that tasks count alike.
+
+    A row that stands in several orders and seeds is one unit: its answers are not independent.
+    """
+    shares: dict[str, list[list[int]]] = defaultdict(list)
+    for cell in cells:
+        for name, score in final_scores(cell).items():
+            shares[name].append([int(bit) for bit in score["correct"]])
+    num_rows = sum(len(answers[0]) for answers in shares.values())
+    return [
+        num_rows / (len(shares) * len(answers[0])) * sum(bits) / len(bits)
+        for _, answers in sorted(shares.items()) for bits in zip(*answers, strict=True)
+    ]  # fmt: skip
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)
+
+
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """The mean; None where there is no value or one is unknown."""
+    given = list(values)
+    known = [value for value in given if value is not None]
+    return _mean(known) if known and len(known) == len(given) else None
+
+
+def _points(shares: Iterable[float | None]) -> float | None:
+    """The mean of shares in points of a hundred, likewise."""
+    mean = _mean_of_all(shares)
+    return None if mean is None else 100 * mean
+
+
+def _ratio(perplexity: Mapping[str, float | None]) -> float | None:
+    before, after = perplexity.get("base"), perplexity.get("adapted")
+    return after / before if before and after else None

@@ -1,0 +1,204 @@
+"""Benchmark: strategies on a suite of tasks, cell by cell; what is stored is not run again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.benchmark.cell import Cell, Scored, make_cell
+from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of
+from deal_core.benchmark.summary import protocols, read_cells, summarise
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.errors import ConfigError
+from deal_core.models import DEFAULT_BASE
+from flows.screens import in_one_line
+from flows.spec import parse
+from flows.stages import Stages
+from infra.object_store import complete_file
+from infra.settings import HomeSettings
+from tasks.base import identify_base
+from tasks.benchmark import make_cell_file
+from tasks.progress import Interrupted, is_stopped, raise_if_stopped, reporter
+from tasks.references import BaseRef
+
+logger = logging.getLogger(__name__)
+SUMMARY_FILE = "summary.json"
+LOOK_SECONDS = 2.0
+PROTOCOL = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
+"""Where the benchmark's TrainConfig departs from the defaults: a cell goes on with the task it was at."""
+
+
+class BenchmarkSpec(BaseModel):
+    """Which cells: every strategy with every setting, order and seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path
+    """Folder of the tasks."""
+    suite: str | None = None
+    """Name of a suite; None: `tasks` are given."""
+    orders: tuple[str, ...] = ("1",)
+    tasks: tuple[str, ...] = ()
+    """Tasks in an order of one's own, instead of a suite."""
+    strategies: tuple[str, ...] = ("deal", "seq_lora")
+    methods: tuple[MethodConfig, ...] = (MethodConfig(),)
+    """Settings; a strategy that reads none of what differs has one cell for all of them."""
+    seeds: tuple[int, ...] = (0,)
+    rows: int = 300
+    part: Part = "reported"
+    max_test_rows: int | None = None
+    scored: Scored = "all"
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig(**PROTOCOL)
+    base_model: str = DEFAULT_BASE
+    out: Path = Path("benchmarks/results/continual")
+    """Folder of the cells."""
+
+    def sequences(self) -> tuple[tuple[str, ...], ...]:
+        """Return the sequences of tasks.
+
+        Raises:
+            ConfigError: Neither a suite nor tasks are given, or both, or there is no such suite or order.
+        """
+        if (self.suite is None) == (not self.tasks):
+            raise ConfigError("Give either a suite or tasks of your own.")
+        return (self.tasks,) if self.suite is None else tuple(order_of(self.suite, order) for order in self.orders)
+
+
+class CellOutcome(BaseModel):
+    """What became of one cell."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    status: Literal["done", "stored", "failed"]
+    message: str = ""
+
+
+class BenchmarkResult(BaseModel):
+    """The cells of this run, and the tables over all cells of their folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cells: tuple[CellOutcome, ...]
+    tables: tuple[dict[str, Any], ...]
+
+    @property
+    def num_failed(self) -> int:
+        """Cells that failed."""
+        return sum(cell.status == "failed" for cell in self.cells)
+
+
+@flow(name="benchmark")
+async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
+    """Run the cells that are missing; several runs with the same folder share the work.
+
+    Raises:
+        ConfigError: what is asked for is not there.
+        DataValidationError: the tasks cannot be read.
+    """
+    stages = Stages()
+    base = await stages.run("base", identify_base, spec.base_model)
+    stages.done("base", base.name)
+    waiting = await asyncio.to_thread(cells_of, spec, base)
+    outcomes: dict[str, CellOutcome] = {}
+    while waiting:
+        busy: list[tuple[Cell, MethodConfig]] = []
+        for cell, method in waiting:
+            outcome = await _run(spec, stages, base, cell, method)
+            if outcome is None:
+                busy.append((cell, method))
+            else:
+                outcomes[outcome.file] = outcome
+        if len(busy) == len(waiting):  # other processes are at them: they become stored, or free when one dies
+            raise_if_stopped()
+            await asyncio.sleep(LOOK_SECONDS)
+        waiting = busy
+    tables = write_summary(spec.out)
+    return BenchmarkResult(cells=tuple(outcomes.values()), tables=tuple(tables))
+
+
+def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:
+    """Every cell once, with the settings it runs with."""
+    found: dict[str, tuple[Cell, MethodConfig]] = {}
+    for tasks in spec.sequences():
+        data = digest_of(load_suite(spec.data, tasks))
+        for seed in spec.seeds:
+            for strategy in spec.strategies:
+                for method in spec.methods:
+                    cell = make_cell(
+                        strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
+                        part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
+                        base=f"{base.name} {base.sha256}", data=data,
+                    )  # fmt: skip
+                    found.setdefault(cell.file_name, (cell, method))
+    return list(found.values())
+
+
+def spec_from_options(*, train: str, methods: Sequence[str], **options: Any) -> BenchmarkSpec:
+    """The spec from a command's options; what is None or empty is left to its default.
+
+    Args:
+        train: changes to the training settings, as a JSON object.
+        methods: changes to the methods' settings, likewise; one cell for each.
+        options: the other fields.
+
+    Raises:
+        ConfigError: a text is no JSON object, or something does not fit.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, [], ())}
+    values = {**given, "train": {**PROTOCOL, **_json_object(train)}}
+    if methods:
+        values["methods"] = [_json_object(text) for text in methods]
+    return parse(BenchmarkSpec, values, "options")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{text!r} is no JSON object; give one such as {{}}.")
+    return values
+
+
+async def _run(
+    spec: BenchmarkSpec, stages: Stages, base: BaseRef, cell: Cell, method: MethodConfig
+) -> CellOutcome | None:
+    """Run one cell; None where another process holds it. A cell that fails does not lose the others."""
+    work = HomeSettings().home / "work" / "benchmark"
+    try:
+        status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.out, work)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if is_stopped():
+            raise
+        logger.exception("Cell %s failed", cell.file_name)
+        reporter().said(f"{cell.file_name} failed: {in_one_line(error)}")
+        return CellOutcome(file=cell.file_name, status="failed", message=in_one_line(error))
+    if status == "busy":
+        return None
+    stages.done("cell", f"{cell.file_name} {status}")
+    return CellOutcome(file=cell.file_name, status=status)
+
+
+def write_summary(out: Path) -> list[dict[str, Any]]:
+    """Write summary.json beside the cells and return it: a table per suite and protocol."""
+    tables = [
+        {"suite": each.suite, "protocol": json.loads(each.key), "lifted": each.lifted(), "rows": summarise(each)}
+        for each in protocols(read_cells(out))
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    with complete_file(out / SUMMARY_FILE) as part:
+        part.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    return tables

@@ -1,0 +1,67 @@
+"""Benchmark: one cell, unless it is stored already or another process is at it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.benchmark.cell import Cell
+from deal_core.benchmark.run import CellRun, run_cell
+from deal_core.benchmark.suites import load_suite
+from deal_core.config import MethodConfig
+from infra.object_store import complete_file
+from tasks.base import lend_base
+from tasks.progress import advance
+from tasks.references import BaseRef
+
+CellStatus = Literal["done", "stored", "busy"]
+
+
+@task(name="cell", cache_policy=NO_CACHE, task_run_name="{cell.strategy}-{cell.seed}")
+def make_cell_file(
+    base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path
+) -> CellStatus:
+    """Run a cell and store its figures as one JSON file.
+
+    Args:
+        base: The base model.
+        cell: What to run.
+        method: Settings of the strategies; the cell records those that its strategy reads.
+        data: Folder of the tasks.
+        out: Folder of the cells.
+        work: Folder for what a cell needs to go on after it died; processes that share cells share it.
+
+    Returns:
+        "busy" where another process holds the cell.
+    """
+    path = out / cell.file_name
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / f"{cell.digest()}.lock", timeout=0):
+            if path.is_file():
+                return "stored"
+            folder = work / cell.digest()
+            report = advance("cell")
+            run = CellRun(
+                base=lend_base(base),
+                cell=cell,
+                tasks=load_suite(data, cell.tasks),
+                method=method,
+                work=folder,
+                shared=work / "first-versions",
+                on_progress=report,
+            )
+            result = run_cell(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_file(path) as part:
+                part.write_text(json.dumps({"settings": cell.to_json(), **result}, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            return "done"
+    except Timeout:
+        return "busy"

@@ -1,0 +1,127 @@
+"""The benchmark flow on the tiny base: cells are stored, kept, shared between processes, and fail one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from deal_core.errors import ConfigError
+from flows.benchmark import BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
+from tasks.base import identify_base
+
+LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tasks = {name: {"instruction": f"Which of the {name}?", "labels": labels} for name, labels in LABELS.items()}
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    for name, labels in LABELS.items():
+        for part, num_rows in (("train", 16), ("test", 8)):
+            rows = [{"text": f"{part} {i} of {labels[i % 2]}", "label": labels[i % 2]} for i in range(num_rows)]
+            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def spec(data: Path, tiny_base: Path, tmp_path: Path) -> BenchmarkSpec:
+    return spec_from_options(
+        data=data, tasks=list(LABELS), rows=8, base_model=str(tiny_base), out=tmp_path / "cells",
+        train='{"batch_size": 4, "max_prompt_tokens": 64}', methods=[],
+    )  # fmt: skip
+
+
+def run(spec: BenchmarkSpec, **changes: Any) -> BenchmarkResult:
+    return asyncio.run(benchmark(spec.model_copy(update=changes)))
+
+
+def stamps(spec: BenchmarkSpec) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in spec.out.glob("*-*.json")}
+
+
+def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> None:
+    result = run(spec)
+    assert [cell.status for cell in result.cells] == ["done", "done"] and result.num_failed == 0
+    assert set(stamps(spec)) == {cell.file for cell in result.cells}
+    (table,) = result.tables
+    assert json.loads((spec.out / "summary.json").read_text()) == [table]
+    assert [row["strategy"] for row in table["rows"]] == ["deal", "seq_lora"]
+    assert "difference_points_ci95" in table["rows"][1]
+    left = {path.name for path in (home / "work" / "benchmark").iterdir() if path.is_dir()}
+    assert left == {"first-versions"}, "a cell's versions are gone once its figures are stored"
+
+    before = stamps(spec)
+    again = run(spec, strategies=("seq_lora", "deal", "base"))
+    assert [cell.status for cell in again.cells] == ["stored", "stored", "done"]
+    assert {name: stamp for name, stamp in stamps(spec).items() if name in before} == before
+    assert again.tables[0]["rows"][0]["strategy"] == "base"
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, home: Path) -> None:
+    """The other one ends without a result, so that the cell is done here after all, after all the others."""
+    base = identify_base(spec.base_model)
+    held = cells_of(spec, base)[0][0]
+    work = home / "work" / "benchmark"
+    work.mkdir(parents=True)
+    lock = FileLock(work / f"{held.digest()}.lock", thread_local=False)
+    lock.acquire()
+
+    async def both() -> BenchmarkResult:
+        running = asyncio.ensure_future(benchmark(spec))
+        while not any(name.startswith("seq_lora") for name in stamps(spec)):
+            assert not running.done()
+            await asyncio.sleep(0.05)
+        assert not any(name.startswith("deal") for name in stamps(spec))
+        lock.release()
+        return await running
+
+    result = asyncio.run(both())
+    assert [(cell.file.split("-")[0], cell.status) for cell in result.cells] == [("seq_lora", "done"), ("deal", "done")]
+
+
+def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None:
+    """Rank 40 does not fit a layer of width 32, which only training finds."""
+    result = run(spec, strategies=("base", "seq_lora"), adapter=spec.adapter.__class__(rank=40))
+    assert [cell.status for cell in result.cells] == ["done", "failed"] and result.num_failed == 1
+    assert "rank" in result.cells[1].message and len(stamps(spec)) == 1
+
+
+def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: BenchmarkSpec) -> None:
+    methods = spec_from_options(
+        data=spec.data, tasks=list(LABELS), base_model=spec.base_model, train="{}",
+        methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
+        strategies=["deal", "seq_lora"], seeds=[0, 1],
+    )  # fmt: skip
+    cells = [cell for cell, _ in cells_of(methods, identify_base(spec.base_model))]
+    assert sorted((cell.strategy, cell.seed) for cell in cells) == [
+        ("deal", 0), ("deal", 0), ("deal", 1), ("deal", 1), ("seq_lora", 0), ("seq_lora", 1),
+    ]  # fmt: skip
+    assert {cell.train.seed for cell in cells} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ['{"deal": {"cor": 1}}']}, r"unknown key 'methods.0.deal.cor'"),
+        ({"train": '{"speed": 1}'}, r"unknown key 'train.speed' \(known: learning_rate"),
+        ({"train": "core=soft"}, "is not JSON"),
+        ({"train": "[1]"}, "is no JSON object"),
+        ({"part": "test"}, "'part'"),
+        ({"suite": "4"}, "either a suite or tasks"),
+        ({"tasks": None}, "either a suite or tasks"),
+        ({"strategies": ["dael"]}, "Strategy 'dael' is not known"),
+    ],
+)
+def test_unknown_settings_are_refused(options: dict[str, Any], message: str, data: Path, tiny_base: Path) -> None:
+    given = {"data": data, "tasks": list(LABELS), "train": "{}", "methods": [], "base_model": str(tiny_base), **options}
+    with pytest.raises(ConfigError, match=message):
+        cells_of(spec_from_options(**given), identify_base(str(tiny_base)))

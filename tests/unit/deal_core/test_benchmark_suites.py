@@ -1,0 +1,164 @@
+"""Suites: both layouts of a folder of tasks, which test rows settings may be chosen on, and which cells share what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from deal_core.benchmark.cell import Cell, make_cell, settings_read
+from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of
+from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError
+from deal_core.strategies import STRATEGIES
+
+ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]
+
+
+@pytest.fixture
+def json_lines(tmp_path: Path) -> Path:
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    described = {"agnews": {"instruction": "What is it?", "labels": ["a", "b"]}}
+    (folder / "tasks.json").write_text(json.dumps(described))
+    for part in ("train", "test"):
+        (folder / f"agnews.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def cl_benchmark(tmp_path: Path) -> Path:
+    home = tmp_path / "CL_Benchmark" / "TC" / "agnews"
+    home.mkdir(parents=True)
+    (home / "labels.json").write_text('["a", "b"]')
+    for part in ("train", "dev"):
+        (home / f"{part}.json").write_text(json.dumps([{"sentence": r["text"], "label": r["label"]} for r in ROWS]))
+    return home.parent.parent
+
+
+def test_json_lines_are_read_in_order(json_lines):
+    task = load_suite(json_lines, ("agnews",))["agnews"]
+    assert task.train == tuple({"input": row["text"], "output": row["label"]} for row in ROWS)
+    assert (task.schema.labels, task.schema.instruction) == (("a", "b"), "What is it?")
+
+
+def test_a_line_separator_inside_a_text_is_no_new_row(json_lines):
+    row = json.dumps({"text": "one\u2028two\x85three", "label": "a"}, ensure_ascii=False)
+    (json_lines / "agnews.test.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert [row["input"] for row in load_suite(json_lines, ("agnews",))["agnews"].test] == ["one\u2028two\x85three"]
+
+
+def test_cl_benchmark_is_read_shuffled_the_same_way_each_time(cl_benchmark):
+    task, again = (load_suite(cl_benchmark, ("agnews",))["agnews"] for _ in range(2))
+    assert task == again and task.train == task.test  # dev.json stands in for the missing test.json
+    inputs = [row["input"] for row in task.train]
+    assert inputs != sorted(inputs) and sorted(inputs) == [row["text"] for row in ROWS]
+    assert task.schema.instruction.startswith("What is the topic")
+    (cl_benchmark / "TC" / "agnews" / "test.json").write_text('[{"sentence": "x", "label": "a"}]')
+    assert len(load_suite(cl_benchmark, ("agnews",))["agnews"].test) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "agnews.test.jsonl").unlink(), r"agnews\.test\.jsonl cannot be read"),
+        (lambda folder: (folder / "agnews.train.jsonl").write_text('{"text": "x"}\n'), "Row 1 of .* has not both"),
+        (lambda folder: (folder / "tasks.json").write_text("{}"), "does not describe task 'agnews'"),
+    ],
+)
+def test_what_a_folder_lacks_is_named(spoil, message, json_lines):
+    spoil(json_lines)
+    with pytest.raises(DataValidationError, match=message):
+        load_suite(json_lines, ("agnews",))
+
+
+def test_a_folder_of_neither_layout_and_an_unknown_task_are_refused(tmp_path, cl_benchmark):
+    with pytest.raises(ConfigError, match="holds no tasks"):
+        load_suite(tmp_path / "nowhere", ("agnews",))
+    with pytest.raises(DataValidationError, match="it has agnews"):
+        load_suite(cl_benchmark, ("yahoo",))
+
+
+@pytest.mark.parametrize(("num_rows", "num_dev"), [(500, 200), (7600, 200), (277, 110), (56, 22)])
+def test_no_row_is_both_chosen_on_and_reported(num_rows, num_dev):
+    rows = tuple({"input": str(i), "output": "a"} for i in range(num_rows))
+    task = SuiteTask(schema=TaskSchema(name="t", labels=("a", "b")), train=(), test=rows)
+    assert task.part("dev") == rows[:num_dev] and task.part("reported") == rows[num_dev:]
+    assert task.part("reported", 5) == rows[num_dev : num_dev + 5]
+
+
+def test_the_digest_follows_the_rows_and_not_the_order_of_tasks(json_lines):
+    tasks = load_suite(json_lines, ("agnews",))
+    task = tasks["agnews"]
+    two = {"a": task, "b": task}
+    assert digest_of(two) == digest_of(dict(reversed(two.items())))
+    changed = SuiteTask(schema=task.schema, train=task.train, test=task.test[:-1])
+    assert digest_of({"agnews": changed}) != digest_of(tasks)
+
+
+def test_orders_of_a_suite_hold_the_same_tasks():
+    for suite, orders in SUITES.items():
+        assert len({frozenset(tasks) for tasks in orders.values()}) == 1
+        for order, tasks in orders.items():
+            assert name_of(tasks) == (suite, order) and order_of(suite, order) == tasks
+        assert name_of(tuple(sorted(tasks)))[0] == suite
+    assert name_of(tuple(sorted(SUITES["15"]["1"]))) == ("15", "any")
+    assert name_of(("x", "y")) == ("own", "x, y")
+    with pytest.raises(ConfigError, match="Suite '5' is not known"):
+        order_of("5", "1")
+    with pytest.raises(ConfigError, match="Suite 4 has no order '9'"):
+        order_of("4", "9")
+
+
+def cell(strategy: str = "deal", tasks: tuple[str, ...] = ("c", "a", "b"), **changes: object) -> Cell:
+    given = {
+        "method": MethodConfig(), "seed": 1, "rows": 10, "part": "dev", "max_test_rows": None, "scored": "all",
+        "adapter": AdapterConfig(), "train": TrainConfig(), "base": "b", "data": "d", **changes,
+    }  # fmt: skip
+    return make_cell(strategy, tasks, **given)
+
+
+def test_a_cell_is_decided_by_what_its_strategy_reads():
+    other = MethodConfig(deal=DealConfig(core="frozen"), rivals=RivalConfig(ewc_weight=7.0))
+    assert cell().digest() != cell(method=other).digest() != cell(method=MethodConfig(rivals=other.rivals)).digest()
+    assert cell(method=MethodConfig(rivals=other.rivals)) == cell()
+    assert cell("seq_lora", method=other) == cell("seq_lora") and cell("seq_lora").method == {}
+    assert cell("ewc", method=other).method == {"rivals.ewc_weight": 7.0}
+
+
+def test_what_strategies_read_exists():
+    flat = asdict(MethodConfig())
+    known = {*flat, *(f"{part}.{name}" for part, values in flat.items() for name in values)}
+    for name, strategy in STRATEGIES.items():
+        assert set(strategy.reads) <= known and len(settings_read(name, MethodConfig())) >= len(strategy.reads)
+
+
+def test_a_bound_has_no_order_and_no_settings():
+    one, other = cell("joint"), cell("joint", ("b", "c", "a"), method=MethodConfig(deal=DealConfig(core="frozen")))
+    assert one == other and one.tasks == ("a", "b", "c") and one.method == {}
+    assert cell("base", seed=1) == cell("base", seed=2) and cell("joint", seed=1) != cell("joint", seed=2)
+    with pytest.raises(ConfigError, match="Strategy 'dael' is not known; choose from deal, "):
+        cell("dael")
+
+
+def test_what_is_scored_after_each_task():
+    assert [cell(scored="all").scored_after(t) for t in range(3)] == [("c", "a"), ("c", "a", "b"), ("c", "a", "b")]
+    assert [cell(scored="ends").scored_after(t) for t in range(3)] == [("c",), ("a",), ("c", "a", "b")]
+    assert [cell(scored="last").scored_after(t) for t in range(3)] == [(), (), ("c", "a", "b")]
+
+
+def test_a_first_task_is_shared_where_it_is_plain_lora_and_keeps_nothing_else():
+    shared = cell("seq_lora").shared_digest()
+    assert shared is not None
+    assert cell().shared_digest() == shared
+    assert cell(method=MethodConfig(deal=DealConfig(energy=0.5))).shared_digest() == shared
+    assert cell(tasks=("c", "a", "x")).shared_digest() == shared
+    assert cell(scored="ends").shared_digest() != shared and cell(seed=2).shared_digest() != shared
+    assert cell(tasks=("c", "x", "a")).shared_digest() != shared  # the second task is scored before it is learned
+    assert cell(method=MethodConfig(deal=DealConfig(sides="A"))).shared_digest() is None
+    assert cell(method=MethodConfig(rehearsal=RehearsalConfig(texts="stored"))).shared_digest() is None
+    for strategy in set(STRATEGIES) - {"deal", "seq_lora"} | {"joint", "per_task"}:
+        assert cell(strategy).shared_digest() is None
