@@ -62,7 +62,7 @@ def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[st
             "task": name, "num_rows": len(score["correct"]), "majority": 100 * score["majority_rate"],
             "lifted": lifted.get(name), "values": [by_task.get(name) for by_task in columns.values()],
         }
-        for name, score in some.items()
+        for name, score in sorted(some.items())
     ]  # fmt: skip
     return {"columns": list(columns), "lines": lines}
 

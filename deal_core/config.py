@@ -149,6 +149,7 @@ class GateConfig:
 Form = Literal["spectral", "literal"]
 Core = Literal["frozen", "soft"]
 Sides = Literal["both", "A", "B"]
+Kernel = Literal["heat", "linear_decay", "spline", "haar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +176,11 @@ class DealConfig:
     """Seeds of recycled slots in units of PEFT's own; what is larger learns faster for the same rate."""
     project: bool = True
     """Keep recycled rows of A out of the core's row space."""
+    kernel: Kernel = "heat"
+    """The retention filter: kernels of the singular value (heat, x·e^−x, quadratic spline), or haar: a gate on the
+    one-level Haar transform of the features, for comparison."""
     widths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Widths σ_j of the heat kernels, in units of the largest singular value."""
+    """Widths σ_j of the kernels, in units of the largest singular value."""
     num_layers: int = 1
     """K of Eq. 9; 0 turns the retention filter off."""
     mixing: bool = True
@@ -201,6 +205,13 @@ class DealConfig:
         _require(
             self.form == "spectral" or min(self.widths) >= 0.2,
             f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.",
+        )
+        _require(
+            self.kernel in get_args(Kernel), f"deal.kernel is {self.kernel!r}; use {', '.join(get_args(Kernel))}."
+        )
+        _require(
+            self.form == "spectral" or self.kernel == "heat",
+            f"deal.kernel is {self.kernel!r}; the literal form has the heat kernel alone.",
         )
         _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
         _require(

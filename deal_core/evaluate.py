@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits, encode_rows, pad_batch
+from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.metrics import exact_match, rouge1
@@ -115,38 +115,6 @@ def generate_answers(
         if on_progress is not None:
             on_progress(len(batch))
     return answers
-
-
-@torch.inference_mode()
-def match_references(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-) -> list[bool]:
-    """Whether greedy generation would give each row's reference, token for token, end token included.
-
-    One forward pass over prompt and reference: greedy decoding reproduces a sequence exactly if each of its tokens is
-    the most likely one after those before it. Cheaper than generating where only accuracy is wanted; an answer that
-    differs from its reference in case or blanks counts as a match for `evaluate_task` and not here.
-    """
-    model.eval()
-    encoded = encode_rows(
-        rows, tokenizer, task, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=config.max_new_tokens
-    )
-    collate = AnswerCollator(tokenizer, is_seq2seq=model.config.is_encoder_decoder)
-    matches = [False] * len(encoded)
-    for batch in _batches_by_length(encoded["length"], config.max_batch_tokens):
-        inputs = {k: v.to(_device(model)) for k, v in collate([encoded[i] for i in batch]).items()}
-        logits_BKV = answer_logits(model, inputs)
-        labels_BK = inputs["labels"]
-        is_match_B = ((logits_BKV.argmax(-1) == labels_BK) | (labels_BK == IGNORED)).all(-1)
-        for i, is_match in zip(batch, is_match_B.tolist(), strict=True):
-            matches[i] = is_match
-    return matches
 
 
 @torch.inference_mode()

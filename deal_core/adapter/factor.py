@@ -10,7 +10,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.retention import LiteralRetention, SpectralRetention
+from deal_core.adapter.retention import HaarRetention, LiteralRetention, SpectralRetention
 from deal_core.adapter.update import ControlledUpdate
 from deal_core.config import DealConfig
 
@@ -68,12 +68,15 @@ class SpectralFactor(FactorNetwork):
         self._config = config
         self.register_buffer("core_M1R", core_MR.unsqueeze(1))
         self.register_buffer("guarded_MNR", guarded_MNR)
-        self.retention: SpectralRetention | None = None
+        self.retention: SpectralRetention | HaarRetention | None = None
         self.update: ControlledUpdate | None = None
         if is_trained:
             is_soft = config.core == "soft"
             if is_soft and config.num_layers > 0:
-                self.retention = SpectralRetention(sigma_MR, config.widths, config.num_layers)
+                self.retention = (
+                    HaarRetention(start_MNR, config.num_layers) if config.kernel == "haar"
+                    else SpectralRetention(sigma_MR, config.kernel, config.widths, config.num_layers)
+                )  # fmt: skip
             self.update = ControlledUpdate(
                 start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
             )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.kernels import log_heat
+from deal_core.adapter.kernels import LOG_KERNELS, log_heat
 
 START_CENTRE = 1.0
 
@@ -25,8 +25,9 @@ class SpectralRetention(nn.Module):
     widths_J: Tensor
     normalised_MR: Tensor
 
-    def __init__(self, sigma_MR: Tensor, widths: Sequence[float], num_layers: int) -> None:
+    def __init__(self, sigma_MR: Tensor, kernel: str, widths: Sequence[float], num_layers: int) -> None:
         super().__init__()
+        self._log_kernel = LOG_KERNELS[kernel]
         num_modules, num_widths = sigma_MR.shape[0], len(widths)
         self.register_buffer("widths_J", sigma_MR.new_tensor(list(widths)))
         top_M1 = sigma_MR[:, :1]
@@ -37,16 +38,39 @@ class SpectralRetention(nn.Module):
     def gains(self) -> Tensor:
         """Gain of every direction, shape M×R; 1 before the first step."""
         s_MR1 = self.normalised_MR.unsqueeze(-1)
-        start = log_heat(s_MR1, START_CENTRE, self.widths_J)
+        start = self._log_kernel(s_MR1, START_CENTRE, self.widths_J)
         gain_MR = torch.ones_like(self.normalised_MR)
         for filter_MJ, centre_MJ in zip(self.filters_KMJ, self.centres_KMJ, strict=True):
-            ratio_MRJ = torch.exp(log_heat(s_MR1, centre_MJ.unsqueeze(1), self.widths_J) - start)
+            ratio_MRJ = torch.exp(self._log_kernel(s_MR1, centre_MJ.unsqueeze(1), self.widths_J) - start)
             gain_MR = gain_MR * (ratio_MRJ * filter_MJ.unsqueeze(1)).sum(-1)
         return gain_MR
 
     def forward(self, y_MNR: Tensor) -> Tensor:
         """Scale each direction of Y by its gain."""
         return y_MNR * self.gains().unsqueeze(1)
+
+
+class HaarRetention(nn.Module):
+    """A gate on the one-level Haar transform of a factor's features, in place of a function of the spectrum.
+
+    Features are taken in pairs, (y₁ ± y₂)/√2, each coefficient is scaled by a gate of its own, and the transform is
+    taken back; a last odd feature stays as it is. Gates are 1 at the start. K layers multiply their gates.
+    """
+
+    def __init__(self, y_MNR: Tensor, num_layers: int) -> None:
+        super().__init__()
+        num_modules, num_features, _ = y_MNR.shape
+        shape = (num_layers, num_modules, num_features - num_features % 2, 1)
+        self.gates_KMN1 = nn.Parameter(y_MNR.new_ones(shape))
+
+    def forward(self, y_MNR: Tensor) -> Tensor:
+        """Gate the coefficients of every direction of Y."""
+        num_paired = self.gates_KMN1.shape[2]
+        even_MPR, odd_MPR = y_MNR[:, :num_paired:2], y_MNR[:, 1:num_paired:2]
+        gates_low_MP1, gates_high_MP1 = self.gates_KMN1.prod(0).chunk(2, dim=1)
+        low_MPR, high_MPR = 0.5 * gates_low_MP1 * (even_MPR + odd_MPR), 0.5 * gates_high_MP1 * (even_MPR - odd_MPR)
+        paired_MNR = torch.stack((low_MPR + high_MPR, low_MPR - high_MPR), dim=2).flatten(1, 2)
+        return torch.cat((paired_MNR, y_MNR[:, num_paired:]), dim=1)
 
 
 class LiteralRetention(nn.Module):

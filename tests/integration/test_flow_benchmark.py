@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from flows.benchmark import BenchmarkResult, BenchmarkSpec, benchmark, cells_of,
 from tasks.base import identify_base
 
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
+
+BENCHMARK_DATA = os.environ.get("DEAL_BENCHMARK_DATA", "")
+"""Folder of the field's tasks, which is no part of this project."""
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -125,3 +129,19 @@ def test_unknown_settings_are_refused(options: dict[str, Any], message: str, dat
     given = {"data": data, "tasks": list(LABELS), "train": "{}", "methods": [], "base_model": str(tiny_base), **options}
     with pytest.raises(ConfigError, match=message):
         cells_of(spec_from_options(**given), identify_base(str(tiny_base)))
+
+
+@pytest.mark.skipif("DEAL_BENCHMARK_DATA" not in os.environ, reason="DEAL_BENCHMARK_DATA names no folder of tasks")
+def test_a_suite_of_the_field_runs(tiny_base: Path, tmp_path: Path) -> None:
+    spec = spec_from_options(
+        data=BENCHMARK_DATA, suite="3", strategies=["deal", "replay", "joint", "per_task", "base"], rows=8,
+        max_test_rows=4, base_model=str(tiny_base), out=tmp_path / "cells", methods=[],
+        train='{"batch_size": 4, "max_prompt_tokens": 160}',
+    )  # fmt: skip
+    result = run(spec)
+    assert [cell.status for cell in result.cells] == ["done"] * 5
+    (table,) = result.tables
+    assert table["suite"] == "3" and set(table["lifted"]) == {"agnews", "dbpedia", "yahoo"}
+    assert {name: len(row["accuracy_by_task"]) for row in table["rows"] for name in [row["strategy"]]} == {
+        "base": 3, "per_task": 3, "joint": 3, "deal": 3, "replay": 3,
+    }  # fmt: skip

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deal_core.adapter.kernels import FLOOR, LOG_KERNELS
 from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.adapter.retention import HaarRetention
 from deal_core.adapter.spectrum import decompose
 from deal_core.adapter.stack import LoraStack
 from deal_core.config import DealConfig
@@ -22,6 +24,9 @@ SETTINGS = {
     "literal": DealConfig(form="literal"),
     "raw": DealConfig(balanced=False, recycle=False, project=False),
     "two layers": DealConfig(num_layers=2),
+    "linear decay": DealConfig(kernel="linear_decay"),
+    "spline": DealConfig(kernel="spline", widths=(0.5, 1.0)),
+    "haar": DealConfig(kernel="haar"),
 }
 
 
@@ -186,7 +191,11 @@ NETWORK_CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("form", "change"),
-    [("spectral", {"balanced": False}), *((f, c) for f in ("spectral", "literal") for c in NETWORK_CHANGES)],
+    [
+        ("spectral", {"balanced": False}),
+        *(("spectral", {"kernel": kernel}) for kernel in ("linear_decay", "spline", "haar")),
+        *((form, change) for form in ("spectral", "literal") for change in NETWORK_CHANGES),
+    ],
 )
 def test_each_setting_of_the_network_changes_what_is_learned(form, change):
     def learned(**changes: Any) -> Tensor:
@@ -236,6 +245,35 @@ def test_literal_form_follows_its_equation():
         psi, inverse = u @ torch.diag(phi) @ u.mT, u @ torch.diag(1 / phi) @ u.mT
         expected = expected + psi @ torch.diag(retention.filters_KMJN[0, 0, j]) @ inverse @ y_NR
     torch.testing.assert_close(side()[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "values"),
+    [
+        # s, c, σ → φ: at the centre, half a width away, beyond the end
+        ("heat", [(1, 1, 1, 1.0), (0.5, 1, 1, 0.8824969), (0, 1, 0.5, 0.1353353)]),
+        ("linear_decay", [(1, 1, 1, 0.3678794), (0.5, 1, 1, 0.3032653), (1, 2, 0.5, 0.3678794)]),
+        ("spline", [(1, 1, 1, 0.75), (0.25, 1, 1, 0.28125), (0.75, 1, 1, 0.6875), (0, 1, 0.5, 0.0)]),
+    ],
+)
+def test_kernels_follow_their_formulas(kernel, values):
+    for s, c, width, expected in values:
+        log = LOG_KERNELS[kernel](torch.tensor(float(s)), torch.tensor(float(c)), torch.tensor(float(width)))
+        assert float(log.exp()) - (FLOOR if kernel == "spline" else 0) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_features", [6, 7])
+def test_haar_gates_scale_sums_and_differences_of_neighbours(num_features):
+    y_MNR = torch.randn(2, num_features, 3, generator=torch.Generator().manual_seed(0))
+    gate = HaarRetention(y_MNR, num_layers=2)
+    torch.testing.assert_close(gate(y_MNR), y_MNR)
+    with torch.no_grad():
+        gate.gates_KMN1[0, 0, 0], gate.gates_KMN1[1, 0, 3] = 3.0, 0.0  # sum of the first pair, difference of it
+    changed = gate(y_MNR)
+    mean = (y_MNR[0, 0] + y_MNR[0, 1]) / 2
+    torch.testing.assert_close(changed[0, :2], torch.stack((3 * mean, 3 * mean)))
+    torch.testing.assert_close(changed[0, 2:], y_MNR[0, 2:])
+    torch.testing.assert_close(changed[1], y_MNR[1])
 
 
 def perturbed(config: DealConfig) -> Reparametrization:

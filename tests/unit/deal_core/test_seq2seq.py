@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import DealConfig, EvaluateConfig, TrainConfig
-from deal_core.evaluate import evaluate_task, first_answer_logits, match_references
+from deal_core.benchmark.cell import make_cell
+from deal_core.benchmark.run import CellRun, run_cell
+from deal_core.benchmark.suites import SuiteTask
+from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluate import evaluate_task, first_answer_logits
 from deal_core.models import BaseModel, load_base
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
@@ -74,9 +79,29 @@ def test_answers_and_plain_peft_agree(base, task, rows, train):
     folder = train("deal", train=TrainConfig(max_steps=150, batch_size=8, learning_rate=3e-2)).folder
     with adapter_on(base.model, folder) as model:
         found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
-        matches = match_references(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
         ours = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
-    assert matches == [a == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
+    assert found.accuracy == sum(a == r for a, r in zip(found.answers, rows(24)["output"], strict=True)) / 24 > 0
     loaded = PeftModel.from_pretrained(base.model, str(folder))
     again = first_answer_logits(loaded, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
     torch.testing.assert_close(again, ours)
+
+
+@pytest.mark.parametrize("strategy", ["deal", "replay", "o_lora", "joint"])
+def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
+    cell = make_cell(
+        strategy, ("colours", "sizes"), method=MethodConfig(), seed=0, rows=8, part="reported", max_test_rows=4,
+        scored="all", adapter=AdapterConfig(rank=4), train=replace(STEPS, checkpoint_steps=0), base="t5", data="d",
+    )  # fmt: skip
+    rows = tuple({"input": f"number {i}", "output": "ab"[i % 2]} for i in range(12))
+    tasks = {
+        name: SuiteTask(schema=TaskSchema(name=name, labels=("a", "b"), instruction=name), train=rows, test=rows)
+        for name in cell.tasks
+    }
+    result = run_cell(
+        CellRun(
+            base=base, cell=cell, tasks=tasks, method=MethodConfig(), work=tmp_path / "work",
+            shared=tmp_path / "shared", on_progress=lambda *_: None,
+        )
+    )  # fmt: skip
+    assert all(len(score["correct"]) == 4 for score in result["versions"][-1]["scores"].values())
+    assert result["perplexity"] == {"base": None, "adapted": None}  # running text has no source to be conditioned on
