@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.command import DEAL
+from tests.e2e.conftest import AdaptHere
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +41,7 @@ def test_make_knows_its_targets(arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def lineage(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
+def lineage(tiny_base: Path, tmp_path: Path, adapt_here: AdaptHere) -> Iterator[Path]:
     """A folder to work in: the lineage `default` has a champion on the tiny base, and billing.csv is there."""
     folder = tmp_path / "work"
     folder.mkdir()
@@ -57,8 +58,7 @@ def lineage(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("DEAL_CACHE_DIR", str(folder / "cache"))
-        done = run("adapt", "spec.yaml")
-        assert done.returncode == 0, done.stderr
+        assert adapt_here(folder / "spec.yaml", folder / "deal-home").status == "promoted"
         yield folder
 
 

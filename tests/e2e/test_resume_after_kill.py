@@ -15,6 +15,7 @@ import yaml
 from mlflow import MlflowClient
 
 from tests.e2e.command import DEAL
+from tests.e2e.conftest import AdaptHere
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -78,7 +79,7 @@ def spec(tiny_base: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Path, adapt_here: AdaptHere) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     first = tmp_path / "bank.yaml"
     values = yaml.safe_load(spec.read_text())
@@ -86,7 +87,7 @@ def test_killed_and_started_again_equals_uninterrupted(spec: Path, tmp_path: Pat
     values["train"] |= {"max_steps": 5, "checkpoint_steps": 0}
     first.write_text(yaml.safe_dump(values))
     # With a parent the second task is learned by the method, not by plain LoRA.
-    assert deal(whole, "adapt", str(first))["version"] == "1"
+    assert adapt_here(first, whole).version == "1"
     shutil.copytree(whole, killed)
     expected = deal(whole, "adapt", str(spec))
 

@@ -23,6 +23,7 @@ from deal_core.models import BaseModel
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
+TWO, THREE = tuple(LABELS)[:2], tuple(LABELS)
 TRAIN = TrainConfig(batch_size=4, learning_rate=0.02, max_prompt_tokens=64, checkpoint_steps=0)
 
 
@@ -37,12 +38,12 @@ TASKS = {name: task(name) for name in LABELS}
 Run = Callable[..., dict[str, Any]]
 
 
-def cell(strategy: str, method: MethodConfig, **changes: Any) -> Cell:
+def cell(strategy: str, method: MethodConfig, tasks: tuple[str, ...] = TWO, **changes: Any) -> Cell:
     given = {
         "seed": 0, "rows": 16, "part": "reported", "max_test_rows": None, "scored": "all", "train": TRAIN,
         "adapter": AdapterConfig(rank=4), "base": "tiny", "data": "d", **changes,
     }  # fmt: skip
-    return make_cell(strategy, tuple(LABELS), method=method, **given)
+    return make_cell(strategy, tasks, method=method, **given)
 
 
 @pytest.fixture
@@ -67,11 +68,11 @@ def scored(result: dict[str, Any]) -> list[list[str]]:
 
 
 def test_every_entry_that_the_matrix_needs_is_scored(run):
-    names = list(LABELS)
-    assert scored(run("deal")) == [names[:2], names, names]
-    assert scored(run("base")) == [sorted(names)]
+    names = list(THREE)
+    assert scored(run("deal", tasks=THREE)) == [names[:2], names, names]
+    assert scored(run("base", tasks=THREE)) == [sorted(names)]
     last = run("deal", scored="last", max_test_rows=2)
-    assert scored(last) == [[], [], names]
+    assert scored(last) == [[], names[:2]]
     assert all(len(score["correct"]) == 2 for score in last["versions"][-1]["scores"].values())
 
 
@@ -79,25 +80,25 @@ def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
     """Six of nine test rows are reported; a model that has learned that a task has two answers is right on half."""
     learned = replace(TRAIN, num_epochs=12, learning_rate=0.01)
     each, joint = run("per_task", train=learned), run("joint", train=learned)
-    assert scored(each) == [[name] for name in sorted(LABELS)] and scored(joint) == [sorted(LABELS)]
-    assert [version["num_steps"] for version in each["versions"]] == [48, 48, 48]
-    assert [version["num_steps"] for version in joint["versions"]] == [144]
+    assert scored(each) == [[name] for name in sorted(TWO)] and scored(joint) == [sorted(TWO)]
+    assert [version["num_steps"] for version in each["versions"]] == [48, 48]
+    assert [version["num_steps"] for version in joint["versions"]] == [96]
     for score in final_scores(each).values():
         assert len(score["correct"]) == 6 and score["correct"].count("1") >= 3
         assert score["majority_rate"] == 0.5 and score["rouge1"] >= score["correct"].count("1") / 6
-    assert sum(score["correct"].count("1") for score in final_scores(joint).values()) >= 6
+    assert sum(score["correct"].count("1") for score in final_scores(joint).values()) >= 3
 
 
 def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
     run("seq_lora")  # replay must not take its first version, which keeps no rows
     deal, replay = run("deal"), run("replay")
-    assert "rehearsed 16 questions about old tasks (2)" in deal["versions"][2]["notes"][0]
-    assert "rehearsed 2 questions about old tasks (2)" in replay["versions"][2]["notes"][0]
+    assert "rehearsed 16 questions about old tasks (1)" in deal["versions"][1]["notes"][0]
+    assert "rehearsed 1 questions about old tasks (1)" in replay["versions"][1]["notes"][0]
     assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
     assert replay["stores"] == "data" and replay["state_bytes"] > 0
     assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
     grown = [version["adapter_bytes"] for version in run("inc_lora")["versions"]]
-    assert grown[0] < grown[1] < grown[2]
+    assert grown[0] < grown[1]
 
 
 def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path):
@@ -113,14 +114,14 @@ def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
 
     def die(done: float, total: float, doing: str) -> None:
         seen.append(doing)
-        if doing == "sounds: step 3 of 4":
+        if doing == "sizes: step 3 of 4":
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         run("o_lora", on_progress=die)
     num_before = len(seen)
     run("o_lora", on_progress=lambda _, __, doing: seen.append(doing))
-    assert seen[num_before] == "sounds: step 1 of 4"
+    assert seen[num_before] == "sizes: step 1 of 4"
 
 
 def test_perplexity_is_that_of_the_texts(base, parent):
@@ -239,4 +240,4 @@ def test_a_cell_of_another_schema_is_refused(tmp_path):
 
 def test_training_settings_reach_the_cell(run):
     longer = run("seq_lora", train=replace(TRAIN, num_epochs=2))
-    assert [version["num_steps"] for version in longer["versions"]] == [8, 8, 8]
+    assert [version["num_steps"] for version in longer["versions"]] == [8, 8]
