@@ -59,8 +59,13 @@ class BenchmarkSpec(BaseModel):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig(**PROTOCOL)
     base_model: str = DEFAULT_BASE
-    out: Path = Path("benchmarks/results/continual")
-    """Folder of the cells."""
+    out: Path | None = None
+    """Folder of the cells; None: benchmark/ in the home folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the cells."""
+        return self.out or HomeSettings().home / "benchmark"
 
     def sequences(self) -> tuple[tuple[str, ...], ...]:
         """Return the sequences of tasks.
@@ -122,7 +127,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
             raise_if_stopped()
             await asyncio.sleep(LOOK_SECONDS)
         waiting = busy
-    tables = write_summary(spec.out)
+    tables = write_summary(spec.folder)
     return BenchmarkResult(cells=tuple(outcomes.values()), tables=tuple(tables))
 
 
@@ -177,7 +182,7 @@ async def _run(
     """Run one cell; None where another process holds it. A cell that fails does not lose the others."""
     work = HomeSettings().home / "work" / "benchmark"
     try:
-        status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.out, work)
+        status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.folder, work)
     except Interrupted:
         raise
     except Exception as error:

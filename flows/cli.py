@@ -239,7 +239,7 @@ def benchmark(
         list[str] | None, typer.Option("--method", help="Changes to the methods' settings, as JSON; a cell for each.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model [smollm2-135m-instruct].")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of cells [benchmarks/results/continual].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the cells [HOME/benchmark].")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

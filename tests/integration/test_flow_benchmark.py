@@ -37,9 +37,9 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def spec(data: Path, tiny_base: Path, tmp_path: Path) -> BenchmarkSpec:
+def spec(data: Path, tiny_base: Path) -> BenchmarkSpec:
     return spec_from_options(
-        data=data, tasks=list(LABELS), rows=8, base_model=str(tiny_base), out=tmp_path / "cells",
+        data=data, tasks=list(LABELS), rows=8, base_model=str(tiny_base),
         train='{"batch_size": 4, "max_prompt_tokens": 64}', methods=[],
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def run(spec: BenchmarkSpec, **changes: Any) -> BenchmarkResult:
 
 
 def stamps(spec: BenchmarkSpec) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in spec.out.glob("*-*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in spec.folder.glob("*-*.json")}
 
 
 def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> None:
@@ -57,7 +57,7 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
     assert [cell.status for cell in result.cells] == ["done", "done"] and result.num_failed == 0
     assert set(stamps(spec)) == {cell.file for cell in result.cells}
     (table,) = result.tables
-    assert json.loads((spec.out / "summary.json").read_text()) == [table]
+    assert json.loads((spec.folder / "summary.json").read_text()) == [table]
     assert [row["strategy"] for row in table["rows"]] == ["deal", "seq_lora"]
     assert "difference_points_ci95" in table["rows"][1]
     left = {path.name for path in (home / "work" / "benchmark").iterdir() if path.is_dir()}
