@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import pad_batch
@@ -103,18 +104,37 @@ def generate_answers(
     Example:
         >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
     """
-    model.eval()
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     answers = [""] * len(prompts)
-    limit = _answer_limit(tokenizer, task, config)
-    for batch in _batches_by_length([len(p) for p in prompts], config.max_batch_tokens):
-        tokens = _generate(model, tokenizer, [prompts[i] for i in batch], limit)
+    limit = answer_limit(tokenizer, task, config)
+    for batch, tokens, _ in generate(model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens):
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text.strip()
         if on_progress is not None:
             on_progress(len(batch))
     return answers
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    max_batch_tokens: int,
+) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
+    """Continue prompts greedily, in batches of similar length.
+
+    Yields:
+        Numbers of the prompts of a batch, their new tokens (an end token and padding may follow the answer), and the
+        logits each was chosen from, of shape B×K×V.
+    """
+    model.eval()
+    for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens):
+        tokens, logits_BKV = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        yield batch, tokens, logits_BKV
 
 
 @torch.inference_mode()
@@ -132,7 +152,7 @@ def first_answer_logits(
     return logits[0, -1].float()
 
 
-def _answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
+def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
     """A labelled task's answers end by its longest label; going on would change no exact match."""
     if not task.labels:
         return config.max_new_tokens
@@ -156,12 +176,12 @@ def _device(model: LanguageModel) -> torch.device:
 
 def _generate(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[list[int]]:
+) -> tuple[list[list[int]], Tensor]:
     is_seq2seq = model.config.is_encoder_decoder
     input_ids, mask = pad_batch(prompts, int(tokenizer.pad_token_id or 0), side="right" if is_seq2seq else "left")
     # as an index, not as the number that generate fills in: see answer_logits
     last = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
-    tokens = cast(GenerationMixin, model).generate(
+    output = cast(GenerationMixin, model).generate(
         input_ids=input_ids.to(_device(model)),
         attention_mask=mask.to(_device(model)),
         max_new_tokens=max_new_tokens,
@@ -169,7 +189,10 @@ def _generate(
         num_beams=1,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
         **last,
     )
-    new_tokens: list[list[int]] = tokens[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
-    return new_tokens
+    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)) and output.logits is not None
+    new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
+    return new_tokens, torch.stack(output.logits, dim=1)

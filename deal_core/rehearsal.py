@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -125,15 +125,19 @@ def ask(
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         inputs = {name: value.to(device) for name, value in collate([vars(q) for q in batch]).items()}
-        shares_BKV = (answer_logits(model, inputs).float() / temperature).softmax(-1)
-        top = shares_BKV.topk(min(NUM_KEPT, shares_BKV.shape[-1]), dim=-1)
-        for question, tokens_KN, shares_KN in zip(batch, top.indices, top.values, strict=True):
+        logits_BKV = answer_logits(model, inputs)
+        for question, logits_KV in zip(batch, logits_BKV, strict=True):
             length = len(question.answer_ids)
             part = slice(-length, None) if "position_ids" in inputs else slice(0, length)
-            answered.append(
-                Question(question.prompt_ids, question.answer_ids, tokens_KN[part].cpu(), shares_KN[part].cpu())
-            )
+            answered.append(with_target(question, logits_KV[part], temperature))
     return answered
+
+
+def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Question:
+    """Return the question with the distribution of these logits as what is held, softened by the temperature."""
+    shares_KV = (logits_KV.float() / temperature).softmax(-1)
+    top = shares_KV.topk(min(NUM_KEPT, shares_KV.shape[-1]), dim=-1)
+    return replace(question, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu())
 
 
 def pack(questions: Sequence[Question]) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
 from deal_core.config import EvaluateConfig, RehearsalConfig
-from deal_core.data.collate import encode_rows
+from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import generate_answers
-from deal_core.rehearsal import Question, Rehearsal, ask, pack, unpack
+from deal_core.evaluate import answer_limit, generate
+from deal_core.rehearsal import Question, Rehearsal, pack, unpack, with_target
 from deal_core.strategies.base import TaskContext
 
 STORED = "rows."
@@ -72,13 +72,19 @@ def _on_new_texts(
     """The new task's texts under an old task's instruction, with the parent's answers."""
     texts = list(context.rows["input"])
     texts = random.Random(seed).sample(texts, min(num_texts, len(texts)))
-    train, limit = context.train, context.train.max_prompt_tokens
-    config_of_answers = EvaluateConfig(max_new_tokens=train.max_answer_tokens)
-    answers = generate_answers(model, context.base.tokenizer, old, texts, config_of_answers, max_prompt_tokens=limit)
-    rows = [{"input": text, "output": answer} for text, answer in zip(texts, answers, strict=True)]
-    encoded = encode_rows(
-        Dataset.from_list(rows), context.base.tokenizer, old,
-        max_prompt_tokens=limit, max_answer_tokens=train.max_answer_tokens,
-    )  # fmt: skip
-    questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in encoded]
-    return ask(model, context.collator(), questions, temperature=config.temperature)
+    tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
+    prompts = [encode_prompt(tokenizer, old, text, train.max_prompt_tokens) for text in texts]
+    limit = answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))
+    questions: dict[int, Question] = {}
+    for batch, answers, logits_BKV in generate(
+        model, tokenizer, prompts, limit, max_batch_tokens=evaluate.max_batch_tokens
+    ):
+        for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
+            ids = _until_end(answer, tokenizer.eos_token_id)
+            questions[i] = with_target(Question(prompts[i], ids), logits_KV[: len(ids)], config.temperature)
+    return [questions[i] for i in range(len(prompts))]
+
+
+def _until_end(answer: list[int], end: int | None) -> list[int]:
+    """The tokens up to the end token and with it; all of them where the answer did not end."""
+    return answer[: answer.index(end) + 1] if end in answer else answer

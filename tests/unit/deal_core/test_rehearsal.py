@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.config import RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import first_answer_logits
 from deal_core.rehearsal import Question, Rehearsal, ask, pack, unpack
+from deal_core.strategies.base import TaskContext
+from deal_core.strategies.questions import make_rehearsal
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 LONG = TrainConfig(max_steps=20, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
@@ -129,18 +133,10 @@ def test_every_setting_changes_the_result(change, parent, train):
 
 
 @pytest.mark.parametrize(("num_old", "num_texts", "expected"), [(1, 256, 16), (4, 256, 4), (3, 6, 2)])
-def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expected, base, parent, train, monkeypatch):
+def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expected, parent, train):
     """Four steps of four: what an arrival costs does not grow with the number of old tasks."""
-    made = []
-
-    def count(model, collate, questions, **given):
-        made.append(len(questions))
-        return ask(model, collate, questions, **given)
-
-    monkeypatch.setattr("deal_core.strategies.questions.ask", count)
     olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction="How big?") for i in range(num_old)]
     done = train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
-    assert made == [expected] * num_old
     note = f"rehearsed {expected * num_old} questions about old tasks ({num_old}), 4 a step"
     assert done.result.notes[0] == note
 
@@ -164,3 +160,21 @@ def test_rehearsed_run_resumes(train, parent, tmp_path):
     with pytest.raises(InterruptedError):
         train("deal", parent, on_log=die, **given, **folders)
     assert train("deal", parent, **given, **folders).losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, base, parent, task, rows):
+    """What generation saw at each token is what a pass over prompt and answer gives."""
+    with adapter_on(base.model, parent) as model:
+        context = TaskContext(
+            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(task,),
+            adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
+        )  # fmt: skip
+        config = RehearsalConfig(temperature=temperature)
+        (questions,) = make_rehearsal(config, model, context, {}, seed=0).tasks
+        plain = [Question(q.prompt_ids, q.answer_ids) for q in questions]
+        again = ask(model, context.collator(), plain, temperature=temperature)
+    assert len(questions) == 6 and all(base.tokenizer.eos_token_id not in q.answer_ids[:-1] for q in questions)
+    for one, other in zip(questions, again, strict=True):
+        assert torch.equal(one.tokens_KN[:, 0], other.tokens_KN[:, 0])
+        torch.testing.assert_close(one.shares_KN, other.shares_KN, rtol=1e-3, atol=1e-5)
