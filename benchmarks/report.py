@@ -101,6 +101,11 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
         figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
         save_png(figure, images / f"{stem}-average.png")
         pictures.append((f"{stem}-average.png", "average accuracy over the number of tasks learned"))
+    fills = {name: curve for name, each in cells.items() if (curve := fill_so_far(each))}
+    if fills:
+        figure = development_figure(fills, "Slots of the adapter that hold 95 % of its update", "share of slots, %")
+        save_png(figure, images / f"{stem}-fill.png")
+        pictures.append((f"{stem}-fill.png", "share of the adapter's slots in use over the number of tasks learned"))
     return pictures
 
 
@@ -127,6 +132,14 @@ def average_so_far(cells: Sequence[CellJson]) -> list[float]:
             return []
         curves.append([100 * sum(value or 0.0 for value in row) / len(row) for row in known])
     return [sum(values) / len(values) for values in zip(*curves, strict=True)]
+
+
+def fill_so_far(cells: Sequence[CellJson]) -> list[float]:
+    """After each task the share of slots in use, mean over modules and cells; nothing where it was not measured."""
+    curves = [[version.get("fill") for version in cell["versions"]] for cell in cells]
+    if any(value is None for curve in curves for value in curve):
+        return []
+    return [100 * sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
 def main(

@@ -83,6 +83,7 @@ def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
     assert scored(each) == [[name] for name in sorted(TWO)] and scored(joint) == [sorted(TWO)]
     assert [version["num_steps"] for version in each["versions"]] == [48, 48]
     assert [version["num_steps"] for version in joint["versions"]] == [96]
+    assert [version["num_steps"] for version in run("joint", tasks=THREE)["versions"]] == [12]
     for score in final_scores(each).values():
         assert len(score["correct"]) == 6 and score["correct"].count("1") >= 3
         assert score["majority_rate"] == 0.5 and score["rouge1"] >= score["correct"].count("1") / 6
@@ -238,6 +239,8 @@ def test_a_cell_of_another_schema_is_refused(tmp_path):
         read_cells(tmp_path)
 
 
-def test_training_settings_reach_the_cell(run):
-    longer = run("seq_lora", train=replace(TRAIN, num_epochs=2))
+def test_training_settings_and_rows_reach_the_cell(run):
+    longer, shorter = run("seq_lora", train=replace(TRAIN, num_epochs=2)), run("seq_lora", rows=8)
     assert [version["num_steps"] for version in longer["versions"]] == [8, 8]
+    assert [version["num_steps"] for version in shorter["versions"]] == [2, 2]
+    assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]
