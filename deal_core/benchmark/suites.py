@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.hub import fetch_snapshot
 
 Rows = tuple[dict[str, str], ...]
 Part = Literal["dev", "reported"]
@@ -35,6 +37,9 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 """Suite to order to tasks. "8" is this project's own: unlike tasks that follow each other, where forgetting lives."""
+
+HUB_SCHEME = "hf://"
+HUB_DATASET = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 NUM_DEV_ROWS = 200
 FEW_ROWS, DEV_SHARE = 500, 0.4
@@ -105,6 +110,22 @@ def name_of(tasks: tuple[str, ...]) -> tuple[str, str]:
         if tasks == tuple(sorted(next(iter(orders.values())))):
             return suite, "any"
     return "own", ", ".join(tasks)
+
+
+def tasks_folder(source: str) -> Path:
+    """Return the folder of tasks that `source` names: it itself, or what hf://datasets/OWNER/NAME[@REVISION] holds.
+
+    Raises:
+        ConfigError: The repository cannot be fetched, or the address is none.
+    """
+    if not source.startswith(HUB_SCHEME):
+        return Path(source)
+    found = HUB_DATASET.fullmatch(source)
+    if found is None:
+        raise ConfigError(f"{source!r} is no dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
+    return fetch_snapshot(
+        found["repository"], "dataset", ["tasks.json", "*.jsonl", "*/*/*.json"], revision=found["revision"]
+    )
 
 
 def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:

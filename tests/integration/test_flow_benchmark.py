@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def spec(data: Path, tiny_base: Path) -> BenchmarkSpec:
     return spec_from_options(
-        data=data, tasks=list(LABELS), rows=8, base_model=str(tiny_base),
+        data=str(data), tasks=list(LABELS), rows=8, base_model=str(tiny_base),
         train='{"batch_size": 4, "max_prompt_tokens": 64}', methods=[],
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None
 
 def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: BenchmarkSpec) -> None:
     methods = spec_from_options(
-        data=spec.data, tasks=list(LABELS), base_model=spec.base_model, train="{}",
+        data=str(spec.data), tasks=list(LABELS), base_model=spec.base_model, train="{}",
         methods=["{}", '{"deal": {"core": "frozen"}}', '{"rivals": {"ewc_weight": 3}}'],
         strategies=["deal", "seq_lora"], seeds=[0, 1],
     )  # fmt: skip

@@ -33,6 +33,14 @@ def make_rows(num_rows: int, first: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+@pytest.fixture
+def offline_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The Hub's cache folder, with the network switched off as HF_HUB_OFFLINE does."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     disable_progress_bars()

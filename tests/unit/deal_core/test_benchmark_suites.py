@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from deal_core.benchmark.cell import Cell, make_cell, settings_read
-from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of
+from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of, tasks_folder
 from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, RivalConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
@@ -49,6 +50,24 @@ def test_a_line_separator_inside_a_text_is_no_new_row(json_lines):
     row = json.dumps({"text": "one\u2028two\x85three", "label": "a"}, ensure_ascii=False)
     (json_lines / "agnews.test.jsonl").write_text(row + "\n", encoding="utf-8")
     assert [row["input"] for row in load_suite(json_lines, ("agnews",))["agnews"].test] == ["one\u2028two\x85three"]
+
+
+@pytest.mark.parametrize(("suffix", "reference"), [("", "main"), ("@v2", "v2")])
+def test_tasks_of_a_dataset_of_the_hub_are_those_of_its_files(json_lines, offline_hub, suffix, reference):
+    repository, revision = offline_hub / "datasets--somebody--tasks", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(json_lines, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / reference).write_text(revision)
+    folder = tasks_folder("hf://datasets/somebody/tasks" + suffix)
+    assert load_suite(folder, ("agnews",)) == load_suite(tasks_folder(str(json_lines)), ("agnews",))
+
+
+def test_a_dataset_that_cannot_be_fetched_gives_one_clear_error(offline_hub):
+    with pytest.raises(ConfigError, match="The dataset 'somebody/else' could not be fetched from the Hub") as caught:
+        tasks_folder("hf://datasets/somebody/else")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="give hf://datasets/OWNER/NAME"):
+        tasks_folder("hf://somebody/else")
 
 
 def test_cl_benchmark_is_read_shuffled_the_same_way_each_time(cl_benchmark):

@@ -27,14 +27,6 @@ def gguf_file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return file
 
 
-@pytest.fixture
-def offline_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The Hub's cache folder, with the network switched off as HF_HUB_OFFLINE does."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
 def copy_of(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))
 
