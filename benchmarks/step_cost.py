@@ -1,5 +1,7 @@
 """What DEAL costs over plain LoRA, with and without its rehearsal: step time and peak memory, interleaved in one run.
 
+Plain LoRA also with PyTorch's own backward pass of attention, which deal_core.attention replaces on a CPU.
+
     python -m benchmarks.step_cost
 
 One trainer per variant, each on a base model of its own, take turns: one optimiser step each on the same batch, in
@@ -33,8 +35,10 @@ from deal_core.strategies import MethodState, Strategy, TaskContext, make_strate
 from infra.settings import HomeSettings
 
 PLAIN = "seq_lora"
+FUSED = "seq_lora_fused_attention"
 VARIANTS = {
     PLAIN: ("seq_lora", RehearsalConfig(texts="none")),
+    FUSED: ("seq_lora", RehearsalConfig(texts="none")),
     "deal_without_rehearsal": ("deal", RehearsalConfig(texts="none")),
     "deal": ("deal", RehearsalConfig()),
 }
@@ -55,6 +59,8 @@ class Stepper:
     def __init__(self, variant: str, source: str, parent: Path, num_tokens: int) -> None:
         strategy, rehearsal = VARIANTS[variant]
         self.base = load_base(source, HomeSettings().cache_dir)
+        if variant == FUSED:
+            self.base.model.set_attn_implementation("sdpa")
         self.model = load_adapter(self.base.model, parent, is_trainable=True)
         self.strategy: Strategy = make_strategy(strategy, MethodConfig(rehearsal=rehearsal), 0)
         rows = Dataset.from_list([{"input": f"{i} is a number. " * num_tokens} for i in range(16)])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from deal_core import attention
 from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
 from deal_core.errors import ConfigError
 from deal_core.fingerprint import sha256_of_model
@@ -65,6 +66,8 @@ def load_base(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         require_all_weights(info)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)
     except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(
             f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "

@@ -1,0 +1,92 @@
+"""Attention for training on a CPU: PyTorch's fused forward pass, and a backward pass made of matrix products.
+
+On a CPU the fused backward pass takes longer than the same products taken one by one (a fifth of a training step:
+`python -m benchmarks.step_cost`). So it is taken that way, from probabilities that are made again, one layer at a
+time: nothing more than with the fused one stays in memory between the passes. Without gradients, and on other devices,
+attention is PyTorch's own.
+
+Shapes: B batch, H heads, G heads of keys and values (H a multiple of it), T queries, S keys, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_product_backward"
+
+
+def attend(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers' "sdpa" does; returns the output of shape B×T×H×D, and no weights."""
+    is_same = query_BHTD.shape[2] == key_BGSD.shape[2]  # no cache, no cross-attention
+    is_plain = is_same and dropout == 0.0 and kwargs.get("position_bias") is None
+    if not (torch.is_grad_enabled() and query_BHTD.device.type == "cpu" and is_plain):
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query_BHTD, key_BGSD, value_BGSD, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+        return found
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query_BHTD.shape[2] > 1
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    attend_with_products: Callable[..., Tensor] = _Attention.apply
+    output_BHTD = attend_with_products(query_BHTD, key_BGSD, value_BGSD, attention_mask, causal, scale)
+    return output_BHTD.transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        inputs = query, key, value = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        with torch.enable_grad():
+            output = _products(query, key, value, mask, ctx.is_causal, ctx.scale)
+        return (*torch.autograd.grad(output, inputs, grads[0]), None, None, None)
+
+
+def _products(
+    query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """Return softmax(s·Q·Kᵀ + M)·V; M is a mask of truth (True: attend) or of numbers that are added."""
+    num_repeats = query_BHTD.shape[1] // key_BGSD.shape[1]
+    key_BHSD, value_BHSD = (each.repeat_interleave(num_repeats, dim=1) for each in (key_BGSD, value_BGSD))
+    scores_BHTS = (query_BHTD * scale) @ key_BHSD.mT
+    if is_causal:
+        mask = scores_BHTS.new_ones(scores_BHTS.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, torch.finfo(scores_BHTS.dtype).min)
+    elif mask is not None:
+        scores_BHTS = scores_BHTS + mask
+    return scores_BHTS.softmax(-1, dtype=torch.float32).to(value_BGSD.dtype) @ value_BHSD
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
