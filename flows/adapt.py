@@ -121,6 +121,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
         job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
+        spec.evaluate.max_new_tokens,
     )  # fmt: skip
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:

@@ -62,7 +62,8 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     with borrowed_folder(store, info.adapter_uri) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens
         answers = generate_answers(
-            model, base.tokenizer, known.schema, [text], EvaluateConfig(), max_prompt_tokens=limit
+            model, base.tokenizer, known.schema, [text], EvaluateConfig(max_new_tokens=known.max_new_tokens),
+            max_prompt_tokens=limit,
         )
         logits = first_answer_logits(model, base.tokenizer, known.schema, text, max_prompt_tokens=limit)
     likeliest = logits.topk(NUM_TOKENS)

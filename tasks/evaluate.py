@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class TestSet:
     schema: TaskSchema
     rows: Dataset
     max_prompt_tokens: int
+    max_new_tokens: int
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -49,6 +50,8 @@ def evaluate_version(
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a task that is new.
 
+    A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
+
     On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen.
     """
     store = current_store()
@@ -56,7 +59,8 @@ def evaluate_version(
     sets = load_test_sets(store, record)
     new = []
     if record is None or record.task(dataset.task) is None:
-        new = [load_test_set(store, read_manifest(store, dataset.uri).task, dataset.uri, max_prompt_tokens)]
+        schema = read_manifest(store, dataset.uri).task
+        new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     scorer = Scorer(base, config)
     scorer.expect(new, new if parent else [], [*sets, *new])
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
@@ -106,7 +110,7 @@ class Scorer:
                     self._base.tokenizer,
                     test_set.schema,
                     test_set.rows,
-                    self._config,
+                    replace(self._config, max_new_tokens=test_set.max_new_tokens),
                     max_prompt_tokens=test_set.max_prompt_tokens,
                     on_progress=partial(self._advance, test_set.schema.name),
                 )
@@ -122,18 +126,20 @@ class Scorer:
 def load_test_sets(store: ObjectStore, record: LineageRecord | None) -> list[TestSet]:
     """The test sets of every task a lineage knows, in order of first arrival."""
     return [
-        load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens)
+        load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
         for known in (record.tasks if record else ())
     ]
 
 
-def load_test_set(store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int) -> TestSet:
+def load_test_set(
+    store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
+) -> TestSet:
     """The test rows of one dataset."""
     with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
         path = Path(temporary) / "test.parquet"
         store.download_file(f"{dataset_uri}/test.parquet", path)
         rows = Dataset(pq.read_table(path, memory_map=False))
-    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens)
+    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
 
 
 def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deal_core.config import AdapterConfig
+from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.metrics import AccuracyMatrix
@@ -31,6 +31,8 @@ class KnownTask:
     num_test: int
     max_prompt_tokens: int
     """Length of prompt that the task is judged and asked with, whatever later arrivals are trained with."""
+    max_new_tokens: int
+    """Longest answer that it is judged and asked with, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class LineageRecord:
             "adapter": asdict(self.adapter),
             "tasks": [
                 {"schema": known.schema.to_json(), "dataset_uri": known.dataset_uri, "num_test": known.num_test,
-                 "max_prompt_tokens": known.max_prompt_tokens}
+                 "max_prompt_tokens": known.max_prompt_tokens, "max_new_tokens": known.max_new_tokens}
                 for known in self.tasks
             ],
             "matrix": self.matrix.to_json(),
@@ -91,7 +93,8 @@ class LineageRecord:
             adapter=AdapterConfig(**adapter),
             tasks=tuple(
                 KnownTask(schema=TaskSchema.from_json(known["schema"]), dataset_uri=known["dataset_uri"],
-                          num_test=known["num_test"], max_prompt_tokens=known["max_prompt_tokens"])
+                          num_test=known["num_test"], max_prompt_tokens=known["max_prompt_tokens"],
+                          max_new_tokens=known.get("max_new_tokens", EvaluateConfig().max_new_tokens))
                 for known in values["tasks"]
             ),
             matrix=AccuracyMatrix.from_json(values["matrix"]),

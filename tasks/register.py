@@ -29,6 +29,7 @@ def register_version(
     config: AdapterConfig,
     config_sha256: str,
     max_prompt_tokens: int,
+    max_new_tokens: int,
 ) -> VersionRef:
     """Write the version's record beside its adapter and register both, accepted or rejected."""
     store = current_store()
@@ -37,8 +38,9 @@ def register_version(
     if before is None or before.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = KnownTask(
-            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=max_prompt_tokens
-        )
+            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
         known = (*known, new)
     record = LineageRecord(
         lineage=run.lineage,

@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
+from flows.evaluate import evaluate
+from flows.predict import predict
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
 from infra.ledger import Ledger
@@ -222,6 +224,20 @@ def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
     assert [known.dataset_uri for known in record.tasks] == [first.dataset.uri]
     assert record.tasks[0].schema.instruction == BANK["instruction"]
     assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
+
+
+def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "counts.jsonl"
+    rows = ({"prompt": f"Count to {number}.", "completion": "one two three four"} for number in range(40))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tiny_base, {"name": "counts", "data": str(file)}, evaluate={"max_new_tokens": 2})
+    later = run(tiny_base, CLINIC)  # with the default, which is longer
+    known = read_record(current_store(), f"adapters/l/{later.run_key[:16]}").tasks
+    assert [task.max_new_tokens for task in known] == [2, 50]
+    answer = predict("Count to 3.", lineage="l", task="counts", version=None).answer
+    assert 0 < len(answer.split()) <= 2
+    scores = asyncio.run(evaluate("l"))
+    assert scores.accuracies == scores.recorded
 
 
 def test_a_refused_file_leaves_its_rows_in_quarantine_and_nothing_else(tiny_base: Path, tmp_path: Path) -> None:
