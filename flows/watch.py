@@ -27,6 +27,7 @@ from tasks.inbox import (
     list_arrivals,
     read_state,
     split_settled,
+    stamps_beside,
     task_of,
     write_state,
 )
@@ -95,15 +96,18 @@ async def watch(
     while True:
         state = read_state(store, spec.lineage)
         now = datetime.now(UTC)
-        landed = [
-            info for info in list_arrivals(store, _companions(store)) if not tasks or task_of(info.key) in tasks
-        ]
-        arrivals = [info for info in landed if state.is_open(info, now, retry_now=once)]
+        companions = tuple(_companions(store))
+        beside = stamps_beside(store, companions)
+        landed = [info for info in list_arrivals(store, companions) if not tasks or task_of(info.key) in tasks]
+        arrivals = [
+            info for info in landed
+            if state.is_open(info, now, beside=beside.get(task_of(info.key), ""), retry_now=once)
+        ]  # fmt: skip
         settled, growing = split_settled(arrivals, seen, now, poll_seconds)
         for info in settled:
             if is_stopped():
                 break
-            handled, run = await _handle(store, spec, state, info)
+            handled, run = await _handle(store, spec, state, info, beside.get(task_of(info.key), ""))
             write_state(store, spec.lineage, state)
             files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
             runs += [run] if run else []
@@ -116,7 +120,7 @@ async def watch(
 
 
 async def _handle(
-    store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo
+    store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo, beside: str
 ) -> tuple[Handled, AdaptResult | None]:
     """Adapt to one file; a file that cannot be used is noted, so that it is reported once."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
@@ -135,7 +139,7 @@ async def _handle(
         logger.exception("The run for %s failed", info.key)
         outcome, message = "failed", in_one_line(error)
         reporter().said(f"Failed: {message}")
-    return state.record(info, outcome, message, now=datetime.now(UTC), version=version), run
+    return state.record(info, outcome, message, now=datetime.now(UTC), beside=beside, version=version), run
 
 
 def _task_spec(store: ObjectStore, key: str) -> TaskSpec:

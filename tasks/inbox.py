@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -32,6 +33,8 @@ class Handled(BaseModel):
     message: str
     version: str | None = None
     num_tries: int = 1
+    beside: str = ""
+    """Stamp of the task file and the test rows that it was read with."""
     at: datetime
 
     def is_due(self, now: datetime) -> bool:
@@ -48,28 +51,33 @@ class InboxState(BaseModel):
     schema_version: Literal[1] = 1
     files: dict[str, Handled] = {}
 
-    def is_open(self, info: ObjectInfo, now: datetime, *, retry_now: bool) -> bool:
+    def is_open(self, info: ObjectInfo, now: datetime, *, beside: str = "", retry_now: bool) -> bool:
         """Whether this content of the file has to be handled.
 
         Args:
             info: the file as it is now.
             now: the time.
+            beside: stamp of what lies beside it; a file that was refused may be good with another task file.
             retry_now: also when its run failed before, however often and lately: somebody asked for it.
         """
         handled = self.files.get(info.key)
         if handled is None or handled.etag != info.etag:
             return True
+        if handled.outcome == "refused" and handled.beside != beside:
+            return True
         return handled.outcome == "failed" if retry_now else handled.is_due(now)
 
     def record(
-        self, info: ObjectInfo, outcome: Outcome, message: str, *, now: datetime, version: str | None = None
+        self, info: ObjectInfo, outcome: Outcome, message: str, *,
+        now: datetime, beside: str = "", version: str | None = None,
     ) -> Handled:
         """Note what became of a file."""
         before = self.files.get(info.key)
         num_tries = before.num_tries + 1 if before and before.etag == info.etag else 1
         handled = Handled(
-            etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, at=now
-        )
+            etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
+            at=now,
+        )  # fmt: skip
         self.files[info.key] = handled
         return handled
 
@@ -107,6 +115,21 @@ def list_arrivals(store: ObjectStore, companions: Iterable[str] = ()) -> list[Ob
     skipped = set(companions)
     arrivals = [info for info in store.list(INBOX) if _is_arrival(info.key) and info.key not in skipped]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
+
+
+def stamps_beside(store: ObjectStore, companions: Iterable[str] = ()) -> dict[str, str]:
+    """Per task, a stamp of its task file and its test rows: another one when either changes.
+
+    Args:
+        store: where the inbox is.
+        companions: keys of the files of test rows.
+    """
+    named = set(companions)
+    found: dict[str, list[str]] = defaultdict(list)
+    for info in sorted(store.list(INBOX), key=lambda info: info.key):
+        if info.key in named or info.key == f"{INBOX}/{task_of(info.key)}/{TASK_FILE}":
+            found[task_of(info.key)].append(info.etag)
+    return {task: " ".join(etags) for task, etags in found.items()}
 
 
 def split_settled(

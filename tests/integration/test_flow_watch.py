@@ -141,6 +141,16 @@ def test_a_corrected_file_is_looked_at_again(tiny_base: Path, home: Path) -> Non
     assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
 
 
+def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base: Path, home: Path) -> None:
+    land(home, "parcels/task.yaml", b"labels: [no, such]\n")
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
+    land(home, "parcels/task.yaml", b"instruction: What is the matter?\n", age=50)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
+    land(home, "parcels/task.yaml", b"instruction: What is the matter\n", age=20)
+    assert outcomes(look(lineage(tiny_base))[0]) == []
+
+
 def test_one_bad_file_does_not_stop_the_others(tiny_base: Path, home: Path) -> None:
     land(home, "bank/bad.jsonl", b"nonsense\n", age=200)
     land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
