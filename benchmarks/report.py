@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from deal_core.benchmark.suites import name_of as suite_name_of
 from deal_core.benchmark.summary import (
     OURS,
     CellJson,
@@ -77,6 +78,23 @@ def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
 def name_of(row: Mapping[str, Any]) -> str:
     """A strategy, and in what it departs from the defaults."""
     return row["strategy"] + (f" ({row['changes']})" if row["changes"] else "")
+
+
+def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
+    """One line per cell on development rows, those of one suite, order and number of rows together, best first."""
+    lines = []
+    for cell in cells:
+        settings, scores = cell["settings"], final_scores(cell)
+        suite, order = suite_name_of(tuple(settings["tasks"]))
+        shares = {name: 100 * accuracy(score) for name, score in scores.items()}
+        lines.append({
+            "suite": suite, "order": order, "rows": settings["rows"], "seed": settings["seed"],
+            "num_test": sum(len(score["correct"]) for score in scores.values()),
+            "strategy": settings["strategy"], "changes": departures(cell),
+            "average_accuracy": sum(shares.values()) / len(shares), "by_task": shares,
+        })  # fmt: skip
+    return sorted(lines, key=lambda line: (int(line["suite"]), line["order"], -line["rows"], line["num_test"],
+                                           -line["average_accuracy"]))  # fmt: skip
 
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
@@ -157,9 +175,10 @@ def main(
     templates.filters |= {"points": points, "interval": interval, "name": name_of}
     tables = [describe(each, page.parent / "img") for each in protocols(read_cells(results / "continual"))]
     cost = read(results / "step_cost.json")
+    tried = tried_lines(read_cells(results / "development"))
     page.write_text(
         templates.get_template("page.md.j2").render(
-            tables=sorted(tables, key=lambda table: int(table["suite"])), cost=cost, cost_names=COST_NAMES
+            tables=sorted(tables, key=lambda table: int(table["suite"])), tried=tried, cost=cost, cost_names=COST_NAMES
         )
     )
     typer.echo(f"{page} written")

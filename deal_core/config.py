@@ -147,7 +147,7 @@ class GateConfig:
 
 
 Form = Literal["spectral", "literal"]
-Core = Literal["frozen", "soft"]
+Core = Literal["frozen", "soft", "free"]
 Sides = Literal["both", "A", "B"]
 Kernel = Literal["heat", "linear_decay", "spline", "haar"]
 
@@ -161,7 +161,8 @@ class DealConfig:
     form: Form = "spectral"
     """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
     core: Core = "soft"
-    """frozen: core slots never change. soft: they may, against the wall of lambda1."""
+    """frozen: core slots never change. soft: they may, against the wall of lambda1. free: the factors are trained as
+    they are, nothing is decomposed, and old answers are held by the rehearsal alone."""
     sides: Sides = "both"
     """Which factors are updated."""
     balanced: bool = True
@@ -212,6 +213,14 @@ class DealConfig:
         _require(
             self.form == "spectral" or self.kernel == "heat",
             f"deal.kernel is {self.kernel!r}; the literal form has the heat kernel alone.",
+        )
+        _require(
+            self.core in get_args(Core), f"deal.core is {self.core!r}; use {', '.join(get_args(Core))}."
+        )
+        _require(
+            self.core != "free" or (self.form, self.sides) == ("spectral", "both"),
+            f"deal.core is free, which trains both factors as they are; deal.form is {self.form}, deal.sides "
+            f"{self.sides}: leave them out, or set deal.core to soft or frozen.",
         )
         _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
         _require(

@@ -42,6 +42,8 @@ class Deal(Strategy):
         if state is None:
             self._start_first_task(generator)
             return
+        if self.deal.core == "free":
+            return
         check_rank(self.stacks)
         self.network = Reparametrization(self.stacks, self.deal, generator)
         self.network.synchronise()
@@ -65,11 +67,11 @@ class Deal(Strategy):
         return self._rehearsal
 
     def parameters(self) -> Sequence[nn.Parameter]:
-        """Return g, c, Ω and b; for the first task, A and B."""
+        """Return g, c, Ω and b; for the first task and with a free core, A and B."""
         return super().parameters() if self.network is None else list(self.network.parameters())
 
     def penalty(self) -> Tensor | None:
-        """Return the λ₁ and λ₂ terms of Eq. 12; none for the first task."""
+        """Return the λ₁ and λ₂ terms of Eq. 12; none where A and B themselves are trained."""
         return None if self.network is None else self.network.penalty()
 
     def before_step(self) -> None:
@@ -95,7 +97,7 @@ class Deal(Strategy):
     @torch.no_grad()
     def finish(self) -> MethodState:
         """Take the version between parent and trained adapter."""
-        if self.network is not None and self.deal.interpolation < 1:
+        if self._parent and self.deal.interpolation < 1:
             for stack, parent in zip(self.stacks, self._parent, strict=True):
                 stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
         kept = keep_rows(self.config.rehearsal, self.context, self._tensors, self.seed)

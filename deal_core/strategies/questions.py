@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from peft import PeftModel
@@ -35,7 +35,7 @@ def make_rehearsal(
     if config.texts == "stored":
         tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED)]
     elif config.texts == "arrival":
-        olds = [old for old in context.old_tasks if _can_ask(old, context.task)]
+        olds = tasks_to_ask(context.old_tasks, context.task)
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
         num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
         tasks = [_on_new_texts(config, model, context, old, num_each, seed + i) for i, old in enumerate(olds)]
@@ -61,9 +61,21 @@ def keep_rows(
     return {**kept, f"{STORED}{len(kept):04d}": pack(questions)}
 
 
-def _can_ask(old: TaskSchema, new: TaskSchema) -> bool:
-    """A chat's rows are conversations; those of the other formats are texts."""
-    return old.name != new.name and (old.format == "chat") == (new.format == "chat")
+def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:
+    """Return the old tasks that can be asked about the new one's texts, each way of asking once.
+
+    A chat's rows are conversations, those of the other formats are texts. A task that asks as the new one does would
+    put the new rows' own prompts, and hold them to another answer than their label.
+    """
+    askable = (old for old in olds if (old.format == "chat") == (new.format == "chat"))
+    by_wording = {_wording(old): old for old in askable if old.name != new.name}
+    by_wording.pop(_wording(new), None)
+    return list(by_wording.values())
+
+
+def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
+    """What a prompt says beside its text, whatever the order of the options."""
+    return task.instruction, frozenset(task.labels), task.template
 
 
 def _on_new_texts(

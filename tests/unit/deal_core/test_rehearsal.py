@@ -15,7 +15,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import first_answer_logits
 from deal_core.rehearsal import Question, Rehearsal, ask, pack, unpack
 from deal_core.strategies.base import TaskContext
-from deal_core.strategies.questions import make_rehearsal
+from deal_core.strategies.questions import make_rehearsal, tasks_to_ask
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 LONG = TrainConfig(max_steps=20, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
@@ -135,10 +135,23 @@ def test_every_setting_changes_the_result(change, parent, train):
 @pytest.mark.parametrize(("num_old", "num_texts", "expected"), [(1, 256, 16), (4, 256, 4), (3, 6, 2)])
 def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expected, parent, train):
     """Four steps of four: what an arrival costs does not grow with the number of old tasks."""
-    olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction="How big?") for i in range(num_old)]
+    olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction=f"How big? {i}") for i in range(num_old)]
     done = train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
     note = f"rehearsed {expected * num_old} questions about old tasks ({num_old}), 4 a step"
     assert done.result.notes[0] == note
+
+
+def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one():
+    def task(name: str, instruction: str, labels: str = "ab", **fields: str) -> TaskSchema:
+        return TaskSchema(name=name, instruction=instruction, labels=tuple(labels), **fields)
+
+    new = task("new", "Which?")
+    olds = [
+        task("alike", "Which?", "ba"), task("other-labels", "Which?", "abc"), task("first", "How?"),
+        task("again", "How?", "ba"), task("other-template", "How?", template="{text} {options}"), task("new", "Why?"),
+        TaskSchema(name="chat", format="chat", instruction="Why?"),
+    ]  # fmt: skip
+    assert [old.name for old in tasks_to_ask(olds, new)] == ["other-labels", "again", "other-template"]
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):

@@ -10,14 +10,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.strategies import make_strategy
 
 OFF = DealConfig(
     balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
 )
+OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 STEPS = TrainConfig(max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 
 
@@ -79,6 +81,22 @@ def test_later_task_with_everything_off_is_plain_lora(parent, train):
         torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)
     started = weights(parent)
     assert max((plain[name] - started[name]).abs().max() for name in plain) > 1e-2
+
+
+def test_later_task_with_a_free_core_is_plain_lora_and_its_rehearsal(parent, train):
+    none = RehearsalConfig(texts="none")
+    free, plain, rehearsed = (
+        weights(train(name, parent, deal=DealConfig(core="free"), rehearsal=config, old_tasks=(OLD,)).folder)
+        for name, config in (("deal", none), ("seq_lora", none), ("deal", RehearsalConfig()))
+    )
+    assert all(torch.equal(free[name], plain[name]) for name in plain)
+    assert not all(torch.equal(rehearsed[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("change", [{"form": "literal"}, {"sides": "A"}], ids=str)
+def test_a_free_core_takes_no_setting_of_what_is_not_there(change):
+    with pytest.raises(ConfigError, match=r"deal\.core is free"):
+        DealConfig(core="free", **change)
 
 
 @pytest.mark.parametrize(
