@@ -28,7 +28,7 @@ from infra.report.canvas import save_png
 from infra.report.figures import development_figure, kept_figure
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
-              "deal_without_rehearsal": "DEAL without rehearsal", "deal": "DEAL"}  # fmt: skip
+              "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
 NUM_RIVALS = 2
 """Rivals in the pictures: the best ones."""
 

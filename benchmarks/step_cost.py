@@ -1,4 +1,4 @@
-"""What DEAL costs over plain LoRA, with and without its rehearsal: step time and peak memory, interleaved in one run.
+"""What DEAL costs over plain LoRA, by its rehearsal and by its core alone: step time and peak memory, interleaved.
 
 Plain LoRA also with PyTorch's own backward pass of attention, which deal_core.attention replaces on a CPU.
 
@@ -26,7 +26,7 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.metrics import paired_interval
@@ -37,11 +37,13 @@ from infra.settings import HomeSettings
 PLAIN = "seq_lora"
 FUSED = "seq_lora_fused_attention"
 VARIANTS = {
-    PLAIN: ("seq_lora", RehearsalConfig(texts="none")),
-    FUSED: ("seq_lora", RehearsalConfig(texts="none")),
-    "deal_without_rehearsal": ("deal", RehearsalConfig(texts="none")),
-    "deal": ("deal", RehearsalConfig()),
-}
+    PLAIN: ("seq_lora", MethodConfig()),
+    FUSED: ("seq_lora", MethodConfig()),
+    "deal_without_rehearsal": (
+        "deal", MethodConfig(deal=DealConfig(core="soft"), rehearsal=RehearsalConfig(texts="none"))
+    ),
+    "deal": ("deal", MethodConfig()),
+}  # fmt: skip
 OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")
 
 
@@ -57,12 +59,12 @@ class Stepper:
     """One variant on a base model of its own, with the parent's adapter, taking optimiser steps."""
 
     def __init__(self, variant: str, source: str, parent: Path, num_tokens: int) -> None:
-        strategy, rehearsal = VARIANTS[variant]
+        strategy, method = VARIANTS[variant]
         self.base = load_base(source, HomeSettings().cache_dir)
         if variant == FUSED:
             self.base.model.set_attn_implementation("sdpa")
         self.model = load_adapter(self.base.model, parent, is_trainable=True)
-        self.strategy: Strategy = make_strategy(strategy, MethodConfig(rehearsal=rehearsal), 0)
+        self.strategy: Strategy = make_strategy(strategy, method, 0)
         rows = Dataset.from_list([{"input": f"{i} is a number. " * num_tokens} for i in range(16)])
         context = TaskContext(
             base=self.base, task=TaskSchema(name="new"), rows=rows, encoded=rows, old_tasks=(OLD_TASK,),

@@ -1,4 +1,4 @@
-"""DEAL: retain the adapter's core spectrum, learn the new task in what is free (arXiv 2509.18942)."""
+"""DEAL: hold what the adapter answers, and its core spectrum where that is asked for (arXiv 2509.18942)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from deal_core.strategies.questions import keep_rows, make_rehearsal
 
 
 class Deal(Strategy):
-    """The first task of a lineage is plain LoRA; every later one trains the method's parameters instead of A and B.
+    """The first task of a lineage is plain LoRA.
 
-    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.rehearsal`.
+    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.rehearsal`. With a
+    soft or frozen core it trains the parameters of the retention network instead of A and B.
     """
 
     name = "deal"

@@ -22,8 +22,9 @@ from deal_core.models import BaseModel, load_base
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 OFF = DealConfig(
-    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
-)
+    core="soft", balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0,
+    interpolation=1,
+)  # fmt: skip
 
 
 @pytest.fixture
