@@ -93,7 +93,7 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
             "strategy": settings["strategy"], "changes": departures(cell),
             "average_accuracy": sum(shares.values()) / len(shares), "by_task": shares,
         })  # fmt: skip
-    return sorted(lines, key=lambda line: (int(line["suite"]), line["order"], -line["rows"], line["num_test"],
+    return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["order"], -line["rows"], line["num_test"],
                                            -line["average_accuracy"]))  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 On a CPU the fused backward pass takes longer than the same products taken one by one (a fifth of a training step:
 `python -m benchmarks.step_cost`). So it is taken that way, from probabilities that are made again, one layer at a
-time: nothing more than with the fused one stays in memory between the passes. Without gradients, and on other devices,
-attention is PyTorch's own.
+time: nothing more than with the fused one stays in memory between the passes. Without gradients, with dropout, beyond
+MAX_SCORES and on other devices attention is PyTorch's own.
 
 Shapes: B batch, H heads, G heads of keys and values (H a multiple of it), T queries, S keys, D size of a head.
 """
@@ -20,6 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_product_backward"
+MODEL_TYPES = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+"""Models whose attention is this and nothing else; some others ask for "sdpa" by name to apply masks of their own."""
+MAX_SCORES = 2**26
+"""B·H·T·S beyond which the fused pass is taken: the products need some 16 bytes per score while a layer's are made."""
 
 
 def attend(
@@ -37,6 +41,7 @@ def attend(
     """Attend as transformers' "sdpa" does; returns the output of shape B×T×H×D, and no weights."""
     is_same = query_BHTD.shape[2] == key_BGSD.shape[2]  # no cache, no cross-attention
     is_plain = is_same and dropout == 0.0 and kwargs.get("position_bias") is None
+    is_plain = is_plain and query_BHTD.shape[:3].numel() * key_BGSD.shape[2] <= MAX_SCORES
     if not (torch.is_grad_enabled() and query_BHTD.device.type == "cpu" and is_plain):
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query_BHTD, key_BGSD, value_BGSD, attention_mask,

@@ -6,7 +6,7 @@ They import nothing but the standard library, so that the command line can read 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from deal_core.errors import ConfigError
@@ -154,7 +154,10 @@ Kernel = Literal["heat", "linear_decay", "spline", "haar"]
 
 @dataclass(frozen=True, kw_only=True)
 class DealConfig:
-    """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12)."""
+    """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12).
+
+    All but `core` and `interpolation` are for a soft or frozen core.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
 
@@ -217,10 +220,12 @@ class DealConfig:
         _require(
             self.core in get_args(Core), f"deal.core is {self.core!r}; use {', '.join(get_args(Core))}."
         )
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        idle = [f"deal.{name}" for name in changed if name not in ("core", "interpolation")]
         _require(
-            self.core != "free" or (self.form, self.sides) == ("spectral", "both"),
-            f"deal.core is free, which trains both factors as they are; deal.form is {self.form}, deal.sides "
-            f"{self.sides}: leave them out, or set deal.core to soft or frozen.",
+            self.core != "free" or not idle,
+            f"deal.core is free, which decomposes nothing, so that {', '.join(idle)} would do nothing; leave it "
+            "out, or set deal.core to soft or frozen.",
         )
         _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
         _require(

@@ -66,7 +66,7 @@ def load_base(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         require_all_weights(info)
-        if model.config._attn_implementation == "sdpa":
+        if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
     except Exception as error:  # damaged files break their readers in many ways
         raise ConfigError(

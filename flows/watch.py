@@ -25,9 +25,10 @@ from tasks.inbox import (
     InboxState,
     Outcome,
     list_arrivals,
+    list_beside,
     read_state,
     split_settled,
-    stamps_beside,
+    stamp_of,
     task_of,
     write_state,
 )
@@ -97,23 +98,24 @@ async def watch(
         state = read_state(store, spec.lineage)
         now = datetime.now(UTC)
         companions = tuple(_companions(store))
-        beside = stamps_beside(store, companions)
+        beside = list_beside(store, companions)
+        stamps = {task: each.stamp for task, each in beside.items()}
         landed = [info for info in list_arrivals(store, companions) if not tasks or task_of(info.key) in tasks]
         arrivals = [
             info for info in landed
-            if state.is_open(info, now, beside=beside.get(task_of(info.key), ""), retry_now=once)
+            if state.is_open(info, now, beside=stamps.get(task_of(info.key), ""), retry_now=once)
         ]  # fmt: skip
-        settled, growing = split_settled(arrivals, seen, now, poll_seconds)
+        settled, growing = split_settled(arrivals, seen, now, poll_seconds, beside)
         for info in settled:
             if is_stopped():
                 break
-            handled, run = await _handle(store, spec, state, info, beside.get(task_of(info.key), ""))
+            handled, run = await _handle(store, spec, state, info, stamps.get(task_of(info.key), ""))
             write_state(store, spec.lineage, state)
             files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
             runs += [run] if run else []
         if is_stopped() or (once and not growing):
             return WatchResult(lineage=spec.lineage, files=tuple(files), runs=tuple(runs))
-        seen = {info.key: info.etag for info in arrivals}
+        seen = {info.key: stamp_of(info, beside.get(task_of(info.key))) for info in arrivals}
         if settled or not files:
             reporter().stage_started("waiting")
         await asyncio.sleep(poll_seconds)

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -73,7 +73,8 @@ class InboxState(BaseModel):
     ) -> Handled:
         """Note what became of a file."""
         before = self.files.get(info.key)
-        num_tries = before.num_tries + 1 if before and before.etag == info.etag else 1
+        has_failed = before is not None and before.etag == info.etag and before.outcome == "failed"
+        num_tries = before.num_tries + 1 if before and has_failed else 1
         handled = Handled(
             etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
             at=now,
@@ -117,23 +118,34 @@ def list_arrivals(store: ObjectStore, companions: Iterable[str] = ()) -> list[Ob
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 
-def stamps_beside(store: ObjectStore, companions: Iterable[str] = ()) -> dict[str, str]:
-    """Per task, a stamp of its task file and its test rows: another one when either changes.
+class Beside(NamedTuple):
+    """A task's file and its test rows: a stamp that changes when either does, and when the last one did."""
+
+    stamp: str
+    modified: datetime
+
+
+def list_beside(store: ObjectStore, companions: Iterable[str] = ()) -> dict[str, Beside]:
+    """What lies beside the arrivals of every task that has a task file.
 
     Args:
         store: where the inbox is.
         companions: keys of the files of test rows.
     """
     named = set(companions)
-    found: dict[str, list[str]] = defaultdict(list)
+    found: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in sorted(store.list(INBOX), key=lambda info: info.key):
         if info.key in named or info.key == f"{INBOX}/{task_of(info.key)}/{TASK_FILE}":
-            found[task_of(info.key)].append(info.etag)
-    return {task: " ".join(etags) for task, etags in found.items()}
+            found[task_of(info.key)].append(info)
+    return {
+        task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
+        for task, infos in found.items()
+    }
 
 
 def split_settled(
-    arrivals: Iterable[ObjectInfo], seen: Mapping[str, str], now: datetime, settle_seconds: float
+    arrivals: Iterable[ObjectInfo], seen: Mapping[str, str], now: datetime, settle_seconds: float,
+    beside: Mapping[str, Beside] | None = None,
 ) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
     """Part arrivals into those that are complete and those that may still be written.
 
@@ -141,16 +153,25 @@ def split_settled(
 
     Args:
         arrivals: what is there now.
-        seen: etag by key at the previous look.
+        seen: `stamp_of` by key at the previous look.
         now: the time.
         settle_seconds: how long a file must have been left alone.
+        beside: what lies beside the arrivals of a task; it must have been left alone as long.
     """
     settled: list[ObjectInfo] = []
     growing: list[ObjectInfo] = []
     for info in arrivals:
-        is_old = now - info.modified.astimezone(UTC) >= timedelta(seconds=settle_seconds)
-        (settled if is_old or seen.get(info.key) == info.etag else growing).append(info)
+        other = (beside or {}).get(task_of(info.key))
+        changed = max(info.modified, other.modified) if other else info.modified
+        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
+        is_same = seen.get(info.key) == stamp_of(info, other)
+        (settled if is_old or is_same else growing).append(info)
     return settled, growing
+
+
+def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
+    """What a look at a file remembers of it and of what lies beside it."""
+    return info.etag if beside is None else f"{info.etag} {beside.stamp}"
 
 
 def task_of(key: str) -> str:

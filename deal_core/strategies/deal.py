@@ -13,7 +13,7 @@ from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank
 from deal_core.rehearsal import Rehearsal
 from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
-from deal_core.strategies.questions import keep_rows, make_rehearsal
+from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 
 
 class Deal(Strategy):
@@ -32,7 +32,7 @@ class Deal(Strategy):
         return "data" if self.config.rehearsal.texts == "stored" else "nothing"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Ask the parent about the old tasks, decompose its adapter, and write the factors the new task starts from."""
+        """Ask the parent about the old tasks; with a core, decompose its adapter and write what to start from."""
         super().prepare(model, state, context)
         self.deal = self.config.deal
         self._tensors = {} if state is None else state.tensors
@@ -43,9 +43,9 @@ class Deal(Strategy):
         if state is None:
             self._start_first_task(generator)
             return
+        check_rank(self.stacks)
         if self.deal.core == "free":
             return
-        check_rank(self.stacks)
         self.network = Reparametrization(self.stacks, self.deal, generator)
         self.network.synchronise()
         self.network.materialise()
@@ -107,6 +107,8 @@ class Deal(Strategy):
     def notes(self) -> tuple[str, ...]:
         """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
         found = list(super().notes())
+        if self.config.rehearsal.texts == "arrival" and (names := not_asked(self.context.old_tasks, self.context.task)):
+            found.append(f"not rehearsed, as it cannot be asked about these texts apart from the new task: {names}")
         if self.network is None or not self.network.num_core_slots:
             return tuple(found)
         counts = self.network.num_core_slots

@@ -73,9 +73,16 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
     return list(by_wording.values())
 
 
+def not_asked(olds: Sequence[TaskSchema], new: TaskSchema) -> str:
+    """Return the names of the old tasks that no question is put for; empty where every one is asked."""
+    asked = {_wording(old) for old in tasks_to_ask(olds, new)}
+    return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
+
+
 def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
     """What a prompt says beside its text, whatever the order of the options."""
-    return task.instruction, frozenset(task.labels), task.template
+    shows_labels = task.template is None or "{options}" in task.template
+    return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template
 
 
 def _on_new_texts(

@@ -48,6 +48,14 @@ def test_gradients_are_those_of_the_fused_attention(name, scaling):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
+def test_beyond_a_number_of_scores_it_is_the_fused_one(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SCORES", B * H * T * T - 1)
+    monkeypatch.setattr(attention, "_products", None)
+    _, ours = gradients(attention.attend, None)
+    _, theirs = gradients(sdpa_attention_forward, None)
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
 def test_an_encoder_attends_to_both_sides():
     _, ours = gradients(attention.attend, None, is_causal=False)
     _, theirs = gradients(sdpa_attention_forward, None, is_causal=False)

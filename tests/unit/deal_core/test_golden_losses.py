@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parents[2] / "golden"
 STEPS = TrainConfig(max_steps=10, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 SETTINGS = {
     "seq_lora": ("seq_lora", DealConfig()),
+    "deal_free": ("deal", DealConfig(core="free")),
     "deal_soft": ("deal", DealConfig(core="soft", interpolation=1.0)),
     "deal_frozen": ("deal", DealConfig(core="frozen", interpolation=1.0)),
     "deal_literal": ("deal", DealConfig(core="soft", form="literal", interpolation=1.0)),

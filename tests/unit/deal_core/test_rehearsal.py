@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.config import AdapterConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import first_answer_logits
@@ -152,6 +152,13 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
         TaskSchema(name="chat", format="chat", instruction="Why?"),
     ]  # fmt: skip
     assert [old.name for old in tasks_to_ask(olds, new)] == ["other-labels", "again", "other-template"]
+
+
+def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, task):
+    alike = TaskSchema(name="alike", labels=task.labels[::-1], instruction=task.instruction + " ")
+    notes = train("deal", parent, deal=DealConfig(), old_tasks=(OLD, alike)).result.notes
+    assert "about old tasks (1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
+    assert len(train("deal", parent, deal=DealConfig(), old_tasks=(OLD,)).result.notes) == 1
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):

@@ -94,10 +94,11 @@ def test_later_task_with_a_free_core_is_plain_lora_and_its_rehearsal(parent, tra
     assert not all(torch.equal(rehearsed[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("change", [{"form": "literal"}, {"sides": "A"}], ids=str)
-def test_a_free_core_takes_no_setting_of_what_is_not_there(change):
-    with pytest.raises(ConfigError, match=r"deal\.core is free"):
+@pytest.mark.parametrize("change", [{"form": "literal"}, {"sides": "A"}, {"lambda1": 0.5}, {"kernel": "haar"}], ids=str)
+def test_a_free_core_takes_no_setting_that_would_do_nothing(change):
+    with pytest.raises(ConfigError, match=rf"deal\.core is free, .* deal\.{next(iter(change))} would do nothing"):
         DealConfig(core="free", **change)
+    assert DealConfig(core="free", interpolation=0.5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError
 from deal_core.evaluate import first_answer_logits
@@ -34,12 +34,13 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
+@pytest.mark.parametrize(("strategy", "core"), [("deal", "soft"), ("deal", "free"), ("seq_lora", "free")])
 @pytest.mark.parametrize("killed_at", [4, 11])
-def test_interrupted_and_resumed_equals_uninterrupted(strategy, killed_at, parent, train, tmp_path):
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, core, killed_at, parent, train, tmp_path):
     """Six steps an epoch: the second case resumes in the second epoch."""
     config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=3)
-    whole = train(strategy, parent, train=config)
+    deal = DealConfig(core=core)
+    whole = train(strategy, parent, train=config, deal=deal)
     assert whole.result.num_steps == 18 and whole.result.resumed_from_step is None
 
     def die(step: int, _: object) -> None:
@@ -48,8 +49,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(strategy, killed_at, paren
 
     folders = {"output_folder": tmp_path / "again", "checkpoint_folder": tmp_path / "again-checkpoints"}
     with pytest.raises(KilledError):
-        train(strategy, parent, train=config, on_log=die, **folders)
-    resumed = train(strategy, parent, train=config, **folders)
+        train(strategy, parent, train=config, deal=deal, on_log=die, **folders)
+    resumed = train(strategy, parent, train=config, deal=deal, **folders)
     assert resumed.result.resumed_from_step == killed_at - killed_at % 3
     assert resumed.losses == whole.losses
     expected, found = weights(whole.folder), weights(resumed.folder)
@@ -128,7 +129,7 @@ def test_epochs_and_accumulation_count_steps(train):
 
 
 def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
-    from deal_core.config import DealConfig, MethodConfig
+    from deal_core.config import MethodConfig
     from deal_core.strategies import TaskContext, make_strategy, strategy_class
 
     for strategy in ("deal", "seq_lora", "inc_lora"):

@@ -13,10 +13,12 @@ from infra.object_store import ObjectInfo, open_store
 from tasks.inbox import (
     MAX_TRIES,
     RETRY_PAUSE,
+    Beside,
     InboxState,
     list_arrivals,
     read_state,
     split_settled,
+    stamp_of,
     task_of,
     write_state,
 )
@@ -81,6 +83,22 @@ def test_a_changed_file_starts_counting_anew() -> None:
     for _ in range(MAX_TRIES):
         state.record(info(), "failed", "", now=NOW)
     assert state.record(info(etag="2"), "failed", "", now=NOW).num_tries == 1
+
+
+def test_a_file_refused_before_has_all_its_tries_left() -> None:
+    state = InboxState()
+    for _ in range(MAX_TRIES):
+        state.record(info(), "refused", "", now=NOW)
+    state.record(info(), "failed", "", now=NOW)
+    assert state.is_open(info(), NOW + RETRY_PAUSE, retry_now=False)
+
+
+def test_what_lies_beside_a_file_must_be_complete_too() -> None:
+    old, young = info(age=50), Beside("2", NOW - timedelta(seconds=0.5))
+    assert split_settled([old], {}, NOW, 2.0, {"bank": young}) == ([], [old])
+    assert split_settled([old], {old.key: stamp_of(old, Beside("1", NOW))}, NOW, 2.0, {"bank": young}) == ([], [old])
+    assert split_settled([old], {old.key: stamp_of(old, young)}, NOW, 2.0, {"bank": young}) == ([old], [])
+    assert split_settled([old], {}, NOW, 2.0, {"clinic": young}) == ([old], [])
 
 
 def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) -> None:
