@@ -163,7 +163,7 @@ class DealConfig:
 
     form: Form = "spectral"
     """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
-    core: Core = "free"
+    core: Core = "soft"
     """frozen: core slots never change. soft: they may, against the wall of lambda1. free: the factors are trained as
     they are, nothing is decomposed, and old answers are held by the rehearsal alone."""
     sides: Sides = "both"

@@ -126,7 +126,9 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
     ],
 )
 def test_unknown_settings_are_refused(options: dict[str, Any], message: str, data: Path, tiny_base: Path) -> None:
-    given = {"data": data, "tasks": list(LABELS), "train": "{}", "methods": [], "base_model": str(tiny_base), **options}
+    given = {
+        "data": str(data), "tasks": list(LABELS), "train": "{}", "methods": [], "base_model": str(tiny_base), **options,
+    }  # fmt: skip
     with pytest.raises(ConfigError, match=message):
         cells_of(spec_from_options(**given), identify_base(str(tiny_base)))
 

@@ -21,7 +21,7 @@ WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky 
 
 
 CORE = DealConfig(core="soft")
-"""With a core, so that the method's own parameters are trained; by default A and B are."""
+"""With a core, so that the method's own parameters are trained."""
 PARTS = ("deal", "rehearsal", "rivals")
 
 

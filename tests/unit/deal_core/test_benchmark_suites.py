@@ -173,7 +173,7 @@ def test_a_first_task_is_shared_where_it_is_plain_lora_and_keeps_nothing_else():
     shared = cell("seq_lora").shared_digest()
     assert shared is not None
     assert cell().shared_digest() == shared
-    assert cell(method=MethodConfig(deal=DealConfig(core="soft"))).shared_digest() == shared
+    assert cell(method=MethodConfig(deal=DealConfig(energy=0.5))).shared_digest() == shared
     assert cell(tasks=("c", "a", "x")).shared_digest() == shared
     assert cell(scored="ends").shared_digest() != shared and cell(seed=2).shared_digest() != shared
     assert cell(tasks=("c", "x", "a")).shared_digest() != shared  # the second task is scored before it is learned

@@ -21,7 +21,7 @@ SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])
 
 
 def soft(**changes: Any) -> DealConfig:
-    """Settings with a core, which the default has not."""
+    """Settings with a core."""
     return DealConfig(**{"core": "soft", **changes})
 
 

@@ -130,7 +130,7 @@ def test_lineage_spec_leaves_the_task_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["train: {max_steps: 3}", "deal: {core: soft}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
+    ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
      "data: {test_share: 0.3}"],
 )  # fmt: skip
 def test_every_setting_makes_another_run(change: str) -> None:
