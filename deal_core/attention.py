@@ -1,7 +1,7 @@
 """Attention for training on a CPU: PyTorch's fused forward pass, and a backward pass made of matrix products.
 
-On a CPU the fused backward pass takes longer than the same products taken one by one (a fifth of a training step:
-`python -m benchmarks.step_cost`). So it is taken that way, from probabilities that are made again, one layer at a
+On a CPU the fused backward pass takes longer than the same products taken one by one (`python -m benchmarks.step_cost`
+has a training step with both). So it is taken that way, from probabilities that are made again, one layer at a
 time: nothing more than with the fused one stays in memory between the passes. Without gradients, with dropout, beyond
 MAX_SCORES and on other devices attention is PyTorch's own.
 
