@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deal_core.benchmark.suites import name_of as suite_name_of
 from deal_core.benchmark.summary import (
     OURS,
     CellJson,
@@ -47,17 +46,23 @@ def read(path: Path) -> Any:
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
     rows = summarise(protocol)
-    settings = (protocol.cells or protocol.per_task or protocol.joint or (protocol.base,))[0]["settings"]
+    settings = some_cell(protocol)["settings"]
     return {
         "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
         "is_judged": bool(protocol.lifted()), "pictures": draw(protocol, rows, images),
     }  # fmt: skip
 
 
+def some_cell(protocol: Protocol) -> CellJson:
+    """A cell of the table: what all of them share is read from it."""
+    cells = (*protocol.cells, *protocol.per_task, *protocol.joint, *([protocol.base] if protocol.base else []))
+    return cells[0]
+
+
 def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy of every task in the end: by column of the table, one dict per task."""
     columns = {name_of(row): row["accuracy_by_task"] for row in rows if row["orders"] == widest(rows, row)}
-    some = final_scores((protocol.cells or protocol.per_task or protocol.joint)[0])
+    some = final_scores(some_cell(protocol))
     lifted = protocol.lifted()
     lines = [
         {
@@ -81,19 +86,14 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 
 def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
-    """One line per cell on development rows, those of one suite, order and number of rows together, best first."""
+    """The lines of all tables of development cells: by suite, order and number of rows, best first."""
     lines = []
-    for cell in cells:
-        settings, scores = cell["settings"], final_scores(cell)
-        suite, order = suite_name_of(tuple(settings["tasks"]))
-        shares = {name: 100 * accuracy(score) for name, score in scores.items()}
-        lines.append({
-            "suite": suite, "order": order, "rows": settings["rows"], "seed": settings["seed"],
-            "num_test": sum(len(score["correct"]) for score in scores.values()),
-            "strategy": settings["strategy"], "changes": departures(cell),
-            "average_accuracy": sum(shares.values()) / len(shares), "by_task": shares,
-        })  # fmt: skip
-    return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["order"], -line["rows"], line["num_test"],
+    for protocol in protocols(cells):
+        cell = some_cell(protocol)
+        num_test = sum(len(score["correct"]) for score in final_scores(cell).values())
+        given = {"suite": protocol.suite, "rows": cell["settings"]["rows"], "num_test": num_test}
+        lines += [{**given, **row} for row in summarise(protocol)]
+    return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["orders"], -line["rows"], line["num_test"],
                                            -line["average_accuracy"]))  # fmt: skip
 
 
@@ -178,8 +178,9 @@ def main(
     tried = tried_lines(read_cells(results / "development"))
     page.write_text(
         templates.get_template("page.md.j2").render(
-            tables=sorted(tables, key=lambda table: int(table["suite"])), tried=tried, cost=cost, cost_names=COST_NAMES
-        )
+            tables=sorted(tables, key=lambda table: table["suite"].zfill(3)), tried=tried, cost=cost,
+            cost_names=COST_NAMES,
+        )  # fmt: skip
     )
     typer.echo(f"{page} written")
 

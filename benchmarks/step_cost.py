@@ -26,7 +26,7 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.metrics import paired_interval
@@ -39,11 +39,9 @@ FUSED = "seq_lora_fused_attention"
 VARIANTS = {
     PLAIN: ("seq_lora", MethodConfig()),
     FUSED: ("seq_lora", MethodConfig()),
-    "deal_without_rehearsal": (
-        "deal", MethodConfig(deal=DealConfig(core="soft"), rehearsal=RehearsalConfig(texts="none"))
-    ),
+    "deal_without_rehearsal": ("deal", MethodConfig(rehearsal=RehearsalConfig(texts="none"))),
     "deal": ("deal", MethodConfig()),
-}  # fmt: skip
+}
 OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")
 
 

@@ -97,10 +97,11 @@ async def watch(
     while True:
         state = read_state(store, spec.lineage)
         now = datetime.now(UTC)
-        companions = tuple(_companions(store))
-        beside = list_beside(store, companions)
+        listing = list(store.list(INBOX))
+        companions = tuple(_companions(store, listing))
+        beside = list_beside(listing, companions)
         stamps = {task: each.stamp for task, each in beside.items()}
-        landed = [info for info in list_arrivals(store, companions) if not tasks or task_of(info.key) in tasks]
+        landed = [info for info in list_arrivals(listing, companions) if not tasks or task_of(info.key) in tasks]
         arrivals = [
             info for info in landed
             if state.is_open(info, now, beside=stamps.get(task_of(info.key), ""), retry_now=once)
@@ -153,9 +154,9 @@ def _task_spec(store: ObjectStore, key: str) -> TaskSpec:
     return parse(TaskSpec, values, store.uri_of(key))
 
 
-def _companions(store: ObjectStore) -> Iterable[str]:
+def _companions(store: ObjectStore, listing: Iterable[ObjectInfo]) -> Iterable[str]:
     """Keys of the test files that task files name."""
-    for info in store.list(INBOX):
+    for info in listing:
         path = PurePosixPath(info.key)
         if path.name == TASK_FILE and len(path.parts) == 3:
             try:

@@ -106,15 +106,15 @@ def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
     store.put_bytes(_state_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
 
 
-def list_arrivals(store: ObjectStore, companions: Iterable[str] = ()) -> list[ObjectInfo]:
+def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
     """Files at inbox/<task>/<file>, oldest first.
 
     Args:
-        store: where the inbox is.
+        listing: everything in the inbox.
         companions: keys of files that belong to an arrival and are none of their own, such as test rows.
     """
     skipped = set(companions)
-    arrivals = [info for info in store.list(INBOX) if _is_arrival(info.key) and info.key not in skipped]
+    arrivals = [info for info in listing if _is_arrival(info.key) and info.key not in skipped]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 
@@ -125,16 +125,16 @@ class Beside(NamedTuple):
     modified: datetime
 
 
-def list_beside(store: ObjectStore, companions: Iterable[str] = ()) -> dict[str, Beside]:
+def list_beside(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> dict[str, Beside]:
     """What lies beside the arrivals of every task that has a task file.
 
     Args:
-        store: where the inbox is.
+        listing: everything in the inbox.
         companions: keys of the files of test rows.
     """
     named = set(companions)
     found: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in sorted(store.list(INBOX), key=lambda info: info.key):
+    for info in sorted(listing, key=lambda info: info.key):
         if info.key in named or info.key == f"{INBOX}/{task_of(info.key)}/{TASK_FILE}":
             found[task_of(info.key)].append(info)
     return {

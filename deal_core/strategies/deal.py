@@ -1,4 +1,4 @@
-"""DEAL: hold what the adapter answers, and its core spectrum where that is asked for (arXiv 2509.18942)."""
+"""DEAL: retain the adapter's core spectrum, learn the new task in what is free (arXiv 2509.18942)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.models import BaseModel, load_base
 from deal_core.train import TrainingResult, train_adapter
@@ -20,8 +20,6 @@ TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
 
 
-CORE = DealConfig(core="soft")
-"""With a core, so that the method's own parameters are trained."""
 PARTS = ("deal", "rehearsal", "rivals")
 
 
@@ -89,7 +87,7 @@ def train(base: BaseModel, tmp_path: Path) -> Train:
             "task": TASK,
             "rows": make_rows(24),
             "adapter": AdapterConfig(rank=4),
-            "method": MethodConfig(**{"deal": CORE} | {name: changes.pop(name) for name in PARTS if name in changes}),
+            "method": MethodConfig(**{name: changes.pop(name) for name in PARTS if name in changes}),
             "train": TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64),
             "output_folder": folder / "adapter",
             "checkpoint_folder": folder / "checkpoints",

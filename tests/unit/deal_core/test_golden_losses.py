@@ -20,7 +20,7 @@ SETTINGS = {
     "deal_free": ("deal", DealConfig(core="free")),
     "deal_soft": ("deal", DealConfig(core="soft", interpolation=1.0)),
     "deal_frozen": ("deal", DealConfig(core="frozen", interpolation=1.0)),
-    "deal_literal": ("deal", DealConfig(core="soft", form="literal", interpolation=1.0)),
+    "deal_literal": ("deal", DealConfig(form="literal", interpolation=1.0)),
 }
 
 

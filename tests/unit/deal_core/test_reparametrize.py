@@ -18,22 +18,15 @@ from deal_core.config import DealConfig
 
 RANK, IN, OUT, MODULES = 8, 24, 20, 3
 SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])
-
-
-def soft(**changes: Any) -> DealConfig:
-    """Settings with a core."""
-    return DealConfig(**{"core": "soft", **changes})
-
-
 SETTINGS = {
-    "soft": soft(),
-    "frozen": soft(core="frozen"),
-    "literal": soft(form="literal"),
-    "raw": soft(balanced=False, recycle=False, project=False),
-    "two layers": soft(num_layers=2),
-    "linear decay": soft(kernel="linear_decay"),
-    "spline": soft(kernel="spline", widths=(0.5, 1.0)),
-    "haar": soft(kernel="haar"),
+    "soft": DealConfig(),
+    "frozen": DealConfig(core="frozen"),
+    "literal": DealConfig(form="literal"),
+    "raw": DealConfig(balanced=False, recycle=False, project=False),
+    "two layers": DealConfig(num_layers=2),
+    "linear decay": DealConfig(kernel="linear_decay"),
+    "spline": DealConfig(kernel="spline", widths=(0.5, 1.0)),
+    "haar": DealConfig(kernel="haar"),
 }
 
 
@@ -78,17 +71,17 @@ def step(network: Reparametrization, stack: LoraStack, num_steps: int, lr: float
 
 
 def test_core_is_what_holds_the_energy():
-    network, _ = network_of(soft(energy=0.95))
+    network, _ = network_of(DealConfig(energy=0.95))
     assert network.num_core_slots == {"m0": 2, "m1": 2, "m2": 2}
-    network, _ = network_of(soft(energy=0.995))
+    network, _ = network_of(DealConfig(energy=0.995))
     assert set(network.num_core_slots.values()) == {3}
 
 
 def test_free_share_cuts_the_core_and_says_so():
-    network, _ = network_of(soft(energy=1.0, free_share=0.5))
+    network, _ = network_of(DealConfig(energy=1.0, free_share=0.5))
     assert set(network.num_core_slots.values()) == {4}
     assert network.is_full == ("m0", "m1", "m2")
-    network, _ = network_of(soft(energy=0.95, free_share=0.5))
+    network, _ = network_of(DealConfig(energy=0.95, free_share=0.5))
     assert network.is_full == ()
 
 
@@ -108,7 +101,7 @@ def test_nothing_of_the_core_is_lost_before_the_first_step(name):
 def test_every_slot_can_learn_after_recycling():
     """A slot near zero in both factors is a dead saddle."""
     for sides in ("both", "A", "B"):
-        network, _ = network_of(soft(sides=sides))
+        network, _ = network_of(DealConfig(sides=sides))
         y_A, y_B = factors(network)
         norms_A, norms_B = y_A.norm(dim=1), y_B.norm(dim=1)
         assert torch.minimum(norms_A, norms_B)[:, 2:].max() == 0
@@ -116,12 +109,12 @@ def test_every_slot_can_learn_after_recycling():
 
 
 def test_recycled_slots_hold_no_direction_of_the_core_after_training():
-    network, stack = network_of(soft())
+    network, stack = network_of(DealConfig())
     core = decompose(*stack.read()).right_MIR[..., :2]
     step(network, stack, 50)
     free = factors(network)[0][..., 2:]
     assert (core.mT @ free).norm() <= 1e-5 * free.norm()
-    network, stack = network_of(soft(project=False))
+    network, stack = network_of(DealConfig(project=False))
     step(network, stack, 50)
     free = factors(network)[0][..., 2:]
     assert (core.mT @ free).norm() > 1e-2 * free.norm()
@@ -129,7 +122,7 @@ def test_recycled_slots_hold_no_direction_of_the_core_after_training():
 
 def test_a_frozen_core_never_moves_and_a_soft_one_does():
     for core, moves in (("frozen", False), ("soft", True)):
-        network, stack = network_of(soft(core=core))
+        network, stack = network_of(DealConfig(core=core))
         before = [y.detach().clone() for y in factors(network)]
         step(network, stack, 5)
         for old, new in zip(before, factors(network), strict=True):
@@ -139,7 +132,7 @@ def test_a_frozen_core_never_moves_and_a_soft_one_does():
 
 @pytest.mark.parametrize(("sides", "moved"), [("both", (True, True)), ("A", (True, False)), ("B", (False, True))])
 def test_only_the_chosen_sides_move(sides, moved):
-    network, stack = network_of(soft(sides=sides))
+    network, stack = network_of(DealConfig(sides=sides))
     before = [y.detach().clone() for y in factors(network)]
     step(network, stack, 3)
     now = factors(network)
@@ -178,13 +171,13 @@ def penalty_gradients(config: DealConfig) -> list[Tensor]:
 @pytest.mark.parametrize("form", ["spectral", "literal"])
 @pytest.mark.parametrize("change", [{"lambda1": 0.5}, {"lambda2": 0.5}, {"a": 3.0}, {"b": 1.0}])
 def test_each_weight_and_order_changes_the_gradient(form, change):
-    config = soft(form=form, lambda1=0.1, lambda2=0.1)
+    config = DealConfig(form=form, lambda1=0.1, lambda2=0.1)
     before, after = penalty_gradients(config), penalty_gradients(replace(config, **change))
     assert any(not torch.allclose(x, y, rtol=1e-3, atol=0) for x, y in zip(before, after, strict=True))
 
 
 def test_tolerance_moves_the_wall():
-    before, after = penalty_gradients(soft()), penalty_gradients(soft(tolerance=0.01))
+    before, after = penalty_gradients(DealConfig()), penalty_gradients(DealConfig(tolerance=0.01))
     assert max(g.abs().max() for g in after) > 10 * max(g.abs().max() for g in before)
 
 
@@ -206,7 +199,7 @@ NETWORK_CHANGES: list[dict[str, Any]] = [
 )
 def test_each_setting_of_the_network_changes_what_is_learned(form, change):
     def learned(**changes: Any) -> Tensor:
-        network, stack = network_of(replace(soft(form=form), **changes))
+        network, stack = network_of(replace(DealConfig(form=form), **changes))
         step(network, stack, 5)
         y_A, y_B = factors(network)
         return (y_B @ y_A.mT).detach()
@@ -225,10 +218,10 @@ def test_every_parameter_moves(name):
 
 
 def test_state_restores_constants_and_parameters_bit_for_bit():
-    network, stack = network_of(soft())
+    network, stack = network_of(DealConfig())
     step(network, stack, 3)
     expected = [y.detach().clone() for y in factors(network)]
-    other = Reparametrization([make_stack()], soft(), torch.Generator().manual_seed(99))
+    other = Reparametrization([make_stack()], DealConfig(), torch.Generator().manual_seed(99))
     assert not torch.equal(factors(other)[0], expected[0])
     other.load_state_dict(network.state_dict())
     for restored, wanted in zip(factors(other), expected, strict=True):
@@ -237,7 +230,7 @@ def test_state_restores_constants_and_parameters_bit_for_bit():
 
 def test_literal_form_follows_its_equation():
     """Against Ψ_j formed in full, for one layer and perturbed g and c."""
-    network, _ = network_of(soft(form="literal", num_layers=1))
+    network, _ = network_of(DealConfig(form="literal", num_layers=1))
     side = network.sides[0][1]
     retention = side.retention
     with torch.no_grad():
@@ -295,7 +288,7 @@ def perturbed(config: DealConfig) -> Reparametrization:
 
 def test_output_follows_its_equations():
     """h, X̂ and O of one module, written out, for perturbed g, c, Ω and b."""
-    side = perturbed(soft(num_layers=2)).sides[0][1]
+    side = perturbed(DealConfig(num_layers=2)).sides[0][1]
     s = SIGMA / SIGMA[0]
     gain = torch.ones(RANK)
     for k in range(2):
@@ -310,7 +303,7 @@ def test_output_follows_its_equations():
 
 
 def test_penalty_follows_its_equation():
-    config = soft(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5, project=False)
+    config = DealConfig(lambda1=0.3, lambda2=0.7, a=3.0, b=2.5, tolerance=0.5, project=False)
     network = perturbed(config)
     expected = 0.0
     for side in network.sides[0]:
@@ -323,7 +316,7 @@ def test_penalty_follows_its_equation():
 
 
 def test_literal_penalty_follows_its_equation():
-    config = soft(form="literal", lambda1=0.3, lambda2=0.7, a=3.0, b=2.5)
+    config = DealConfig(form="literal", lambda1=0.3, lambda2=0.7, a=3.0, b=2.5)
     assert network_of(config)[0].penalty() == 0
     network = perturbed(config)
     expected = 0.0
@@ -336,19 +329,19 @@ def test_literal_penalty_follows_its_equation():
 
 @pytest.mark.parametrize(("sides", "fan_in"), [("both", IN), ("A", RANK)])
 def test_seeds_are_those_of_a_new_lora(sides, fan_in):
-    network, _ = network_of(soft(sides=sides, project=False, seed_scale=2.0))
+    network, _ = network_of(DealConfig(sides=sides, project=False, seed_scale=2.0))
     seeds = factors(network)[1 if sides == "A" else 0][..., 2:]
     bound = 2 * fan_in**-0.5
     assert 0.9 * bound < seeds.max() <= bound and -bound <= seeds.min() < -0.9 * bound
 
 
 def test_one_slot_stays_free_whatever_the_share():
-    network, _ = network_of(soft(energy=1.0, free_share=0.0))
+    network, _ = network_of(DealConfig(energy=1.0, free_share=0.0))
     assert set(network.num_core_slots.values()) == {RANK - 1}
 
 
 def test_without_recycling_nothing_is_projected_away():
-    network, stack = network_of(soft(recycle=False, project=True))
+    network, stack = network_of(DealConfig(recycle=False, project=True))
     a_MRI, b_MOR = stack.read()
     y_A, y_B = factors(network)
     torch.testing.assert_close(y_B @ y_A.mT, b_MOR @ a_MRI, rtol=1e-4, atol=1e-5)

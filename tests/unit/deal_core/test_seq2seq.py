@@ -22,9 +22,8 @@ from deal_core.models import BaseModel, load_base
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 OFF = DealConfig(
-    core="soft", balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0,
-    interpolation=1,
-)  # fmt: skip
+    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
+)
 
 
 @pytest.fixture
@@ -45,6 +44,10 @@ def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
+
+
+def test_attention_with_a_position_bias_is_left_alone(base):
+    assert base.model.config._attn_implementation == "sdpa"
 
 
 def test_queries_and_values_of_all_attentions_carry_the_adapter(base, train):

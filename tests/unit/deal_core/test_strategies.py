@@ -17,9 +17,8 @@ from deal_core.errors import ConfigError
 from deal_core.strategies import make_strategy
 
 OFF = DealConfig(
-    core="soft", balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0,
-    interpolation=1,
-)  # fmt: skip
+    balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
+)
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
 STEPS = TrainConfig(max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 
@@ -132,8 +131,8 @@ def test_a_free_core_takes_no_setting_that_would_do_nothing(change):
 def test_every_setting_changes_the_result(change, parent, train):
     start = {key: value for key, value in change.items() if key in ("lambda1", "lambda2") and len(change) > 1}
     start |= {"energy": 1.0} if "free_share" in change else {}
-    default = weights(train("deal", parent, deal=DealConfig(core="soft", **start)).folder)
-    changed = weights(train("deal", parent, deal=DealConfig(**{"core": "soft", **change})).folder)
+    default = weights(train("deal", parent, deal=DealConfig(**start)).folder)
+    changed = weights(train("deal", parent, deal=DealConfig(**change)).folder)
     assert any(not torch.allclose(default[name], changed[name], rtol=1e-5, atol=1e-7) for name in default)
 
 
@@ -152,7 +151,7 @@ def test_every_later_task_is_learned(strategy, parent, train):
 @pytest.mark.parametrize("sides", ["A", "B"])
 def test_one_sided_training_learns_from_the_first_task_on(sides, train):
     config = TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2)
-    first = train("deal", deal=DealConfig(core="soft", sides=sides), train=config)
+    first = train("deal", deal=DealConfig(sides=sides), train=config)
     assert sum(first.losses[-5:]) < 0.8 * sum(first.losses[:5])
 
 
@@ -182,7 +181,7 @@ def test_rank_beyond_a_module_is_refused(train):
 
 
 def test_notes_say_how_full_the_adapter_is(parent, train):
-    notes = train("deal", parent, deal=DealConfig(core="soft", energy=1.0, free_share=0.5)).result.notes
+    notes = train("deal", parent, deal=DealConfig(energy=1.0, free_share=0.5)).result.notes
     assert "2.0 per module" in notes[0] and "full in 4 of 4 modules" in notes[2]
     removed = float(notes[1].split()[-6])
     assert 5 < removed < 100

@@ -136,7 +136,7 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
         adapter = AdapterConfig(rank=4)
         num_new_slots = strategy_class(strategy).num_new_slots(adapter)
         model = load_adapter(base.model, parent, is_trainable=True, num_new_slots=num_new_slots)
-        method = make_strategy(strategy, MethodConfig(deal=DealConfig(core="soft")), 0)
+        method = make_strategy(strategy, MethodConfig(), 0)
         encoded = encode_rows(rows(8), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
         context = TaskContext(
             base=base, task=task, rows=rows(8), encoded=encoded, old_tasks=(), adapter=adapter, train=SHORT

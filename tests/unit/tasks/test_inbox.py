@@ -11,6 +11,7 @@ import pytest
 from deal_core.errors import StoreError
 from infra.object_store import ObjectInfo, open_store
 from tasks.inbox import (
+    INBOX,
     MAX_TRIES,
     RETRY_PAUSE,
     Beside,
@@ -38,7 +39,7 @@ def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> N
         store.put_bytes(f"inbox/{name}", b"x")
         os.utime(tmp_path / "inbox" / name, (number, number))
     os.utime(tmp_path / "inbox/clinic/early.csv", (-5, -5))
-    found = [entry.key for entry in list_arrivals(store, companions=["inbox/bank/test.csv"])]
+    found = [entry.key for entry in list_arrivals(store.list(INBOX), companions=["inbox/bank/test.csv"])]
     assert found == ["inbox/clinic/early.csv", "inbox/bank/late.csv"]
     assert task_of(found[0]) == "clinic"
 
