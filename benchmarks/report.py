@@ -180,7 +180,7 @@ def main(
         templates.get_template("page.md.j2").render(
             tables=sorted(tables, key=lambda table: table["suite"].zfill(3)), tried=tried, cost=cost,
             cost_names=COST_NAMES,
-        )  # fmt: skip
+        )
     )
     typer.echo(f"{page} written")
 
