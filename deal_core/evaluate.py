@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import takewhile
+from typing import NamedTuple, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.config import EvaluateConfig
@@ -22,6 +25,8 @@ from deal_core.metrics import exact_match, rouge1
 
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
+MIN_PREFIX = 8
+"""Prompts that share fewer first tokens are read whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +130,16 @@ def generate(
     *,
     max_batch_tokens: int,
 ) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
-    """Continue prompts greedily, in batches of similar length.
+    """Continue prompts greedily, in batches of similar length; what all prompts begin with is computed once.
 
     Yields:
         Numbers of the prompts of a batch, their new tokens (an end token and padding may follow the answer), and the
         logits each was chosen from, of shape B×K×V.
     """
     model.eval()
+    prefix = _read_prefix(model, prompts)
     for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens):
-        tokens, logits_BKV = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+        tokens, logits_BKV = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, prefix)
         yield batch, tokens, logits_BKV
 
 
@@ -174,13 +180,48 @@ def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
+class _Prefix(NamedTuple):
+    """Tokens that all prompts begin with, and their keys and values; no tokens where nothing is shared."""
+
+    length: int
+    cache: Cache | None
+
+
+def _read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> _Prefix:
+    """An old task's instruction and options stand before every text: read them once, not once a row."""
+    if model.config.is_encoder_decoder or len(prompts) < 2:
+        return _Prefix(0, None)
+    first, last = min(prompts), max(prompts)  # what these share, all between them share
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
+    if len(shared) < MIN_PREFIX:
+        return _Prefix(0, None)
+    cache = model(input_ids=torch.tensor([shared], device=_device(model)), use_cache=True, logits_to_keep=1).cache
+    # a sliding window would count the padding behind the prefix, and a recurrent state would read it
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return _Prefix(0, None)
+    return _Prefix(len(shared), cache)
+
+
 def _generate(
-    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prefix: _Prefix,
 ) -> tuple[list[list[int]], Tensor]:
     is_seq2seq = model.config.is_encoder_decoder
-    input_ids, mask = pad_batch(prompts, int(tokenizer.pad_token_id or 0), side="right" if is_seq2seq else "left")
+    input_ids, mask = pad_batch(
+        [prompt[prefix.length :] for prompt in prompts],
+        int(tokenizer.pad_token_id or 0),
+        side="right" if is_seq2seq else "left",
+    )
     # as an index, not as the number that generate fills in: see answer_logits
-    last = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
+    more = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
+    if prefix.cache is not None:
+        shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
+        input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
+        more["cache"] = copy.deepcopy(prefix.cache)
+        more["cache"].batch_repeat_interleave(len(prompts))
     output = cast(GenerationMixin, model).generate(
         input_ids=input_ids.to(_device(model)),
         attention_mask=mask.to(_device(model)),
@@ -191,7 +232,7 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
         output_logits=True,
-        **last,
+        **more,
     )
     assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)) and output.logits is not None
     new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import evaluate_task, first_answer_logits, generate_answers
+from deal_core.evaluate import MIN_PREFIX, _read_prefix, evaluate_task, first_answer_logits, generate_answers
 
+ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
 
 
@@ -47,6 +49,33 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
     assert found == expected
     assert len(set(found)) > 1
     assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch):
+    inputs, seen = rows(12)["input"], []
+    prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in inputs]
+    shared = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert shared >= MIN_PREFIX
+    hook = base.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    answers = generate_answers(base.model, base.tokenizer, task, inputs, ONE_TOKEN, max_prompt_tokens=64)
+    hook.remove()
+    longest = max(map(len, prompts))
+    assert seen == [shared, 12 * (longest - shared)] and len(answers) == 12
+
+
+def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base, task, rows):
+    # padding between the shared part and the rest would stand in its window
+    config = MistralConfig(
+        vocab_size=len(base.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in rows(12)["input"]]
+    assert _read_prefix(model, prompts).length == 0
+    assert _read_prefix(base.model, prompts).length > 0
 
 
 def test_scores_are_those_of_the_answers(base, task, rows, folder):
