@@ -50,42 +50,53 @@ async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
         DataValidationError: the file is refused whole.
     """
     async with hold_lineage(spec.lineage):
-        stages = Stages()
-        parent = await stages.run("parent", find_parent, spec.lineage)
-        record = read_record(current_store(), parent.adapter_uri) if parent else None
-        adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-        dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent)
-        stages.done("ingest", describe(dataset))
-        if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
-            return repeated(known, dataset)
-        base = await stages.run("base", identify_base, choose_base(spec, record))
-        stages.done("base", base.name)
-        if record:
-            require_same_base(record, base)
-        config_sha256 = spec.config_sha256(adapter, strategy)
-        attempt = 0
-        if again:
-            attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset)
-        run_key = make_run_key(
-            lineage=spec.lineage,
-            base=base,
-            dataset=dataset,
-            parent=parent,
-            config_sha256=config_sha256,
-            attempt=attempt,
-        )
-        if known := await stages.run("repeat", find_registered, run_key):
-            return repeated(known, dataset)
-        params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
-        run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
-        try:
-            result = await _learn(spec, Job(run, base, parent, dataset, adapter, strategy, config_sha256), stages)
-        except BaseException:
-            end_run(run, "FAILED")
-            raise
-        end_run(run, "FINISHED")
-        remove_work(run)
-        return result
+        return await learn_arrival(spec, again)
+
+
+@flow(name="adapt-arrival", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
+async def adapt_held(spec: AdaptSpec) -> AdaptResult:
+    """Learn one arrival for a caller that holds the lineage; otherwise as `adapt`."""
+    return await learn_arrival(spec, again=False)
+
+
+async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
+    """The stages of an adaptation; nobody else may work on the lineage meanwhile."""
+    stages = Stages()
+    parent = await stages.run("parent", find_parent, spec.lineage)
+    record = read_record(current_store(), parent.adapter_uri) if parent else None
+    adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
+    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent)
+    stages.done("ingest", describe(dataset))
+    if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
+        return repeated(known, dataset)
+    base = await stages.run("base", identify_base, choose_base(spec, record))
+    stages.done("base", base.name)
+    if record:
+        require_same_base(record, base)
+    config_sha256 = spec.config_sha256(adapter, strategy)
+    attempt = 0
+    if again:
+        attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset)
+    run_key = make_run_key(
+        lineage=spec.lineage,
+        base=base,
+        dataset=dataset,
+        parent=parent,
+        config_sha256=config_sha256,
+        attempt=attempt,
+    )
+    if known := await stages.run("repeat", find_registered, run_key):
+        return repeated(known, dataset)
+    params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
+    run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
+    try:
+        result = await _learn(spec, Job(run, base, parent, dataset, adapter, strategy, config_sha256), stages)
+    except BaseException:
+        end_run(run, "FAILED")
+        raise
+    end_run(run, "FINISHED")
+    remove_work(run)
+    return result
 
 
 @dataclass(frozen=True)

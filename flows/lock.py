@@ -4,33 +4,59 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import concurrency
+from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
+from deal_core.errors import DealError
 from infra.settings import HomeSettings
 from tasks.progress import raise_if_stopped, reporter
 
 LOOK_SECONDS = 0.5
+LEASE_SECONDS = 120.0
+"""A holder whose machine is gone is taken to be gone after this; a live one renews its lease in time."""
+ONE_TRY_SECONDS = 2.0
+
+
+class LineageBusyError(DealError):
+    """Another run works on the lineage, and the caller did not want to wait."""
 
 
 @asynccontextmanager
-async def hold_lineage(lineage: str) -> AsyncIterator[None]:
-    """Wait until no other run works on the lineage, and keep others out.
+async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
+    """Keep other runs off the lineage.
 
     Without a server this is a file lock under the home folder, which ends with its process. With one it is a global
     concurrency limit of 1: made first, since a limit that is missing would protect nothing.
+
+    Args:
+        lineage: its name.
+        wait: until no other run works on it.
+
+    Raises:
+        LineageBusyError: with `wait` off, another run works on it.
     """
-    holder = _hold_on_server(lineage) if get_current_settings().api.url else _hold_on_machine(lineage)
+    holder = _hold_on_server(lineage, wait) if get_current_settings().api.url else _hold_on_machine(lineage, wait)
     async with holder:
         yield
 
 
+async def is_held_on_server(lineage: str) -> bool:
+    """Whether a run works on the lineage, as far as the Prefect server knows."""
+    async with get_client() as client:
+        try:
+            limit = await client.read_global_concurrency_limit_by_name(_limit_name(lineage))
+        except ObjectNotFound:
+            return False
+        return limit.active_slots > 0
+
+
 @asynccontextmanager
-async def _hold_on_machine(lineage: str) -> AsyncIterator[None]:
+async def _hold_on_machine(lineage: str, wait: bool) -> AsyncIterator[None]:
     path = HomeSettings().home / "locks" / f"{lineage}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -39,6 +65,8 @@ async def _hold_on_machine(lineage: str) -> AsyncIterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise LineageBusyError(f"Lineage '{lineage}' is at work in another process.") from None
             if not waits:
                 reporter().said(f"Lineage '{lineage}' is at work in another process; waiting for it.")
             waits = True
@@ -51,10 +79,22 @@ async def _hold_on_machine(lineage: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _hold_on_server(lineage: str) -> AsyncIterator[None]:
-    name = f"lineage-{lineage}"
+async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
+    name = _limit_name(lineage)
     async with get_client() as client:
         await client.upsert_global_concurrency_limit_by_name(name, limit=1)
-    # A renewal that fails while the server restarts must not end hours of training; the lease outlives a short outage.
-    async with concurrency(name, strict=True, raise_on_lease_renewal_failure=False):
+    async with AsyncExitStack() as stack:
+        # a renewal that fails while the server restarts must not end hours of training
+        slot = concurrency(
+            name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False,
+            timeout_seconds=None if wait else ONE_TRY_SECONDS,
+        )  # fmt: skip
+        try:
+            await stack.enter_async_context(slot)
+        except AcquireConcurrencySlotTimeoutError:
+            raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.") from None
         yield
+
+
+def _limit_name(lineage: str) -> str:
+    return f"lineage-{lineage}"

@@ -9,11 +9,12 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from deal_core.metrics import AccuracyMatrix
+from flows.arrivals import Seen
 from flows.demo import DemoResult, LineageOutcome
 from flows.results import Scores
 from flows.screens import Screen
 from flows.tables import home_option, matrix_table, percent, show_demo, show_watch, this_command
-from flows.watch import Seen, WatchResult
+from flows.watch import WatchResult
 
 
 def text(*shown: RenderableType) -> str:
