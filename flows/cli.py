@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(lineage_app, name="lineage")
 
 Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Base = Annotated[
@@ -303,6 +305,9 @@ def ui(
     """Say where MLflow shows the runs, or open it."""
     with session(home, as_json, debug) as deal:
         _show_ui(deal, open_, port)
+
+
+app.add_typer(server_app)  # last, so that help lists them after the commands that need no server
 
 
 def main() -> None:

@@ -65,13 +65,25 @@ def enter_home(home: Path | None) -> Path:
     except OSError as error:
         reason = error.strerror
         raise ConfigError(f"The home folder {folder} cannot be used ({reason}); give one with --home.") from None
-    values = {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **embedded_environment(folder)}
-    for name, value in values.items():
+    servers = _servers(folder)
+    known = {**servers, **os.environ}
+    settings = embedded_environment(folder, known)
+    for name, value in {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}.items():
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)
     warnings.simplefilter("ignore")
     _log_failures_to(log_file)
     return folder
+
+
+def _servers(home: Path) -> dict[str, str]:
+    """Variables of the servers that `deal up` started in this home, if they run: commands then work beside them."""
+    if not (home / "stack.json").exists():
+        return {}
+    from flows.stack import read_stack
+
+    stack = read_stack(home)
+    return stack.environment() if stack and stack.is_alive() else {}
 
 
 def _log_failures_to(log_file: Path) -> None:

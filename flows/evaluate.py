@@ -7,10 +7,12 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import EvaluateConfig
 from flows.history import find_version
+from flows.lineages import list_lineages
 from flows.stages import Stages
 from infra.registry import open_registry
 from tasks.evaluate import score_version
 from tasks.lineage import version_ref
+from tasks.services import current_store
 
 
 class EvaluateResult(BaseModel):
@@ -50,3 +52,15 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
         num_rows=scores.num_rows,
         seconds=stages.seconds["evaluate"],
     )
+
+
+@flow(name="evaluate-champions")
+async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateResult]:
+    """Score the champions of several lineages, one after another.
+
+    Args:
+        lineages: their names; none: every lineage that the server looks after and that has a champion.
+    """
+    registry = open_registry()
+    names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
+    return [await evaluate(name) for name in names if lineages or registry.champion(name)]

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
-from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError, concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
@@ -19,7 +19,7 @@ from tasks.progress import raise_if_stopped, reporter
 LOOK_SECONDS = 0.5
 LEASE_SECONDS = 120.0
 """A holder whose machine is gone is taken to be gone after this; a live one renews its lease in time."""
-ONE_TRY_SECONDS = 2.0
+LOCKED = 423
 
 
 class LineageBusyError(DealError):
@@ -87,11 +87,14 @@ async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
         # a renewal that fails while the server restarts must not end hours of training
         slot = concurrency(
             name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False,
-            timeout_seconds=None if wait else ONE_TRY_SECONDS,
+            max_retries=None if wait else 0,
         )  # fmt: skip
         try:
             await stack.enter_async_context(slot)
-        except AcquireConcurrencySlotTimeoutError:
+        except ConcurrencySlotAcquisitionError as error:
+            answer = getattr(error.__cause__, "response", None)
+            if answer is None or answer.status_code != LOCKED:
+                raise
             raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.") from None
         yield
 

@@ -63,6 +63,13 @@ class StoreSettings(HomeSettings):
     """Secret key (DEAL_S3_SECRET_ACCESS_KEY)."""
 
 
+class LandingSettings(StoreSettings):
+    """Notifications of the bucket; address, region and keys are the store's."""
+
+    landing_queue_url: str | None = None
+    """Address of the SQS queue that the bucket's events go to (DEAL_LANDING_QUEUE_URL)."""
+
+
 def _default_tracking(data: dict[str, Any]) -> str:
     return f"sqlite:///{_in_uri(data['home'])}/mlflow.db"
 

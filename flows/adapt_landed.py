@@ -1,0 +1,43 @@
+"""Adapt to what has landed: the run that a server starts when arrivals are announced."""
+
+from __future__ import annotations
+
+import asyncio
+
+from prefect import flow, runtime
+
+from flows.arrivals import Taken
+from flows.lineages import read_lineage
+from flows.lock import LineageBusyError
+from flows.watch import WatchResult
+from tasks.progress import is_stopped, reporter
+from tasks.services import current_store
+
+
+@flow(name="adapt-landed", flow_run_name="adapt-landed-{lineage}")
+async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult:
+    """Adapt a lineage to its open arrivals, oldest first, until there is none.
+
+    It ends at once where another run is at it: that one looks again before it ends, and sees what has landed meanwhile.
+    So a lineage that waits never takes a worker's place from one that could learn. A run that is started again after a
+    crash does wait, as its own hold on the lineage may not be over yet.
+
+    Args:
+        lineage: its name; how it learns stands in the store, see `flows.lineages`.
+        settle_seconds: how long a file must have been left alone.
+    """
+    store = current_store()
+    spec = read_lineage(store, lineage)
+    is_rerun = (runtime.flow_run.run_count or 1) > 1
+    taken = Taken()
+    try:
+        while await taken.take(
+            store, spec, spec.tasks, settle_seconds=settle_seconds, retry_now=False, wait=is_rerun
+        ) or taken.num_growing:
+            if is_stopped():
+                break
+            if taken.num_growing:
+                await asyncio.sleep(settle_seconds)
+    except LineageBusyError as busy:
+        reporter().said(f"{busy} It will see what has landed.")
+    return WatchResult(lineage=lineage, files=tuple(taken.files), runs=tuple(taken.runs))

@@ -1,0 +1,122 @@
+"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after, promotion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flows.session import FAILED, Debug, Home, Json, session
+
+server_app = typer.Typer()
+lineage_app = typer.Typer(help="Lineages that learn from the inbox by themselves.", no_args_is_help=True)
+
+
+@server_app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
+    trainings: Annotated[int, typer.Option("--trainings", min=1, help="Lineages that may learn at once.")] = 1,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Start servers, deployments and workers on this machine; what lands is then adapted by itself."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        with deal.screen.working("starting"):
+            from flows.up import bring_up
+
+            stack = asyncio.run(
+                bring_up(
+                    deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
+                    say=deal.screen.said,
+                )
+            )  # fmt: skip
+        from flows.tables_server import show_stack
+
+        deal.screen.result(stack.model_dump(mode="json"), *show_stack(stack))
+
+
+@server_app.command()
+def down(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """End what `deal up` started, and nothing else."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("ending"):
+            from flows.stack import stop
+
+            ended = stop(deal.home)
+        text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
+        deal.screen.result({"ended": ended}, escape(text))
+
+
+@server_app.command()
+def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what runs, what waits, and what failed and why."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        with deal.screen.working("looking"):
+            from flows.status import read_status
+
+            found = asyncio.run(read_status(deal.home))
+        from flows.tables_server import show_status
+
+        deal.screen.result(found.model_dump(mode="json"), *show_status(found))
+        if any(not part.is_alive for part in found.parts):
+            raise typer.Exit(FAILED)
+
+
+@server_app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Number of the version.")],
+    lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a version the champion, forwards or back; the next arrival continues from it."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.promote import promote as promote_flow
+
+            return promote_flow(lineage, version)
+
+        done = deal.run(start)
+        before = f"version {done.before}" if done.before else "none"
+        text = f"Champion of {done.lineage}: version {done.version} (before: {before})"
+        deal.screen.result(done.model_dump(mode="json"), escape(text))
+
+
+@lineage_app.command("add")
+def add(
+    spec: Annotated[Path, typer.Argument(help="Lineage settings (YAML); `tasks:` names what it learns [all].")],
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a lineage learn from the inbox, or change how it does."""
+    with session(home, as_json, debug) as deal:
+        from flows.lineages import WatchedLineage, add_lineage
+        from flows.spec import parse, read_yaml
+        from tasks.services import current_store
+
+        lineage = parse(WatchedLineage, read_yaml(spec), str(spec))
+        address = add_lineage(current_store(), lineage)
+        deal.screen.result({"lineage": lineage.lineage, "file": address}, escape(f"{lineage.lineage} is in {address}"))
+
+
+@lineage_app.command("list")
+def list_(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List the lineages that learn from the inbox."""
+    with session(home, as_json, debug) as deal:
+        from flows.lineages import list_lineages
+        from tasks.services import current_store
+
+        found = list_lineages(current_store())
+        lines = [f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" for each in found]
+        deal.screen.result([each.model_dump(mode="json") for each in found], *map(escape, lines))

@@ -1,0 +1,222 @@
+"""The local whole: a Prefect server, an MLflow server, pools, deployments, automations and workers on this machine.
+
+What was started stands in HOME/stack.json; each process writes to HOME/logs/. Everything listens on loopback alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+from pydantic import BaseModel, ValidationError
+
+from deal_core.errors import ConfigError, DealError
+from infra.object_store import complete_file
+from infra.settings import QUIET, TrackingSettings
+
+STACK_FILE = "stack.json"
+START_SECONDS = 180.0
+STOP_SECONDS = 20.0
+LOOK_SECONDS = 0.3
+Say = Callable[[str], None]
+
+
+class StartError(DealError):
+    """A part of the local whole did not come up."""
+
+
+class Part(BaseModel):
+    """A process that `deal up` started."""
+
+    name: str
+    pid: int
+    created: float
+    """When the process was made, so that another one with its number is never taken for it."""
+    log: Path
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+class Stack(BaseModel):
+    """What runs, and where to look."""
+
+    prefect_url: str
+    mlflow_url: str
+    parts: list[Part] = []
+
+    def is_alive(self) -> bool:
+        """Whether any of its processes still runs."""
+        return any(part.is_alive() for part in self.parts)
+
+    def environment(self) -> dict[str, str]:
+        """Variables that make a command use these servers."""
+        return {"PREFECT_API_URL": f"{self.prefect_url}/api", "MLFLOW_TRACKING_URI": self.mlflow_url}
+
+
+def read_stack(home: Path) -> Stack | None:
+    """What was started in this home and not ended; None if nothing was, or its record cannot be read."""
+    try:
+        return Stack.model_validate_json((home / STACK_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> Stack:
+    """Start both servers and wait until they answer.
+
+    Raises:
+        ConfigError: something runs in this home already.
+        StartError: one of them ended, or does not answer in time; what was started is ended again.
+    """
+    running = read_stack(home)
+    if running and running.is_alive():
+        raise ConfigError(f"It is up already: Prefect at {running.prefect_url}, MLflow at {running.mlflow_url}.")
+    settings = TrackingSettings()
+    if settings.tracking_uri.startswith(("http://", "https://")):
+        raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
+    stack = Stack(prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}")
+    commands: dict[str, Sequence[str]] = {
+        "prefect-server": ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
+        "mlflow-server": (
+            "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
+            "--backend-store-uri", settings.tracking_uri, "--artifacts-destination", settings.artifact_uri,
+        ),
+    }  # fmt: skip
+    try:
+        for name, command in commands.items():
+            say(f"{name} starts")
+            _start(home, stack, name, command, _server_environment(home))
+        _wait(stack, lambda: _answers(f"{stack.prefect_url}/api/health"), "prefect-server")
+        _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), "mlflow-server")
+    except BaseException:
+        stop(home)
+        raise
+    return stack
+
+
+def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> None:
+    """Start a worker for each pool; `num_trainings` lineages may learn at once."""
+    limits = {"deal-gpu": num_trainings, "deal-cpu": 3}
+    environment = {
+        **_server_environment(home), **stack.environment(), "DEAL_HOME": str(home),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    }  # fmt: skip
+    for pool, limit in limits.items():
+        name = f"worker-{pool}"
+        say(f"{name} starts")
+        command = ("prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
+        _start(home, stack, name, command, environment)
+
+
+def deploy(home: Path, stack: Stack) -> None:
+    """Deploy everything in prefect.yaml.
+
+    Raises:
+        StartError: Prefect refuses.
+    """
+    command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file()))
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
+        env={**_server_environment(home), **stack.environment(), "DEAL_HOME": str(home)},
+    )  # fmt: skip
+    log = home / "logs" / "deploy.log"
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise StartError(f"The deployments could not be made; {log} says why.")
+
+
+def prefect_file() -> Path:
+    """prefect.yaml: in the checkout, or where the installed package keeps it."""
+    places = [Path(__file__).parents[1], Path(sysconfig.get_path("data")) / "share" / "deal-pipeline"]
+    for place in places:
+        if (place / "prefect.yaml").is_file():
+            return place / "prefect.yaml"
+    raise ConfigError(f"There is no prefect.yaml in {' or '.join(map(str, places))}; install the project again.")
+
+
+def stop(home: Path) -> list[str]:
+    """End what was started in this home, workers first, and nothing else; return the names of what was ended."""
+    stack = read_stack(home)
+    if stack is None:
+        return []
+    ended = [part.name for part in reversed(stack.parts) if _end(part)]
+    (home / STACK_FILE).unlink(missing_ok=True)
+    return ended
+
+
+def _start(home: Path, stack: Stack, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    log = home / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=home, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    created = psutil.Process(process.pid).create_time()
+    stack.parts.append(Part(name=name, pid=process.pid, created=created, log=log))
+    with complete_file(home / STACK_FILE) as part:
+        part.write_text(stack.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _server_environment(home: Path) -> dict[str, str]:
+    """The user's environment, with the servers' data in `home` and nothing sent to anybody."""
+    own = {
+        **QUIET,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        # in memory a restart of the server would leave lineages held by nobody
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**own, **kept, "PREFECT_HOME": str(home / "prefect")}
+
+
+def _wait(stack: Stack, check: Callable[[], bool], name: str) -> None:
+    part = next(part for part in stack.parts if part.name == name)
+    waited = 0.0
+    while not check():
+        if not part.is_alive():
+            raise StartError(f"{name} ended before it answered; the end of {part.log} says why.")
+        if waited > START_SECONDS:
+            raise StartError(f"{name} did not answer within {START_SECONDS:.0f} s; {part.log} may say why.")
+        time.sleep(LOOK_SECONDS)
+        waited += LOOK_SECONDS
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _end(part: Part) -> bool:
+    """End a part and the processes it started; False if it was not there any more."""
+    if not part.is_alive():
+        return False
+    family = [psutil.Process(part.pid)]
+    with suppress(psutil.Error):
+        family += family[0].children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(part.pid, signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=STOP_SECONDS)
+    return True

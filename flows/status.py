@@ -1,0 +1,156 @@
+"""Status: what runs, what waits, what failed and why, on the Prefect server that this home works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import get_current_settings
+from pydantic import BaseModel, ConfigDict
+
+from flows.arrivals import look
+from flows.lineages import list_lineages
+from flows.stack import read_stack
+from infra.registry import open_registry
+from tasks.inbox import read_state
+from tasks.services import current_store
+
+DAY = timedelta(days=1)
+NEWEST = 20
+
+
+class PartStatus(BaseModel):
+    """A process of the local whole."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    is_alive: bool
+    log: str
+
+
+class RunStatus(BaseModel):
+    """A run on the server."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    state: str
+    since: datetime
+    message: str
+    run_id: str
+
+
+class LineageStatus(BaseModel):
+    """Where a lineage stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    champion: str | None
+    num_open: int
+    """Arrivals that it has yet to learn."""
+    failed: tuple[str, ...]
+    """Arrivals that were refused or failed, each with its reason."""
+
+
+class Status(BaseModel):
+    """Everything that a person wants to know at a glance."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prefect_url: str | None
+    mlflow_url: str | None
+    parts: tuple[PartStatus, ...]
+    lineages: tuple[LineageStatus, ...]
+    running: tuple[RunStatus, ...]
+    waiting: tuple[RunStatus, ...]
+    failed: tuple[RunStatus, ...]
+    """Of the last 24 hours, newest first."""
+
+
+async def read_status(home: Path) -> Status:
+    """Look at the processes, the lineages and, if there is a server, at its runs."""
+    stack = read_stack(home)
+    api = get_current_settings().api.url
+    running: Sequence[RunStatus] = ()
+    waiting: Sequence[RunStatus] = ()
+    failed: Sequence[RunStatus] = ()
+    if api:
+        async with get_client() as client:
+            running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+            scheduled = await _runs(client, [StateType.SCHEDULED])
+            waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
+            failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+    return Status(
+        prefect_url=api and api.removesuffix("/api"),
+        mlflow_url=stack.mlflow_url if stack else None,
+        parts=tuple(
+            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
+            for part in (stack.parts if stack else ())
+        ),
+        lineages=tuple(_lineages()),
+        running=tuple(running),
+        waiting=tuple(waiting),
+        failed=tuple(failed),
+    )
+
+
+async def _runs(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
+    found = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
+            start_time=FlowRunFilterStartTime(after_=since) if since else None,
+        ),
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=NEWEST,
+    )
+    return [_run(run) for run in found]
+
+
+def _run(run: FlowRun) -> RunStatus:
+    state = run.state
+    since = run.start_time or run.expected_start_time or datetime.now(UTC)
+    return RunStatus(
+        name=run.name,
+        state=state.name or state.type.value if state else "unknown",
+        since=since,
+        message=(state.message or "") if state else "",
+        run_id=str(run.id),
+    )
+
+
+def _lineages() -> list[LineageStatus]:
+    store, registry = current_store(), open_registry()
+    found = []
+    for lineage in list_lineages(store):
+        state = read_state(store, lineage.lineage)
+        inbox = look(store, lineage.tasks)
+        champion = registry.champion(lineage.lineage)
+        bad = [
+            f"{info.key}: {state.files[info.key].message}"
+            for info in inbox.arrivals
+            if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
+        ]
+        found.append(
+            LineageStatus(
+                lineage=lineage.lineage,
+                champion=champion.version if champion else None,
+                num_open=len(inbox.open_for(state, retry_now=False)),
+                failed=tuple(bad),
+            )
+        )
+    return found

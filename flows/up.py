@@ -1,0 +1,92 @@
+"""Bring the local whole up: servers, pools, deployments, automations, workers, in this order, each awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType, WorkerStatus
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry
+
+from flows.recovery import apply_automations
+from flows.stack import START_SECONDS, Say, Stack, StartError, deploy, start_servers, start_workers, stop
+
+POOLS = ("deal-gpu", "deal-cpu")
+
+
+async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> Stack:
+    """Start everything and return once it works.
+
+    Args:
+        home: the folder that holds everything.
+        prefect_port: port of the Prefect server on the loopback address.
+        mlflow_port: port of the MLflow server.
+        num_trainings: lineages that may learn at once.
+        say: told what happens.
+
+    Raises:
+        ConfigError: it is up already.
+        StartError: a part did not come up; what was started is ended again.
+    """
+    stack = start_servers(home, prefect_port, mlflow_port, say)
+    try:
+        with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
+            async with get_client() as client:
+                for pool in POOLS:
+                    await _make_pool(client, pool)
+                await apply_automations(client)
+                say("deployments are made")
+                deploy(home, stack)
+                await _restart_what_was_left(client)
+                start_workers(home, stack, num_trainings, say)
+                await _wait_for_workers(client, stack)
+                watching = await client.read_deployment_by_name("watch-inbox/watch-inbox")
+                await client.create_flow_run_from_deployment(watching.id)  # the schedule's first may be minutes away
+    except BaseException:
+        stop(home)
+        raise
+    return stack
+
+
+async def _make_pool(client: PrefectClient, name: str) -> None:
+    try:
+        await client.read_work_pool(name)
+    except ObjectNotFound:
+        await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+
+async def _restart_what_was_left(client: PrefectClient) -> None:
+    """What the server takes to be running, before any worker is: it died with the last ones, and starts again."""
+    left = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    runs = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=left)),
+            deployment_id=FlowRunFilterDeploymentId(is_null_=False),
+        )
+    )
+    for run in runs:
+        await client.set_flow_run_state(run.id, AwaitingRetry(message="Its worker was ended."), force=True)
+
+
+async def _wait_for_workers(client: PrefectClient, stack: Stack) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    for pool in POOLS:
+        part = next(part for part in stack.parts if part.name == f"worker-{pool}")
+        while True:
+            workers = await client.read_workers_for_work_pool(pool)
+            if any(worker.name == part.name and worker.status == WorkerStatus.ONLINE for worker in workers):
+                break
+            if not part.is_alive() or time.monotonic() > deadline:
+                raise StartError(f"{part.name} did not come up; the end of {part.log} says why.")
+            await asyncio.sleep(0.5)

@@ -1,0 +1,67 @@
+"""Notifications that something has landed in the bucket: S3 events through an SQS queue.
+
+They only say when to look. What lies in the inbox is read from the store, so that a notification that comes twice,
+late or never does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.settings import LandingSettings
+
+logger = logging.getLogger(__name__)
+MAX_WAIT_SECONDS = 20
+MAX_MESSAGES = 10
+
+
+class LandingQueue:
+    """The queue that the bucket's events go to."""
+
+    def __init__(self, settings: LandingSettings) -> None:
+        assert settings.landing_queue_url is not None
+        self._url = settings.landing_queue_url
+        self._client: Any = boto3.session.Session().client(
+            "sqs",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key_id and settings.s3_access_key_id.get_secret_value(),
+            aws_secret_access_key=settings.s3_secret_access_key and settings.s3_secret_access_key.get_secret_value(),
+        )
+        self._received: list[str] = []
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a notification, at most so long (20 s); return whether one came.
+
+        A queue that does not answer is logged and counts as one that stays silent: looks go on without it.
+        """
+        try:
+            answer = self._client.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=MAX_MESSAGES,
+                WaitTimeSeconds=max(0, min(MAX_WAIT_SECONDS, int(seconds))),
+            )
+        except (ClientError, BotoCoreError) as error:
+            logger.warning("The queue %s does not answer: %s; the inbox is looked at without it.", self._url, error)
+            return False
+        self._received += [message["ReceiptHandle"] for message in answer.get("Messages", ())]
+        return bool(self._received)
+
+    def done(self) -> None:
+        """Forget the notifications that came: what they spoke of was looked at."""
+        while self._received:
+            handle = self._received.pop()
+            try:
+                self._client.delete_message(QueueUrl=self._url, ReceiptHandle=handle)
+            except (ClientError, BotoCoreError) as error:
+                logger.warning("The queue %s keeps a notification: %s; it will come again.", self._url, error)
+
+
+def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue | None:
+    """The queue that DEAL_LANDING_QUEUE_URL names; None where there is none."""
+    settings = settings or LandingSettings()
+    return LandingQueue(settings) if settings.landing_queue_url else None
