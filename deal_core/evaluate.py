@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -191,7 +191,7 @@ def _read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> _Pre
     """An old task's instruction and options stand before every text: read them once, not once a row."""
     if model.config.is_encoder_decoder or len(prompts) < 2:
         return _Prefix(0, None)
-    first, last = min(prompts), max(prompts)  # what these share, all between them share
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these share, all between them share
     shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
     if len(shared) < MIN_PREFIX:
         return _Prefix(0, None)
@@ -216,7 +216,7 @@ def _generate(
         side="right" if is_seq2seq else "left",
     )
     # as an index, not as the number that generate fills in: see answer_logits
-    more = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
+    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
     if prefix.cache is not None:
         shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
