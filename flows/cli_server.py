@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 
+from deal_core.errors import ConfigError
 from flows.session import FAILED, Debug, Home, Json, session
 
 server_app = typer.Typer()
@@ -51,6 +52,29 @@ def down(home: Home = None, as_json: Json = False, debug: Debug = False) -> None
             ended = stop(deal.home)
         text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
         deal.screen.result({"ended": ended}, escape(text))
+
+
+@server_app.command()
+def deploy(
+    pool_type: Annotated[
+        str, typer.Option("--type", help="How the pool that trains starts a run: process, docker or kubernetes.")
+    ] = "process",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell the Prefect server at PREFECT_API_URL about pools, automations and deployments."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+        from typing import get_args
+
+        with deal.screen.working("deploying"):
+            from flows.deploy import PoolType, deploy_all
+
+            if pool_type not in get_args(PoolType):
+                raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
+            asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
+        deal.screen.result({"deployed": True}, "Pools, automations and deployments are on the server.")
 
 
 @server_app.command()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -99,7 +98,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     try:
         for name, command in commands.items():
             say(f"{name} starts")
-            _start(home, stack, name, command, _server_environment(home))
+            _start(home, stack, name, command, server_environment(home))
         _wait(stack, lambda: _answers(f"{stack.prefect_url}/api/health"), "prefect-server")
         _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), "mlflow-server")
     except BaseException:
@@ -112,7 +111,7 @@ def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> Non
     """Start a worker for each pool; `num_trainings` lineages may learn at once."""
     limits = {"deal-gpu": num_trainings, "deal-cpu": 3}
     environment = {
-        **_server_environment(home), **stack.environment(), "DEAL_HOME": str(home),
+        **server_environment(home), **stack.environment(), "DEAL_HOME": str(home),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     }  # fmt: skip
     for pool, limit in limits.items():
@@ -120,32 +119,6 @@ def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> Non
         say(f"{name} starts")
         command = ("prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
         _start(home, stack, name, command, environment)
-
-
-def deploy(home: Path, stack: Stack) -> None:
-    """Deploy everything in prefect.yaml.
-
-    Raises:
-        StartError: Prefect refuses.
-    """
-    command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file()))
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
-        env={**_server_environment(home), **stack.environment(), "DEAL_HOME": str(home)},
-    )  # fmt: skip
-    log = home / "logs" / "deploy.log"
-    log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode:
-        raise StartError(f"The deployments could not be made; {log} says why.")
-
-
-def prefect_file() -> Path:
-    """prefect.yaml: in the checkout, or where the installed package keeps it."""
-    places = [Path(__file__).parents[1], Path(sysconfig.get_path("data")) / "share" / "deal-pipeline"]
-    for place in places:
-        if (place / "prefect.yaml").is_file():
-            return place / "prefect.yaml"
-    raise ConfigError(f"There is no prefect.yaml in {' or '.join(map(str, places))}; install the project again.")
 
 
 def stop(home: Path) -> list[str]:
@@ -156,6 +129,20 @@ def stop(home: Path) -> list[str]:
     ended = [part.name for part in reversed(stack.parts) if _end(part)]
     (home / STACK_FILE).unlink(missing_ok=True)
     return ended
+
+
+def server_environment(home: Path) -> dict[str, str]:
+    """The user's environment, with the servers' data in `home` and nothing sent to anybody."""
+    own = {
+        **QUIET,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        # in memory a restart of the server would leave lineages held by nobody
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**own, **kept, "PREFECT_HOME": str(home / "prefect")}
 
 
 def _start(home: Path, stack: Stack, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -170,20 +157,6 @@ def _start(home: Path, stack: Stack, name: str, command: Sequence[str], environm
     stack.parts.append(Part(name=name, pid=process.pid, created=created, log=log))
     with complete_file(home / STACK_FILE) as part:
         part.write_text(stack.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
-def _server_environment(home: Path) -> dict[str, str]:
-    """The user's environment, with the servers' data in `home` and nothing sent to anybody."""
-    own = {
-        **QUIET,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        # in memory a restart of the server would leave lineages held by nobody
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    }
-    dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**own, **kept, "PREFECT_HOME": str(home / "prefect")}
 
 
 def _wait(stack: Stack, check: Callable[[], bool], name: str) -> None:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterDeploymentId,
@@ -15,14 +14,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType, WorkerStatus
-from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry
 
-from flows.recovery import apply_automations
-from flows.stack import START_SECONDS, Say, Stack, StartError, deploy, start_servers, start_workers, stop
-
-POOLS = ("deal-gpu", "deal-cpu")
+from flows.deploy import CPU_POOL, GPU_POOL, deploy_all
+from flows.stack import START_SECONDS, Say, Stack, StartError, start_servers, start_workers, stop
 
 
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> Stack:
@@ -42,12 +38,9 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
     stack = start_servers(home, prefect_port, mlflow_port, say)
     try:
         with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
+            say("deployments are made")
+            await deploy_all(home)
             async with get_client() as client:
-                for pool in POOLS:
-                    await _make_pool(client, pool)
-                await apply_automations(client)
-                say("deployments are made")
-                deploy(home, stack)
                 await _restart_what_was_left(client)
                 start_workers(home, stack, num_trainings, say)
                 await _wait_for_workers(client, stack)
@@ -57,13 +50,6 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
         stop(home)
         raise
     return stack
-
-
-async def _make_pool(client: PrefectClient, name: str) -> None:
-    try:
-        await client.read_work_pool(name)
-    except ObjectNotFound:
-        await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
 async def _restart_what_was_left(client: PrefectClient) -> None:
@@ -81,7 +67,7 @@ async def _restart_what_was_left(client: PrefectClient) -> None:
 
 async def _wait_for_workers(client: PrefectClient, stack: Stack) -> None:
     deadline = time.monotonic() + START_SECONDS
-    for pool in POOLS:
+    for pool in (GPU_POOL, CPU_POOL):
         part = next(part for part in stack.parts if part.name == f"worker-{pool}")
         while True:
             workers = await client.read_workers_for_work_pool(pool)

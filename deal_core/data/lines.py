@@ -14,6 +14,8 @@ MAX_LINE_CHARS = 4 * 2**20
 """The rest of a longer line is skipped."""
 MAX_SKIPPED_CHARS = 256 * 2**20
 """A file with a line longer still is refused: it holds no rows of text."""
+MAX_EMPTY_LINES = 1_000_000
+"""A file with more empty lines in a row is refused: a small gzip file can hold billions of them."""
 MAX_UNPACKED_BYTES = 2**30
 MAX_UNPACKED_RATIO = 200
 """A gzip file may unpack to MAX_UNPACKED_BYTES or to this many times its size, whichever is more. Text packs 2 to 20
@@ -58,11 +60,16 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
     """The stream's lines, counted from 1.
 
     Raises:
-        DataValidationError: A line goes on for more than MAX_SKIPPED_CHARS.
+        DataValidationError: A line goes on for more than MAX_SKIPPED_CHARS, or MAX_EMPTY_LINES are empty in a row.
     """
-    number = 0
+    number = num_empty = 0
     while text := stream.readline(MAX_LINE_CHARS):
         number += 1
+        num_empty = num_empty + 1 if len(text) < 3 and text.isspace() else 0
+        if num_empty > MAX_EMPTY_LINES:
+            raise DataValidationError(
+                f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty, which is no file of rows; remove them."
+            )
         ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
         yield Line(number, text, ends)
         skipped = 0

@@ -48,10 +48,16 @@ def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_pa
 
 def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir()}
-    assert tops - {"bin"} == {"deal_core", "flows", "infra", "tasks", "deal_pipeline-0.1.0.dist-info"}
+    assert tops - {"bin", "share"} == {"deal_core", "flows", "infra", "tasks", "deal_pipeline-0.1.0.dist-info"}
     for package in ("deal_core", "flows", "infra", "tasks"):
         source = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")} == source
+
+
+def test_what_a_server_is_told_is_installed(installed: Path) -> None:
+    assert (installed / "share" / "deal-pipeline" / "prefect.yaml").is_file()
+    templates = {path.name for path in (installed / "infra" / "work_pools").iterdir()}
+    assert templates == {"process.json", "docker.json", "kubernetes.json"}
 
 
 def test_the_example_data_is_installed(installed: Path) -> None:

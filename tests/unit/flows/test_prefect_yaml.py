@@ -13,6 +13,8 @@ import yaml
 from prefect import Flow
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 
+from tasks.announcements import ARRIVAL_LANDED
+
 FILE = Path(__file__).parents[3] / "prefect.yaml"
 TOP = {"name", "prefect-version", "build", "push", "pull", "deployments", "definitions"}
 DEPLOYMENT = {
@@ -73,9 +75,22 @@ def content() -> dict[str, Any]:
 
 def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]) -> None:
     assert problems_of(content) == []
-    (deployment,) = content["deployments"]
-    assert (deployment["name"], deployment["work_pool"]["name"]) == ("adapt", "deal-gpu")
-    assert deployment["enforce_parameter_schema"] is True
+    names = [deployment["name"] for deployment in content["deployments"]]
+    assert names == ["watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "promote", "benchmark"]
+    for deployment in content["deployments"]:
+        assert deployment["work_pool"]["name"] in ("deal-gpu", "deal-cpu")
+        assert deployment["enforce_parameter_schema"] is True
+        # without heartbeats a run whose machine is gone is never noticed
+        assert deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+        assert "deal" in deployment["tags"], "deal status and the automations look for it"
+
+
+def test_the_trigger_takes_the_lineage_from_the_event_that_is_emitted(content: dict[str, Any]) -> None:
+    (adapt,) = (deployment for deployment in content["deployments"] if deployment["name"] == "adapt")
+    (trigger,) = adapt["triggers"]
+    assert trigger["expect"] == [ARRIVAL_LANDED]
+    assert trigger["parameters"] == {"lineage": "{{ event.payload.lineage }}"}
+    assert trigger["for_each"] == ["prefect.resource.id"], "else one lineage's arrivals would hide another's"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +106,7 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
         ({"entrypoint": "flows.adapt.adopt"}, "has no attribute 'adopt'"),
         ({"entrypoint": "flows.adaption.adapt"}, "No module named"),
         ({"entrypoint": "flows.adapt.choose_adapter"}, "is no flow"),
-        ({"parameters": {"lineage": "x"}}, "unknown key 'lineage'"),
+        ({"parameters": {"lines": "x"}}, "unknown key 'lines'"),
         ({"triggers": [{"name": "t", "match": {}, "expect": ["a"]}]}, "needs match and expect"),
         ({"triggers": [{"name": "t", "match": {"a": "b"}, "expects": ["a"]}]}, "unknown key 'expects'"),
     ],

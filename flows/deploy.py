@@ -1,0 +1,89 @@
+"""Tell a Prefect server about this project: pools, automations, deployments. Repeating it changes what has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from deal_core.errors import ConfigError, DealError
+from flows.recovery import apply_automations
+
+GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
+PoolType = Literal["process", "docker", "kubernetes"]
+TEMPLATES = Path(__file__).parents[1] / "infra" / "work_pools"
+
+
+class DeployError(DealError):
+    """The server does not take the deployments."""
+
+
+async def deploy_all(home: Path, gpu_pool_type: PoolType = "process") -> None:
+    """Make or update everything the server needs to know.
+
+    Args:
+        home: working directory of the runs, and where the log of the deployment goes.
+        gpu_pool_type: how a worker of the pool that trains starts a run; the other pool's runs are processes.
+
+    Raises:
+        ConfigError: no server is named, or the pool is there with another type.
+        DeployError: Prefect refuses.
+    """
+    if not get_current_settings().api.url:
+        raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
+    async with get_client() as client:
+        await _apply_pool(client, GPU_POOL, gpu_pool_type)
+        await _apply_pool(client, CPU_POOL, "process")
+        await apply_automations(client)
+    deploy_file(home, os.environ)
+
+
+def deploy_file(home: Path, environment: Mapping[str, str]) -> None:
+    """Deploy what prefect.yaml says, to the server that the environment names; for what it raises see `deploy_all`."""
+    command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file()))
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
+        env={**environment, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
+    )  # fmt: skip
+    log = home / "logs" / "deploy.log"
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise DeployError(f"The deployments could not be made; {log} says why.")
+
+
+def prefect_file() -> Path:
+    """prefect.yaml: in the checkout, or where the installed package keeps it.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    places = [Path(__file__).parents[1], Path(sysconfig.get_path("data")) / "share" / "deal-pipeline"]
+    for place in places:
+        if (place / "prefect.yaml").is_file():
+            return place / "prefect.yaml"
+    raise ConfigError(f"There is no prefect.yaml in {' or '.join(map(str, places))}; install the project again.")
+
+
+async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> None:
+    template = json.loads((TEMPLATES / f"{pool_type}.json").read_text(encoding="utf-8"))
+    try:
+        known = await client.read_work_pool(name)
+    except ObjectNotFound:
+        await client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
+        return
+    if known.type != pool_type:
+        raise ConfigError(
+            f"The work pool {name} is there with type {known.type}, not {pool_type}; delete it, or give --type "
+            f"{known.type}."
+        )
+    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Writes the file that basic auth is configured by, from the environment, and starts the server.
+set -eu
+umask 077
+cat > "$HOME/auth.ini" <<EOF
+[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = ${MLFLOW_AUTH_DATABASE_URI}
+admin_username = ${MLFLOW_ADMIN_USERNAME}
+admin_password = ${MLFLOW_ADMIN_PASSWORD}
+EOF
+export MLFLOW_AUTH_CONFIG_PATH="$HOME/auth.ini"
+exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 2 --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-*}" \
+  --backend-store-uri "${MLFLOW_BACKEND_STORE_URI}" --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION}"

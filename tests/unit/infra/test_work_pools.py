@@ -1,0 +1,75 @@
+"""The templates of the work pools: what Prefect makes of them, and that Kubernetes would take it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from jsonschema import Draft202012Validator
+from prefect.client.schemas.objects import FlowRun
+from prefect.workers.process import ProcessJobConfiguration
+from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+
+FOLDER = Path(__file__).parents[3] / "infra" / "work_pools"
+CONFIGURATIONS: dict[str, Any] = {
+    "process": ProcessJobConfiguration,
+    "docker": DockerWorkerJobConfiguration,
+    "kubernetes": KubernetesWorkerJobConfiguration,
+}
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+def template(name: str) -> dict[str, Any]:
+    return dict(json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def configuration(name: str, **values: Any) -> Any:
+    made = asyncio.run(CONFIGURATIONS[name].from_template_and_values(template(name), values))
+    made.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name="adapt"))
+    return made
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_variables_are_a_schema_and_their_defaults_fit(name: str) -> None:
+    schema = template(name)["variables"]
+    Draft202012Validator.check_schema(schema)
+    given = {key: value.get("default") for key, value in schema["properties"].items()}
+    defaults = {key: value for key, value in given.items() if value is not None}
+    assert list(Draft202012Validator(schema).iter_errors(defaults)) == []
+    assert configuration(name).env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30", "without it a lost run is never seen"
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_placeholder_is_a_variable(name: str) -> None:
+    found = template(name)
+    text = json.dumps(found["job_configuration"])
+    used = {part.split("}}")[0].strip() for part in text.split("{{")[1:]}
+    assert used == set(found["variables"]["properties"])
+
+
+def test_kubernetes_takes_the_job() -> None:
+    made = configuration("kubernetes", gpu_count=2, node_selector={"gpu": "h100"}, secret_name="ours")
+    kubernetes_validate.validate(made.job_manifest, "1.32", strict=True)
+    pod = made.job_manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert pod["nodeSelector"] == {"gpu": "h100"}
+    assert container["envFrom"] == [{"secretRef": {"name": "ours"}}]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+def test_docker_gets_its_gpus_and_shared_memory() -> None:
+    made = configuration("docker", gpus=-1, shm_size="8g")
+    assert made.container_create_kwargs["device_requests"] == [
+        {"Driver": "nvidia", "Count": -1, "Capabilities": [["gpu"]]}
+    ]
+    assert made.container_create_kwargs["shm_size"] == "8g"
+    assert made.image == "deal-worker:gpu"
