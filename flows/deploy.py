@@ -28,12 +28,13 @@ class DeployError(DealError):
     """The server does not take the deployments."""
 
 
-async def deploy_all(home: Path, gpu_pool_type: PoolType = "process") -> None:
+async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None) -> None:
     """Make or update everything the server needs to know.
 
     Args:
         home: working directory of the runs, and where the log of the deployment goes.
         gpu_pool_type: how a worker of the pool that trains starts a run; the other pool's runs are processes.
+        num_trainings: how many runs the pool that trains has at once, whichever worker has them; None: as it is.
 
     Raises:
         ConfigError: no server is named, or the pool is there with another type.
@@ -44,6 +45,8 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process") -> None:
     async with get_client() as client:
         await _apply_pool(client, GPU_POOL, gpu_pool_type)
         await _apply_pool(client, CPU_POOL, "process")
+        if num_trainings is not None:
+            await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client)
     deploy_file(home, os.environ)
 

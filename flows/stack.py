@@ -1,6 +1,7 @@
 """The local whole: a Prefect server, an MLflow server, pools, deployments, automations and workers on this machine.
 
-What was started stands in HOME/stack.json; each process writes to HOME/logs/. Everything listens on loopback alone.
+What was started stands in HOME/stack.json; each process writes to HOME/logs/. Everything listens on loopback alone. One
+more process, the keeper, starts again what dies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from infra.object_store import complete_file
 from infra.settings import QUIET, TrackingSettings
 
 STACK_FILE = "stack.json"
+KEEPER = "keeper"
 START_SECONDS = 180.0
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.3
@@ -37,6 +39,8 @@ class Part(BaseModel):
     """A process that `deal up` started."""
 
     name: str
+    command: tuple[str, ...]
+    """Arguments of this Python."""
     pid: int
     created: float
     """When the process was made, so that another one with its number is never taken for it."""
@@ -88,7 +92,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     if settings.tracking_uri.startswith(("http://", "https://")):
         raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
     stack = Stack(prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}")
-    commands: dict[str, Sequence[str]] = {
+    commands: dict[str, tuple[str, ...]] = {
         "prefect-server": ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
         "mlflow-server": (
             "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
@@ -98,7 +102,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     try:
         for name, command in commands.items():
             say(f"{name} starts")
-            _start(home, stack, name, command, server_environment(home))
+            start_part(home, stack, name, ("-m", *command))
         _wait(stack, lambda: _answers(f"{stack.prefect_url}/api/health"), "prefect-server")
         _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), "mlflow-server")
     except BaseException:
@@ -108,55 +112,58 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
 
 
 def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> None:
-    """Start a worker for each pool; `num_trainings` lineages may learn at once."""
-    limits = {"deal-gpu": num_trainings, "deal-cpu": 3}
-    environment = {
-        **server_environment(home), **stack.environment(), "DEAL_HOME": str(home),
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    }  # fmt: skip
-    for pool, limit in limits.items():
+    """Start a worker for each pool, and the keeper; `num_trainings` lineages may learn at once."""
+    for pool, limit in {"deal-gpu": num_trainings, "deal-cpu": 3}.items():
         name = f"worker-{pool}"
         say(f"{name} starts")
-        command = ("prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
-        _start(home, stack, name, command, environment)
+        command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
+        start_part(home, stack, name, command)
+    start_part(home, stack, KEEPER, ("-m", "flows.keeper", str(home)))
 
 
 def stop(home: Path) -> list[str]:
-    """End what was started in this home, workers first, and nothing else; return the names of what was ended."""
+    """End what was started in this home and nothing else, the keeper first; return the names of what was ended."""
     stack = read_stack(home)
     if stack is None:
         return []
-    ended = [part.name for part in reversed(stack.parts) if _end(part)]
+    ended = [part.name for part in stack.parts if part.name == KEEPER and _end(part)]
+    stack = read_stack(home) or stack  # the keeper may just have started something again
+    ended += [part.name for part in reversed(stack.parts) if part.name != KEEPER and _end(part)]
     (home / STACK_FILE).unlink(missing_ok=True)
     return ended
 
 
-def server_environment(home: Path) -> dict[str, str]:
+def start_part(home: Path, stack: Stack, name: str, command: tuple[str, ...]) -> None:
+    """Start a process, and write it into the stack's record in place of one of its name."""
+    log = home / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    created = psutil.Process(process.pid).create_time()
+    part = Part(name=name, command=command, pid=process.pid, created=created, log=log)
+    stack.parts = [*(other for other in stack.parts if other.name != name), part]
+    with complete_file(home / STACK_FILE) as path:
+        path.write_text(stack.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
     """The user's environment, with the servers' data in `home` and nothing sent to anybody."""
     own = {
         **QUIET,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "DEAL_S3_MAX_ATTEMPTS": "15",
         # in memory a restart of the server would leave lineages held by nobody
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**own, **kept, "PREFECT_HOME": str(home / "prefect")}
-
-
-def _start(home: Path, stack: Stack, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    log = home / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=home, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    created = psutil.Process(process.pid).create_time()
-    stack.parts.append(Part(name=name, pid=process.pid, created=created, log=log))
-    with complete_file(home / STACK_FILE) as part:
-        part.write_text(stack.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    servers = {} if name.endswith("-server") else stack.environment()
+    return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
 
 
 def _wait(stack: Stack, check: Callable[[], bool], name: str) -> None:

@@ -39,7 +39,7 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
     try:
         with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
             say("deployments are made")
-            await deploy_all(home)
+            await deploy_all(home, num_trainings=num_trainings)
             async with get_client() as client:
                 await _restart_what_was_left(client)
                 start_workers(home, stack, num_trainings, say)

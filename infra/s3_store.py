@@ -45,7 +45,7 @@ def make_client(settings: StoreSettings) -> Any:
     # Servers other than Amazon's do not all know the checksums that boto3 adds of its own accord.
     checksums = "when_required" if settings.s3_endpoint_url else "when_supported"
     config = Config(
-        retries={"mode": "standard", "max_attempts": 5},
+        retries={"mode": "standard", "max_attempts": settings.s3_max_attempts},
         request_checksum_calculation=checksums,
         response_checksum_validation=checksums,
     )
@@ -70,6 +70,7 @@ class S3Store(ObjectStore):
         self.root = folder_of(root)
         self.uri = f"s3://{bucket}/{self.root}".removesuffix("/")
         self.client = make_client(settings)
+        self._encryption = _encryption_of(settings)
 
     def get_bytes(self, key: str) -> bytes:
         """Read the object."""
@@ -83,7 +84,7 @@ class S3Store(ObjectStore):
         with self._saying("write", key):
             if if_absent:
                 return self._put_if_absent(name, data)
-            self.client.put_object(Bucket=self.bucket, Key=name, Body=data)
+            self.client.put_object(Bucket=self.bucket, Key=name, Body=data, **self._encryption)
             return True
 
     def exists(self, key: str) -> bool:
@@ -113,7 +114,8 @@ class S3Store(ObjectStore):
     def upload_file(self, local: Path, key: str) -> None:
         """Upload in parts, as boto3's transfer manager does."""
         with self._saying("write", key):
-            self.client.upload_file(str(check_source(local, key)), self.bucket, self._name(key))
+            source = str(check_source(local, key))
+            self.client.upload_file(source, self.bucket, self._name(key), ExtraArgs=self._encryption)
 
     def download_file(self, key: str, local: Path) -> None:
         """Download in parts, as boto3's transfer manager does."""
@@ -138,8 +140,9 @@ class S3Store(ObjectStore):
         for remaining in reversed(range(NUM_TRIES)):
             try:
                 self.client.put_object(
-                    Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer}
-                )
+                    Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer},
+                    **self._encryption,
+                )  # fmt: skip
                 return True
             except ClientError as error:
                 code = _code_of(error)
@@ -161,6 +164,18 @@ class S3Store(ObjectStore):
             if isinstance(answer, ClientError) and _code_of(answer) in ("NoSuchKey", "NotFound", "404"):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
             raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {_explain(answer or error)}.") from error
+
+
+def _encryption_of(settings: StoreSettings) -> dict[str, str]:
+    """Arguments of every write.
+
+    Raises:
+        ConfigError: a key is named for an encryption that uses none.
+    """
+    if settings.s3_kms_key_id and settings.s3_encryption != "aws:kms":
+        raise ConfigError("DEAL_S3_KMS_KEY_ID is set, but DEAL_S3_ENCRYPTION is not aws:kms; set both or none.")
+    found = {"ServerSideEncryption": settings.s3_encryption, "SSEKMSKeyId": settings.s3_kms_key_id}
+    return {name: value for name, value in found.items() if value}
 
 
 def _explain(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
@@ -61,6 +61,13 @@ class StoreSettings(HomeSettings):
     """Access key (DEAL_S3_ACCESS_KEY_ID); needs the secret key too."""
     s3_secret_access_key: SecretStr | None = None
     """Secret key (DEAL_S3_SECRET_ACCESS_KEY)."""
+    s3_max_attempts: int = Field(default=5, ge=1)
+    """How often a request is sent before it counts as failed, with growing pauses (DEAL_S3_MAX_ATTEMPTS). Five are over
+    in about ten seconds; fifteen bridge a minute's outage, which is what workers want."""
+    s3_encryption: Literal["AES256", "aws:kms"] | None = None
+    """Server-side encryption of what is written (DEAL_S3_ENCRYPTION); None leaves it to the bucket."""
+    s3_kms_key_id: str | None = None
+    """Key of aws:kms (DEAL_S3_KMS_KEY_ID); None: the bucket's or account's own."""
 
 
 class LandingSettings(StoreSettings):

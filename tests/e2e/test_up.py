@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import psutil
 import pytest
+import tenacity
 import yaml
 from moto.server import ThreadedMotoServer
 from prefect.events import Event
@@ -205,11 +207,25 @@ def test_a_training_that_is_killed_goes_on_and_is_registered_once(whole: Whole, 
 
 def test_status_shows_the_whole_and_no_log_shows_a_secret(whole: Whole) -> None:
     status = json.loads(whole.deal("status", "--json"))
-    assert [part["is_alive"] for part in status["parts"]] == [True] * 4
+    assert [part["is_alive"] for part in status["parts"]] == [True] * 5
     assert {each["lineage"]: each["num_open"] for each in status["lineages"]} == {"one": 0, "three": 0, "two": 0}
     assert SECRET not in json.dumps(status)
     for log in (whole.home / "logs").iterdir():
         assert SECRET not in log.read_text(errors="replace"), log
+
+
+def test_a_server_that_is_killed_is_started_again(whole: Whole) -> None:
+    def pid_of(name: str) -> int:
+        parts = json.loads((whole.home / "stack.json").read_text())["parts"]
+        return next(part["pid"] for part in parts if part["name"] == name)
+
+    before = pid_of("mlflow-server")
+    os.kill(before, signal.SIGKILL)
+    for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.5), stop=tenacity.stop_after_delay(WAIT_SECONDS)):
+        with attempt:
+            assert pid_of("mlflow-server") != before
+            assert httpx.get(f"{whole.mlflow_url}/health").is_success
+    assert len(whole.versions("one")) == 6
 
 
 def test_everything_listens_on_loopback_alone(whole: Whole) -> None:

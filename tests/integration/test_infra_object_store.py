@@ -19,9 +19,9 @@ import pytest
 from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
-from deal_core.errors import StoreError
+from deal_core.errors import ConfigError, StoreError
 from infra.object_store import ObjectNotFoundError, ObjectStore, open_store
-from infra.s3_store import S3Store
+from infra.s3_store import S3Store, make_client
 from infra.settings import StoreSettings
 
 
@@ -290,3 +290,42 @@ def test_two_prefixes_of_one_bucket_are_two_stores(s3_store: S3Store, s3_setting
     raw = s3_store.client.list_objects_v2(Bucket=s3_store.bucket)
     assert [item["Key"] for item in raw["Contents"]] == ["team/store/a", "team/store2/a"]
     assert s3_store.uri_of("a") == f"s3://{s3_store.bucket}/team/store/a"
+
+
+@pytest.mark.parametrize("key_id", [None, "alias/ours"])
+def test_writes_are_encrypted_as_asked(s3_store: S3Store, s3_settings: StoreSettings, key_id: str | None) -> None:
+    kind = "aws:kms" if key_id else "AES256"
+    settings = s3_settings.model_copy(update={"s3_encryption": kind, "s3_kms_key_id": key_id})
+    store = S3Store(s3_store.bucket, "x", settings)
+    store.put_bytes("a", b"1")
+    store.put_bytes("b", b"1", if_absent=True)
+    store.upload_file(Path(__file__), "c")
+    for name in "abc":
+        head = s3_store.client.head_object(Bucket=s3_store.bucket, Key=f"x/{name}")
+        assert (head["ServerSideEncryption"], head.get("SSEKMSKeyId")) == (kind, key_id)
+
+
+def test_a_key_without_its_encryption_is_refused(s3_settings: StoreSettings) -> None:
+    with pytest.raises(ConfigError, match="DEAL_S3_ENCRYPTION is not aws:kms"):
+        S3Store("bucket", "", s3_settings.model_copy(update={"s3_kms_key_id": "alias/ours"}))
+
+
+def test_a_server_that_is_away_for_a_moment_is_waited_for(free_port: int) -> None:
+    settings = settings_for(f"http://127.0.0.1:{free_port}", "somebody", "secret")
+    patient = S3Store("patient", "", settings.model_copy(update={"s3_max_attempts": 15}))
+    hasty = S3Store("patient", "", settings.model_copy(update={"s3_max_attempts": 1}))
+    with pytest.raises(StoreError, match="check address and network"):
+        hasty.put_bytes("a", b"1")
+    tries: list[object] = []
+
+    def start_at_the_third_try(**event: object) -> None:
+        tries.append(event)
+        if len(tries) == 3:
+            server.start()
+            make_client(settings).create_bucket(Bucket="patient")
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port, verbose=False)
+    patient.client.meta.events.register("before-send.s3.PutObject", start_at_the_third_try)
+    assert patient.put_bytes("a", b"1")
+    server.stop()
+    assert len(tries) >= 3

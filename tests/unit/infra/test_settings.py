@@ -13,6 +13,7 @@ from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedd
 NAMES = (
     "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",
     "DEAL_S3_REGION", "DEAL_S3_ACCESS_KEY_ID", "DEAL_S3_SECRET_ACCESS_KEY",
+    "DEAL_S3_MAX_ATTEMPTS", "DEAL_S3_ENCRYPTION", "DEAL_S3_KMS_KEY_ID", "DEAL_LANDING_QUEUE_URL",
 )  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""Kill −9 of a random process at a random time, round after round; nothing may get lost, doubled or out of order.
+
+    python -m benchmarks.survival --rounds 25 --out benchmarks/results/survival.json
+
+Brings the local whole up (`deal up`) and lets files land for two lineages, undisturbed once, and then in every round
+with one kill among servers, workers, runs and watchers. A round is right when both lineages end with the versions of
+the undisturbed run: same datasets in the same order, each continuing the last, the same adapters byte for byte, and a
+champion that loads. Rounds that are stored are not run again. A tiny base model: it is the chain that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from safetensors.torch import load_file
+
+from benchmarks.tiny_base import EXAMPLES, build_tiny_base
+from infra.object_store import open_store
+from infra.registry import open_registry
+from infra.settings import TrackingSettings
+
+ARRIVALS = {"a": 3, "b": 2}
+TRAIN = {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10}
+GATE = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
+LOOK_SECONDS = 2.0
+GIVE_UP_SECONDS = 900.0
+
+
+def main() -> None:
+    """Run the rounds that are missing and write what they gave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first round; each next one has the next")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/survival.json"))
+    given = parser.parse_args()
+    rounds = json.loads(given.out.read_text())["rounds"] if given.out.is_file() else []
+    missing = [seed for seed in range(given.seed, given.seed + given.rounds) if seed not in {r["seed"] for r in rounds}]
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="deal-survival-") as folder:
+            for found in run_rounds(Path(folder), missing):
+                rounds.append(found)
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text(json.dumps({"rounds": rounds}, indent=1) + "\n")
+                print(found, flush=True)
+    right = sum(r["right"] for r in rounds)
+    print(f"{right} of {len(rounds)} rounds ended with the versions of the undisturbed run")
+    sys.exit(right != len(rounds))
+
+
+def run_rounds(folder: Path, seeds: list[int]) -> Any:
+    """Yield what each round gave; the servers stay up from round to round."""
+    home, base = folder / "home", folder / "tiny-base"
+    home.mkdir()
+    base.mkdir()
+    build_tiny_base(base)
+    dropped = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"}
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(folder / "cache")}
+    ports = [free_port(), free_port()]
+    up = ("up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
+    subprocess.run([*DEAL, *up], env=environment, check=True)
+    os.environ |= {"DEAL_HOME": str(home), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports[1]}"}
+    try:
+        started = time.monotonic()
+        land(home, "undisturbed", base)
+        wait_until_learned("undisturbed")
+        seconds = time.monotonic() - started
+        wanted = versions_of("undisturbed")
+        print(f"undisturbed: {seconds:.0f} s", flush=True)
+        for seed in seeds:
+            yield {"seed": seed, "undisturbed_seconds": round(seconds), **one_round(home, base, seed, seconds, wanted)}
+    finally:
+        subprocess.run([*DEAL, "down"], env=environment, check=True)
+
+
+def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) -> dict[str, Any]:
+    """Let files land, kill one process, wait, compare."""
+    chance = random.Random(seed)
+    name = f"round{seed}"
+    land(home, name, base)
+    started = time.monotonic()
+    at = chance.uniform(0, seconds)
+    time.sleep(at)
+    victim = chance.choice(candidates(home))
+    killed = describe(victim)
+    victim.send_signal(signal.SIGKILL)
+    try:
+        wait_until_learned(name)
+        found = versions_of(name)
+    except TimeoutError as error:
+        found = str(error)
+    took = time.monotonic() - started
+    result = {"killed": killed, "at_seconds": round(at, 1), "took_seconds": round(took), "right": found == wanted}
+    return result if found == wanted else {**result, "found": found, "wanted": wanted}
+
+
+def land(home: Path, name: str, base: Path) -> None:
+    """Make two lineages with a task each, and put their files into the inbox."""
+    rows = (EXAMPLES / "parcels" / "messages.jsonl").read_text().splitlines(keepends=True)
+    size = len(rows) // max(ARRIVALS.values())
+    for letter, count in ARRIVALS.items():
+        lineage = f"{name}-{letter}"
+        values = {"lineage": lineage, "base_model": str(base), "tasks": [lineage], "train": TRAIN, "gate": GATE}
+        path = home / "lineage.yaml"
+        path.write_text(yaml.safe_dump(values))
+        subprocess.run([*DEAL, "lineage", "add", str(path)], check=True, capture_output=True)
+        for number in range(count):
+            target = home / "store" / "inbox" / lineage / f"{number}.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("".join(rows[number * size : (number + 1) * size]))
+
+
+def candidates(home: Path) -> list[psutil.Process]:
+    """Every process of the whole but the keeper, which is what starts the others again."""
+    parts = json.loads((home / "stack.json").read_text())["parts"]
+    found = []
+    for part in parts:
+        if part["name"] != "keeper" and psutil.pid_exists(part["pid"]):
+            root = psutil.Process(part["pid"])
+            found += [root, *root.children(recursive=True)]
+    return found
+
+
+def describe(process: psutil.Process) -> str:
+    """What a process is, in a few words."""
+    words = process.cmdline()
+    names = ("server", "worker", "prefect.engine", "uvicorn", "mlflow", "resource_tracker", "spawn")
+    found = [name for name in names if any(name in word for word in words)]
+    return " ".join(found) or " ".join(words)[:60]
+
+
+def wait_until_learned(name: str) -> None:
+    """Wait until every arrival of a round has its version and is champion's history."""
+    deadline = time.monotonic() + GIVE_UP_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            counts = {letter: champion_number(f"{name}-{letter}") for letter in ARRIVALS}
+        except Exception as error:  # the server may be the one that was killed
+            print(f"  looking again: {type(error).__name__}", flush=True)
+            counts = {}
+        if counts == ARRIVALS:
+            return
+        time.sleep(LOOK_SECONDS)
+    raise TimeoutError(f"not learned after {GIVE_UP_SECONDS:.0f} s: {counts}")
+
+
+def champion_number(lineage: str) -> int:
+    """Number of the champion; 0 without one."""
+    champion = open_registry(TrackingSettings()).champion(lineage)
+    return int(champion.version) if champion else 0
+
+
+def versions_of(name: str) -> dict[str, Any]:
+    """What a round's lineages hold, by what can be compared from round to round."""
+    store, registry = open_store((Path(os.environ["DEAL_HOME"]) / "store").as_uri()), open_registry(TrackingSettings())
+    found = {}
+    for letter in ARRIVALS:
+        versions = registry.versions(f"{name}-{letter}")
+        champion = registry.champion(f"{name}-{letter}")
+        assert champion is not None
+        with tempfile.TemporaryDirectory() as folder:
+            store.download_folder(champion.adapter_uri, Path(folder) / "adapter")
+            num_tensors = len(load_file(Path(folder) / "adapter" / "adapter_model.safetensors"))
+        found[letter] = {
+            "versions": [(v.version, v.parent_version, v.dataset_sha256, v.adapter_sha256) for v in versions],
+            "champion": champion.version,
+            "tensors_of_champion": num_tensors,
+        }
+    return json.loads(json.dumps(found))
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
