@@ -11,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type clean
+.PHONY: help setup demo test nightly lint type clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter lear
 # Two processes of one thread each: on two cores faster than one process of two, and no sum depends on the number of cores.
 test: $(VENV)/.stamp-dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
+
+nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## check style
 	$(BIN)/ruff check .

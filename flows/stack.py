@@ -82,12 +82,9 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     """Start both servers and wait until they answer.
 
     Raises:
-        ConfigError: something runs in this home already.
+        ConfigError: MLFLOW_TRACKING_URI names a server.
         StartError: one of them ended, or does not answer in time; what was started is ended again.
     """
-    running = read_stack(home)
-    if running and running.is_alive():
-        raise ConfigError(f"It is up already: Prefect at {running.prefect_url}, MLflow at {running.mlflow_url}.")
     settings = TrackingSettings()
     if settings.tracking_uri.startswith(("http://", "https://")):
         raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
@@ -103,8 +100,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
         for name, command in commands.items():
             say(f"{name} starts")
             start_part(home, stack, name, ("-m", *command))
-        _wait(stack, lambda: _answers(f"{stack.prefect_url}/api/health"), "prefect-server")
-        _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), "mlflow-server")
+        _wait_for_servers(stack)
     except BaseException:
         stop(home)
         raise
@@ -119,6 +115,22 @@ def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> Non
         command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
         start_part(home, stack, name, command)
     start_part(home, stack, KEEPER, ("-m", "flows.keeper", str(home)))
+
+
+def heal(home: Path, stack: Stack, say: Say) -> None:
+    """Start those parts of a stack again that do not run, and wait for the servers.
+
+    Raises:
+        ConfigError: all of them run.
+        StartError: one of them does not come up.
+    """
+    dead = [part for part in stack.parts if not part.is_alive()]
+    if not dead:
+        raise ConfigError(f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}.")
+    for part in dead:
+        say(f"{part.name} starts again")
+        start_part(home, stack, part.name, part.command)
+    _wait_for_servers(stack)
 
 
 def stop(home: Path) -> list[str]:
@@ -164,6 +176,11 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     servers = {} if name.endswith("-server") else stack.environment()
     return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
+
+
+def _wait_for_servers(stack: Stack) -> None:
+    _wait(stack, lambda: _answers(f"{stack.prefect_url}/api/health"), "prefect-server")
+    _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), "mlflow-server")
 
 
 def _wait(stack: Stack, check: Callable[[], bool], name: str) -> None:

@@ -18,11 +18,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry
 
 from flows.deploy import CPU_POOL, GPU_POOL, deploy_all
-from flows.stack import START_SECONDS, Say, Stack, StartError, start_servers, start_workers, stop
+from flows.stack import START_SECONDS, Say, Stack, StartError, heal, read_stack, start_servers, start_workers, stop
 
 
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> Stack:
-    """Start everything and return once it works.
+    """Start everything, or what has died of it, and return once it works.
 
     Args:
         home: the folder that holds everything.
@@ -32,9 +32,13 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
         say: told what happens.
 
     Raises:
-        ConfigError: it is up already.
+        ConfigError: all of it is up already.
         StartError: a part did not come up; what was started is ended again.
     """
+    running = read_stack(home)
+    if running and running.is_alive():
+        heal(home, running, say)
+        return running
     stack = start_servers(home, prefect_port, mlflow_port, say)
     try:
         with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):

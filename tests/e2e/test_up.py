@@ -6,149 +6,19 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import boto3
 import httpx
 import psutil
 import pytest
 import tenacity
-import yaml
-from moto.server import ThreadedMotoServer
-from prefect.events import Event
-from prefect.events.clients import PrefectEventSubscriber
-from prefect.events.filters import EventFilter, EventNameFilter
 
-from infra.registry import VersionInfo, open_registry
-from infra.settings import TrackingSettings
 from tasks.announcements import ARRIVAL_LANDED
 from tests.e2e.command import DEAL
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-BUCKET = "landings"
-SECRET = "a-planted-secret-key"
-DONE = "prefect.flow-run.Completed"
-CRASHED = "prefect.flow-run.Crashed"
-WAIT_SECONDS = 240
+from tests.e2e.whole import CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
 
 pytestmark = pytest.mark.e2e
-
-
-@dataclass
-class Whole:
-    """What is up, and how to look into it."""
-
-    home: Path
-    environment: dict[str, str]
-    s3: Any
-    prefect_url: str
-    mlflow_url: str
-
-    def deal(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [*DEAL, *arguments], env=self.environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def add_lineage(self, name: str, base: Path, tasks: list[str], **train: Any) -> None:
-        values = {
-            "lineage": name, "base_model": str(base), "tasks": tasks,
-            "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
-            "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0, **train},
-        }  # fmt: skip
-        path = self.home / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        self.deal("lineage", "add", str(path))
-
-    def land(self, key: str, rows: list[dict[str, str]]) -> None:
-        body = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        self.s3.put_object(Bucket=BUCKET, Key=f"team/inbox/{key}", Body=body)
-
-    def read(self, key: str) -> Any:
-        return json.loads(self.s3.get_object(Bucket=BUCKET, Key=f"team/{key}")["Body"].read())
-
-    def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
-        settings = TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})
-        return open_registry(settings).versions(lineage)
-
-    async def events(self, *names: str) -> Any:
-        """Events of these names as the server takes them in."""
-        wanted = EventFilter(event=EventNameFilter(name=list(names)))
-        async with PrefectEventSubscriber(api_url=f"{self.prefect_url}/api", filter=wanted) as events:
-            async for event in events:
-                yield event
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "somebody", "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
-    s3, sqs = (boto3.client(name, endpoint_url=f"http://{host}:{port}", **keys) for name in ("s3", "sqs"))
-    s3.create_bucket(Bucket=BUCKET)
-    queue = sqs.create_queue(QueueName="landed")["QueueUrl"]
-    arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
-    s3.put_bucket_notification_configuration(
-        Bucket=BUCKET,
-        NotificationConfiguration={"QueueConfigurations": [{"QueueArn": arn, "Events": ["s3:ObjectCreated:*"]}]},
-    )
-    home = tmp_path_factory.mktemp("up") / "home"
-    home.mkdir()
-    ports = [free_port(), free_port()]
-    dropped = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"}
-    environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
-        "DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(home / "cache"), "DEAL_STORE_URI": f"s3://{BUCKET}/team",
-        "DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}", "DEAL_S3_REGION": "us-east-1",
-        "DEAL_S3_ACCESS_KEY_ID": "somebody", "DEAL_S3_SECRET_ACCESS_KEY": SECRET, "DEAL_LANDING_QUEUE_URL": queue,
-    }  # fmt: skip
-    found = Whole(home, environment, s3, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
-    try:
-        found.deal("up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
-        yield found
-    finally:
-        found.deal("down")
-        server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def rows_of(task: str) -> list[dict[str, str]]:
-    lines = (EXAMPLES / "parcels" / "messages.jsonl").read_text().splitlines()
-    return [{**json.loads(line), "task": task} for line in lines]
-
-
-def tree_of(home: Path) -> dict[int, str]:
-    """Processes that `deal up` started here, with all below them."""
-    parts = json.loads((home / "stack.json").read_text())["parts"]
-    found = {}
-    for part in parts:
-        root = psutil.Process(part["pid"])
-        for process in (root, *root.children(recursive=True)):
-            found[process.pid] = part["name"]
-    return found
-
-
-async def wait_until_learned(whole: Whole, wanted: dict[str, int], events: Any) -> list[Event]:
-    """Look at the registry after every run that ends, until each lineage has so many versions."""
-    seen = []
-    async with asyncio.timeout(WAIT_SECONDS):
-        async for event in events:
-            seen.append(event)
-            counts = {name: len(await asyncio.to_thread(whole.versions, name)) for name in wanted}
-            if counts == wanted:
-                return seen
-    raise AssertionError("the server ended the stream")
 
 
 def test_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Whole, tiny_base: Path) -> None:

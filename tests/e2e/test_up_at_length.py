@@ -1,0 +1,95 @@
+"""`deal up` at length: many arrivals at once, and each server cut off for a minute. `make nightly` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.whole import DONE, Whole, rows_of, wait_until_learned
+
+OUTAGE_SECONDS = 60.0
+
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
+
+
+def test_forty_arrivals_of_two_lineages_within_ten_seconds(whole: Whole, tiny_base: Path) -> None:
+    rows = rows_of("many")
+    wanted = {"thirty": 30, "ten": 10}
+    for name in wanted:
+        whole.add_lineage(name, tiny_base, [name])
+
+    async def landing() -> None:
+        waiting = asyncio.create_task(wait_until_learned(whole, wanted, whole.events(DONE), seconds=3600))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            for name, count in wanted.items():
+                for number in range(count):
+                    chosen = [{**row, "text": f"{row['text']} ({number})"} for row in rows[:20]]
+                    await asyncio.to_thread(whole.land, f"{name}/{number:02d}.jsonl", chosen)
+        await waiting
+
+    asyncio.run(landing())
+    for name, count in wanted.items():
+        versions = whole.versions(name)
+        assert [version.parent_version for version in versions] == [None, *map(str, range(1, count))]
+        files = whole.read(f"watch/{name}.json")["files"]
+        order = {entry["version"]: key for key, entry in files.items() if entry["outcome"] == "promoted"}
+        assert [order[str(number + 1)] for number in range(count)] == sorted(order.values())
+    assert whole.versions("ten")[0].created < whole.versions("thirty")[-1].created
+
+
+def cut_off_part(name: str) -> Callable[[Whole], Callable[[], None]]:
+    """End a server and the keeper; what is returned brings both back."""
+
+    def cut(whole: Whole) -> Callable[[], None]:
+        for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
+            if each["name"] == "keeper":
+                os.kill(each["pid"], signal.SIGKILL)
+        for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
+            if each["name"] == name:
+                os.killpg(each["pid"], signal.SIGKILL)
+        return lambda: str(whole.deal("up")) and None
+
+    return cut
+
+
+def cut_off_store(whole: Whole) -> Callable[[], None]:
+    """Stop the S3 server, which keeps its objects in this process."""
+    whole.store_server.stop()
+    return whole.store_server.start
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("prefect", cut_off_part("prefect-server")),
+        ("mlflow", cut_off_part("mlflow-server")),
+        ("store", cut_off_store),
+    ],
+)
+def test_a_server_that_is_away_for_a_minute_ends_no_run(
+    name: str, cut: Callable[[Whole], Callable[[], None]], whole: Whole, tiny_base: Path
+) -> None:
+    whole.add_lineage(name, tiny_base, [name], max_steps=1500, checkpoint_steps=50)
+
+    async def outage() -> None:
+        whole.land(f"{name}/a.jsonl", rows_of(name))
+        while not list(whole.home.glob(f"work/{name}/*/checkpoints/checkpoint-*/COMPLETE")):
+            await asyncio.sleep(0.1)
+        back = await asyncio.to_thread(cut, whole)
+        await asyncio.sleep(OUTAGE_SECONDS)
+        await asyncio.to_thread(back)
+        if not whole.versions(name):  # else it was through when the server came back
+            await wait_until_learned(whole, {name: 1}, whole.events(DONE), seconds=900)
+
+    asyncio.run(outage())
+    (version,) = whole.versions(name)
+    assert "champion" in version.aliases
+    files = whole.read(f"watch/{name}.json")["files"]
+    assert [(entry["outcome"], entry["num_tries"]) for entry in files.values()] == [("promoted", 1)]
