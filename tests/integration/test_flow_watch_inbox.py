@@ -1,0 +1,167 @@
+"""What a server is told of the inbox: each open arrival once, again when its run got lost, for every lineage."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+
+import tasks.announcements
+from deal_core.errors import ConfigError
+from flows.adapt_landed import adapt_landed
+from flows.lineages import WatchedLineage, add_lineage, list_lineages, read_lineage
+from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
+from flows.spec import parse
+from flows.watch_inbox import announce_open, watch_inbox
+from infra.registry import open_registry
+from tasks.inbox import InboxState, list_arrivals, write_state
+from tasks.services import current_store
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def land(home: Path, name: str, content: bytes = ROWS, age: int = 100) -> None:
+    path = home / "store" / "inbox" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    stamp = 1_700_000_000 - age
+    os.utime(path, (stamp, stamp))
+
+
+def lineage(name: str, **settings: Any) -> WatchedLineage:
+    return parse(WatchedLineage, {"lineage": name, **settings}, "test")
+
+
+def look() -> int:
+    """Announcements of one look."""
+    return asyncio.run(watch_inbox(for_seconds=0))
+
+
+def numbers() -> list[int]:
+    """How often each arrival was announced before, for all lineages."""
+    store = current_store()
+    found = [tasks.announcements.Announcement.model_validate_json(store.get_bytes(i.key)) for i in store.list("landed")]
+    return sorted(each.number for each in found)
+
+
+def test_an_arrival_is_announced_once_and_a_changed_one_again(home: Path) -> None:
+    land(home, "parcels/a.jsonl")
+    assert (look(), look()) == (1, 0)
+    land(home, "parcels/a.jsonl", ROWS + b"\n")
+    assert (look(), look()) == (1, 0)
+
+
+def test_what_was_handled_is_not_announced(home: Path) -> None:
+    land(home, "parcels/a.jsonl")
+    state = InboxState()
+    (info,) = list_arrivals(current_store().list("inbox"))
+    state.record(info, "promoted", "", now=info.modified)
+    write_state(current_store(), "default", state)
+    assert look() == 0
+
+
+def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) -> None:
+    land(home, "parcels/a.jsonl")
+    os.utime(home / "store" / "inbox" / "parcels" / "a.jsonl")
+    seen: dict[str, str] = {}
+    looks = [asyncio.run(announce_open(current_store(), lineage("default"), seen, 60)) for _ in range(2)]
+    assert looks == [0, 1], "the second look saw the same"
+
+
+def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
+    add_lineage(current_store(), lineage("all"))
+    add_lineage(current_store(), lineage("some", tasks=["clinic"]))
+    land(home, "parcels/a.jsonl")
+    land(home, "clinic/a.csv")
+    assert look() == 3
+    assert {info.key.split("/")[1] for info in current_store().list("landed")} == {"all", "some"}
+
+
+def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_lineage(current_store(), lineage("lost"))
+    land(home, "parcels/a.jsonl")
+    land(home, "parcels/b.jsonl")
+    assert look() == 2
+    monkeypatch.setattr(tasks.announcements, "PAUSE", timedelta(0))
+
+    async def look_while_held() -> int:
+        async with hold_lineage("lost"):
+            assert await is_held_on_server("lost")
+            return await announce_open(current_store(), lineage("lost"), {}, 0)
+
+    assert asyncio.run(look_while_held()) == 0, "whoever holds it looks again before it ends"
+    assert look() == 1, "one run takes whatever is open"
+    assert numbers() == [0, 1]
+
+
+def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = current_store()
+    add_lineage(store, lineage("good"))
+    for name, content in (("typo", b"strategi: deal\n"), ("other", b"lineage: good\n"), ("text", b"\xff\n")):
+        store.put_bytes(f"lineages/{name}.yaml", content)
+    assert [each.lineage for each in list_lineages(store)] == ["good"]
+    assert "unknown key 'strategi'" in caplog.text and "is about lineage 'good'" in caplog.text
+
+
+def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
+    given = lineage("short", tasks=["bank"], strategy="seq_lora")
+    add_lineage(current_store(), given)
+    stored = yaml.safe_load(current_store().get_bytes("lineages/short.yaml"))
+    assert stored == {"lineage": "short", "tasks": ["bank"], "strategy": "seq_lora"}
+    assert read_lineage(current_store(), "short") == given
+    with pytest.raises(ConfigError, match="deal lineage add"):
+        read_lineage(current_store(), "nobody")
+
+
+def small(name: str, base: Path) -> WatchedLineage:
+    return lineage(
+        name, base_model=str(base), gate={"min_gain_points": -100.0, "max_drop_points": 100.0},
+        train={"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+    )  # fmt: skip
+
+
+def test_a_run_takes_all_that_is_open_and_what_lands_meanwhile(home: Path, tiny_base: Path) -> None:
+    add_lineage(current_store(), small("l", tiny_base))
+    rows = ROWS.splitlines(keepends=True)
+    land(home, "parcels/2.jsonl", b"".join(rows[:20]), age=50)
+    land(home, "parcels/1.jsonl", b"".join(rows[20:40]), age=100)
+    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
+    assert [seen.key for seen in result.files] == ["inbox/parcels/1.jsonl", "inbox/parcels/2.jsonl"]
+    assert [version.parent_version for version in open_registry().versions("l")] == [None, "1"]
+    assert asyncio.run(adapt_landed("l")).files == ()
+
+
+def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base: Path) -> None:
+    add_lineage(current_store(), small("busy", tiny_base))
+    land(home, "parcels/a.jsonl")
+
+    async def two() -> Any:
+        async with hold_lineage("busy"):
+            with pytest.raises(LineageBusyError):
+                async with hold_lineage("busy", wait=False):
+                    pass
+            return await adapt_landed("busy", settle_seconds=0.01)
+
+    assert asyncio.run(two()).files == ()
+    assert open_registry().versions("busy") == ()
+
+
+def test_the_server_carries_the_automations_once() -> None:
+    from flows.recovery import apply_automations, automations
+
+    async def twice() -> list[str]:
+        async with get_client() as client:
+            await apply_automations(client)
+            await apply_automations(client)
+            return sorted(each.name for each in await client.read_automations())
+
+    assert asyncio.run(twice()) == sorted(each.name for each in automations())
