@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 import tasks.announcements
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
+from flows.arrivals import Taken
 from flows.lineages import WatchedLineage, add_lineage, list_lineages, read_lineage
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.spec import parse
@@ -153,6 +154,25 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
 
     assert asyncio.run(two()).files == ()
     assert open_registry().versions("busy") == ()
+
+
+def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path, tiny_base: Path) -> None:
+    land(home, "parcels/a.jsonl")
+    taken, spec = Taken(), small("shared", tiny_base)
+
+    async def two() -> None:
+        async with hold_lineage("shared"):
+            options = {"settle_seconds": 0.01, "retry_now": False, "wait": True}
+            waiting = asyncio.create_task(taken.take(current_store(), spec, (), **options))
+            await asyncio.sleep(0)  # it has looked, and waits
+            (info,) = list_arrivals(current_store().list("inbox"))
+            state = InboxState()
+            state.record(info, "promoted", "", now=info.modified)
+            write_state(current_store(), "shared", state)
+        await waiting
+
+    asyncio.run(two())
+    assert taken.files == [] and open_registry().versions("shared") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:
