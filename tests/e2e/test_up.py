@@ -42,11 +42,7 @@ def test_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Who
     for name, count in (("one", 6), ("two", 2)):
         versions = whole.versions(name)
         assert [version.parent_version for version in versions] == [None, *map(str, range(1, count))], "one line"
-        files = whole.read(f"watch/{name}.json")["files"]
-        order = {entry["version"]: key for key, entry in files.items() if entry["outcome"] == "promoted"}
-        assert [order[str(number + 1)] for number in range(count)] == [
-            f"inbox/parcels-{name}/{number}.jsonl" for number in range(count)
-        ]
+        assert whole.learned(name) == [f"inbox/parcels-{name}/{number}.jsonl" for number in range(count)]
     one, two = whole.versions("one"), whole.versions("two")
     assert two[0].created < one[-1].created, "the second lineage did not wait for the first one's end"
 

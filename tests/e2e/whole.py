@@ -31,6 +31,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 BUCKET = "landings"
 SECRET = "a-planted-secret-key"
 DONE = "prefect.flow-run.Completed"
+HEARTBEAT = "prefect.flow-run.heartbeat"
 CRASHED = "prefect.flow-run.Crashed"
 WAIT_SECONDS = 240
 
@@ -70,13 +71,22 @@ class Whole:
     def read(self, key: str) -> Any:
         return json.loads(self.s3.get_object(Bucket=BUCKET, Key=f"team/{key}")["Body"].read())
 
+    def learned(self, lineage: str) -> list[str]:
+        """Keys of the arrivals that became versions, in the versions' order."""
+        try:
+            files = self.read(f"watch/{lineage}.json")["files"]
+        except self.s3.exceptions.NoSuchKey:
+            return []
+        order = {int(entry["version"]): key for key, entry in files.items() if entry["outcome"] == "promoted"}
+        return [order[number] for number in sorted(order)]
+
     def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
         settings = TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})
         return open_registry(settings).versions(lineage)
 
     async def events(self, *names: str) -> Any:
         """Events of these names as the server takes them in."""
-        wanted = EventFilter(event=EventNameFilter(name=list(names)))
+        wanted = EventFilter(event=EventNameFilter(name=[*names, HEARTBEAT]))
         async with PrefectEventSubscriber(api_url=f"{self.prefect_url}/api", filter=wanted) as events:
             async for event in events:
                 yield event
@@ -142,11 +152,11 @@ def tree_of(home: Path) -> dict[int, str]:
 async def wait_until_learned(
     whole: Whole, wanted: dict[str, int], events: Any, seconds: float = WAIT_SECONDS
 ) -> list[Event]:
-    """Look at the registry after every run that ends, until each lineage has so many versions."""
+    """Look after every run that ends, and with every heartbeat, until each lineage has learned so many arrivals."""
     seen: list[Event] = []
 
     async def is_done() -> bool:
-        counts = {name: len(await asyncio.to_thread(whole.versions, name)) for name in wanted}
+        counts = {name: len(await asyncio.to_thread(whole.learned, name)) for name in wanted}
         return counts == wanted
 
     async with asyncio.timeout(seconds):
