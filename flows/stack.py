@@ -169,6 +169,7 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "DEAL_S3_MAX_ATTEMPTS": "15",
+        "PREFECT_SERVER_UI_API_URL": f"{stack.prefect_url}/api",  # else its page asks port 4200
         # in memory a restart of the server would leave lineages held by nobody
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

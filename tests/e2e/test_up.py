@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,10 +14,14 @@ import httpx
 import psutil
 import pytest
 import tenacity
+from playwright.sync_api import sync_playwright
 
+from infra.tracking import open_tracker
 from tasks.announcements import ARRIVAL_LANDED
 from tests.e2e.command import DEAL
 from tests.e2e.whole import CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
+
+CHROMIUM = shutil.which("chromium")
 
 pytestmark = pytest.mark.e2e
 
@@ -45,6 +50,25 @@ def test_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Who
         assert whole.learned(name) == [f"inbox/parcels-{name}/{number}.jsonl" for number in range(count)]
     one, two = whole.versions("one"), whole.versions("two")
     assert two[0].created < one[-1].created, "the second lineage did not wait for the first one's end"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+def test_both_pages_show_a_finished_adaptation(whole: Whole) -> None:
+    version = whole.versions("one")[-1]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(f"{whole.prefect_url}/runs")
+        page.get_by_text("adapt-landed-one").first.wait_for()
+        page.get_by_text("adapt-one-parcels-one").first.wait_for()
+        page.goto(f"{whole.mlflow_url}/#/models/one")
+        page.get_by_text("@ champion").first.wait_for()
+        page.goto(f"{whole.mlflow_url}/#/models/one/versions/{version.version}")
+        page.get_by_text("parcels-one").first.wait_for()
+        run = open_tracker(whole.tracking()).client.get_run(version.tracking_id)
+        page.goto(f"{whole.mlflow_url}/#/experiments/{run.info.experiment_id}/runs/{version.tracking_id}/artifacts")
+        page.get_by_text("evaluation.json").first.wait_for()
+        browser.close()
 
 
 def test_a_training_that_is_killed_goes_on_and_is_registered_once(whole: Whole, tiny_base: Path) -> None:

@@ -81,8 +81,10 @@ class Whole:
         return [order[number] for number in sorted(order)]
 
     def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
-        settings = TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})
-        return open_registry(settings).versions(lineage)
+        return open_registry(self.tracking()).versions(lineage)
+
+    def tracking(self) -> TrackingSettings:
+        return TrackingSettings.model_validate({"home": self.home, "tracking_uri": self.mlflow_url})
 
     async def events(self, *names: str) -> Any:
         """Events of these names as the server takes them in."""
