@@ -14,6 +14,7 @@ from prefect.settings import get_current_settings
 
 from deal_core.errors import DealError
 from infra.settings import HomeSettings
+from tasks.patience import patient
 from tasks.progress import raise_if_stopped, reporter
 
 LOOK_SECONDS = 0.5
@@ -45,6 +46,7 @@ async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None
         yield
 
 
+@patient
 async def is_held_on_server(lineage: str) -> bool:
     """Whether a run works on the lineage, as far as the Prefect server knows."""
     async with get_client() as client:
@@ -81,8 +83,7 @@ async def _hold_on_machine(lineage: str, wait: bool) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
     name = _limit_name(lineage)
-    async with get_client() as client:
-        await client.upsert_global_concurrency_limit_by_name(name, limit=1)
+    await _make_limit(name)
     async with AsyncExitStack() as stack:
         # a renewal that fails while the server restarts must not end hours of training
         slot = concurrency(
@@ -97,6 +98,12 @@ async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
                 raise
             raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.") from None
         yield
+
+
+@patient
+async def _make_limit(name: str) -> None:
+    async with get_client() as client:
+        await client.upsert_global_concurrency_limit_by_name(name, limit=1)
 
 
 def _limit_name(lineage: str) -> str:

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.gate import EvaluationReport
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.tracking import TrackedRun, open_tracker
+from tasks.patience import patient
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 
 
@@ -41,7 +42,7 @@ def report_run(
     ):
         tracked.log_figure(name, figure)
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
-    create_markdown_artifact(
+    patient(create_markdown_artifact)(
         key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
         markdown=page(version, dataset, report, seconds),
         description=f"Version {version.version} of {run.lineage}: {report.task}",
