@@ -13,9 +13,9 @@ from typing import Any
 
 from prefect import flow
 
+from deal_core.base_sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.models import DEFAULT_BASE
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
 from flows.spec import DEFAULT_STRATEGY, AdaptSpec

@@ -1,15 +1,23 @@
-"""The base model of a run, loaded once per process and lent to the stages that need it."""
+"""The base model of a run, loaded once per process and lent to the stages that need it.
+
+torch and transformers are imported here and in the stages that compute, when they begin: a run starts, looks and often
+ends (nothing new, somebody else is at it) in a third of the time that importing them takes.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import ConfigError
-from deal_core.models import BaseModel, load_base
 from infra.settings import HomeSettings
 from tasks.progress import advance
 from tasks.references import BaseRef
+
+if TYPE_CHECKING:
+    from deal_core.models import BaseModel
 
 _loaded: dict[str, BaseModel] = {}
 
@@ -31,6 +39,8 @@ def lend_base(reference: BaseRef) -> BaseModel:
 
 def _load(source: str) -> BaseModel:
     if source not in _loaded:
+        from deal_core.models import load_base
+
         _loaded.clear()  # one at a time: base models are large
         report = advance("base")
         _loaded[source] = load_base(

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
-from datasets import Dataset
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import evaluate_task
 from deal_core.gate import EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from infra.object_store import ObjectStore
@@ -26,6 +24,9 @@ from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 from tasks.services import borrowed_folder, borrowed_parent, current_store
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,9 @@ class Scorer:
 
     def accuracies(self, adapter_folder: Path | None, sets: Sequence[TestSet]) -> dict[str, float]:
         """Accuracy of one adapter (None: the untouched base model) on each test set, by task name."""
+        from deal_core.adapter.state import adapter_on
+        from deal_core.evaluate import evaluate_task
+
         result = {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
@@ -135,6 +139,8 @@ def load_test_set(
     store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
 ) -> TestSet:
     """The test rows of one dataset."""
+    from datasets import Dataset
+
     with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
         path = Path(temporary) / "test.parquet"
         store.download_file(f"{dataset_uri}/test.parquet", path)

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.train import TrainingResult, train_adapter
 from infra.object_store import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
 from tasks.base import lend_base
@@ -22,6 +21,11 @@ from tasks.progress import advance
 from tasks.record import read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAdapter, TrainSummary, VersionRef
 from tasks.services import borrowed_parent, current_store, work_folder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from deal_core.train import TrainingResult
 
 SUMMARY_FILE = "training.json"
 
@@ -42,6 +46,8 @@ def train_version(
     Raises:
         AdapterStateError: the parent's adapter does not fit the base model.
     """
+    from deal_core.train import train_adapter
+
     store = current_store()
     folder = work_folder(run.lineage, run.short_key)
     if not (folder / SUMMARY_FILE).is_file():
@@ -88,6 +94,8 @@ def _training_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Dat
     """The training rows, mapped from disk rather than held in memory."""
     path = folder / "rows" / "train.parquet"
     store.download_file(f"{dataset.uri}/train.parquet", path)
+    from datasets import Dataset
+
     return Dataset.from_parquet(str(path), cache_dir=str(path.parent))
 
 

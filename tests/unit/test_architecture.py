@@ -272,3 +272,10 @@ def test_an_import_that_does_work_is_found(source: str, tmp_path: Path) -> None:
     assert import_each(tmp_path, ["idle"], "import subprocess, socket, sqlite3", tmp_path).returncode == 0
     result = import_each(tmp_path, ["idle", "busy"], "import subprocess, socket, sqlite3", tmp_path)
     assert result.returncode == 1 and result.stdout.startswith("busy "), result.stdout + result.stderr
+
+
+def test_a_run_begins_without_torch() -> None:
+    """Most runs that a server starts find nothing new or their lineage at work: they shall not pay for torch."""
+    code = "import sys, flows.adapt_landed, flows.watch_inbox; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
