@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) ->
     time.sleep(at)
     victim = chance.choice(candidates(home))
     killed = describe(victim)
-    victim.send_signal(signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):  # it may just have ended by itself
+        victim.send_signal(signal.SIGKILL)
     try:
         wait_until_learned(name)
         found = versions_of(name)
@@ -109,19 +111,20 @@ def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) ->
 
 
 def land(home: Path, name: str, base: Path) -> None:
-    """Make two lineages with a task each, and put their files into the inbox."""
+    """Make two lineages that learn a task each; the tasks' files, the same in every round, then are new to them."""
     rows = (EXAMPLES / "parcels" / "messages.jsonl").read_text().splitlines(keepends=True)
     size = len(rows) // max(ARRIVALS.values())
     for letter, count in ARRIVALS.items():
+        for number in range(count):
+            target = home / "store" / "inbox" / f"task-{letter}" / f"{number}.jsonl"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text("".join(rows[number * size : (number + 1) * size]))
         lineage = f"{name}-{letter}"
-        values = {"lineage": lineage, "base_model": str(base), "tasks": [lineage], "train": TRAIN, "gate": GATE}
+        values = {"lineage": lineage, "base_model": str(base), "tasks": [f"task-{letter}"], "train": TRAIN, "gate": GATE}
         path = home / "lineage.yaml"
         path.write_text(yaml.safe_dump(values))
         subprocess.run([*DEAL, "lineage", "add", str(path)], check=True, capture_output=True)
-        for number in range(count):
-            target = home / "store" / "inbox" / lineage / f"{number}.jsonl"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text("".join(rows[number * size : (number + 1) * size]))
 
 
 def candidates(home: Path) -> list[psutil.Process]:
