@@ -34,8 +34,10 @@ from infra.registry import open_registry
 from infra.settings import TrackingSettings
 
 ARRIVALS = {"a": 3, "b": 2}
-TRAIN = {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10}
-GATE = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+SETTINGS = {
+    "train": {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10},
+    "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+}
 DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 LOOK_SECONDS = 2.0
 GIVE_UP_SECONDS = 900.0
@@ -121,7 +123,7 @@ def land(home: Path, name: str, base: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text("".join(rows[number * size : (number + 1) * size]))
         lineage = f"{name}-{letter}"
-        values = {"lineage": lineage, "base_model": str(base), "tasks": [f"task-{letter}"], "train": TRAIN, "gate": GATE}
+        values = {"lineage": lineage, "base_model": str(base), "tasks": [f"task-{letter}"], **SETTINGS}
         path = home / "lineage.yaml"
         path.write_text(yaml.safe_dump(values))
         subprocess.run([*DEAL, "lineage", "add", str(path)], check=True, capture_output=True)
