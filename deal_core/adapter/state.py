@@ -157,6 +157,7 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    _order_config(folder / "adapter_config.json")
     if state.tensors:
         save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)
     header = {
@@ -166,6 +167,14 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
         "num_bytes": state.num_bytes,
     }
     (folder / METHOD_JSON).write_text(json.dumps(header, indent=2) + "\n")
+
+
+def _order_config(path: Path) -> None:
+    """PEFT writes the module names in a set's order, another one in every process: the same adapter, the same bytes."""
+    values = json.loads(path.read_text())
+    if isinstance(values["target_modules"], list):
+        values["target_modules"].sort()
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def load_method_state(folder: Path) -> MethodState:

@@ -220,6 +220,14 @@ def test_what_is_written_is_a_plain_peft_folder(base, train):
     assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0}
 
 
+def test_the_same_adapter_has_the_same_bytes_in_every_process(train):
+    # PEFT keeps module names in a set, whose order changes from process to process
+    config = (train("seq_lora").folder / "adapter_config.json").read_text()
+    values = json.loads(config)
+    assert values["target_modules"] == sorted(values["target_modules"]) and len(values["target_modules"]) == 2
+    assert config == json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
 def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
     run = train("deal")
     broken = tmp_path / "broken"
