@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import yaml
 
@@ -14,6 +15,7 @@ from infra.object_store import ObjectStore
 logger = logging.getLogger(__name__)
 FOLDER = "lineages"
 DEFAULT = "default"
+_logged: dict[str, str] = {}
 
 
 class WatchedLineage(LineageSpec):
@@ -50,20 +52,35 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     return parse(WatchedLineage, values, store.uri_of(key))
 
 
-def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
-    """Every lineage there is a file for, by name; the default one where there is none.
+class Lineages(NamedTuple):
+    """What the files say, and what is wrong with those that do not fit."""
 
-    A file that does not fit is logged and passed over, so that it does not hold up the others.
-    """
+    good: list[WatchedLineage]
+    problems: dict[str, str]
+    """One line, by lineage."""
+
+
+def read_lineages(store: ObjectStore) -> Lineages:
+    """Every lineage there is a file for, by name; the default one where there is none."""
     names = [info.key.removeprefix(f"{FOLDER}/") for info in store.list(FOLDER)]
     names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and "/" not in name]
-    found = []
+    found = Lineages([], {})
     for name in names or [DEFAULT]:
         try:
-            found.append(read_lineage(store, name))
+            found.good.append(read_lineage(store, name))
         except ConfigError as error:
-            logger.error("Lineage %s is not looked after: %s", name, in_one_line(error))
+            found.problems[name] = in_one_line(error)
     return found
+
+
+def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
+    """The lineages whose files fit; of the others each problem is logged once, and `deal status` shows it."""
+    found = read_lineages(store)
+    for name, problem in found.problems.items():
+        if _logged.get(name) != problem:
+            logger.error("Lineage %s is not looked after: %s", name, problem)
+        _logged[name] = problem
+    return found.good
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import httpx
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError, concurrency
@@ -13,13 +14,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import DealError
-from infra.settings import HomeSettings
+from infra.settings import HomeSettings, LockSettings
 from tasks.patience import patient
 from tasks.progress import raise_if_stopped, reporter
 
 LOOK_SECONDS = 0.5
-LEASE_SECONDS = 120.0
-"""A holder whose machine is gone is taken to be gone after this; a live one renews its lease in time."""
 LOCKED = 423
 
 
@@ -85,19 +84,38 @@ async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
     name = _limit_name(lineage)
     await _make_limit(name)
     async with AsyncExitStack() as stack:
-        # a renewal that fails while the server restarts must not end hours of training
-        slot = concurrency(
-            name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False,
-            max_retries=None if wait else 0,
-        )  # fmt: skip
-        try:
-            await stack.enter_async_context(slot)
-        except ConcurrencySlotAcquisitionError as error:
-            answer = getattr(error.__cause__, "response", None)
-            if answer is None or answer.status_code != LOCKED:
-                raise
-            raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.") from None
+        waits = False
+        while not await _enter(stack, name):
+            if not wait:
+                raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.")
+            if not waits:
+                reporter().said(f"Lineage '{lineage}' is at work in another run; waiting for it.")
+            waits = True
+            raise_if_stopped()
+            await asyncio.sleep(LOOK_SECONDS * 4)
         yield
+
+
+@patient
+async def _enter(stack: AsyncExitStack, name: str) -> bool:
+    """Take the slot if it is free; return whether it was.
+
+    A run that loses it later ends, lest two work on one lineage, and goes on from its checkpoint when it starts again.
+    """
+    slot = concurrency(
+        name, strict=True, max_retries=0, lease_duration=LockSettings().lease_seconds,
+        raise_on_lease_renewal_failure=True,
+    )  # fmt: skip
+    try:
+        await stack.enter_async_context(slot)
+    except ConcurrencySlotAcquisitionError as error:
+        if isinstance(error.__cause__, httpx.TransportError):
+            raise error.__cause__ from None
+        answer = getattr(error.__cause__, "response", None)
+        if answer is None or answer.status_code != LOCKED:
+            raise
+        return False
+    return True
 
 
 @patient

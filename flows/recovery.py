@@ -23,7 +23,8 @@ OURS = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag
 RETURNING = {"prefect.resource.role": "deployment", "prefect.resource.name": ["adapt", "adapt-file", "watch-inbox"]}
 SILENT = timedelta(seconds=90)
 """Three heartbeats missed: workers set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30, see prefect.yaml."""
-NEVER_BEGAN = timedelta(seconds=180)
+NEVER_BEGAN = timedelta(hours=1)
+"""A run may wait so long for its image, or for a GPU of the cluster."""
 MAX_RERUNS = 3
 
 

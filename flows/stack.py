@@ -6,8 +6,10 @@ more process, the keeper, starts again what dies.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from deal_core.errors import ConfigError, DealError
 from infra.object_store import complete_file
@@ -59,11 +61,18 @@ class Stack(BaseModel):
 
     prefect_url: str
     mlflow_url: str
+    backend_uri: str = Field(exclude=True)
+    """Database of MLflow's server, its password included; kept in the record, which the user alone can read."""
+    artifact_uri: str
     parts: list[Part] = []
 
     def is_alive(self) -> bool:
         """Whether any of its processes still runs."""
         return any(part.is_alive() for part in self.parts)
+
+    def is_complete(self) -> bool:
+        """Whether every part was started; the keeper comes last."""
+        return any(part.name == KEEPER for part in self.parts)
 
     def environment(self) -> dict[str, str]:
         """Variables that make a command use these servers."""
@@ -82,18 +91,23 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     """Start both servers and wait until they answer.
 
     Raises:
-        ConfigError: MLFLOW_TRACKING_URI names a server.
+        ConfigError: MLFLOW_TRACKING_URI names a server, or a port is taken.
         StartError: one of them ended, or does not answer in time; what was started is ended again.
     """
     settings = TrackingSettings()
     if settings.tracking_uri.startswith(("http://", "https://")):
         raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
-    stack = Stack(prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}")
+    for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
+        if _is_taken(port):
+            raise ConfigError(f"Something listens on port {port} already; give another with --{name}-port.")
+    stack = Stack(
+        prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
+        backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
+    )  # fmt: skip
     commands: dict[str, tuple[str, ...]] = {
         "prefect-server": ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
         "mlflow-server": (
             "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
-            "--backend-store-uri", settings.tracking_uri, "--artifacts-destination", settings.artifact_uri,
         ),
     }  # fmt: skip
     try:
@@ -126,7 +140,9 @@ def heal(home: Path, stack: Stack, say: Say) -> None:
     """
     dead = [part for part in stack.parts if not part.is_alive()]
     if not dead:
-        raise ConfigError(f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}.")
+        raise ConfigError(
+            f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}. End it with: deal down"
+        )
     for part in dead:
         say(f"{part.name} starts again")
         start_part(home, stack, part.name, part.command)
@@ -141,6 +157,7 @@ def stop(home: Path) -> list[str]:
     ended = [part.name for part in stack.parts if part.name == KEEPER and _end(part)]
     stack = read_stack(home) or stack  # the keeper may just have started something again
     ended += [part.name for part in reversed(stack.parts) if part.name != KEEPER and _end(part)]
+    _end_left_runs(home)
     (home / STACK_FILE).unlink(missing_ok=True)
     return ended
 
@@ -158,7 +175,9 @@ def start_part(home: Path, stack: Stack, name: str, command: tuple[str, ...]) ->
     part = Part(name=name, command=command, pid=process.pid, created=created, log=log)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     with complete_file(home / STACK_FILE) as path:
-        path.write_text(stack.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.touch(mode=0o600)
+        record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
@@ -169,6 +188,7 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "DEAL_S3_MAX_ATTEMPTS": "15",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,deal_core",  # what a run says shows on its page
         "PREFECT_SERVER_UI_API_URL": f"{stack.prefect_url}/api",  # else its page asks port 4200
         # in memory a restart of the server would leave lineages held by nobody
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
@@ -176,6 +196,8 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
     dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     servers = {} if name.endswith("-server") else stack.environment()
+    if name == "mlflow-server":  # not as arguments, which everybody on the machine can read
+        servers = {"MLFLOW_BACKEND_STORE_URI": stack.backend_uri, "MLFLOW_ARTIFACTS_DESTINATION": stack.artifact_uri}
     return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
 
 
@@ -187,13 +209,19 @@ def _wait_for_servers(stack: Stack) -> None:
 def _wait(stack: Stack, check: Callable[[], bool], name: str) -> None:
     part = next(part for part in stack.parts if part.name == name)
     waited = 0.0
-    while not check():
+    while not check() or not part.is_alive():
         if not part.is_alive():
             raise StartError(f"{name} ended before it answered; the end of {part.log} says why.")
         if waited > START_SECONDS:
             raise StartError(f"{name} did not answer within {START_SECONDS:.0f} s; {part.log} may say why.")
         time.sleep(LOOK_SECONDS)
         waited += LOOK_SECONDS
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(url: str) -> bool:
@@ -218,3 +246,14 @@ def _end(part: Part) -> bool:
             process.kill()
     psutil.wait_procs(left, timeout=STOP_SECONDS)
     return True
+
+
+def _end_left_runs(home: Path) -> None:
+    """End runs of this home whose worker was killed: they live on, and would be started a second time."""
+    mine = str(home / "prefect")
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("PREFECT_HOME") == mine and "PREFECT__FLOW_RUN_ID" in environment:
+                process.kill()
+                process.wait(STOP_SECONDS)

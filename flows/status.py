@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -17,12 +18,16 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.errors import DealError
 from flows.arrivals import look
-from flows.lineages import list_lineages
+from flows.lineages import WatchedLineage, read_lineages
+from flows.screens import in_one_line
 from flows.stack import read_stack
+from infra.object_store import ObjectStore
 from infra.registry import open_registry
 from tasks.inbox import read_state
 from tasks.services import current_store
@@ -79,6 +84,8 @@ class Status(BaseModel):
     waiting: tuple[RunStatus, ...]
     failed: tuple[RunStatus, ...]
     """Of the last 24 hours, newest first."""
+    problems: tuple[str, ...]
+    """What could not be looked at, and lineage files that do not fit."""
 
 
 async def read_status(home: Path) -> Status:
@@ -88,12 +95,16 @@ async def read_status(home: Path) -> Status:
     running: Sequence[RunStatus] = ()
     waiting: Sequence[RunStatus] = ()
     failed: Sequence[RunStatus] = ()
+    problems: list[str] = []
     if api:
-        async with get_client() as client:
-            running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-            scheduled = await _runs(client, [StateType.SCHEDULED])
-            waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
-            failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+        try:
+            async with get_client() as client:
+                running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+                scheduled = await _runs(client, [StateType.SCHEDULED])
+                waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
+                failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+        except (httpx.HTTPError, PrefectException, RuntimeError) as error:
+            problems.append(f"Prefect at {api} does not answer: {in_one_line(error)}")
     return Status(
         prefect_url=api and api.removesuffix("/api"),
         mlflow_url=stack.mlflow_url if stack else None,
@@ -101,10 +112,11 @@ async def read_status(home: Path) -> Status:
             PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
             for part in (stack.parts if stack else ())
         ),
-        lineages=tuple(_lineages()),
+        lineages=tuple(_lineages(problems)),
         running=tuple(running),
         waiting=tuple(waiting),
         failed=tuple(failed),
+        problems=tuple(problems),
     )
 
 
@@ -133,24 +145,36 @@ def _run(run: FlowRun) -> RunStatus:
     )
 
 
-def _lineages() -> list[LineageStatus]:
-    store, registry = current_store(), open_registry()
+def _lineages(problems: list[str]) -> list[LineageStatus]:
+    """Where each lineage stands; what cannot be looked at becomes a line of `problems`."""
+    try:
+        store = current_store()
+        lineages = read_lineages(store)
+    except DealError as error:
+        problems.append(in_one_line(error))
+        return []
+    problems += [f"Lineage {name} is not looked after: {why}" for name, why in lineages.problems.items()]
     found = []
-    for lineage in list_lineages(store):
-        state = read_state(store, lineage.lineage)
-        inbox = look(store, lineage.tasks)
-        champion = registry.champion(lineage.lineage)
-        bad = [
-            f"{info.key}: {state.files[info.key].message}"
-            for info in inbox.arrivals
-            if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
-        ]
-        found.append(
-            LineageStatus(
-                lineage=lineage.lineage,
-                champion=champion.version if champion else None,
-                num_open=len(inbox.open_for(state, retry_now=False)),
-                failed=tuple(bad),
-            )
-        )
+    for lineage in lineages.good:
+        try:
+            found.append(_lineage(store, lineage))
+        except DealError as error:
+            problems.append(f"Lineage {lineage.lineage}: {in_one_line(error)}")
     return found
+
+
+def _lineage(store: ObjectStore, lineage: WatchedLineage) -> LineageStatus:
+    state = read_state(store, lineage.lineage)
+    inbox = look(store, lineage.tasks)
+    champion = open_registry().champion(lineage.lineage)
+    bad = [
+        f"{info.key}: {state.files[info.key].message}"
+        for info in inbox.arrivals
+        if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
+    ]
+    return LineageStatus(
+        lineage=lineage.lineage,
+        champion=champion.version if champion else None,
+        num_open=len(inbox.open_for(state, retry_now=False)),
+        failed=tuple(bad),
+    )

@@ -42,6 +42,7 @@ def show_status(status: Status) -> Sequence[RenderableType]:
         lineages.add_row(escape(each.lineage), each.champion or "–", str(each.num_open))
     shown += [heading("Lineages"), lineages]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
+    shown += [f"[red]•[/] {escape(problem)}" for problem in status.problems]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
         if runs:
             shown += [heading(title), _runs(runs)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
     FlowRunFilter,
     FlowRunFilterDeploymentId,
     FlowRunFilterState,
@@ -37,8 +39,11 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
     """
     running = read_stack(home)
     if running and running.is_alive():
-        heal(home, running, say)
-        return running
+        if running.is_complete():
+            heal(home, running, say)
+            return running
+        say("what an earlier start left is ended")
+        stop(home)
     stack = start_servers(home, prefect_port, mlflow_port, say)
     try:
         with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
@@ -58,12 +63,13 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
 
 async def _restart_what_was_left(client: PrefectClient) -> None:
     """What the server takes to be running, before any worker is: it died with the last ones, and starts again."""
-    left = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    left = [StateType.RUNNING, StateType.PENDING]
     runs = await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=left)),
             deployment_id=FlowRunFilterDeploymentId(is_null_=False),
-        )
+        ),
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
     )
     for run in runs:
         await client.set_flow_run_state(run.id, AwaitingRetry(message="Its worker was ended."), force=True)

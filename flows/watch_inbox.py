@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from prefect import flow, runtime
 
+from deal_core.errors import DealError
 from flows.arrivals import look
 from flows.lineages import WatchedLineage, list_lineages
 from flows.lock import is_held_on_server
-from infra.landing import LandingQueue, open_landing_queue
+from infra.landing import open_landing_queue
 from infra.object_store import ObjectStore
 from tasks.announcements import announce, announce_again, read_announcement
 from tasks.inbox import read_state, split_settled, stamp_of, task_of
 from tasks.progress import is_stopped, reporter
 from tasks.services import current_store
 
+logger = logging.getLogger(__name__)
+QUEUE_SECONDS = 20.0
 Stamps = dict[str, str]
 
 
@@ -37,19 +42,45 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
     stamps: dict[str, Stamps] = {}
     num_announced = 0
     while True:
-        for lineage in list_lineages(store):
+        num_growing = 0
+        for lineage in _lineages(store):
             seen = stamps.setdefault(lineage.lineage, {})
-            num_announced += await announce_open(store, lineage, seen, poll_seconds)
+            try:
+                found = await announce_open(store, lineage, seen, poll_seconds)
+            except DealError as error:  # of one lineage, or the store's of a moment: the others are looked after
+                logger.error("The inbox could not be looked at for lineage %s: %s", lineage.lineage, error)
+                found = Announced(0, 1)
+            num_announced += found.num_announced
+            num_growing += found.num_growing
         if queue is not None:
             queue.done()
         left = (end - datetime.now(UTC)).total_seconds()
         if left <= 0 or is_stopped():
             return num_announced
-        await _pause(queue, min(left, poll_seconds), min(left, 20.0))
+        if queue is None or num_growing or not await asyncio.to_thread(queue.wait, min(left, QUEUE_SECONDS)):
+            await asyncio.sleep(min(left, poll_seconds))
 
 
-async def announce_open(store: ObjectStore, lineage: WatchedLineage, seen: Stamps, settle_seconds: float) -> int:
-    """Announce a lineage's open arrivals that are complete; return how many.
+def _lineages(store: ObjectStore) -> list[WatchedLineage]:
+    try:
+        return list_lineages(store)
+    except DealError as error:
+        logger.error("The lineages cannot be listed: %s", error)
+        return []
+
+
+class Announced(NamedTuple):
+    """What a look at the inbox led to."""
+
+    num_announced: int
+    num_growing: int
+    """Files that may still be written: look again soon."""
+
+
+async def announce_open(
+    store: ObjectStore, lineage: WatchedLineage, seen: Stamps, settle_seconds: float
+) -> Announced:
+    """Announce a lineage's open arrivals that are complete.
 
     Args:
         store: holds the inbox.
@@ -60,7 +91,7 @@ async def announce_open(store: ObjectStore, lineage: WatchedLineage, seen: Stamp
     name = lineage.lineage
     inbox = look(store, lineage.tasks)
     arrivals = inbox.open_for(read_state(store, name), retry_now=False)
-    settled, _ = split_settled(arrivals, seen, datetime.now(UTC), settle_seconds, inbox.beside)
+    settled, growing = split_settled(arrivals, seen, datetime.now(UTC), settle_seconds, inbox.beside)
     seen.clear()
     seen.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})
     num_announced = 0
@@ -76,11 +107,5 @@ async def announce_open(store: ObjectStore, lineage: WatchedLineage, seen: Stamp
         # one is enough: the run that takes it takes whatever is open
         again = announce_again(store, name, lost[0], inbox.stamp(lost[0]), datetime.now(UTC))
         num_announced += again
-    return num_announced
+    return Announced(num_announced, len(growing))
 
-
-async def _pause(queue: LandingQueue | None, poll_seconds: float, wait_seconds: float) -> None:
-    if queue is None:
-        await asyncio.sleep(poll_seconds)
-    else:
-        await asyncio.to_thread(queue.wait, wait_seconds)

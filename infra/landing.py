@@ -62,6 +62,12 @@ class LandingQueue:
 
 
 def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue | None:
-    """The queue that DEAL_LANDING_QUEUE_URL names; None where there is none."""
+    """The queue that DEAL_LANDING_QUEUE_URL names; None where there is none, or it cannot be used, which is logged."""
     settings = settings or LandingSettings()
-    return LandingQueue(settings) if settings.landing_queue_url else None
+    if not settings.landing_queue_url:
+        return None
+    try:
+        return LandingQueue(settings)
+    except (BotoCoreError, ValueError) as error:  # no region, say
+        logger.error("The queue cannot be used: %s; check DEAL_S3_REGION. The inbox is looked at without it.", error)
+        return None

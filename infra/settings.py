@@ -44,6 +44,16 @@ class HomeSettings(BaseSettings):
     """Base models that were downloaded or converted (DEAL_CACHE_DIR)."""
 
 
+class LockSettings(BaseSettings):
+    """The hold of a run on its lineage, where a Prefect server keeps it."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+
+    lease_seconds: float = Field(default=300.0, ge=60.0)
+    """A holder that is gone is taken to be gone after so long (DEAL_LEASE_SECONDS). A live one renews its hold at three
+    quarters of it and tries for about a minute, so that five minutes bridge a server that is away for one."""
+
+
 def _default_store(data: dict[str, Any]) -> str:
     return str((data["home"] / "store").as_uri())
 

@@ -116,6 +116,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
         "DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(home / "cache"), "DEAL_STORE_URI": f"s3://{BUCKET}/team",
         "DEAL_S3_ENDPOINT_URL": f"http://{host}:{port}", "DEAL_S3_REGION": "us-east-1",
         "DEAL_S3_ACCESS_KEY_ID": "somebody", "DEAL_S3_SECRET_ACCESS_KEY": SECRET, "DEAL_LANDING_QUEUE_URL": queue,
+        "DEAL_LEASE_SECONDS": "60",
     }  # fmt: skip
     found = Whole(home, environment, s3, server, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
     with ExitStack() as stack:

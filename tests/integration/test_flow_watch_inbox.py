@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.spec import parse
 from flows.watch_inbox import announce_open, watch_inbox
 from infra.registry import open_registry
+from tasks.announcements import announce_again, read_announcement
 from tasks.inbox import InboxState, list_arrivals, write_state
 from tasks.services import current_store
 
@@ -75,7 +76,7 @@ def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) ->
     os.utime(home / "store" / "inbox" / "parcels" / "a.jsonl")
     seen: dict[str, str] = {}
     looks = [asyncio.run(announce_open(current_store(), lineage("default"), seen, 60)) for _ in range(2)]
-    assert looks == [0, 1], "the second look saw the same"
+    assert looks == [(0, 1), (1, 0)], "the second look saw the same"
 
 
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
@@ -97,11 +98,36 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     async def look_while_held() -> int:
         async with hold_lineage("lost"):
             assert await is_held_on_server("lost")
-            return await announce_open(current_store(), lineage("lost"), {}, 0)
+            return (await announce_open(current_store(), lineage("lost"), {}, 0)).num_announced
 
     assert asyncio.run(look_while_held()) == 0, "whoever holds it looks again before it ends"
     assert look() == 1, "one run takes whatever is open"
     assert numbers() == [0, 1]
+
+
+def test_a_lineage_that_waits_for_a_worker_is_announced_ever_more_seldom(home: Path) -> None:
+    land(home, "parcels/a.jsonl")
+    assert look() == 1
+    (info,) = list_arrivals(current_store().list("inbox"))
+    minutes, at = [], datetime.now(UTC)
+    for minute in range(200):
+        if announce_again(current_store(), "default", info, "", at + timedelta(minutes=minute, seconds=5)):
+            minutes.append(minute)
+            noted = read_announcement(current_store(), "default", info, "")
+            assert noted is not None
+            moved = noted.model_copy(update={"at": at + timedelta(minutes=minute)})
+            (key,) = (entry.key for entry in current_store().list("landed"))
+            current_store().put_bytes(key, moved.model_dump_json().encode())
+    assert minutes == [1, 3, 7, 15, 31, 63, 127, 191]
+
+
+def test_what_is_wrong_with_one_lineage_holds_up_no_other(home: Path) -> None:
+    add_lineage(current_store(), lineage("damaged"))
+    add_lineage(current_store(), lineage("whole"))
+    current_store().put_bytes("watch/damaged.json", b"nonsense")
+    land(home, "parcels/a.jsonl")
+    assert look() == 1
+    assert {info.key.split("/")[1] for info in current_store().list("landed")} == {"whole"}
 
 
 def test_a_broken_lineage_file_holds_up_no_other(home: Path, caplog: pytest.LogCaptureFixture) -> None:
