@@ -23,10 +23,22 @@ from tests.e2e.whole import BUCKET, CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, 
 
 CHROMIUM = shutil.which("chromium")
 
-pytestmark = pytest.mark.e2e
+
+@pytest.mark.e2e
+def test_the_whole(whole: Whole, tiny_base: Path) -> None:
+    """One test, as its steps share what it takes a minute to bring up, and build on what was learned before them."""
+    check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole, tiny_base)
+    if CHROMIUM:  # apt-get install chromium
+        check_both_pages_show_a_finished_adaptation(whole)
+    check_a_training_that_is_killed_goes_on_and_is_registered_once(whole, tiny_base)
+    check_status_shows_the_whole(whole)
+    check_no_secret_is_in_any_log_artifact_or_record(whole)
+    check_a_server_that_is_killed_is_started_again(whole)
+    check_everything_listens_on_loopback_alone(whole)
+    check_a_second_up_is_refused(whole)
 
 
-def test_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Whole, tiny_base: Path) -> None:
+def check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Whole, tiny_base: Path) -> None:
     rows = rows_of("parcels")
     for name in ("one", "two"):
         whole.add_lineage(name, tiny_base, [f"parcels-{name}"])
@@ -52,8 +64,7 @@ def test_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Who
     assert two[0].created < one[-1].created, "the second lineage did not wait for the first one's end"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-def test_both_pages_show_a_finished_adaptation(whole: Whole) -> None:
+def check_both_pages_show_a_finished_adaptation(whole: Whole) -> None:
     version = whole.versions("one")[-1]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -71,7 +82,7 @@ def test_both_pages_show_a_finished_adaptation(whole: Whole) -> None:
         browser.close()
 
 
-def test_a_training_that_is_killed_goes_on_and_is_registered_once(whole: Whole, tiny_base: Path) -> None:
+def check_a_training_that_is_killed_goes_on_and_is_registered_once(whole: Whole, tiny_base: Path) -> None:
     whole.add_lineage("three", tiny_base, ["killed"], max_steps=400, checkpoint_steps=20)
 
     async def kill() -> None:
@@ -95,13 +106,13 @@ def test_a_training_that_is_killed_goes_on_and_is_registered_once(whole: Whole, 
     assert findings["training"]["resumed_from_step"] >= 20, "it went on from a checkpoint"
 
 
-def test_status_shows_the_whole(whole: Whole) -> None:
+def check_status_shows_the_whole(whole: Whole) -> None:
     status = json.loads(whole.deal("status", "--json"))
     assert [part["is_alive"] for part in status["parts"]] == [True] * 5
     assert {each["lineage"]: each["num_open"] for each in status["lineages"]} == {"one": 0, "three": 0, "two": 0}
 
 
-def test_no_secret_is_in_any_log_artifact_or_record(whole: Whole) -> None:
+def check_no_secret_is_in_any_log_artifact_or_record(whole: Whole) -> None:
     secret = SECRET.encode()
     files = [path for path in whole.home.rglob("*") if path.is_file()]
     assert {"worker-deal-gpu.log", "stack.json", "adapter_model.safetensors"} <= {path.name for path in files}
@@ -114,7 +125,7 @@ def test_no_secret_is_in_any_log_artifact_or_record(whole: Whole) -> None:
     assert runs and logs and secret not in runs + logs
 
 
-def test_a_server_that_is_killed_is_started_again(whole: Whole) -> None:
+def check_a_server_that_is_killed_is_started_again(whole: Whole) -> None:
     def pid_of(name: str) -> int:
         parts = json.loads((whole.home / "stack.json").read_text())["parts"]
         return next(part["pid"] for part in parts if part["name"] == name)
@@ -128,12 +139,12 @@ def test_a_server_that_is_killed_is_started_again(whole: Whole) -> None:
     assert len(whole.versions("one")) == 6
 
 
-def test_everything_listens_on_loopback_alone(whole: Whole) -> None:
+def check_everything_listens_on_loopback_alone(whole: Whole) -> None:
     mine = set(tree_of(whole.home))
     listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine}
     assert listening and listening <= {"127.0.0.1", "::1"}
 
 
-def test_a_second_up_is_refused(whole: Whole) -> None:
+def check_a_second_up_is_refused(whole: Whole) -> None:
     again = subprocess.run([*DEAL, "up"], env=whole.environment, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "up already" in again.stderr + again.stdout
