@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -75,6 +76,36 @@ def look(store: ObjectStore, tasks: Collection[str] = ()) -> InboxLook:
     return InboxLook(arrivals=tuple(landed), beside=list_beside(listing, companions))
 
 
+class Settled(NamedTuple):
+    """A lineage's open arrivals: those that are complete, oldest first, and those that may still be written."""
+
+    inbox: InboxLook
+    complete: list[ObjectInfo]
+    growing: list[ObjectInfo]
+
+
+def look_for(
+    store: ObjectStore, lineage: str, tasks: Collection[str], stamps: dict[str, str], *,
+    settle_seconds: float, retry_now: bool,
+) -> Settled:
+    """Look at the inbox for a lineage.
+
+    Args:
+        store: holds the inbox.
+        lineage: its name.
+        tasks: look at these tasks' files only; none: at all.
+        stamps: what the look before saw; replaced by what this one sees.
+        settle_seconds: how long a file must have been left alone, unless the look before saw the same.
+        retry_now: also what failed lately; see `InboxState.is_open`.
+    """
+    inbox = look(store, tasks)
+    arrivals = inbox.open_for(read_state(store, lineage), retry_now=retry_now)
+    complete, growing = split_settled(arrivals, stamps, datetime.now(UTC), settle_seconds, inbox.beside)
+    stamps.clear()
+    stamps.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})
+    return Settled(inbox, complete, growing)
+
+
 class Seen(BaseModel):
     """A file and what became of it."""
 
@@ -113,10 +144,9 @@ class Taken:
         Raises:
             LineageBusyError: with `wait` off, another run holds the lineage.
         """
-        inbox = look(store, tasks)
-        arrivals = inbox.open_for(read_state(store, spec.lineage), retry_now=retry_now)
-        settled, growing = split_settled(arrivals, self._stamps, datetime.now(UTC), settle_seconds, inbox.beside)
-        self._stamps = {info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals}
+        inbox, settled, growing = look_for(
+            store, spec.lineage, tasks, self._stamps, settle_seconds=settle_seconds, retry_now=retry_now
+        )
         self.num_growing = len(growing)
         if settled:
             async with hold_lineage(spec.lineage, wait=wait):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +17,8 @@ from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
 from flows.recovery import apply_automations
+from flows.stack import CPU_POOL, GPU_POOL
 
-GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 PoolType = Literal["process", "docker", "kubernetes"]
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work_pools"
 
@@ -48,15 +47,15 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
         if num_trainings is not None:
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client)
-    deploy_file(home, os.environ)
+    deploy_file(home)
 
 
-def deploy_file(home: Path, environment: Mapping[str, str]) -> None:
-    """Deploy what prefect.yaml says, to the server that the environment names; for what it raises see `deploy_all`."""
+def deploy_file(home: Path) -> None:
+    """Deploy what prefect.yaml says, to the server of the settings; for what it raises see `deploy_all`."""
     command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file()))
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
-        env={**environment, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
+        env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
     )  # fmt: skip
     log = home / "logs" / "deploy.log"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")

@@ -27,6 +27,7 @@ from infra.settings import QUIET, TrackingSettings
 
 STACK_FILE = "stack.json"
 KEEPER = "keeper"
+GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 START_SECONDS = 180.0
 STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.3
@@ -123,7 +124,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
 
 def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> None:
     """Start a worker for each pool, and the keeper; `num_trainings` lineages may learn at once."""
-    for pool, limit in {"deal-gpu": num_trainings, "deal-cpu": 3}.items():
+    for pool, limit in {GPU_POOL: num_trainings, CPU_POOL: 3}.items():
         name = f"worker-{pool}"
         say(f"{name} starts")
         command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))

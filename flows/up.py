@@ -19,8 +19,20 @@ from prefect.client.schemas.objects import StateType, WorkerStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry
 
-from flows.deploy import CPU_POOL, GPU_POOL, deploy_all
-from flows.stack import START_SECONDS, Say, Stack, StartError, heal, read_stack, start_servers, start_workers, stop
+from flows.deploy import deploy_all
+from flows.stack import (
+    CPU_POOL,
+    GPU_POOL,
+    START_SECONDS,
+    Say,
+    Stack,
+    StartError,
+    heal,
+    read_stack,
+    start_servers,
+    start_workers,
+    stop,
+)
 
 
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> Stack:

@@ -10,13 +10,12 @@ from typing import NamedTuple
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.arrivals import look
+from flows.arrivals import look_for
 from flows.lineages import WatchedLineage, list_lineages
 from flows.lock import is_held_on_server
 from infra.landing import open_landing_queue
 from infra.object_store import ObjectStore
 from tasks.announcements import announce, announce_again, read_announcement
-from tasks.inbox import read_state, split_settled, stamp_of, task_of
 from tasks.progress import is_stopped, reporter
 from tasks.services import current_store
 
@@ -89,11 +88,9 @@ async def announce_open(
         settle_seconds: how long a file must have been left alone, unless the look before saw the same.
     """
     name = lineage.lineage
-    inbox = look(store, lineage.tasks)
-    arrivals = inbox.open_for(read_state(store, name), retry_now=False)
-    settled, growing = split_settled(arrivals, seen, datetime.now(UTC), settle_seconds, inbox.beside)
-    seen.clear()
-    seen.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})
+    inbox, settled, growing = look_for(
+        store, name, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False
+    )
     num_announced = 0
     lost = []
     for info in settled:

@@ -7,11 +7,11 @@ late or never does no harm.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
+from deal_core.errors import ConfigError
+from infra.s3_store import make_client
 from infra.settings import LandingSettings
 
 logger = logging.getLogger(__name__)
@@ -25,13 +25,7 @@ class LandingQueue:
     def __init__(self, settings: LandingSettings) -> None:
         assert settings.landing_queue_url is not None
         self._url = settings.landing_queue_url
-        self._client: Any = boto3.session.Session().client(
-            "sqs",
-            endpoint_url=settings.s3_endpoint_url,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key_id and settings.s3_access_key_id.get_secret_value(),
-            aws_secret_access_key=settings.s3_secret_access_key and settings.s3_secret_access_key.get_secret_value(),
-        )
+        self._client = make_client(settings, "sqs")
         self._received: list[str] = []
 
     def wait(self, seconds: float) -> bool:
@@ -68,6 +62,6 @@ def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue 
         return None
     try:
         return LandingQueue(settings)
-    except (BotoCoreError, ValueError) as error:  # no region, say
+    except ConfigError as error:  # no region, say
         logger.error("The queue cannot be used: %s; check DEAL_S3_REGION. The inbox is looked at without it.", error)
         return None

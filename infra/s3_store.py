@@ -33,8 +33,8 @@ NUM_TRIES = 20
 """How often a conditional put is sent while the server answers that another one is under way."""
 
 
-def make_client(settings: StoreSettings) -> Any:
-    """A boto3 S3 client; what the settings leave open comes from boto3's own sources.
+def make_client(settings: StoreSettings, service: str = "s3") -> Any:
+    """A boto3 client of S3, or of a service beside it; what the settings leave open comes from boto3's own sources.
 
     Raises:
         ConfigError: only one of the two keys is set.
@@ -51,7 +51,7 @@ def make_client(settings: StoreSettings) -> Any:
     )
     try:
         return boto3.session.Session().client(
-            "s3",
+            service,
             endpoint_url=settings.s3_endpoint_url,
             region_name=settings.s3_region,
             aws_access_key_id=key and key.get_secret_value(),
