@@ -28,7 +28,7 @@ import psutil
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.tiny_base import EXAMPLES, build_tiny_base
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.object_store import open_store
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
@@ -36,7 +36,7 @@ from infra.settings import TrackingSettings
 ARRIVALS = {"a": 3, "b": 2}
 SETTINGS = {
     "train": {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10},
-    "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+    "gate": NO_LIMITS,
 }
 DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 LOOK_SECONDS = 2.0

@@ -8,6 +8,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+NO_LIMITS = {
+    "min_gain_points": -100.0,
+    "min_gain_over_champion_points": None,
+    "max_drop_points": 100.0,
+    "max_mean_drop_points": None,
+    "max_perplexity_ratio": None,
+    "max_norm_ratio": None,
+}
+"""A gate that a model which knows nothing can pass."""
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -125,9 +125,17 @@ class DataConfig:
         _require(self.max_text_chars >= 1, f"data.max_text_chars is {self.max_text_chars}; give at least 1.")
 
 
+Approval = Literal["automatic", "person"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """What a new version must satisfy to become champion. Points are hundredths of accuracy."""
+    """What a new version must satisfy to become champion. Points are hundredths of accuracy; None asks nothing.
+
+    Limits against the base model are held as measured. Limits against the champion are judged with the test's own
+    noise: both versions answered the same rows, and a limit counts as broken only where the paired interval
+    (Agresti and Min, 2005) shows a loss at all.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
 
@@ -135,15 +143,37 @@ class GateConfig:
     """Floor of the new task's accuracy, 0 to 1; None leaves the floor to min_gain_points alone."""
     min_gain_points: float = 10.0
     """The new task must be this many points above the untouched base model."""
+    min_gain_over_champion_points: float | None = 0.0
+    """The new task must be this many points above the champion, beyond what noise explains."""
     max_drop_points: float = 10.0
-    """No old task may lose more than this many points against the parent."""
+    """No old task may lose more than this many points against the champion."""
+    max_mean_drop_points: float | None = 5.0
+    """Nor may the old tasks on average."""
+    max_perplexity_ratio: float | None = 1.5
+    """Perplexity of plain English, against the untouched base model's, may grow to this multiple."""
+    max_norm_ratio: float | None = 10.0
+    """The adapter's norm ‖ΔW‖ may grow to this multiple of the champion's, or shrink to its inverse."""
+    confidence: float = 0.95
+    """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
+    approval: Approval = "automatic"
+    """person: a version that passes waits until somebody promotes it."""
 
     def __post_init__(self) -> None:
         _require(
             self.min_accuracy is None or 0 <= self.min_accuracy <= 1,
             f"gate.min_accuracy is {self.min_accuracy}; give a share from 0 to 1.",
         )
-        _require(self.max_drop_points >= 0, f"gate.max_drop_points is {self.max_drop_points}; give 0 or more.")
+        for name in ("max_drop_points", "max_mean_drop_points"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"gate.{name} is {value}; give 0 or more.")
+        for name in ("max_perplexity_ratio", "max_norm_ratio"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"gate.{name} is {value}; give 1 or more.")
+        _require(0.5 <= self.confidence < 1, f"gate.confidence is {self.confidence}; give 0.5 or more, below 1.")
+        _require(
+            self.approval in get_args(Approval),
+            f"gate.approval is {self.approval!r}; give one of {', '.join(get_args(Approval))}.",
+        )
 
 
 Form = Literal["spectral", "literal"]

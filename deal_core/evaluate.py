@@ -40,6 +40,7 @@ class TaskEvaluation:
         num_rows: Test rows.
         majority_rate: Share of the commonest reference: what a constant answer scores.
         answers: The generated answers, in the rows' order.
+        outcomes: 1 for each row that was answered right, else 0, in the rows' order.
     """
 
     task: str
@@ -48,6 +49,7 @@ class TaskEvaluation:
     num_rows: int
     majority_rate: float
     answers: tuple[str, ...]
+    outcomes: str
 
 
 def evaluate_task(
@@ -73,14 +75,16 @@ def evaluate_task(
     )
     num_rows = len(references)
     pairs = list(zip(answers, references, strict=True))
+    outcomes = "".join("1" if exact_match(answer, reference) else "0" for answer, reference in pairs)
     commonest = Counter(reference.strip().casefold() for reference in references).most_common(1)
     return TaskEvaluation(
         task=task.name,
-        accuracy=sum(exact_match(a, r) for a, r in pairs) / num_rows if num_rows else 0.0,
+        accuracy=outcomes.count("1") / num_rows if num_rows else 0.0,
         rouge1=sum(rouge1(a, r) for a, r in pairs) / num_rows if num_rows else 0.0,
         num_rows=num_rows,
         majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
         answers=tuple(answers),
+        outcomes=outcomes,
     )
 
 

@@ -128,16 +128,19 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     decision = await stages.run("gate", decide_gate, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
-    keep_findings(trained.adapter.uri, report, trained.summary)
+    for note in decision.notes:
+        reporter().said(f"    {note}")
+    keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), report, trained.summary)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
         job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
-        spec.evaluate.max_new_tokens,
+        spec.evaluate.max_new_tokens, spec.gate.approval,
     )  # fmt: skip
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         await stages.run("promote", promote_version, version)
-        stages.done("promote", f"version {version.version} is champion")
+        waits = version.approval == "awaiting"
+        stages.done("promote", f"version {version.version} {'awaits approval' if waits else 'is champion'}")
     await stages.run("report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds))
     stages.done("report", "figures and scores are in MLflow")
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)

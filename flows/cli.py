@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from flows.cli_promotion import promotion_app
 from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
@@ -156,16 +158,38 @@ def evaluate(
 
 
 @app.command()
-def history(lineage: Lineage = "default", home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List the versions of a lineage: task, scores, the gate's word, aliases."""
+def history(
+    lineage: Lineage = "default",
+    at: Annotated[
+        datetime | None,
+        typer.Option("--at", help="Say which version was champion at this time, by this machine's clock.",
+                     formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"], show_default=False),
+    ] = None,
+    moves: Annotated[bool, typer.Option("--moves", help="Show the promotion log instead.")] = False,
+    home: Home = None, as_json: Json = False, debug: Debug = False,
+) -> None:
+    """List the versions of a lineage: task, scores, the gate's word, aliases; or who was champion when."""
     with session(home, as_json, debug) as deal:
         with deal.screen.working("reading"):
-            from flows.history import read_history
+            from flows.history import read_champion_at, read_history, read_moves
 
-            entries = read_history(lineage)
-        from flows.tables import show_history
+            if at is not None:
+                champion = read_champion_at(lineage, at)
+            elif moves:
+                log = read_moves(lineage)
+            else:
+                entries = read_history(lineage)
+        if at is not None:
+            text = f"version {champion} was champion" if champion else "no version was champion"
+            deal.screen.result({"at": at.astimezone().isoformat(), "champion": champion}, f"At {at}, {text}.")
+        elif moves:
+            from flows.tables_promotion import show_moves
 
-        deal.screen.result([entry.model_dump(mode="json") for entry in entries], *show_history(lineage, entries))
+            deal.screen.result([move.model_dump(mode="json") for move in log], *show_moves(lineage, log))
+        else:
+            from flows.tables import show_history
+
+            deal.screen.result([entry.model_dump(mode="json") for entry in entries], *show_history(lineage, entries))
 
 
 @app.command()
@@ -307,6 +331,7 @@ def ui(
         _show_ui(deal, open_, port)
 
 
+app.add_typer(promotion_app)
 app.add_typer(server_app)  # last, so that help lists them after the commands that need no server
 
 

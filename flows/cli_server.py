@@ -1,9 +1,9 @@
-"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after, promotion."""
+"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from rich.markup import escape
@@ -92,28 +92,6 @@ def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> No
         deal.screen.result(found.model_dump(mode="json"), *show_status(found))
         if any(not part.is_alive for part in found.parts):
             raise typer.Exit(FAILED)
-
-
-@server_app.command()
-def promote(
-    version: Annotated[str, typer.Argument(help="Number of the version.")],
-    lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Make a version the champion, forwards or back; the next arrival continues from it."""
-    with session(home, as_json, debug) as deal:
-
-        def start() -> Any:
-            from flows.promote import promote as promote_flow
-
-            return promote_flow(lineage, version)
-
-        done = deal.run(start)
-        before = f"version {done.before}" if done.before else "none"
-        text = f"Champion of {done.lineage}: version {done.version} (before: {before})"
-        deal.screen.result(done.model_dump(mode="json"), escape(text))
 
 
 @lineage_app.command("add")

@@ -7,6 +7,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import RegistryError
+from infra.promotions import Move, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.services import current_store
 
@@ -26,6 +27,8 @@ class HistoryEntry(BaseModel):
     forward_transfer: float | None
     accepted: bool
     reasons: tuple[str, ...]
+    approval: str | None
+    """What a person said, or that one is waited for; None: nobody was asked."""
     aliases: tuple[str, ...]
     created: datetime
     dataset_sha256: str
@@ -49,6 +52,16 @@ def read_history(lineage: str) -> list[HistoryEntry]:
         HistoryEntry(**{name: getattr(info, name) for name in shared}, adapter=store.uri_of(info.adapter_uri))
         for info in versions
     ]
+
+
+def read_moves(lineage: str) -> tuple[Move, ...]:
+    """The promotion log of a lineage, oldest first."""
+    return PromotionLog(current_store()).moves(lineage)
+
+
+def read_champion_at(lineage: str, when: datetime) -> str | None:
+    """Number of the version that was champion at a time (local, unless it says otherwise); None: none was."""
+    return PromotionLog(current_store()).champion_at(lineage, when.astimezone())
 
 
 def find_version(registry: Registry, lineage: str, version: str | None) -> VersionInfo:

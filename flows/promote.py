@@ -1,42 +1,195 @@
-"""Promote: a person moves the champion of a lineage, forwards or back."""
+"""Promote, roll back, reject: a person decides which version of a lineage serves.
+
+None of them waits for a run that is at work: a rollback takes effect at once, and the run finds the champion moved.
+"""
 
 from __future__ import annotations
+
+import getpass
+from collections.abc import Sequence
 
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import RegistryError
-from flows.history import find_version
-from flows.lock import hold_lineage
-from infra.registry import open_registry
+from flows.history import find_version, unknown_lineage
+from infra.ledger import Ledger
+from infra.promotions import Action, PromotionLog
+from infra.registry import Registry, VersionInfo, open_registry
+from tasks.lineage import descent
+from tasks.promote import move_champion, note_learned, settle_aliases
+from tasks.services import current_store
 
 
-class Promotion(BaseModel):
-    """From which version to which."""
+class Learned(BaseModel):
+    """A version, and the arrival that it was trained on."""
 
     model_config = ConfigDict(frozen=True)
 
-    lineage: str
-    before: str | None
     version: str
+    task: str
+    dataset_sha256: str
+
+
+class Decision(BaseModel):
+    """What a person decided."""
+
+    model_config = ConfigDict(frozen=True)
+
+    action: Action
+    lineage: str
+    version: str
+    before: str | None
+    """The champion before."""
+    champion: str | None
+    """The champion now."""
+    left_behind: tuple[Learned, ...] = ()
+    """What the champion before had learned and the one of now has not; `deal requeue` learns it again."""
 
 
 @flow(name="promote", flow_run_name="promote-{lineage}-{version}")
-async def promote(lineage: str, version: str) -> Promotion:
-    """Make a version the champion; the next arrival continues from it.
+def promote(lineage: str, version: str, who: str = "a deployment", why: str = "asked for") -> Decision:
+    """Make the next version of a lineage its champion; see `promote_to`."""
+    return promote_to(lineage, version, who=who, why=why)
+
+
+@flow(name="rollback", flow_run_name="rollback-{lineage}")
+def rollback(lineage: str, to: str | None = None, who: str = "a deployment", why: str = "asked for") -> Decision:
+    """Make an earlier version of a lineage its champion; see `roll_back`."""
+    return roll_back(lineage, to, who=who, why=why)
+
+
+def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
+    """Make a version the champion that continues the champion of now.
 
     Args:
         lineage: whose champion.
-        version: the version's number; one that its gate accepted.
+        version: the version's number.
+        who: who decides.
+        why: for what reason.
 
     Raises:
-        RegistryError: there is no such version, its gate rejected it, or it is champion already.
+        RegistryError: the version does not fit: the message says why, and what to do.
     """
-    async with hold_lineage(lineage):
-        registry = open_registry()
-        found = find_version(registry, lineage, version)
-        champion = registry.champion(lineage)
-        if champion and champion.version == found.version:
-            raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
-        registry.set_alias(lineage, "champion", found.version)
-        return Promotion(lineage=lineage, before=champion.version if champion else None, version=found.version)
+    registry, log, champion = _look(lineage)
+    found = find_version(registry, lineage, version)
+    _require_usable(found, champion)
+    if champion and champion.version == version:
+        raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
+    if found.parent_version != (champion.version if champion else None):
+        line = descent(registry.versions(lineage), champion)
+        origin = f"version {found.parent_version}" if found.parent_version else "the base model"
+        remedy = (
+            f"deal rollback --to {version}" if any(each.version == version for each in line)
+            else f"deal requeue {version}, which learns its arrival again on top of the champion"
+        )  # fmt: skip
+        raise RegistryError(
+            f"Version {version} of '{lineage}' continues {origin}, but "
+            f"{f'version {champion.version}' if champion else 'no version'} is champion: what was learned since would "
+            f"be lost. Use {remedy}."
+        )
+    move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why)
+    registry.tag_version(lineage, version, {"approval": "given"})
+    note_learned(Ledger(log.store), found)
+    return Decision(
+        action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version,
+    )  # fmt: skip
+
+
+def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
+    """Make an earlier champion the champion again.
+
+    Args:
+        lineage: whose champion.
+        to: number of a version that the champion continues, or that was champion before; None: the one that the
+            champion continues.
+        who: who decides.
+        why: for what reason.
+
+    Raises:
+        RegistryError: there is nothing to go back to, or the version was never champion.
+    """
+    registry, log, champion = _look(lineage)
+    if champion is None:
+        raise RegistryError(unknown_lineage(lineage))
+    to = to or champion.parent_version
+    if to is None:
+        raise RegistryError(
+            f"Version {champion.version} of '{lineage}' continues the base model; there is no version to go back to. "
+            "Name one with --to, or stop serving the lineage."
+        )
+    found = find_version(registry, lineage, to)
+    _require_usable(found, champion)
+    versions = registry.versions(lineage)
+    line = descent(versions, champion)
+    served = {each.version for each in line} | {move.champion for move in log.moves(lineage)}
+    if to == champion.version or to not in served:
+        what = "is champion now" if to == champion.version else "was never champion; promote it with deal promote"
+        raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
+    move_champion(registry, log, found, expected=champion.version, action="rolled back", who=who, why=why)
+    return Decision(
+        action="rolled back", lineage=lineage, version=to, before=champion.version, champion=to,
+        left_behind=left_behind(line, descent(versions, found)),
+    )  # fmt: skip
+
+
+def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
+    """Say no to a version: it can never become champion.
+
+    Raises:
+        RegistryError: it is champion, or was refused already.
+    """
+    registry, log, champion = _look(lineage)
+    found = find_version(registry, lineage, version)
+    number = champion.version if champion else None
+    if number == version:
+        raise RegistryError(f"Version {version} of '{lineage}' is its champion; go back first: deal rollback.")
+    if not found.accepted or found.approval == "refused":
+        raise RegistryError(f"Version {version} of '{lineage}' is rejected already: {' '.join(found.reasons)}")
+    added = log.add(
+        log.last(lineage), action="rejected", lineage=lineage, version=version, before=number, champion=number,
+        who=who, why=why,
+    )  # fmt: skip
+    if added is None:
+        raise RegistryError(f"The champion of '{lineage}' was moved this moment; look at deal history, and try again.")
+    registry.tag_version(lineage, version, {"approval": "refused", "refused_by": who, "refused_why": why})
+    return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
+
+
+def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[Learned, ...]:
+    """What one line of versions has learned and another has not, oldest first."""
+    known = {version.dataset_sha256 for version in now}
+    return tuple(
+        Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
+        for version in reversed(before) if version.dataset_sha256 not in known
+    )  # fmt: skip
+
+
+def current_account() -> str:
+    """Name of the account that runs this process."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return "unknown account"
+
+
+def _look(lineage: str) -> tuple[Registry, PromotionLog, VersionInfo | None]:
+    registry, log = open_registry(), PromotionLog(current_store())
+    settle_aliases(registry, log.last(lineage), lineage)
+    return registry, log, registry.champion(lineage)
+
+
+def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
+    name = f"Version {version.version} of '{version.lineage}'"
+    if not version.accepted:
+        raise RegistryError(f"{name} did not pass its gate: {' '.join(version.reasons)}")
+    if version.approval == "refused":
+        raise RegistryError(f"{name} was rejected by a person; learn its arrival again with --again.")
+    if champion and champion.base_sha256 != version.base_sha256:
+        raise RegistryError(
+            f"{name} adapts another base model ({version.base_sha256[:12]}) than the champion "
+            f"({champion.base_sha256[:12]}); a new base model starts a new lineage."
+        )
+    store = current_store()
+    if not store.exists(f"{version.adapter_uri}/adapter_model.safetensors"):
+        raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")

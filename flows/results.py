@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from tasks.references import DatasetRef, TrainSummary, VersionRef
 
-Status = Literal["promoted", "rejected", "repeat"]
+Status = Literal["promoted", "awaiting approval", "rejected", "repeat"]
 
 
 class Scores(BaseModel):
@@ -56,13 +56,18 @@ class AdaptResult(BaseModel):
 
 def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
     """The result of an arrival that a version has learned from, or was rejected with, already."""
-    if version.accepted:
-        message = f"Nothing to do: version {version.version} has learned from this arrival; --again trains anew."
-    else:
-        message = (
-            f"Nothing to do: version {version.version} was trained on this arrival with the same parent and settings "
-            "and rejected; change the settings or give --again."
-        )
+    number, option = version.version, f" --lineage {version.lineage}"
+    trained = f"version {number} was trained on this arrival"
+    said = {
+        "learned": f"version {number} has learned from this arrival; --again trains anew.",
+        "awaiting approval": f"{trained} and awaits approval: deal promote {number}{option}, or deal reject.",
+        "left behind": f"{trained}, but the champion does not continue it; learn it again with "
+                       f"deal requeue {number}{option}.",
+        "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
+        "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
+                                "give --again.",
+    }  # fmt: skip
+    message = "Nothing to do: " + said[version.standing or "learned"]
     return AdaptResult(
         status="repeat",
         rejected=not version.accepted,
@@ -86,9 +91,14 @@ def adapted(
     seconds: dict[str, float],
 ) -> AdaptResult:
     """The result of a run that trained."""
-    verdict = "is champion" if version.accepted else "was rejected by the gate; the champion stays as it was"
+    status: Status = "promoted"
+    verdict = "is champion"
+    if not version.accepted:
+        status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
+    elif version.approval == "awaiting":
+        status, verdict = "awaiting approval", f"awaits approval: deal promote {version.version}, or deal reject"
     return AdaptResult(
-        status="promoted" if version.accepted else "rejected",
+        status=status,
         rejected=not version.accepted,
         message=f"Version {version.version} of {version.lineage} {verdict}.",
         lineage=version.lineage,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flows.validate import ValidateResult
     from flows.watch import WatchResult
 
+_APPROVAL = {"awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
+
 
 def percent(share: float | None) -> str:
     """A share as points of a hundred; a dash where it is undefined."""
@@ -51,7 +53,7 @@ def matrix_table(matrix: Mapping[str, Any]) -> Table:
 
 def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     """The end of one adaptation."""
-    color = {"promoted": "green", "rejected": "red", "repeat": "yellow"}[run.status]
+    color = {"promoted": "green", "rejected": "red"}.get(run.status, "yellow")
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
         shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
@@ -85,6 +87,8 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
     for entry in entries:
         gate = "[green]accepted[/]" if entry.accepted else "[red]rejected[/]"
+        if entry.approval is not None:
+            gate += _APPROVAL[entry.approval]
         table.add_row(
             entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",

@@ -26,7 +26,9 @@ from deal_core.errors import RegistryError
 from infra.mlflow_client import RUN_KEY, open_client, saying
 from infra.settings import TrackingSettings, without_password
 
-Alias = Literal["champion", "challenger"]
+Alias = Literal["champion", "challenger", "previous"]
+"""champion serves, previous did before it, challenger is the newest version that passed its run."""
+Approval = Literal["awaiting", "given", "refused"]
 OWNER = {"deal.kind": "lineage"}
 """Tag of the registered models that are ours."""
 PAGE = 1000
@@ -49,6 +51,10 @@ class VersionFacts:
     parent_version: str | None
     accepted: bool
     reasons: tuple[str, ...]
+    vetoes: tuple[Mapping[str, Any], ...] = ()
+    """What the reasons say, for programs: kind, task, value and limit of each."""
+    approval: Approval | None = None
+    """Whether a person has to agree, or has; None: nobody was asked."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -59,9 +65,10 @@ class VersionFacts:
         special = {
             "gate": "accepted" if self.accepted else "rejected",
             "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
+            "gate_vetoes": json.dumps(self.vetoes, ensure_ascii=False),
         }
         plain = {field.name: getattr(self, field.name) for field in fields(VersionFacts)}
-        del plain["accepted"], plain["reasons"]
+        del plain["accepted"], plain["reasons"], plain["vetoes"]
         return {f"deal.{name}": str(value) for name, value in {**plain, **special}.items() if value is not None}
 
 
@@ -164,6 +171,17 @@ class Registry:
                 )
             self.client.set_registered_model_alias(lineage, alias, version)
 
+    def drop_alias(self, lineage: str, alias: Alias) -> None:
+        """Take an alias away from whichever version has it."""
+        with saying(f"drop {lineage}@{alias}", self.uri):
+            self.client.delete_registered_model_alias(lineage, alias)
+
+    def tag_version(self, lineage: str, version: str, tags: Mapping[str, str]) -> None:
+        """Add tags `deal.<name>` to a version; a later value replaces an earlier one."""
+        with saying(f"tag version {version} of {lineage!r}", self.uri):
+            for name, value in tags.items():
+                self.client.set_model_version_tag(lineage, version, f"deal.{name}", value)
+
     def _require_lineage(self, name: str) -> None:
         """Make the registered model if it is new; refuse one that somebody else made."""
         try:
@@ -228,6 +246,8 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "parent_version": tags.get("parent_version"),
         "accepted": tags.get("gate") == "accepted",
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
+        "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
+        "approval": tags.get("approval"),
         **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
     }
     values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}

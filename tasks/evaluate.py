@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from infra.object_store import ObjectStore
+from infra.registry import open_registry
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
@@ -27,6 +28,8 @@ from tasks.services import borrowed_folder, borrowed_parent, current_store
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from deal_core.evaluate import TaskEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +68,49 @@ def evaluate_version(
     scorer = Scorer(base, config)
     scorer.expect(new, new if parent else [], [*sets, *new])
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
-        on_base = scorer.accuracies(None, new)
-        on_parent = scorer.accuracies(parent_folder, new) if parent else {}
-        accuracies = scorer.accuracies(folder, [*sets, *new])
+        on_base = scorer.score(None, new)
+        on_parent = scorer.score(parent_folder, new) if parent else Scored({}, None)
+        now = scorer.score(folder, [*sets, *new])
+        facts = _look_at(adapter, folder, parent, parent_folder)
     parent_accuracies = record.accuracies() if record else {}
-    base_accuracy = (_base_accuracies(record) | on_base)[dataset.task]
-    parent_accuracy = (parent_accuracies | on_parent).get(dataset.task)
+    base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
+    parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
     return EvaluationReport(
         task=dataset.task,
-        accuracies=accuracies,
+        accuracies=now.accuracies,
         parent_accuracies=parent_accuracies,
         base_accuracy=base_accuracy,
         parent_accuracy_new_task=parent_accuracy,
         num_rows=scorer.num_rows,
         matrix=matrix.with_row(
-            dataset.task, accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
+            dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
         notes=notes,
+        outcomes=now.outcomes,
+        parent_outcomes={**(record.outcomes if record else {}), **on_parent.outcomes},
+        perplexity=now.perplexity,
+        base_perplexity=on_base.perplexity,
+        adapter=facts,
     )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one adapter was found to do."""
+
+    evaluations: Mapping[str, TaskEvaluation]
+    perplexity: float | None
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """By task."""
+        return {name: found.accuracy for name, found in self.evaluations.items()}
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """By task."""
+        return {name: found.outcomes for name, found in self.evaluations.items()}
 
 
 class Scorer:
@@ -101,12 +128,13 @@ class Scorer:
         """Announce the test sets that will be scored, so that progress has a total."""
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
-    def accuracies(self, adapter_folder: Path | None, sets: Sequence[TestSet]) -> dict[str, float]:
-        """Accuracy of one adapter (None: the untouched base model) on each test set, by task name."""
+    def score(self, adapter_folder: Path | None, sets: Sequence[TestSet]) -> Scored:
+        """Score one adapter (None: the untouched base model) on each test set, and on plain English."""
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluate import evaluate_task
+        from deal_core.general_ability import perplexity
 
-        result = {}
+        found = {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
                 evaluation = evaluate_task(
@@ -118,13 +146,24 @@ class Scorer:
                     max_prompt_tokens=test_set.max_prompt_tokens,
                     on_progress=partial(self._advance, test_set.schema.name),
                 )
-                result[evaluation.task] = evaluation.accuracy
+                found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
-        return result
+            return Scored(found, perplexity(model, self._base.tokenizer))
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
         self._report(self._done, self._total, name)
+
+
+def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:
+    from deal_core.adapter.norm import adapter_norm
+
+    known = open_registry().find_version(parent.run_key) if parent else None
+    return AdapterFacts(
+        norm=adapter_norm(folder),
+        parent_norm=adapter_norm(parent_folder) if parent_folder else None,
+        is_changed=known is None or known.adapter_sha256 != adapter.sha256,
+    )
 
 
 def load_test_sets(store: ObjectStore, record: LineageRecord | None) -> list[TestSet]:
@@ -164,5 +203,5 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_folder(store, version.adapter_uri) as folder:
-        accuracies = scorer.accuracies(folder, sets)
+        accuracies = scorer.score(folder, sets).accuracies
     return VersionScores(accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows)

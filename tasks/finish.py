@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
-from deal_core.gate import EvaluationReport
-from infra.ledger import Ledger
+from deal_core.errors import StoreError
+from deal_core.evaluation import EvaluationReport
 from infra.registry import Registry, VersionInfo
 from infra.tracking import open_tracker
 from tasks.ingest import read_manifest
-from tasks.promote import is_overtaken, move_aliases
+from tasks.promote import complete_version, is_complete, is_overtaken
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
 from tasks.run import end_run, remove_work
@@ -19,10 +21,27 @@ FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
 
 
-def keep_findings(adapter_uri: str, report: EvaluationReport, summary: TrainSummary) -> None:
-    """Keep what a run has found before its version is registered, so that its report can be written after a crash."""
-    values = {"evaluation": report.to_json(), "training": summary.model_dump(mode="json")}
+def keep_findings(adapter_uri: str, spec: Mapping[str, Any], report: EvaluationReport, summary: TrainSummary) -> None:
+    """Keep what a run was asked and has found before its version is registered.
+
+    So its report can be written after a crash, and the arrival learned again after a rollback.
+    """
+    values = {"spec": spec, "evaluation": report.to_json(), "training": summary.model_dump(mode="json")}
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
+
+
+def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
+    """The spec of the run that made an adapter.
+
+    Raises:
+        StoreError: it was not kept.
+    """
+    store = current_store()
+    key = f"{adapter_uri}/{FINDINGS_FILE}"
+    spec = json.loads(store.get_bytes(key)).get("spec") if store.exists(key) else None
+    if spec is None:
+        raise StoreError(f"{store.uri_of(key)} does not say what its run was asked; adapt its file anew with --again.")
+    return dict(spec)
 
 
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
@@ -31,13 +50,12 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
     A version that another one has overtaken is left as it is. Each step can be repeated.
     """
     tracked = open_tracker().run(version.tracking_id)
-    is_promoted = not version.accepted or "challenger" in version.aliases
-    if is_promoted and tracked.is_finished():
+    if is_complete(version) and tracked.is_finished():
         return
-    if not is_promoted:
-        if is_overtaken(registry, version):
+    if not is_complete(version):
+        if version.approval is None and is_overtaken(registry, version):
             return
-        move_aliases(registry, Ledger(current_store()), version)
+        complete_version(registry, version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
     _report(run, version, reference)
     end_run(run, "FINISHED")

@@ -6,7 +6,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import GateConfig
-from deal_core.gate import EvaluationReport, GateDecision, decide
+from deal_core.evaluation import EvaluationReport
+from deal_core.gate import GateDecision, decide
 
 
 @task(name="gate", cache_policy=NO_CACHE)

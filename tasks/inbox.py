@@ -20,7 +20,7 @@ MAX_TRIES = 3
 RETRY_PAUSE = timedelta(seconds=60)
 """Pause before the second try; twice as long before the third."""
 
-Outcome = Literal["promoted", "rejected", "repeat", "refused", "failed"]
+Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
 
 
 class Handled(BaseModel):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from infra.ledger import Ledger
+from infra.promotions import PromotionLog
 from infra.registry import VersionInfo, open_registry
 from tasks.finish import finish_run
-from tasks.references import BaseRef, DatasetRef, VersionRef
+from tasks.promote import settle_aliases
+from tasks.references import BaseRef, DatasetRef, Standing, VersionRef
 from tasks.services import current_store
 
 
@@ -22,6 +25,7 @@ def find_parent(lineage: str) -> VersionRef | None:
     What a crash left undone of the newest version's run is done first, so that no accepted version is passed over.
     """
     registry = open_registry()
+    settle_aliases(registry, PromotionLog(current_store()).last(lineage), lineage)
     if versions := registry.versions(lineage):
         finish_run(registry, versions[-1], version_ref(versions[-1]))
     champion = registry.champion(lineage)
@@ -34,15 +38,22 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
     entry = Ledger(current_store()).find(lineage, dataset.sha256)
     if entry is None:
         return None
-    known = open_registry().find_version(entry.run_key)
-    return version_ref(known) if known else None
+    registry = open_registry()
+    line = descent(registry.versions(lineage), registry.champion(lineage))
+    learned = [version for version in line if version.dataset_sha256 == dataset.sha256]
+    known = learned[0] if learned else registry.find_version(entry.run_key)
+    return version_ref(known, standing_of(known, line)) if known else None
 
 
 @task(name="known-run", cache_policy=NO_CACHE)
 def find_registered(run_key: str) -> VersionRef | None:
     """The version that a run of this key has registered, accepted or rejected."""
-    known = open_registry().find_version(run_key)
-    return version_ref(known) if known else None
+    registry = open_registry()
+    known = registry.find_version(run_key)
+    if known is None:
+        return None
+    line = descent(registry.versions(known.lineage), registry.champion(known.lineage))
+    return version_ref(known, standing_of(known, line))
 
 
 @task(name="attempts", cache_policy=NO_CACHE)
@@ -60,7 +71,28 @@ def make_run_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def version_ref(info: VersionInfo) -> VersionRef:
+def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:
+    """A version and those it continues, newest first; none without a version."""
+    by_number = {each.version: each for each in versions}
+    line: list[VersionInfo] = []
+    while version is not None:
+        line.append(version)
+        version = by_number.get(version.parent_version or "")
+    return tuple(line)
+
+
+def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
+    """What has become of a version, given the champion's descent."""
+    if not version.accepted:
+        return "rejected by the gate"
+    if version.approval == "refused":
+        return "rejected by a person"
+    if any(each.version == version.version for each in line):
+        return "learned"
+    return "awaiting approval" if version.approval == "awaiting" else "left behind"
+
+
+def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionRef:
     """The reference to a registered version."""
     return VersionRef(
         lineage=info.lineage,
@@ -70,4 +102,6 @@ def version_ref(info: VersionInfo) -> VersionRef:
         accepted=info.accepted,
         reasons=info.reasons,
         parent_version=info.parent_version,
+        approval=info.approval,
+        standing=standing,
     )

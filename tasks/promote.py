@@ -1,24 +1,41 @@
-"""Promote: an accepted version becomes the champion, and its dataset counts as learned."""
+"""Promote: the champion of a lineage moves, and the promotion log tells when, by whom and why.
+
+The log is written first and the aliases follow it, so that a move that was cut short is completed by whoever looks
+next. Nobody has to hold the lineage for it: of two moves at once, the log lets one win.
+"""
 
 from __future__ import annotations
+
+import logging
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
+from infra.promotions import Action, Move, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.references import VersionRef
 from tasks.services import current_store
 
+logger = logging.getLogger(__name__)
+
+GATE = "gate"
+"""Who moves the champion where nobody has to be asked."""
+
 
 @task(name="promote", cache_policy=NO_CACHE)
 def promote_version(version: VersionRef) -> None:
-    """Move the lineage's aliases to an accepted version. Only one run of a lineage may be here at a time."""
+    """Make an accepted version the champion, unless a person has to agree first."""
     registry = open_registry()
     known = registry.find_version(version.run_key)
     assert known is not None, "the version was registered by this run"
-    move_aliases(registry, Ledger(current_store()), known)
+    complete_version(registry, known)
+
+
+def is_complete(version: VersionInfo) -> bool:
+    """Whether nothing of a version's promotion is left to do."""
+    return not version.accepted or version.approval == "refused" or "challenger" in version.aliases
 
 
 def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
@@ -27,21 +44,26 @@ def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
     return (champion.version if champion else None) not in (version.parent_version, version.version)
 
 
-def move_aliases(registry: Registry, ledger: Ledger, version: VersionInfo) -> None:
-    """The steps of a promotion; each can be repeated, and `challenger` moves last, as the sign that all is done.
+def complete_version(registry: Registry, version: VersionInfo) -> None:
+    """The last steps of an accepted version; each can be repeated, and `challenger` moves last, as the sign of the end.
 
     Raises:
         RegistryError: another version took the place of the one that this version continues.
     """
-    if is_overtaken(registry, version):
-        champion = registry.champion(version.lineage)
-        raise RegistryError(
-            f"Version {version.version} of {version.lineage} continues "
-            f"{f'version {version.parent_version}' if version.parent_version else 'the base model'}, but "
-            f"{f'version {champion.version} is' if champion else 'no version is'} champion now; it was not promoted. "
-            "Run the same command again: it starts from the champion of now."
-        )
-    registry.set_alias(version.lineage, "champion", version.version)
+    store = current_store()
+    if version.approval is None:
+        if is_overtaken(registry, version):
+            raise RegistryError(_overtaken(registry, version))
+        move_champion(
+            registry, PromotionLog(store), version, expected=version.parent_version, action="promoted", who=GATE,
+            why="passed its gate", run=version.run_key,
+        )  # fmt: skip
+        note_learned(Ledger(store), version)
+    registry.set_alias(version.lineage, "challenger", version.version)
+
+
+def note_learned(ledger: Ledger, version: VersionInfo) -> None:
+    """Enter that the lineage has learned from the version's dataset."""
     ledger.record(
         LedgerEntry(
             lineage=version.lineage,
@@ -51,4 +73,76 @@ def move_aliases(registry: Registry, ledger: Ledger, version: VersionInfo) -> No
             version=version.version,
         )
     )
-    registry.set_alias(version.lineage, "challenger", version.version)
+
+
+def move_champion(
+    registry: Registry, log: PromotionLog, version: VersionInfo, *, expected: str | None, action: Action, who: str,
+    why: str, run: str | None = None,
+) -> None:
+    """Make a version the champion in place of the one that the caller has seen; nothing if it is champion already.
+
+    Args:
+        registry: carries the aliases.
+        log: takes the move.
+        version: the champion to be.
+        expected: number of the champion that the caller decided upon; None: there was none.
+        action: what kind of move it is.
+        who: who decided.
+        why: for what reason.
+        run: key of the adaptation run, where one decided.
+
+    Raises:
+        RegistryError: the champion is another by now.
+    """
+    lineage = version.lineage
+    last = log.last(lineage)
+    champion = settle_aliases(registry, last, lineage)
+    if champion == version.version:
+        return
+    if champion == expected:
+        added = log.add(
+            last, action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
+            who=who, why=why, run=run,
+        )  # fmt: skip
+        while added is not None:
+            settle_aliases(registry, added, lineage)
+            newest = log.last(lineage)
+            if newest == added:
+                return
+            added = newest  # that move may have set the aliases before this one did
+    winner = log.last(lineage)
+    by = f" by {winner.who} ({winner.why})" if winner else ""
+    raise RegistryError(
+        f"Version {version.version} of '{lineage}' was not made champion: meanwhile version "
+        f"{winner.champion if winner else champion} was{by}. Look at deal history --lineage {lineage}, and decide anew."
+    )
+
+
+def settle_aliases(registry: Registry, move: Move | None, lineage: str) -> str | None:
+    """Set the aliases as the newest move says, and return the champion's number; without a move they stand as they are.
+
+    An alias that was moved by hand is set back: the log is what later decisions rest on.
+    """
+    champion = registry.champion(lineage)
+    current = champion.version if champion else None
+    if move is None or move.champion is None:
+        return current
+    if current != move.champion:
+        if current != move.before:
+            logger.warning("%s@champion was version %s; the promotion log says %s.", lineage, current, move.champion)
+        registry.set_alias(lineage, "champion", move.champion)
+    if move.before not in (None, move.champion):
+        previous = registry.with_alias(lineage, "previous")
+        if previous is None or previous.version != move.before:
+            registry.set_alias(lineage, "previous", move.before)
+    return move.champion
+
+
+def _overtaken(registry: Registry, version: VersionInfo) -> str:
+    champion = registry.champion(version.lineage)
+    origin = f"version {version.parent_version}" if version.parent_version else "the base model"
+    now = f"version {champion.version} is" if champion else "no version is"
+    return (
+        f"Version {version.version} of {version.lineage} continues {origin}, but {now} champion now; it was not "
+        "promoted. Run the same command again: it starts from the champion of now."
+    )

@@ -5,9 +5,12 @@ A `uri` is relative to the root of the object store, so that a store can be move
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
+"""left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it."""
 
 
 class Reference(BaseModel):
@@ -66,6 +69,10 @@ class VersionRef(Reference):
     accepted: bool
     reasons: tuple[str, ...] = ()
     parent_version: str | None = None
+    approval: Literal["awaiting", "given", "refused"] | None = None
+    """Whether a person has to agree, or has; None: nobody was asked."""
+    standing: Standing | None = None
+    """What has become of it since; None: not looked at."""
 
 
 class RunRef(Reference):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.config import AdapterConfig
-from deal_core.gate import EvaluationReport, GateDecision
+from deal_core.config import AdapterConfig, Approval
+from deal_core.evaluation import EvaluationReport
+from deal_core.gate import GateDecision
 from infra.registry import VersionFacts, open_registry
 from infra.tracking import open_tracker
 from tasks.ingest import read_manifest
@@ -14,6 +15,8 @@ from tasks.lineage import version_ref
 from tasks.record import KnownTask, LineageRecord, read_record, write_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
 from tasks.services import borrowed_folder, current_store
+
+VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -30,6 +33,7 @@ def register_version(
     config_sha256: str,
     max_prompt_tokens: int,
     max_new_tokens: int,
+    approval: Approval,
 ) -> VersionRef:
     """Write the version's record beside its adapter and register both, accepted or rejected."""
     store = current_store()
@@ -49,6 +53,7 @@ def register_version(
         adapter=config,
         tasks=known,
         matrix=report.matrix,
+        outcomes=report.outcomes,
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(
@@ -63,6 +68,8 @@ def register_version(
         parent_version=adapter.parent_version,
         accepted=decision.accepted,
         reasons=decision.reasons,
+        vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
+        approval="awaiting" if decision.accepted and approval == "person" else None,
         average_accuracy=report.matrix.average_accuracy,
         forgetting=report.matrix.forgetting,
         backward_transfer=report.matrix.backward_transfer,

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.tracking import TrackedRun, open_tracker
 from tasks.patience import patient

@@ -15,10 +15,10 @@ from filelock import FileLock
 
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.benchmark.cell import BOUNDS, Cell
-from deal_core.benchmark.general import perplexity
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
 from deal_core.evaluate import LanguageModel, evaluate_task
+from deal_core.general_ability import perplexity
 from deal_core.metrics import exact_match
 from deal_core.models import BaseModel
 from deal_core.train import train_adapter

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from benchmarks.tiny_base import NO_LIMITS
 from tests.e2e.command import DEAL
 from tests.e2e.conftest import AdaptHere
 
@@ -72,7 +73,7 @@ def spec(tiny_base: Path, tmp_path: Path) -> Path:
             "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
         },
         "train": {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10},
-        "gate": {"min_gain_points": -100, "max_drop_points": 100},
+        "gate": NO_LIMITS,
     }  # fmt: skip
     path = tmp_path / "clinic.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -22,6 +22,7 @@ from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
+from benchmarks.tiny_base import NO_LIMITS
 from infra.registry import VersionInfo, open_registry
 from infra.settings import TrackingSettings
 from tests.e2e.command import DEAL
@@ -57,7 +58,7 @@ class Whole:
     def add_lineage(self, name: str, base: Path, tasks: list[str], **train: Any) -> None:
         values = {
             "lineage": name, "base_model": str(base), "tasks": tasks,
-            "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+            "gate": NO_LIMITS,
             "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0, **train},
         }  # fmt: skip
         path = self.home / f"{name}.yaml"

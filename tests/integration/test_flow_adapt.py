@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.evaluate import evaluate
@@ -37,7 +38,7 @@ CLINIC = {
     "test_data": str(EXAMPLES / "clinic" / "test.csv"),
     "columns": {"text": "note", "label": "finding"},
 }
-PASS = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+PASS: dict[str, Any] = dict(NO_LIMITS)
 FAIL = {**PASS, "min_accuracy": 1.0}
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
@@ -144,7 +145,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_b
     second = run(tiny_base, CLINIC)
 
     assert (second.status, second.version, second.parent_version) == ("promoted", "2", "1")
-    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+    assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     assert set(second.accuracies) == {"bank", "clinic"}
     record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
     matrix = record.matrix
@@ -324,12 +325,12 @@ def test_a_promotion_cut_short_is_completed_by_the_next_run(
     repeat = run(tiny_base, CLINIC)
 
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "2")
-    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+    assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
 
 
 @pytest.mark.parametrize("gate", [PASS, FAIL])
 def test_a_report_cut_short_is_completed_by_the_next_run(
-    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, gate: dict[str, float]
+    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any]
 ) -> None:
     def die(*args: Any, **kwargs: Any) -> None:
         raise Killed

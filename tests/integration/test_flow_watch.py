@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import flows.demo
+from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.spec import LineageSpec, parse
 from flows.watch import WatchResult, watch
@@ -41,7 +42,7 @@ class Said:
 
 def lineage(base: Path, **settings: Any) -> LineageSpec:
     values = {
-        "lineage": "l", "base_model": str(base), "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+        "lineage": "l", "base_model": str(base), "gate": NO_LIMITS,
         "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0}, **settings,
     }  # fmt: skip
     return parse(LineageSpec, values, "test")
@@ -209,7 +210,7 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
         for path in (EXAMPLES / name).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         spec = yaml.safe_load((folder / "spec.yaml").read_text())
-        spec |= {"gate": {"min_gain_points": -100, "max_drop_points": 100}}
+        spec |= {"gate": NO_LIMITS}
         spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
         (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
 

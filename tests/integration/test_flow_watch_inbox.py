@@ -13,6 +13,7 @@ import yaml
 from prefect.client.orchestration import get_client
 
 import tasks.announcements
+from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
 from flows.arrivals import Taken
@@ -151,7 +152,7 @@ def test_a_lineage_file_says_only_what_was_given(home: Path) -> None:
 
 def small(name: str, base: Path) -> WatchedLineage:
     return lineage(
-        name, base_model=str(base), gate={"min_gain_points": -100.0, "max_drop_points": 100.0},
+        name, base_model=str(base), gate=NO_LIMITS,
         train={"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
     )  # fmt: skip
 

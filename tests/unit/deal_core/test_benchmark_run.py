@@ -12,13 +12,13 @@ import pytest
 
 from deal_core.adapter.state import adapter_on
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell
-from deal_core.benchmark.general import TEXTS, perplexity
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import departures, final_scores, matrix_of, protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
+from deal_core.general_ability import TEXTS, perplexity
 from deal_core.models import BaseModel
 
 DEFAULTS = MethodConfig()

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from deal_core.config import GateConfig
-from deal_core.gate import EvaluationReport, decide
+from deal_core.evaluation import AdapterFacts, EvaluationReport
+from deal_core.gate import decide
 from deal_core.metrics import AccuracyMatrix
 
 
@@ -21,7 +22,8 @@ def make_report(
         known[name] = accuracies[name]
         matrix = matrix.with_row(name, known, base_accuracy=base, parent_accuracy=None)
     return EvaluationReport(
-        task=task, accuracies=accuracies, parent_accuracies=parents, base_accuracy=base, parent_accuracy_new_task=0.25,
+        task=task, accuracies=accuracies, parent_accuracies=parents, base_accuracy=base,
+        parent_accuracy_new_task=parents.get(task),
         num_rows=dict.fromkeys(accuracies, 100), matrix=matrix, notes=("the adapter is full",),
     )
 
@@ -40,7 +42,7 @@ def test_a_first_version_has_no_parent_to_fall_below() -> None:
 
 def test_every_reason_is_told_with_task_value_and_limit() -> None:
     report = make_report({"old": 0.5, "older": 0.3, "new": 0.25}, {"old": 0.8, "older": 0.6})
-    decision = decide(report, GateConfig(min_accuracy=0.4))
+    decision = decide(report, GateConfig(min_accuracy=0.4, max_mean_drop_points=None))
     assert not decision.accepted and len(decision.reasons) == 4
     gain, floor, old, older = decision.reasons
     assert gain.startswith("new: ") and all(text in gain for text in ("25.0 %", "30.0 %", "20.0 %", "10.0 points"))
@@ -78,8 +80,9 @@ def test_a_drop_of_exactly_the_limit_passes_whatever_the_rounding(hits: int) -> 
 
 def test_a_task_that_arrives_again_may_not_fall_below_its_parent_either() -> None:
     again = make_report({"old": 0.8, "new": 0.6}, {"old": 0.8, "new": 0.75})
-    (reason,) = decide(again, GateConfig()).reasons
-    assert reason.startswith("new: ") and "15.0 points" in reason
+    gain, drop = decide(again, GateConfig(max_mean_drop_points=None)).vetoes
+    assert (gain.kind, gain.task, drop.kind, drop.task) == ("gain", "new", "drop", "new")
+    assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0) and "15.0 points" in drop.message
 
 
 def test_a_gain_on_an_old_task_is_no_drop() -> None:
@@ -95,3 +98,101 @@ def test_report_survives_json() -> None:
 def test_a_report_without_an_old_tasks_accuracy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no accuracy of \['lost'\]"):
         replace(GOOD, parent_accuracies={"old": 0.8, "lost": 0.5})
+
+
+def outcomes(num_rows: int, *, lost: int, gained: int) -> tuple[str, str]:
+    """Outcomes of a parent and of its child that lost and gained so many rows."""
+    kept = num_rows - lost - gained
+    return "1" * (kept + lost) + "0" * gained, "1" * kept + "0" * lost + "1" * gained
+
+
+def paired(num_rows: int = 100, *, lost: int = 0, gained: int = 0, task: str = "old") -> EvaluationReport:
+    """A version that changed its answers to an old task's rows."""
+    before, after = outcomes(num_rows, lost=lost, gained=gained)
+    share = {task: after.count("1") / num_rows}
+    report = make_report({**share, "new": 0.9}, {task: before.count("1") / num_rows})
+    return replace(
+        report, outcomes={task: after}, parent_outcomes={task: before}, num_rows={task: num_rows, "new": num_rows}
+    )
+
+
+def test_a_drop_that_noise_explains_is_told_and_is_no_veto() -> None:
+    decision = decide(paired(20, lost=6, gained=3), GateConfig())
+    assert decision.accepted
+    assert any("within the noise of 20 test rows" in note and "15.0 points" in note for note in decision.notes)
+
+
+def test_the_same_drop_on_more_rows_is_a_veto() -> None:
+    (veto,) = decide(paired(400, lost=120, gained=60), GateConfig()).vetoes
+    assert (veto.kind, veto.task, round(veto.value or 0, 6), veto.limit) == ("drop", "old", 15.0, 10.0)
+
+
+def test_confidence_decides_how_much_noise_is_believed() -> None:
+    assert not decide(paired(20, lost=6, gained=3), GateConfig(confidence=0.5)).accepted
+
+
+def test_too_few_rows_to_judge_are_said() -> None:
+    (note,) = decide(paired(36), GateConfig(max_drop_points=5)).notes
+    assert note.startswith("old: too few test rows") and "36 can tell" in note and "11.1 points" in note
+    assert decide(paired(36), GateConfig(max_drop_points=15)).notes == ()
+
+
+def test_a_parent_whose_answers_were_not_kept_is_judged_as_measured_and_it_is_said() -> None:
+    report = make_report({"old": 0.6, "new": 0.9}, {"old": 0.8})
+    decision = decide(report, GateConfig())
+    assert [veto.kind for veto in decision.vetoes] == ["drop"] and "were not kept" in decision.notes[0]
+
+
+def test_many_small_drops_are_vetoed_by_their_mean() -> None:
+    names = [f"old{i}" for i in range(8)]
+    before, after = outcomes(200, lost=16, gained=0)
+    report = make_report({**dict.fromkeys(names, 0.92), "new": 0.9}, dict.fromkeys(names, 1.0))
+    report = replace(report, outcomes=dict.fromkeys(names, after), parent_outcomes=dict.fromkeys(names, before))
+    (veto,) = decide(report, GateConfig()).vetoes
+    assert (veto.kind, veto.task, veto.limit) == ("mean_drop", None, 5.0) and round(veto.value or 0, 6) == 8.0
+    assert decide(report, GateConfig(max_mean_drop_points=8)).accepted
+    assert decide(report, GateConfig(max_mean_drop_points=None)).accepted
+
+
+def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_only() -> None:
+    def below(num_rows: int, *, lost: int, gained: int) -> EvaluationReport:
+        before, after = outcomes(num_rows, lost=lost, gained=gained)
+        report = make_report({"new": after.count("1") / num_rows}, {})
+        return replace(
+            report, parent_accuracy_new_task=before.count("1") / num_rows, outcomes={"new": after},
+            parent_outcomes={"new": before},
+        )  # fmt: skip
+
+    assert [veto.kind for veto in decide(below(100, lost=20, gained=2), GateConfig()).vetoes] == ["gain"]
+    assert decide(below(100, lost=4, gained=3), GateConfig()).accepted
+    assert decide(below(100, lost=20, gained=2), GateConfig(min_gain_over_champion_points=None)).accepted
+    assert not decide(below(100, lost=0, gained=10), GateConfig(min_gain_over_champion_points=20)).accepted
+
+
+@pytest.mark.parametrize(("perplexity", "accepted"), [(44.9, True), (45.1, False), (float("nan"), False), (None, True)])
+def test_general_ability_is_held_against_the_base(perplexity: float | None, accepted: bool) -> None:
+    report = replace(GOOD, perplexity=perplexity, base_perplexity=30.0)
+    assert decide(report, GateConfig()).accepted is accepted
+    assert decide(report, GateConfig(max_perplexity_ratio=None)).accepted
+
+
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [
+        (AdapterFacts(norm=None, parent_norm=1.0, is_changed=True), "not finite"),
+        (AdapterFacts(norm=0.0, parent_norm=None, is_changed=True), "empty"),
+        (AdapterFacts(norm=1.0, parent_norm=1.0, is_changed=False), "nothing was learned"),
+        (AdapterFacts(norm=11.0, parent_norm=1.0, is_changed=True), "11.00 times"),
+        (AdapterFacts(norm=0.09, parent_norm=1.0, is_changed=True), "0.09 times"),
+        (AdapterFacts(norm=2.0, parent_norm=1.0, is_changed=True), ""),
+    ],
+)
+def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
+    decision = decide(replace(GOOD, adapter=facts), GateConfig())
+    assert decision.accepted is (not word) and word in " ".join(decision.reasons)
+
+
+def test_a_report_of_an_older_release_is_read() -> None:
+    old = {name: value for name, value in GOOD.to_json().items()
+           if name not in ("outcomes", "parent_outcomes", "perplexity", "base_perplexity", "adapter")}  # fmt: skip
+    assert EvaluationReport.from_json({**old, "schema_version": 1}) == GOOD

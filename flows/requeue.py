@@ -1,0 +1,60 @@
+"""Requeue: arrivals that a rollback left behind are learned again, on top of the champion of now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import flow
+
+from deal_core.errors import RegistryError
+from flows.adapt import learn_arrival
+from flows.history import find_version, unknown_lineage
+from flows.lock import hold_lineage
+from flows.promote import Learned
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+from infra.registry import open_registry
+from tasks.finish import read_spec_of
+from tasks.lineage import descent, standing_of
+
+
+def find_left_behind(lineage: str) -> tuple[Learned, ...]:
+    """Accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
+
+    Raises:
+        RegistryError: the lineage has no version.
+    """
+    registry = open_registry()
+    versions = registry.versions(lineage)
+    if not versions:
+        raise RegistryError(unknown_lineage(lineage))
+    line = descent(versions, registry.champion(lineage))
+    known = {version.dataset_sha256 for version in line}
+    found: dict[str, Learned] = {}
+    for version in versions:
+        if standing_of(version, line) == "left behind" and version.dataset_sha256 not in known:
+            found[version.dataset_sha256] = Learned(
+                version=version.version, task=version.task, dataset_sha256=version.dataset_sha256
+            )
+    return tuple(found.values())
+
+
+@flow(name="requeue", flow_run_name="requeue-{lineage}")
+async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
+    """Learn the arrivals of versions again, with the settings of their runs, in the order given.
+
+    Args:
+        lineage: whose versions.
+        versions: their numbers; none: all that were left behind, oldest first.
+
+    Raises:
+        RegistryError: there is no such version.
+        DataValidationError: an arrival's file is gone or has changed for the worse.
+    """
+    registry = open_registry()
+    numbers = versions or [each.version for each in find_left_behind(lineage)]
+    found = [find_version(registry, lineage, number) for number in numbers]
+    specs = [parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
+             for version in found]  # fmt: skip
+    async with hold_lineage(lineage):
+        return [await learn_arrival(spec, again=True) for spec in specs]

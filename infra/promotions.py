@@ -1,0 +1,91 @@
+"""The promotion log of a store: which version of a lineage was champion when, who moved it, and why.
+
+One object per move, `promotions/<lineage>/<number>.json`, written with a conditional put: of two moves at once one gets
+the next number, the other finds it taken. The log is the truth; the registry's alias follows it.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectStore
+
+Action = Literal["promoted", "rolled back", "rejected"]
+
+
+class Move(BaseModel):
+    """One entry of the log."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    number: int = Field(ge=1)
+    """Counts from 1 within the lineage."""
+    when: datetime
+    action: Action
+    lineage: str
+    version: str
+    """The version it is about."""
+    before: str | None
+    """The champion before; None: there was none."""
+    champion: str | None
+    """The champion from then on; as before, where a version was rejected."""
+    who: str
+    """A person's account, or the part of the pipeline that moved it."""
+    why: str
+    run: str | None = None
+    """Key of the adaptation run, where one moved it."""
+
+
+class PromotionLog:
+    """The entries of one store; they are only ever added."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def moves(self, lineage: str) -> tuple[Move, ...]:
+        """All moves of a lineage, oldest first."""
+        keys = sorted(info.key for info in self.store.list(_folder(lineage)))
+        return tuple(self._read(key) for key in keys)
+
+    def last(self, lineage: str) -> Move | None:
+        """The newest move, if there is one."""
+        key = max((info.key for info in self.store.list(_folder(lineage))), default=None)
+        return self._read(key) if key else None
+
+    def champion_at(self, lineage: str, when: datetime) -> str | None:
+        """The version that was champion at a moment, as far as the log goes back; None: none was."""
+        moves = [move for move in self.moves(lineage) if move.when <= when]
+        return moves[-1].champion if moves else None
+
+    def add(
+        self, after: Move | None, *, action: Action, lineage: str, version: str, before: str | None,
+        champion: str | None, who: str, why: str, run: str | None = None,
+    ) -> Move | None:
+        """Write the move that follows `after`; None: somebody else was faster, and nothing was written."""
+        move = Move(
+            number=after.number + 1 if after else 1, when=datetime.now(UTC), action=action, lineage=lineage,
+            version=version, before=before, champion=champion, who=who, why=why, run=run,
+        )  # fmt: skip
+        data = json.dumps(move.model_dump(mode="json"), ensure_ascii=False, indent=2).encode()
+        key = f"{_folder(lineage)}/{move.number:08d}.json"
+        won = self.store.put_bytes(key, data, if_absent=True)
+        return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
+
+    def _read(self, key: str) -> Move:
+        try:
+            return Move.model_validate_json(self.store.get_bytes(key))
+        except ValidationError as error:
+            raise StoreError(
+                f"The promotion log's entry {self.store.uri_of(key)} cannot be read: {error}; restore it from a "
+                "backup, or use the program version that wrote it."
+            ) from error
+
+
+def _folder(lineage: str) -> str:
+    return f"promotions/{lineage}"

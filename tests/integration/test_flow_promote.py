@@ -1,0 +1,196 @@
+"""Promotion, rollback, rejection, approval and requeue on a lineage of real versions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from deal_core.errors import RegistryError
+from flows.adapt import adapt
+from flows.cli import app
+from flows.history import read_champion_at, read_history, read_moves
+from flows.promote import promote_to, reject_version, roll_back
+from flows.requeue import find_left_behind, requeue
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+from infra.registry import Registry, open_registry
+from tasks.lineage import find_parent
+
+TASKS = {
+    "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
+    "parcels": {"name": "parcels", "data": str(EXAMPLES / "parcels" / "messages.jsonl")},
+    "clinic": {"name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
+               "columns": {"text": "note", "label": "finding"}},
+}  # fmt: skip
+BY = {"who": "tester", "why": "a test"}
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptResult:
+    values = {
+        "lineage": "l", "base_model": str(base), "task": TASKS[task], "gate": {**NO_LIMITS, **gate},
+        "train": {"max_steps": 2, "max_prompt_tokens": 96, "max_answer_tokens": 8, "checkpoint_steps": 0},
+        "evaluate": {"max_new_tokens": 4},
+    }  # fmt: skip
+    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
+
+
+@pytest.fixture(scope="module")
+def two_versions(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A home whose lineage has learned two tasks."""
+    folder = tmp_path_factory.mktemp("two-versions")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        for task in ("bank", "parcels"):
+            assert learn(tiny_base, task).status == "promoted"
+        return folder
+
+
+@pytest.fixture
+def lineage(home: Path, two_versions: Path) -> None:
+    """The two versions, in a home of this test's own."""
+    shutil.copytree(two_versions, home, dirs_exist_ok=True)
+
+
+def aliases() -> dict[str, str]:
+    return {alias: info.version for info in open_registry().versions("l") for alias in info.aliases}
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind() -> None:
+    between = datetime.now(UTC)
+    done = roll_back("l", None, **BY)
+    assert (done.before, done.champion) == ("2", "1")
+    assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
+    assert (aliases()["champion"], aliases()["previous"]) == ("1", "2")
+    moves = [(move.action, move.before, move.champion, move.who) for move in read_moves("l")]
+    assert moves == [
+        ("promoted", None, "1", "gate"), ("promoted", "1", "2", "gate"), ("rolled back", "2", "1", "tester"),
+    ]  # fmt: skip
+    assert read_champion_at("l", between) == "2" and read_champion_at("l", datetime.now(UTC)) == "1"
+
+
+def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, lineage: None) -> None:
+    roll_back("l", None, **BY)
+    repeat = learn(tiny_base, "parcels")
+    assert repeat.status == "repeat" and "deal requeue 2" in repeat.message
+    third = learn(tiny_base, "clinic")
+    assert (third.version, third.parent_version) == ("3", "1"), "the lineage branches at the rollback"
+    assert [left.version for left in find_left_behind("l")] == ["2"]
+
+    (result,) = asyncio.run(requeue("l"))
+    assert (result.status, result.task, result.version, result.parent_version) == ("promoted", "parcels", "4", "3")
+    assert find_left_behind("l") == ()
+    assert learn(tiny_base, "parcels").message.startswith("Nothing to do: version 4 has learned")
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_version_that_was_rolled_back_can_be_promoted_again() -> None:
+    roll_back("l", "1", **BY)
+    done = promote_to("l", "2", **BY)
+    assert (done.before, done.champion, aliases()["champion"]) == ("1", "2", "2")
+
+
+def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, lineage: None) -> None:
+    waiting = learn(tiny_base, "clinic", approval="person")
+    assert (waiting.status, waiting.rejected, waiting.version) == ("awaiting approval", False, "3")
+    assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
+    repeat = learn(tiny_base, "clinic", approval="person")
+    assert repeat.status == "repeat" and "deal promote 3" in repeat.message
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2"
+
+    promote_to("l", "3", **BY)
+    assert aliases() == {"champion": "3", "previous": "2", "challenger": "3"}
+    assert [entry.approval for entry in read_history("l")] == [None, None, "given"]
+    assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
+
+
+def test_a_refused_version_never_serves(tiny_base: Path, lineage: None) -> None:
+    learn(tiny_base, "clinic", approval="person")
+    reject_version("l", "3", who="tester", why="labels look wrong")
+    for move in (promote_to, roll_back):
+        with pytest.raises(RegistryError, match="rejected by a person"):
+            move("l", "3", **BY)
+    assert find_parent.fn("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
+    last = read_moves("l")[-1]
+    assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
+    assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
+
+
+def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy(
+    tiny_base: Path, lineage: None
+) -> None:
+    learn(tiny_base, "clinic", approval="person")
+    roll_back("l", "1", **BY)
+    with pytest.raises(RegistryError, match=r"continues version 2, but version 1 is champion.*deal requeue 3"):
+        promote_to("l", "3", **BY)
+    promote_to("l", "2", **BY)
+    with pytest.raises(RegistryError, match=r"deal rollback --to 1"):
+        promote_to("l", "1", **BY)
+    with pytest.raises(RegistryError, match="was never champion"):
+        roll_back("l", "3", **BY)
+    with pytest.raises(RegistryError, match="champion already"):
+        promote_to("l", "2", **BY)
+    with pytest.raises(RegistryError, match="go back first"):
+        reject_version("l", "2", **BY)
+
+
+@pytest.mark.usefixtures("lineage")
+def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
+    roll_back("l", "1", **BY)
+
+    def move(number: int) -> str:
+        try:
+            promote_to("l", "2", who=f"person {number}", why="race")
+        except RegistryError as error:
+            return str(error)
+        return "won"
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(move, range(4)))
+    assert outcomes.count("won") >= 1 and aliases()["champion"] == "2"
+    assert all("person" in text or "champion already" in text for text in outcomes if text != "won")
+    assert [move.version for move in read_moves("l")] == ["1", "2", "1", "2"], "the log has one promotion"
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_alias", die)
+        with pytest.raises(KeyboardInterrupt):
+            roll_back("l", "1", **BY)
+    assert aliases()["champion"] == "2"
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "1" == aliases()["champion"]
+
+
+@pytest.mark.usefixtures("lineage")
+def test_the_commands_say_what_they_did(home: Path) -> None:
+    def deal(*words: str) -> Any:
+        found = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home), "--json"])
+        assert found.exit_code == 0, found.output
+        return json.loads(found.stdout)
+
+    assert deal("rollback", "--why", "complaints")["left_behind"][0]["task"] == "parcels"
+    assert deal("history", "--moves")[-1]["why"] == "complaints"
+    assert deal("history", "--at", "2001-01-01")["champion"] is None
+    assert deal("history", "--at", f"{datetime.now():%Y-%m-%dT23:59:59}")["champion"] == "1"
+    assert [each["version"] for each in deal("requeue")] == ["2"]
+    assert deal("promote", "2")["champion"] == "2"
