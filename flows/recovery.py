@@ -25,11 +25,13 @@ SILENT = timedelta(seconds=90)
 """Three heartbeats missed: workers set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30, see prefect.yaml."""
 NEVER_BEGAN = timedelta(hours=1)
 """A run may wait so long for its image, or for a GPU of the cluster."""
+PROCESS_NEVER_BEGAN = timedelta(minutes=3)
+"""One that is a process of its worker waits for nothing; until it is given up it keeps its place in the pool."""
 MAX_RERUNS = 3
 
 
-def automations() -> list[AutomationCore]:
-    """What the server shall carry."""
+def automations(never_began: timedelta) -> list[AutomationCore]:
+    """What the server shall carry; a run that a worker took is given up after `never_began`."""
     return [
         AutomationCore(
             name="deal: silent runs",
@@ -46,7 +48,7 @@ def automations() -> list[AutomationCore]:
             trigger=EventTrigger(
                 match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
                 expect={"prefect.flow-run.*"}, for_each={"prefect.resource.id"}, posture=Posture.Proactive,
-                threshold=1, within=NEVER_BEGAN,
+                threshold=1, within=never_began,
             ),
             actions=[ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it.")],
         ),
@@ -67,9 +69,9 @@ def automations() -> list[AutomationCore]:
     ]  # fmt: skip
 
 
-async def apply_automations(client: PrefectClient) -> None:
+async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
     """Put the automations on the server, in place of what it has under their names."""
-    for automation in automations():
+    for automation in automations(never_began):
         known = await client.read_automations_by_name(automation.name)
         if known:
             await client.update_automation(known[0].id, automation)

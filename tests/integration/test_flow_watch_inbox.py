@@ -203,12 +203,12 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
 
 
 def test_the_server_carries_the_automations_once() -> None:
-    from flows.recovery import apply_automations, automations
+    from flows.recovery import PROCESS_NEVER_BEGAN, apply_automations, automations
 
     async def twice() -> list[str]:
         async with get_client() as client:
-            await apply_automations(client)
-            await apply_automations(client)
+            await apply_automations(client, PROCESS_NEVER_BEGAN)
+            await apply_automations(client, PROCESS_NEVER_BEGAN)
             return sorted(each.name for each in await client.read_automations())
 
-    assert asyncio.run(twice()) == sorted(each.name for each in automations())
+    assert asyncio.run(twice()) == sorted(each.name for each in automations(PROCESS_NEVER_BEGAN))
