@@ -66,10 +66,10 @@ def shuffled(target: Path) -> Path:
     column = header.index("finding")
     findings = [row[column] for row in rows]
     random.Random(0).shuffle(findings)
+    for row, finding in zip(rows, findings, strict=True):
+        row[column] = finding
     with target.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [header, *([*row[:column], finding, *row[column + 1 :]] for row, finding in zip(rows, findings, strict=True))]
-        )
+        csv.writer(file).writerows([header, *rows])
     return target
 
 
