@@ -21,9 +21,10 @@ from infra.object_store import ObjectStore
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
-from tasks.record import LineageRecord, read_record
+from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 from tasks.services import borrowed_folder, borrowed_parent, current_store
+from tasks.tombstones import TestRowsForgottenError, require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,7 +58,7 @@ def evaluate_version(
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
-    sets = load_test_sets(store, record)
+    sets = load_test_sets(store, record.tasks if record else ())
     new = []
     if record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
@@ -127,20 +128,29 @@ class Scorer:
         self._report(self._done, self._total, name)
 
 
-def load_test_sets(store: ObjectStore, record: LineageRecord | None) -> list[TestSet]:
-    """The test sets of every task a lineage knows, in order of first arrival."""
+def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestSet]:
+    """The test sets of tasks that a lineage knows.
+
+    Raises:
+        TestRowsForgottenError: the rows of one were forgotten.
+    """
     return [
         load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
-        for known in (record.tasks if record else ())
+        for known in tasks
     ]
 
 
 def load_test_set(
     store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
 ) -> TestSet:
-    """The test rows of one dataset."""
+    """The test rows of one dataset.
+
+    Raises:
+        TestRowsForgottenError: they were forgotten.
+    """
     from datasets import Dataset
 
+    require_test_rows(store, schema.name, dataset_uri)
     with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
         path = Path(temporary) / "test.parquet"
         store.download_file(f"{dataset_uri}/test.parquet", path)
@@ -160,9 +170,16 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     """Score a registered version afresh on the frozen test rows of every task it knows."""
     store = current_store()
     record = read_record(store, version.adapter_uri)
-    sets = load_test_sets(store, record)
+    sets, unjudged = [], {}
+    for known in record.tasks:
+        try:
+            sets += load_test_sets(store, [known])
+        except TestRowsForgottenError as error:
+            unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_folder(store, version.adapter_uri) as folder:
         accuracies = scorer.accuracies(folder, sets)
-    return VersionScores(accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows)
+    return VersionScores(
+        accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged
+    )

@@ -6,9 +6,10 @@ import json
 
 from deal_core.gate import EvaluationReport
 from infra.ledger import Ledger
+from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.tracking import open_tracker
-from tasks.ingest import read_manifest
+from tasks.ingest import drop_training_rows, read_manifest
 from tasks.promote import is_overtaken, move_aliases
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
@@ -19,14 +20,18 @@ FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
 
 
-def keep_findings(adapter_uri: str, report: EvaluationReport, summary: TrainSummary) -> None:
+def keep_findings(adapter_uri: str, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary) -> None:
     """Keep what a run has found before its version is registered, so that its report can be written after a crash."""
-    values = {"evaluation": report.to_json(), "training": summary.model_dump(mode="json")}
+    values = {
+        "dataset": dataset.model_dump(), "evaluation": report.to_json(), "training": summary.model_dump(mode="json")
+    }
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
 
 
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
-    """Complete the run of a lineage's newest version: promotion, report, end, work folder; nothing if it is complete.
+    """Complete the run of a lineage's newest version: promotion, report, end, work folder, training rows.
+
+    Nothing is done if it is complete.
 
     A version that another one has overtaken is left as it is. Each step can be repeated.
     """
@@ -39,20 +44,30 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
             return
         move_aliases(registry, Ledger(current_store()), version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
-    _report(run, version, reference)
+    dataset = _report(run, version, reference)
     end_run(run, "FINISHED")
     remove_work(run)
+    if dataset is not None:
+        drop_training_rows(current_store(), dataset.uri)
 
 
-def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
+def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> DatasetRef | None:
     store = current_store()
     key = f"{version.adapter_uri}/{FINDINGS_FILE}"
     if not store.exists(key):  # registered before runs kept them
-        return
+        return None
     findings = json.loads(store.get_bytes(key))
+    dataset = DatasetRef.model_validate(findings["dataset"]) if "dataset" in findings else _old_dataset(store, version)
+    report = EvaluationReport.from_json(findings["evaluation"])
+    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})
+    return dataset
+
+
+def _old_dataset(store: ObjectStore, version: VersionInfo) -> DatasetRef:
+    """The dataset of a version that was trained when lineages still shared what lies under a digest."""
     uri = f"datasets/{version.task}/{version.dataset_sha256}"
     manifest = read_manifest(store, uri)
-    dataset = DatasetRef(
+    return DatasetRef(
         task=version.task,
         uri=uri,
         sha256=version.dataset_sha256,
@@ -60,5 +75,3 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
     )
-    report = EvaluationReport.from_json(findings["evaluation"])
-    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})
