@@ -24,7 +24,7 @@ from tasks.progress import advance
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 from tasks.services import borrowed_folder, borrowed_parent, current_store
-from tasks.tombstones import TestRowsForgottenError, require_test_rows
+from tasks.tombstones import TestRowsForgottenError, forgotten_tests, require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,13 +54,17 @@ def evaluate_version(
 
     A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
 
-    On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen.
+    On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen. Of
+    a task whose rows were forgotten, the arrival's own test rows take their place.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
-    sets = load_test_sets(store, record.tasks if record else ())
+    renewed = renewed_task(store, record, dataset)
+    sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
     new = []
-    if record is None or record.task(dataset.task) is None:
+    if renewed is not None:
+        new = load_test_sets(store, [renewed.judged_by(dataset)])
+    elif record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     scorer = Scorer(base, config)
@@ -73,6 +77,13 @@ def evaluate_version(
     base_accuracy = (_base_accuracies(record) | on_base)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
+    if renewed is not None:
+        parent_accuracies |= on_parent
+        matrix = matrix.remeasured(
+            dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent[dataset.task]
+        )
+        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows: those before were forgotten, "
+                         "and figures of versions before the parent are of them")  # fmt: skip
     return EvaluationReport(
         task=dataset.task,
         accuracies=accuracies,
@@ -85,6 +96,14 @@ def evaluate_version(
         ),
         notes=notes,
     )
+
+
+def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> KnownTask | None:
+    """The dataset's task as the lineage knows it, if its test rows were forgotten: the dataset's replace them."""
+    known = record.task(dataset.task) if record else None
+    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is None:
+        return None
+    return known
 
 
 class Scorer:

@@ -22,7 +22,7 @@ from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival, DatasetRef, VersionRef
 from tasks.services import current_store, local_file
-from tasks.tombstones import ForgottenRowsError, refuse_forgotten, require_test_rows
+from tasks.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -51,7 +51,8 @@ def ingest_arrival(
     record = read_record(store, parent.adapter_uri) if parent else None
     schema = choose_schema(arrival, record)
     for known in record.tasks if record else ():  # said now rather than after the training
-        require_test_rows(store, known.schema.name, known.dataset_uri)
+        if known.schema.name != arrival.task:
+            require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
         local_file(store, arrival.data) as source,
         local_file(store, arrival.test_data or arrival.data) as test_source,
@@ -104,11 +105,13 @@ def choose_schema(arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
 
 
 def frozen_test_rows(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[str]:
-    """Digests of the rows that judge the task for good; none when this is the task's first arrival."""
+    """Digests of the rows that judge the task for good; none where the arrival has to bring them.
+
+    That is the task's first one, and one after its test rows were forgotten.
+    """
     known = record.task(task_name) if record else None
-    if known is None:
+    if known is None or forgotten_tests(store, task_name, known.dataset_uri):
         return ()
-    require_test_rows(store, task_name, known.dataset_uri)
     with tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary:
         path = Path(temporary) / TEST_FILE
         store.download_file(f"{known.dataset_uri}/{TEST_FILE}", path)

@@ -100,20 +100,25 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str]) -> N
         )
 
 
+def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombstone | None:
+    """The tombstone of a task's test rows, where these are gone since they were forgotten."""
+    if store.exists(f"{dataset_uri}/test.parquet"):
+        return None
+    return find_tombstone(store, task, [dataset_uri.split("/")[2]])
+
+
 def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
     """Say clearly that a task cannot be judged since its test rows were forgotten.
 
     Raises:
         TestRowsForgottenError: they were.
     """
-    key = f"{dataset_uri}/test.parquet"
-    if store.exists(key):
-        return
-    found = find_tombstone(store, task, [dataset_uri.split("/")[2]])
+    found = forgotten_tests(store, task, dataset_uri)
     if found is not None:
         raise TestRowsForgottenError(
-            f"The test rows of task '{task}' were {found.said}, so that no version can be judged on it. Make a version "
-            "that does not know the task champion (deal history, deal promote), or start a new lineage."
+            f"The test rows of task '{task}' were {found.said}, so that no version can be judged on it. Adapt to an "
+            f"arrival of '{task}' that brings test rows first: they judge the task from then on. Or make a version "
+            "that does not know the task champion (deal history, deal promote)."
         )
 
 
