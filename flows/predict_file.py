@@ -87,7 +87,7 @@ def predict_file(
         RegistryError: the lineage has no such version.
     """
     started = time.perf_counter()
-    output = (out or data.with_name(f"{data.name.split('.')[0]}.answers{_default_suffix(data)}")).resolve()
+    output = (out or _default_output(data)).resolve()
     output_kind(output)
     survey = survey_rows(data)
     info = find_version(open_registry(), lineage, version)
@@ -124,8 +124,10 @@ def predict_file(
     )  # fmt: skip
 
 
-def _default_suffix(data: Path) -> str:
-    return ".parquet" if file_kind(data) == "parquet" else ".jsonl"
+def _default_output(data: Path) -> Path:
+    """Beside the file, named after it: june.csv.gz → june.answers.jsonl."""
+    packed = data.with_suffix("") if data.suffix.casefold() == ".gz" else data
+    return packed.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
 
 
 @contextmanager
