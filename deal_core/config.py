@@ -118,6 +118,8 @@ class DataConfig:
     """An arrival with a larger share of bad rows is refused whole."""
     max_text_chars: int = 20_000
     """A row with a longer input or output is a bad row."""
+    retain_training_rows: bool = False
+    """Whether the store keeps an arrival's training rows once they are learned; its test rows stay either way."""
 
     def __post_init__(self) -> None:
         _require(0 < self.test_share < 1, f"data.test_share is {self.test_share}; give a share between 0 and 1.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -74,6 +74,19 @@ class AccuracyMatrix:
             raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
         new_row = tuple(float(accuracies[name]) for name in tasks)
         return AccuracyMatrix(tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
+
+    def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
+        """The matrix after a task got other test rows: the base's and the last version's accuracy on these.
+
+        Cells of earlier versions stay, which are of the rows before.
+        """
+        column = self.tasks.index(task)
+
+        def put(row: tuple[float | None, ...], value: float) -> tuple[float | None, ...]:
+            return (*row[:column], value, *row[column + 1 :])
+
+        rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
+        return replace(self, rows=rows, base=put(self.base, base_accuracy))
 
     @property
     def average_accuracy(self) -> float | None:

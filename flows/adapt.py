@@ -24,7 +24,7 @@ from tasks.base import identify_base
 from tasks.evaluate import evaluate_version
 from tasks.finish import keep_findings
 from tasks.gate import decide_gate
-from tasks.ingest import ingest_arrival
+from tasks.ingest import drop_training_rows, ingest_arrival
 from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
 from tasks.progress import reporter
 from tasks.promote import promote_version
@@ -65,9 +65,10 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
-    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent)
+    dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
     stages.done("ingest", describe(dataset))
     if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
+        drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     base = await stages.run("base", identify_base, choose_base(spec, record))
     stages.done("base", base.name)
@@ -86,6 +87,7 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         attempt=attempt,
     )
     if known := await stages.run("repeat", find_registered, run_key):
+        drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
@@ -96,6 +98,7 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         raise
     end_run(run, "FINISHED")
     remove_work(run)
+    drop_training_rows(current_store(), dataset.uri)
     return result
 
 
@@ -130,7 +133,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     for note in decision.notes:
         reporter().said(f"    {note}")
-    keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), report, trained.summary)
+    keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
         job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from deal_core.errors import ConfigError
+from flows.cli_keeping import answer_file, keeping_app
 from flows.cli_promotion import promotion_app
 from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
@@ -194,16 +196,32 @@ def history(
 
 @app.command()
 def predict(
-    text: Annotated[str, typer.Argument(help="Text to answer; - reads standard input.")],
+    text: Annotated[
+        str | None, typer.Argument(help="Text to answer; - reads standard input.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="File whose rows are answered: CSV, JSON lines or Parquet.")
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", "-t", help="Task [the newest one].")] = None,
     lineage: Lineage = "default",
     version: Annotated[str | None, typer.Option("--version", help="Adapter version [the champion].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --data: .jsonl or .parquet [beside the file].")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="With --data: the column that is asked [found by its name].")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a text with the lineage's champion."""
+    """Answer a text, or every row of a file, with the lineage's champion."""
     with session(home, as_json, debug) as deal:
+        if data is not None:
+            answer_file(deal, text, data, lineage=lineage, task=task, version=version, out=out, column=column)
+            return
+        if text is None or out is not None or column is not None:
+            raise ConfigError("Give a text to answer, or a file with --data; --out and --column go with a file.")
         if text == "-":
             text = typer.get_text_stream("stdin").read().strip()
         with deal.screen.working("predicting"):
@@ -222,6 +240,10 @@ def validate(
         Path | None, typer.Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
     ] = None,
     task: Annotated[str, typer.Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
+    test_data: Annotated[str | None, typer.Option("--test-data", help="File of test rows [the spec's].")] = None,
+    lineage: Annotated[
+        str | None, typer.Option("--lineage", "-l", help="Lineage that shall learn it [the spec's, else default].")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -232,8 +254,9 @@ def validate(
             from flows.validate import validate as validate_rows
 
             outcome = validate_rows(
-                file, spec=spec, task=task, on_progress=lambda done: deal.screen.advanced("validate", done, None)
-            )
+                file, spec=spec, task=task, lineage=lineage, test_data=test_data,
+                on_progress=lambda done: deal.screen.advanced("validate", done, None),
+            )  # fmt: skip
         from flows.tables import show_validation
 
         deal.screen.result(outcome.model_dump(mode="json"), *show_validation(outcome))
@@ -332,6 +355,7 @@ def ui(
 
 
 app.add_typer(promotion_app)
+app.add_typer(keeping_app)
 app.add_typer(server_app)  # last, so that help lists them after the commands that need no server
 
 

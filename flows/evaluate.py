@@ -26,6 +26,8 @@ class EvaluateResult(BaseModel):
     recorded: dict[str, float]
     """What the version's own run found."""
     num_rows: dict[str, int]
+    unjudged: dict[str, str] = {}
+    """Tasks whose test rows were forgotten, and what to do."""
     seconds: float
 
 
@@ -50,6 +52,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
         accuracies=scores.accuracies,
         recorded=scores.recorded,
         num_rows=scores.num_rows,
+        unjudged=scores.unjudged,
         seconds=stages.seconds["evaluate"],
     )
 

@@ -78,6 +78,11 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
     found = next((info for info in registry.versions(lineage) if info.version == version), None)
     if found is None:
         raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
+    if found.adapter_removed:
+        raise RegistryError(
+            f"The adapter of version {version} of '{lineage}' was removed on {found.adapter_removed} (deal gc); its "
+            "history is left. Name another version."
+        )
     return found
 
 

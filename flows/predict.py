@@ -57,7 +57,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     store = current_store()
     info = find_version(open_registry(), lineage, version)
     record = read_record(store, info.adapter_uri)
-    known = _choose_task(record, task)
+    known = choose_task(record, task)
     base = lend_base(record.base)
     with borrowed_folder(store, info.adapter_uri) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens
@@ -81,7 +81,12 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     )
 
 
-def _choose_task(record: LineageRecord, name: str | None) -> KnownTask:
+def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
+    """The task of that name; None: the one learned last.
+
+    Raises:
+        ConfigError: the lineage does not know it.
+    """
     name = record.matrix.trained[-1] if name is None else name
     known = record.task(name)
     if known is None:

@@ -16,6 +16,8 @@ from flows.spec import AdaptSpec, parse
 from infra.registry import open_registry
 from tasks.finish import read_spec_of
 from tasks.lineage import descent, standing_of
+from tasks.services import current_store
+from tasks.tombstones import refuse_forgotten
 
 
 def find_left_behind(lineage: str) -> tuple[Learned, ...]:
@@ -50,10 +52,13 @@ async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResul
     Raises:
         RegistryError: there is no such version.
         DataValidationError: an arrival's file is gone or has changed for the worse.
+        ForgottenRowsError: the rows of one were forgotten.
     """
     registry = open_registry()
     numbers = versions or [each.version for each in find_left_behind(lineage)]
     found = [find_version(registry, lineage, number) for number in numbers]
+    for version in found:
+        refuse_forgotten(current_store(), version.task, [version.dataset_sha256])
     specs = [parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
              for version in found]  # fmt: skip
     async with hold_lineage(lineage):

@@ -126,7 +126,8 @@ class AdaptSpec(LineageSpec):
         """
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
-                                  "task": {"name", "data", "test_data", "columns"}}
+                                  "task": {"name", "data", "test_data", "columns"},
+                                  "data": {"retain_training_rows"}}
         )
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

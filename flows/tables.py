@@ -78,7 +78,8 @@ def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
     table = new_table("task", *numbers, right=numbers)
     for task, value in result.accuracies.items():
         table.add_row(task, percent(value), percent(result.recorded.get(task)), str(result.num_rows[task]))
-    return [heading(f"Accuracy of {result.lineage}, version {result.version}, %"), table]
+    unjudged = [f"[yellow]{escape(why)}[/]" for why in result.unjudged.values()]
+    return [heading(f"Accuracy of {result.lineage}, version {result.version}, %"), table, *unjudged]
 
 
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -10,8 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.data.arrival import ValidationReport
 from deal_core.data.validate import validate_file
 from flows.spec import AdaptSpec, TaskSpec, read_spec
-from tasks.ingest import choose_schema
+from infra.registry import open_registry
+from infra.settings import TrackingSettings
+from tasks.ingest import choose_schema, frozen_test_rows
+from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival
+from tasks.services import current_store, local_file
 
 
 class BadRow(BaseModel):
@@ -45,23 +50,61 @@ class ValidateResult(BaseModel):
 
 
 def validate(
-    file: Path, *, spec: Path | None, task: str, on_progress: Callable[[int], None] | None = None
+    file: Path,
+    *,
+    spec: Path | None,
+    task: str,
+    lineage: str | None = None,
+    test_data: str | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> ValidateResult:
-    """Check a file as ingest would.
+    """Check a file as ingest would: with the labels and the test rows that the lineage knows the task by.
 
     Args:
         file: the file.
-        spec: a spec whose task and data settings apply; its own data file is not read.
+        spec: a spec whose task, test file and data settings apply; its own data file is not read.
         task: name of the task, where there is no spec.
+        lineage: instead of the spec's.
+        test_data: file of test rows, instead of the spec's.
         on_progress: called now and then with the number of rows read.
 
     Raises:
         DataValidationError: the file cannot be read to its end.
+        ConfigError: the spec says other things of the task than the lineage knows.
     """
     read = read_spec(spec) if spec else AdaptSpec(task=TaskSpec(name=task, data=str(file)))
-    arrival = Arrival(task=read.task.name, data=str(file), given=read.task.given())
-    report = validate_file(file, choose_schema(arrival, None), read.data, on_progress=on_progress)
+    test_data = test_data or read.task.test_data
+    record = _known_record(lineage or read.lineage)
+    arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
+    schema = choose_schema(arrival, record)
+    with _local(test_data) as test_source:
+        report = validate_file(
+            file,
+            schema,
+            read.data,
+            test_source=test_source,
+            frozen_test_rows=frozen_test_rows(current_store(), record, read.task.name),
+            on_progress=on_progress,
+        )
     return _result(file, report)
+
+
+def _known_record(lineage: str) -> LineageRecord | None:
+    """What the lineage's champion knows; None where there is none. No registry is made to find that out."""
+    address = TrackingSettings().tracking_uri
+    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
+        return None
+    champion = open_registry().champion(lineage)
+    return read_record(current_store(), champion.adapter_uri) if champion else None
+
+
+@contextmanager
+def _local(address: str | None) -> Iterator[Path | None]:
+    if address is None:
+        yield None
+        return
+    with local_file(current_store(), address) as path:
+        yield path
 
 
 def _result(file: Path, report: ValidationReport) -> ValidateResult:

@@ -82,6 +82,8 @@ class VersionInfo(VersionFacts):
     created: datetime
     tracking_id: str
     model_id: str
+    adapter_removed: str | None = None
+    """Day on which its adapter was removed; the version stays in the history."""
 
 
 def open_registry(settings: TrackingSettings | None = None) -> Registry:
@@ -138,6 +140,11 @@ class Registry:
         found = self._search(f"name = '{lineage}'")
         aliases = self._aliases(lineage) if found else {}
         return tuple(_read(version, aliases) for version in found)
+
+    def learned_from(self, dataset_sha256: str) -> tuple[VersionInfo, ...]:
+        """Versions of every lineage that were trained on a dataset, in order of their numbers; aliases left out."""
+        found = self._search(f"tags.`deal.dataset_sha256` = '{dataset_sha256}'")
+        return tuple(_read(version, {}) for version in found)
 
     def champion(self, lineage: str) -> VersionInfo | None:
         """The version that serves, if the lineage has one."""
@@ -259,4 +266,5 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
         tracking_id=version.run_id or "",
         model_id=(version.source or "").removeprefix("models:/"),
+        adapter_removed=tags.get("adapter_removed"),
     )

@@ -22,9 +22,10 @@ from infra.registry import open_registry
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
-from tasks.record import LineageRecord, read_record
+from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 from tasks.services import borrowed_folder, borrowed_parent, current_store
+from tasks.tombstones import TestRowsForgottenError, forgotten_tests, require_test_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,13 +57,17 @@ def evaluate_version(
 
     A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
 
-    On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen.
+    On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen. Of
+    a task whose rows were forgotten, the arrival's own test rows take their place.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
-    sets = load_test_sets(store, record)
+    renewed = renewed_task(store, record, dataset)
+    sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
     new = []
-    if record is None or record.task(dataset.task) is None:
+    if renewed is not None:
+        new = load_test_sets(store, [renewed.judged_by(dataset)])
+    elif record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     scorer = Scorer(base, config)
@@ -76,6 +81,13 @@ def evaluate_version(
     base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
+    if renewed is not None:
+        parent_accuracies |= on_parent.accuracies
+        matrix = matrix.remeasured(
+            dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[dataset.task]
+        )
+        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows: those before were forgotten, "
+                         "and figures of versions before the parent are of them")  # fmt: skip
     return EvaluationReport(
         task=dataset.task,
         accuracies=now.accuracies,
@@ -111,6 +123,14 @@ class Scored:
     def outcomes(self) -> dict[str, str]:
         """By task."""
         return {name: found.outcomes for name, found in self.evaluations.items()}
+
+
+def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> KnownTask | None:
+    """The dataset's task as the lineage knows it, if its test rows were forgotten: the dataset's replace them."""
+    known = record.task(dataset.task) if record else None
+    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is None:
+        return None
+    return known
 
 
 class Scorer:
@@ -166,20 +186,29 @@ def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, paren
     )
 
 
-def load_test_sets(store: ObjectStore, record: LineageRecord | None) -> list[TestSet]:
-    """The test sets of every task a lineage knows, in order of first arrival."""
+def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestSet]:
+    """The test sets of tasks that a lineage knows.
+
+    Raises:
+        TestRowsForgottenError: the rows of one were forgotten.
+    """
     return [
         load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
-        for known in (record.tasks if record else ())
+        for known in tasks
     ]
 
 
 def load_test_set(
     store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
 ) -> TestSet:
-    """The test rows of one dataset."""
+    """The test rows of one dataset.
+
+    Raises:
+        TestRowsForgottenError: they were forgotten.
+    """
     from datasets import Dataset
 
+    require_test_rows(store, schema.name, dataset_uri)
     with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
         path = Path(temporary) / "test.parquet"
         store.download_file(f"{dataset_uri}/test.parquet", path)
@@ -199,9 +228,16 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     """Score a registered version afresh on the frozen test rows of every task it knows."""
     store = current_store()
     record = read_record(store, version.adapter_uri)
-    sets = load_test_sets(store, record)
+    sets, unjudged = [], {}
+    for known in record.tasks:
+        try:
+            sets += load_test_sets(store, [known])
+        except TestRowsForgottenError as error:
+            unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_folder(store, version.adapter_uri) as folder:
         accuracies = scorer.score(folder, sets).accuracies
-    return VersionScores(accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows)
+    return VersionScores(
+        accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged
+    )

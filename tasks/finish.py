@@ -8,9 +8,10 @@ from typing import Any
 
 from deal_core.errors import StoreError
 from deal_core.evaluation import EvaluationReport
+from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.tracking import open_tracker
-from tasks.ingest import read_manifest
+from tasks.ingest import drop_training_rows, read_manifest
 from tasks.promote import complete_version, is_complete, is_overtaken
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
@@ -21,12 +22,17 @@ FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
 
 
-def keep_findings(adapter_uri: str, spec: Mapping[str, Any], report: EvaluationReport, summary: TrainSummary) -> None:
+def keep_findings(
+    adapter_uri: str, spec: Mapping[str, Any], dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary
+) -> None:
     """Keep what a run was asked and has found before its version is registered.
 
     So its report can be written after a crash, and the arrival learned again after a rollback.
     """
-    values = {"spec": spec, "evaluation": report.to_json(), "training": summary.model_dump(mode="json")}
+    values = {
+        "spec": spec, "dataset": dataset.model_dump(), "evaluation": report.to_json(),
+        "training": summary.model_dump(mode="json"),
+    }  # fmt: skip
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
 
 
@@ -45,7 +51,9 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
 
 
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
-    """Complete the run of a lineage's newest version: promotion, report, end, work folder; nothing if it is complete.
+    """Complete the run of a lineage's newest version: promotion, report, end, work folder, training rows.
+
+    Nothing is done if it is complete.
 
     A version that another one has overtaken is left as it is. Each step can be repeated.
     """
@@ -57,20 +65,30 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
             return
         complete_version(registry, version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
-    _report(run, version, reference)
+    dataset = _report(run, version, reference)
     end_run(run, "FINISHED")
     remove_work(run)
+    if dataset is not None:
+        drop_training_rows(current_store(), dataset.uri)
 
 
-def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
+def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> DatasetRef | None:
     store = current_store()
     key = f"{version.adapter_uri}/{FINDINGS_FILE}"
     if not store.exists(key):  # registered before runs kept them
-        return
+        return None
     findings = json.loads(store.get_bytes(key))
+    dataset = DatasetRef.model_validate(findings["dataset"]) if "dataset" in findings else _old_dataset(store, version)
+    report = EvaluationReport.from_json(findings["evaluation"])
+    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})
+    return dataset
+
+
+def _old_dataset(store: ObjectStore, version: VersionInfo) -> DatasetRef:
+    """The dataset of a version that was trained when lineages still shared what lies under a digest."""
     uri = f"datasets/{version.task}/{version.dataset_sha256}"
     manifest = read_manifest(store, uri)
-    dataset = DatasetRef(
+    return DatasetRef(
         task=version.task,
         uri=uri,
         sha256=version.dataset_sha256,
@@ -78,5 +96,3 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
     )
-    report = EvaluationReport.from_json(findings["evaluation"])
-    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Collection
@@ -14,36 +13,54 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import DataConfig
+from deal_core.data.lines import sha256_of_file
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError
-from infra.object_store import ObjectStore
+from infra.object_store import ObjectNotFoundError, ObjectStore
 from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival, DatasetRef, VersionRef
 from tasks.services import current_store, local_file
+from tasks.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.jsonl"
+TRAIN_FILE, TEST_FILE = "train.parquet", "test.parquet"
 
 
 @task(name="ingest", cache_policy=NO_CACHE)
-def ingest_arrival(arrival: Arrival, config: DataConfig, parent: VersionRef | None) -> DatasetRef:
+def ingest_arrival(
+    arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
+) -> DatasetRef:
     """Validate an arrival and put its dataset into the store; bad rows go to quarantine.
+
+    Args:
+        arrival: the file, and what is said of its task.
+        config: how it is checked and split.
+        parent: the version that knows the task's labels and test rows.
+        lineage: whose dataset it becomes; lineages that learn the same rows do not share what one of them may delete.
+        again: also where these rows were forgotten.
 
     Raises:
         DataValidationError: the file is refused whole; what is wrong with it lies in quarantine.
+        ForgottenRowsError: somebody had the rows forgotten.
         ConfigError: the user says other things of the task than the lineage knows.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
     schema = choose_schema(arrival, record)
+    for known in record.tasks if record else ():  # said now rather than after the training
+        if known.schema.name != arrival.task:
+            require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
         local_file(store, arrival.data) as source,
         local_file(store, arrival.test_data or arrival.data) as test_source,
         tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary,
     ):
         folder = Path(temporary) / "dataset"
+        if not again:
+            refuse_forgotten(store, arrival.task, [sha256_of_file(source)])
         try:
             manifest = build_dataset(
                 source,
@@ -51,16 +68,20 @@ def ingest_arrival(arrival: Arrival, config: DataConfig, parent: VersionRef | No
                 folder,
                 config,
                 test_source=test_source if arrival.test_data else None,
-                frozen_test_rows=_frozen_test_rows(store, record, arrival.task),
+                frozen_test_rows=frozen_test_rows(store, record, arrival.task),
                 on_progress=advance("ingest"),
             )
         except ArrivalRefusedError as error:
-            # by the bad rows: of a file without a good one the dataset is empty, and all such have one digest
-            sha256 = _digest_of(folder / QUARANTINE_FILE)
-            kept = _publish_quarantine(store, folder, arrival.task, sha256)
+            # by the file: of one without a good row the dataset is empty, and all such have one digest
+            kept = _publish_quarantine(store, folder, arrival.task, sha256_of_file(source))
             message = str(error).replace(str(folder / QUARANTINE_FILE), kept)
             raise ArrivalRefusedError(message, error.report) from None
-        return _publish(store, folder, manifest)
+        if not again:
+            refuse_forgotten(store, arrival.task, [manifest.sha256])
+        dataset = _publish(store, folder, manifest, lineage)
+        if not again:
+            _withdraw_forgotten(store, dataset)
+        return dataset
 
 
 def choose_schema(arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
@@ -83,21 +104,39 @@ def choose_schema(arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
     return asked
 
 
-def _frozen_test_rows(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[str]:
-    """Digests of the rows that judge the task for good; none when this is the task's first arrival."""
+def frozen_test_rows(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[str]:
+    """Digests of the rows that judge the task for good; none where the arrival has to bring them.
+
+    That is the task's first one, and one after its test rows were forgotten.
+    """
     known = record.task(task_name) if record else None
-    if known is None:
+    if known is None or forgotten_tests(store, task_name, known.dataset_uri):
         return ()
     with tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary:
-        path = Path(temporary) / "test.parquet"
-        store.download_file(f"{known.dataset_uri}/test.parquet", path)
+        path = Path(temporary) / TEST_FILE
+        store.download_file(f"{known.dataset_uri}/{TEST_FILE}", path)
         return frozenset(pq.read_table(path, columns=["sha256"]).column("sha256").to_pylist())
 
 
-def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest) -> DatasetRef:
+def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineage: str) -> DatasetRef:
+    """Put the dataset where it belongs to one lineage and one way of asking.
+
+    Test rows that are there stay to the byte: they judge the task for good, and a digest is blind to blanks.
+    """
     _publish_quarantine(store, folder, manifest.task.name, manifest.sha256)
-    uri = f"datasets/{manifest.task.name}/{manifest.sha256}"
-    store.upload_folder(folder, uri, marker=MANIFEST_FILE)
+    uri = f"datasets/{manifest.task.name}/{manifest.sha256}/{lineage}/{manifest.task.sha256[:16]}"
+    try:
+        before = read_manifest(store, uri)
+    except ObjectNotFoundError:
+        store.upload_folder(folder, uri, marker=MANIFEST_FILE)
+    else:
+        store.upload_file(folder / TRAIN_FILE, f"{uri}/{TRAIN_FILE}")
+        merged = replace(
+            manifest,
+            retain_training_rows=manifest.retain_training_rows or before.retain_training_rows,
+            files=tuple(dict.fromkeys((*before.files, *manifest.files))),
+        )
+        store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
     return DatasetRef(
         task=manifest.task.name,
         uri=uri,
@@ -118,9 +157,31 @@ def _publish_quarantine(store: ObjectStore, folder: Path, task_name: str, sha256
     return store.uri_of(key)
 
 
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
+    """Whoever forgets these rows meanwhile wrote the tombstone before looking for rows: one of the two sees the other.
+
+    Raises:
+        ForgottenRowsError: they were forgotten while they were stored.
+    """
+    try:
+        refuse_forgotten(store, dataset.task, [dataset.sha256])
+    except ForgottenRowsError:
+        store.delete(dataset.uri)
+        store.delete(f"quarantine/{dataset.task}/{dataset.sha256}")
+        raise
+
+
+def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:
+    """Delete the training rows of a dataset that is learned, unless its arrival asked to retain them.
+
+    A run never needs what an earlier one left: it reads its file anew. Can be repeated.
+    """
+    try:
+        is_retained = read_manifest(store, dataset_uri).retain_training_rows
+    except ObjectNotFoundError:  # forgotten, or never completed
+        is_retained = False
+    if not is_retained:
+        store.delete(f"{dataset_uri}/{TRAIN_FILE}")
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deal_core.config import AdapterConfig, EvaluateConfig
@@ -16,7 +16,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.metrics import AccuracyMatrix
 from infra.object_store import ObjectStore
-from tasks.references import BaseRef
+from tasks.references import BaseRef, DatasetRef
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
@@ -33,6 +33,10 @@ class KnownTask:
     """Length of prompt that the task is judged and asked with, whatever later arrivals are trained with."""
     max_new_tokens: int
     """Longest answer that it is judged and asked with, likewise."""
+
+    def judged_by(self, dataset: DatasetRef) -> KnownTask:
+        """The same task, judged by the test rows of another dataset."""
+        return replace(self, dataset_uri=dataset.uri, num_test=dataset.num_test)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class Arrival(Reference):
 
 
 class DatasetRef(Reference):
-    """A validated arrival in the store (`datasets/<task>/<sha256>`)."""
+    """A validated arrival in the store (`datasets/<task>/<sha256>/<lineage>/<digest of the task's schema>`)."""
 
     task: str
     uri: str
@@ -115,3 +115,5 @@ class VersionScores(Reference):
     accuracies: dict[str, float]
     recorded: dict[str, float]
     num_rows: dict[str, int]
+    unjudged: dict[str, str] = {}
+    """Why a task could not be judged."""

@@ -10,6 +10,7 @@ from deal_core.evaluation import EvaluationReport
 from deal_core.gate import GateDecision
 from infra.registry import VersionFacts, open_registry
 from infra.tracking import open_tracker
+from tasks.evaluate import renewed_task
 from tasks.ingest import read_manifest
 from tasks.lineage import version_ref
 from tasks.record import KnownTask, LineageRecord, read_record, write_record
@@ -46,6 +47,8 @@ def register_version(
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
         known = (*known, new)
+    elif renewed := renewed_task(store, before, dataset):
+        known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
     record = LineageRecord(
         lineage=run.lineage,
         base=base,

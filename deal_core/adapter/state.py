@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.strategies.base import MethodState
+from deal_core.strategies.base import STORED_ROWS, MethodState
 
 METHOD_JSON = "method.json"
 METHOD_TENSORS = "method.safetensors"
@@ -160,6 +161,10 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
     _order_config(folder / "adapter_config.json")
     if state.tensors:
         save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)
+    _write_header(folder, state)
+
+
+def _write_header(folder: Path, state: MethodState) -> None:
     header = {
         "schema_version": SCHEMA_VERSION,
         "strategy": state.strategy,
@@ -197,6 +202,24 @@ def load_method_state(folder: Path) -> MethodState:
     return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors)
 
 
+def stored_rows(folder: Path) -> dict[str, int]:
+    """The tensors in a saved version's method state that are for rows of old tasks, one a dataset; their sizes."""
+    path = folder / METHOD_TENSORS
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        names = sorted(file.keys())
+        return {name: file.get_slice(name).get_shape()[0] for name in names if name.startswith(STORED_ROWS)}
+
+
+def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
+    """Take the rows out of these tensors of a saved method state. They stay, empty, so that the others keep theirs."""
+    state = load_method_state(folder)
+    tensors = {name: t.new_empty(0) if name in names else t for name, t in state.tensors.items()}
+    save_file(tensors, folder / METHOD_TENSORS)
+    _write_header(folder, MethodState(strategy=state.strategy, stores=state.stores, tensors=tensors))
+
+
 def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
     """Share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name: how full the adapter is."""
     fill: dict[str, float] = {}
@@ -212,7 +235,9 @@ __all__ = [
     "adapter_fill",
     "adapter_on",
     "attach_adapter",
+    "empty_stored_rows",
     "load_adapter",
     "load_method_state",
     "save_adapter",
+    "stored_rows",
 ]

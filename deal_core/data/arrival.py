@@ -12,6 +12,7 @@ from pathlib import Path
 from deal_core.config import DataConfig
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns, resolve_columns
+from deal_core.data.lines import sha256_of_file
 from deal_core.data.readers import file_kind, read_columns, read_rows
 from deal_core.data.rows import BadRow, Problem, RawRow, Row, shorten
 from deal_core.data.schema import COLUMNS_OF_FORMAT, SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
@@ -47,6 +48,7 @@ class Arrival:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self._source = source
+        self._landed = (source,) if test_source is None else (source, test_source)
         self._config = config
         self._on_progress = on_progress
         # Test rows first, so that a training row that equals one is seen to.
@@ -150,6 +152,8 @@ class Arrival:
             num_rejected=num_rejected,
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
+            retain_training_rows=self._config.retain_training_rows,
+            files=tuple(sha256_of_file(path) for path in self._landed),
         )
 
     def _refusal(self, manifest: DatasetManifest, examples: Sequence[BadRow]) -> str | None:

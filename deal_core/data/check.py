@@ -43,6 +43,28 @@ class RowChecker:
             row = Row(text, label, row_digest([text], label_key(label)), split)
         return problems or row
 
+    def check_input(self, raw: RawRow) -> str | list[Problem]:
+        """What the model is asked, as a dataset stores it, or all problems; a chat may end with either side's turn."""
+        if raw.fault is not None:
+            return [raw.fault]
+        problems: list[Problem] = []
+        if self._columns.format == "chat":
+            text = self._conversation(raw.values, problems)
+        else:
+            name = "prompt" if self._columns.format == "completion" else "text"
+            text = self._text(raw.values, name, problems)
+            text = text.strip() if name == "text" else text
+        return problems or text
+
+    def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+        """The messages before the answer that is wanted."""
+        column = self._columns.names["messages"]
+        messages = _as_messages(values.get(column))
+        if messages is not None and messages[-1].get("role") == "user":
+            messages = [*messages, {"role": "assistant", "content": "-"}]  # the answer, for the checks of whole ones
+        row = self._chat({**values, column: messages} if messages else values, None, problems)
+        return row.input
+
     def _cell(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str | None:
         """A column's text; None when a problem was found."""
         column = self._columns.names[name]
@@ -120,6 +142,18 @@ def _as_text(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # whole numbers become floats where a column has gaps
     return None if isinstance(value, (list, dict, tuple)) else str(value)
+
+
+def _as_messages(value: object) -> list[dict[str, Any]] | None:
+    """A cell's messages, if it looks like some at all."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return value
+    return None
 
 
 def _parse_messages(value: object) -> list[tuple[str, str]] | Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, TaskSchema
 from deal_core.errors import DataValidationError
@@ -58,6 +58,37 @@ def resolve_columns(file_columns: Sequence[str], task: TaskSchema, source: str) 
     if len(set(names.values())) < len(names):
         raise DataValidationError(f"task.columns gives one column of {source} two meanings: {names}; correct it.")
     return Columns(format=fitting[0], names=names)
+
+
+def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, column: str | None = None) -> Columns:
+    """Find the one column that a task's model is asked with; answers are not looked for.
+
+    Args:
+        file_columns: As for `resolve_columns`.
+        task: The task; its format must not be "auto".
+        source: Name of the file, for the message.
+        column: The column's name, where neither the task's own names nor convention find it.
+
+    Raises:
+        DataValidationError: The column is missing or ambiguous.
+
+    Example:
+        >>> find_input(["id", "Body"], TaskSchema(name="t"), "t.csv").names
+        {'text': 'Body'}
+    """
+    kind = task.format
+    assert kind != "auto", "a task that was learned has a format"
+    name = COLUMNS_OF_FORMAT[kind][0]
+    if column is not None:
+        task = replace(task, columns={name: column})
+    elif task.columns.get(name) not in file_columns:
+        task = replace(task, columns={})  # the task's first file named it so; this one may do otherwise
+    found = _find(name, file_columns, task, source)
+    if found is None:
+        raise DataValidationError(
+            f"{source} has the columns {_listed(file_columns)}; none is named like {name}. Name it with --column."
+        )
+    return Columns(format=kind, names={name: found})
 
 
 def _possible_formats(task: TaskSchema) -> list[Format]:

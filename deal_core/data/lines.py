@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,19 @@ def open_bytes(path: Path) -> io.BufferedReader:
         return file
     file.close()
     return io.BufferedReader(_UnpackGuard(path), buffer_size=2**17)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Digest of a file's bytes as they lie there, packed or not.
+
+    Raises:
+        DataValidationError: There is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
 
 
 def open_text(path: Path, *, newline: str) -> TextIO:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import string
 import unicodedata
@@ -85,6 +87,12 @@ class TaskSchema:
         object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
         object.__setattr__(self, "columns", dict(self.columns))
 
+    @property
+    def sha256(self) -> str:
+        """Digest of what decides how rows are stored and asked; names of columns in a file are no part of it."""
+        parts = [self.format, list(self.labels), self.instruction, self.template]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """The schema as a dict of JSON types."""
         return {**asdict(self), "labels": list(self.labels)}
@@ -149,11 +157,17 @@ class DatasetManifest:
     """Problems by reason; a bad row can have several."""
     split: Literal["given", "hash"]
     """Whether the file (or a test file beside it) says which rows are test rows, or the rows' digests do."""
+    retain_training_rows: bool = False
+    """Whether the training rows stay once they are learned."""
+    files: tuple[str, ...] = ()
+    """SHA-256 of the bytes of each file that these rows came in, with its test file if it had one."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a dict of JSON types."""
-        return {**asdict(self), "task": self.task.to_json(), "problems": dict(self.problems)}
+        return {
+            **asdict(self), "task": self.task.to_json(), "problems": dict(self.problems), "files": list(self.files)
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DatasetManifest:
@@ -167,4 +181,4 @@ class DatasetManifest:
                 f"The manifest has schema version {data.get('schema_version')!r}, this program reads {SCHEMA_VERSION}; "
                 "build the dataset again from its file."
             )
-        return cls(**{**data, "task": TaskSchema.from_json(data["task"])})
+        return cls(**{**data, "task": TaskSchema.from_json(data["task"]), "files": tuple(data.get("files", ()))})

@@ -19,6 +19,8 @@ from deal_core.models import BaseModel
 from deal_core.rehearsal import Rehearsal
 
 Stores = Literal["nothing", "data", "features"]
+STORED_ROWS = "rows."
+"""What the names of tensors that hold rows of old tasks begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)

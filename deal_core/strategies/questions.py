@@ -15,9 +15,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import answer_limit, generate
 from deal_core.rehearsal import Question, Rehearsal, pack, unpack, with_target
-from deal_core.strategies.base import TaskContext
-
-STORED = "rows."
+from deal_core.strategies.base import STORED_ROWS, TaskContext
 
 
 def make_rehearsal(
@@ -33,7 +31,7 @@ def make_rehearsal(
         seed: Decides what is drawn.
     """
     if config.texts == "stored":
-        tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED)]
+        tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED_ROWS)]
     elif config.texts == "arrival":
         olds = tasks_to_ask(context.old_tasks, context.task)
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
@@ -54,11 +52,11 @@ def keep_rows(
     """Return the stored rows of all tasks, the new one's sample among them; empty where none are kept."""
     if config.texts != "stored":
         return {}
-    kept = {name: value for name, value in tensors.items() if name.startswith(STORED)}
+    kept = {name: value for name, value in tensors.items() if name.startswith(STORED_ROWS)}
     rows = list(context.encoded)
     sample = random.Random(seed).sample(rows, max(1, round(config.stored_share * len(rows))))
     questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in sample]
-    return {**kept, f"{STORED}{len(kept):04d}": pack(questions)}
+    return {**kept, f"{STORED_ROWS}{len(kept):04d}": pack(questions)}
 
 
 def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:

@@ -90,10 +90,9 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
 
     store = current_store()
     dataset, adapter = result.dataset.uri, f"adapters/l/{result.run_key[:16]}"
-    assert dataset == f"datasets/bank/{result.dataset.sha256}"
-    assert {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)} == {
-        "train.parquet", "test.parquet", "manifest.json",
-    }  # fmt: skip
+    assert dataset.startswith(f"datasets/bank/{result.dataset.sha256}/l/")
+    kept = {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)}
+    assert kept == {"test.parquet", "manifest.json"}, "training rows are deleted once they are learned"
     names = {info.key.removeprefix(f"{adapter}/") for info in store.list(adapter)}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
 
@@ -350,6 +349,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
     assert client.list_artifacts(tracking_id, "figures")
     assert not list((home / "work").rglob("*.*"))
+    assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
 
 
 def test_a_version_that_another_has_overtaken_is_not_promoted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,11 +64,31 @@ def test_schema_and_manifest_come_back_from_json() -> None:
     )
     manifest = DatasetManifest(
         task=task, sha256="00", source="f.csv", num_read=4, num_train=1, num_test=1, num_rejected=2,
-        problems={"duplicate row": 2}, split="hash",
+        problems={"duplicate row": 2}, split="hash", retain_training_rows=True, files=("aa", "bb"),
     )  # fmt: skip
     assert TaskSchema.from_json(json.loads(json.dumps(task.to_json()))) == task
     assert DatasetManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     assert hash(task) == hash(TaskSchema.from_json(task.to_json()))
+
+
+def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
+    values = DatasetManifest(
+        task=TaskSchema(name="t"), sha256="00", source="f.csv", num_read=1, num_train=1, num_test=0, num_rejected=0,
+        problems={}, split="hash",
+    ).to_json()  # fmt: skip
+    del values["retain_training_rows"], values["files"]
+    read = DatasetManifest.from_json(values)
+    assert (read.retain_training_rows, read.files) == (False, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [({"columns": {"text": "Body"}}, True), ({"instruction": "i"}, False), ({"template": "{text}"}, False),
+     ({"labels": ("b", "a")}, False), ({"format": "completion", "labels": ()}, False)],
+)  # fmt: skip
+def test_a_schema_s_digest_tells_how_it_asks(change: dict[str, Any], is_same: bool) -> None:
+    plain = TaskSchema(name="t", labels=("a", "b"))
+    assert (replace(plain, **change).sha256 == plain.sha256) == is_same
 
 
 def test_a_manifest_of_another_version_is_refused() -> None:

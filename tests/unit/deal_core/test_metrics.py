@@ -169,3 +169,11 @@ def test_paired_interval_is_reproducible_and_follows_its_seed() -> None:
 def test_paired_interval_wants_pairs(first: list[float], second: list[float]) -> None:
     with pytest.raises(ValueError, match="two of one length"):
         paired_interval(first, second)
+
+
+def test_other_test_rows_change_the_base_and_the_last_version_alone() -> None:
+    changed = THREE.remeasured(THREE.tasks[0], base_accuracy=0.25, last_accuracy=0.75)
+    assert (changed.base[0], changed.rows[-1][0]) == (0.25, 0.75)
+    assert (changed.base[1:], changed.rows[:-1], changed.rows[-1][1:]) == (
+        THREE.base[1:], THREE.rows[:-1], THREE.rows[-1][1:]
+    )  # fmt: skip

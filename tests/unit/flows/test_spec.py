@@ -162,6 +162,13 @@ def test_where_the_file_lies_is_no_setting() -> None:
     assert here.config_sha256(adapter, "deal") == there.config_sha256(adapter, "deal")
 
 
+def test_what_is_retained_changes_no_run() -> None:
+    adapter, task = AdapterConfig(), {"name": "t", "data": "x"}
+    plain = parse(AdaptSpec, {"task": task}, "a")
+    retained = parse(AdaptSpec, {"task": task, "data": {"retain_training_rows": True}}, "b")
+    assert plain.config_sha256(adapter, "deal") == retained.config_sha256(adapter, "deal")
+
+
 def test_given_tells_only_what_was_said() -> None:
     assert TaskSpec(name="t", data="x", labels=("a", "b")).given() == {"labels": ("a", "b")}
 

@@ -1,0 +1,266 @@
+"""A file of rows with their answers: written in chunks, so that what was cut short goes on, then made one file.
+
+    OUT.partial/state.json           what is being answered, by what
+    OUT.partial/chunk-000000.jsonl   rows of one chunk with their answers (or .parquet)
+    OUT.partial/chunk-000000.json    how many these are: written last, so that the chunk is complete
+
+A chunk depends on nothing but its rows, so that the file is the same to the byte however often it was begun.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deal_core.data.parquet_rows import open_parquet
+from deal_core.data.readers import file_kind, read_rows
+from deal_core.errors import ConfigError, DataValidationError
+
+OutputKind = Literal["jsonl", "parquet"]
+OWN_COLUMNS = ("answer", "problem", "task", "lineage", "version")
+"""What is added to a row; a name that the file has already becomes deal_<name>."""
+_INT64 = 2**63
+_EXACT_FLOAT = 2**53
+
+
+class Survey(NamedTuple):
+    """What a file of rows holds."""
+
+    num_rows: int
+    types: dict[str, pa.DataType]
+    """Its columns in order, with the type each has in a Parquet file."""
+
+
+class Counts(NamedTuple):
+    """Rows of a chunk or of a file, and those without an answer."""
+
+    num_rows: int
+    num_bad: int
+
+
+def survey_rows(path: Path) -> Survey:
+    """Read a file once, to its end: its columns, and what fits their values.
+
+    A column of a CSV is text. One of JSON lines keeps its type where its values have one; otherwise what is no text is
+    written as JSON.
+
+    Raises:
+        DataValidationError: The file cannot be read, or not to its end, has no row or two columns of one name.
+    """
+    if file_kind(path) == "parquet":
+        with open_parquet(path) as file:
+            fields, num_rows = list(file.schema_arrow), file.metadata.num_rows
+        if len({field.name for field in fields}) < len(fields):
+            raise DataValidationError(f"{path.name} has two columns of one name; rename one.")
+        found = Survey(num_rows, {field.name: field.type for field in fields})
+    else:
+        kinds: dict[str, set[str]] = {}
+        num_rows = 0
+        for raw in read_rows(path):
+            num_rows += 1
+            for name, value in raw.values.items():
+                kinds.setdefault(name, set()).add(_kind_of(value))
+        found = Survey(num_rows, {name: _type_for(each) for name, each in kinds.items()})
+    if not found.num_rows:
+        raise DataValidationError(f"{path.name} has no rows; give a file with some.")
+    return found
+
+
+def own_names(columns: Iterable[str]) -> dict[str, str]:
+    """Under which name each of OWN_COLUMNS goes beside these columns.
+
+    Raises:
+        DataValidationError: A column has such a name, and the other one too.
+    """
+    taken = set(columns)
+    names = {name: f"deal_{name}" if name in taken else name for name in OWN_COLUMNS}
+    if doubled := taken & set(names.values()):
+        raise DataValidationError(f"The file has the columns {', '.join(sorted(doubled))} already; rename them.")
+    return names
+
+
+def output_kind(path: Path) -> OutputKind:
+    """What a name of a file of answers asks for.
+
+    Raises:
+        ConfigError: It ends in neither .jsonl nor .parquet.
+    """
+    if path.suffix == ".jsonl":
+        return "jsonl"
+    if path.suffix == ".parquet":
+        return "parquet"
+    raise ConfigError(f"The answers would go to {path.name}; give a name that ends in .jsonl or .parquet.")
+
+
+@dataclass(frozen=True)
+class AnswerFiles:
+    """The file of answers that is being written, and its chunks."""
+
+    output: Path
+    types: Mapping[str, pa.DataType]
+    """Columns of the rows, see `Survey.types`."""
+    names: Mapping[str, str]
+    """Names of what is added, see `own_names`."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the chunks are."""
+        return self.output.with_name(f"{self.output.name}.partial")
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Begin, or go on with what was begun with the same state.
+
+        Raises:
+            ConfigError: It was begun with another one, or the file is there already.
+        """
+        path = self.folder / "state.json"
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name in state if before.get(name) != state[name]]
+            if differing or set(before) != set(state):
+                told = ", ".join(f"{name} {before.get(name)!r} (now {state[name]!r})" for name in differing)
+                raise ConfigError(
+                    f"{self.folder} was begun with {told or 'other settings'}; give the same again to go on "
+                    "(--version, --task, --column and the file), or delete the folder to begin anew."
+                )
+            return
+        if self.output.exists():
+            raise ConfigError(f"{self.output} is there already; delete it, or give another --out.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(dict(state), ensure_ascii=False, indent=2))
+
+    def counts(self, index: int) -> Counts | None:
+        """How many rows a complete chunk has; None where it is not complete."""
+        path = self._chunk(index).with_suffix(".json")
+        return Counts(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write_chunk(self, index: int, rows: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Counts:
+        """Write the rows of a chunk, each with what is added to it, by the names of OWN_COLUMNS."""
+        path = self._chunk(index)
+        added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
+        if output_kind(self.output) == "jsonl":
+            lines = (_json_line({**row, **more}) for row, more in zip(rows, added, strict=True))
+            _write(path, "".join(lines))
+        else:
+            part = path.with_name(f".{path.name}.part")
+            pq.write_table(self._table(rows, added), part, compression="zstd")
+            os.replace(part, path)
+        counts = Counts(len(rows), sum(values.get("answer") is None for values in own))
+        _write(path.with_suffix(".json"), json.dumps(counts._asdict()))
+        return counts
+
+    def merge(self, num_chunks: int) -> None:
+        """Make the complete chunks one file, in one step, and remove them."""
+        part = self.folder / f"whole{self.output.suffix}"
+        if output_kind(self.output) == "jsonl":
+            with part.open("wb") as writer:
+                for index in range(num_chunks):
+                    with self._chunk(index).open("rb") as reader:
+                        shutil.copyfileobj(reader, writer, 2**20)
+        else:
+            with pq.ParquetWriter(part, self._schema(), compression="zstd") as parquet:
+                for index in range(num_chunks):
+                    parquet.write_table(pq.read_table(self._chunk(index), schema=self._schema(), memory_map=False))
+        os.replace(part, self.output)
+        done = self.folder.with_name(f"{self.folder.name}-done")  # half a folder must not look like one to go on with
+        shutil.rmtree(done, ignore_errors=True)
+        self.folder.rename(done)
+        shutil.rmtree(done, ignore_errors=True)
+
+    def _chunk(self, index: int) -> Path:
+        return self.folder / f"chunk-{index:06d}{self.output.suffix}"
+
+    def _schema(self) -> pa.Schema:
+        own = [pa.field(name, pa.string()) for name in self.names.values()]
+        return pa.schema([*(pa.field(name, kind) for name, kind in self.types.items()), *own])
+
+    def _table(self, rows: Sequence[Mapping[str, Any]], added: Sequence[Mapping[str, Any]]) -> pa.Table:
+        columns = [_array([row.get(name) for row in rows], kind) for name, kind in self.types.items()]
+        columns += [_array([more[name] for more in added], pa.string()) for name in self.names.values()]
+        return pa.Table.from_arrays(columns, schema=self._schema())
+
+
+def in_chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The rows in lists of `size`, the last one shorter."""
+    chunk: list[Any] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _kind_of(value: object) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "null"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if abs(value) <= _EXACT_FLOAT else "large int" if -_INT64 <= value < _INT64 else "other"
+    return {float: "float", str: "str"}.get(type(value), "other")
+
+
+def _type_for(kinds: set[str]) -> pa.DataType:
+    """The type that holds all of a column's values as they are; text where there is none."""
+    kinds = kinds - {"null"}
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds and kinds <= {"int", "large int"}:
+        return pa.int64()
+    if kinds and kinds <= {"int", "float"}:
+        return pa.float64()
+    return pa.string()
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.array([_text(value) for value in values], kind)
+    if pa.types.is_floating(kind):
+        return pa.array([None if value is None else float(value) for value in values], kind)
+    return pa.array(values, kind)
+
+
+def _text(value: object) -> str | None:
+    """A cell of text; a byte that was not UTF-8 becomes its escape."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False, default=_cell)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), ensure_ascii=False, default=_cell, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value with what JSON has no number for as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _cell(value: object) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a lone surrogate becomes the JSON escape of itself."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+    os.replace(part, path)

@@ -1,0 +1,301 @@
+"""Forget: find everything that holds rows of one arrival, and every version that learned from it; then remove it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.registry import Registry, VersionInfo
+from infra.row_artifacts import artifacts_with_rows
+from infra.runs import ArtifactRemover, RunInfo, list_runs
+from infra.tracking import Tracker
+from tasks.arrivals_known import QUARANTINE, KnownArrival, manifests_of
+from tasks.inbox import INBOX, read_state, write_state
+from tasks.record import read_record
+from tasks.services import work_folder
+from tasks.sweep import ADAPTERS, DATASETS, list_all_lineages
+
+ADAPTER_ANSWERS = ("answers.json",)
+"""Beside an adapter: what it answered to the test rows."""
+Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
+               "rows kept by the method", "adapter of no version"]  # fmt: skip
+
+
+class Held(BaseModel):
+    """Something that holds rows of the arrival."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    address: str
+    """Key in the store, path of a work folder, or the names of a run's artifacts."""
+    num_bytes: int = 0
+    run_id: str | None = None
+    """MLflow run that the artifacts are of."""
+    lineage: str | None = None
+    version: str | None = None
+
+
+class Learned(BaseModel):
+    """A version that learned from the arrival, itself or through one that it descends from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    version: str
+    task: str
+    is_direct: bool
+    """It was trained on the arrival; otherwise it continues a version that was."""
+    accepted: bool
+    aliases: tuple[str, ...]
+
+
+class ForgetPlan(BaseModel):
+    """What forgetting an arrival removes, and what it cannot."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    sha256: str
+    files: tuple[str, ...]
+    held: tuple[Held, ...]
+    learned: tuple[Learned, ...]
+    unjudged: tuple[str, ...]
+    """Lineages whose champion is judged on the task by these rows: it cannot be judged on it afterwards."""
+    shared_with: tuple[str, ...] = ()
+    """Digests of other datasets that came with one of the same files, such as the task's file of test rows."""
+
+
+def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[Learned, ...]:
+    """The versions of a lineage, oldest first, that learned from one of the datasets: their weights still hold it."""
+    found: dict[str, Learned] = {}
+    for version in versions:
+        is_direct = version.dataset_sha256 in sha256s
+        if is_direct or version.parent_version in found:
+            found[version.version] = Learned(
+                lineage=version.lineage, version=version.version, task=version.task, is_direct=is_direct,
+                accepted=version.accepted, aliases=version.aliases,
+            )  # fmt: skip
+    return tuple(found.values())
+
+
+def plan_forgetting(
+    store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
+) -> ForgetPlan:
+    """Look for everything that holds rows of an arrival. Nothing is changed.
+
+    Args:
+        store: holds rows and adapters.
+        registry: knows the versions.
+        tracker: knows the runs.
+        arrival: as `tasks.arrivals_known.find_arrival` found it.
+    """
+    remover = ArtifactRemover(tracker)
+    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival)]
+    learned: list[Learned] = []
+    unjudged: list[str] = []
+    for lineage in list_all_lineages(store):
+        versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
+        affected = affected_versions(versions, {arrival.sha256})
+        learned += affected
+        judged = _judged_by(store, versions, arrival)
+        if any("champion" in version.aliases for version in judged):
+            unjudged.append(lineage)
+        numbers = {each.version for each in affected}
+        unfinished = _unregistered(versions, runs, numbers, arrival)
+        held += _work_folders(lineage, unfinished | {run.short_key for run in runs
+                                                     if run.dataset_sha256 == arrival.sha256})
+        held += _orphans(store, lineage, unfinished)
+        held += _answers(store, judged)
+        own = {run.run_id for run in runs if run.dataset_sha256 == arrival.sha256}
+        held += _artifacts(remover, own | {version.tracking_id for version in judged})
+        held += _kept_by_method(store, versions, numbers, arrival)
+    shared = {
+        sha256 for sha256, manifest in manifests_of(store, arrival.task)
+        if sha256 != arrival.sha256 and set(manifest.files) & set(arrival.files)
+    }  # fmt: skip
+    return ForgetPlan(
+        task=arrival.task, sha256=arrival.sha256, files=arrival.files, held=tuple(held), learned=tuple(learned),
+        unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
+    )  # fmt: skip
+
+
+def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
+    """Remove what a plan found. Each step can be repeated: the tombstone stays, and with it the arrival is found."""
+    by_kind: dict[str, list[Held]] = {}
+    for each in plan.held:
+        by_kind.setdefault(each.kind, []).append(each)
+    for each in by_kind.get("artifacts", ()):
+        assert each.run_id is not None
+        remover.remove_run_files(each.run_id, each.address.split(", "))
+    for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
+        _empty_method_rows(store, remover, registry.versions(lineage), plan.sha256)
+    for each in by_kind.get("work folder", ()):
+        shutil.rmtree(each.address, ignore_errors=True)
+    for kind in ("adapter of no version", "answers", "inbox file", "quarantine", "training rows", "test rows"):
+        for each in by_kind.get(kind, ()):
+            store.delete(each.address)
+    store.delete(f"{DATASETS}/{plan.task}/{plan.sha256}")
+
+
+def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> None:
+    """What the watches noted of these files may quote bad rows: say instead that they were forgotten."""
+    for info in list(store.list("watch")):
+        lineage = info.key.removeprefix("watch/").removesuffix(".json")
+        state = read_state(store, lineage)
+        files = {key: state.files[key] for key in keys if key in state.files}
+        if files:
+            state.files.update({key: each.model_copy(update={"message": said}) for key, each in files.items()})
+            write_state(store, lineage, state)
+
+
+def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
+    kinds: Mapping[str, Kind] = {"train.parquet": "training rows", "test.parquet": "test rows"}
+    found = [
+        Held(kind=kinds[info.key.rsplit("/", 1)[1]], address=info.key, num_bytes=info.size)
+        for info in store.list(f"{DATASETS}/{arrival.task}/{arrival.sha256}")
+        if info.key.rsplit("/", 1)[1] in kinds
+    ]
+    for sha256 in (arrival.sha256, *arrival.files):
+        found += [
+            Held(kind="quarantine", address=info.key, num_bytes=info.size)
+            for info in store.list(f"{QUARANTINE}/{arrival.task}/{sha256}")
+        ]
+    return found
+
+
+def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
+    keys = arrival.inbox_keys(store, registry)
+    sizes = {info.key: info.size for info in store.list(f"{INBOX}/{arrival.task}")}
+    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in keys]
+
+
+def _judged_by(
+    store: ObjectStore, versions: Iterable[VersionInfo], arrival: KnownArrival
+) -> list[VersionInfo]:
+    """Versions that are judged on the task by the arrival's test rows."""
+    found = []
+    for version in versions:
+        if version.adapter_removed:
+            continue
+        try:
+            known = read_record(store, version.adapter_uri).task(arrival.task)
+        except ObjectNotFoundError:
+            continue
+        if known is not None and known.dataset_uri.split("/")[2] == arrival.sha256:
+            found.append(version)
+    return found
+
+
+def _unregistered(
+    versions: Iterable[VersionInfo], runs: Iterable[RunInfo], affected: Collection[str], arrival: KnownArrival
+) -> set[str]:
+    """Short keys of the runs that learned, or continue what learned, from the arrival, and have no version."""
+    registered = {version.run_key for version in versions}
+    return {
+        run.short_key for run in runs
+        if run.run_key not in registered
+        and (run.dataset_sha256 == arrival.sha256 or run.parent_version in affected)
+    }  # fmt: skip
+
+
+def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[Held]:
+    found: dict[str, int] = {}
+    for key in sorted(short_keys):
+        for info in store.list(f"{ADAPTERS}/{lineage}/{key}"):
+            folder = f"{ADAPTERS}/{lineage}/{key}"
+            found[folder] = found.get(folder, 0) + info.size
+    return [
+        Held(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage)
+        for folder, size in found.items()
+    ]
+
+
+def _work_folders(lineage: str, short_keys: Collection[str]) -> list[Held]:
+    folders = [work_folder(lineage, key) for key in sorted(short_keys)]
+    return [
+        Held(kind="work folder", address=str(folder), lineage=lineage,
+             num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        for folder in folders if folder.is_dir()
+    ]  # fmt: skip
+
+
+def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
+    return [
+        Held(kind="answers", address=info.key, num_bytes=info.size, lineage=version.lineage, version=version.version)
+        for version in versions
+        for info in store.list(version.adapter_uri)
+        if info.key.rsplit("/", 1)[1] in ADAPTER_ANSWERS
+    ]
+
+
+def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[Held]:
+    found = []
+    for run_id in sorted(run_ids):
+        paths = artifacts_with_rows(remover.run_files(run_id))
+        if paths:
+            found.append(Held(kind="artifacts", address=", ".join(paths), run_id=run_id))
+    return found
+
+
+def _kept_by_method(
+    store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
+) -> list[Held]:
+    concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
+    names = _method_rows(store, versions, arrival.sha256) if concerned else {}
+    return [
+        Held(kind="rows kept by the method", address=f"{version.adapter_uri}/method.safetensors",
+             lineage=version.lineage, version=version.version)
+        for version in concerned if names.get(version.version)
+    ]  # fmt: skip
+
+
+def _method_rows(store: ObjectStore, versions: Sequence[VersionInfo], sha256: str) -> dict[str, set[str]]:
+    """By version, the tensors of its method state that hold rows of the dataset: what it added itself, or took over."""
+    from deal_core.adapter.state import stored_rows
+
+    sizes: dict[str, dict[str, int]] = {}
+    wanted: dict[str, set[str]] = {}
+    for version in versions:
+        parent = version.parent_version or ""
+        with tempfile.TemporaryDirectory(prefix="deal-forget-") as temporary:
+            _download_method(store, version.adapter_uri, Path(temporary))
+            names = sizes.setdefault(version.version, stored_rows(Path(temporary))).keys()
+        own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 == sha256 else set()
+        wanted[version.version] = own | (wanted.get(parent, set()) & names)
+    return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
+
+
+def _empty_method_rows(
+    store: ObjectStore, remover: ArtifactRemover, versions: Sequence[VersionInfo], sha256: str
+) -> None:
+    from deal_core.adapter.state import empty_stored_rows
+
+    for version, names in _method_rows(store, versions, sha256).items():
+        if not names:
+            continue
+        info = next(each for each in versions if each.version == version)
+        with tempfile.TemporaryDirectory(prefix="deal-forget-") as temporary:
+            folder = Path(temporary)
+            _download_method(store, info.adapter_uri, folder)
+            empty_stored_rows(folder, names)
+            store.upload_folder(folder, info.adapter_uri)
+            remover.replace_in_model(info.model_id, folder)
+
+
+def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
+    for info in _method_files(store, adapter_uri):
+        store.download_file(info.key, folder / info.key.rsplit("/", 1)[1])
+
+
+def _method_files(store: ObjectStore, adapter_uri: str) -> list[ObjectInfo]:
+    names = ("method.json", "method.safetensors")
+    return [info for info in store.list(adapter_uri) if info.key.rsplit("/", 1)[1] in names]
+
+

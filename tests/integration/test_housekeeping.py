@@ -1,0 +1,387 @@
+"""Retention, gc, forget, validation by what a lineage knows, and prediction in bulk, on a base model of two layers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from deal_core.adapter.state import stored_rows
+from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from flows.adapt import adapt
+from flows.evaluate import evaluate
+from flows.forget import forget, plan_forget
+from flows.gc import GcResult, gc
+from flows.history import find_version
+from flows.predict import predict
+from flows.predict_file import FileAnswers, predict_file
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+from flows.validate import validate
+from infra.file_store import FileStore
+from infra.registry import open_registry
+from infra.runs import ArtifactRemover
+from infra.tracking import open_tracker
+from tasks.arrivals_known import find_arrival
+from tasks.ingest import read_manifest
+from tasks.record import read_record
+from tasks.services import current_store
+from tasks.tombstones import TestRowsForgottenError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BANK = {
+    "name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl"),
+    "test_data": str(EXAMPLES / "bank" / "test.jsonl"), "instruction": "What is it about?",
+}  # fmt: skip
+CLINIC = {
+    "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
+    "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
+}  # fmt: skip
+PASS = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+FAIL = {**PASS, "min_accuracy": 1.0}
+SECRET = "Zanzibar-4711"
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
+    values = {
+        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
+        **settings,
+    }  # fmt: skip
+    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
+
+
+@pytest.fixture(scope="module")
+def kept_home(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, AdaptResult]:
+    """A home whose lineage has learned a landed file by replay, one bad row and one with a secret in it."""
+    folder = tmp_path_factory.mktemp("kept-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        return folder, run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
+
+
+@pytest.fixture
+def first(home: Path, kept_home: tuple[Path, AdaptResult]) -> AdaptResult:
+    """The first task's result, in a copy of its home."""
+    folder, result = kept_home
+    shutil.copytree(folder, home, dirs_exist_ok=True)
+    return result
+
+
+def land() -> dict[str, Any]:
+    """Put the bank's rows and its test rows into the inbox; return the task."""
+    store = current_store()
+    bad = json.dumps({"text": "", "label": f"lost card {SECRET}"}) + "\n"
+    good = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"}) + "\n"
+    store.put_bytes("inbox/bank/may.jsonl", (Path(BANK["data"]).read_text() + good + bad).encode())
+    store.put_bytes("inbox/bank/test.jsonl", Path(BANK["test_data"]).read_bytes())
+    return {
+        **BANK, "data": store.uri_of("inbox/bank/may.jsonl"), "test_data": store.uri_of("inbox/bank/test.jsonl")
+    }  # fmt: skip
+
+
+def collect(*arguments: Any, **options: Any) -> GcResult:
+    return asyncio.run(gc(*arguments, **options))
+
+
+def keys(prefix: str) -> list[str]:
+    return [info.key for info in current_store().list(prefix)]
+
+
+# --- retention
+
+
+def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, first: AdaptResult) -> None:
+    train = f"{first.dataset.uri}/train.parquet"
+    store = current_store()
+    assert not store.exists(train) and store.exists(f"{first.dataset.uri}/test.parquet")
+    test_rows = store.get_bytes(f"{first.dataset.uri}/test.parquet")
+    assert run(tiny_base, land()).status == "repeat"
+    assert not store.exists(train), "a repeat leaves none either"
+    assert store.get_bytes(f"{first.dataset.uri}/test.parquet") == test_rows
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+    assert not store.exists(f"{rejected.dataset.uri}/train.parquet")
+    retained = run(tiny_base, CLINIC, data={"retain_training_rows": True})
+    assert retained.status == "promoted" and store.exists(f"{retained.dataset.uri}/train.parquet")
+    assert run(tiny_base, CLINIC).status == "repeat"
+    assert "training rows" not in {each.kind for each in collect("l", "0h", dry_run=True).removals}
+    assert store.exists(f"{retained.dataset.uri}/train.parquet")
+
+
+def test_lineages_that_ask_otherwise_about_the_same_rows_both_stay_right(tiny_base: Path, first: AdaptResult) -> None:
+    other = run(tiny_base, {**land(), "instruction": "Which one?"}, lineage="m")
+    assert other.dataset.sha256 == first.dataset.sha256 and other.dataset.uri != first.dataset.uri
+    store = current_store()
+    asked = [read_manifest(store, result.dataset.uri).task.instruction for result in (first, other)]
+    assert asked == ["What is it about?", "Which one?"]
+    uris = [read_record(store, f"adapters/{lineage}/{result.run_key[:16]}").tasks[0].dataset_uri
+            for lineage, result in (("l", first), ("m", other))]  # fmt: skip
+    assert uris == [first.dataset.uri, other.dataset.uri]
+
+
+# --- gc
+
+
+def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptResult, home: Path) -> None:
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+    store = current_store()
+    store.put_bytes("adapters/l/0123456789abcdef/adapter_config.json", b"{}")
+    store.put_bytes(f"{rejected.dataset.uri}/train.parquet", b"left by a crash")
+    work = home / "work" / "l" / "fedcba9876543210"
+    work.mkdir(parents=True)
+    (work / "checkpoint").write_bytes(bytes(100))
+    assert [each.kind for each in collect("l").removals] == ["training rows"], "the rest is younger than thirty days"
+    store.put_bytes(f"{rejected.dataset.uri}/train.parquet", b"left by a crash")
+
+    before = {path for path in home.joinpath("store").rglob("*") if path.is_file()}
+    planned = collect(older_than="0h", dry_run=True)
+    assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
+    adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
+    assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
+        ("work folder", "fedcba9876543210"), *(("adapter", key) for key in adapters),
+        ("training rows", "train.parquet"),
+    ]  # fmt: skip
+    done = collect(older_than="0h")
+    assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)
+    assert not work.exists() and not [key for key in adapters if keys(f"adapters/l/{key}")]
+    assert collect(older_than="0h").removals == ()
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    told = client.get_model_version("l", "2")
+    assert "deal.adapter_removed" in told.tags
+    model_id = told.source.removeprefix("models:/")
+    assert not client.list_logged_model_artifacts(model_id)
+    kept = client.get_model_version("l", "1").source.removeprefix("models:/")
+    assert client.list_logged_model_artifacts(kept), "the champion's stay"
+    with pytest.raises(RegistryError, match="adapter of version 2 of 'l' was removed on"):
+        find_version(open_registry(), "l", "2")
+    assert predict("hello", lineage="l", task=None, version=None).version == "1"
+
+
+def test_gc_cut_short_is_completed_by_the_next(
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejected = run(tiny_base, CLINIC, gate=FAIL)
+
+    def die(store: FileStore, prefix: str) -> int:
+        raise StoreError("the network is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "delete", die)
+        with pytest.raises(StoreError):
+            collect("l", "0h")
+    assert keys(f"adapters/l/{rejected.run_key[:16]}")
+    assert [each.version for each in collect("l", "0h").removals] == ["2"]
+    assert not keys(f"adapters/l/{rejected.run_key[:16]}")
+
+
+def test_gc_with_another_registry_removes_nothing(
+    first: AdaptResult, mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copy(mlflow_database, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    before = keys("")
+    with pytest.raises(RegistryError, match="does not know; nothing of the lineage was removed"):
+        collect(older_than="0h")
+    assert keys("") == before
+
+
+@pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
+def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: str) -> None:
+    with pytest.raises(ConfigError):
+        collect(lineage, age)
+
+
+# --- forget
+
+
+def holding(home: Path, text: str) -> list[str]:
+    """Files under the home that hold a text, in the clear or in a Parquet file; databases and logs left out."""
+    found = []
+    for path in (path for part in ("store", "mlflow-artifacts", "work") for path in home.joinpath(part).rglob("*")):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".parquet":
+            content = json.dumps(pq.read_table(path).to_pylist()).encode()
+        if text.encode() in content:
+            found.append(str(path))
+    return found
+
+
+def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
+    tiny_base: Path, home: Path, tmp_path: Path
+) -> None:
+    first = run(tiny_base, land(), strategy="replay", rehearsal={"stored_share": 0.2})
+    second = run(tiny_base, CLINIC, rehearsal={"stored_share": 0.2})
+    store = current_store()
+    assert holding(home, SECRET)
+    for uri in (f"adapters/l/{result.run_key[:16]}" for result in (first, second)):
+        store.put_bytes(f"{uri}/answers.json", b"{}")
+    tracker = open_tracker()
+    assert second.tracking_id is not None
+    tracker.run(second.tracking_id).log_json("report.json", {"lost": [SECRET]})
+
+    plan = plan_forget(first.dataset.sha256[:8])
+    assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
+        ("1", True, ()), ("2", False, ("challenger", "champion")),
+    ]  # fmt: skip
+    assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
+    assert {each.kind for each in plan.held} == {
+        "test rows", "quarantine", "inbox file", "answers", "artifacts", "rows kept by the method"
+    }
+
+    done = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked"))
+    assert done.plan.held == plan.held
+    assert holding(home, SECRET) == []
+    assert keys("datasets/bank") == keys("quarantine") == keys("inbox") == []
+    assert not [key for key in keys("adapters") if key.endswith("answers.json")]
+    for number, is_mine in (("1", [True]), ("2", [True, False])):
+        info = find_version(open_registry(), "l", number)
+        local = tmp_path / number
+        store.download_folder(info.adapter_uri, local)
+        assert [size == 0 for size in stored_rows(local).values()] == is_mine, "another task's rows stay"
+        kept = ArtifactRemover(tracker)
+        assert kept.model_file(info.model_id, "method.safetensors")
+        (copy,) = [path for path in home.joinpath("mlflow-artifacts").rglob("method.safetensors")
+                   if info.model_id in str(path)]  # fmt: skip
+        assert copy.read_bytes() == (local / "method.safetensors").read_bytes()
+    assert done.tombstone.versions == ("l/1", "l/2")
+    assert asyncio.run(forget(first.dataset.sha256)).plan.held == (), "a second time finds nothing"
+
+    task = land()
+    with pytest.raises(DataValidationError, match=r"forgotten on .* \(the customer asked\)"):
+        run(tiny_base, task)
+    assert keys("datasets/bank") == []
+    scores = asyncio.run(evaluate("l"))
+    assert set(scores.accuracies) == {"clinic"} and "forgotten" in scores.unjudged["bank"]
+    with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' that brings test rows"):
+        run(tiny_base, CLINIC, again=True)
+    _judged_anew(tiny_base, tmp_path, second)
+
+
+def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult) -> None:
+    """The next arrival of the task brings the rows that judge it."""
+    arrival = tmp_path / "june.jsonl"
+    rows = [{"text": f"Message {number} about my card.", "label": "lost card"} for number in range(12)]
+    rows = [{**row, "split": "test" if number < 4 else "train"} for number, row in enumerate(rows)]
+    arrival.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    third = run(tiny_base, {"name": "bank", "data": str(arrival)})
+    assert (third.status, third.parent_version, third.dataset.num_test) == ("promoted", "2", 4)
+    record = read_record(current_store(), f"adapters/l/{third.run_key[:16]}")
+    assert (record.tasks[0].dataset_uri, record.tasks[0].num_test) == (third.dataset.uri, 4)
+    assert before.matrix is not None
+    assert record.matrix.rows[0] == tuple(before.matrix["rows"][0]), "figures of before the parent stay"
+    renewed = (record.matrix.rows[1][0], record.matrix.base[0])
+    assert all(value is not None and (4 * value).is_integer() for value in renewed), "measured on the four new rows"
+    assert asyncio.run(evaluate("l")).unjudged == {}
+
+
+def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first: AdaptResult) -> None:
+    asyncio.run(forget(first.dataset.sha256[:10]))
+    learned = run(tiny_base, land(), again=True)
+    assert (learned.status, learned.dataset.uri) == ("promoted", first.dataset.uri)
+    assert asyncio.run(evaluate("l")).unjudged == {}
+
+
+@pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
+def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
+    with pytest.raises(ConfigError):
+        find_arrival(current_store(), open_registry(), named)
+
+
+def test_a_refused_file_is_forgotten_by_its_key(tiny_base: Path) -> None:
+    store = current_store()
+    store.put_bytes("inbox/bank/bad.jsonl", (json.dumps({"text": "", "label": SECRET}) + "\n").encode() * 3)
+    task = {"name": "bank", "data": store.uri_of("inbox/bank/bad.jsonl")}
+    with pytest.raises(DataValidationError):
+        run(tiny_base, task)
+    assert keys("quarantine")
+    content = store.get_bytes("inbox/bank/bad.jsonl")
+    done = asyncio.run(forget("inbox/bank/bad.jsonl"))
+    assert {each.kind for each in done.plan.held} == {"quarantine", "inbox file"} and not done.plan.learned
+    assert keys("quarantine") == keys("inbox") == []
+    store.put_bytes("inbox/bank/other name.jsonl", content)
+    with pytest.raises(DataValidationError, match="forgotten on"):
+        run(tiny_base, {**task, "data": store.uri_of("inbox/bank/other name.jsonl")})
+
+
+# --- validate
+
+
+def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: Path) -> None:
+    file = tmp_path / "june.jsonl"
+    test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])
+    rows = [test_row, {"text": "Something else.", "label": "a new label"}]
+    rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
+    file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
+    found = validate(file, spec=None, task="bank", lineage="l")
+    assert found.accepted and found.problems == {"duplicate of a test row": 1, "label outside the task's set": 1}
+    assert set(validate(file, spec=None, task="bank", lineage="unknown").problems) == set()
+
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
+    told = validate(file, spec=spec, task="ignored")
+    assert (told.num_test, told.problems) == (1, {"duplicate of a test row": 1})
+
+
+# --- prediction in bulk
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.csv"
+    texts = [json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()[:10]]
+    file.write_text("id,text\n" + "".join(f'{number},"{text}"\n' for number, text in enumerate(texts)) + "10,\n")
+    return file
+
+
+def answer(data: Path, out: Path, **options: Any) -> FileAnswers:
+    values: dict[str, Any] = {"lineage": "l", "task": None, "version": None, "column": None, "chunk_rows": 4}
+    return predict_file(data, out=out, **{**values, **options})
+
+
+def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
+    tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        """Stands for the process's death."""
+
+    def die(done: int, total: int) -> None:
+        assert total == 11
+        if done > 4:
+            raise Killed
+
+    for suffix in ("jsonl", "parquet"):
+        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+        result = answer(questions, whole)
+        assert (result.num_rows, result.num_bad, result.num_resumed, result.version) == (11, 1, 0, "1")
+        with pytest.raises(Killed):
+            answer(questions, cut, on_progress=die)
+        assert not cut.exists() and (tmp_path / f"cut.{suffix}.partial").is_dir()
+        assert answer(questions, cut).num_resumed == 4
+        assert cut.read_bytes() == whole.read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert rows == pq.read_table(tmp_path / "whole.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [str(number) for number in range(11)]
+    assert rows[10]["answer"] is None and rows[10]["problem"] == "empty text: text is empty"
+    assert {(row["task"], row["lineage"], row["version"]) for row in rows} == {("bank", "l", "1")}
+    assert rows[3]["answer"] == predict(rows[3]["text"], lineage="l", task=None, version=None).answer
+
+    with pytest.raises(Killed):
+        answer(questions, tmp_path / "later.jsonl", on_progress=die)
+    questions.write_text(questions.read_text() + "11,one more\n")
+    with pytest.raises(ConfigError, match=r"begun with sha256 .*delete the folder"):
+        answer(questions, tmp_path / "later.jsonl")
