@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ from tasks.finish import keep_findings
 from tasks.gate import decide_gate
 from tasks.ingest import ingest_arrival
 from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
-from tasks.progress import reporter
+from tasks.notices import announce_failure, announce_version
+from tasks.progress import Interrupted, reporter
 from tasks.promote import promote_version
 from tasks.record import LineageRecord, read_record, require_same_base
 from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
@@ -60,7 +62,18 @@ async def adapt_held(spec: AdaptSpec) -> AdaptResult:
 
 
 async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
-    """The stages of an adaptation; nobody else may work on the lineage meanwhile."""
+    """Learn an arrival, and tell whoever wants to know if that fails; nobody else may work on the lineage meanwhile."""
+    try:
+        return await _learn_arrival(spec, again)
+    except Interrupted:
+        raise
+    except Exception as error:
+        await asyncio.to_thread(announce_failure, spec.lineage, spec.task.name, error)
+        raise
+
+
+async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
+    """The stages of an adaptation."""
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
@@ -128,7 +141,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     decision = await stages.run("gate", decide_gate, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
-    keep_findings(trained.adapter.uri, report, trained.summary)
+    keep_findings(trained.adapter.uri, report, trained.summary, include_texts=spec.data.include_texts)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
         job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
@@ -138,8 +151,15 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     if version.accepted:
         await stages.run("promote", promote_version, version)
         stages.done("promote", f"version {version.version} is champion")
-    await stages.run("report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds))
-    stages.done("report", "figures and scores are in MLflow")
+    await stages.run(
+        "report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds),
+        include_texts=spec.data.include_texts,
+    )  # fmt: skip
+    stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
+    await asyncio.to_thread(
+        announce_version, "promoted" if version.accepted else "rejected", version, task=dataset.task,
+        evaluation=report, tracking_id=run.tracking_id,
+    )  # fmt: skip
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
 
 

@@ -18,6 +18,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.gate import EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from infra.object_store import ObjectStore
+from tasks.answers import Answers, KeptAnswers, keep_answers
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
@@ -67,7 +68,9 @@ def evaluate_version(
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
         on_base = scorer.accuracies(None, new)
         on_parent = scorer.accuracies(parent_folder, new) if parent else {}
+        before = scorer.answers
         accuracies = scorer.accuracies(folder, [*sets, *new])
+    keep_answers(store, adapter.uri, KeptAnswers(now=scorer.answers, before=before))
     parent_accuracies = record.accuracies() if record else {}
     base_accuracy = (_base_accuracies(record) | on_base)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent).get(dataset.task)
@@ -96,6 +99,8 @@ class Scorer:
         self._total = 0
         self._done = 0
         self.num_rows: dict[str, int] = {}
+        self.answers: Answers = {}
+        """Of the adapter that was scored last."""
 
     def expect(self, *passes: Sequence[TestSet]) -> None:
         """Announce the test sets that will be scored, so that progress has a total."""
@@ -107,6 +112,7 @@ class Scorer:
         from deal_core.evaluate import evaluate_task
 
         result = {}
+        self.answers = {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
                 evaluation = evaluate_task(
@@ -120,6 +126,7 @@ class Scorer:
                 )
                 result[evaluation.task] = evaluation.accuracy
                 self.num_rows[evaluation.task] = evaluation.num_rows
+                self.answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
         return result
 
     def _advance(self, name: str, num_rows: int) -> None:

@@ -9,6 +9,7 @@ from infra.ledger import Ledger
 from infra.registry import Registry, VersionInfo
 from infra.tracking import open_tracker
 from tasks.ingest import read_manifest
+from tasks.notices import announce_version
 from tasks.promote import is_overtaken, move_aliases
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
@@ -19,9 +20,13 @@ FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
 
 
-def keep_findings(adapter_uri: str, report: EvaluationReport, summary: TrainSummary) -> None:
+def keep_findings(
+    adapter_uri: str, report: EvaluationReport, summary: TrainSummary, *, include_texts: bool = False
+) -> None:
     """Keep what a run has found before its version is registered, so that its report can be written after a crash."""
-    values = {"evaluation": report.to_json(), "training": summary.model_dump(mode="json")}
+    values = {
+        "evaluation": report.to_json(), "training": summary.model_dump(mode="json"), "include_texts": include_texts,
+    }  # fmt: skip
     current_store().put_bytes(f"{adapter_uri}/{FINDINGS_FILE}", json.dumps(values, allow_nan=False).encode())
 
 
@@ -61,4 +66,11 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
         num_rejected=manifest.num_rejected,
     )
     report = EvaluationReport.from_json(findings["evaluation"])
-    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})
+    report_run.fn(
+        run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {},
+        include_texts=findings.get("include_texts", False),
+    )  # fmt: skip
+    announce_version(
+        "promoted" if version.accepted else "rejected", reference, task=version.task, evaluation=report,
+        tracking_id=version.tracking_id,
+    )  # fmt: skip

@@ -111,11 +111,16 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest) -> Dat
 def _publish_quarantine(store: ObjectStore, folder: Path, task_name: str, sha256: str) -> str:
     """Move the bad rows, if there are any, out of the dataset's folder into the store; return where they are."""
     rows = folder / QUARANTINE_FILE
-    key = f"quarantine/{task_name}/{sha256}/rows.jsonl"
+    key = quarantine_key(task_name, sha256)
     if rows.is_file() and rows.stat().st_size:
         store.upload_file(rows, key)
     rows.unlink(missing_ok=True)
     return store.uri_of(key)
+
+
+def quarantine_key(task_name: str, sha256: str) -> str:
+    """Where the bad rows of an arrival are, if it had any."""
+    return f"quarantine/{task_name}/{sha256}/rows.jsonl"
 
 
 def _digest_of(path: Path) -> str:
