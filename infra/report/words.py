@@ -77,9 +77,9 @@ def percent(share: float | None) -> str:
 
 
 def points(share: float, *, sign: bool = False) -> str:
-    """A difference of shares in points; the minus is a minus, not a hyphen."""
+    """A difference of shares in points; the minus is a minus, not a hyphen, and nothing has no sign."""
     value = round(100 * share, 1) + 0.0
-    return f"{value:{'+' if sign else ''}.1f}".replace("-", "−")
+    return f"{value:{'+' if sign and value else ''}.1f}".replace("-", "−")
 
 
 def count(number: int, noun: str) -> str:

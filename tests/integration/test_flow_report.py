@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
+from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
+from flows.cli import app
 from flows.notifying import apply_notifications
 from flows.report import write_report
 from flows.results import AdaptResult
@@ -62,6 +67,20 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
         monkeypatch.setenv("DEAL_WEBHOOK_URL", found.url)
         monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
         yield found
+
+
+def deal(*arguments: str) -> Any:
+    """What a command prints as JSON; what it sets in this process is undone."""
+    before = dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            result = CliRunner().invoke(app, list(arguments))
+    finally:
+        logging.captureWarnings(False)
+        os.environ.clear()
+        os.environ.update(before)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def told(receiver: Receiver) -> list[dict[str, Any]]:
@@ -118,9 +137,13 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
     assert report.origin.dataset_sha256 == results[1].dataset.sha256
 
     shutil.rmtree(home / "store")
-    written = write_report("pages", "2", tmp_path / "new" / "page.html")
-    assert written.file.read_bytes() == page
-    assert written.verdict == "promoted" and written.summary.encode() in page
+    file = tmp_path / "new" / "page.html"
+    told_by_command = deal("report", "2", "--lineage", "pages", "--out", str(file), "--json")
+    assert file.read_bytes() == page
+    assert (told_by_command["verdict"], told_by_command["file"]) == ("promoted", str(file))
+    assert told_by_command["summary"].encode() in page
+    deal("report", "1", "--lineage", "pages", "--json")
+    assert b"Version 1 of pages" in (home / "reports" / "pages-1.html").read_bytes()
 
     first, second = told(receiver)
     assert first["event"] == second["event"] == "deal.version.promoted" and first["id"] != second["id"]
@@ -205,11 +228,20 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
             assert [each.actions[0].type for each in await found()] == ["send-notification"] * 4
             assert [each.enabled for each in await found()] == [False, True, False, False], "as a person left them"
 
-    asyncio.run(switch_on())
-    monkeypatch.delenv("DEAL_WEBHOOK_URL")  # what comes now comes from the server
-    announce("promoted", Notice(lineage="blocks", task="a", version="6"))
-    announce("rejected", Notice(lineage="blocks", task="a", version="7", reasons=("too low",)), once="x")
-    ((_, body), *_) = receiver.wait_for(1)
+    async def clear() -> None:
+        async with get_client() as server:
+            for name in names:
+                for each in await server.read_automations_by_name(name):
+                    await server.delete_automation(each.id)
+
+    try:
+        asyncio.run(switch_on())
+        monkeypatch.delenv("DEAL_WEBHOOK_URL")  # what comes now comes from the server
+        announce("promoted", Notice(lineage="blocks", task="a", version="6"))
+        announce("rejected", Notice(lineage="blocks", task="a", version="7", reasons=("too low",)), once="x")
+        ((_, body), *_) = receiver.wait_for(1)
+    finally:
+        asyncio.run(clear())  # the server serves other tests as well
     text = json.loads(body)["text"]
     assert text.startswith("blocks: version 7 was rejected\nLineage blocks, task a\n- too low\n")
 

@@ -15,7 +15,7 @@ from deal_core.gate import EvaluationReport
 from infra.report.charts import fill_bars, loss_chart, round_up, task_lines, thin
 from infra.report.page import NUM_SHADES, matrix_rows, render_page
 from infra.report.run_report import BadRow, Changed, Example, RunReport
-from infra.report.words import verdict_of, versions_of
+from infra.report.words import count, duration, points, verdict_of, versions_of
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
@@ -185,8 +185,14 @@ def test_an_upper_edge_is_a_plain_number_not_below_the_values(value: float, edge
     assert round_up(value) == pytest.approx(edge)
 
 
+def test_differences_have_their_sign_and_times_their_unit() -> None:
+    assert [points(share, sign=True) for share in (0.1, -0.1, 0.0, -0.0001)] == ["+10.0", "−10.0", "0.0", "0.0"]
+    assert [duration(seconds) for seconds in (0.04, 119.0, 150.0, 9000.0)] == ["0.0 s", "119.0 s", "2 min", "2.5 h"]
+    assert (count(1, "row"), count(0, "row")) == ("1 row", "0 rows")
+
+
 def test_thinning_keeps_both_ends() -> None:
-    points = [(step, float(step)) for step in range(1000)]
-    kept = thin(points, 10)
-    assert len(kept) == 10 and (kept[0], kept[-1]) == (points[0], points[-1]) and kept == sorted(kept)
-    assert thin(points[:10], 10) == points[:10]
+    losses = [(step, float(step)) for step in range(1000)]
+    kept = thin(losses, 10)
+    assert len(kept) == 10 and (kept[0], kept[-1]) == (losses[0], losses[-1]) and kept == sorted(kept)
+    assert thin(losses[:10], 10) == losses[:10]
