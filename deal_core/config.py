@@ -120,6 +120,9 @@ class DataConfig:
     """A row with a longer input or output is a bad row."""
     retain_training_rows: bool = False
     """Whether the store keeps an arrival's training rows once they are learned; its test rows stay either way."""
+    include_texts: bool = False
+    """Show texts of rows in logs, reports, notices and MLflow; without it rows appear there by number and digest alone.
+    Off, since what was once copied out of the store stays where it went, whatever is deleted in the store later."""
 
     def __post_init__(self) -> None:
         _require(0 < self.test_share < 1, f"data.test_share is {self.test_share}; give a share between 0 and 1.")

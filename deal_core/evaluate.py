@@ -21,7 +21,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.metrics import exact_match, rouge1
+from deal_core.metrics import outcomes_of, rouge1
 
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
@@ -75,7 +75,7 @@ def evaluate_task(
     )
     num_rows = len(references)
     pairs = list(zip(answers, references, strict=True))
-    outcomes = "".join("1" if exact_match(answer, reference) else "0" for answer, reference in pairs)
+    outcomes = outcomes_of(answers, references)
     commonest = Counter(reference.strip().casefold() for reference in references).most_common(1)
     return TaskEvaluation(
         task=task.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,6 +185,17 @@ def exact_match(answer: str, expected: str) -> bool:
         True
     """
     return answer.strip().casefold() == expected.strip().casefold()
+
+
+def outcomes_of(answers: Iterable[str], references: Iterable[str]) -> str:
+    """One character per row: 1 where the answer is an exact match, else 0.
+
+    Example:
+        >>> outcomes_of(["Yes", "no"], ["yes", "yes"])
+        '10'
+    """
+    pairs = zip(answers, references, strict=True)
+    return "".join("1" if exact_match(answer, reference) else "0" for answer, reference in pairs)
 
 
 def rouge1(answer: str, expected: str) -> float:

@@ -8,7 +8,8 @@ Example:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import asyncio
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prefect import flow
@@ -26,7 +27,8 @@ from tasks.finish import keep_findings
 from tasks.gate import decide_gate
 from tasks.ingest import drop_training_rows, ingest_arrival
 from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
-from tasks.progress import reporter
+from tasks.notices import announce_failure, announce_version
+from tasks.progress import Interrupted, reporter
 from tasks.promote import promote_version
 from tasks.record import LineageRecord, read_record, require_same_base
 from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
@@ -60,7 +62,18 @@ async def adapt_held(spec: AdaptSpec) -> AdaptResult:
 
 
 async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
-    """The stages of an adaptation; nobody else may work on the lineage meanwhile."""
+    """Learn an arrival, and tell whoever wants to know if that fails; nobody else may work on the lineage meanwhile."""
+    try:
+        return await _learn_arrival(spec, again)
+    except Interrupted:
+        raise
+    except Exception as error:
+        await asyncio.to_thread(announce_failure, spec.lineage, spec.task.name, error)
+        raise
+
+
+async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
+    """The stages of an adaptation."""
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
@@ -133,6 +146,7 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     for note in decision.notes:
         reporter().said(f"    {note}")
+    report = replace(report, notes=(*report.notes, *decision.notes))
     keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
     version = await stages.run(
         "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
@@ -144,8 +158,14 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
         await stages.run("promote", promote_version, version)
         waits = version.approval == "awaiting"
         stages.done("promote", f"version {version.version} {'awaits approval' if waits else 'is champion'}")
-    await stages.run("report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds))
-    stages.done("report", "figures and scores are in MLflow")
+    await stages.run(
+        "report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds),
+        include_texts=spec.data.include_texts,
+    )  # fmt: skip
+    stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
+    await asyncio.to_thread(
+        announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
+    )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
 
 

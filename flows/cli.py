@@ -13,6 +13,7 @@ from rich.markup import escape
 from deal_core.errors import ConfigError
 from flows.cli_keeping import answer_file, keeping_app
 from flows.cli_promotion import promotion_app
+from flows.cli_report import report_app
 from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
@@ -28,6 +29,8 @@ app = typer.Typer(
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(lineage_app, name="lineage")
+
+app.add_typer(report_app)
 
 Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Base = Annotated[

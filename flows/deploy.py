@@ -16,6 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
+from flows.notifying import apply_notifications
 from flows.recovery import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations
 from flows.stack import CPU_POOL, GPU_POOL
 
@@ -47,6 +48,7 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
         if num_trainings is not None:
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
+        await apply_notifications(client)
     deploy_file(home)
 
 

@@ -127,7 +127,7 @@ class AdaptSpec(LineageSpec):
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
                                   "task": {"name", "data", "test_data", "columns"},
-                                  "data": {"retain_training_rows"}}
+                                  "data": {"retain_training_rows", "include_texts"}}
         )
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -28,6 +28,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """What keeps Prefect and MLflow from calling home, and off the screen."""
@@ -85,6 +86,21 @@ class LandingSettings(StoreSettings):
 
     landing_queue_url: str | None = None
     """Address of the SQS queue that the bucket's events go to (DEAL_LANDING_QUEUE_URL)."""
+
+
+class NoticeSettings(BaseSettings):
+    """Who is told what became of an adaptation, besides the Prefect server."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+
+    webhook_url: SecretStr | None = None
+    """Address that gets every notice as signed JSON (DEAL_WEBHOOK_URL); https, or http on loopback. It may hold a
+    token, so it is treated as a secret."""
+    webhook_secret: SecretStr | None = None
+    """Key of the signature (DEAL_WEBHOOK_SECRET); needed where the address is given."""
+    notification_block: str | None = None
+    """`type/name` of a Prefect notification block (DEAL_NOTIFICATION_BLOCK), which `deal deploy` ties to the
+    automations that tell people, for example slack-webhook/operators."""
 
 
 def _default_tracking(data: dict[str, Any]) -> str:

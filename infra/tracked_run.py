@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -125,8 +126,28 @@ class TrackedRun:
 
     def log_json(self, file: str, value: Any) -> None:
         """Keep a JSON-able value as an artifact, for example `evaluation.json`."""
+        self.log_text(file, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+    def log_text(self, file: str, text: str) -> None:
+        """Keep a text as an artifact, for example `report.html`."""
         with self._saying("keep an artifact"):
-            self.client.log_text(self.run_id, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False), file)
+            self.client.log_text(self.run_id, text, file)
+
+    def read_json(self, file: str) -> Any:
+        """What `log_json` kept.
+
+        Raises:
+            RegistryError: the run has no such artifact, or it cannot be read.
+        """
+        with self._saying(f"read {file}"), tempfile.TemporaryDirectory(prefix="deal-") as folder:
+            if file not in {entry.path for entry in self.client.list_artifacts(self.run_id)}:
+                raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
+                                    "made it.")  # fmt: skip
+            path = Path(self.client.download_artifacts(self.run_id, file, folder))
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise RegistryError(f"{file} of run {self.run_id} is damaged; it is no JSON.") from None
 
     def log_adapter(self, folder: Path, name: str, *, params: Mapping[str, Any] | None = None) -> str:
         """Keep the adapter's folder as the run's logged model.

@@ -16,9 +16,10 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.config import EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import AdapterFacts, EvaluationReport
-from deal_core.metrics import AccuracyMatrix
+from deal_core.metrics import AccuracyMatrix, outcomes_of
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
+from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
@@ -74,9 +75,12 @@ def evaluate_version(
     scorer.expect(new, new if parent else [], [*sets, *new])
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
         on_base = scorer.score(None, new)
-        on_parent = scorer.score(parent_folder, new) if parent else Scored({}, None)
+        on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
         now = scorer.score(folder, [*sets, *new])
         facts = _look_at(adapter, folder, parent, parent_folder)
+    keep_answers(
+        store, adapter.uri, KeptAnswers(now=now.answers, before=on_parent.answers if parent else on_base.answers)
+    )
     parent_accuracies = record.accuracies() if record else {}
     base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
@@ -100,7 +104,7 @@ def evaluate_version(
         ),
         notes=notes,
         outcomes=now.outcomes,
-        parent_outcomes={**(record.outcomes if record else {}), **on_parent.outcomes},
+        parent_outcomes={**_earlier_outcomes(store, parent, sets), **on_parent.outcomes},
         perplexity=now.perplexity,
         base_perplexity=on_base.perplexity,
         adapter=facts,
@@ -112,6 +116,7 @@ class Scored:
     """What one adapter was found to do."""
 
     evaluations: Mapping[str, TaskEvaluation]
+    answers: Answers
     perplexity: float | None
 
     @property
@@ -154,7 +159,7 @@ class Scorer:
         from deal_core.evaluate import evaluate_task
         from deal_core.general_ability import perplexity
 
-        found = {}
+        found, answers = {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
                 evaluation = evaluate_task(
@@ -168,11 +173,24 @@ class Scorer:
                 )
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
-            return Scored(found, perplexity(model, self._base.tokenizer))
+                answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
+            return Scored(found, answers, perplexity(model, self._base.tokenizer))
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
         self._report(self._done, self._total, name)
+
+
+def _earlier_outcomes(store: ObjectStore, parent: VersionRef | None, sets: Sequence[TestSet]) -> dict[str, str]:
+    """What the parent's own run found on rows that it was judged by; a task whose answers were not kept is left out."""
+    kept = read_answers(store, parent.adapter_uri) if parent else None
+    found = {}
+    for test_set in sets:
+        answers = kept.now.get(test_set.schema.name, {}) if kept else {}
+        digests, references = test_set.rows["sha256"], test_set.rows["output"]
+        if all(digest in answers for digest in digests):
+            found[test_set.schema.name] = outcomes_of([answers[digest] for digest in digests], references)
+    return found
 
 
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:

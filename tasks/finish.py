@@ -12,6 +12,7 @@ from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.tracking import open_tracker
 from tasks.ingest import drop_training_rows, read_manifest
+from tasks.notices import announce_version
 from tasks.promote import complete_version, is_complete, is_overtaken
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
@@ -80,7 +81,13 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> Dataset
     findings = json.loads(store.get_bytes(key))
     dataset = DatasetRef.model_validate(findings["dataset"]) if "dataset" in findings else _old_dataset(store, version)
     report = EvaluationReport.from_json(findings["evaluation"])
-    report_run.fn(run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {})
+    report_run.fn(
+        run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {},
+        include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
+    )  # fmt: skip
+    announce_version(
+        reference, task=version.task, evaluation=report, tracking_id=version.tracking_id
+    )
     return dataset
 
 

@@ -150,7 +150,7 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineag
 def _publish_quarantine(store: ObjectStore, folder: Path, task_name: str, sha256: str) -> str:
     """Move the bad rows, if there are any, out of the dataset's folder into the store; return where they are."""
     rows = folder / QUARANTINE_FILE
-    key = f"quarantine/{task_name}/{sha256}/rows.jsonl"
+    key = quarantine_key(task_name, sha256)
     if rows.is_file() and rows.stat().st_size:
         store.upload_file(rows, key)
     rows.unlink(missing_ok=True)
@@ -182,6 +182,11 @@ def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:
         is_retained = False
     if not is_retained:
         store.delete(f"{dataset_uri}/{TRAIN_FILE}")
+
+
+def quarantine_key(task_name: str, sha256: str) -> str:
+    """Where the bad rows of an arrival are, if it had any."""
+    return f"quarantine/{task_name}/{sha256}/rows.jsonl"
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deal_core.config import AdapterConfig, EvaluateConfig
@@ -49,8 +49,6 @@ class LineageRecord:
     adapter: AdapterConfig
     tasks: tuple[KnownTask, ...]
     matrix: AccuracyMatrix
-    outcomes: Mapping[str, str] = field(default_factory=dict)
-    """This version's outcome on each test row of a task, 1 where it was right, else 0; see EvaluationReport."""
 
     def task(self, name: str) -> KnownTask | None:
         """The known task of that name."""
@@ -77,7 +75,6 @@ class LineageRecord:
                 for known in self.tasks
             ],
             "matrix": self.matrix.to_json(),
-            "outcomes": dict(self.outcomes),
         }  # fmt: skip
 
     @classmethod
@@ -105,7 +102,6 @@ class LineageRecord:
                 for known in values["tasks"]
             ),
             matrix=AccuracyMatrix.from_json(values["matrix"]),
-            outcomes=values.get("outcomes", {}),
         )  # fmt: skip
 
 

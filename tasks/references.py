@@ -74,6 +74,13 @@ class VersionRef(Reference):
     standing: Standing | None = None
     """What has become of it since; None: not looked at."""
 
+    @property
+    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval"]:
+        """How its run ended."""
+        if not self.accepted:
+            return "rejected"
+        return "awaiting-approval" if self.approval == "awaiting" else "promoted"
+
 
 class RunRef(Reference):
     """One adaptation run: its identity and the MLflow run that belongs to it."""

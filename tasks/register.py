@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -10,6 +13,7 @@ from deal_core.evaluation import EvaluationReport
 from deal_core.gate import GateDecision
 from infra.registry import VersionFacts, open_registry
 from infra.tracking import open_tracker
+from tasks.answers import ANSWERS_FILE
 from tasks.evaluate import renewed_task
 from tasks.ingest import read_manifest
 from tasks.lineage import version_ref
@@ -18,6 +22,19 @@ from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
 from tasks.services import borrowed_folder, current_store
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
+
+
+def leave_rows_out(folder: Path) -> None:
+    """Take out of a copy for MLflow what rows could be read from; the store, which has the rows too, keeps it.
+
+    These are the answers, and the method's tensors where they hold old rows (as tokens). What is left is the whole
+    product: the adapter.
+    """
+    from deal_core.adapter.state import METHOD_JSON, METHOD_TENSORS
+
+    (folder / ANSWERS_FILE).unlink(missing_ok=True)
+    if json.loads((folder / METHOD_JSON).read_text(encoding="utf-8"))["stores"] == "data":
+        (folder / METHOD_TENSORS).unlink(missing_ok=True)
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -56,7 +73,6 @@ def register_version(
         adapter=config,
         tasks=known,
         matrix=report.matrix,
-        outcomes=report.outcomes,
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(
@@ -79,6 +95,7 @@ def register_version(
         forward_transfer=report.matrix.forward_transfer,
     )
     with borrowed_folder(store, adapter.uri) as folder:
+        leave_rows_out(folder)
         model_id = open_tracker().run(run.tracking_id).log_adapter(folder, f"{run.lineage}-{dataset.task}")
     return version_ref(
         open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)

@@ -1,4 +1,4 @@
-"""Report: what a run found, as figures and scores in MLflow and as a page in Prefect."""
+"""Report: what a run found, as figures, scores and a page in MLflow, and as a shorter page in Prefect."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.evaluation import EvaluationReport
+from infra.report import words
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
+from infra.report.page import matrix_rows, render_page
+from infra.report.run_report import PAGE_FILE, REPORT_FILE, RunReport
 from infra.tracking import TrackedRun, open_tracker
 from tasks.patience import patient
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.report_data import gather_report
+
+EVALUATION_FILE = "evaluation.json"
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -24,8 +30,20 @@ def report_run(
     report: EvaluationReport,
     summary: TrainSummary,
     seconds: Mapping[str, float],
+    *,
+    include_texts: bool = False,
 ) -> None:
-    """Complete the MLflow run and write the run's page."""
+    """Complete the MLflow run and write the run's page.
+
+    Args:
+        run: whose page it is.
+        version: what the run has registered.
+        dataset: what it learned from.
+        report: what it was judged by.
+        summary: how it was trained.
+        seconds: wall time of the stages so far.
+        include_texts: show texts of rows.
+    """
     tracked = open_tracker().run(run.tracking_id)
     log_scores(tracked, report)
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
@@ -33,7 +51,12 @@ def report_run(
     for stage, duration in seconds.items():
         tracked.log_stage(stage, duration, num_rows.get(stage))
     tracked.log_metrics({"rows_per_second/train": summary.rows_per_second})
-    tracked.log_json("evaluation.json", report.to_json())
+    found = gather_report(
+        run, version, dataset, summary, seconds, verdict=version.outcome, include_texts=include_texts
+    )
+    tracked.log_json(EVALUATION_FILE, report.to_json())
+    tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
+    tracked.log_text(PAGE_FILE, render_page(found, report))
     for name, figure in (
         ("accuracy_matrix", accuracy_heatmap(report.matrix)),
         ("accuracy_over_versions", accuracy_over_versions(report.matrix)),
@@ -44,9 +67,20 @@ def report_run(
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
     patient(create_markdown_artifact)(
         key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
-        markdown=page(version, dataset, report, seconds),
+        markdown=markdown_of(found, report),
         description=f"Version {version.version} of {run.lineage}: {report.task}",
     )
+
+
+def read_page(tracking_id: str) -> tuple[RunReport, str]:
+    """A run's page, written again from what MLflow keeps.
+
+    Raises:
+        RegistryError: the run keeps nothing to write it from, or MLflow does not answer.
+    """
+    tracked = open_tracker().run(tracking_id)
+    report = RunReport.from_json(tracked.read_json(REPORT_FILE))
+    return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)))
 
 
 def log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
@@ -66,40 +100,38 @@ def log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
     )
 
 
-def page(
-    version: VersionRef, dataset: DatasetRef, report: EvaluationReport, seconds: Mapping[str, float]
-) -> str:
-    """The run in Markdown."""
-    verdict = "accepted" if version.accepted else "rejected: " + " ".join(version.reasons)
-    parent = f"version {version.parent_version}" if version.parent_version else "the base model"
-    matrix = report.matrix
-    header = ["after learning", *matrix.tasks]
-    rows = [["(base model)", *map(_percent, matrix.base)]]
-    rows += [[name, *map(_percent, row)] for name, row in zip(matrix.trained, matrix.rows, strict=True)]
+def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
+    """The heart of the page in Markdown: verdict, matrix, what was gained and lost, timings. No text of any row."""
+    matrix = evaluation.matrix
+    versions = words.versions_of(report, evaluation)
+    rows = [
+        [f"{row.name} {row.trained}".strip(), *(f"**{cell.text}**" if cell.is_trained else cell.text
+                                                for cell in row.cells)]
+        for row in matrix_rows(matrix, versions)
+    ]  # fmt: skip
+    changed = [[each.task, f"+{each.num_gained}", f"−{each.num_lost}", str(each.num_rows)] for each in report.changed]
+    quality = report.quality
     lines = [
-        f"# {version.lineage}, version {version.version}: {report.task}",
-        f"Continues {parent}. Gate: **{verdict}**",
-        f"{dataset.num_train} training rows, {dataset.num_test} test rows, {dataset.num_rejected} in quarantine.",
+        f"# {words.verdict_of(report)}",
+        *(f"- {reason}" for reason in report.reasons),
         "",
-        _row(header),
-        _row(["---"] * len(header)),
-        *map(_row, rows),
+        "; ".join(f"{name}: **{value}**" for name, value in words.scores_of(report, evaluation)) + ".",
+        f"Continues {words.origin_of(report)}.",
+        f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         "",
-        f"AA {_percent(matrix.average_accuracy)}, forgetting {_percent(matrix.forgetting)}, "
-        f"BWT {_percent(matrix.backward_transfer)}, FWT {_percent(matrix.forward_transfer)}",
+        *_table(["after learning, %", *matrix.tasks], rows),
+        *(f"- {note}" for note in evaluation.notes),
         "",
-        *(f"- {note}" for note in report.notes),
-        "",
-        _row(["stage", "seconds"]),
-        _row(["---", "---"]),
-        *(_row([stage, f"{duration:.1f}"]) for stage, duration in seconds.items()),
+        *(_table(["test rows", "gained", "lost", "of"], changed) if changed else ()),
+        *_table(["stage", "time"], [[name, words.duration(value)] for name, value in report.seconds.items()]),
+        f"The whole page: `{PAGE_FILE}` of the MLflow run {report.origin.tracking_id}, or "
+        f"`deal report {report.version} --lineage {report.lineage}`.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+    return [line(header), line(["---"] * len(header)), *map(line, rows), ""]

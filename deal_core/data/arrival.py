@@ -120,7 +120,8 @@ class Arrival:
             if infers_labels:
                 spellings.setdefault(label_key(checked.output), Counter())[checked.output] += 1
                 if len(spellings) > MAX_INFERRED_LABELS:
-                    raise DataValidationError(_too_many_labels(self._source, spellings))
+                    shown = spellings if self._config.include_texts else ()
+                    raise DataValidationError(_too_many_labels(self._source, shown))
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
@@ -164,7 +165,7 @@ class Arrival:
         if manifest.num_rejected > limit * manifest.num_read:
             share = manifest.num_rejected / manifest.num_read
             counts = ", ".join(f"{count} × {reason}" for reason, count in manifest.problems.items())
-            first = "; ".join(str(bad) for bad in examples[:_SHOWN_EXAMPLES])
+            first = "; ".join(bad.describe(self._config.include_texts) for bad in examples[:_SHOWN_EXAMPLES])
             return (
                 f"{name}: {manifest.num_rejected} of {manifest.num_read} rows cannot be used ({share:.1%}, allowed are "
                 f"{limit:.1%}): {counts}. The first: {first}. Correct these rows and land the file again, or raise "
@@ -193,8 +194,9 @@ def _columns_of(path: Path, task: TaskSchema, split: Split | None) -> Columns:
 
 
 def _too_many_labels(source: Path, labels: Collection[str]) -> str:
+    some = ", ".join(repr(shorten(label, 30)) for label in sorted(labels)[:5])
     return (
-        f"{source.name} has more than {MAX_INFERRED_LABELS} different labels, such as "
-        f"{', '.join(repr(shorten(label, 30)) for label in sorted(labels)[:5])}; list the right ones in task.labels, "
+        f"{source.name} has more than {MAX_INFERRED_LABELS} different labels{f', such as {some}' if some else ''}; "
+        "list the right ones in task.labels, "
         "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
     )

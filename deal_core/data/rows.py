@@ -75,9 +75,11 @@ class BadRow:
     """As in `RawRow.line`."""
     problems: tuple[Problem, ...]
 
-    def __str__(self) -> str:
+    def describe(self, include_texts: bool) -> str:
+        """The row in a few words; what it holds only if texts may be shown."""
         line = f" (line {self.line})" if self.line not in (None, self.row) else ""
-        return f"row {self.row}{line} {', '.join(f'{reason}: {value!r}' for reason, value in self.problems)}"
+        found = (f"{reason}: {value!r}" if include_texts else reason for reason, value in self.problems)
+        return f"row {self.row}{line} {', '.join(found)}"
 
 
 def shorten(value: object, width: int = 80) -> str:

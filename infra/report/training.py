@@ -51,7 +51,7 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
     Args:
         fill: module name (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
     """
-    groups = _by_projection(fill)
+    groups = by_projection(fill)
     figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
     panels = figure.subplots(max(len(groups), 1), 1, sharex=True, squeeze=False)[:, 0]
     if not groups:
@@ -77,7 +77,7 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
+def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
     """Projection to layer to share; the first number in a module's name is its layer."""
     found: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for module, share in fill.items():

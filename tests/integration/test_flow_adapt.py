@@ -348,6 +348,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     done = client.get_run(tracking_id)
     assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
     assert client.list_artifacts(tracking_id, "figures")
+    assert "report.html" in {entry.path for entry in client.list_artifacts(tracking_id)}
     assert not list((home / "work").rglob("*.*"))
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
 

@@ -19,7 +19,7 @@ import yaml
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DOMAINS = ("bank", "clinic", "parcels")
-SPEC_KEYS = {"schema_version", "lineage", "base_model", "strategy", "task", "train", "gate"}
+SPEC_KEYS = {"schema_version", "lineage", "base_model", "strategy", "task", "train", "gate", "data"}
 REQUIRED_TASK_KEYS = {"name", "data", "labels", "instruction"}
 OPTIONAL_TASK_KEYS = {"test_data", "columns"}
 NUM_PER_LABEL = {"train": 12, "test": 6}
@@ -79,6 +79,7 @@ def test_spec_has_the_shape_of_a_spec(domain: str) -> None:
     assert spec["schema_version"] == 1
     assert (spec["lineage"], spec["base_model"], spec["strategy"]) == ("demo", "smollm2-135m-instruct", "deal")
     assert spec["gate"] == {"max_drop_points": 15}
+    assert spec["data"] == {"include_texts": True}
     assert spec["train"] == {"max_steps": 40, "batch_size": 6, "max_prompt_tokens": 192, "max_answer_tokens": 12}
     task = spec["task"]
     assert REQUIRED_TASK_KEYS <= task.keys() <= REQUIRED_TASK_KEYS | OPTIONAL_TASK_KEYS

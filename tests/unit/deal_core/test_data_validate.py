@@ -167,6 +167,8 @@ def test_too_many_labels_are_an_error_that_names_some(tmp_path: Path) -> None:
     with pytest.raises(
         DataValidationError, match=r"more than 64 different labels, such as 'free answer 0'.*task\.labels"
     ):
+        build(source, TaskSchema(name="t"), DataConfig(include_texts=True))
+    with pytest.raises(DataValidationError, match=r"more than 64 different labels; list the right ones"):
         build(source, TaskSchema(name="t"))
     build(write_jsonl(source, rows[:64]), TaskSchema(name="t"))
 
@@ -177,6 +179,9 @@ def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_pa
     assert build(source, config=DataConfig(max_bad_share=0.2)).num_rejected == 25
     with pytest.raises(ArrivalRefusedError) as refused:
         build(source, config=DataConfig(max_bad_share=0.19))
+    assert "25 × empty text. The first: row 1 empty text; row 2 empty text; row 3" in str(refused.value), "by number"
+    with pytest.raises(ArrivalRefusedError) as refused:
+        build(source, config=DataConfig(max_bad_share=0.19, include_texts=True))
     message = str(refused.value)
     assert message.startswith(
         "pets.jsonl: 25 of 125 rows cannot be used (20.0%, allowed are 19.0%): 25 × empty text. The first: row 1 empty "

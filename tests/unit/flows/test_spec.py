@@ -155,6 +155,17 @@ def test_adapter_strategy_and_instruction_make_another_run() -> None:
     assert len(digests) == 4
 
 
+def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
+    plain = {"task": {"name": "t", "data": "x"}}
+    shown, hidden = (
+        parse(AdaptSpec, {**plain, "data": {"include_texts": value, "test_share": 0.3}}, "a") for value in (True, False)
+    )
+    assert shown.config_sha256(AdapterConfig(), "deal") == hidden.config_sha256(AdapterConfig(), "deal")
+    assert hidden.config_sha256(AdapterConfig(), "deal") != parse(AdaptSpec, plain, "b").config_sha256(
+        AdapterConfig(), "deal"
+    )
+
+
 def test_where_the_file_lies_is_no_setting() -> None:
     adapter = AdapterConfig()
     here = parse(AdaptSpec, {"task": {"name": "t", "data": "here.csv"}}, "a")

@@ -1,0 +1,88 @@
+"""A run's page: one HTML file, the same for the same values, with nothing in it that is loaded or that runs.
+
+Example:
+    >>> render_page(report, evaluation)  # doctest: +SKIP
+    '<!doctype html>…'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from deal_core.gate import EvaluationReport
+from deal_core.metrics import AccuracyMatrix
+from infra.report import words
+from infra.report.charts import fill_bars, loss_chart, task_lines
+from infra.report.run_report import RunReport
+
+NUM_SHADES = 11
+"""Of the heat map, from 0 to 100 %; `page.css` has their colours, for light and for dark screens."""
+
+
+class Cell(NamedTuple):
+    """One cell of the accuracy matrix."""
+
+    text: str
+    shade: int | None
+    """None: not measured."""
+    is_trained: bool
+
+
+class Row(NamedTuple):
+    """One row of the accuracy matrix."""
+
+    name: str
+    trained: str
+    cells: tuple[Cell, ...]
+
+
+def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
+    """The page of a run.
+
+    Args:
+        report: what `report.json` holds.
+        evaluation: what `evaluation.json` holds.
+    """
+    slowest = max(report.seconds.values(), default=0.0) or 1.0
+    context: dict[str, Any] = {
+        "report": report,
+        "evaluation": evaluation,
+        "verdict": words.verdict_of(report),
+        "origin": words.origin_of(report),
+        "scores": words.scores_of(report, evaluation),
+        "matrix": matrix_rows(evaluation.matrix, words.versions_of(report, evaluation)),
+        "task_lines": task_lines(evaluation.matrix),
+        "loss": loss_chart(report.training.losses),
+        "fill": fill_bars(report.training.fill),
+        "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
+        "totals": words.totals(report.changed),
+    }
+    return _environment().get_template("page.html.j2").render(context)
+
+
+def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[Row]:
+    """The untouched base model's row, then one a version, each with its number in the registry."""
+    rows = [Row("base", "", tuple(_cell(value, False) for value in matrix.base))]
+    for version, trained, values in zip(versions, matrix.trained, matrix.rows, strict=True):
+        cells = (_cell(value, task == trained) for task, value in zip(matrix.tasks, values, strict=True))
+        rows.append(Row(version, trained, tuple(cells)))
+    return rows
+
+
+def _cell(share: float | None, is_trained: bool) -> Cell:
+    shade = None if share is None else round(share * (NUM_SHADES - 1))
+    return Cell(words.percent(share), shade, is_trained)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "percent": words.percent, "points": words.points, "duration": words.duration, "count": words.count,
+    }  # fmt: skip
+    return environment

@@ -1,0 +1,52 @@
+"""Answers: what a version and the one before it said to every test row, kept beside the version's adapter.
+
+They stay in the object store, like the rows that they answer; MLflow gets none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from deal_core.errors import StoreError
+from infra.object_store import ObjectStore
+
+SCHEMA_VERSION = 1
+ANSWERS_FILE = "answers.json"
+
+Answers = dict[str, dict[str, str]]
+"""Task to the digest (sha256) of a test row to the answer."""
+
+
+@dataclass(frozen=True)
+class KeptAnswers:
+    """The answers that an evaluation generated."""
+
+    now: Answers
+    """The version's, on every task of its lineage."""
+    before: Answers
+    """On a task that was new: the parent's, or for a first version the untouched base model's."""
+
+
+def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> None:
+    """Put an evaluation's answers beside the adapter that it is of."""
+    values = {"schema_version": SCHEMA_VERSION, "now": answers.now, "before": answers.before}
+    store.put_bytes(f"{adapter_uri}/{ANSWERS_FILE}", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
+    """The answers beside an adapter; None where an earlier release kept none.
+
+    Raises:
+        StoreError: they are of another schema version.
+    """
+    key = f"{adapter_uri}/{ANSWERS_FILE}"
+    if not store.exists(key):
+        return None
+    values = json.loads(store.get_bytes(key))
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise StoreError(
+            f"{store.uri_of(key)} has schema version {values.get('schema_version')}, this program reads "
+            f"{SCHEMA_VERSION}; use the program version that wrote it."
+        )
+    return KeptAnswers(now=values["now"], before=values["before"])

@@ -1,0 +1,257 @@
+"""A run's page, its notices, and that no text of a row gets out: two adaptations looked at from all sides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tenacity
+from mlflow import MlflowClient
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.settings import get_current_settings
+from typer.testing import CliRunner
+
+from deal_core.errors import ConfigError, DataValidationError, RegistryError
+from flows.adapt import adapt
+from flows.cli import app
+from flows.notifying import apply_notifications
+from flows.report import write_report
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+from infra.report.run_report import RunReport
+from tasks.answers import ANSWERS_FILE
+from tasks.notices import Notice, announce, announce_failure
+from tasks.services import current_store
+from tests.receiver import Receiver
+
+PLANTED = "xylophone-4711"
+"""In every row's text, in a label that is wrong, and in no name."""
+LABELS = ["tall order", "long wait"]
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def write_rows(path: Path, task: str) -> Path:
+    rows = [{"text": f"{PLANTED} {task} {number}", "label": LABELS[number % 2],
+             "split": "test" if number < 12 else "train"} for number in range(24)]  # fmt: skip
+    rows += [{"text": f"{PLANTED} bad", "label": f"{PLANTED} label", "split": "train"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> AdaptResult:
+    values = {
+        "lineage": lineage, "base_model": str(base),
+        "task": {"name": task, "data": str(file), "labels": LABELS},
+        "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+        "train": {"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
+        **settings,
+    }  # fmt: skip
+    return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """Gets the webhook's notices."""
+    with Receiver() as found:
+        monkeypatch.setenv("DEAL_WEBHOOK_URL", found.url)
+        monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
+        yield found
+
+
+def deal(*arguments: str) -> Any:
+    """What a command prints as JSON; what it sets in this process is undone."""
+    before = dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            result = CliRunner().invoke(app, list(arguments))
+    finally:
+        logging.captureWarnings(False)
+        os.environ.clear()
+        os.environ.update(before)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def told(receiver: Receiver) -> list[dict[str, Any]]:
+    return [json.loads(body) for _, body in receiver.requests]
+
+
+def ask(path: str, body: Any) -> Any:
+    return httpx.post(f"{get_current_settings().api.url}/{path}", json=body).raise_for_status().json()
+
+
+def events_of(name: str, lineage: str, number: int) -> list[dict[str, Any]]:
+    """Events that the server has written down, which it does in batches."""
+    wanted = {"event": {"name": [name]}, "resource": {"id": [f"deal.lineage.{lineage}"]}}
+    for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(60)):
+        with attempt:
+            found: list[dict[str, Any]] = ask("events/filter", {"filter": wanted})["events"]
+            assert len(found) == number
+    return found
+
+
+def client(home: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+
+
+def files_with(folder: Path, text: str) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()}
+
+
+def test_a_page_is_kept_and_written_again_from_mlflow_alone(
+    tiny_base: Path, tmp_path: Path, home: Path, receiver: Receiver
+) -> None:
+    results = [
+        learn(tiny_base, write_rows(tmp_path / f"{task}.jsonl", task), "pages", task, data={"include_texts": True})
+        for task in ("first", "second")
+    ]
+    run_id = results[1].tracking_id
+    assert run_id is not None
+    artifacts = Path(client(home).download_artifacts(run_id, "", str(tmp_path)))
+    page = (artifacts / "report.html").read_bytes()
+    report = RunReport.from_json(json.loads((artifacts / "report.json").read_text()))
+
+    assert [each.task for each in report.changed] == ["first", "second"]
+    before = {"first": results[0].accuracies["first"], "second": results[1].matrix["rows"][0][1]}  # type: ignore[index]
+    for each in report.changed:  # the rows that changed sides are the difference of the accuracies
+        assert each.num_rows == 12
+        gain = each.num_gained - each.num_lost
+        assert gain == round(12 * (results[1].accuracies[each.task] - before[each.task]))
+        assert all(row.expected in LABELS and PLANTED in (row.text or "") for row in (*each.gained, *each.lost))
+        assert all((row.now == row.expected, row.before == row.expected) == (True, False) for row in each.gained)
+    assert report.quality.problems == {"label outside the task's set": 1}
+    assert report.quality.bad_rows[0].problems == (f"label outside the task's set: {PLANTED} label",)
+    assert [link.version for link in report.lineage_so_far] == ["1", "2"]
+    assert {"train", "evaluate", "register"} <= set(report.seconds) and report.origin.libraries["torch"]
+    assert report.origin.dataset_sha256 == results[1].dataset.sha256
+
+    shutil.rmtree(home / "store")
+    file = tmp_path / "new" / "page.html"
+    told_by_command = deal("report", "2", "--lineage", "pages", "--out", str(file), "--json")
+    assert file.read_bytes() == page
+    assert (told_by_command["verdict"], told_by_command["file"]) == ("promoted", str(file))
+    assert told_by_command["summary"].encode() in page
+    deal("report", "1", "--lineage", "pages", "--json")
+    assert b"Version 1 of pages" in (home / "reports" / "pages-1.html").read_bytes()
+
+    first, second = told(receiver)
+    assert first["event"] == second["event"] == "deal.version.promoted" and first["id"] != second["id"]
+    assert second["payload"]["version"] == "2" and second["payload"]["accuracies"] == results[1].accuracies
+    assert second["payload"]["tracking_id"] == run_id
+    events = events_of("deal.version.promoted", "pages", 2)
+    assert {each["id"]: each["payload"] for each in events} == {each["id"]: each["payload"] for each in (first, second)}
+    assert all(event["related"][0]["prefect.resource.role"] == "flow-run" for event in events)
+
+
+def test_no_text_of_a_row_gets_out_unless_it_may(
+    tiny_base: Path, tmp_path: Path, home: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    for task in ("first", "second"):
+        result = learn(
+            tiny_base, write_rows(tmp_path / f"{task}.jsonl", task), "quiet", task, strategy="replay",
+            train={"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
+        )  # fmt: skip
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps({"text": "", "label": PLANTED}) + "\n" for _ in range(9)))
+    with pytest.raises(DataValidationError, match="9 of 9 rows cannot be used"):
+        learn(tiny_base, broken, "quiet", "third")
+
+    kept = {path.name for path in (home / "mlflow-artifacts").rglob("*")}
+    assert {"report.html", "report.json", "evaluation.json", "adapter_model.safetensors", "record.json"} <= kept
+    assert not kept & {"method.safetensors", ANSWERS_FILE}, "the first holds rows as tokens"
+    assert not files_with(home / "mlflow-artifacts", PLANTED)
+    assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()
+    assert files_with(home / "store", PLANTED) >= {"rows.jsonl"}, "the store alone has them"
+    answers = current_store().get_bytes(f"adapters/quiet/{result.run_key[:16]}/{ANSWERS_FILE}")
+    assert set(json.loads(answers)["now"]) == {"first", "second"}
+
+    notices = told(receiver)
+    assert [each["event"].rpartition(".")[2] for each in notices] == ["promoted", "promoted", "failed"]
+    assert "9 of 9 rows cannot be used" in notices[2]["payload"]["error"] and PLANTED not in json.dumps(notices)
+    assert PLANTED not in caplog.text
+    (artifact,) = ask("artifacts/latest/filter", {"artifacts": {"key": {"any_": ["adapt-quiet"]}}})
+    assert "| second | +" in artifact["data"] and "# Version 2 of quiet" in artifact["data"]
+    assert PLANTED not in artifact["data"]
+    name = {"flow_runs": {"name": {"like_": "quiet"}}}
+    runs, logs = ask("flow_runs/filter", name), ask("logs/filter", {})
+    assert {run["state_type"] for run in runs} == {"COMPLETED", "FAILED"}
+    assert PLANTED not in json.dumps(runs) and not [log for log in logs if PLANTED in log["message"]]
+
+
+def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    result = learn(tiny_base, write_rows(tmp_path / "a.jsonl", "a"), "old", "a", gate={"min_accuracy": 1.0})
+    assert result.status == "rejected"
+    written = write_report("old", "1", tmp_path / "page.html")
+    assert written.verdict == "rejected" and written.reasons == result.reasons
+    with pytest.raises(ConfigError, match="--out"):
+        write_report("old", "1", tmp_path / "a.jsonl" / "page.html")
+    next((home / "mlflow-artifacts").rglob("report.json")).unlink()
+    with pytest.raises(RegistryError, match=r"has no report\.json"):
+        write_report("old", "1", tmp_path / "page.html")
+    with pytest.raises(RegistryError, match="no version 7"):
+        write_report("old", "7", tmp_path / "page.html")
+
+
+def test_an_automation_that_is_switched_on_tells_through_a_block(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"deal: tell of {kind}" for kind in ("promoted", "rejected", "awaiting-approval", "failed")]
+    block = CustomWebhookNotificationBlock(
+        name="test", url=receiver.url, json_data={"text": "{{subject}}\n{{body}}"}, allow_private_urls=True
+    )
+
+    async def switch_on() -> None:
+        async with get_client() as server:
+            async def found() -> list[Any]:
+                return [(await server.read_automations_by_name(name))[0] for name in names]
+
+            await apply_notifications(server)
+            assert [(each.enabled, each.actions[0].type) for each in await found()] == [(False, "do-nothing")] * 4
+            monkeypatch.setenv("DEAL_NOTIFICATION_BLOCK", "custom-webhook/operators")
+            with pytest.raises(ConfigError, match="no block custom-webhook/operators"):
+                await apply_notifications(server)
+            await block.save("operators")
+            await server.resume_automation((await found())[1].id)
+            await apply_notifications(server)
+            await apply_notifications(server)
+            assert [each.actions[0].type for each in await found()] == ["send-notification"] * 4
+            assert [each.enabled for each in await found()] == [False, True, False, False], "as a person left them"
+
+    async def clear() -> None:
+        async with get_client() as server:
+            for name in names:
+                for each in await server.read_automations_by_name(name):
+                    await server.delete_automation(each.id)
+
+    try:
+        asyncio.run(switch_on())
+        monkeypatch.delenv("DEAL_WEBHOOK_URL")  # what comes now comes from the server
+        announce("promoted", Notice(lineage="blocks", task="a", version="6"))
+        announce("rejected", Notice(lineage="blocks", task="a", version="7", reasons=("too low",)), once="x")
+        ((_, body), *_) = receiver.wait_for(1)
+    finally:
+        asyncio.run(clear())  # the server serves other tests as well
+    text = json.loads(body)["text"]
+    assert text.startswith("blocks: version 7 was rejected\nLineage blocks, task a\n- too low\n")
+
+
+def test_a_failing_announcement_is_logged_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DEAL_WEBHOOK_URL", "http://example.org/a-token")
+    monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
+    announce_failure("blocks", "a", RuntimeError("a text of a row"))
+    assert "neither https" in caplog.text and "a-token" not in caplog.text
+    (event,) = events_of("deal.adaptation.failed", "blocks", 1)
+    assert event["payload"]["error"] == "RuntimeError: see the run's log"

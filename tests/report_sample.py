@@ -1,0 +1,68 @@
+"""A made-up run's report with everything that a page can show, for the tests of the page."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from deal_core.gate import EvaluationReport
+from deal_core.metrics import AccuracyMatrix
+from infra.report.run_report import BadRow, Changed, Example, Link, Origin, Quality, RunReport, Training
+
+TASKS = ("bank", "clinic", "a-task-with-quite-a-long-name.v2")
+REASONS = (
+    "bank: accuracy fell by 16.7 points, from 91.7 % to 75.0 %; the limit is 10.0 points.",
+    "a-task-with-quite-a-long-name.v2: accuracy 25.0 % is below the floor of 31.0 %.",
+)
+DIGEST = "ab" * 32
+
+
+def sample_evaluation() -> EvaluationReport:
+    """Three versions; the third one's number in the registry is 4, as the gate rejected one in between."""
+    matrix = AccuracyMatrix()
+    matrix = matrix.with_row("bank", {"bank": 0.9}, base_accuracy=0.25, parent_accuracy=None)
+    matrix = matrix.with_row("clinic", {"bank": 0.9, "clinic": 0.8}, base_accuracy=0.2, parent_accuracy=0.15)
+    last = {"bank": 0.75, "clinic": 0.85, TASKS[2]: 0.25}
+    matrix = matrix.with_row(TASKS[2], last, base_accuracy=0.21, parent_accuracy=0.22)
+    return EvaluationReport(
+        task=TASKS[2], accuracies=last, parent_accuracies={"bank": 0.9, "clinic": 0.8}, base_accuracy=0.21,
+        parent_accuracy_new_task=0.22, num_rows=dict.fromkeys(TASKS, 20), matrix=matrix, notes=("A note.",),
+    )  # fmt: skip
+
+
+def sample_report(**changes: Any) -> RunReport:
+    """The report that goes with `sample_evaluation`."""
+    row = Example(row=DIGEST, text="Where is my card?", expected="lost card", before="lost card", now="fee dispute")
+    values: dict[str, Any] = {
+        "lineage": "support", "version": "4", "task": TASKS[2], "parent_version": "2", "verdict": "rejected",
+        "reasons": REASONS, "created": datetime(2026, 5, 4, 12, 30, tzinfo=UTC), "include_texts": True,
+        "training": Training(
+            strategy="deal", num_steps=120, seconds=812.2, rows_per_second=3.2, resumed_from_step=40,
+            losses=tuple((step, 3 * math.exp(-step / 30)) for step in range(1, 121)),
+            fill={f"model.layers.{layer}.self_attn.{name}": (layer + 1) / 30
+                  for layer in range(30) for name in ("q_proj", "v_proj")},
+        ),
+        "quality": Quality(
+            source="may.csv", format="labelled", split="hash", num_labels=6, num_read=130, num_train=96, num_test=20,
+            num_rejected=14, problems={"empty text": 10, "label outside the task's set": 4},
+            quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/rows.jsonl",
+            bad_rows=(BadRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),),
+        ),
+        "changed": (
+            Changed(task="bank", num_rows=20, num_gained=0, num_lost=3, gained=(), lost=(row,) * 3),
+            Changed(task="clinic", num_rows=20, num_gained=1, num_lost=0, gained=(row,), lost=()),
+        ),
+        "seconds": {"ingest": 0.4, "train": 812.2, "evaluate": 122.0},
+        "lineage_so_far": tuple(
+            Link(version=version, task=task, strategy="deal", parent_version=parent, accepted=version in "12",
+                 average_accuracy=0.8, forgetting=None)
+            for version, task, parent in (("1", "bank", None), ("2", "clinic", "1"), ("3", "clinic", "2"),
+                                          ("4", TASKS[2], "2"))
+        ),
+        "origin": Origin(
+            base="tiny", base_sha256="cd" * 32, dataset_sha256=DIGEST, adapter_sha256="ef" * 32,
+            config_sha256="01" * 32, run_key="23" * 32, tracking_id="45" * 16, libraries={"Python": "3.12.1"},
+        ),
+    }  # fmt: skip
+    return RunReport(**{**values, **changes})
