@@ -6,7 +6,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from infra.report.run_report import BadRow, Changed, Example, Link, Origin, Quality, RunReport, Training
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from deal_core.metrics import AccuracyMatrix
 from infra.report import words
 from infra.report.charts import fill_bars, loss_chart, task_lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from infra.report.run_report import Changed, RunReport
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import infra.report
 from deal_core.errors import RegistryError
-from deal_core.gate import EvaluationReport
+from deal_core.evaluation import EvaluationReport
 from infra.report.charts import fill_bars, loss_chart, round_up, task_lines, thin
 from infra.report.page import NUM_SHADES, matrix_rows, render_page
 from infra.report.run_report import BadRow, Changed, Example, RunReport
