@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from flows.cli_serve import serve_app, vllm_app
 from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
@@ -307,6 +308,8 @@ def ui(
         _show_ui(deal, open_, port)
 
 
+app.add_typer(serve_app)
+app.add_typer(vllm_app, name="vllm")
 app.add_typer(server_app)  # last, so that help lists them after the commands that need no server
 
 
