@@ -126,12 +126,12 @@ def stale(answers: Sequence[Answered], moves: Sequence[tuple[float, str]]) -> in
     return count
 
 
-def learn_versions(base: str, steps: int | None) -> None:
-    """Two versions of the lineage, one task each, in the home of the environment."""
+def learn_versions(base: str, **train: Any) -> None:
+    """Two versions of the lineage, one task each, in the home of the environment; `train` changes the settings."""
     from flows.adapt import adapt
     from flows.spec import AdaptSpec, parse
 
-    train = {"max_prompt_tokens": 192, "checkpoint_steps": 0, **({"max_steps": steps} if steps else {})}
+    train = {"max_prompt_tokens": 192, "checkpoint_steps": 0, **train}
     for task in TASKS:
         values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train,
                   "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0}}  # fmt: skip
@@ -233,7 +233,7 @@ def main() -> None:
         if base == "tiny":
             base = str(Path(folder) / "tiny")
             build_tiny_base(Path(base))
-        learn_versions(base, given.steps)
+        learn_versions(base, **({"max_steps": given.steps} if given.steps else {}))
         calm_libraries()
         figures = measure(given.clients, given.seconds, given.moves)
     found = {"base": given.base, "machine": f"{os.cpu_count()} cores, {platform.machine()}", **figures}

@@ -47,3 +47,25 @@ def serve(
             tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
         asyncio.run(serve_champion(lineage, deal.home, host=host, port=port, say=say, ready=ready))
+
+
+@vllm_app.command("sync")
+def sync(
+    lineage: Lineage = "default",
+    url: Annotated[str | None, typer.Option("--url", help="Address of the vLLM server [DEAL_VLLM_URL].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a vLLM server in step with the lineage's champion, once; what is in step already stays."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.serve_vllm import serve_vllm
+
+            return serve_vllm(lineage, url)
+
+        route = deal.run(start)
+        from flows.tables_serve import show_route
+
+        deal.screen.result(route.model_dump(mode="json"), *show_route(route))
