@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import Field
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from infra.file_store import FileStore
@@ -50,7 +51,7 @@ class ServingRoute(Reference):
     state: Literal["in step", "behind"]
     problem: str | None = None
     """Why it is behind."""
-    names: dict[str, str] = {}
+    names: dict[str, str] = Field(default_factory=dict)
     """Every name that was ever loaded, and the digest of its adapter."""
 
 
@@ -142,8 +143,8 @@ def _move(
     name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
         raise ConfigError(
-            f"The name {name} was served with another adapter ({names[name][:12]}, now {champion.adapter_sha256[:12]}), "
-            "which the server may have cached; give the lineage a new name."
+            f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
+            f"({champion.adapter_sha256[:12]}), and the server may have cached it; give the lineage a new name."
         )
     path = _published(store, champion, name, settings)
     loaded = client.models()
@@ -152,8 +153,8 @@ def _move(
         reporter().said(f"{name} is loaded from {path}")
     elif loaded[name].root != path:
         raise VllmError(
-            f"The server has another adapter under the name {name} ({loaded[name].root}, not {path}); restart it, since "
-            "it caches by name."
+            f"The server has another adapter under the name {name} ({loaded[name].root}, not {path}); restart it, "
+            "since it caches by name."
         )
     try:
         client.complete(name, TRIAL_PROMPT, TRIAL_TOKENS)

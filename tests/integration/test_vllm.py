@@ -1,4 +1,4 @@
-"""A vLLM server in step with the champion; the server is a stand-in (tests/fake_vllm.py), registry and store are real."""
+"""A vLLM server in step with the champion: a stand-in (tests/fake_vllm.py) beside a real registry and store."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from infra.registry import VersionFacts, open_registry
 from infra.settings import VllmSettings
 from infra.tracking import open_tracker
 from infra.vllm import VllmAwayError, VllmError
-from tasks.serving import ServingRoute, read_route, require_servable, sync_vllm
 from tasks.services import current_store
+from tasks.serving import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
 CONFIG = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none", "peft_type": "LORA"}
@@ -235,8 +235,6 @@ def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch
             sync_vllm.fn("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
     monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
+    (champion,) = open_registry().versions("l")
     with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
-        from tasks.serving import _published
-
-        (champion,) = open_registry().versions("l")
         _published(current_store(), champion, "l-v1", VllmSettings())
