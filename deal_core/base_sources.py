@@ -135,7 +135,7 @@ def _from_hub(source: str) -> Path:
         raise ConfigError(f"There is no file or folder {source!r}. {_KINDS}")
     if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
         raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {_KINDS}")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # which states the licence
     try:
         folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
     except ConfigError as error:

@@ -14,6 +14,7 @@ from deal_core.errors import ConfigError
 from flows.cli_keeping import answer_file, keeping_app
 from flows.cli_promotion import promotion_app
 from flows.cli_report import report_app
+from flows.cli_serve import serve_app, vllm_app
 from flows.cli_server import lineage_app, server_app
 from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 
@@ -359,6 +360,8 @@ def ui(
 
 app.add_typer(promotion_app)
 app.add_typer(keeping_app)
+app.add_typer(serve_app)
+app.add_typer(vllm_app, name="vllm")
 app.add_typer(server_app)  # last, so that help lists them after the commands that need no server
 
 

@@ -11,11 +11,13 @@ Example:
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import mlflow
@@ -157,6 +159,28 @@ class Registry:
             return None
         with saying(f"read {lineage}@{alias}", self.uri):
             return _read(self.client.get_model_version(lineage, aliases[alias]), aliases)
+
+    def download(self, lineage: str, version: str, folder: Path) -> None:
+        """Fetch a version's logged model into a folder, which appears complete or not at all.
+
+        Raises:
+            RegistryError: MLflow does not give it, or it is no model that MLflow can serve.
+        """
+        from mlflow.artifacts import download_artifacts
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+            target = Path(part) / "model"
+            target.mkdir()
+            with saying(f"fetch version {version} of {lineage!r}", self.uri), _addressed(self.uri):
+                fetched = Path(download_artifacts(artifact_uri=f"models:/{lineage}/{version}", dst_path=str(target)))
+            if not (fetched / "MLmodel").is_file():
+                raise RegistryError(
+                    f"Version {version} of {lineage!r} was registered before versions could be served: MLflow has a "
+                    "plain PEFT folder of it. Learn an arrival again (deal adapt … --again), which registers a new "
+                    "version, or promote another one."
+                )
+            fetched.rename(folder)
 
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
         """Move an alias to a version; whoever moves aliases of a lineage must be alone in doing so.

@@ -127,6 +127,40 @@ class TrackingSettings(HomeSettings):
     """Where artifacts go when tracking_uri is a database (DEAL_ARTIFACT_URI); a server decides for itself."""
 
 
+class ServingSettings(BaseSettings):
+    """How a version is served on this machine."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+
+    base_model: str | None = None
+    """Where the base model is here (DEAL_BASE_MODEL); None: where the version says. Another one is refused."""
+
+
+class VllmSettings(BaseSettings):
+    """A vLLM server that is kept in step with a lineage's champion, and what it was started to allow."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_VLLM_", env_ignore_empty=True, frozen=True)
+
+    url: str | None = None
+    """Address of the server (DEAL_VLLM_URL), such as http://127.0.0.1:8000."""
+    api_key: SecretStr | None = None
+    """What the server was given as --api-key (DEAL_VLLM_API_KEY)."""
+    adapter_dir: Folder | None = None
+    """Folder that both this machine and the server see (DEAL_VLLM_ADAPTER_DIR); adapters are copied into it."""
+    server_adapter_dir: str | None = None
+    """Path of that folder on the server (DEAL_VLLM_SERVER_ADAPTER_DIR); None: the same."""
+    max_lora_rank: int = Field(default=16, ge=1)
+    """The server's --max-lora-rank (DEAL_VLLM_MAX_LORA_RANK); its default is 16."""
+    target_modules: frozenset[str] = frozenset(
+        {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+    )
+    """Layers that the server lets carry an adapter (DEAL_VLLM_TARGET_MODULES, a JSON list)."""
+    grace_seconds: float = Field(default=30.0, ge=0.0)
+    """How long the adapter that served before stays loaded (DEAL_VLLM_GRACE_SECONDS), for who has not looked again."""
+    max_attempts: int = Field(default=5, ge=1)
+    """How often a request is sent before the server counts as away, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
+
+
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment variables that let Prefect and MLflow run without a server, quietly, inside `home`.
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.base_sources import resolve_base
 from deal_core.config import AdapterConfig, Approval
 from deal_core.evaluation import EvaluationReport
 from deal_core.gate import GateDecision
+from deal_core.licence import licence_of_base
 from infra.registry import VersionFacts, open_registry
+from infra.settings import HomeSettings
 from infra.tracking import open_tracker
-from tasks.answers import ANSWERS_FILE
 from tasks.evaluate import renewed_task
 from tasks.ingest import read_manifest
 from tasks.lineage import version_ref
@@ -22,19 +23,6 @@ from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
 from tasks.services import borrowed_folder, current_store
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
-
-
-def leave_rows_out(folder: Path) -> None:
-    """Take out of a copy for MLflow what rows could be read from; the store, which has the rows too, keeps it.
-
-    These are the answers, and the method's tensors where they hold old rows (as tokens). What is left is the whole
-    product: the adapter.
-    """
-    from deal_core.adapter.state import METHOD_JSON, METHOD_TENSORS
-
-    (folder / ANSWERS_FILE).unlink(missing_ok=True)
-    if json.loads((folder / METHOD_JSON).read_text(encoding="utf-8"))["stores"] == "data":
-        (folder / METHOD_TENSORS).unlink(missing_ok=True)
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -94,9 +82,26 @@ def register_version(
         backward_transfer=report.matrix.backward_transfer,
         forward_transfer=report.matrix.forward_transfer,
     )
-    with borrowed_folder(store, adapter.uri) as folder:
-        leave_rows_out(folder)
-        model_id = open_tracker().run(run.tracking_id).log_adapter(folder, f"{run.lineage}-{dataset.task}")
+    model_id = _log_adapter(run, dataset.task, adapter.uri, record, facts)
     return version_ref(
         open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
     )
+
+
+def _log_adapter(run: RunRef, task_name: str, adapter_uri: str, record: LineageRecord, facts: VersionFacts) -> str:
+    """Keep a copy of the adapter in MLflow, with what makes it a model that MLflow serves."""
+    from deal_core.answering import SERVED_FILE
+    from infra.served_folder import write_served_folder
+    from tasks.model_card import example_rows, served_version, write_card
+
+    base_folder = resolve_base(record.base.source, HomeSettings().cache_dir)
+    with borrowed_folder(current_store(), adapter_uri) as folder:
+        model = folder.with_name("model")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        licence = licence_of_base(record.base.source, base_folder)
+        write_served_folder(
+            folder, model, card=write_card(record, facts, licence, config["task_type"]),
+            served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
+            run_id=run.tracking_id,
+        )  # fmt: skip
+        return open_tracker().run(run.tracking_id).log_adapter(model, f"{run.lineage}-{task_name}")

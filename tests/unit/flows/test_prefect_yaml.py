@@ -76,7 +76,9 @@ def content() -> dict[str, Any]:
 def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]) -> None:
     assert problems_of(content) == []
     names = [deployment["name"] for deployment in content["deployments"]]
-    assert names == ["watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "promote", "rollback", "benchmark"]
+    assert names == [
+        "watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "promote", "rollback", "serve-vllm", "benchmark",
+    ]  # fmt: skip
     for deployment in content["deployments"]:
         assert deployment["work_pool"]["name"] in ("deal-gpu", "deal-cpu")
         assert deployment["enforce_parameter_schema"] is True

@@ -1,0 +1,231 @@
+"""A version that answers: what it needs beside its adapter (`deal.json`), and one queue for all who ask.
+
+Everything needed to serve lies in one folder: the PEFT files, and `deal.json` with the base model's name and digest and
+with how each task is asked. The base model itself is not in it; it is found when the folder is loaded.
+
+Example:
+    >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
+    >>> answerer.answer([Row("I lost my card.", "bank")])  # doctest: +SKIP
+    ['lost card']
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deal_core.adapter.state import load_adapter
+from deal_core.config import EvaluateConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.evaluate import generate_answers
+from deal_core.models import BaseModel, load_base
+
+SERVED_FILE = "deal.json"
+SCHEMA_VERSION = 1
+
+
+class Row(NamedTuple):
+    """One text to answer; without a task it is asked as the newest task's rows are."""
+
+    input: str
+    task: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedTask:
+    """How a task is asked."""
+
+    schema: TaskSchema
+    max_prompt_tokens: int
+    max_new_tokens: int
+
+    def require_readable(self, text: str, place: str) -> None:
+        """Refuse an input that this task cannot be asked with.
+
+        Raises:
+            ConfigError: it is empty, or the task is a chat and it is no list of messages.
+        """
+        if not text.strip():
+            raise ConfigError(f"{place} has an empty input; give the text to answer.")
+        if self.schema.format == "chat" and not _is_chat(text):
+            raise ConfigError(
+                f"{place} is of the chat task {self.schema.name}, whose input is a JSON list of messages with role and "
+                'content, such as [{"role": "user", "content": "Hello"}].'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedVersion:
+    """What `deal.json` holds."""
+
+    lineage: str
+    base_source: str
+    """Where the base model was loaded from when the version was made: an id, or a path of that machine."""
+    base_name: str
+    base_sha256: str
+    tasks: tuple[ServedTask, ...]
+    newest_task: str
+
+    def task(self, name: str | None) -> ServedTask | None:
+        """The task of that name; None: the newest."""
+        name = self.newest_task if name is None else name
+        return next((task for task in self.tasks if task.schema.name == name), None)
+
+    def task_of(self, row: Row, number: int) -> ServedTask:
+        """The task that a row is asked with; the row itself is checked too.
+
+        Raises:
+            ConfigError: the version knows no such task, or the input does not fit it; the message names the row.
+        """
+        task = self.task(row.task)
+        if task is None:
+            names = ", ".join(known.schema.name for known in self.tasks)
+            raise ConfigError(f"Row {number} names the task {row.task!r}; this version knows {names}.")
+        task.require_readable(row.input, f"Row {number}")
+        return task
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_json` reads back; a file's column names are of no use to who asks."""
+        tasks = [
+            {**asdict(task), "schema": replace(task.schema, columns={}).to_json()} for task in self.tasks
+        ]
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "tasks": tasks}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ServedVersion:
+        """Read what `to_json` wrote.
+
+        Raises:
+            AdapterStateError: another version of this program wrote it.
+        """
+        values = dict(values)
+        found = values.pop("schema_version", None)
+        if found != SCHEMA_VERSION:
+            raise AdapterStateError(
+                f"{SERVED_FILE} has schema version {found}, this program reads {SCHEMA_VERSION}; use the program "
+                "version that wrote it."
+            )
+        tasks = tuple(ServedTask(**{**task, "schema": TaskSchema.from_json(task["schema"])})
+                      for task in values.pop("tasks"))  # fmt: skip
+        return cls(**values, tasks=tasks)
+
+
+def read_served(folder: Path) -> ServedVersion:
+    """What lies beside an adapter.
+
+    Raises:
+        AdapterStateError: nothing, or something of another schema version.
+    """
+    path = folder / SERVED_FILE
+    if not path.is_file():
+        raise AdapterStateError(
+            f"{folder} has no {SERVED_FILE}: the version was registered before versions could be served. Its adapter "
+            "is a plain PEFT folder; to serve it, learn an arrival again, which registers a new version."
+        )
+    return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def load_answerer(folder: Path, cache_folder: Path, base_source: str | None = None) -> Answerer:
+    """Load a version for answering: its base model, found by name and checked by digest, with the adapter on.
+
+    Args:
+        folder: the PEFT files and `deal.json`.
+        cache_folder: where base models are kept.
+        base_source: where the base model is on this machine; None: where the version says.
+
+    Raises:
+        AdapterStateError: the folder cannot be served.
+        ConfigError: the base model is not found, or is another one.
+    """
+    served = read_served(folder)
+    source = base_source or served.base_source
+    base = load_base(source, cache_folder)
+    if base.sha256 != served.base_sha256:
+        raise ConfigError(
+            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is another "
+            f"one ({base.sha256[:12]}); set DEAL_BASE_MODEL to where the right one is."
+        )
+    return Answerer(served, base, folder)
+
+
+class Answerer:
+    """Answers rows with one version. Threads share its one model: what waits is answered as one batch."""
+
+    def __init__(self, served: ServedVersion, base: BaseModel, folder: Path) -> None:
+        self.served = served
+        self._tokenizer = base.tokenizer
+        self._model = load_adapter(base.model, folder)
+        self._turn, self._guard = threading.Lock(), threading.Lock()
+        self._waiting: list[_Request] = []
+
+    def answer(self, rows: Sequence[Row]) -> list[str]:
+        """One answer per row, in the rows' order.
+
+        Raises:
+            ConfigError: a row cannot be asked; no row is answered then.
+        """
+        request = _Request([(self.served.task_of(row, number), row.input) for number, row in enumerate(rows, 1)])
+        with self._guard:
+            self._waiting.append(request)
+        with self._turn:  # whoever gets it first answers for all who wait
+            if not request.is_done:
+                with self._guard:
+                    requests, self._waiting = self._waiting, []
+                self._answer_together(requests)
+        if request.error is not None:
+            raise request.error
+        return request.answers
+
+    def _answer_together(self, requests: Sequence[_Request]) -> None:
+        try:
+            self._generate(requests)
+        except Exception as error:
+            if len(requests) > 1:  # one that cannot be answered must not fail the others
+                for request in requests:
+                    self._answer_together([request])
+                return
+            requests[0].error = error
+        for request in requests:
+            request.is_done = True
+
+    def _generate(self, requests: Sequence[_Request]) -> None:
+        asked: dict[ServedTask, list[tuple[_Request, int]]] = {}
+        for request in requests:
+            request.answers = [""] * len(request.rows)
+            for place, (task, _) in enumerate(request.rows):
+                asked.setdefault(task, []).append((request, place))
+        for task, places in asked.items():
+            answers = generate_answers(
+                self._model, self._tokenizer, task.schema, [request.rows[place][1] for request, place in places],
+                EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
+            )  # fmt: skip
+            for (request, place), answer in zip(places, answers, strict=True):
+                request.answers[place] = answer
+
+
+@dataclass
+class _Request:
+    """The rows of one caller, and what became of them."""
+
+    rows: Sequence[tuple[ServedTask, str]]
+    answers: list[str] = field(default_factory=list)
+    is_done: bool = False
+    error: Exception | None = None
+
+
+def _is_chat(text: str) -> bool:
+    try:
+        messages = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(messages, list) and bool(messages) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys()
+        and all(isinstance(value, str) for value in message.values())
+        for message in messages
+    )  # fmt: skip
+

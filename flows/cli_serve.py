@@ -1,0 +1,71 @@
+"""Commands that let a lineage's champion answer: a server on this machine, and vLLM servers kept in step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flows.session import Debug, Home, Json, session
+
+serve_app = typer.Typer()
+vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
+
+Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
+
+
+@serve_app.command()
+def serve(
+    lineage: Lineage = "default",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; there is no password.")] = "127.0.0.1",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer requests with the lineage's champion, whichever version it is; Ctrl-C ends it."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        from flows.serve import serve as serve_champion
+
+        def tell(event: dict[str, Any], text: str) -> None:
+            if as_json:  # one line for each event, as this command goes on
+                sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+            else:
+                deal.screen.out.print(text, soft_wrap=True)
+
+        def say(text: str) -> None:
+            tell({"event": text}, escape(text))
+
+        def ready(url: str, version: str) -> None:
+            told = {"url": url, "lineage": lineage, "version": version}
+            tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
+
+        asyncio.run(serve_champion(lineage, deal.home, host=host, port=port, say=say, ready=ready))
+
+
+@vllm_app.command("sync")
+def sync(
+    lineage: Lineage = "default",
+    url: Annotated[str | None, typer.Option("--url", help="Address of the vLLM server [DEAL_VLLM_URL].")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a vLLM server in step with the lineage's champion, once; what is in step already stays."""
+    with session(home, as_json, debug) as deal:
+
+        def start() -> Any:
+            from flows.serve_vllm import serve_vllm
+
+            return serve_vllm(lineage, url)
+
+        route = deal.run(start)
+        from flows.tables_serve import show_route
+
+        deal.screen.result(route.model_dump(mode="json"), *show_route(route))

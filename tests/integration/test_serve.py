@@ -1,0 +1,239 @@
+"""Versions as others use them: `deal serve` while the champion moves, `mlflow models serve`, PEFT alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import mlflow
+import psutil
+import pytest
+import torch
+from mlflow.models import Model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
+from deal_core.adapter.state import adapter_on
+from deal_core.models import load_base
+from infra.registry import VersionFacts, open_registry
+from infra.settings import HomeSettings
+from infra.tracking import open_tracker
+from tasks.record import read_record
+from tasks.services import borrowed_folder, current_store
+
+WAIT_SECONDS = 120.0
+ROLLBACK_SECONDS = 30.0
+TEXTS = texts_to_ask()[:12]
+
+
+@pytest.fixture(scope="module")
+def versions(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Expected]:
+    """A home with two versions, and what each answers; the environment names it while the module runs."""
+    folder = tmp_path_factory.mktemp("served-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DEAL_HOME", str(folder))
+        patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+        learn_versions(str(tiny_base), max_steps=4, learning_rate=0.02)
+        expected = answers_of(["1", "2"], TEXTS, "bank")
+        assert sum(first != second for first, second in zip(*expected.values(), strict=True)) >= 4
+        yield expected
+
+
+def wait_for(check: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def model_servers(front_door: psutil.Process) -> list[psutil.Process]:
+    """Processes that serve a version: children of the fork server."""
+    (fork_server,) = (child for child in front_door.children() if "forkserver" in " ".join(child.cmdline()))
+    return list(fork_server.children())
+
+
+def state(url: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = httpx.get(f"{url}/version").json()
+    return found
+
+
+def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
+    """A version as they were before they could be served: a plain PEFT folder."""
+    registry = open_registry()
+    newest = registry.versions(LINEAGE)[-1]
+    facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
+    with borrowed_folder(current_store(), newest.adapter_uri) as folder, \
+            open_tracker().start(LINEAGE, "old", name="old") as run:  # fmt: skip
+        model_id = run.log_adapter(folder, "old")
+        known = registry.register(LINEAGE, replace(facts, run_key="old"), tracking_id=run.run_id, model_id=model_id)
+    return known.version
+
+
+def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expected, tmp_path: Path) -> None:
+    registry = open_registry()
+    registry.set_alias(LINEAGE, "champion", "2")
+    moves: list[tuple[float, str]] = []
+    with served() as (url, process):
+        front_door = psutil.Process(process.pid)
+        clients = Clients(url, TEXTS, "bank", versions)
+        with clients.asking(4):
+            for version in ("1", "2"):
+                moves.append((time.monotonic(), version))
+                registry.set_alias(LINEAGE, "champion", version)
+                assert clients.first_of(version, moves[-1][0]) < ROLLBACK_SECONDS
+            wait_for(lambda: len(model_servers(front_door)) == 1)  # the old one has answered what it had, and ended
+
+            (victim,) = model_servers(front_door)
+            victim.kill()
+            victim.wait(WAIT_SECONDS)
+            clients.first_of("2", time.monotonic())
+
+            old = register_what_mlflow_cannot_serve(tmp_path)
+            registry.set_alias(LINEAGE, "champion", old)
+            wait_for(lambda: state(url)["problem"] is not None)
+            assert (state(url)["version"], state(url)["champion"]) == ("2", old)
+            assert "registered before versions could be served" in str(state(url)["problem"])
+            moved = time.monotonic()
+            registry.set_alias(LINEAGE, "champion", "1")
+            assert clients.first_of("1", moved) < ROLLBACK_SECONDS
+            assert state(url)["problem"] is None
+        assert [each.problem for each in clients.answers if each.problem] == []
+        assert stale(clients.answers, moves) == 0
+
+        check_requests(url)
+        family = front_door.children(recursive=True)
+        process.terminate()
+        assert process.wait(WAIT_SECONDS) == 0
+        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
+
+
+def check_requests(url: str) -> None:
+    """Tasks, batches, and one clear sentence for what cannot be answered."""
+    assert httpx.get(f"{url}/health").status_code == 200
+
+    def ask(body: object) -> httpx.Response:
+        return httpx.post(f"{url}/invocations", json=body, timeout=60)
+
+    rows = [{"input": "I lost my card.", "task": "bank"}, {"input": "I lost my card."}]
+    answer = ask({"dataframe_records": rows})
+    assert (answer.headers["X-Deal-Lineage"], answer.headers["X-Deal-Version"]) == (LINEAGE, "1")
+    predictions = answer.json()["predictions"]
+    assert [(row["task"], row["version"], row["lineage"]) for row in predictions] == [("bank", "1", LINEAGE)] * 2
+    wrong = {
+        "Row 2 names the task 'nope'; this version knows bank.": [rows[0], {"input": "x", "task": "nope"}],
+        "Row 1 has an empty input; give the text to answer.": [{"input": "  "}],
+        "Row 1 has no text as its input; give the text to answer.": [{"input": None}],
+        "Model is missing inputs ['input']. Note that there were extra inputs: ['text'].": [{"text": "a secret"}],
+    }
+    for sentence, records in wrong.items():
+        refused = ask({"dataframe_records": records})
+        assert (refused.status_code, refused.json()) == (400, {"error": sentence})
+    refused = ask({"secret": "a secret"})
+    assert refused.status_code == 400 and "a secret" not in refused.text and "IMPORTANT" not in refused.text
+
+
+@pytest.mark.nightly
+def test_a_front_door_that_is_killed_leaves_no_process(versions: Expected) -> None:
+    open_registry().set_alias(LINEAGE, "champion", "1")
+    with served() as (_, process):
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 3, "resource tracker, fork server, model server"
+        process.kill()
+        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
+
+
+def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_port: int, tmp_path: Path) -> None:
+    open_registry().set_alias(LINEAGE, "champion", "2")
+    url = f"http://127.0.0.1:{free_port}"
+    command = [
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{LINEAGE}@champion",
+        "--env-manager", "local", "--host", "127.0.0.1", "--port", str(free_port),
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{HomeSettings().home}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=output, stderr=output)
+
+    def is_up() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"{url}/ping").is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_for(is_up, 240)
+        example = json.loads((registered_folder("2", tmp_path) / "serving_input_example.json").read_text())
+        assert httpx.post(f"{url}/invocations", json=example, timeout=60).is_success
+        rows = [{"input": text, "task": "bank"} for text in TEXTS[:2]]
+        answer = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=60)
+        found = [(row["output"], row["version"], row["lineage"]) for row in answer.json()["predictions"]]
+        assert found == [(text, "2", LINEAGE) for text in versions["2"][:2]]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(WAIT_SECONDS)
+
+
+def registered_folder(version: str, tmp_path: Path) -> Path:
+    folder = tmp_path / f"registered-{version}"
+    open_registry().download(LINEAGE, version, folder)
+    return folder
+
+
+def test_the_registrys_folder_loads_with_peft_alone(versions: Expected, tiny_base: Path, tmp_path: Path) -> None:
+    folder = registered_folder("2", tmp_path)
+    (folder / "MLmodel").unlink()
+    tokens = AutoTokenizer.from_pretrained(tiny_base)("I lost my card", return_tensors="pt")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    with torch.no_grad():
+        untouched = plain(**tokens).logits
+        found = PeftModel.from_pretrained(plain, str(folder)).eval()(**tokens).logits
+        base = load_base(str(tiny_base), HomeSettings().cache_dir, precision="fp32")
+        uri = open_registry().versions(LINEAGE)[1].adapter_uri
+        with borrowed_folder(current_store(), uri) as own, adapter_on(base.model, own) as model:
+            wanted = model(**tokens).logits
+    assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, untouched, atol=1e-2)
+
+
+def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expected, tmp_path: Path) -> None:
+    info = open_registry().versions(LINEAGE)[1]
+    folder = registered_folder("2", tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "deal.json", "MLmodel", "conda.yaml",
+        "python_env.yaml", "requirements.txt", "input_example.json", "serving_input_example.json",
+        "registered_model_meta",
+    }  # fmt: skip
+    card = (folder / "README.md").read_text()
+    record = read_record(current_store(), info.adapter_uri)
+    digests = [known.dataset_uri.rpartition("/")[2] for known in record.tasks]
+    facts = (info.base_sha256, info.dataset_sha256, "continues version 1", "| bank | clinic |", "- licence: ")
+    for fact in (*digests, *facts):
+        assert fact in card, fact
+    model = Model.load(str(folder))
+    assert model.run_id == info.tracking_id and model.signature is not None
+    assert model.signature.inputs.input_names() == ["input", "task"]
+    assert not model.signature.inputs.input_dict()["task"].required
+    pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
+    assert pins["mlflow"] == mlflow.__version__ and {"torch", "peft", "transformers"} <= pins.keys()
+    assert "deal-pipeline" not in pins, "anybody could take the name on a public index"
+    everything = "".join((folder / name).read_text() for name in names if not name.endswith(".safetensors"))
+    assert not any(text in everything for text in texts_to_ask())

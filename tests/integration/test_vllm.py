@@ -1,0 +1,240 @@
+"""A vLLM server in step with the champion: a stand-in (tests/fake_vllm.py) beside a real registry and store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.errors import ConfigError, RegistryError
+from infra import vllm
+from infra.registry import VersionFacts, open_registry
+from infra.settings import VllmSettings
+from infra.tracking import open_tracker
+from infra.vllm import VllmAwayError, VllmError
+from tasks.services import current_store
+from tasks.serving import ServingRoute, _published, read_route, require_servable, sync_vllm
+from tests.fake_vllm import FakeVllm, running
+
+CONFIG = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none", "peft_type": "LORA"}
+FACTS = VersionFacts(
+    run_key="", task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
+    adapter_uri="", adapter_sha256="", parent_version=None, accepted=True, reasons=(), average_accuracy=0.5,
+    forgetting=None, backward_transfer=None, forward_transfer=None,
+)  # fmt: skip
+Sync = Callable[..., ServingRoute]
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def server(free_port: int) -> Iterator[FakeVllm]:
+    with running(FakeVllm(), free_port) as fake:
+        yield fake
+
+
+@pytest.fixture
+def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
+    monkeypatch.setattr(vllm, "FIRST_PAUSE_SECONDS", 0.001)
+
+    def sync(**settings: Any) -> ServingRoute:
+        given = {"url": server.url, "grace_seconds": 0.0, **settings}
+        return sync_vllm.fn("l", VllmSettings(**given))
+
+    return sync
+
+
+def promote(tmp_path: Path, version: str, **config: Any) -> None:
+    """Make a version of the lineage, unless it is there, and let it be champion."""
+    registry = open_registry()
+    if version not in [info.version for info in registry.versions("l")]:
+        folder = tmp_path / f"adapter-{version}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
+        (folder / "adapter_model.safetensors").write_bytes(version.encode())
+        uri = f"adapters/l/run-{version}"
+        current_store().upload_folder(folder, uri)
+        facts = replace(FACTS, run_key=f"run-{version}", adapter_uri=uri, adapter_sha256=version * 64)
+        with open_tracker().start("l", facts.run_key, name="bank") as run:
+            model_id = run.log_adapter(folder, "bank")
+            assert registry.register("l", facts, tracking_id=run.run_id, model_id=model_id).version == version
+    registry.set_alias("l", "champion", version)
+
+
+def test_the_server_follows_the_champion_there_and_back(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    first = sync()
+    assert (first.model, first.version, first.state, first.problem) == ("l-v1", "1", "in step", None)
+    assert server.calls == [("load", "l-v1"), ("ask", "l-v1")]
+    assert Path(server.adapters["l-v1"], "adapter_model.safetensors").read_bytes() == b"1"
+
+    promote(tmp_path, "2")
+    server.calls.clear()
+    second = sync()
+    assert second.model == "l-v2" and list(server.adapters) == ["l-v2"]
+    assert server.calls == [("load", "l-v2"), ("ask", "l-v2"), ("unload", "l-v1")], "unloaded before the other answered"
+    assert read_route(current_store(), "l") == second
+
+    promote(tmp_path, "1")
+    assert sync().model == "l-v1" and list(server.adapters) == ["l-v1"]
+
+
+def test_what_is_in_step_stays_and_a_server_that_forgot_is_told_again(
+    tmp_path: Path, server: FakeVllm, sync: Sync
+) -> None:
+    promote(tmp_path, "1")
+    server.adapters["other-v1"] = server.adapters["l-v1-v4"] = "/somebody/else"
+    first = sync()
+    server.calls.clear()
+    assert sync() == first
+    assert server.calls == [("ask", "l-v1")]
+    del server.adapters["l-v1"]
+    assert sync() == first
+    assert list(server.adapters) == ["other-v1", "l-v1-v4", "l-v1"], "another lineage's adapter was touched"
+
+
+def test_what_served_before_stays_for_the_time_of_grace(
+    tmp_path: Path, server: FakeVllm, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(tmp_path, "1")
+    sync()
+    promote(tmp_path, "2")
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        assert set(server.adapters) == {"l-v1", "l-v2"}
+        route = read_route(current_store(), "l")
+        assert route is not None and route.model == "l-v2", "the route moves before the wait"
+        waited.append(seconds)
+
+    monkeypatch.setattr("tasks.serving.time.sleep", wait)
+    sync(grace_seconds=20.0)
+    assert len(waited) == 1 and 15 < waited[0] <= 20
+    assert list(server.adapters) == ["l-v2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 32}, r"rank is 32 and the server allows 16.*--max-lora-rank 32"),
+        ({"rank_pattern": {"q_proj": 64}}, "rank is 64"),
+        ({"target_modules": ["q_proj", "router"]}, r"layers router,.*DEAL_VLLM_TARGET_MODULES"),
+        ({"target_modules": "all-linear"}, "layers all-linear"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "encoder-decoder"),
+        ({"use_dora": True}, "DoRA"),
+    ],
+)
+def test_an_adapter_that_the_server_would_not_take_moves_nothing(
+    tmp_path: Path, server: FakeVllm, sync: Sync, config: dict[str, Any], message: str
+) -> None:
+    promote(tmp_path, "1")
+    before = sync()
+    promote(tmp_path, "2", **config)
+    server.calls.clear()
+    with pytest.raises(ConfigError, match=message):
+        sync()
+    assert server.calls == [] and list(server.adapters) == ["l-v1"]
+    after = read_route(current_store(), "l")
+    assert after is not None
+    assert (after.model, after.version, after.champion, after.state) == (before.model, "1", "2", "behind")
+    assert after.problem and "cannot be served by vLLM" in after.problem
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    require_servable({**CONFIG, "r": 64}, VllmSettings(max_lora_rank=64))
+    require_servable({**CONFIG, "target_modules": ["router"]}, VllmSettings(target_modules=frozenset({"router"})))
+    with pytest.raises(ConfigError, match="q_proj, v_proj"):
+        require_servable(CONFIG, VllmSettings(target_modules=frozenset({"router"})))
+
+
+def test_a_server_that_comes_back_in_time_is_bridged(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    server.failing = [503, 502, 503]
+    assert sync(max_attempts=4).state == "in step"
+
+
+def test_a_server_that_is_away_is_said_and_the_route_stays(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    sync()
+    promote(tmp_path, "2")
+    server.failing = [503] * 3
+    with pytest.raises(VllmAwayError, match=r"not ready \(503\)"):
+        sync(max_attempts=3)
+    assert server.failing == [], "asked less often than allowed"
+    route = read_route(current_store(), "l")
+    assert route is not None and (route.model, route.state, route.champion) == ("l-v1", "behind", "2")
+    with pytest.raises(VllmAwayError, match=r"http://127\.0\.0\.1:9 is away"):
+        sync(url="http://127.0.0.1:9", max_attempts=2)
+    assert sync().state == "in step"
+    route = read_route(current_store(), "l")
+    assert route is not None and (route.model, route.problem) == ("l-v2", None)
+
+
+def test_an_adapter_that_does_not_answer_never_gets_the_route(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    sync()
+    promote(tmp_path, "2")
+    server.mute = True
+    with pytest.raises(VllmError, match="no completion by 'l-v2'"):
+        sync()
+    assert list(server.adapters) == ["l-v1"]
+    route = read_route(current_store(), "l")
+    assert route is not None and route.model == "l-v1"
+
+
+def test_a_name_never_means_another_adapter(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    server.adapters["l-v1"] = "/somewhere/else"
+    with pytest.raises(VllmError, match="another adapter under the name l-v1"):
+        sync()
+    server.adapters.clear()
+    route = sync()
+    forged = route.model_copy(update={"names": {"l-v1": "f" * 64}})
+    current_store().put_bytes("serving/l.json", forged.model_dump_json().encode())
+    with pytest.raises(ConfigError, match="l-v1 was served with another adapter"):
+        sync()
+
+
+def test_a_load_whose_answer_got_lost_counts(tmp_path: Path, server: FakeVllm) -> None:
+    promote(tmp_path, "1")
+    client = vllm.VllmClient(VllmSettings(url=server.url))
+    path = str(Path(current_store().uri.removeprefix("file://")) / "adapters/l/run-1")
+    client.load("l-v1", path)
+    client.load("l-v1", path)  # as its second attempt would: the server says 400, already loaded
+    with pytest.raises(VllmError, match="already been loaded"):
+        client.load("l-v1", "/another/path")
+
+
+def test_a_folder_that_the_server_shares_gets_a_copy_under_the_servers_path(
+    tmp_path: Path, server: FakeVllm, sync: Sync
+) -> None:
+    promote(tmp_path, "1")
+    shared, seen = tmp_path / "shared", tmp_path / "as the server sees it"
+    seen.symlink_to(shared)
+    sync(adapter_dir=shared, server_adapter_dir=str(seen))
+    assert server.adapters == {"l-v1": str(seen / f"l-v1-{'1' * 12}")}
+    (folder,) = shared.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RegistryError, match="'l' has no champion"):
+        sync_vllm.fn("l", VllmSettings(url="http://127.0.0.1:9"))
+    promote(tmp_path, "1")
+    with pytest.raises(ConfigError, match="DEAL_VLLM_URL"):
+        sync_vllm.fn("l", VllmSettings())
+    with running(FakeVllm(api_key="key-1", allows_updates=False), free_port) as fake:
+        with pytest.raises(VllmError, match="DEAL_VLLM_API_KEY"):
+            sync_vllm.fn("l", VllmSettings(url=fake.url))
+        monkeypatch.setenv("DEAL_VLLM_API_KEY", "key-1")
+        with pytest.raises(VllmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
+            sync_vllm.fn("l", VllmSettings(url=fake.url))
+    assert "key-1" not in str(caught.value)
+    monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
+    (champion,) = open_registry().versions("l")
+    with pytest.raises(ConfigError, match="DEAL_VLLM_ADAPTER_DIR"):
+        _published(current_store(), champion, "l-v1", VllmSettings())
