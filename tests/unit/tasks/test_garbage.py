@@ -53,7 +53,13 @@ def test_an_old_rejected_adapter_goes_and_names_its_version() -> None:
     held = Holdings("l", (CHAMPION, version(2, 1)), (), dict([folder(1), folder(2)]), {}, ())
     (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
     assert (removal.version, removal.model_id, removal.num_bytes) == ("2", "m2", 20)
-    assert "rejected on 2026-05-30" in removal.reason
+    assert removal.reason == "version 2 of 2026-05-30 was rejected"
+
+
+def test_an_old_adapter_that_a_person_refused_goes_too() -> None:
+    held = Holdings("l", (CHAMPION, version(2, 1, accepted=True, approval="refused")), (), dict([folder(2)]), {}, ())
+    (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
+    assert removal.version == "2"
 
 
 @pytest.mark.parametrize(
