@@ -107,9 +107,9 @@ def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expec
             wait_for(lambda: state(url)["problem"] is not None)
             assert (state(url)["version"], state(url)["champion"]) == ("2", old)
             assert "registered before versions could be served" in str(state(url)["problem"])
-            moved = time.monotonic()
+            moves.append((time.monotonic(), "1"))
             registry.set_alias(LINEAGE, "champion", "1")
-            assert clients.first_of("1", moved) < ROLLBACK_SECONDS
+            assert clients.first_of("1", moves[-1][0]) < ROLLBACK_SECONDS
             assert state(url)["problem"] is None
         assert [each.problem for each in clients.answers if each.problem] == []
         assert stale(clients.answers, moves) == 0
