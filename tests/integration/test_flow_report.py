@@ -175,7 +175,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
         learn(tiny_base, broken, "quiet", "third")
 
     kept = {path.name for path in (home / "mlflow-artifacts").rglob("*")}
-    assert {"report.html", "report.json", "evaluation.json", "adapter_model.safetensors", "record.json"} <= kept
+    assert {"report.html", "report.json", "evaluation.json", "adapter_model.safetensors", "deal.json"} <= kept
     assert not kept & {"method.safetensors", ANSWERS_FILE}, "the first holds rows as tokens"
     assert not files_with(home / "mlflow-artifacts", PLANTED)
     assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()

@@ -235,7 +235,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
 
     plan = plan_forget(first.dataset.sha256[:8])
     assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
-        ("1", True, ()), ("2", False, ("challenger", "champion")),
+        ("1", True, ("previous",)), ("2", False, ("challenger", "champion")),
     ]  # fmt: skip
     assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
     assert {each.kind for each in plan.held} == {
