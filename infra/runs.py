@@ -97,14 +97,13 @@ class ArtifactRemover:
             location = str(self._client.get_logged_model(model_id).artifact_location)
             self._delete(location, [entry.path for entry in self._client.list_logged_model_artifacts(model_id)])
 
-    def model_file(self, model_id: str, name: str) -> bool:
-        """Whether a logged model keeps a file of this name at its top."""
-        return any(file.path == name for file in self._model_files(model_id))
-
     def replace_in_model(self, model_id: str, folder: Path) -> None:
-        """Put the folder's files over those of the same name that a logged model keeps."""
+        """Put the folder's files over those of the same name that a logged model keeps; others are left out."""
+        kept = {file.path for file in self._model_files(model_id)}
         with saying(f"replace files of the model {model_id}", self._uri):
-            self._client.log_model_artifacts(model_id, str(folder))
+            for path in sorted(folder.iterdir()):
+                if path.name in kept:
+                    self._client.log_model_artifact(model_id, str(path))
 
     def run_files(self, run_id: str) -> list[str]:
         """Paths of all artifacts of a run."""
