@@ -23,6 +23,7 @@ TITLES: dict[Kind, str] = {
     "promoted": "version {{ event.payload.version }} was promoted",
     "rejected": "version {{ event.payload.version }} was rejected",
     "awaiting-approval": "version {{ event.payload.version }} waits for approval",
+    "rolled-back": "version {{ event.payload.version }} is champion again",
     "failed": "an adaptation failed",
 }
 BODY = """\

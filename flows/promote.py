@@ -17,6 +17,7 @@ from infra.ledger import Ledger
 from infra.promotions import Action, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.lineage import descent
+from tasks.notices import Kind, Notice, announce
 from tasks.promote import move_champion, note_learned, settle_aliases
 from tasks.services import current_store
 
@@ -91,6 +92,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
     move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why)
     registry.tag_version(lineage, version, {"approval": "given"})
     note_learned(Ledger(log.store), found)
+    _tell("promoted", found, who, why)
     return Decision(
         action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version,
     )  # fmt: skip
@@ -127,6 +129,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
         what = "is champion now" if to == champion.version else "was never champion; promote it with deal promote"
         raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
     move_champion(registry, log, found, expected=champion.version, action="rolled back", who=who, why=why)
+    _tell("rolled-back", found, who, why)
     return Decision(
         action="rolled back", lineage=lineage, version=to, before=champion.version, champion=to,
         left_behind=left_behind(line, descent(versions, found)),
@@ -153,6 +156,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     if added is None:
         raise RegistryError(f"The champion of '{lineage}' was moved this moment; look at deal history, and try again.")
     registry.tag_version(lineage, version, {"approval": "refused", "refused_by": who, "refused_why": why})
+    _tell("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
 
 
@@ -171,6 +175,14 @@ def current_account() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user need not have a name
         return "unknown account"
+
+
+def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
+    notice = Notice(
+        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
+        reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
+    )  # fmt: skip
+    announce(kind, notice)
 
 
 def _look(lineage: str) -> tuple[Registry, PromotionLog, VersionInfo | None]:

@@ -3,6 +3,7 @@
     promoted             → deal.version.promoted
     rejected             → deal.version.rejected
     awaiting-approval    → deal.version.awaiting-approval
+    rolled-back          → deal.version.rolled-back
     failed               → deal.adaptation.failed
 
 The event's resource is `deal.lineage.<name>`, its payload a `Notice`; docs/notifications.md describes both for those
@@ -31,11 +32,12 @@ from tasks.references import VersionRef
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["promoted", "rejected", "awaiting-approval", "failed"]
+Kind = Literal["promoted", "rejected", "awaiting-approval", "rolled-back", "failed"]
 EVENTS: dict[Kind, str] = {
     "promoted": "deal.version.promoted",
     "rejected": "deal.version.rejected",
     "awaiting-approval": "deal.version.awaiting-approval",
+    "rolled-back": "deal.version.rolled-back",
     "failed": "deal.adaptation.failed",
 }
 MAX_MESSAGE_CHARS = 2000
@@ -53,7 +55,9 @@ class Notice(BaseModel):
     parent_version: str | None = None
     """What the version continues; None for one that starts from the base model."""
     reasons: tuple[str, ...] = ()
-    """Why the gate rejected the version."""
+    """Why the gate, or a person, rejected the version; or why a person moved the champion."""
+    who: str | None = None
+    """The person, where one decided."""
     accuracies: dict[str, float] = {}
     """Task to the version's accuracy on it, 0 to 1."""
     average_accuracy: float | None = None

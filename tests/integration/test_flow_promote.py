@@ -70,9 +70,16 @@ def aliases() -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("lineage")
-def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind() -> None:
+def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
     between = datetime.now(UTC)
+    told: list[tuple[str, str | None, str | None]] = []
+    monkeypatch.setattr(
+        "flows.promote.announce", lambda kind, notice: told.append((kind, notice.version, notice.who))
+    )
     done = roll_back("l", None, **BY)
+    assert told == [("rolled-back", "1", "tester")]
     assert (done.before, done.champion) == ("2", "1")
     assert [(left.version, left.task) for left in done.left_behind] == [("2", "parcels")]
     assert (aliases()["champion"], aliases()["previous"]) == ("1", "2")

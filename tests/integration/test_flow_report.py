@@ -214,7 +214,7 @@ def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base
 def test_an_automation_that_is_switched_on_tells_through_a_block(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"deal: tell of {kind}" for kind in ("promoted", "rejected", "awaiting-approval", "failed")]
+    names = [f"deal: tell of {kind}" for kind in ("promoted", "rejected", "awaiting-approval", "rolled-back", "failed")]
     block = CustomWebhookNotificationBlock(
         name="test", url=receiver.url, json_data={"text": "{{subject}}\n{{body}}"}, allow_private_urls=True
     )
