@@ -226,7 +226,7 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     assert champions == [("demo", "3"), ("demo-seq-lora", "3")]
     deal, rival = result.outcomes
     assert [run.task for run in deal.runs] == ["bank", "clinic", "parcels"] == [run.task for run in rival.runs]
-    assert [run.dataset for run in deal.runs] == [run.dataset for run in rival.runs]
+    assert [run.dataset.sha256 for run in deal.runs] == [run.dataset.sha256 for run in rival.runs]
     assert deal.matrix is not None and rival.matrix is not None
     assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both"
     assert not result.rejected and not result.failed
