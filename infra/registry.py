@@ -143,11 +143,6 @@ class Registry:
         aliases = self._aliases(lineage) if found else {}
         return tuple(_read(version, aliases) for version in found)
 
-    def learned_from(self, dataset_sha256: str) -> tuple[VersionInfo, ...]:
-        """Versions of every lineage that were trained on a dataset, in order of their numbers; aliases left out."""
-        found = self._search(f"tags.`deal.dataset_sha256` = '{dataset_sha256}'")
-        return tuple(_read(version, {}) for version in found)
-
     def champion(self, lineage: str) -> VersionInfo | None:
         """The version that serves, if the lineage has one."""
         return self.with_alias(lineage, "champion")
