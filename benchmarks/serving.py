@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.tiny_base import EXAMPLES, build_tiny_base
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.registry import open_registry
 
 LINEAGE = "served"
@@ -134,7 +134,7 @@ def learn_versions(base: str, **train: Any) -> None:
     train = {"max_prompt_tokens": 192, "checkpoint_steps": 0, **train}
     for task in TASKS:
         values = {"lineage": LINEAGE, "base_model": base, "task": task, "train": train,
-                  "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0}}  # fmt: skip
+                  "gate": NO_LIMITS}  # fmt: skip
         asyncio.run(adapt(parse(AdaptSpec, values, "benchmark")))
 
 

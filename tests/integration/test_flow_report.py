@@ -22,6 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from typer.testing import CliRunner
 
+from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.cli import app
@@ -54,7 +55,7 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
     values = {
         "lineage": lineage, "base_model": str(base),
         "task": {"name": task, "data": str(file), "labels": LABELS},
-        "gate": {"min_gain_points": -100.0, "max_drop_points": 100.0},
+        "gate": NO_LIMITS,
         "train": {"max_steps": 3, "max_prompt_tokens": 128, "max_answer_tokens": 8, "checkpoint_steps": 0},
         **settings,
     }  # fmt: skip

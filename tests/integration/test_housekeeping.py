@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from benchmarks.tiny_base import NO_LIMITS
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from flows.adapt import adapt
+from flows.cli import app
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
@@ -42,7 +45,7 @@ CLINIC = {
     "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
     "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
 }  # fmt: skip
-PASS = {"min_gain_points": -100.0, "max_drop_points": 100.0}
+PASS: dict[str, Any] = dict(NO_LIMITS)
 FAIL = {**PASS, "min_accuracy": 1.0}
 SECRET = "Zanzibar-4711"
 
@@ -385,3 +388,22 @@ def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
     questions.write_text(questions.read_text() + "11,one more\n")
     with pytest.raises(ConfigError, match=r"begun with sha256 .*delete the folder"):
         answer(questions, tmp_path / "later.jsonl")
+
+
+def test_the_commands_do_what_their_functions_do(
+    first: AdaptResult, home: Path, questions: Path, tmp_path: Path
+) -> None:
+    def deal(*words: str, expect: int = 0) -> Any:
+        found = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
+        assert found.exit_code == expect, found.output
+        return json.loads(found.stdout) if expect == 0 else found.output
+
+    out = tmp_path / "answers.jsonl"
+    deal("predict", "--data", str(questions), "--lineage", "l", "--out", str(out))
+    assert all(json.loads(line)["version"] == "1" for line in out.read_text().splitlines())
+    assert deal("gc", "--dry-run", "--older-than", "1h")["dry_run"] is True
+    digest = first.dataset.sha256[:8]
+    assert deal("forget", digest, "--dry-run")["learned"][0]["version"] == "1"
+    assert "give --yes" in deal("forget", digest, expect=2) and holding(home, SECRET)
+    assert deal("forget", digest, "--yes", "--reason", "asked")["tombstone"]["versions"] == ["l/1"]
+    assert not holding(home, SECRET)
