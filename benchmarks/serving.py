@@ -5,7 +5,8 @@
 Two versions are learned from examples/, `deal serve` is started, and clients ask it for two minutes while the alias
 moves back and forth, which is a rollback each time. An answer is right when it is what the version that it names gives
 when it is asked alone, and when no request that was sent after a version took over is answered by the one before. How
-long a move took is counted from the alias to the first answer of the new version.
+long a move took is counted from the alias to the first answer of the new version. Served is in fp32: in bf16 the
+rounding of a batch tips answers that hang in the balance, so that "what it gives alone" is no exact measure.
 """
 
 from __future__ import annotations
@@ -147,13 +148,13 @@ def texts_to_ask() -> list[str]:
 def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage: str = LINEAGE) -> Expected:
     """What each version answers to each text, asked alone and without a server."""
     from deal_core.answering import Row, load_answerer
-    from infra.settings import HomeSettings
+    from infra.settings import HomeSettings, ServingSettings
 
-    found = {}
+    found, precision = {}, ServingSettings().serving_precision
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
             open_registry().download(lineage, version, Path(folder) / "version")
-            answerer = load_answerer(Path(folder) / "version", HomeSettings().cache_dir)
+            answerer = load_answerer(Path(folder) / "version", HomeSettings().cache_dir, precision=precision)
             found[version] = [answerer.answer([Row(text, task)])[0] for text in texts]
     return found
 
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--moves", type=int, default=3)
+    parser.add_argument("--precision", default="fp32", help="of the base model when it serves: fp32, bf16 or auto")
     parser.add_argument("--steps", type=int, default=None, help="training steps of each version [one epoch]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
     given = parser.parse_args()
@@ -229,6 +231,7 @@ def main() -> None:
         from flows.embedded import calm_libraries, enter_home
 
         enter_home(Path(folder) / "home")
+        os.environ["DEAL_SERVING_PRECISION"] = given.precision
         base = given.base
         if base == "tiny":
             base = str(Path(folder) / "tiny")
@@ -236,7 +239,8 @@ def main() -> None:
         learn_versions(base, **({"max_steps": given.steps} if given.steps else {}))
         calm_libraries()
         figures = measure(given.clients, given.seconds, given.moves)
-    found = {"base": given.base, "machine": f"{os.cpu_count()} cores, {platform.machine()}", **figures}
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    found = {"base": given.base, "precision": given.precision, "machine": machine, **figures}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

@@ -23,7 +23,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluate import generate_answers
-from deal_core.models import BaseModel, load_base
+from deal_core.models import BaseModel, Precision, load_base
 
 SERVED_FILE = "deal.json"
 SCHEMA_VERSION = 1
@@ -130,13 +130,16 @@ def read_served(folder: Path) -> ServedVersion:
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
-def load_answerer(folder: Path, cache_folder: Path, base_source: str | None = None) -> Answerer:
+def load_answerer(
+    folder: Path, cache_folder: Path, base_source: str | None = None, *, precision: Precision = "auto"
+) -> Answerer:
     """Load a version for answering: its base model, found by name and checked by digest, with the adapter on.
 
     Args:
         folder: the PEFT files and `deal.json`.
         cache_folder: where base models are kept.
         base_source: where the base model is on this machine; None: where the version says.
+        precision: of the base model's weights. In fp32 an answer does not depend on what is asked beside it.
 
     Raises:
         AdapterStateError: the folder cannot be served.
@@ -144,7 +147,7 @@ def load_answerer(folder: Path, cache_folder: Path, base_source: str | None = No
     """
     served = read_served(folder)
     source = base_source or served.base_source
-    base = load_base(source, cache_folder)
+    base = load_base(source, cache_folder, precision=precision)
     if base.sha256 != served.base_sha256:
         raise ConfigError(
             f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is another "

@@ -64,7 +64,10 @@ class ServedModel:
 def _load_pyfunc(data_path: str) -> ServedModel:
     """MLflow's entry point: load the version whose folder this is."""
     folder = Path(data_path)
-    answerer = load_answerer(folder, HomeSettings().cache_dir, ServingSettings().base_model)
+    settings = ServingSettings()
+    answerer = load_answerer(
+        folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision
+    )
     return ServedModel(answerer, _version_of(folder, answerer.served.lineage))
 
 

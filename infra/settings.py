@@ -134,6 +134,9 @@ class ServingSettings(BaseSettings):
 
     base_model: str | None = None
     """Where the base model is here (DEAL_BASE_MODEL); None: where the version says. Another one is refused."""
+    serving_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the base model's weights (DEAL_SERVING_PRECISION); auto is as in training. In bf16 the rounding of a batch may
+    tip an answer that hung in the balance; in fp32 an answer does not depend on what else is asked at that moment."""
 
 
 class VllmSettings(BaseSettings):

@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
 from deal_core.adapter.state import adapter_on
+from deal_core.errors import ConfigError
 from deal_core.models import load_base
 from infra.registry import VersionFacts, open_registry
+from infra.served_model import _load_pyfunc
 from infra.settings import HomeSettings
 from infra.tracking import open_tracker
 from tasks.record import read_record
@@ -46,6 +48,7 @@ def versions(
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("DEAL_HOME", str(folder))
+        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # in which a batch's rounding tips no answer
         patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
         learn_versions(str(tiny_base), max_steps=4, learning_rate=0.02)
         expected = answers_of(["1", "2"], TEXTS, "bank")
@@ -190,6 +193,28 @@ def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(WAIT_SECONDS)
+
+
+def test_what_is_set_for_this_machine_counts(
+    versions: Expected, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = registered_folder("2", tmp_path)
+    model = _load_pyfunc(str(folder))
+    assert (model.version, model.answerer._model.dtype) == ("2", torch.float32)
+    monkeypatch.setenv("DEAL_SERVED_VERSION", "7")
+    monkeypatch.setenv("DEAL_SERVING_PRECISION", "bf16")
+    moved = json.loads((folder / "deal.json").read_text())
+    (folder / "deal.json").write_text(json.dumps({**moved, "base_source": "/was/there/once"}))
+    with pytest.raises(ConfigError, match="/was/there/once"):
+        _load_pyfunc(str(folder))
+    monkeypatch.setenv("DEAL_BASE_MODEL", str(tiny_base))
+    model = _load_pyfunc(str(folder))
+    assert (model.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
+    monkeypatch.delenv("DEAL_SERVED_VERSION")
+    (folder / "registered_model_meta").write_text("model_name: copy\nmodel_version: 4\n")
+    assert _load_pyfunc(str(folder)).version == "copy/4", "a copy's number would name another version of the lineage"
+    (folder / "registered_model_meta").unlink()
+    assert _load_pyfunc(str(folder)).version == "unknown"
 
 
 def registered_folder(version: str, tmp_path: Path) -> Path:
