@@ -111,7 +111,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
         DataValidationError: the tasks cannot be read.
     """
     stages = Stages()
-    base = await stages.run("base", identify_base, spec.base_model)
+    base = await stages.run("base", identify_base, spec.base_model, spec.train.quantize)
     stages.done("base", base.name)
     waiting = await asyncio.to_thread(cells_of, spec, base)
     outcomes: dict[str, CellOutcome] = {}
