@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -34,11 +35,15 @@ def main() -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "deal_core.ranks.rank", job_file)
     except ChildFailedError as error:
-        rank, failure = first_to_fail(error.failures)
-        recorded = failure.error_file_data["message"] if _recorded(failure) else {}
-        found = {"rank": rank, "exitcode": failure.exitcode, "message": recorded.get("message", "")}
-        sys.stdout.write(json.dumps({"failure": found}) + "\n")
+        sys.stdout.write(json.dumps({"failure": describe(error.failures)}) + "\n")
         sys.exit(1)
+
+
+def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
+    """Say which rank died first, with which exit code, and what it raised (empty where it raised nothing)."""
+    rank, failure = first_to_fail(failures)
+    message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
+    return {"rank": rank, "exitcode": failure.exitcode, "message": message}
 
 
 def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

@@ -52,7 +52,7 @@ def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = No
     with _launched(command, folder / "launcher.log") as messages:
         for message in messages:
             if "failure" in message:
-                raise _error(message["failure"], num_processes, folder)
+                raise error_of(message["failure"], num_processes, folder)
             if "result" in message:
                 result = TypeAdapter(TrainingResult).validate_python(message["result"])
             elif on_log is not None:
@@ -119,8 +119,8 @@ def _environment(num_processes: int) -> dict[str, str]:
     }
 
 
-def _error(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
-    """What a rank raised on purpose, or one error that says how it died."""
+def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
+    """Return what a rank raised on purpose, or one error that says how it died; `failure` is the launcher's."""
     rank, exitcode, message = failure["rank"], failure["exitcode"], failure["message"]
     kind, _, text = message.partition(": ")
     known = getattr(errors, kind, None)
