@@ -26,7 +26,8 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     """
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; set it to none."
+            f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; use one that "
+            "has, or set it to none."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(

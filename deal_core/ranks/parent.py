@@ -87,6 +87,7 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
         launcher = subprocess.Popen(
             [sys.executable, "-m", "deal_core.ranks.launcher", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(int(arguments[1])),
+            start_new_session=True,  # an interrupt from the keyboard is this process's to handle, at its next step
         )  # fmt: skip
     assert launcher.stdin is not None and launcher.stdout is not None
     # ranks that outlive their launcher would keep standard output open, and this process waiting

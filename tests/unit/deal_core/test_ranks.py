@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
 from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, BucketSampler, add_blank_row, answer_loss, encode_rows
+from deal_core.data.collate import IGNORED, AnswerCollator, BucketSampler, add_blank_row, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.ranks.job import TrainingJob
 from deal_core.ranks.launcher import describe
@@ -29,6 +29,7 @@ from deal_core.ranks.parent import error_of, require_devices, train_in_processes
 from deal_core.ranks.step import require_in_step
 from deal_core.rehearsal import Question, Rehearsal
 from deal_core.train import TrainingResult, train_adapter
+from deal_core.trainer import find_checkpoint
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
 STEPS = TrainConfig(
@@ -97,8 +98,8 @@ def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_p
 
 
 def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(base, job, tmp_path):
-    """Four steps an epoch; what is compared up to the checkpoint is what two processes did."""
-    job = replace(job, strategy="seq_lora", train=replace(job.train, num_epochs=4, gradient_accumulation_steps=2))
+    """Four steps an epoch, and more epochs than the ranks could come to the end of by themselves."""
+    job = replace(job, strategy="seq_lora", train=replace(job.train, num_epochs=9999, gradient_accumulation_steps=2))
     job.write(tmp_path / "job.json")
     command = [sys.executable, "-c", MAIN, str(tmp_path / "job.json"), str(tmp_path / "ranks")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as parent:
@@ -108,11 +109,17 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
                 break
         children = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()
-    assert len(children) >= 3  # the launcher and two ranks
-    assert not psutil.wait_procs(children, timeout=60)[1]
-    shutil.copytree(job.checkpoint_folder, tmp_path / "one-cp")
+    alive = psutil.wait_procs(children, timeout=60)[1]
+    for child in alive:
+        child.kill()
+    assert len(children) >= 3 and not alive  # the launcher and two ranks
+    checkpoint = find_checkpoint(job.checkpoint_folder)
+    assert checkpoint is not None
+    num_steps = int(checkpoint.name.split("-")[1])  # that two processes did, of those that are compared
+    job = replace(job, train=replace(job.train, num_epochs=num_steps // 4 + 1))
+    shutil.move(job.checkpoint_folder, tmp_path / "one-cp")
     gone_on = train_in_one(base, job, tmp_path)
-    assert gone_on.resumed_from_step in (12, 16)
+    assert gone_on.resumed_from_step == num_steps >= 12
     (tmp_path / "one").rename(tmp_path / "two")
     shutil.rmtree(tmp_path / "one-cp")
     assert_same(train_in_one(base, job, tmp_path), gone_on, tmp_path)
@@ -140,6 +147,8 @@ def test_a_batch_of_blank_rows_has_no_loss_and_no_gradient(base, task, rows):
     loss = answer_loss(base.model, collate([with_blank[3], with_blank[3]]))
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in base.model.parameters())
+    seq2seq = AnswerCollator(base.tokenizer, is_seq2seq=True)([with_blank[3]])
+    assert seq2seq["labels"].tolist() == [[IGNORED]]  # a decoder needs a position
     beside = answer_loss(base.model, collate([encoded[0], with_blank[3]]))
     torch.testing.assert_close(beside, answer_loss(base.model, collate([encoded[0]])))
 
