@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +22,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from deal_core.errors import ConfigError
 from deal_core.models import load_base
 from deal_core.ranks.job import TrainingJob
+from deal_core.ranks.lifeline import end_with_parent
 from deal_core.train import OnLog, TrainingResult, train_adapter
 
 
 @record
 def main() -> None:
     """Train; what goes wrong is recorded for the launcher, which then ends the other ranks."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     disable_progress_bars()
     to_parent, state = _take_stdout(), PartialState(cpu=not torch.cuda.is_available())
 
@@ -62,12 +62,6 @@ def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
         checkpoint_folder=job.checkpoint_folder,
         on_log=on_log,
     )
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 def _take_stdout() -> TextIO:

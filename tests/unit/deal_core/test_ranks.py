@@ -35,6 +35,7 @@ from deal_core.trainer import find_checkpoint
 STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
+ROOT = Path(__file__).parents[3]
 MAIN = "import sys; from pathlib import Path\nfrom deal_core.ranks.job import TrainingJob\n" \
     "from deal_core.ranks.parent import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
@@ -102,7 +103,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     job = replace(job, strategy="seq_lora", train=replace(job.train, num_epochs=9999, gradient_accumulation_steps=2))
     job.write(tmp_path / "job.json")
     command = [sys.executable, "-c", MAIN, str(tmp_path / "job.json"), str(tmp_path / "ranks")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
         for line in parent.stdout:
             if int(line) == 13:
@@ -123,6 +124,20 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     (tmp_path / "one").rename(tmp_path / "two")
     shutil.rmtree(tmp_path / "one-cp")
     assert_same(train_in_one(base, job, tmp_path), gone_on, tmp_path)
+
+
+def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
+    """In the middle of whatever it does: a killed parent is not noticed only when a step is reported."""
+    code = "import threading, deal_core.ranks.lifeline as l; l.end_with_parent(); print(1, flush=True)\n" \
+        "threading.Event().wait()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as rank:
+        assert rank.stdin is not None and rank.stdout is not None and rank.stdout.readline()
+        try:
+            rank.stdin.close()
+            assert rank.wait(timeout=60) == 1
+        finally:
+            rank.kill()
 
 
 def test_a_job_is_read_as_it_was_written(job, tmp_path):
