@@ -6,7 +6,7 @@ They import nothing but the standard library, so that the command line can read 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from deal_core.errors import ConfigError
@@ -42,6 +42,9 @@ class AdapterConfig:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
+Quantize = Literal["none", "8bit", "4bit"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one task is learned, whatever the strategy."""
@@ -55,7 +58,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps; when given it replaces num_epochs."""
     batch_size: int = 8
-    """Rows per micro-batch and device."""
+    """Rows per micro-batch, all processes together."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimiser step."""
     max_grad_norm: float = 1.0
@@ -72,10 +75,15 @@ class TrainConfig:
     """Fill batches with rows of similar length."""
     seed: int = 0
     """Seed of the adapter's initialisation and of the order of rows."""
+    num_processes: int = 1
+    """Processes that share every micro-batch, one for each device; the result is the same to rounding."""
+    quantize: Quantize = "none"
+    """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}; give a positive number.")
-        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_answer_tokens"):
+        counts = ("num_epochs", "batch_size", "gradient_accumulation_steps", "max_answer_tokens", "num_processes")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; give at least 1.")
         _require(
             self.max_steps is None or self.max_steps >= 1, f"train.max_steps is {self.max_steps}; give at least 1."
@@ -83,9 +91,29 @@ class TrainConfig:
         _require(self.max_prompt_tokens >= 16, f"train.max_prompt_tokens is {self.max_prompt_tokens}; give 16 or more.")
         _require(self.checkpoint_steps >= 0, f"train.checkpoint_steps is {self.checkpoint_steps}; give 0 or more.")
         _require(self.max_grad_norm >= 0, f"train.max_grad_norm is {self.max_grad_norm}; give 0 or more.")
+        _require(
+            self.batch_size % self.num_processes == 0,
+            f"train.batch_size is {self.batch_size}, which train.num_processes, {self.num_processes}, do not share "
+            "evenly; give a multiple of it.",
+        )
+        _require(
+            self.quantize in get_args(Quantize),
+            f"train.quantize is {self.quantize!r}; give one of {', '.join(get_args(Quantize))}.",
+        )
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, for digests: not how many processes share the work.
+
+        A base model that is not quantized goes unsaid, as before there was the choice.
+        """
+        values = asdict(self)
+        del values["num_processes"]
+        if self.quantize == "none":
+            del values["quantize"]
+        return values
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps on so many rows, in one process."""
+        """Optimiser steps on so many rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
         return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 

@@ -19,6 +19,10 @@ class AdapterStateError(DealError):
     """Saved adapter or method state does not fit the model it is loaded into."""
 
 
+class RankError(DealError):
+    """One of the processes that trained an adapter together died."""
+
+
 class RegistryError(DealError):
     """The model registry refused or contradicts what was asked."""
 

@@ -13,9 +13,11 @@ from accelerate import PartialState
 
 from deal_core import attention
 from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
+from deal_core.config import Quantize
 from deal_core.errors import ConfigError
 from deal_core.fingerprint import sha256_of_model
 from deal_core.gguf_file import require_all_weights
+from deal_core.quantization import quantization
 
 __all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "cpu_multiplies_bf16",
            "load_base", "resolve_base"]
@@ -37,9 +39,19 @@ class BaseModel:
     """Digest of its content: two names with the same digest are the same base."""
     kind: Literal["causal", "seq2seq"]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether bitsandbytes holds its linear layers."""
+        return bool(getattr(self.model, "is_quantized", False))
+
 
 def load_base(
-    source: str, cache_folder: Path, *, precision: Precision = "auto", on_progress: Progress | None = None
+    source: str,
+    cache_folder: Path,
+    *,
+    precision: Precision = "auto",
+    quantize: Quantize = "none",
+    on_progress: Progress | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
 
@@ -47,15 +59,18 @@ def load_base(
         source: as for `resolve_base`; also the folder that it gave.
         cache_folder: where fetched and converted models, and digests, are kept.
         precision: bf16, fp32, or auto (see `choose_dtype`).
+        quantize: hold the linear layers in 8 or 4 bits; what is computed with them is of `precision`.
         on_progress: as for `resolve_base`.
 
     Raises:
-        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code.
+        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code; or it shall be
+            quantized where that is not possible, which is said before anything is fetched.
 
     Example:
         >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
     """
     dtype = choose_dtype(precision)
+    quantized = {} if quantize == "none" else quantization(quantize, dtype)
     folder = resolve_base(source, cache_folder, on_progress)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -63,8 +78,9 @@ def load_base(
         seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         model, info = auto_class.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, **quantized,
+        )  # fmt: skip
         require_all_weights(info)
         if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
@@ -75,7 +91,8 @@ def load_base(
         ) from error
     _ensure_pad_token(tokenizer, source)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(PartialState().device)
+    if not quantized:
+        model.to(PartialState().device)
     model.eval()
     name, sha256 = _identity(source, folder, cache_folder)
     kind: Literal["causal", "seq2seq"] = "seq2seq" if seq2seq else "causal"

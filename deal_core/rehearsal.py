@@ -81,22 +81,28 @@ class Rehearsal:
         turns = ((place // len(self.tasks), self.tasks[place % len(self.tasks)]) for place in places)
         return [questions[turn % len(questions)] for turn, questions in turns]
 
-    def loss(self, model: nn.Module, step: int) -> Tensor | None:
-        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known."""
-        questions = self.draw(step)
-        if not questions:
+    def loss(self, model: nn.Module, step: int, *, rank: int = 0, num_processes: int = 1) -> Tensor | None:
+        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known.
+
+        Several processes share the questions; the mean of what they return is what one alone would.
+        """
+        drawn = self.draw(step)
+        if not drawn:
             return None
+        # with fewer questions than processes some put the first one for nothing: all have to take part in the step
+        questions = drawn[rank::num_processes] or drawn[:1]
+        share = num_processes if rank < len(drawn) else 0
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in self._collate([vars(q) for q in questions]).items()}
         logits_BKV = answer_logits(model, inputs).float()
         is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
-        losses, num_tokens = [], 0
+        losses = []
         for logits_KV, labels_K, question in zip(logits_BKV, inputs["labels"], questions, strict=True):
             length = len(question.answer_ids)
             part = slice(-length, None) if is_right else slice(0, length)
             losses.append(self._question_loss(logits_KV[part], labels_K[part], question))
-            num_tokens += length
-        return self._weight * torch.stack(losses).sum() / num_tokens
+        num_tokens = sum(len(question.answer_ids) for question in drawn)
+        return self._weight * torch.stack(losses).sum() / num_tokens * share
 
     def _question_loss(self, logits_KV: Tensor, labels_K: Tensor, question: Question) -> Tensor:
         if question.tokens_KN is None or question.shares_KN is None:

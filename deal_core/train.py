@@ -15,7 +15,7 @@ from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import DataValidationError
+from deal_core.errors import ConfigError, DataValidationError
 from deal_core.models import BaseModel
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.base import TaskContext
@@ -85,13 +85,20 @@ def train_adapter(
 
     Raises:
         DataValidationError: There is no row to train on.
+        ConfigError: This is not one of `train.num_processes` processes; `deal_core.ranks` starts them.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
     args = training_arguments(train, checkpoint_folder, num_rows)
-    base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
+    if args.world_size != train.num_processes:
+        raise ConfigError(
+            f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
+            "processes itself, and everything else trains in one."
+        )
+    if not base.is_quantized:  # what is quantized is where it shall be, and cannot be moved
+        base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
     parent_state = None if parent_folder is None else load_method_state(parent_folder)
     if parent_folder is None:
         model = attach_adapter(base.model, adapter, seed=train.seed)
@@ -121,12 +128,14 @@ def train_adapter(
         )
         if on_log is not None:
             trainer.add_callback(_ReportSteps(on_log))
-        checkpoint = find_checkpoint(checkpoint_folder)
+        with trainer.accelerator.main_process_first():  # it removes what does not count
+            checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
         trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = learner.finish()
-        save_adapter(model, output_folder, state, base_name=base.name)
+        if args.process_index == 0:
+            save_adapter(model, output_folder, state, base_name=base.name)
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), learner.notes())
     finally:
         model.unload()
@@ -135,9 +144,9 @@ def train_adapter(
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
     """Translate our settings into transformers' own."""
     save_steps = train.checkpoint_steps
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(checkpoint_folder),
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // train.num_processes,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant",
@@ -156,7 +165,12 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
+    if args.device.type == "cuda":  # a process trains on one device; Trainer would spread the batch over all it sees
+        args._n_gpu = 1
+    return args
 
 
 class _ReportSteps(TrainerCallback):

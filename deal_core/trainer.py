@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import IGNORED, BucketSampler, answer_loss
+from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_loss
 from deal_core.errors import ConfigError
+from deal_core.ranks.step import require_in_step
 from deal_core.strategies.base import Strategy
 
 STRATEGY_TENSORS = "strategy.safetensors"
@@ -30,10 +32,24 @@ class AdapterTrainer(Trainer):
     Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal → strategy.before_step
     (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
     AdamW → strategy.after_step.
+
+    Several processes each take their share of every batch and of the rehearsal, with the gradients of the factors
+    averaged among them; from before_step on all do the same.
     """
 
-    def __init__(self, *, strategy: Strategy, group_by_length: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        strategy: Strategy,
+        group_by_length: bool,
+        **kwargs: Any,
+    ) -> None:
+        self._lengths = list(train_dataset["length"])
+        if args.world_size > 1:
+            train_dataset = add_blank_row(train_dataset)
+        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
         if self.args.fp16:
             raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
         self.strategy = strategy
@@ -47,16 +63,23 @@ class AdapterTrainer(Trainer):
         self.add_callback(_StepStrategy(strategy))
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint when one is given."""
+        """Train, from a checkpoint when one is given.
+
+        Raises:
+            AdapterStateError: The processes did not end with the same parameters.
+        """
         if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
             self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if self.args.world_size > 1:
+            require_in_step(self.strategy.parameters())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        num_rows, num_processes = len(self._lengths), self.args.world_size
         return BucketSampler(
-            rows["length"], self.args.train_batch_size, self.args.seed, group_by_length=self._group_by_length
-        )
+            self._lengths, self.args.train_batch_size * num_processes, self.args.seed,
+            group_by_length=self._group_by_length, blank=num_rows if num_processes > 1 else None,
+        )  # fmt: skip
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the strategy's parameters, which may live outside the model."""
@@ -86,7 +109,10 @@ class AdapterTrainer(Trainer):
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             if self._rehearsal is not None:
-                rehearsed = self._rehearsal.loss(self.model_wrapped, self.state.global_step)
+                rehearsed = self._rehearsal.loss(
+                    self.model_wrapped, self.state.global_step,
+                    rank=self.args.process_index, num_processes=self.args.world_size,
+                )  # fmt: skip
                 if rehearsed is not None:
                     torch.autograd.backward(rehearsed)
             self.strategy.before_step()
@@ -106,6 +132,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes a file of its own
         if not self.args.should_save:
             return
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

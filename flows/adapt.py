@@ -83,7 +83,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
-    base = await stages.run("base", identify_base, choose_base(spec, record))
+    base = await stages.run("base", identify_base, choose_base(spec, record), spec.train.quantize)
     stages.done("base", base.name)
     if record:
         require_same_base(record, base)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
@@ -62,6 +62,16 @@ class BenchmarkSpec(BaseModel):
     out: Path | None = None
     """Folder of the cells; None: benchmark/ in the home folder."""
 
+    @field_validator("train")
+    @classmethod
+    def _one_process_per_cell(cls, train: TrainConfig) -> TrainConfig:
+        if train.num_processes != 1:
+            raise ValueError(
+                f"train.num_processes is {train.num_processes}, but one process trains a cell; run the command several "
+                "times at once, and they share the cells"
+            )
+        return train
+
     @property
     def folder(self) -> Path:
         """Folder of the cells."""
@@ -111,7 +121,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
         DataValidationError: the tasks cannot be read.
     """
     stages = Stages()
-    base = await stages.run("base", identify_base, spec.base_model)
+    base = await stages.run("base", identify_base, spec.base_model, spec.train.quantize)
     stages.done("base", base.name)
     waiting = await asyncio.to_thread(cells_of, spec, base)
     outcomes: dict[str, CellOutcome] = {}

@@ -129,6 +129,7 @@ class AdaptSpec(LineageSpec):
                                   "task": {"name", "data", "test_data", "columns"},
                                   "data": {"retain_training_rows", "include_texts"}}
         )
+        settings["train"] = self.train.deciding()
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -6,11 +6,13 @@ ends (nothing new, somebody else is at it) in a third of the time that importing
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.config import Quantize
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings
 from tasks.progress import advance
@@ -19,7 +21,7 @@ from tasks.references import BaseRef
 if TYPE_CHECKING:
     from deal_core.models import BaseModel
 
-_loaded: dict[str, BaseModel] = {}
+_loaded: dict[tuple[str, Quantize], BaseModel] = {}
 
 
 def lend_base(reference: BaseRef) -> BaseModel:
@@ -28,7 +30,7 @@ def lend_base(reference: BaseRef) -> BaseModel:
     Raises:
         ConfigError: what lies at its source is another model than it was.
     """
-    base = _load(reference.source)
+    base = _load(reference.source, reference.quantize)
     if base.sha256 != reference.sha256:
         raise ConfigError(
             f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {base.sha256[:12]} now); "
@@ -37,22 +39,37 @@ def lend_base(reference: BaseRef) -> BaseModel:
     return base
 
 
-def _load(source: str) -> BaseModel:
-    if source not in _loaded:
+def release_base() -> None:
+    """Give the memory of a base model back, for other processes that load it."""
+    import torch
+
+    _loaded.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _load(source: str, quantize: Quantize) -> BaseModel:
+    key = source, quantize
+    if key not in _loaded:
         from deal_core.models import load_base
 
         _loaded.clear()  # one at a time: base models are large
         report = advance("base")
-        _loaded[source] = load_base(
+        _loaded[key] = load_base(
             source,
             HomeSettings().cache_dir,
+            quantize=quantize,
             on_progress=lambda doing, done, total: report(done, total, doing),
         )
-    return _loaded[source]
+    return _loaded[key]
 
 
 @task(name="base", cache_policy=NO_CACHE)
-def identify_base(source: str) -> BaseRef:
-    """Load a base model and say which one it is."""
-    base = _load(source)
-    return BaseRef(source=source, name=base.name, sha256=base.sha256)
+def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
+    """Load a base model and say which one it is.
+
+    Raises:
+        ConfigError: it cannot be loaded, or not quantized; see `deal_core.models.load_base`.
+    """
+    base = _load(source, quantize)
+    return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)

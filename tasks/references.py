@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.config import Quantize
+
 Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
 """left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it."""
 
@@ -25,6 +27,8 @@ class BaseRef(Reference):
     source: str
     name: str
     sha256: str
+    quantize: Quantize = "none"
+    """How its linear layers are held, which the hash knows nothing of."""
 
 
 class Arrival(Reference):

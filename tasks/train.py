@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,8 +14,9 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from infra.object_store import ObjectStore, complete_file
+from infra.settings import HomeSettings
 from infra.tracking import TrackedRun, open_tracker
-from tasks.base import lend_base
+from tasks.base import lend_base, release_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
 from tasks.record import read_record
@@ -23,9 +24,7 @@ from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAda
 from tasks.services import borrowed_parent, current_store, work_folder
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from deal_core.train import TrainingResult
+    from deal_core.train import OnLog, TrainingResult
 
 SUMMARY_FILE = "training.json"
 
@@ -45,18 +44,20 @@ def train_version(
 
     Raises:
         AdapterStateError: the parent's adapter does not fit the base model.
+        RankError: one of several training processes died.
     """
-    from deal_core.train import train_adapter
-
     store = current_store()
     folder = work_folder(run.lineage, run.short_key)
     if not (folder / SUMMARY_FILE).is_file():
         tracked = open_tracker().run(run.tracking_id)
         with borrowed_parent(store, parent) as parent_folder:
-            result = train_adapter(
-                lend_base(base),
+            learn = _in_this_process if train.num_processes == 1 else _in_processes
+            result = learn(
+                base,
+                folder,
+                _fetch_rows(store, dataset, folder),
+                _on_log(tracked, train.num_steps(dataset.num_train)),
                 parent_folder=parent_folder,
-                rows=_training_rows(store, dataset, folder),
                 task=read_manifest(store, dataset.uri).task,
                 strategy=strategy,
                 adapter=adapter,
@@ -65,7 +66,6 @@ def train_version(
                 output_folder=folder / "adapter",
                 checkpoint_folder=folder / "checkpoints",
                 old_tasks=_old_tasks(store, parent),
-                on_log=_on_log(tracked, train.num_steps(dataset.num_train)),
             )
         tracked.flush()
         _write_summary(folder, result)
@@ -90,17 +90,40 @@ def sha256_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _training_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Dataset:
-    """The training rows, mapped from disk rather than held in memory."""
-    path = folder / "rows" / "train.parquet"
-    store.download_file(f"{dataset.uri}/train.parquet", path)
+def _in_this_process(
+    base: BaseRef, folder: Path, rows_file: Path, on_log: OnLog, **arguments: Any
+) -> TrainingResult:
+    """Train here; the rows are mapped from disk rather than held in memory."""
     from datasets import Dataset
 
-    return Dataset.from_parquet(str(path), cache_dir=str(path.parent))
+    from deal_core.train import train_adapter
+
+    del folder
+    rows = Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent))
+    return train_adapter(lend_base(base), rows=rows, on_log=on_log, **arguments)
 
 
-def _old_tasks(store: ObjectStore, parent: VersionRef | None) -> list[TaskSchema]:
-    return [known.schema for known in read_record(store, parent.adapter_uri).tasks] if parent else []
+def _in_processes(base: BaseRef, folder: Path, rows_file: Path, on_log: OnLog, **arguments: Any) -> TrainingResult:
+    """Train with several processes, which load the base model themselves."""
+    from deal_core.ranks.job import TrainingJob
+    from deal_core.ranks.parent import train_in_processes
+
+    release_base()  # rank 0 takes the device it is on
+    job = TrainingJob(
+        base_source=base.source, base_sha256=base.sha256, cache_folder=HomeSettings().cache_dir, rows_file=rows_file,
+        **arguments,
+    )  # fmt: skip
+    return train_in_processes(job, folder / "ranks", on_log)
+
+
+def _fetch_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Path:
+    path = folder / "rows" / "train.parquet"
+    store.download_file(f"{dataset.uri}/train.parquet", path)
+    return path
+
+
+def _old_tasks(store: ObjectStore, parent: VersionRef | None) -> tuple[TaskSchema, ...]:
+    return tuple(known.schema for known in read_record(store, parent.adapter_uri).tasks) if parent else ()
 
 
 def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:

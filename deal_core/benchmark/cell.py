@@ -56,7 +56,8 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """The cell as a dict of JSON types."""
-        return dict(json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)})))
+        values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
+        return dict(json.loads(json.dumps(values)))
 
     def digest(self) -> str:
         """Twelve hexadecimal digits over all fields."""

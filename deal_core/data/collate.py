@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
@@ -40,6 +40,15 @@ def encode_rows(
     return rows.map(encode, remove_columns=rows.column_names)
 
 
+def add_blank_row(encoded: Dataset) -> Dataset:
+    """Append a row without an answer, whose loss is zero: the first one's prompt.
+
+    Processes that share batches each need as many rows as the others; what is missing in the last batch is this row.
+    """
+    blank = {**encoded[0], "answer_ids": [], "length": 0}
+    return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
+
+
 class AnswerCollator:
     """Pads a batch. Decoder-only: prompt and answer end at the right edge, so that one slice holds every answer."""
 
@@ -50,13 +59,14 @@ class AnswerCollator:
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask (B×T) and labels (B×K), the answers' tokens only."""
         answers = [list(row["answer_ids"]) for row in rows]
+        labels_of = [answer or [IGNORED] for answer in answers]
         prompts = [list(row["prompt_ids"]) for row in rows]
         if self._is_seq2seq:
             input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
-            labels, _ = pad_batch(answers, IGNORED, side="right")
+            labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         input_ids, mask = pad_batch([p + a for p, a in zip(prompts, answers, strict=True)], self._pad_id, side="left")
-        labels, _ = pad_batch(answers, IGNORED, side="left")
+        labels, _ = pad_batch(labels_of, IGNORED, side="left")
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -104,13 +114,23 @@ class BucketSampler(Sampler[int]):
 
     The order follows from the seed and the epoch alone, so that a run resumed in any epoch sees the same one;
     transformers' LengthGroupedSampler draws from the global generator and does not have this property.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows of a batch.
+        seed: Decides the order.
+        group_by_length: Whether to sort at all.
+        blank: The row that the last batch is filled up with; None: it stays smaller than the others.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool, blank: int | None = None
+    ) -> None:
         self._lengths = list(lengths)
         self._batch_size = batch_size
         self._seed = seed
         self._group_by_length = group_by_length
+        self._fill = [] if blank is None else [blank] * (-len(self._lengths) % batch_size)
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -118,13 +138,13 @@ class BucketSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._lengths) + len(self._fill)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         if not self._group_by_length:
-            return iter(order)
+            return iter(order + self._fill)
         bucket = self._batch_size * BATCHES_PER_BUCKET
         batches: list[list[int]] = []
         for start in range(0, len(order), bucket):
@@ -134,4 +154,4 @@ class BucketSampler(Sampler[int]):
         partial = [batch for batch in batches if len(batch) < self._batch_size]
         full = [batch for batch in batches if len(batch) == self._batch_size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        return iter([row for batch in shuffled + partial for row in batch])
+        return iter([row for batch in shuffled + partial for row in batch] + self._fill)

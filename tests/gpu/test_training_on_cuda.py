@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.models import load_base
+from deal_core.ranks.job import TrainingJob
+from deal_core.ranks.parent import train_in_processes
 from deal_core.train import TrainingResult, train_adapter
 
 pytestmark = [
@@ -48,3 +52,33 @@ def test_learns_and_resumes(tiny_base, tmp_path):
     resumed = run(tiny_base, tmp_path / "again", parent)
     assert resumed.resumed_from_step == 4
     assert [loss for _, loss in resumed.losses] == pytest.approx([loss for _, loss in whole.losses], rel=2e-2)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_learns_on_a_quantized_base(quantize, tiny_base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = load_base(str(tiny_base), tmp_path / "cache", quantize=quantize)
+    assert base.is_quantized
+    folder = tmp_path / "adapter"
+    result = train_adapter(
+        base, parent_folder=None, rows=Dataset.from_list(ROWS), task=TASK, strategy="deal",
+        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=replace(STEPS, quantize=quantize),
+        output_folder=folder, checkpoint_folder=tmp_path / "checkpoints",
+    )  # fmt: skip
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
+    one = run(tiny_base, tmp_path / "one", None)
+    rows_file = tmp_path / "rows.parquet"
+    Dataset.from_list(ROWS).to_parquet(str(rows_file))
+    job = TrainingJob(
+        base_source=str(tiny_base), base_sha256=load_base(str(tiny_base), tmp_path / "cache").sha256,
+        cache_folder=tmp_path / "cache", parent_folder=None, rows_file=rows_file, task=TASK, strategy="deal",
+        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=replace(STEPS, num_processes=2),
+        output_folder=tmp_path / "two", checkpoint_folder=tmp_path / "two-checkpoints",
+    )  # fmt: skip
+    two = train_in_processes(job, tmp_path / "ranks")
+    assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=2e-2)

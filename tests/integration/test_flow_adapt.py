@@ -158,6 +158,17 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_b
     assert second.scores is not None and second.scores.forgetting is not None
 
 
+def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home: Path, first: AdaptResult) -> None:
+    train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "num_processes": 2}
+    result = run(tiny_base, CLINIC, train=train)
+    assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "2", "1", 3)
+    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+    history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
+    assert [point.step for point in history] == [1, 2, 3]
+    assert set(result.accuracies) == {"bank", "clinic"}
+    assert not list((home / "work").rglob("*.*")), "what the processes wrote is left behind"
+
+
 def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
     rows = [json.loads(line) for line in Path(BANK["data"]).read_text().splitlines()]
     other = tmp_path / "other name.csv"

@@ -119,6 +119,7 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ({"train": '{"speed": 1}'}, r"unknown key 'train.speed' \(known: learning_rate"),
         ({"train": "core=soft"}, "is not JSON"),
         ({"train": "[1]"}, "is no JSON object"),
+        ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),
         ({"part": "test"}, "'part'"),
         ({"suite": "4"}, "either a suite or tasks"),
         ({"tasks": None}, "either a suite or tasks"),

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.errors import ConfigError
 from deal_core.models import DEFAULT_BASE, choose_dtype, cpu_multiplies_bf16, load_base, resolve_base
+from deal_core.quantization import quantization
 from tests.unit.deal_core.tiny_gguf import write_gguf
 
 KINDS = ("Hub id", "local folder", ".gguf file", DEFAULT_BASE)
@@ -187,6 +188,21 @@ def test_a_hub_out_of_reach_gives_one_clear_error(source: str, offline_hub: Path
         resolve_base(source, tmp_path)
     assert f"{source!r} could not be fetched from the Hub" in str(caught.value)
     assert all(kind in str(caught.value) for kind in KINDS) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can quantize")
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_base_that_cannot_be_quantized_here_is_not_even_looked_for(quantize: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"quantize is {quantize}, which needs a CUDA device"):
+        load_base("no/such-model", tmp_path / "cache", quantize=quantize)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_quantizing_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes; install it: pip install 'deal-pipeline\[quantize\]'"):
+        quantization("4bit", torch.bfloat16)
 
 
 def test_a_hub_id_is_served_from_the_hubs_cache(tiny_base: Path, offline_hub: Path, tmp_path: Path) -> None:

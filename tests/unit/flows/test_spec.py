@@ -131,7 +131,7 @@ def test_lineage_spec_leaves_the_task_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
-     "data: {test_share: 0.3}"],
+     "data: {test_share: 0.3}", "train: {quantize: 4bit}"],
 )  # fmt: skip
 def test_every_setting_makes_another_run(change: str) -> None:
     adapter = AdapterConfig()
@@ -164,6 +164,12 @@ def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
     assert hidden.config_sha256(AdapterConfig(), "deal") != parse(AdaptSpec, plain, "b").config_sha256(
         AdapterConfig(), "deal"
     )
+
+
+def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
+    adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
+    one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))
+    assert one.config_sha256(adapter, "deal") == two.config_sha256(adapter, "deal")
 
 
 def test_where_the_file_lies_is_no_setting() -> None:

@@ -1,0 +1,115 @@
+"""The cells of a benchmark by two processes of one thread each, against one such process.
+
+    python -m benchmarks.fan_out
+
+Each measurement runs `deal benchmark` in an empty home, once by itself and once twice at once with one folder of cells;
+the variants take turns, so that whatever else the machine does falls on both. Run again with every cell stored, the
+command shows what it takes without any cell: starting Python, Prefect's server and the base model. A tiny base model
+and generated rows: it is the sharing that is measured, and a machine needs as many idle cores as there are processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.tiny_base import build_tiny_base
+
+DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
+TASKS = {"colours": ("red", "green"), "sizes": ("large", "small"), "tastes": ("sweet", "sour")}
+STRATEGIES = ("deal", "seq_lora", "ewc", "replay")
+NUM_TEST_ROWS = 64
+
+
+def write_tasks(folder: Path, num_rows: int) -> None:
+    """Write tasks in the layout that `deal benchmark` reads."""
+    folder.mkdir()
+    tasks = {name: {"instruction": f"Which of the {name}?", "labels": labels} for name, labels in TASKS.items()}
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    for name, labels in TASKS.items():
+        for part, count in (("train", num_rows), ("test", NUM_TEST_ROWS)):
+            rows = [{"text": f"{part} {i} of {labels[i % 2]}", "label": labels[i % 2]} for i in range(count)]
+            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_at_once(num_processes: int, folder: Path, options: list[str]) -> float:
+    """Run the command so many times at once; return the seconds until the last has ended."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "DEAL_HOME")}
+    environment |= {"OMP_NUM_THREADS": "1", "DEAL_CACHE_DIR": str(folder.parent / "cache")}
+    command = [*DEAL, "benchmark", "--home", str(folder), "--json", *options]
+    started = time.perf_counter()
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(num_processes)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    seconds = time.perf_counter() - started
+    for process, output in zip(processes, outputs, strict=True):
+        if process.returncode != 0:
+            typer.echo(output.decode(errors="replace"), err=True)
+            raise typer.Exit(1)
+    return seconds
+
+
+def measure(num_processes: int, folder: Path, options: list[str]) -> dict[str, float]:
+    """Seconds with every cell to do, and with none."""
+    return {
+        "seconds": run_at_once(num_processes, folder, options),
+        "seconds_without_cells": run_at_once(num_processes, folder, options),
+        "num_cells": len(list((folder / "benchmark").glob("*-*.json"))),
+    }
+
+
+def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians, and the median of the ratios of measurements that stood side by side."""
+    pairs = list(zip(runs["two"], runs["one"], strict=True))
+    cells = {name: [run["seconds"] - run["seconds_without_cells"] for run in found] for name, found in runs.items()}
+    return {
+        "num_measurements": len(pairs),
+        "median_seconds": {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()},
+        "median_seconds_of_cells": {name: statistics.median(found) for name, found in cells.items()},
+        "median_ratio": statistics.median(two["seconds"] / one["seconds"] for two, one in pairs),
+        "median_ratio_of_cells": statistics.median(
+            two / one for two, one in zip(cells["two"], cells["one"], strict=True)
+        ),
+    }
+
+
+def main(
+    measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
+    rows: Annotated[int, typer.Option(help="Training rows per task.")] = 600,
+    seeds: Annotated[int, typer.Option(help="Seeds; every strategy has a cell for each.")] = 2,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/fan_out.json"),
+) -> None:
+    """Print and write the seconds of one process and of two, and their ratio."""
+    runs: dict[str, list[dict[str, float]]] = {"one": [], "two": []}
+    with tempfile.TemporaryDirectory(prefix="deal-fan-out-") as work:
+        base, data = Path(work) / "tiny-base", Path(work) / "data"
+        base.mkdir()
+        build_tiny_base(base)
+        write_tasks(data, rows)
+        options = ["--data", str(data), "--base", str(base), "--rows", str(rows)]
+        options += [word for name in TASKS for word in ("--task", name)]
+        options += [word for name in STRATEGIES for word in ("--strategy", name)]
+        options += [word for seed in range(seeds) for word in ("--seed", str(seed))]
+        for number in range(measurements):
+            order = [("one", 1), ("two", 2)]
+            for name, num_processes in order if number % 2 == 0 else reversed(order):
+                runs[name].append(measure(num_processes, Path(work) / f"{name}-{number}", options))
+    result = {"rows": rows, "seeds": seeds, "cores": os.cpu_count(), **summarise(runs), "measurements": runs}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    typer.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
