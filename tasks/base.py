@@ -37,6 +37,11 @@ def lend_base(reference: BaseRef) -> BaseModel:
     return base
 
 
+def is_loaded(source: str) -> bool:
+    """Whether this process holds the base model already."""
+    return source in _loaded
+
+
 def _load(source: str) -> BaseModel:
     if source not in _loaded:
         from deal_core.models import load_base
