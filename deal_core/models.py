@@ -20,7 +20,7 @@ from deal_core.gguf_file import require_all_weights
 from deal_core.quantization import quantization
 
 __all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "cpu_multiplies_bf16",
-           "load_base", "resolve_base"]
+           "load_base", "precision_name", "resolve_base"]
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -115,6 +115,11 @@ def choose_dtype(precision: Precision) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         return torch.bfloat16 if cpu_multiplies_bf16(Path("/proc/cpuinfo")) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
+    """The precision that `choose_dtype` chooses, by its name."""
+    return "bf16" if choose_dtype(precision) == torch.bfloat16 else "fp32"
 
 
 def cpu_multiplies_bf16(cpuinfo: Path) -> bool:

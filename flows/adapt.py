@@ -36,6 +36,7 @@ from tasks.register import register_version
 from tasks.report import report_run
 from tasks.run import end_run, remove_work, start_run
 from tasks.services import current_store
+from tasks.sizing import refuse_what_cannot_fit
 from tasks.train import train_version
 
 
@@ -83,7 +84,12 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
-    base = await stages.run("base", identify_base, choose_base(spec, record), spec.train.quantize)
+    source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
+    if spec.train.quantize == "none":  # the sizes are those of whole weights
+        await asyncio.to_thread(
+            refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
+        )
+    base = await stages.run("base", identify_base, source, spec.train.quantize)
     stages.done("base", base.name)
     if record:
         require_same_base(record, base)

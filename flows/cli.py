@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from deal_core.errors import ConfigError
 from flows.cli_keeping import answer_file, keeping_app
+from flows.cli_plan import plan_app
 from flows.cli_promotion import promotion_app
 from flows.cli_report import report_app
 from flows.cli_serve import serve_app, vllm_app
@@ -358,6 +359,7 @@ def ui(
         _show_ui(deal, open_, port)
 
 
+app.add_typer(plan_app)
 app.add_typer(promotion_app)
 app.add_typer(keeping_app)
 app.add_typer(serve_app)

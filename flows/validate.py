@@ -14,8 +14,9 @@ from flows.spec import AdaptSpec, TaskSpec, read_spec
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
 from tasks.ingest import choose_schema, frozen_test_rows
-from tasks.record import LineageRecord, read_record
-from tasks.references import Arrival
+from tasks.lineage import version_ref
+from tasks.record import read_record
+from tasks.references import Arrival, VersionRef
 from tasks.services import current_store, local_file
 
 
@@ -74,7 +75,8 @@ def validate(
     """
     read = read_spec(spec) if spec else AdaptSpec(task=TaskSpec(name=task, data=str(file)))
     test_data = test_data or read.task.test_data
-    record = _known_record(lineage or read.lineage)
+    champion = known_champion(lineage or read.lineage)
+    record = read_record(current_store(), champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
     schema = choose_schema(arrival, record)
     with _local(test_data) as test_source:
@@ -89,13 +91,13 @@ def validate(
     return _result(file, report)
 
 
-def _known_record(lineage: str) -> LineageRecord | None:
-    """What the lineage's champion knows; None where there is none. No registry is made to find that out."""
+def known_champion(lineage: str) -> VersionRef | None:
+    """The lineage's champion; None where there is none. No registry is made to find that out."""
     address = TrackingSettings().tracking_uri
     if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
         return None
     champion = open_registry().champion(lineage)
-    return read_record(current_store(), champion.adapter_uri) if champion else None
+    return version_ref(champion) if champion else None
 
 
 @contextmanager

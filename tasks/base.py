@@ -48,6 +48,11 @@ def release_base() -> None:
     torch.cuda.empty_cache()
 
 
+def is_loaded(source: str) -> bool:
+    """Whether this process holds the base model already."""
+    return any(known == source for known, _ in _loaded)
+
+
 def _load(source: str, quantize: Quantize) -> BaseModel:
     key = source, quantize
     if key not in _loaded:

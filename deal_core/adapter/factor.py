@@ -1,4 +1,4 @@
-"""One factor (Aᵀ or B) of a stack of modules as a network: retention, controlled update, projection, regulariser.
+"""One factor (Aᵀ or B) of a stack of modules as a network, and the literal form of one.
 
 Shapes: M modules of one shape, N features of the side (I for A, O for B), R rank.
 """
@@ -6,15 +6,14 @@ Shapes: M modules of one shape, N features of the side (I for A, O for B), R ran
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.retention import HaarRetention, LiteralRetention, SpectralRetention
+from deal_core.adapter.retention import LiteralRetention
 from deal_core.adapter.update import ControlledUpdate
 from deal_core.config import DealConfig
-
-TINY = 1e-12
 
 
 class FactorNetwork(nn.Module):
@@ -39,76 +38,24 @@ class FactorNetwork(nn.Module):
     def penalty(self) -> Tensor:
         """Return this factor's λ terms; a scalar."""
 
+    @torch.no_grad()
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Write the factor of every module into its target (N×R)."""
+        for target, value in zip(targets, self(), strict=True):
+            target.copy_(value)
 
-class SpectralFactor(FactorNetwork):
-    """Core slots are retained and, where the core is soft, reshaped; free slots learn the new task.
+    def pull_back(self, gradients: Sequence[Tensor], *, penalised: bool) -> None:
+        """Set the parameters' gradients, given those of the factor (N×R for every module).
 
-    Args:
-        start_MNR: The factor when the task arrives, free slots already recycled.
-        sigma_MR: Singular values of ΔW.
-        core_MR: True for core slots.
-        guarded_MNR: Orthonormal directions that free slots are kept out of (zero columns elsewhere), or None.
-        is_trained: Whether this side is updated.
-    """
-
-    core_M1R: Tensor
-    guarded_MNR: Tensor | None
-
-    def __init__(
-        self,
-        start_MNR: Tensor,
-        sigma_MR: Tensor,
-        core_MR: Tensor,
-        config: DealConfig,
-        guarded_MNR: Tensor | None,
-        *,
-        is_trained: bool,
-    ) -> None:
-        super().__init__(start_MNR, is_trained=is_trained)
-        self._config = config
-        self.register_buffer("core_M1R", core_MR.unsqueeze(1))
-        self.register_buffer("guarded_MNR", guarded_MNR)
-        self.retention: SpectralRetention | HaarRetention | None = None
-        self.update: ControlledUpdate | None = None
-        if is_trained:
-            is_soft = config.core == "soft"
-            if is_soft and config.num_layers > 0:
-                self.retention = (
-                    HaarRetention(start_MNR, config.num_layers) if config.kernel == "haar"
-                    else SpectralRetention(sigma_MR, config.kernel, config.widths, config.num_layers)
-                )  # fmt: skip
-            self.update = ControlledUpdate(
-                start_MNR, mixing=is_soft and config.mixing, trainable_MR=None if is_soft else ~core_MR
-            )
-
-    def forward(self) -> Tensor:
-        """Return O: X̂ + X̂Ω + b, free slots projected out of the guarded directions."""
-        out_MNR = self.start_MNR
-        if self.retention is not None:
-            out_MNR = torch.where(self.core_M1R, self.retention(out_MNR), out_MNR)
-        if self.update is not None:
-            out_MNR = self.update(out_MNR)
-        if self.guarded_MNR is not None:
-            projected_MNR = out_MNR - self.guarded_MNR @ (self.guarded_MNR.mT @ out_MNR)
-            out_MNR = torch.where(self.core_M1R, out_MNR, projected_MNR)
-        return out_MNR
-
-    def penalty(self) -> Tensor:
-        """λ₁·mean_k(‖y'_k − y_k‖/(ρ‖y_k‖))^a over core slots, λ₂·mean|·|^b over Ω and the free columns of b."""
-        if self.update is None:
-            return self.start_MNR.new_zeros(())
-        config = self._config
-        core_MR = self.core_M1R.squeeze(1).float()
-        deviation_MR = (self() - self.start_MNR).square().sum(1)
-        scale_MR = config.tolerance**2 * self.start_MNR.square().sum(1) + TINY
-        wall_MR = (deviation_MR / scale_MR + TINY) ** (config.a / 2) * core_MR
-        wall = (wall_MR.sum(1) / core_MR.sum(1).clamp(min=1)).sum()
-        free_M1R = 1 - core_MR.unsqueeze(1)
-        size_M = (self.update.offset_MNR * free_M1R).abs().pow(config.b).mean((1, 2))
-        if self.update.mixing_MRR is not None:
-            size_M = size_M + self.update.mixing_MRR.abs().pow(config.b).mean((1, 2))
-        total: Tensor = config.lambda1 * wall + config.lambda2 * size_M.sum()
-        return total
+        Args:
+            gradients: Of the loss, by the factor.
+            penalised: Whether the gradient of the penalty is added.
+        """
+        for parameter in self.parameters():
+            parameter.grad = None
+        torch.autograd.backward([self()], [torch.stack(list(gradients)).float()])
+        if penalised:
+            torch.autograd.backward(self.penalty())
 
 
 class LiteralFactor(FactorNetwork):

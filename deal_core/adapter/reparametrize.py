@@ -14,7 +14,8 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deal_core.adapter.factor import FactorNetwork, LiteralFactor, SpectralFactor
+from deal_core.adapter.factor import FactorNetwork, LiteralFactor
+from deal_core.adapter.spectral_factor import HaarFactor, SpectralFactor
 from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack
 from deal_core.config import DealConfig
@@ -59,8 +60,11 @@ class Reparametrization(nn.Module):
             self._recycled_power += float((power_MR * ~core_MR).sum())
             y_A, y_B = _recycle(y_A, y_B, core_MR, config, generator)
         guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.recycle else None
-        a_side = SpectralFactor(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
-        b_side = SpectralFactor(y_B, spectrum.sigma_MR, core_MR, config, None, is_trained=config.sides != "A")
+        # Aᵀ lies in memory as A does: what goes between the two is then copied as it lies
+        y_A, guarded = _as_lora_a(y_A), None if guarded is None else _as_lora_a(guarded)
+        factory = HaarFactor if config.kernel == "haar" else SpectralFactor
+        a_side = factory(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
+        b_side = factory(y_B, spectrum.sigma_MR, core_MR, config, None, is_trained=config.sides != "A")
         return a_side, b_side
 
     @property
@@ -71,21 +75,20 @@ class Reparametrization(nn.Module):
     @torch.no_grad()
     def materialise(self) -> None:
         """Write A' and B' into the adapter's own parameters."""
-        for stack, (a_side, b_side) in zip(self._stacks, self._pairs, strict=True):
-            stack.write(a_side().mT, b_side())
-
-    def pull_back(self) -> None:
-        """Set the parameters' gradients to those of the factors, taken back through the networks (chain rule)."""
-        for parameter in self.parameters():
-            parameter.grad = None
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
-            grad_A, grad_B = stack.gradients()
-            outputs, gradients = [], []
-            for network, gradient in zip(networks, (grad_A.mT, grad_B), strict=True):
+            for network, targets in zip(networks, stack.targets(), strict=True):
+                network.write(targets)
+
+    def pull_back(self, *, penalised: bool = False) -> None:
+        """Set the parameters' gradients to those of the factors, taken back through the networks (chain rule).
+
+        Args:
+            penalised: Add the gradient of `penalty`, in the same pass over the numbers.
+        """
+        for stack, networks in zip(self._stacks, self._pairs, strict=True):
+            for network, gradients in zip(networks, stack.target_gradients(), strict=True):
                 if network.is_trained:
-                    outputs.append(network())
-                    gradients.append(gradient)
-            torch.autograd.backward(outputs, gradients)
+                    network.pull_back(gradients, penalised=penalised)
 
     def penalty(self) -> Tensor:
         """λ₁ and λ₂ terms of Eq. 12, summed over the modules; a scalar with a gradient."""
@@ -96,6 +99,10 @@ class Reparametrization(nn.Module):
         """Take every constant and parameter from the first process, bit for bit."""
         for tensor in self.state_dict().values():
             tensor.copy_(broadcast(tensor.contiguous()))
+
+
+def _as_lora_a(y_MIR: Tensor) -> Tensor:
+    return y_MIR.mT.contiguous().mT
 
 
 def _recycle(

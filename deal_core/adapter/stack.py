@@ -43,6 +43,18 @@ class LoraStack:
         for param, value in zip((*self.a_params, *self.b_params), (*a_MRI, *b_MOR), strict=True):
             param.copy_(value)
 
+    def targets(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the modules' own parameters, to be written to: each Aᵀ (I×R) and each B (O×R)."""
+        return [p.detach().mT for p in self.a_params], [p.detach() for p in self.b_params]
+
+    def target_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the gradients of `targets`, not copied; zero where a parameter received none."""
+        grads_A, grads_B = (
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            for params in (self.a_params, self.b_params)
+        )
+        return [grad.mT for grad in grads_A], grads_B
+
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Return the gradients of A (M×R×I) and B (M×O×R); zero where a parameter received none."""
 

@@ -26,6 +26,10 @@ class ControlledUpdate(nn.Module):
 
     def forward(self, retained_MNR: Tensor) -> Tensor:
         """Return O (M×N×R)."""
-        offset_MNR = self.offset_MNR if self.trainable_M1R is None else self.offset_MNR * self.trainable_M1R
-        out_MNR = retained_MNR + offset_MNR
+        out_MNR = retained_MNR + self.masked_offset()
         return out_MNR if self.mixing_MRR is None else out_MNR + retained_MNR @ self.mixing_MRR
+
+    def masked_offset(self, part: slice = slice(None)) -> Tensor:
+        """Return b of some modules, zero where a slot's column may not move."""
+        offset_MNR = self.offset_MNR[part]
+        return offset_MNR if self.trainable_M1R is None else offset_MNR * self.trainable_M1R[part]

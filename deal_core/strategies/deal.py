@@ -71,14 +71,14 @@ class Deal(Strategy):
         """Return g, c, Ω and b; for the first task and with a free core, A and B."""
         return super().parameters() if self.network is None else list(self.network.parameters())
 
-    def penalty(self) -> Tensor | None:
-        """Return the λ₁ and λ₂ terms of Eq. 12; none where A and B themselves are trained."""
-        return None if self.network is None else self.network.penalty()
-
     def before_step(self) -> None:
-        """Pull the gradients of A and B back to the method's parameters."""
+        """Pull the gradients of A and B back to the method's parameters, and add that of the λ terms of Eq. 12.
+
+        So there is no `penalty` of its own: at the sizes of large models each further pass over the numbers costs as
+        much as these two together.
+        """
         if self.network is not None:
-            self.network.pull_back()
+            self.network.pull_back(penalised=True)
 
     def after_step(self) -> None:
         """Materialise A and B from the stepped parameters."""

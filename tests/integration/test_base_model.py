@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deal_core.base_config import BUILT_IN_CONFIGS
 from deal_core.base_sources import BUILT_IN, CONVERSION
 from deal_core.models import DEFAULT_BASE, load_base, resolve_base
 
@@ -39,6 +40,9 @@ def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path
     with torch.inference_mode():
         answer = base.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+    for name, value in BUILT_IN_CONFIGS[DEFAULT_BASE].items():
+        assert getattr(base.model.config, name) == value, name
 
     folder = resolve_base(DEFAULT_BASE, cache)
     before = (folder / "model.safetensors").stat()

@@ -226,7 +226,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
                 return [(await server.read_automations_by_name(name))[0] for name in names]
 
             await apply_notifications(server)
-            assert [(each.enabled, each.actions[0].type) for each in await found()] == [(False, "do-nothing")] * 4
+            assert [(each.enabled, each.actions[0].type) for each in await found()] == [(False, "do-nothing")] * len(names)
             monkeypatch.setenv("DEAL_NOTIFICATION_BLOCK", "custom-webhook/operators")
             with pytest.raises(ConfigError, match="no block custom-webhook/operators"):
                 await apply_notifications(server)
@@ -234,8 +234,8 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
             await server.resume_automation((await found())[1].id)
             await apply_notifications(server)
             await apply_notifications(server)
-            assert [each.actions[0].type for each in await found()] == ["send-notification"] * 4
-            assert [each.enabled for each in await found()] == [False, True, False, False], "as a person left them"
+            assert [each.actions[0].type for each in await found()] == ["send-notification"] * len(names)
+            assert [each.enabled for each in await found()] == [False, True, False, False, False], "as a person left them"
 
     async def clear() -> None:
         async with get_client() as server:

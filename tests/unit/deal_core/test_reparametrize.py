@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deal_core.adapter import spectral_factor
 from deal_core.adapter.kernels import FLOOR, LOG_KERNELS
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.retention import HaarRetention
@@ -158,6 +159,26 @@ def test_pulled_back_gradients_equal_autograd_through_the_network(name):
     for expected, parameter in zip(straight, network.parameters(), strict=True):
         assert expected.abs().max() > 0
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_bytes", [1, spectral_factor.BLOCK_BYTES])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monkeypatch):
+    """Against autograd through the factors and the penalty as they are written down, module by module and at once."""
+    monkeypatch.setattr(spectral_factor, "BLOCK_BYTES", block_bytes)
+    network, stack = network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5))
+    step(network, stack, 3)
+    set_gradients(stack, 5)
+    outputs = [side() for side in network.sides[0]]
+    gradients = [torch.stack(given) for given in stack.target_gradients()]
+    loss = sum((out * given).sum() for out, given in zip(outputs, gradients, strict=True))
+    expected = torch.autograd.grad(loss + network.penalty(), list(network.parameters()))
+    network.pull_back(penalised=True)
+    for wanted, parameter in zip(expected, network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+    network.materialise()
+    for out, targets in zip(outputs, stack.targets(), strict=True):
+        torch.testing.assert_close(torch.stack(targets), out, rtol=1e-5, atol=1e-6)
 
 
 def penalty_gradients(config: DealConfig) -> list[Tensor]:

@@ -1,0 +1,56 @@
+"""The device that a run would use, and its memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from deal_core.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6,
+          "gb": 10**9, "tb": 10**12}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device's memory.
+
+    Attributes:
+        name: For people.
+        is_cpu: Whether it is the machine's own memory.
+        free_bytes: What a new process may take now.
+        total_bytes: What it has.
+    """
+
+    name: str
+    is_cpu: bool
+    free_bytes: int
+    total_bytes: int
+
+
+def current_device() -> Device:
+    """Return the device that accelerate chooses."""
+    device = PartialState().device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Device(name=torch.cuda.get_device_name(device), is_cpu=False, free_bytes=free, total_bytes=total)
+    memory = psutil.virtual_memory()
+    name = "this machine's memory" if device.type == "cpu" else device.type
+    return Device(name=name, is_cpu=device.type == "cpu", free_bytes=memory.available, total_bytes=memory.total)
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as 24GiB, 80 GB or 512MiB.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise ConfigError(f"{text!r} is no size of a memory; write 24GiB or 80GB, for example.")
+    return int(float(found[1]) * unit)
