@@ -226,7 +226,8 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
                 return [(await server.read_automations_by_name(name))[0] for name in names]
 
             await apply_notifications(server)
-            assert [(each.enabled, each.actions[0].type) for each in await found()] == [(False, "do-nothing")] * len(names)
+            off = [(False, "do-nothing")] * len(names)
+            assert [(each.enabled, each.actions[0].type) for each in await found()] == off
             monkeypatch.setenv("DEAL_NOTIFICATION_BLOCK", "custom-webhook/operators")
             with pytest.raises(ConfigError, match="no block custom-webhook/operators"):
                 await apply_notifications(server)
@@ -235,7 +236,8 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
             await apply_notifications(server)
             await apply_notifications(server)
             assert [each.actions[0].type for each in await found()] == ["send-notification"] * len(names)
-            assert [each.enabled for each in await found()] == [False, True, False, False, False], "as a person left them"
+            kept = [False, True, False, False, False]
+            assert [each.enabled for each in await found()] == kept, "as a person left them"
 
     async def clear() -> None:
         async with get_client() as server:
