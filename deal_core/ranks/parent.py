@@ -116,6 +116,7 @@ def _environment(num_processes: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_processes)),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of libraries to each other; they would be a rank's last words
         "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
     }
 

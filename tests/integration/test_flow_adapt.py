@@ -162,7 +162,7 @@ def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "num_processes": 2}
     result = run(tiny_base, CLINIC, train=train)
     assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "2", "1", 3)
-    assert versions() == [("1", "bank", ()), ("2", "clinic", ("challenger", "champion"))]
+    assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
     history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
     assert [point.step for point in history] == [1, 2, 3]
     assert set(result.accuracies) == {"bank", "clinic"}
