@@ -29,7 +29,7 @@ class Remedy:
 
 
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:
-    """Return single changes, each with what it brings, and the smallest plan of all of them together last.
+    """Return single changes that bring something, each with what it brings, and all of them together last.
 
     A smaller batch is made up for by accumulation, so that a step still learns from as many rows.
 
@@ -64,10 +64,12 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
             smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens
         )
         found.append(("all of these together", everything, "bf16"))
+    before = memory_of(train, precision).total
     totals = [memory_of(changed, each_precision).total for _, changed, each_precision in found]
     return tuple(
         Remedy(change=change, total_bytes=total, fits=total <= limit)
         for (change, _, _), total in zip(found, totals, strict=True)
+        if total < before  # shorter prompts bring nothing where the rows are short
     )
 
 

@@ -159,6 +159,11 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
     assert found["train.batch_size"].change == "train.batch_size: 1 with gradient_accumulation_steps: 14"
     assert found["train.batch_size"].fits and found["all of these together"].fits
     assert not found["weights in bf16, on a device that computes in it"].fits
+    def of_short_rows(changed: TrainConfig, precision: str):  # type: ignore[no-untyped-def]
+        return memory_of(replace(changed, max_prompt_tokens=64), precision)
+
+    short = find_remedies(of_short_rows, train, "fp32", 1000)
+    assert not any("max_prompt_tokens" in each.change for each in short), "which changes nothing here"
     nothing = find_remedies(memory_of, train, "fp32", 1000)
     assert not any(each.fits for each in nothing)
     assert find_remedies(memory_of, replace(train, gradient_checkpointing=True), "bf16", limit)[0].change.startswith(

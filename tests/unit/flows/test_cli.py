@@ -46,7 +46,9 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "model", "ui", "report"):
+    for name in (
+        "demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "plan", "model", "ui", "report",
+    ):  # fmt: skip
         assert name in done.stdout
 
 
