@@ -103,6 +103,8 @@ def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expec
             (victim,) = model_servers(front_door)
             victim.kill()
             victim.wait(WAIT_SECONDS)
+            wait_for(lambda: [each.pid for each in model_servers(front_door)] not in ([], [victim.pid]))
+            wait_for(lambda: state(url)["version"] == "2" and state(url)["starting"] is None)
             clients.first_of("2", time.monotonic())
 
             old = register_what_mlflow_cannot_serve(tmp_path)
