@@ -56,6 +56,8 @@ class EvaluationReport:
     """The untouched base model's."""
     adapter: AdapterFacts | None = None
     """None: not looked at."""
+    majority_rate: float | None = None
+    """What always giving the commonest answer would score on the task, 0 to 1; None: not counted."""
 
     def __post_init__(self) -> None:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)
@@ -71,6 +73,7 @@ class EvaluationReport:
             "matrix": self.matrix.to_json(), "notes": list(self.notes), "outcomes": dict(self.outcomes),
             "parent_outcomes": dict(self.parent_outcomes), "perplexity": self.perplexity,
             "base_perplexity": self.base_perplexity, "adapter": self.adapter and asdict(self.adapter),
+            "majority_rate": self.majority_rate,
         }
 
     @classmethod

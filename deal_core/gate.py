@@ -71,8 +71,11 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
 
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     task, accuracy = report.task, report.accuracies[report.task]
-    floors = {min(1.0, report.base_accuracy + config.min_gain_points / 100):
-              f" (base model's {_percent(report.base_accuracy)} + {config.min_gain_points:.1f} points)"}  # fmt: skip
+    known, whose = report.base_accuracy, "base model's"
+    if report.majority_rate is not None and report.majority_rate > known:  # a model that guesses has learned nothing
+        known, whose = report.majority_rate, "the commonest answer's"
+    floors = {min(1.0, known + config.min_gain_points / 100):
+              f" ({whose} {_percent(known)} + {config.min_gain_points:.1f} points)"}  # fmt: skip
     if config.min_accuracy is not None:
         floors.setdefault(config.min_accuracy, "")
     for floor, origin in floors.items():

@@ -108,6 +108,7 @@ def evaluate_version(
         perplexity=now.perplexity,
         base_perplexity=on_base.perplexity,
         adapter=facts,
+        majority_rate=now.evaluations[dataset.task].majority_rate,
     )
 
 
