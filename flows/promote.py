@@ -187,7 +187,7 @@ def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
 
 def _look(lineage: str) -> tuple[Registry, PromotionLog, VersionInfo | None]:
     registry, log = open_registry(), PromotionLog(current_store())
-    settle_aliases(registry, log.last(lineage), lineage)
+    settle_aliases(registry, log, lineage)
     return registry, log, registry.champion(lineage)
 
 

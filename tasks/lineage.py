@@ -25,7 +25,7 @@ def find_parent(lineage: str) -> VersionRef | None:
     What a crash left undone of the newest version's run is done first, so that no accepted version is passed over.
     """
     registry = open_registry()
-    settle_aliases(registry, PromotionLog(current_store()).last(lineage), lineage)
+    settle_aliases(registry, PromotionLog(current_store()), lineage)
     if versions := registry.versions(lineage):
         finish_run(registry, versions[-1], version_ref(versions[-1]))
     champion = registry.champion(lineage)
@@ -99,6 +99,7 @@ def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionR
         version=info.version,
         run_key=info.run_key,
         adapter_uri=info.adapter_uri,
+        adapter_sha256=info.adapter_sha256,
         accepted=info.accepted,
         reasons=info.reasons,
         parent_version=info.parent_version,

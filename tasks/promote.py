@@ -95,8 +95,7 @@ def move_champion(
         RegistryError: the champion is another by now.
     """
     lineage = version.lineage
-    last = log.last(lineage)
-    champion = settle_aliases(registry, last, lineage)
+    champion, last = settle_aliases(registry, log, lineage)
     if champion == version.version:
         return
     if champion == expected:
@@ -104,12 +103,9 @@ def move_champion(
             last, action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
             who=who, why=why, run=run,
         )  # fmt: skip
-        while added is not None:
-            settle_aliases(registry, added, lineage)
-            newest = log.last(lineage)
-            if newest == added:
-                return
-            added = newest  # that move may have set the aliases before this one did
+        if added is not None:
+            settle_aliases(registry, log, lineage)
+            return
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""
     raise RegistryError(
@@ -118,11 +114,26 @@ def move_champion(
     )
 
 
-def settle_aliases(registry: Registry, move: Move | None, lineage: str) -> str | None:
-    """Set the aliases as the newest move says, and return the champion's number; without a move they stand as they are.
+def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple[str | None, Move | None]:
+    """Set the aliases as the newest move says; without a move they stand as they are.
 
-    An alias that was moved by hand is set back: the log is what later decisions rest on.
+    An alias that was moved by hand is set back: the log is what later decisions rest on. The log is read again after
+    each setting: whoever has set what is no longer the newest mends it, so that the newest move wins in the end.
+
+    Returns:
+        The champion's number, and the move that says so.
     """
+    move = log.last(lineage)
+    while True:
+        champion = _follow(registry, move, lineage)
+        newest = log.last(lineage)
+        if newest == move:
+            return champion, move
+        move = newest
+
+
+def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
+    """Set the aliases as a move says, and return the champion's number."""
     champion = registry.champion(lineage)
     current = champion.version if champion else None
     if move is None or move.champion is None:
