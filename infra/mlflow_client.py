@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import tenacity
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -39,3 +40,16 @@ def saying(doing: str, uri: str) -> Iterator[None]:
         reason = without_password(str(error).strip().split("\n")[0].rstrip("."))
         where = without_password(uri)
         raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from error
+
+
+again_if_overtaken = tenacity.retry(
+    retry=tenacity.retry_if_exception_message(match="(?i).*(unique|duplicate)"),
+    wait=tenacity.wait_random(max=0.2),
+    stop=tenacity.stop_after_attempt(3),
+    reraise=True,
+)
+"""Decorates what sets a value, and can be repeated.
+
+MLflow looks whether the value's row is there, then inserts or updates it: of two that set it first at once, one is told
+that the row is there by now. Its second try updates it.
+"""

@@ -25,7 +25,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
-from infra.mlflow_client import RUN_KEY, open_client, saying
+from infra.mlflow_client import RUN_KEY, again_if_overtaken, open_client, saying
 from infra.settings import TrackingSettings, without_password
 
 Alias = Literal["champion", "challenger", "previous"]
@@ -177,8 +177,9 @@ class Registry:
                 )
             fetched.rename(folder)
 
+    @again_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
-        """Move an alias to a version; whoever moves aliases of a lineage must be alone in doing so.
+        """Move an alias to a version; of several that move it at once, the last one wins.
 
         Raises:
             RegistryError: there is no such version, or the gate rejected it.
@@ -202,6 +203,7 @@ class Registry:
         with saying(f"drop {lineage}@{alias}", self.uri):
             self.client.delete_registered_model_alias(lineage, alias)
 
+    @again_if_overtaken
     def tag_version(self, lineage: str, version: str, tags: Mapping[str, str]) -> None:
         """Add tags `deal.<name>` to a version; a later value replaces an earlier one."""
         with saying(f"tag version {version} of {lineage!r}", self.uri):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from threading import Barrier
 
 import mlflow
 import pytest
@@ -303,6 +305,25 @@ def test_aliases_move_and_a_rejected_version_gets_none(tracker: Tracker, registr
     champion = registry.champion("alias")
     assert champion is not None and champion.version == "3"
     assert champion == registry.with_alias("alias", "challenger") == registry.versions("alias")[2]
+
+
+def test_of_many_that_set_a_tag_or_an_alias_first_at_once_none_fails(
+    tracker: Tracker, registry: Registry, adapter: Path
+) -> None:
+    register(tracker, registry, adapter, "at-once", replace(FACTS, run_key="at-once"))
+    names, start = [f"name_{number}" for number in range(10)], Barrier(4)
+
+    def write(_: int) -> None:
+        for name in names:
+            start.wait(20)
+            registry.tag_version("at-once", "1", {name: "set"})
+        start.wait(20)
+        registry.set_alias("at-once", "challenger", "1")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    tags = registry.client.get_model_version("at-once", "1").tags
+    assert all(tags[f"deal.{name}"] == "set" for name in names)
 
 
 def test_a_registered_model_of_somebody_else_is_left_alone(tracker: Tracker, registry: Registry, adapter: Path) -> None:
