@@ -32,8 +32,6 @@ model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(lineage_app, name="lineage")
 
-app.add_typer(report_app)
-
 Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Base = Annotated[
     str | None,
@@ -360,6 +358,7 @@ def ui(
 
 
 app.add_typer(plan_app)
+app.add_typer(report_app)
 app.add_typer(promotion_app)
 app.add_typer(keeping_app)
 app.add_typer(serve_app)

@@ -115,11 +115,6 @@ class ArtifactRemover:
         with saying(f"remove artifacts of run {run_id}", self._uri):
             self._delete(str(self._client.get_run(run_id).info.artifact_uri), paths)
 
-    def tag_version(self, lineage: str, version: str, name: str, value: str) -> None:
-        """Set a tag of a version."""
-        with saying(f"tag version {version} of {lineage!r}", self._uri):
-            self._client.set_model_version_tag(lineage, version, name, value)
-
     def _model_files(self, model_id: str) -> list[FileInfo]:
         with saying(f"list the artifacts of the model {model_id}", self._uri):
             try:

@@ -13,12 +13,12 @@ from deal_core.errors import ConfigError
 from infra.object_store import ObjectStore
 from infra.registry import Registry
 from tasks.inbox import INBOX, TASK_FILE, read_state, task_of
-from tasks.ingest import MANIFEST_FILE, read_manifest
+from tasks.ingest import MANIFEST_FILE, QUARANTINE, quarantine_folder, read_manifest
+from tasks.references import dataset_sha256
 from tasks.services import local_file
 from tasks.sweep import DATASETS, list_all_lineages
 from tasks.tombstones import FORGOTTEN, find_tombstone
 
-QUARANTINE = "quarantine"
 MIN_PREFIX = 6
 
 
@@ -82,7 +82,7 @@ def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetMa
     for info in store.list(f"{DATASETS}/{task}"):
         folder, _, name = info.key.rpartition("/")
         if name == MANIFEST_FILE:
-            yield folder.split("/")[2], read_manifest(store, folder)
+            yield dataset_sha256(folder), read_manifest(store, folder)
 
 
 def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
@@ -107,7 +107,7 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
     )
     tombstone = find_tombstone(store, task, [sha256])
     files |= dict.fromkeys(tombstone.files if tombstone else ())
-    if not files and any(True for _ in store.list(f"{QUARANTINE}/{task}/{sha256}")):
+    if not files and any(True for _ in store.list(quarantine_folder(task, sha256))):
         files = {sha256: None}  # refused whole: it is known by its file
     if key is not None and store.exists(key):
         files |= {_digest_of(store, key): None}

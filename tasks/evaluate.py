@@ -18,7 +18,6 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix, outcomes_of
 from infra.object_store import ObjectStore
-from infra.registry import open_registry
 from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
 from tasks.ingest import read_manifest
@@ -74,9 +73,9 @@ def evaluate_version(
     scorer = Scorer(base, config)
     scorer.expect(new, new if parent else [], [*sets, *new])
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
-        on_base = scorer.score(None, new)
+        on_base = scorer.score(None, new, general=True)
         on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
-        now = scorer.score(folder, [*sets, *new])
+        now = scorer.score(folder, [*sets, *new], general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     keep_answers(
         store, adapter.uri, KeptAnswers(now=now.answers, before=on_parent.answers if parent else on_base.answers)
@@ -119,6 +118,7 @@ class Scored:
     evaluations: Mapping[str, TaskEvaluation]
     answers: Answers
     perplexity: float | None
+    """Of plain English; None where it was not asked, or cannot be told."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -154,8 +154,8 @@ class Scorer:
         """Announce the test sets that will be scored, so that progress has a total."""
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
-    def score(self, adapter_folder: Path | None, sets: Sequence[TestSet]) -> Scored:
-        """Score one adapter (None: the untouched base model) on each test set, and on plain English."""
+    def score(self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False) -> Scored:
+        """Score one adapter (None: the untouched base model) on each test set; `general`: on plain English too."""
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluate import evaluate_task
         from deal_core.general_ability import perplexity
@@ -175,7 +175,7 @@ class Scorer:
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-            return Scored(found, answers, perplexity(model, self._base.tokenizer))
+            return Scored(found, answers, perplexity(model, self._base.tokenizer) if general else None)
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
@@ -197,11 +197,10 @@ def _earlier_outcomes(store: ObjectStore, parent: VersionRef | None, sets: Seque
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:
     from deal_core.adapter.norm import adapter_norm
 
-    known = open_registry().find_version(parent.run_key) if parent else None
     return AdapterFacts(
         norm=adapter_norm(folder),
         parent_norm=adapter_norm(parent_folder) if parent_folder else None,
-        is_changed=known is None or known.adapter_sha256 != adapter.sha256,
+        is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
     )
 
 

@@ -15,14 +15,15 @@ from infra.registry import Registry, VersionInfo
 from infra.row_artifacts import artifacts_with_rows
 from infra.runs import ArtifactRemover, RunInfo, list_runs
 from infra.tracking import Tracker
-from tasks.arrivals_known import QUARANTINE, KnownArrival, manifests_of
+from tasks.answers import ANSWERS_FILE
+from tasks.arrivals_known import KnownArrival, manifests_of
 from tasks.inbox import INBOX, read_state, write_state
+from tasks.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
 from tasks.record import read_record
+from tasks.references import dataset_sha256
 from tasks.services import work_folder
 from tasks.sweep import ADAPTERS, DATASETS, list_all_lineages
 
-ADAPTER_ANSWERS = ("answers.json",)
-"""Beside an adapter: what it answered to the test rows."""
 Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
                "rows kept by the method", "adapter of no version"]  # fmt: skip
 
@@ -156,7 +157,7 @@ def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> Non
 
 
 def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
-    kinds: Mapping[str, Kind] = {"train.parquet": "training rows", "test.parquet": "test rows"}
+    kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     found = [
         Held(kind=kinds[info.key.rsplit("/", 1)[1]], address=info.key, num_bytes=info.size)
         for info in store.list(f"{DATASETS}/{arrival.task}/{arrival.sha256}")
@@ -165,7 +166,7 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     for sha256 in (arrival.sha256, *arrival.files):
         found += [
             Held(kind="quarantine", address=info.key, num_bytes=info.size)
-            for info in store.list(f"{QUARANTINE}/{arrival.task}/{sha256}")
+            for info in store.list(quarantine_folder(arrival.task, sha256))
         ]
     return found
 
@@ -188,7 +189,7 @@ def _judged_by(
             known = read_record(store, version.adapter_uri).task(arrival.task)
         except ObjectNotFoundError:
             continue
-        if known is not None and known.dataset_uri.split("/")[2] == arrival.sha256:
+        if known is not None and dataset_sha256(known.dataset_uri) == arrival.sha256:
             found.append(version)
     return found
 
@@ -231,7 +232,7 @@ def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
         Held(kind="answers", address=info.key, num_bytes=info.size, lineage=version.lineage, version=version.version)
         for version in versions
         for info in store.list(version.adapter_uri)
-        if info.key.rsplit("/", 1)[1] in ADAPTER_ANSWERS
+        if info.key.rsplit("/", 1)[1] == ANSWERS_FILE
     ]
 
 

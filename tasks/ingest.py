@@ -25,7 +25,7 @@ from tasks.services import current_store, local_file
 from tasks.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 
 MANIFEST_FILE = "manifest.json"
-QUARANTINE_FILE = "quarantine.jsonl"
+QUARANTINE, QUARANTINE_FILE = "quarantine", "quarantine.jsonl"
 TRAIN_FILE, TEST_FILE = "train.parquet", "test.parquet"
 
 
@@ -167,7 +167,7 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
         refuse_forgotten(store, dataset.task, [dataset.sha256])
     except ForgottenRowsError:
         store.delete(dataset.uri)
-        store.delete(f"quarantine/{dataset.task}/{dataset.sha256}")
+        store.delete(quarantine_folder(dataset.task, dataset.sha256))
         raise
 
 
@@ -176,17 +176,29 @@ def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:
 
     A run never needs what an earlier one left: it reads its file anew. Can be repeated.
     """
-    try:
-        is_retained = read_manifest(store, dataset_uri).retain_training_rows
-    except ObjectNotFoundError:  # forgotten, or never completed
-        is_retained = False
-    if not is_retained:
+    if not retains_training_rows(store, dataset_uri):
         store.delete(f"{dataset_uri}/{TRAIN_FILE}")
+
+
+def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
+    """Whether a dataset's arrival asked to retain its training rows; not where there is no manifest.
+
+    Such a dataset was forgotten, or never completed.
+    """
+    try:
+        return read_manifest(store, dataset_uri).retain_training_rows
+    except ObjectNotFoundError:
+        return False
 
 
 def quarantine_key(task_name: str, sha256: str) -> str:
     """Where the bad rows of an arrival are, if it had any."""
-    return f"quarantine/{task_name}/{sha256}/rows.jsonl"
+    return f"{quarantine_folder(task_name, sha256)}/rows.jsonl"
+
+
+def quarantine_folder(task_name: str, sha256: str) -> str:
+    """The folder of the store that holds an arrival's bad rows and nothing else."""
+    return f"{QUARANTINE}/{task_name}/{sha256}"
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

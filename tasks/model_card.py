@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from deal_core.answering import ServedTask, ServedVersion
 from deal_core.data.schema import TaskSchema
 from infra.registry import VersionFacts
+from infra.report import words
 from tasks.record import KnownTask, LineageRecord
+from tasks.references import dataset_sha256
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 
@@ -58,7 +60,7 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         f"- licence: {licence or NOT_STATED}; the adapter alone is of no use without it",
         "", "The base model's weights are not part of this folder.", "",
         "## Data", "",
-        *_table(("task", "format", "dataset whose test rows judge it (sha256)", "test rows"),
+        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "test rows"),
                 [_data_row(known) for known in record.tasks]), "",
         f"Dataset of this version: {facts.task}, sha256 `{facts.dataset_sha256}`. Settings: sha256 "
         f"`{facts.config_sha256}`. Run: `{facts.run_key}`.", "",
@@ -89,14 +91,14 @@ def _front_matter(record: LineageRecord, licence: str | None) -> list[str]:
 
 
 def _data_row(known: KnownTask) -> Sequence[str]:
-    return known.schema.name, known.schema.format, f"`{known.dataset_uri.rsplit('/', 1)[-1]}`", str(known.num_test)
+    return known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`", str(known.num_test)
 
 
 def _matrix(record: LineageRecord) -> list[str]:
     matrix = record.matrix
-    rows = [("base model", *map(_percent, matrix.base))]
-    rows += [(f"after {task}", *map(_percent, row)) for task, row in zip(matrix.trained, matrix.rows, strict=True)]
-    return _table(("", *matrix.tasks), rows)
+    rows = [("base model", *map(words.percent, matrix.base))]
+    rows += [(f"after {task}", *map(words.percent, row)) for task, row in zip(matrix.trained, matrix.rows, strict=True)]
+    return words.markdown_table(("", *matrix.tasks), rows)
 
 
 def _scores(facts: VersionFacts) -> list[str]:
@@ -128,11 +130,3 @@ def _loadable(record: LineageRecord) -> str:
 def _example(schema: TaskSchema) -> str:
     text = "The text to answer."
     return json.dumps([{"role": "user", "content": text}]) if schema.format == "chat" else text
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"

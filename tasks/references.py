@@ -53,6 +53,16 @@ class DatasetRef(Reference):
     num_rejected: int
 
 
+def dataset_sha256(dataset_uri: str) -> str:
+    """The digest of a dataset's rows, as its address has it: the third part, in older stores the last one.
+
+    Example:
+        >>> dataset_sha256("datasets/bank/3fa9/support/77c1")
+        '3fa9'
+    """
+    return dataset_uri.split("/")[2]
+
+
 class AdapterRef(Reference):
     """A plain PEFT folder in the store (`adapters/<lineage>/<run>`)."""
 
@@ -70,6 +80,7 @@ class VersionRef(Reference):
     version: str
     run_key: str
     adapter_uri: str
+    adapter_sha256: str
     accepted: bool
     reasons: tuple[str, ...] = ()
     parent_version: str | None = None

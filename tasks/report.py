@@ -110,6 +110,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         for row in matrix_rows(matrix, versions)
     ]  # fmt: skip
     changed = [[each.task, f"+{each.num_gained}", f"−{each.num_lost}", str(each.num_rows)] for each in report.changed]
+    stages = [[name, words.duration(value)] for name, value in report.seconds.items()]
     quality = report.quality
     lines = [
         f"# {words.verdict_of(report)}",
@@ -119,19 +120,13 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         f"Continues {words.origin_of(report)}.",
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         "",
-        *_table(["after learning, %", *matrix.tasks], rows),
+        *words.markdown_table(["after learning, %", *matrix.tasks], rows), "",
         *(f"- {note}" for note in evaluation.notes),
         "",
-        *(_table(["test rows", "gained", "lost", "of"], changed) if changed else ()),
-        *_table(["stage", "time"], [[name, words.duration(value)] for name, value in report.seconds.items()]),
+        *([*words.markdown_table(["test rows", "gained", "lost", "of"], changed), ""] if changed else ()),
+        *words.markdown_table(["stage", "time"], stages),
+        "",
         f"The whole page: `{PAGE_FILE}` of the MLflow run {report.origin.tracking_id}, or "
         f"`deal report {report.version} --lineage {report.lineage}`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), line(["---"] * len(header)), *map(line, rows), ""]

@@ -11,13 +11,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from deal_core.errors import RegistryError, StoreError
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.object_store import ObjectInfo, ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.runs import ArtifactRemover, list_runs
 from infra.settings import HomeSettings, without_password
 from infra.tracking import Tracker
 from tasks.garbage import Folder, Holdings, Removal
-from tasks.ingest import TRAIN_FILE, read_manifest
+from tasks.ingest import TRAIN_FILE, retains_training_rows
 
 ADAPTERS, DATASETS = "adapters", "datasets"
 
@@ -102,13 +102,9 @@ def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:
     found = []
     for info in store.list(DATASETS):
         parts = info.key.split("/")
-        if len(parts) == 6 and parts[3] == lineage and parts[5] == TRAIN_FILE:
-            try:
-                is_retained = read_manifest(store, info.key.removesuffix(f"/{TRAIN_FILE}")).retain_training_rows
-            except ObjectNotFoundError:
-                is_retained = False
-            if not is_retained:
-                found.append(Folder(info.key, info.size, info.modified))
+        is_train_file = len(parts) == 6 and parts[3] == lineage and parts[5] == TRAIN_FILE
+        if is_train_file and not retains_training_rows(store, info.key.removesuffix(f"/{TRAIN_FILE}")):
+            found.append(Folder(info.key, info.size, info.modified))
     return found
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import DataValidationError, StoreError
 from infra.object_store import ObjectStore
+from tasks.references import dataset_sha256
 
 FORGOTTEN = "forgotten"
 
@@ -104,7 +105,7 @@ def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombston
     """The tombstone of a task's test rows, where these are gone since they were forgotten."""
     if store.exists(f"{dataset_uri}/test.parquet"):
         return None
-    return find_tombstone(store, task, [dataset_uri.split("/")[2]])
+    return find_tombstone(store, task, [dataset_sha256(dataset_uri)])
 
 
 def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:

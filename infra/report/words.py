@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from deal_core.evaluation import EvaluationReport
 from infra.report.run_report import Changed, RunReport
 
@@ -74,6 +76,14 @@ def totals(changed: tuple[Changed, ...]) -> tuple[int, int]:
 def percent(share: float | None) -> str:
     """A share in hundredths; a dash where it is undefined."""
     return "–" if share is None else f"{100 * share:.1f}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        for cells in (header, ["---"] * len(header), *rows)
+    ]
 
 
 def points(share: float, *, sign: bool = False) -> str:

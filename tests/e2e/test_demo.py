@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.command import DEAL
-
-ROOT = Path(__file__).parents[2]
+from tests.e2e.command import deal
 
 pytestmark = [pytest.mark.e2e, pytest.mark.base_model]
-
-
-def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "DEAL_CACHE_DIR" or not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))
-    }
-    done = subprocess.run(
-        [*DEAL, *arguments, "--home", str(home), "--json"],
-        cwd=home.parent, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:

@@ -6,17 +6,14 @@ Nightly: four adaptations of the built-in base model.
 from __future__ import annotations
 
 import csv
-import json
-import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.e2e.command import DEAL
+from tests.e2e.command import deal
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -28,20 +25,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly]
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
-
-
-def deal(home: Path, *arguments: str, expect: int = 0) -> Any:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name == "DEAL_CACHE_DIR" or not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))
-    }
-    done = subprocess.run(
-        [*DEAL, *arguments, "--home", str(home), "--json"],
-        cwd=home.parent, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    return json.loads(done.stdout)
 
 
 def adapt(home: Path, name: str, *, expect: int = 0, data: Path | None = None, **changes: Any) -> Any:

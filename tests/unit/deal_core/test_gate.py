@@ -188,6 +188,9 @@ def test_general_ability_is_held_against_the_base(perplexity: float | None, acce
     ],
 )
 def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
+    if facts.is_changed and facts.norm and facts.parent_norm:
+        assert decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=20.0)).accepted
+        assert not decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=1.5)).accepted
     decision = decide(replace(GOOD, adapter=facts), GateConfig())
     assert decision.accepted is (not word) and word in " ".join(decision.reasons)
 
