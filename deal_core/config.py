@@ -128,8 +128,12 @@ class EvaluateConfig:
     """Prompt tokens per batch, padding included."""
     max_new_tokens: int = 50
     """Longest generated answer."""
+    max_old_rows: int = 5000
+    """Test rows that a new version answers of all tasks before its own together; a task's share is always the same rows
+    or fewer of them, so that versions are compared on the same ones."""
 
     def __post_init__(self) -> None:
+        _require(self.max_old_rows >= 1, f"evaluate.max_old_rows is {self.max_old_rows}; give at least 1.")
         _require(self.max_batch_tokens >= 64, f"evaluate.max_batch_tokens is {self.max_batch_tokens}; give 64 or more.")
         _require(self.max_new_tokens >= 1, f"evaluate.max_new_tokens is {self.max_new_tokens}; give at least 1.")
 

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.schema import TaskSchema
 from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix, outcomes_of
 from infra.object_store import ObjectStore
 from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
+from tasks.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
 from tasks.ingest import read_manifest
 from tasks.progress import advance
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 from tasks.services import borrowed_folder, borrowed_parent, current_store
-from tasks.tombstones import TestRowsForgottenError, forgotten_tests, require_test_rows
+from tasks.tombstones import TestRowsForgottenError, forgotten_tests
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from deal_core.evaluate import TaskEvaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class TestSet:
-    """The frozen test rows of one task."""
-
-    schema: TaskSchema
-    rows: Dataset
-    max_prompt_tokens: int
-    max_new_tokens: int
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -57,13 +43,14 @@ def evaluate_version(
 
     A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
 
-    On tasks that the lineage knows, the base's and the parent's accuracies stand in the record: the rows are frozen. Of
-    a task whose rows were forgotten, the arrival's own test rows take their place.
+    On tasks that the lineage knows, the base's accuracies stand in the record, and the parent's answers beside its
+    adapter: the rows are frozen. Of a task whose rows were forgotten, the arrival's own test rows take their place.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
     renewed = renewed_task(store, record, dataset)
     sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
+    sets = within_budget(sets, dataset.task, config.max_old_rows)
     new = []
     if renewed is not None:
         new = load_test_sets(store, [renewed.judged_by(dataset)])
@@ -80,7 +67,10 @@ def evaluate_version(
     keep_answers(
         store, adapter.uri, KeptAnswers(now=now.answers, before=on_parent.answers if parent else on_base.answers)
     )
-    parent_accuracies = record.accuracies() if record else {}
+    earlier = _earlier_outcomes(store, parent, sets)
+    parent_accuracies = (record.accuracies() if record else {}) | {
+        name: outcomes.count("1") / len(outcomes) for name, outcomes in earlier.items()
+    }
     base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
@@ -103,7 +93,7 @@ def evaluate_version(
         ),
         notes=notes,
         outcomes=now.outcomes,
-        parent_outcomes={**_earlier_outcomes(store, parent, sets), **on_parent.outcomes},
+        parent_outcomes={**earlier, **on_parent.outcomes},
         perplexity=now.perplexity,
         base_perplexity=on_base.perplexity,
         adapter=facts,
@@ -204,36 +194,6 @@ def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, paren
     )
 
 
-def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestSet]:
-    """The test sets of tasks that a lineage knows.
-
-    Raises:
-        TestRowsForgottenError: the rows of one were forgotten.
-    """
-    return [
-        load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
-        for known in tasks
-    ]
-
-
-def load_test_set(
-    store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
-) -> TestSet:
-    """The test rows of one dataset.
-
-    Raises:
-        TestRowsForgottenError: they were forgotten.
-    """
-    from datasets import Dataset
-
-    require_test_rows(store, schema.name, dataset_uri)
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        path = Path(temporary) / "test.parquet"
-        store.download_file(f"{dataset_uri}/test.parquet", path)
-        rows = Dataset(pq.read_table(path, memory_map=False))
-    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
-
-
 def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
     if record is None:
         return {}
@@ -243,13 +203,14 @@ def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
 
 @task(name="score", cache_policy=NO_CACHE)
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
-    """Score a registered version afresh on the frozen test rows of every task it knows."""
+    """Score a registered version afresh on the frozen test rows that its own evaluation took of every task it knows."""
     store = current_store()
-    record = read_record(store, version.adapter_uri)
+    record, kept = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri)
     sets, unjudged = [], {}
     for known in record.tasks:
         try:
-            sets += load_test_sets(store, [known])
+            answered = kept.now.get(known.schema.name, {}) if kept else {}
+            sets += [answered_rows(test_set, answered) for test_set in load_test_sets(store, [known])]
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_b
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
     assert "questions about old tasks (1)" in findings["evaluation"]["notes"][0], "the first task was rehearsed"
     assert second.scores is not None and second.scores.forgetting is not None
+
+
+def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
+    tiny_base: Path, first: AdaptResult
+) -> None:
+    store, answers = current_store(), f"adapters/l/{first.run_key[:16]}/answers.json"
+    rows = pq.read_table(BytesIO(store.get_bytes(f"{first.dataset.uri}/test.parquet"))).to_pylist()
+    kept = json.loads(store.get_bytes(answers))
+    for place, row in enumerate(sorted(rows, key=lambda row: row["sha256"])):
+        kept["now"]["bank"][row["sha256"]] = row["output"] if place < 5 else "wrong"
+    store.put_bytes(answers, json.dumps(kept).encode())
+
+    second = run(tiny_base, CLINIC, evaluate={"max_old_rows": 7})
+    third = run(tiny_base, CLINIC, again=True, evaluate={"max_old_rows": 5})
+    found = [
+        json.loads(store.get_bytes(f"adapters/l/{result.run_key[:16]}/findings.json"))["evaluation"]
+        for result in (second, third)
+    ]
+    assert [report["num_rows"]["bank"] for report in found] == [7, 5]
+    assert found[1]["num_rows"]["clinic"] == found[0]["num_rows"]["clinic"] > 7
+    assert sorted(found[0]["parent_outcomes"]["bank"]) == list("0011111")
+    assert found[0]["parent_accuracies"]["bank"] == 5 / 7, "of the rows that both versions answered"
+    assert len(found[1]["parent_outcomes"]["bank"]) == 5
+    scores = asyncio.run(evaluate("l"))
+    assert scores.num_rows["bank"] == 5 and scores.accuracies == scores.recorded
 
 
 def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home: Path, first: AdaptResult) -> None:
