@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.output import DEAL, write_result
 from benchmarks.tiny_base import build_tiny_base
 
-DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 TASKS = {"colours": ("red", "green"), "sizes": ("large", "small"), "tastes": ("sweet", "sour")}
 STRATEGIES = ("deal", "seq_lora", "ewc", "replay")
 NUM_TEST_ROWS = 64
@@ -106,9 +105,7 @@ def main(
             for name, num_processes in order if number % 2 == 0 else reversed(order):
                 runs[name].append(measure(num_processes, Path(work) / f"{name}-{number}", options))
     result = {"rows": rows, "seeds": seeds, "cores": os.cpu_count(), **summarise(runs), "measurements": runs}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(json.dumps(result, indent=1))
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ that have to wait for each other do so asleep (OMP_WAIT_POLICY), since spinning 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -26,6 +25,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks.output import write_result
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack, check_rank
 from deal_core.config import DealConfig
@@ -121,9 +121,7 @@ def main(
         "dtype": "fp32", "device": "cpu", "cpus": os.cpu_count(), "torch": torch.__version__,
         "limits": {"task_seconds": LIMIT_TASK_SECONDS, "step_seconds": LIMIT_STEP_SECONDS}, "runs": runs,
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(json.dumps(result, indent=1))
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,11 +29,11 @@ from typing import Any
 
 import httpx
 
+from benchmarks.output import DEAL, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.registry import open_registry
 
 LINEAGE = "served"
-DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 TASKS: tuple[Mapping[str, Any], ...] = (
     {"name": "bank", "data": str(EXAMPLES / "bank/train.jsonl"), "test_data": str(EXAMPLES / "bank/test.jsonl")},
     {"name": "clinic", "data": str(EXAMPLES / "clinic/train.csv"), "test_data": str(EXAMPLES / "clinic/test.csv"),
@@ -239,11 +238,8 @@ def main() -> None:
         learn_versions(base, **({"max_steps": given.steps} if given.steps else {}))
         calm_libraries()
         figures = measure(given.clients, given.seconds, given.moves)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    found = {"base": given.base, "precision": given.precision, "machine": machine, **figures}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1))
+    found = {"base": given.base, "precision": given.precision, **figures}
+    write_result(given.out, found)
     sys.exit(found["num_failed"] > 0 or found["num_stale"] > 0)
 
 

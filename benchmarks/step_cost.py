@@ -11,7 +11,6 @@ The questions of the rehearsal are as long as the rows of the batch.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import random
 import resource
@@ -25,6 +24,7 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 
+from benchmarks.output import write_result
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
@@ -168,9 +168,7 @@ def main(
         "threads": torch.get_num_threads(),
         "variants": {name: compare(seconds[name], seconds[PLAIN], peaks[name], peaks[PLAIN]) for name in VARIANTS},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(json.dumps(result, indent=1))
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import psutil
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.output import DEAL
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.object_store import open_store
 from infra.registry import open_registry
@@ -38,7 +39,6 @@ SETTINGS = {
     "train": {"max_steps": 60, "max_prompt_tokens": 192, "checkpoint_steps": 10},
     "gate": NO_LIMITS,
 }
-DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 LOOK_SECONDS = 2.0
 GIVE_UP_SECONDS = 900.0
 

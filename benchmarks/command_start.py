@@ -1,0 +1,88 @@
+"""How long a person waits for a command that computes nothing: `deal --help`, and `deal history` of a long lineage.
+
+    python -m benchmarks.command_start
+
+The commands take turns; Python alone, which imports nothing, is the floor below both.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.output import DEAL, write_result
+from infra.registry import Registry, VersionFacts
+from infra.settings import TrackingSettings
+from infra.tracking import open_tracker
+
+LINEAGE = "long"
+FACTS = VersionFacts(
+    run_key="key", task="billing", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
+    config_sha256="c" * 64, adapter_uri="adapters/long/key", adapter_sha256="a" * 64, parent_version=None,
+    accepted=True, reasons=(), average_accuracy=0.75, forgetting=0.01, backward_transfer=-0.01, forward_transfer=0.1,
+)  # fmt: skip
+
+
+def make_lineage(home: Path, num_versions: int) -> None:
+    """Register versions that differ in number alone, in an SQLite registry."""
+    settings = TrackingSettings(
+        home=home, tracking_uri=f"sqlite:///{home}/mlflow.db", artifact_uri=(home / "mlflow-artifacts").as_uri()
+    )
+    adapter = home / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"r": 16}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    registry, tracker = Registry(settings), open_tracker(settings)
+    with tracker.start(LINEAGE, FACTS.run_key, name="billing") as run:
+        model_id = run.log_adapter(adapter, FACTS.task)
+        for number in range(num_versions):
+            facts = replace(FACTS, run_key=f"key-{number}", parent_version=str(number) if number else None)
+            registry.register(LINEAGE, facts, tracking_id=run.run_id, model_id=model_id)
+
+
+def seconds_of(command: list[str], home: Path) -> float:
+    """Run a command in a process of its own, and return how long it took."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
+    started = time.perf_counter()
+    subprocess.run(command, env=kept | {"DEAL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def main(
+    versions: Annotated[int, typer.Option(help="Versions of the lineage.")] = 1000,
+    measurements: Annotated[int, typer.Option(help="Measurements of each command.")] = 11,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/command_start.json"),
+) -> None:
+    """Print and write the median seconds of each command."""
+    commands = {
+        "python": [sys.executable, "-c", ""],
+        "help": [*DEAL, "--help"],
+        "history": [*DEAL, "history", "--lineage", LINEAGE],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory(prefix="deal-start-") as work:
+        home = Path(work) / "home"
+        make_lineage(home, versions)
+        for number in range(measurements + 1):
+            for name, command in commands.items():
+                taken = seconds_of(command, home)
+                if number:  # the first reads the files from the disk
+                    seconds[name].append(taken)
+    write_result(out, {
+        "num_versions": versions, "num_measurements": measurements,
+        "median_seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "slowest_seconds": {name: max(found) for name, found in seconds.items()},
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)

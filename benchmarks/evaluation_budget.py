@@ -1,0 +1,70 @@
+"""What a budget of test rows costs in certainty: how wide is the interval of a drop, told from fewer rows?
+
+    python -m benchmarks.evaluation_budget
+
+Nothing is trained: the outcomes are those of the stored cells of `deal` (benchmarks/results/continual), where each
+version answered every row of the tasks before it. Each pair of a version and the next one on an old task is told from
+the first n of its rows, and its 95 % interval is the one that the gate uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.output import write_result
+from deal_core.benchmark.summary import Z95, CellJson, read_cells
+from deal_core.config import EvaluateConfig
+from deal_core.paired import PairedDrop, smallest_clear_drop
+
+NUM_TASKS = 50
+CONFIDENCE = 0.95
+
+
+def outcomes(cell: CellJson) -> Iterator[tuple[str, str]]:
+    """A version's outcomes on an old task, and the next version's."""
+    versions = cell["versions"]
+    for before, after in itertools.pairwise(versions):
+        for task, scores in before["scores"].items():
+            if task in after["scores"] and task != after["task"]:
+                yield scores["correct"], after["scores"][task]["correct"]
+
+
+def told_from(pairs: list[tuple[str, str]], num_rows: int) -> dict[str, float | int | None]:
+    """Mean half width of the interval of one task's drop, and of the mean drop of many tasks, in points."""
+    drops = [PairedDrop.of(before[:num_rows], after[:num_rows]) for before, after in pairs]
+    half = statistics.mean(Z95 * drop.standard_error for drop in drops)
+    return {
+        "rows_per_task": num_rows,
+        "half_width_of_one_drop": half,
+        "half_width_of_the_mean_drop": half / math.sqrt(NUM_TASKS),
+        "smallest_clear_drop": smallest_clear_drop(num_rows, CONFIDENCE),
+    }
+
+
+def main(
+    cells: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("benchmarks/results/continual"),
+    out: Annotated[
+        Path, typer.Option(help="Where the figures go.")
+    ] = Path("benchmarks/results/evaluation_budget.json"),
+) -> None:
+    """Print and write the width of the intervals by the number of rows."""
+    found = [cell for cell in read_cells(cells) if cell["settings"]["strategy"] == "deal"]
+    pairs = [pair for cell in found if cell["settings"]["scored"] == "all" for pair in outcomes(cell)]
+    whole = min(len(before) for before, _ in pairs)
+    budget = EvaluateConfig().max_old_rows
+    write_result(out, {
+        "num_pairs": len(pairs), "num_tasks": NUM_TASKS, "max_old_rows": budget,
+        "rows_per_task_within_it": budget // NUM_TASKS,
+        "lines": [told_from(pairs, num_rows) for num_rows in (25, 50, 100, 200, whole) if num_rows <= whole],
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
