@@ -12,7 +12,6 @@ cross-entropy of the answers' tokens on held-out rows, by the same code for all;
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import multiprocessing
 import random
 import statistics
@@ -27,6 +26,7 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.output import write_result
 from benchmarks.sft_variants import VARIANTS, Setup, count_tokens, make_parent, measure
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
@@ -112,6 +112,15 @@ def compare(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict
     }
 
 
+def require_same_work(runs: dict[str, list[dict[str, Any]]], expected: dict[str, int]) -> None:
+    """End where a variant took other steps, or learned from other tokens: it is not the same work that was timed."""
+    for count, value in expected.items():
+        found = {name: [run.get(count, value) for run in measured] for name, measured in runs.items()}
+        if any(set(counts) != {value} for counts in found.values()):
+            typer.echo(f"{count} should be {value} in every measurement: {found}", err=True)
+            raise typer.Exit(1)
+
+
 def main(
     base: Annotated[str, typer.Option(help="Base model, a causal one.")] = DEFAULT_BASE,
     data: Annotated[Path | None, typer.Option(help="Folder of tasks as for `deal benchmark` [the examples].")] = None,
@@ -128,7 +137,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/sft_trainer.json"),
 ) -> None:
     """Print and write rows per second of every variant, its ratio to SFTTrainer at its defaults, and the losses."""
-    versions = {"trl": find_trl(), **{each: importlib.metadata.version(each) for each in ("transformers", "torch")}}
+    version = find_trl()
     disable_progress_bars()
     try:
         names = (first, task)
@@ -158,25 +167,19 @@ def main(
                 runs[name].append(alone(measure, name, setup, seed, Path(work) / f"{name}-{seed}"))
                 typer.echo(f"{seed}, {name}: {runs[name][-1]['rows_per_second']:.2f} rows/s", err=True)
     encoded = encode(setup.rows, schema, tokenizer)
-    tokens = count_tokens((row["prompt_ids"] + row["answer_ids"] for row in encoded), encoded["answer_ids"])
-    every = [run for found in runs.values() for run in found]
-    for count in ("num_steps", "num_tokens", "num_answer_tokens"):  # or it is not the same work that was timed
-        expected = {"num_steps": train.num_steps(len(setup.rows)), **tokens}[count]
-        if {run.get(count, expected) for run in every} != {expected}:
-            typer.echo(f"{count} should be {expected} in every measurement: {every}", err=True)
-            raise typer.Exit(1)
+    work_done = {
+        "num_steps": train.num_steps(len(setup.rows)),
+        **count_tokens((row["prompt_ids"] + row["answer_ids"] for row in encoded), encoded["answer_ids"]),
+    }
+    require_same_work(runs, work_done)
     lengths = encoded["length"]
-    result = {
+    write_result(out, {
         "base": base, "tasks": names, "num_rows": len(setup.rows), "num_held_out_rows": len(setup.held_out),
         "tokens_per_row": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
-        "batch_size": batch_size, "epochs": epochs, "num_steps": train.num_steps(len(setup.rows)),
-        "learning_rate": learning_rate, "rank": rank, **tokens, **before, "versions": versions,
-        "variants": {name: compare(found, runs[REFERENCE]) for name, found in runs.items()},
+        "batch_size": batch_size, "epochs": epochs, "learning_rate": learning_rate, "rank": rank, **work_done, **before,
+        "trl": version, "variants": {name: compare(found, runs[REFERENCE]) for name, found in runs.items()},
         "measurements": runs,
-    }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(json.dumps({name: value for name, value in result.items() if name != "measurements"}, indent=1))
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
