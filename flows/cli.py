@@ -171,6 +171,9 @@ def history(
                      formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"], show_default=False),
     ] = None,
     moves: Annotated[bool, typer.Option("--moves", help="Show the promotion log instead.")] = False,
+    newest: Annotated[
+        int, typer.Option("--newest", "-n", help="So many versions, the newest ones; 0: all, as with --json.", min=0)
+    ] = 30,
     home: Home = None, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """List the versions of a lineage: task, scores, the gate's word, aliases; or who was champion when."""
@@ -183,7 +186,7 @@ def history(
             elif moves:
                 log = read_moves(lineage)
             else:
-                entries = read_history(lineage)
+                entries = read_history(lineage, None if as_json else newest or None)
         if at is not None:
             text = f"version {champion} was champion" if champion else "no version was champion"
             deal.screen.result({"at": at.astimezone().isoformat(), "champion": champion}, f"At {at}, {text}.")

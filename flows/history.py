@@ -37,13 +37,13 @@ class HistoryEntry(BaseModel):
     tracking_id: str
 
 
-def read_history(lineage: str) -> list[HistoryEntry]:
-    """All versions of a lineage, oldest first.
+def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
+    """The versions of a lineage, all or so many of the newest ones, oldest first.
 
     Raises:
         RegistryError: the lineage has no version.
     """
-    versions = open_registry().versions(lineage)
+    versions = open_registry().versions(lineage, newest=newest)
     if not versions:
         raise RegistryError(unknown_lineage(lineage))
     store = current_store()

@@ -95,7 +95,9 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
         )  # fmt: skip
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
-    return [heading(f"Lineage {lineage}"), table, *reasons]
+    earlier = int(entries[0].version) - 1
+    more = [f"[dim]{earlier} earlier versions; --newest 0 shows all.[/]"] if earlier else []
+    return [heading(f"Lineage {lineage}"), *more, table, *reasons]
 
 
 def show_validation(result: ValidateResult) -> Sequence[RenderableType]:

@@ -137,9 +137,9 @@ class Registry:
             return None
         return _read(found[0], self._aliases(found[0].name))
 
-    def versions(self, lineage: str) -> tuple[VersionInfo, ...]:
-        """All versions of a lineage, oldest first; none if the lineage is unknown."""
-        found = self._search(f"name = '{lineage}'")
+    def versions(self, lineage: str, *, newest: int | None = None) -> tuple[VersionInfo, ...]:
+        """Versions of a lineage, all or so many of the newest ones, oldest first; none if the lineage is unknown."""
+        found = self._search(f"name = '{lineage}'", newest)
         aliases = self._aliases(lineage) if found else {}
         return tuple(_read(version, aliases) for version in found)
 
@@ -224,16 +224,18 @@ class Registry:
                     "this pipeline; give the lineage another name."
                 ) from None
 
-    def _search(self, condition: str) -> list[ModelVersion]:
+    def _search(self, condition: str, newest: int | None = None) -> list[ModelVersion]:
         found: list[ModelVersion] = []
         token = None
         with saying("search versions", self.uri):
             while True:
-                page = self.client.search_model_versions(condition, max_results=PAGE, page_token=token)
+                page = self.client.search_model_versions(
+                    condition, min(newest or PAGE, PAGE), order_by=["version_number DESC"], page_token=token
+                )
                 found += [version for version in page if RUN_KEY in version.tags]
                 token = page.token
-                if not token:
-                    return sorted(found, key=lambda version: int(version.version))
+                if not token or (newest is not None and len(found) >= newest):
+                    return sorted(found, key=lambda version: int(version.version))[-(newest or 0) :]
 
     def _aliases(self, lineage: str) -> dict[str, str]:
         """Alias to version number."""

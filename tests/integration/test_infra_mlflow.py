@@ -339,4 +339,7 @@ def test_all_versions_come_however_many_there_are(
     monkeypatch.setattr(registry_module, "PAGE", 4)
     for number in range(11):
         register(tracker, registry, adapter, "pages", replace(FACTS, run_key=f"pages-{number}"))
-    assert [version.version for version in registry.versions("pages")] == [str(number) for number in range(1, 12)]
+    numbers = [str(number) for number in range(1, 12)]
+    assert [version.version for version in registry.versions("pages")] == numbers
+    for newest in (1, 3, 4, 9, 11, 30):
+        assert [version.version for version in registry.versions("pages", newest=newest)] == numbers[-newest:]
