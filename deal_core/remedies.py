@@ -59,9 +59,12 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
             break
     if precision == "fp32":
         found.append(("weights in bf16, on a device that computes in it", train, "bf16"))
+    if train.quantize != "4bit":
+        change = "train.quantize: 4bit, on a CUDA device with bitsandbytes"
+        found.append((change, replace(train, quantize="4bit"), precision))
     if len(found) > 1:
         everything = replace(
-            smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens
+            smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens, quantize="4bit"
         )
         found.append(("all of these together", everything, "bf16"))
     before = memory_of(train, precision).total

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
+BITS_OF_QUANTIZED = {"8bit": 8.0, "4bit": 4.127}
+"""Per weight of a linear layer; NF4 with its constants quantized too takes 0.127 more (QLoRA, arXiv 2305.14314)."""
 SCORE_BYTES = 16
 """Per attention score, while a CPU takes one layer's backward pass; see `deal_core.attention`."""
 MAX_SCORES = 2**26
@@ -54,6 +56,12 @@ class ModelSize:
     def num_parameters(self) -> int:
         """All of them."""
         return sum(self.parameters.values())
+
+    def weight_bytes(self, precision: str, quantize: Quantize) -> int:
+        """Bytes of the frozen weights; only the linear layers are quantized, the output layer is not."""
+        linear = self.parameters["linear layers"]
+        bits = BITS_OF_QUANTIZED.get(quantize, 8.0 * BYTES_OF[precision])
+        return round(linear * bits / 8) + (self.num_parameters - linear) * BYTES_OF[precision]
 
     def num_factor_numbers(self, rank: int) -> tuple[int, int]:
         """Numbers in all A and in all B at this rank."""
@@ -151,7 +159,7 @@ def plan_memory(
         rank: Of the adapter.
         strategy: Name of the strategy; what O-LoRA, ELLA, EWC and LwF keep beside the adapter is not counted.
         method: Settings of the strategies.
-        train: For gradient checkpointing.
+        train: For gradient checkpointing and quantized weights.
         is_first_task: Whether the run starts from the base: then every strategy trains A and B.
         precision: "bf16" or "fp32", of the frozen weights.
         on_cpu: Whether attention's backward pass is a CPU's.
@@ -166,7 +174,7 @@ def plan_memory(
         arrival - kept,  # before the first batch, so that the two are never there at once
     )
     return MemoryPlan(
-        weights=model.num_parameters * BYTES_OF[precision],
+        weights=model.weight_bytes(precision, train.quantize),
         adapter=adapter,
         optimiser=optimiser,
         activations=kept,

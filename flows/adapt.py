@@ -85,10 +85,9 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
-    if spec.train.quantize == "none":  # the sizes are those of whole weights
-        await asyncio.to_thread(
-            refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
-        )
+    await asyncio.to_thread(
+        refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
+    )
     base = await stages.run("base", identify_base, source, spec.train.quantize)
     stages.done("base", base.name)
     if record:

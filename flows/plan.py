@@ -204,6 +204,8 @@ def _plan_rows(
     seconds = None
     if run.base.folder is None:
         notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
+    elif train.quantize != "none" and here.is_cpu:
+        notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
     elif probe and not refused and memory.total <= here.free_bytes:
         on_progress("taking three steps")
         seconds = probe_step(

@@ -58,9 +58,10 @@ def refuse_what_cannot_fit(
         model, NO_ACTIVATIONS, NO_BATCH, rank=adapter_rank(adapter, strategy, num_versions), strategy=strategy,
         method=method, train=train, is_first_task=num_versions == 0, precision=precision, on_cpu=device.is_cpu,
     ).certain  # fmt: skip
+    held = precision if train.quantize == "none" else train.quantize
     if needed > device.total_bytes:
         raise ConfigError(
-            f"{source} cannot be adapted here: whatever the batch, weights ({precision}), adapter and optimiser take "
+            f"{source} cannot be adapted here: whatever the batch, weights ({held}), adapter and optimiser take "
             f"{needed / 2**30:.1f} GiB, and {device.name} has {device.total_bytes / 2**30:.1f} GiB. "
             "Give a smaller base model or a device with more memory; deal plan says how much."
         )
@@ -96,7 +97,7 @@ def probe_step(
         borrowed_parent(current_store(), parent) as parent_folder,
     ):
         train_adapter(
-            load_base(source, HomeSettings().cache_dir),
+            load_base(source, HomeSettings().cache_dir, quantize=train.quantize),
             parent_folder=parent_folder,
             rows=rows,
             task=task,

@@ -129,6 +129,15 @@ def test_weights_follow_the_precision() -> None:
     assert planned(size).total == planned(size).certain + planned(size).activations + planned(size).workspace
 
 
+def test_only_the_linear_layers_are_quantized() -> None:
+    size = measure_model(LLAMA, ADAPTER)
+    linear = size.parameters["linear layers"]
+    rest = 2 * (size.num_parameters - linear)
+    for quantize, num_bytes in (("8bit", linear), ("4bit", 4.127 / 8 * linear)):
+        train = TrainConfig(quantize=quantize)  # type: ignore[arg-type]
+        assert planned(size, precision="bf16", train=train).weights == pytest.approx(num_bytes + rest, abs=1)
+
+
 def test_rehearsed_questions_count_where_they_are_asked() -> None:
     train = TrainConfig(batch_size=2)
     many = MethodConfig(rehearsal=RehearsalConfig(rows_per_step=9))
@@ -159,6 +168,9 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
     assert found["train.batch_size"].change == "train.batch_size: 1 with gradient_accumulation_steps: 14"
     assert found["train.batch_size"].fits and found["all of these together"].fits
     assert not found["weights in bf16, on a device that computes in it"].fits
+    quantized = memory_of(replace(train, quantize="4bit"), "fp32").total
+    assert found["train.quantize"].total_bytes == quantized < memory_of(train, "bf16").total
+
     def of_short_rows(changed: TrainConfig, precision: str):  # type: ignore[no-untyped-def]
         return memory_of(replace(changed, max_prompt_tokens=64), precision)
 
