@@ -41,10 +41,11 @@ CONFIG = DataConfig(max_text_chars=1000, max_bad_share=0.5)
 SHARE_DUPLICATES, SHARE_BAD = 0.02, 0.01
 CHUNK_ROWS = 50_000
 KEPT = ("num_train", "num_test", "sum_train", "sum_test")
-WORDS = (
+SENTENCES = (
     "the parcel was late again and nobody answered my call about order refund please send it back to this address "
     "before Monday because card payment failed twice when I tried from phone account locked after update thanks"
-).split()
+)
+WORDS = SENTENCES.split()
 
 
 def text_of(number: int) -> str:
@@ -151,19 +152,18 @@ def compare(source: Path, num_rows: int, measurements: int) -> dict[str, Any]:
 
 def main(
     rows: Annotated[int, typer.Option(help="Rows of the file that ours alone is run on; 0: no such run.")] = 10_000_000,
-    rival_rows: Annotated[int, typer.Option(help="Rows of the file that both are run on; 0: no such runs.")] = 1_000_000,
+    rival_rows: Annotated[int, typer.Option(help="Rows of the file that both are run on; 0: none.")] = 1_000_000,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 3,
-    kind: Annotated[list[str], typer.Option(help="Formats: parquet, jsonl.gz.")] = list(FORMATS),
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/ingest.json"),
 ) -> None:
     """Print and write rows per second and peak memory of both."""
     shares = {"duplicates": SHARE_DUPLICATES, "bad": SHARE_BAD}
     result: dict[str, Any] = {"cores": os.cpu_count(), "python": platform.python_version(), "shares": shares}
     result["formats"] = {}
-    for each in kind:
+    for each, file_name in FORMATS.items():
         found = result["formats"][each] = {}
         with tempfile.TemporaryDirectory(prefix="deal-ingest-") as work:
-            source = Path(work) / FORMATS[each]
+            source = Path(work) / file_name
             if rival_rows:
                 in_process(write_rows, source, rival_rows)
                 found["both"] = compare(source, rival_rows, measurements)
