@@ -1,10 +1,10 @@
-"""Rows of a Parquet file, a small batch at a time."""
+"""Rows of a Parquet file, a batch at a time."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deal_core.data.batches import BATCH_CHARS, BATCH_ROWS, text_array
 from deal_core.data.lines import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_bytes
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 
-_BATCH_ROWS = 256
+_MIN_BATCH_ROWS = 256
 
 
 @contextmanager
@@ -40,15 +41,53 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[RawRow]:
+def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[ParquetBatch]:
     """The file's rows; `values` holds the wanted columns, `raw` all of them."""
     with open_parquet(path) as file:
-        wanted = [i for i, name in enumerate(file.schema_arrow.names) if columns is None or name in columns]
-        number = 0
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
-            for index, values in enumerate(_batch_rows(batch.select(wanted))):
-                number += 1
-                yield RawRow(number=number, values=values, whole=partial(_parquet_raw, batch, index))
+        names = file.schema_arrow.names
+        wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
+        first = 1
+        for batch in file.iter_batches(batch_size=_batch_size(file.metadata), use_threads=False):
+            yield ParquetBatch(batch, wanted, first)
+            first += batch.num_rows
+
+
+def _batch_size(metadata: pq.FileMetaData) -> int:
+    """Rows that take about half a megabyte, in the row group whose rows are the largest."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1.0)
+    return int(min(BATCH_ROWS, max(_MIN_BATCH_ROWS, BATCH_CHARS / max(row_bytes, 1.0))))
+
+
+class ParquetBatch:
+    """A batch of a Parquet file's rows, see `RowBatch`."""
+
+    def __init__(self, batch: pa.RecordBatch, wanted: Sequence[int], first: int) -> None:
+        self._batch = batch
+        self._wanted = wanted
+        self._first = first
+        self.num_rows: int = batch.num_rows
+
+    def rows(self, places: Sequence[int]) -> list[RawRow]:
+        """See `RowBatch.rows`."""
+        values = _batch_rows(self._batch.select(self._wanted).take(pa.array(places, pa.int64())))
+        return [
+            RawRow(number=self._first + place, values=row, whole=partial(_parquet_raw, self._batch, place))
+            for place, row in zip(places, values, strict=True)
+        ]
+
+    def column(self, name: str) -> pa.Array:
+        """See `RowBatch.column`."""
+        cells = self._batch.column(self._batch.schema.get_all_field_indices(name)[-1])
+        if pa.types.is_dictionary(cells.type):
+            cells = cells.dictionary_decode()
+        if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+            return pa.nulls(len(cells), pa.string())
+        try:
+            cells.validate(full=True)
+        except pa.ArrowInvalid:  # a text that is not UTF-8
+            return text_array(_cells(cells))
+        return cells.cast(pa.string())
 
 
 def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:
