@@ -23,7 +23,7 @@ class RowBatch(Protocol):
         """The rows at these places, counted from 0."""
 
     def column(self, name: str) -> pa.Array:
-        """A column's cells; null where a cell is missing, or is not like the others or not UTF-8."""
+        """A column's cells as texts; null where one is missing, or neither a text nor a whole number, or not UTF-8."""
 
 
 class RowList:
@@ -43,8 +43,8 @@ class RowList:
 
 
 def text_array(cells: list[Any]) -> pa.Array:
-    """The cells that are texts, null for the others; a byte that was not UTF-8 is a lone surrogate, and no text."""
-    cells = [cell if type(cell) is str else None for cell in cells]
+    """Texts, and whole numbers as texts; null for all else, and for a text with a lone surrogate (no UTF-8)."""
+    cells = [cell if type(cell) is str else str(cell) if type(cell) is int else None for cell in cells]
     try:
         return pa.array(cells, pa.string())
     except UnicodeEncodeError:

@@ -41,8 +41,7 @@ class Quarantine:
         entry = {"file": bad.file, "row": bad.row, "line": bad.line, "reason": first.reason, "value": first.value}
         if more:
             entry["more"] = [problem._asdict() for problem in more]
-        json.dump({**entry, "raw": raw}, self._stream, ensure_ascii=False, default=_as_json)
-        self._stream.write("\n")
+        self._stream.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=_as_json) + "\n")
 
 
 class DatasetFiles:

@@ -19,6 +19,7 @@ from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 
 _MIN_BATCH_ROWS = 256
+_KINDS_OF_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 
 
 @contextmanager
@@ -81,7 +82,7 @@ class ParquetBatch:
         cells = self._batch.column(self._batch.schema.get_all_field_indices(name)[-1])
         if pa.types.is_dictionary(cells.type):
             cells = cells.dictionary_decode()
-        if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
+        if not any(is_kind(cells.type) for is_kind in _KINDS_OF_TEXT):
             return pa.nulls(len(cells), pa.string())
         try:
             cells.validate(full=True)

@@ -136,41 +136,44 @@ def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
     with open_text(path, newline="\n") as stream:
         is_first = True
         for line in numbered_lines(stream):
-            if not line.text.strip():
+            text = line.text.strip()
+            if not text:
                 continue
             if is_first and _ARRAY_OF_ROWS.match(line.text):
                 raise DataValidationError(
                     f"{path.name} holds a JSON array, not JSON lines; write one object a line (jq -c '.[]')."
                 )
             is_first = False
-            yield _json_row(line), len(line.text)
+            yield _json_row(line, text), len(line.text)
 
 
-def _json_row(line: Line) -> RawRow:
-    text = line.text.strip()
-
-    def unreadable(reason: Reason, why: str) -> RawRow:
-        fault = Problem(reason, f"{why}: {shorten(text)}")
-        return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
-
+def _json_row(line: Line, text: str) -> RawRow:
     if not line.is_whole:
-        return unreadable("over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
+        return _unreadable(line, text, "over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
     try:
         values = _parse(text)
     except RecursionError:
-        return unreadable("malformed line", "nested too deeply")
+        return _unreadable(line, text, "malformed line", "nested too deeply")
     except ValueError as error:
-        return unreadable("malformed line", shorten(str(error)))
+        return _unreadable(line, text, "malformed line", shorten(str(error)))
     if not isinstance(values, dict):
-        return unreadable("malformed line", "not an object of columns")
-    return RawRow(number=line.number, line=line.number, values=values)
+        return _unreadable(line, text, "malformed line", "not an object of columns")
+    return RawRow(line.number, values, line.number)
+
+
+def _unreadable(line: Line, text: str, reason: Reason, why: str) -> RawRow:
+    fault = Problem(reason, f"{why}: {shorten(text)}")
+    return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
 
 
 def _parse(text: str) -> Any:
     try:
-        return _DECODER.decode(text)
+        values, end = _DECODER.raw_decode(text)
+        if end == len(text):
+            return values
     except ValueError:
-        return json.loads(text, object_pairs_hook=_unique_keys)  # says it in its own words, such as of a misplaced BOM
+        pass
+    return json.loads(text, object_pairs_hook=_unique_keys)  # what is wrong, in its own words
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

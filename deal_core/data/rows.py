@@ -85,8 +85,10 @@ def shorten(value: object, width: int = 80) -> str:
     """The value on one line, at most `width` characters long, with unprintable characters escaped."""
     if not isinstance(value, str):
         value = repr(value)
-    cut = value[: width + 1].encode("utf-8", "backslashreplace").decode("utf-8")
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    line = value[: width + 1]
+    if not line.isprintable():
+        cut = line.encode("utf-8", "backslashreplace").decode("utf-8")
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
