@@ -18,7 +18,7 @@ from deal_core.data.lines import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_by
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
 
-_MIN_BATCH_ROWS = 256
+_PIECE_ROWS = 256
 _KINDS_OF_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 
 
@@ -48,47 +48,66 @@ def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Parque
         names = file.schema_arrow.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
         first = 1
-        for batch in file.iter_batches(batch_size=_batch_size(file.metadata), use_threads=False):
-            yield ParquetBatch(batch, wanted, first)
+        for pieces in _grouped(file.iter_batches(batch_size=_PIECE_ROWS, use_threads=False)):
+            batch = ParquetBatch(pieces, wanted, first)
+            yield batch
             first += batch.num_rows
 
 
-def _batch_size(metadata: pq.FileMetaData) -> int:
-    """Rows that take about half a megabyte, in the row group whose rows are the largest."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    row_bytes = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1.0)
-    return int(min(BATCH_ROWS, max(_MIN_BATCH_ROWS, BATCH_CHARS / max(row_bytes, 1.0))))
+def _grouped(pieces: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Small pieces together, a large one by itself: how large a few rows are is known only once they are unpacked."""
+    group: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for piece in pieces:
+        size = piece.nbytes
+        if group and (num_rows + piece.num_rows > BATCH_ROWS or num_bytes + size > BATCH_CHARS):
+            yield group
+            group, num_rows, num_bytes = [], 0, 0
+        group.append(piece)
+        num_rows, num_bytes = num_rows + piece.num_rows, num_bytes + size
+    if group:
+        yield group
 
 
 class ParquetBatch:
     """A batch of a Parquet file's rows, see `RowBatch`."""
 
-    def __init__(self, batch: pa.RecordBatch, wanted: Sequence[int], first: int) -> None:
-        self._batch = batch
+    def __init__(self, pieces: Sequence[pa.RecordBatch], wanted: Sequence[int], first: int) -> None:
+        self._pieces = pieces
         self._wanted = wanted
         self._first = first
-        self.num_rows: int = batch.num_rows
+        self.num_rows: int = sum(piece.num_rows for piece in pieces)
 
     def rows(self, places: Sequence[int]) -> list[RawRow]:
         """See `RowBatch.rows`."""
-        values = _batch_rows(self._batch.select(self._wanted).take(pa.array(places, pa.int64())))
-        return [
-            RawRow(number=self._first + place, values=row, whole=partial(_parquet_raw, self._batch, place))
-            for place, row in zip(places, values, strict=True)
-        ]
+        found: dict[int, RawRow] = {}
+        start = 0
+        for piece in self._pieces:
+            here = [place - start for place in places if start <= place < start + piece.num_rows]
+            taken = piece.select(self._wanted).take(pa.array(here, pa.int64()))
+            for index, values in zip(here, _batch_rows(taken), strict=True):
+                whole = partial(_parquet_raw, piece, index)
+                found[start + index] = RawRow(number=self._first + start + index, values=values, whole=whole)
+            start += piece.num_rows
+        return [found[place] for place in places]
 
     def column(self, name: str) -> pa.Array:
         """See `RowBatch.column`."""
-        cells = self._batch.column(self._batch.schema.get_all_field_indices(name)[-1])
-        if pa.types.is_dictionary(cells.type):
-            cells = cells.dictionary_decode()
-        if not any(is_kind(cells.type) for is_kind in _KINDS_OF_TEXT):
-            return pa.nulls(len(cells), pa.string())
-        try:
-            cells.validate(full=True)
-        except pa.ArrowInvalid:  # a text that is not UTF-8
-            return text_array(_cells(cells))
-        return cells.cast(pa.string())
+        index = self._pieces[0].schema.get_all_field_indices(name)[-1]
+        return pa.concat_arrays([_texts(piece.column(index)) for piece in self._pieces])
+
+
+def _texts(cells: pa.Array) -> pa.Array:
+    """The cells as `text_array` gives them."""
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    if not any(is_kind(cells.type) for is_kind in _KINDS_OF_TEXT):
+        return pa.nulls(len(cells), pa.string())
+    try:
+        cells.validate(full=True)
+    except pa.ArrowInvalid:  # a text that is not UTF-8
+        return text_array(_cells(cells))
+    return cells.cast(pa.string())
 
 
 def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:

@@ -7,10 +7,12 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from deal_core.data.check_batch import PLAIN, BatchChecker
 from deal_core.data.columns import Columns
 from deal_core.data.digest_set import DigestSet, as_digests, hex_array
 from deal_core.data.parquet_rows import ParquetBatch
+from deal_core.data.readers import read_batches
 from deal_core.data.rows import RawRow, Row
 from deal_core.data.schema import TaskSchema
 
@@ -81,23 +84,25 @@ def test_a_batch_is_checked_as_its_rows_are(kind: str, rows: list[dict[str, Any]
     rows=st.lists(st.tuples(TEXTS | SPACED | st.none() | st.just(b"caf\xe9"), LABELS | TEXTS | st.none(), SPLITS)),
     text_type=st.sampled_from([pa.string(), pa.large_string()]),
     packs_labels=st.booleans(),
+    cut=st.integers(0, 4),
 )
 def test_a_batch_of_a_parquet_file_is_checked_as_its_rows_are(
-    kind: str, rows: list[tuple[Any, Any, str]], text_type: pa.DataType, packs_labels: bool
+    kind: str, rows: list[tuple[Any, Any, str]], text_type: pa.DataType, packs_labels: bool, cut: int
 ) -> None:
     wide = pa.large_binary() if text_type == pa.large_string() else pa.binary()
     texts, labels, splits = ([row[i] for row in rows] for i in range(3))
     cells = pa.array([text.encode() if isinstance(text, str) else text for text in texts], wide).view(text_type)
     label_cells = pa.array(labels, pa.string())
     columns = [cells, label_cells.dictionary_encode() if packs_labels else label_cells, pa.array(splits, pa.string())]
-    assert_checked_alike(ParquetBatch(pa.RecordBatch.from_arrays(columns, names=["a", "b", "s"]), [0, 1, 2], 1), kind)
+    batch = pa.RecordBatch.from_arrays(columns, names=["a", "b", "s"])
+    assert_checked_alike(ParquetBatch([batch.slice(0, cut), batch.slice(cut)], [0, 1, 2], 1), kind)
 
 
 @pytest.mark.parametrize("numbers", [pa.int8(), pa.uint64(), pa.float64(), pa.bool_(), pa.decimal128(20, 1)])
 def test_labels_that_are_no_texts_are_checked_as_one_by_one(numbers: pa.DataType) -> None:
     labels = pa.array([1, 0, 1, None] * 3).cast(numbers)
     batch = pa.RecordBatch.from_arrays([pa.array([f"text {i}" for i in range(12)]), labels], names=["a", "b"])
-    assert_checked_alike(ParquetBatch(batch, [0, 1], 1), "any label")
+    assert_checked_alike(ParquetBatch([batch], [0, 1], 1), "any label")
 
 
 def test_plain_characters_are_no_white_space_and_stay_as_they_are_in_normal_form() -> None:
@@ -162,3 +167,14 @@ def test_digests_are_written_as_python_writes_them() -> None:
     digests = as_digests(bytes(range(64)))
     assert hex_array(digests).to_pylist() == [bytes(digest).hex() for digest in digests]
     assert hex_array(digests[:0]).to_pylist() == []
+
+
+def test_a_batch_of_a_parquet_file_holds_many_small_rows_and_few_large_ones(tmp_path: Path) -> None:
+    """Also where the large ones are small in the file: each is the same text, which its dictionary holds once."""
+    texts = [*(f"small {number}" for number in range(3000)), *["x" * 20_000] * 1000]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet", compression="zstd")
+    batches = list(read_batches(tmp_path / "rows.parquet"))
+    assert batches[0].num_rows == 2816
+    assert max(batch.num_rows for batch in batches[1:]) == 256
+    assert [row.values["text"] for batch in batches for row in batch.rows(range(batch.num_rows))] == texts
+    assert [text for batch in batches for text in batch.column("text").to_pylist()] == texts
