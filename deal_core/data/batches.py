@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -11,7 +11,9 @@ from deal_core.data.rows import RawRow
 
 BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
-"""A batch ends with the row that reaches either."""
+"""A batch has no more of either, unless it is of one row (in Parquet one piece) that is larger."""
+
+Item = TypeVar("Item")
 
 
 class RowBatch(Protocol):
@@ -55,20 +57,23 @@ def _is_utf8(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def in_batches(rows: Iterable[tuple[RawRow, int]]) -> Iterator[RowList]:
-    """Collect rows, each with the characters that it takes. Where reading fails, those before come as a batch first."""
-    batch: list[RawRow] = []
-    num_chars = 0
+def grouped(items: Iterable[tuple[Item, int]], max_items: int) -> Iterator[list[Item]]:
+    """Items, each given with its size, in lists of at most BATCH_CHARS; a larger one has a list to itself.
+
+    Where reading them fails, those before come first.
+    """
+    group: list[Item] = []
+    total = 0
     try:
-        for row, size in rows:
-            batch.append(row)
-            num_chars += size
-            if len(batch) == BATCH_ROWS or num_chars >= BATCH_CHARS:
-                yield RowList(batch)
-                batch, num_chars = [], 0
+        for item, size in items:
+            if group and (len(group) == max_items or total + size > BATCH_CHARS):
+                yield group
+                group, total = [], 0
+            group.append(item)
+            total += size
     except Exception:
-        if batch:
-            yield RowList(batch)
+        if group:
+            yield group
         raise
-    if batch:
-        yield RowList(batch)
+    if group:
+        yield group

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.batches import BATCH_CHARS, BATCH_ROWS, text_array
+from deal_core.data.batches import BATCH_ROWS, grouped, text_array
 from deal_core.data.lines import MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_bytes
 from deal_core.data.rows import RawRow
 from deal_core.errors import DataValidationError
@@ -48,25 +48,12 @@ def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[Parque
         names = file.schema_arrow.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
         first = 1
-        for pieces in _grouped(file.iter_batches(batch_size=_PIECE_ROWS, use_threads=False)):
-            batch = ParquetBatch(pieces, wanted, first)
+        # How large a few rows are is known only once they are unpacked, so few are at a time.
+        pieces = ((piece, piece.nbytes) for piece in file.iter_batches(batch_size=_PIECE_ROWS, use_threads=False))
+        for group in grouped(pieces, BATCH_ROWS // _PIECE_ROWS):
+            batch = ParquetBatch(group, wanted, first)
             yield batch
             first += batch.num_rows
-
-
-def _grouped(pieces: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    """Small pieces together, a large one by itself: how large a few rows are is known only once they are unpacked."""
-    group: list[pa.RecordBatch] = []
-    num_rows = num_bytes = 0
-    for piece in pieces:
-        size = piece.nbytes
-        if group and (num_rows + piece.num_rows > BATCH_ROWS or num_bytes + size > BATCH_CHARS):
-            yield group
-            group, num_rows, num_bytes = [], 0, 0
-        group.append(piece)
-        num_rows, num_bytes = num_rows + piece.num_rows, num_bytes + size
-    if group:
-        yield group
 
 
 class ParquetBatch:
@@ -84,8 +71,7 @@ class ParquetBatch:
         start = 0
         for piece in self._pieces:
             here = [place - start for place in places if start <= place < start + piece.num_rows]
-            taken = piece.select(self._wanted).take(pa.array(here, pa.int64()))
-            for index, values in zip(here, _batch_rows(taken), strict=True):
+            for index, values in zip(here, _pick_rows(piece.select(self._wanted), here), strict=True):
                 whole = partial(_parquet_raw, piece, index)
                 found[start + index] = RawRow(number=self._first + start + index, values=values, whole=whole)
             start += piece.num_rows
@@ -112,6 +98,14 @@ def _texts(cells: pa.Array) -> pa.Array:
 
 def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:
     return _batch_rows(batch.slice(index, 1))[0]
+
+
+def _pick_rows(batch: pa.RecordBatch, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Some of the batch's rows; Arrow's own `take` does not know every type."""
+    if len(places) < batch.num_rows // 4:
+        return [_batch_rows(batch.slice(place, 1))[0] for place in places]
+    rows = _batch_rows(batch)
+    return [rows[place] for place in places]
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

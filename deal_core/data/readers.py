@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from deal_core.data.batches import RowBatch, in_batches
+from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped
 from deal_core.data.csv_records import CsvFile
 from deal_core.data.lines import (
     MAX_LINE_CHARS,
@@ -100,12 +100,12 @@ def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator
     kind = file_kind(path)
     with _whole_file_faults(path):
         if kind == "jsonl":
-            yield from in_batches(_read_json_lines(path))
+            yield from map(RowList, grouped(_read_json_lines(path), BATCH_ROWS))
         elif kind == "parquet":
             yield from read_parquet(path, columns)
         else:
             with CsvFile(path) as file:
-                yield from in_batches(file.rows())
+                yield from map(RowList, grouped(file.rows(), BATCH_ROWS))
 
 
 @contextmanager
