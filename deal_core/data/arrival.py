@@ -9,19 +9,34 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from deal_core.config import DataConfig
-from deal_core.data.check import RowChecker
+from deal_core.data.batches import RowBatch
+from deal_core.data.check_batch import BadInBatch, BatchChecker, GoodRows
 from deal_core.data.columns import Columns, resolve_columns
+from deal_core.data.digest_set import DigestSet, as_digests, first_words, hex_array
 from deal_core.data.lines import sha256_of_file
-from deal_core.data.readers import file_kind, read_columns, read_rows
-from deal_core.data.rows import BadRow, Problem, RawRow, Row, shorten
-from deal_core.data.schema import COLUMNS_OF_FORMAT, SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
+from deal_core.data.readers import file_kind, read_batches, read_columns
+from deal_core.data.rows import BadRow, Problem, Reason, shorten
+from deal_core.data.schema import (
+    COLUMNS_OF_FORMAT,
+    ROW_SCHEMA,
+    SCHEMA_VERSION,
+    DatasetManifest,
+    Split,
+    TaskSchema,
+    label_key,
+)
 from deal_core.errors import DataValidationError
 
 MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
 _PROGRESS_ROWS = 1000
 _SHOWN_EXAMPLES = 3
+_SPLITS: tuple[Split, Split] = ("test", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,84 +80,104 @@ class Arrival:
         self._names_split = any("split" in columns.names for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
         self._task = replace(task, format=formats.pop())
-        self._test_digests = {bytes.fromhex(digest) for digest in frozen_test_rows}
-        self._has_frozen_rows = bool(self._test_digests)
-        self._kept: dict[Split, set[bytes]] = {"train": set(), "test": set()}
+        self._test_digests = DigestSet()
+        self._test_digests.add(as_digests(b"".join(map(bytes.fromhex, frozen_test_rows))))
+        self._has_frozen_rows = bool(frozen_test_rows)
+        self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
 
     def validate(
-        self, keep: Callable[[Row, Split], None], reject: Callable[[BadRow, object], None]
+        self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
     ) -> ValidationReport:
-        """Check every row; each ends in `keep` or in `reject`."""
+        """Check every row; each ends in `keep` or in `reject`, in order."""
         infers_labels = self._task.format == "labelled" and not self._task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
         counts: Counter[str] = Counter()
         examples: list[BadRow] = []
         num_rejected = 0
-        for path, file_split, raw, checked in self._checked_rows():
-            problems = checked if isinstance(checked, list) else []
-            if isinstance(checked, Row):
-                split = file_split or checked.split or self._split_by_digest(checked.digest)
-                problems = self._repetition(checked, split)
-                if not problems:
-                    self._kept[split].add(checked.digest)
-                    keep(checked, split)
-                    continue
-            num_rejected += 1
-            counts.update(problem.reason for problem in problems)
-            bad = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
-            reject(bad, raw.raw())
-            if len(examples) < MAX_EXAMPLES:
-                examples.append(bad)
+        for path, batch, good, bad in self._checked_batches():
+            repeated = self._keep_new(batch, good, keep)
+            for _, raw, problems in sorted([*bad, *repeated], key=lambda each: each.place):
+                num_rejected += 1
+                counts.update(problem.reason for problem in problems)
+                row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
+                reject(row, raw.raw())
+                if len(examples) < MAX_EXAMPLES:
+                    examples.append(row)
         manifest = self._manifest(counts, num_rejected)
         return ValidationReport(manifest=manifest, bad_rows=tuple(examples), refusal=self._refusal(manifest, examples))
 
-    def _checked_rows(self) -> Iterator[tuple[Path, Split | None, RawRow, Row | list[Problem]]]:
+    def _checked_batches(self) -> Iterator[tuple[Path, RowBatch, GoodRows, list[BadInBatch]]]:
         self._num_read = 0
         for path, file_split, columns in self._files:
-            checker = RowChecker(self._task, columns, self._config.max_text_chars)
-            for raw in read_rows(path, set(columns.names.values())):
-                self._num_read += 1
-                if self._on_progress is not None and self._num_read % _PROGRESS_ROWS == 0:
-                    self._on_progress(self._num_read)
-                yield path, file_split, raw, checker.check(raw)
+            checker = BatchChecker(self._task, columns, self._config.max_text_chars)
+            for batch in read_batches(path, set(columns.names.values())):
+                good, bad = checker.check(batch)
+                yield path, batch, good._replace(is_test=self._is_test(good, file_split, columns)), bad
+                self._advance(batch.num_rows)
         if self._on_progress is not None:
             self._on_progress(self._num_read)
+
+    def _advance(self, num_rows: int) -> None:
+        before, self._num_read = self._num_read, self._num_read + num_rows
+        if self._on_progress is not None:
+            for step in range(before // _PROGRESS_ROWS + 1, self._num_read // _PROGRESS_ROWS + 1):
+                self._on_progress(step * _PROGRESS_ROWS)
+
+    def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
+        """Which rows are test rows: by their file, else by its column, else by their digests."""
+        if file_split is not None:
+            return np.full(len(good.places), file_split == "test")
+        if "split" in columns.names:
+            return good.is_test
+        return first_words(good.digests) / 2**32 < self._config.test_share
 
     def _survey(self, infers_labels: bool) -> None:
         """A first reading: which digests are test rows, wherever in the file they stand, and which labels there are."""
         spellings: dict[str, Counter[str]] = {}
-        for _, file_split, _, checked in self._checked_rows():
-            if isinstance(checked, list):
-                continue
-            if "test" in (file_split, checked.split):
-                self._test_digests.add(checked.digest)
+        for _, _, good, _ in self._checked_batches():
+            if self._is_split_given:
+                self._test_digests.add(good.digests[good.is_test])
             if infers_labels:
-                spellings.setdefault(label_key(checked.output), Counter())[checked.output] += 1
-                if len(spellings) > MAX_INFERRED_LABELS:
-                    shown = spellings if self._config.include_texts else ()
-                    raise DataValidationError(_too_many_labels(self._source, shown))
+                for found in good.outputs.value_counts().to_pylist():
+                    label = found["values"]
+                    spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
+                    if len(spellings) > MAX_INFERRED_LABELS:
+                        shown = spellings if self._config.include_texts else ()
+                        raise DataValidationError(_too_many_labels(self._source, shown))
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             self._task = replace(self._task, labels=labels)
 
-    def _split_by_digest(self, digest: bytes) -> Split:
-        return "test" if int.from_bytes(digest[:4], "big") / 2**32 < self._config.test_share else "train"
-
-    def _repetition(self, row: Row, split: Split) -> list[Problem]:
-        if split == "train" and (row.digest in self._test_digests or row.digest in self._kept["test"]):
-            return [Problem("duplicate of a test row", shorten(row.input))]
-        if row.digest in self._kept[split]:
-            return [Problem("duplicate row", shorten(row.input))]
-        return []
+    def _keep_new(
+        self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]
+    ) -> list[BadInBatch]:
+        """Keep the rows that repeat none; return the others."""
+        columns = [good.inputs, good.outputs, hex_array(good.digests)]
+        reasons: dict[int, Reason] = {}
+        for split in _SPLITS:
+            rows = np.flatnonzero(good.is_test == (split == "test"))
+            if split == "train":
+                is_leak = self._test_digests.contains(good.digests[rows])
+                is_leak |= self._kept["test"].contains(good.digests[rows])
+                reasons |= dict.fromkeys(rows[is_leak].tolist(), "duplicate of a test row")
+                rows = rows[~is_leak]
+            is_new = self._kept[split].add(good.digests[rows])
+            reasons |= dict.fromkeys(rows[~is_new].tolist(), "duplicate row")
+            kept = pa.array(rows[is_new])
+            keep(pa.Table.from_arrays([column.take(kept) for column in columns], schema=ROW_SCHEMA), split)
+        places = good.places[list(reasons)].tolist()
+        return [
+            BadInBatch(place, raw, [Problem(reason, shorten(good.inputs[row].as_py()))])
+            for place, raw, (row, reason) in zip(places, batch.rows(places), reasons.items(), strict=True)
+        ]
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
         for split in ("train", "test"):
             content.update(f"/{split}/".encode())
-            for digest in sorted(self._kept[split]):
-                content.update(digest)
+            content.update(self._kept[split].in_order())
         return DatasetManifest(
             task=self._task,
             sha256=content.hexdigest(),

@@ -30,7 +30,7 @@ class RowChecker:
         if raw.fault is not None:
             return [raw.fault]
         problems: list[Problem] = []
-        split = self._split(raw.values, problems)
+        split = self.split(raw.values, problems)
         if self._columns.format == "chat":
             row = self._chat(raw.values, split, problems)
         elif self._columns.format == "completion":
@@ -39,7 +39,7 @@ class RowChecker:
             row = Row(prompt, completion, row_digest([prompt], completion), split)
         else:
             text = self._text(raw.values, "text", problems).strip()
-            label = self._label(raw.values, problems)
+            label = self.label(raw.values, problems)
             row = Row(text, label, row_digest([text], label_key(label)), split)
         return problems or row
 
@@ -92,7 +92,8 @@ class RowChecker:
         elif len(text) > self._max_text_chars:
             problems.append(Problem("over-long text", f"{len(text)} characters: {shorten(text)}"))
 
-    def _label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+    def label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+        """The label as the task spells it; what is wrong with it is added to the problems."""
         text = self._cell(values, "label", problems)
         if text is None:
             return ""
@@ -105,7 +106,8 @@ class RowChecker:
             problems.append(Problem("label outside the task's set", shorten(label)))
         return self._label_of_key.get(label_key(label), label)
 
-    def _split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
+    def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
+        """What the file says, if it does; what is wrong with it is added to the problems."""
         if "split" not in self._columns.names:
             return None
         text = self._cell(values, "split", problems)

@@ -46,13 +46,13 @@ class CsvFile:
     ) -> None:
         self._stream.close()
 
-    def rows(self) -> Iterator[RawRow]:
-        """The rows under the header; blank lines are no rows."""
+    def rows(self) -> Iterator[tuple[RawRow, int]]:
+        """The rows under the header, and how many characters each takes; blank lines are no rows."""
         names = _distinct(self.header)
         for number, (lines, record) in enumerate(self._records(), start=1):
             if isinstance(record, Problem) or len(record) != len(names):
                 text = "".join(line.text for line in lines).rstrip("\r\n")
-                yield RawRow(
+                row = RawRow(
                     number=number,
                     line=lines[0].number,
                     values={},
@@ -60,7 +60,8 @@ class CsvFile:
                     whole=partial(str, text),
                 )
             else:
-                yield RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
+                row = RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
+            yield row, sum(len(line.text) for line in lines)
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | Problem]]:
         """Each record, or why there is none, with the lines it was read from."""

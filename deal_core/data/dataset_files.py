@@ -11,11 +11,11 @@ from typing import Self, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.rows import BadRow, Row
+from deal_core.data.rows import BadRow
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, Split
 
 _GROUP_ROWS = 8192
-_GROUP_CHARS = 2**24
+_GROUP_BYTES = 2**24
 
 
 class Quarantine:
@@ -41,8 +41,7 @@ class Quarantine:
         entry = {"file": bad.file, "row": bad.row, "line": bad.line, "reason": first.reason, "value": first.value}
         if more:
             entry["more"] = [problem._asdict() for problem in more]
-        json.dump({**entry, "raw": raw}, self._stream, ensure_ascii=False, default=_as_json)
-        self._stream.write("\n")
+        self._stream.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=_as_json) + "\n")
 
 
 class DatasetFiles:
@@ -70,9 +69,9 @@ class DatasetFiles:
             table.close()
             table.path.unlink(missing_ok=True)
 
-    def add(self, row: Row, split: Split) -> None:
-        """Write one good row."""
-        self._tables[split].add(row)
+    def add(self, rows: pa.Table, split: Split) -> None:
+        """Write good rows, which have ROW_SCHEMA."""
+        self._tables[split].add(rows)
 
     def publish(self, manifest: DatasetManifest) -> None:
         """Put the finished files in their places."""
@@ -89,14 +88,13 @@ class _RowWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd")
-        self._rows: list[tuple[str, str, str]] = []
-        self._num_chars = 0
+        # Texts and digests hardly repeat: a dictionary of them would be made and thrown away.
+        self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", use_dictionary=["output"])
+        self._waiting = ROW_SCHEMA.empty_table()
 
-    def add(self, row: Row) -> None:
-        self._rows.append((row.input, row.output, row.digest.hex()))
-        self._num_chars += len(row.input) + len(row.output)
-        if len(self._rows) == _GROUP_ROWS or self._num_chars >= _GROUP_CHARS:
+    def add(self, rows: pa.Table) -> None:
+        self._waiting = pa.concat_tables([self._waiting, rows])
+        if self._waiting.num_rows >= _GROUP_ROWS or self._waiting.nbytes >= _GROUP_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -105,10 +103,9 @@ class _RowWriter:
             self._writer.close()
 
     def _flush(self) -> None:
-        if self._rows:
-            columns = [pa.array(column, pa.string()) for column in zip(*self._rows, strict=True)]
-            self._writer.write_table(pa.Table.from_arrays(columns, schema=ROW_SCHEMA))
-        self._rows, self._num_chars = [], 0
+        if self._waiting.num_rows:
+            self._writer.write_table(self._waiting, row_group_size=_GROUP_ROWS)
+        self._waiting = ROW_SCHEMA.empty_table()
 
 
 def _as_json(value: object) -> str:

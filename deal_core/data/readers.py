@@ -1,4 +1,4 @@
-"""Raw rows from CSV, JSON lines and Parquet, plain or gzip, one at a time: memory does not grow with the file.
+"""Raw rows from CSV, JSON lines and Parquet, plain or gzip, a batch at a time: memory does not grow with the file.
 
 A row that cannot be read is a row with a fault, not an exception; what makes the whole file unreadable (not what its
 name says, damaged, cut off) is a DataValidationError.
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped
 from deal_core.data.csv_records import CsvFile
 from deal_core.data.lines import (
     MAX_LINE_CHARS,
@@ -68,7 +69,7 @@ def read_columns(path: Path) -> tuple[str, ...]:
                 return file.header
         names: dict[str, None] = {}
         num_readable = 0
-        for row in _read_json_lines(path):
+        for row, _ in _read_json_lines(path):
             names.update(dict.fromkeys(row.values))
             num_readable += row.fault is None
             if num_readable == _SURVEYED_ROWS:
@@ -90,15 +91,21 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ra
     Example:
         >>> [row.values["label"] for row in read_rows(Path("tickets.csv"))]
     """
+    for batch in read_batches(path, columns):
+        yield from batch.rows(range(batch.num_rows))
+
+
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+    """The rows of `read_rows`, in batches."""
     kind = file_kind(path)
     with _whole_file_faults(path):
         if kind == "jsonl":
-            yield from _read_json_lines(path)
+            yield from map(RowList, grouped(_read_json_lines(path), BATCH_ROWS))
         elif kind == "parquet":
             yield from read_parquet(path, columns)
         else:
             with CsvFile(path) as file:
-                yield from file.rows()
+                yield from map(RowList, grouped(file.rows(), BATCH_ROWS))
 
 
 @contextmanager
@@ -124,38 +131,49 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
 _ARRAY_OF_ROWS = re.compile(r"\[\s*(\{|$)")
 
 
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
+def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
+    """The rows, and how many characters each takes."""
     with open_text(path, newline="\n") as stream:
         is_first = True
         for line in numbered_lines(stream):
-            if not line.text.strip():
+            text = line.text.strip()
+            if not text:
                 continue
             if is_first and _ARRAY_OF_ROWS.match(line.text):
                 raise DataValidationError(
                     f"{path.name} holds a JSON array, not JSON lines; write one object a line (jq -c '.[]')."
                 )
             is_first = False
-            yield _json_row(line)
+            yield _json_row(line, text), len(line.text)
 
 
-def _json_row(line: Line) -> RawRow:
-    text = line.text.strip()
-
-    def unreadable(reason: Reason, why: str) -> RawRow:
-        fault = Problem(reason, f"{why}: {shorten(text)}")
-        return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
-
+def _json_row(line: Line, text: str) -> RawRow:
     if not line.is_whole:
-        return unreadable("over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
+        return _unreadable(line, text, "over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
     try:
-        values = json.loads(text, object_pairs_hook=_unique_keys)
+        values = _parse(text)
     except RecursionError:
-        return unreadable("malformed line", "nested too deeply")
+        return _unreadable(line, text, "malformed line", "nested too deeply")
     except ValueError as error:
-        return unreadable("malformed line", shorten(str(error)))
+        return _unreadable(line, text, "malformed line", shorten(str(error)))
     if not isinstance(values, dict):
-        return unreadable("malformed line", "not an object of columns")
-    return RawRow(number=line.number, line=line.number, values=values)
+        return _unreadable(line, text, "malformed line", "not an object of columns")
+    return RawRow(line.number, values, line.number)
+
+
+def _unreadable(line: Line, text: str, reason: Reason, why: str) -> RawRow:
+    fault = Problem(reason, f"{why}: {shorten(text)}")
+    return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
+
+
+def _parse(text: str) -> Any:
+    try:
+        values, end = _DECODER.raw_decode(text)
+        if end == len(text):
+            return values
+    except ValueError:
+        pass
+    return json.loads(text, object_pairs_hook=_unique_keys)  # what is wrong, in its own words
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,3 +182,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {shorten(name, 40)!r} {count} times")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)

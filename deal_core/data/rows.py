@@ -33,16 +33,15 @@ class Problem(NamedTuple):
     value: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RawRow:
+class RawRow(NamedTuple):
     """One row as it stands in the file."""
 
     number: int
     """Counted from 1, a CSV's header not counted. In JSON lines the number of the line."""
-    line: int | None = None
-    """The line of the file on which the row begins, where the file has lines."""
     values: Mapping[str, Any]
     """The row's columns; empty when it could not be read."""
+    line: int | None = None
+    """The line of the file on which the row begins, where the file has lines."""
     fault: Problem | None = None
     """Why it could not be read."""
     whole: Callable[[], Any] | None = None
@@ -86,12 +85,22 @@ def shorten(value: object, width: int = 80) -> str:
     """The value on one line, at most `width` characters long, with unprintable characters escaped."""
     if not isinstance(value, str):
         value = repr(value)
-    cut = value[: width + 1].encode("utf-8", "backslashreplace").decode("utf-8")
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    line = value[: width + 1]
+    if not line.isprintable():
+        cut = line.encode("utf-8", "backslashreplace").decode("utf-8")
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+_quote = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def quote_normal(part: str) -> str:
+    """A part of a row as its digest sees it: in Unicode's form NFC, white space made single spaces, quoted as JSON."""
+    return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
 
 
 def row_digest(inputs: Sequence[str], output: str) -> bytes:
     """SHA-256 of a row (a chat has several inputs), blind to Unicode's form (NFC) and to the amount of white space."""
-    normal = [" ".join(unicodedata.normalize("NFC", part).split()) for part in (*inputs, output)]
-    return hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode("utf-8")).digest()
+    normal = ", ".join([quote_normal(part) for part in (*inputs, output)])
+    return hashlib.sha256(f"[{normal}]".encode()).digest()

@@ -84,6 +84,6 @@ def validate_file(
     """
     arrival = Arrival(source, test_source, task, config, frozen_test_rows, on_progress)
     if quarantine_file is None:
-        return arrival.validate(lambda row, split: None, lambda bad, raw: None)
+        return arrival.validate(lambda rows, split: None, lambda bad, raw: None)
     with Quarantine(quarantine_file) as quarantine:
-        return arrival.validate(lambda row, split: None, quarantine.add)
+        return arrival.validate(lambda rows, split: None, quarantine.add)
