@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import multiprocessing
-import os
 import platform
 import random
 import resource
@@ -31,6 +30,7 @@ import pyarrow.parquet as pq
 import typer
 
 from benchmarks.ingest_rival import build_with_datasets
+from benchmarks.output import write_result
 from deal_core.config import DataConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.data.validate import build_dataset
@@ -158,8 +158,7 @@ def main(
 ) -> None:
     """Print and write rows per second and peak memory of both."""
     shares = {"duplicates": SHARE_DUPLICATES, "bad": SHARE_BAD}
-    result: dict[str, Any] = {"cores": os.cpu_count(), "python": platform.python_version(), "shares": shares}
-    result["formats"] = {}
+    result: dict[str, Any] = {"python": platform.python_version(), "shares": shares, "formats": {}}
     for each, file_name in FORMATS.items():
         found = result["formats"][each] = {}
         with tempfile.TemporaryDirectory(prefix="deal-ingest-") as work:
@@ -170,9 +169,7 @@ def main(
             if rows:
                 in_process(write_rows, source, rows)
                 found["ours_alone"] = {"num_rows": rows, **measure("ours", source, rows)}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    typer.echo(json.dumps(result, indent=1))
+    write_result(out, result)
 
 
 if __name__ == "__main__":
