@@ -98,6 +98,7 @@ def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task]
 def main(
     base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
     steps: Annotated[int, typer.Option(help="Steps that the adapter learns.")] = 60,
+    precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/evaluation.json"),
 ) -> None:
@@ -106,7 +107,7 @@ def main(
     tasks = read_tasks()
     references = [output for _, rows in tasks for output in rows["output"]]
     with tempfile.TemporaryDirectory(prefix="deal-evaluation-") as work:
-        ours = load_base(base, HomeSettings().cache_dir)
+        ours = load_base(base, HomeSettings().cache_dir, precision=precision)  # type: ignore[arg-type]
         learn(ours, tasks, steps, Path(work))
         model = load_adapter(ours.model, Path(work), is_trainable=False)
         stock = AutoModelForCausalLM.from_pretrained(

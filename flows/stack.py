@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -151,13 +151,17 @@ def heal(home: Path, stack: Stack, say: Say) -> None:
 
 
 def stop(home: Path) -> list[str]:
-    """End what was started in this home and nothing else, the keeper first; return the names of what was ended."""
+    """End what was started in this home and nothing else; return the names of what was ended.
+
+    The keeper first, then what asks the servers, then these: each kind at once, since some take their time.
+    """
     stack = read_stack(home)
     if stack is None:
         return []
-    ended = [part.name for part in stack.parts if part.name == KEEPER and _end(part)]
+    ended = _end(part for part in stack.parts if part.name == KEEPER)
     stack = read_stack(home) or stack  # the keeper may just have started something again
-    ended += [part.name for part in reversed(stack.parts) if part.name != KEEPER and _end(part)]
+    ended += _end(part for part in stack.parts if not part.name.endswith("-server"))
+    ended += _end(part for part in stack.parts if part.name.endswith("-server"))
     _end_left_runs(home)
     (home / STACK_FILE).unlink(missing_ok=True)
     return ended
@@ -188,6 +192,7 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # the default, 10, is most of what passes between a landing and its run
         "DEAL_S3_MAX_ATTEMPTS": "15",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,deal_core",  # what a run says shows on its page
         "PREFECT_SERVER_UI_API_URL": f"{stack.prefect_url}/api",  # else its page asks port 4200
@@ -232,21 +237,22 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _end(part: Part) -> bool:
-    """End a part and the processes it started; False if it was not there any more."""
-    if not part.is_alive():
-        return False
-    family = [psutil.Process(part.pid)]
-    with suppress(psutil.Error):
-        family += family[0].children(recursive=True)
-    with suppress(ProcessLookupError):
-        os.killpg(part.pid, signal.SIGTERM)
+def _end(parts: Iterable[Part]) -> list[str]:
+    """End parts and the processes that they started; return the names of those that were still there."""
+    alive = [part for part in parts if part.is_alive()]
+    family: list[psutil.Process] = []
+    for part in alive:
+        with suppress(psutil.Error):
+            family += [(first := psutil.Process(part.pid)), *first.children(recursive=True)]
+    for part in alive:
+        with suppress(ProcessLookupError):
+            os.killpg(part.pid, signal.SIGTERM)
     _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
     for process in left:
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, timeout=STOP_SECONDS)
-    return True
+    return [part.name for part in alive]
 
 
 def _end_left_runs(home: Path) -> None:

@@ -1,13 +1,15 @@
-"""docs/benchmark.md is what its command writes from the stored cells: every figure on it comes from a file."""
+"""docs/benchmark.md and docs/performance.md are what their commands write: every figure on them comes from a file."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from typer import BadParameter
 
+from benchmarks import performance
 from benchmarks.report import main
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +35,20 @@ def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "continual").mkdir()
     with pytest.raises(BadParameter, match=r"step_cost\.json is not there"):
         main(results=tmp_path, page=tmp_path / "benchmark.md")
+
+
+def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:
+    performance.main(results=RESULTS, page=tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_a_figure_that_is_no_longer_reached_is_said_to_be_missed(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    stored = tmp_path / "results" / "command_start.json"
+    result = json.loads(stored.read_text())
+    for seconds, word in ((0.4, "reached"), (0.6, "**missed**")):
+        result["median_seconds"]["help"] = seconds
+        stored.write_text(json.dumps(result))
+        performance.main(results=tmp_path / "results", page=tmp_path / "performance.md")
+        (line,) = [line for line in (tmp_path / "performance.md").read_text().splitlines() if "`deal --help`" in line]
+        assert f"{seconds:.2f} s" in line and f"| {word} |" in line

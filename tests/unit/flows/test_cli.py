@@ -152,7 +152,7 @@ def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> No
 def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     deal: Deal, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(lineage: str) -> None:
+    def fail(*args: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("flows.history.read_history", fail)
@@ -165,7 +165,7 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
 
 
 def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(lineage: str) -> None:
+    def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.history.read_history", stop)
