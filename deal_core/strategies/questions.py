@@ -17,6 +17,9 @@ from deal_core.evaluate import answer_limit, generate
 from deal_core.rehearsal import Question, Rehearsal, pack, unpack, with_target
 from deal_core.strategies.base import STORED_ROWS, TaskContext
 
+MIN_SHARING = 8
+"""With fewer questions for each old task, those of all tasks go together: a batch for each would be nearly empty."""
+
 
 def make_rehearsal(
     config: RehearsalConfig, model: PeftModel, context: TaskContext, tensors: Mapping[str, Tensor], seed: int
@@ -36,7 +39,13 @@ def make_rehearsal(
         olds = tasks_to_ask(context.old_tasks, context.task)
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
         num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
-        tasks = [_on_new_texts(config, model, context, old, num_each, seed + i) for i, old in enumerate(olds)]
+        groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
+        seeds = iter(range(seed, seed + len(olds)))
+        tasks = [
+            questions
+            for group in groups
+            for questions in _on_new_texts(config, model, context, [(old, next(seeds)) for old in group], num_each)
+        ]
     else:
         return None
     rehearsal = Rehearsal(
@@ -84,22 +93,34 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
 
 
 def _on_new_texts(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, old: TaskSchema, num_texts: int, seed: int
-) -> list[Question]:
-    """The new task's texts under an old task's instruction, with the parent's answers."""
-    texts = list(context.rows["input"])
-    texts = random.Random(seed).sample(texts, min(num_texts, len(texts)))
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    olds: Sequence[tuple[TaskSchema, int]],
+    num_each: int,
+) -> list[list[Question]]:
+    """The new task's texts, drawn by a seed for each old task, under its instruction, with the parent's answers.
+
+    The tasks given are asked together, in the same batches; of one alone the instruction is read once for all texts.
+    """
     tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
-    prompts = [encode_prompt(tokenizer, old, text, train.max_prompt_tokens) for text in texts]
-    limit = answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))
+    texts = list(context.rows["input"])
+    prompts: list[list[int]] = []
+    limits: list[int] = []
+    for old, seed in olds:
+        drawn = random.Random(seed).sample(texts, min(num_each, len(texts)))
+        prompts += [encode_prompt(tokenizer, old, text, train.max_prompt_tokens) for text in drawn]
+        limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))] * len(drawn)
     questions: dict[int, Question] = {}
     for batch, answers, logits_BKV in generate(
-        model, tokenizer, prompts, limit, max_batch_tokens=evaluate.max_batch_tokens
+        model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens
     ):
         for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
-            ids = _until_end(answer, tokenizer.eos_token_id)
+            ids = _until_end(answer[: limits[i]], tokenizer.eos_token_id)
             questions[i] = with_target(Question(prompts[i], ids), logits_KV[: len(ids)], config.temperature)
-    return [questions[i] for i in range(len(prompts))]
+    in_order = [questions[i] for i in range(len(prompts))]
+    size = len(in_order) // max(1, len(olds))
+    return [in_order[start * size : (start + 1) * size] for start in range(len(olds))]
 
 
 def _until_end(answer: list[int], end: int | None) -> list[int]:

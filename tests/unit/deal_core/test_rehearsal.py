@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -196,5 +197,29 @@ def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, bas
         again = ask(model, context.collator(), plain, temperature=temperature)
     assert len(questions) == 6 and all(base.tokenizer.eos_token_id not in q.answer_ids[:-1] for q in questions)
     for one, other in zip(questions, again, strict=True):
+        assert torch.equal(one.tokens_KN[:, 0], other.tokens_KN[:, 0])
+        torch.testing.assert_close(one.shares_KN, other.shares_KN, rtol=1e-3, atol=1e-5)
+
+
+def test_old_tasks_that_are_asked_together_answer_as_each_alone(base, parent, rows, monkeypatch):
+    olds = (
+        TaskSchema(name="short", labels=("a", "b"), instruction="Which is it?"),
+        TaskSchema(name="long", labels=("very large indeed", "small"), instruction="How big would you say it is?"),
+        TaskSchema(name="third", labels=("red", "blue sky"), instruction="Of what colour?"),
+    )
+    found = []
+    with adapter_on(base.model, parent) as model:
+        context = TaskContext(
+            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=olds,
+            adapter=AdapterConfig(), train=replace(LONG, max_steps=4),
+        )  # fmt: skip
+        for min_sharing in (0, 1000):
+            monkeypatch.setattr("deal_core.strategies.questions.MIN_SHARING", min_sharing)
+            found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).tasks)
+    alone, together = found
+    assert [len(task) for task in together] == [6, 6, 6]
+    assert len({len(question.answer_ids) for task in alone for question in task}) > 1, "limits differ"
+    for one, other in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
+        assert (one.prompt_ids, one.answer_ids) == (other.prompt_ids, other.answer_ids)
         assert torch.equal(one.tokens_KN[:, 0], other.tokens_KN[:, 0])
         torch.testing.assert_close(one.shares_KN, other.shares_KN, rtol=1e-3, atol=1e-5)
