@@ -17,7 +17,7 @@ import pytest
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that no worker begins one when the others have run out of work."""
-    items.sort(key=lambda item: item.get_closest_marker("base_model") is None)
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("base_model", "e2e")))
 
 
 @pytest.fixture(scope="session")
