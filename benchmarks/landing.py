@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from mlflow import MlflowClient
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
@@ -75,8 +74,9 @@ async def land(home: Path, stack: dict[str, Any], name: str, text: str) -> dict[
             if DONE in seen:
                 break
     settings = TrackingSettings.model_validate({"home": home, "tracking_uri": stack["mlflow_url"]})
-    version = open_registry(settings).versions(LINEAGE, newest=1)[0]
-    losses = MlflowClient(stack["mlflow_url"]).get_metric_history(version.tracking_id, "train/loss")
+    registry = open_registry(settings)
+    (version,) = registry.versions(LINEAGE, newest=1)
+    losses = registry.client.get_metric_history(version.tracking_id, "train/loss")
     first_step = datetime.fromtimestamp(min(point.timestamp for point in losses) / 1000, UTC)
     times = {"event": seen[ARRIVAL_LANDED], "running": seen[RUNNING], "first_step": first_step, "learned": seen[DONE]}
     return {name: (at - landed).total_seconds() for name, at in times.items()}
