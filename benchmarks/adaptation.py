@@ -9,7 +9,6 @@ What no stage accounts for is the start of Python and of Prefect's server, and t
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.output import DEAL, write_result
+from benchmarks.output import DEAL, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.models import DEFAULT_BASE
 
@@ -44,10 +43,10 @@ def write_task(name: str, num_rows: int, base: str, folder: Path) -> Path:
 
 def adapt(spec: Path, home: Path) -> dict[str, float]:
     """Seconds of each stage, and of the command that none accounts for."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
     started = time.perf_counter()
     done = subprocess.run(
-        [*DEAL, "adapt", str(spec), "--home", str(home), "--json"], env=kept, check=True, stdout=subprocess.PIPE
+        [*DEAL, "adapt", str(spec), "--home", str(home), "--json"], env=bare_environment(), check=True,
+        stdout=subprocess.PIPE,
     )
     wall = time.perf_counter() - started
     seconds: dict[str, float] = json.loads(done.stdout)["seconds"]

@@ -8,7 +8,6 @@ floor below whatever reads the registry.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.output import DEAL, write_result
+from benchmarks.output import DEAL, bare_environment, write_result
 from infra.registry import Registry, VersionFacts
 from infra.settings import TrackingSettings
 from infra.tracking import open_tracker
@@ -52,9 +51,8 @@ def make_lineage(home: Path, num_versions: int) -> None:
 
 def seconds_of(command: list[str], home: Path) -> float:
     """Run a command in a process of its own, and return how long it took."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
     started = time.perf_counter()
-    subprocess.run(command, env=kept | {"DEAL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=bare_environment() | {"DEAL_HOME": str(home)}, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import typer
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from benchmarks.output import DEAL, write_result
+from benchmarks.output import DEAL, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
@@ -37,9 +36,8 @@ WAIT_SECONDS = 300
 
 def deal(home: Path, *arguments: str) -> Any:
     """Run a command in the home and return what it prints."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
     done = subprocess.run(
-        [*DEAL, *arguments, "--home", str(home), "--json"], env=kept, check=True, stdout=subprocess.PIPE
+        [*DEAL, *arguments, "--home", str(home), "--json"], env=bare_environment(), check=True, stdout=subprocess.PIPE
     )
     return json.loads(done.stdout)
 

@@ -11,7 +11,6 @@ steps.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import resource
 import statistics
@@ -23,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from datasets import Dataset, disable_progress_bars
 
-from benchmarks.output import write_result
+from benchmarks.output import alone, write_result
 from benchmarks.step_cost import make_parent
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
@@ -43,8 +42,8 @@ def old_task(number: int) -> TaskSchema:
     return TaskSchema(name=f"old-{number}", labels=labels, instruction=f"Sort the message as desk {number} would.")
 
 
-def adapt(num_old: int, base: str, parent: Path, steps: int, queue: Any) -> None:
-    """Put the figures of one training."""
+def adapt(num_old: int, base: str, parent: Path, steps: int) -> dict[str, Any]:
+    """The figures of one training."""
     disable_progress_bars()
     lines = (EXAMPLES / "bank" / "train.jsonl").read_text().splitlines()
     rows = Dataset.from_list([{"input": row["text"], "output": row["label"]} for row in map(json.loads, lines)])
@@ -61,20 +60,7 @@ def adapt(num_old: int, base: str, parent: Path, steps: int, queue: Any) -> None
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(work).glob("*.safetensors"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put({"seconds": seconds, "peak_memory_mib": peak, "adapter_bytes": size})
-
-
-def measure(*given: Any) -> dict[str, float]:
-    """Run one training in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=adapt, args=(*given, queue))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise typer.Exit(1)
-    found: dict[str, float] = queue.get()
-    return found
+    return {"seconds": seconds, "peak_memory_mib": peak, "adapter_bytes": size}
 
 
 def main(
@@ -90,7 +76,7 @@ def main(
         make_parent(base, AdapterConfig().rank, Path(parent))
         for _ in range(measurements):
             for num_old in order.sample(list(runs), len(runs)):
-                runs[num_old].append(measure(num_old, base, Path(parent), steps))
+                runs[num_old].append(alone(adapt, num_old, base, Path(parent), steps))
     result: dict[str, Any] = {"base": base, "num_steps": steps, "num_measurements": measurements}
     for name in FIGURES:
         second, fiftieth = ([run[name] for run in runs[num_old]] for num_old in (SECOND, FIFTIETH))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,17 @@ import typer
 
 DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
 """`deal` without being installed: what this checkout says."""
+
+
+def alone(function: Callable[..., dict[str, Any]], *values: object) -> dict[str, Any]:
+    """Call a function in a process of its own, whose memory and threads nothing else has used; return its figures."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *values).result()
+
+
+def bare_environment() -> dict[str, str]:
+    """The environment without what points this project's commands at a home or at servers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("DEAL_", "PREFECT_", "MLFLOW_"))}
 
 
 def write_result(out: Path, result: Mapping[str, Any]) -> None:

@@ -12,12 +12,9 @@ cross-entropy of the answers' tokens on held-out rows, by the same code for all;
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +23,7 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.output import write_result
+from benchmarks.output import alone, write_result
 from benchmarks.sft_variants import VARIANTS, Setup, count_tokens, make_parent, measure
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
@@ -88,12 +85,6 @@ def fitting(
     if not kept:
         raise typer.BadParameter(f"No row of {task.name} is within {train.max_prompt_tokens} tokens.")
     return tuple(kept[:limit])
-
-
-def alone(function: Callable[..., dict[str, Any]], *values: object) -> dict[str, Any]:
-    """Call a function in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *values).result()
 
 
 def compare(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:

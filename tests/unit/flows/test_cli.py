@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from deal_core.errors import RegistryError
 from flows.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -162,6 +163,23 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
     assert str(home / "logs" / "deal.log") in result.stderr.replace("\n", "")
     assert "Traceback" in (home / "logs" / "deal.log").read_text()
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "newest"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), None), (("--json",), None)]
+)
+def test_history_reads_the_newest_versions_and_for_programs_all(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], newest: int | None
+) -> None:
+    asked: list[object] = []
+
+    def read(*args: object) -> None:
+        asked.extend(args)
+        raise RegistryError("enough")
+
+    monkeypatch.setattr("flows.history.read_history", read)
+    deal("history", "--lineage", "support", *options)
+    assert asked == ["support", newest]
 
 
 def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
