@@ -24,6 +24,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluate import generate_answers
 from deal_core.models import BaseModel, Precision, load_base
+from deal_core.schema_version import require_schema_version
 
 SERVED_FILE = "deal.json"
 SCHEMA_VERSION = 1
@@ -103,13 +104,8 @@ class ServedVersion:
         Raises:
             AdapterStateError: another version of this program wrote it.
         """
-        values = dict(values)
-        found = values.pop("schema_version", None)
-        if found != SCHEMA_VERSION:
-            raise AdapterStateError(
-                f"{SERVED_FILE} has schema version {found}, this program reads {SCHEMA_VERSION}; use the program "
-                "version that wrote it."
-            )
+        require_schema_version(values, SCHEMA_VERSION, SERVED_FILE, AdapterStateError)
+        values = {name: value for name, value in values.items() if name != "schema_version"}
         tasks = tuple(ServedTask(**{**task, "schema": TaskSchema.from_json(task["schema"])})
                       for task in values.pop("tasks"))  # fmt: skip
         return cls(**values, tasks=tasks)

@@ -8,6 +8,7 @@ from typing import Any
 
 from deal_core.metrics import AccuracyMatrix
 from deal_core.paired import PairedDrop
+from deal_core.schema_version import require_schema_version
 
 SCHEMA_VERSION = 2
 _READ_VERSIONS = (1, 2)
@@ -83,10 +84,8 @@ class EvaluationReport:
         Raises:
             ValueError: another schema version.
         """
-        fields = dict(data)
-        if (version := fields.pop("schema_version", None)) not in _READ_VERSIONS:
-            raise ValueError(f"The evaluation report has schema version {version}; this release reads "
-                             f"{SCHEMA_VERSION}. Use the release that wrote it.")
+        require_schema_version(data, _READ_VERSIONS, "The evaluation report", ValueError)
+        fields = {name: value for name, value in data.items() if name != "schema_version"}
         fields["matrix"] = AccuracyMatrix.from_json(fields["matrix"])
         fields["notes"] = tuple(fields["notes"])
         if fields.get("adapter"):

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy
 
+from deal_core.schema_version import require_schema_version
+
 SCHEMA_VERSION = 1
 
 
@@ -162,11 +164,7 @@ class AccuracyMatrix:
         Raises:
             ValueError: another schema version.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"The accuracy matrix has schema version {data.get('schema_version')}; this release reads "
-                f"{SCHEMA_VERSION}. Use the release that wrote it."
-            )
+        require_schema_version(data, SCHEMA_VERSION, "The accuracy matrix", ValueError)
         return cls(tasks=tuple(data["tasks"]), trained=tuple(data["trained"]),
                    rows=tuple(tuple(row) for row in data["rows"]), base=tuple(data["base"]))
 

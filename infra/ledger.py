@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deal_core.errors import StoreError
+from deal_core.schema_version import require_schema_version
 from infra.object_store import ObjectNotFoundError, ObjectStore
 
 SCHEMA_VERSION = 1
@@ -34,14 +35,8 @@ class LedgerEntry:
         Raises:
             StoreError: another version of this program wrote it.
         """
-        values = dict(values)
-        found = values.pop("schema_version", None)
-        if found != SCHEMA_VERSION:
-            raise StoreError(
-                f"The ledger entry has schema version {found}, this program reads {SCHEMA_VERSION}; use the program "
-                "version that wrote it."
-            )
-        return cls(**values)
+        require_schema_version(values, SCHEMA_VERSION, "The ledger entry", StoreError)
+        return cls(**{name: value for name, value in values.items() if name != "schema_version"})
 
 
 class Ledger:

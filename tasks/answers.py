@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 
 from deal_core.errors import StoreError
+from deal_core.schema_version import require_schema_version
 from infra.object_store import ObjectStore
 
 SCHEMA_VERSION = 1
@@ -44,9 +45,5 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
     if not store.exists(key):
         return None
     values = json.loads(store.get_bytes(key))
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise StoreError(
-            f"{store.uri_of(key)} has schema version {values.get('schema_version')}, this program reads "
-            f"{SCHEMA_VERSION}; use the program version that wrote it."
-        )
+    require_schema_version(values, SCHEMA_VERSION, store.uri_of(key), StoreError)
     return KeptAnswers(now=values["now"], before=values["before"])

@@ -15,6 +15,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.metrics import AccuracyMatrix
+from deal_core.schema_version import require_schema_version
 from infra.object_store import ObjectStore
 from tasks.references import BaseRef, DatasetRef
 
@@ -84,11 +85,7 @@ class LineageRecord:
         Raises:
             StoreError: the record was written by another version of this program.
         """
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise StoreError(
-                f"The lineage's {RECORD_FILE} has schema version {values.get('schema_version')}, this program reads "
-                f"{SCHEMA_VERSION}; use the program version that wrote it."
-            )
+        require_schema_version(values, SCHEMA_VERSION, f"The lineage's {RECORD_FILE}", StoreError)
         adapter = dict(values["adapter"])
         if adapter["target_modules"] is not None:
             adapter["target_modules"] = tuple(adapter["target_modules"])

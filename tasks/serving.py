@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
+from deal_core.schema_version import require_schema_version
 from infra.file_store import FileStore
 from infra.object_store import ObjectNotFoundError, ObjectStore
 from infra.registry import VersionInfo, open_registry
@@ -90,11 +91,7 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
         values: dict[str, Any] = json.loads(store.get_bytes(key))
     except ObjectNotFoundError:
         return None
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise StoreError(
-            f"{key} has schema version {values.get('schema_version')}, this program reads {SCHEMA_VERSION}; use the "
-            "program version that wrote it."
-        )
+    require_schema_version(values, SCHEMA_VERSION, key, StoreError)
     return ServingRoute.model_validate(values)
 
 

@@ -19,6 +19,7 @@ from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.schema_version import require_schema_version
 from deal_core.strategies.base import STORED_ROWS, MethodState
 
 METHOD_JSON = "method.json"
@@ -192,11 +193,7 @@ def load_method_state(folder: Path) -> MethodState:
     if not path.is_file():
         raise AdapterStateError(f"{path} is missing; the folder was not written by this project.")
     header = json.loads(path.read_text())
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise AdapterStateError(
-            f"{path} has schema version {header.get('schema_version')}, this release reads {SCHEMA_VERSION}; "
-            "use the release that wrote it."
-        )
+    require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
     tensors_path = folder / METHOD_TENSORS
     tensors = load_file(tensors_path) if tensors_path.is_file() else {}
     return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors)

@@ -15,6 +15,7 @@ from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
 from deal_core.errors import DataValidationError
 from deal_core.metrics import AccuracyMatrix, paired_interval
+from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
 CellJson = Mapping[str, Any]
@@ -31,8 +32,8 @@ def read_cells(folder: Path) -> list[CellJson]:
     cells = []
     for path in sorted(folder.glob("*-*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        if cell["settings"].get("schema_version") != SCHEMA_VERSION:
-            raise DataValidationError(f"{path} is of another schema version; move it away and run its cell again.")
+        require_schema_version(cell["settings"], SCHEMA_VERSION, str(path), DataValidationError,
+                               "move it away and run its cell again")
         cells.append(cell)
     return cells
 

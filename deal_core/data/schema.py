@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.schema_version import require_schema_version
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
@@ -176,9 +177,6 @@ class DatasetManifest:
         Raises:
             DataValidationError: The manifest has another schema version.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise DataValidationError(
-                f"The manifest has schema version {data.get('schema_version')!r}, this program reads {SCHEMA_VERSION}; "
-                "build the dataset again from its file."
-            )
+        require_schema_version(data, SCHEMA_VERSION, "The manifest", DataValidationError,
+                               "build the dataset again from its file")
         return cls(**{**data, "task": TaskSchema.from_json(data["task"]), "files": tuple(data.get("files", ()))})

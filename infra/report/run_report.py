@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import RegistryError
+from deal_core.schema_version import require_schema_version
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -144,11 +145,7 @@ class RunReport(Part):
         Raises:
             RegistryError: it has another schema version, or is damaged.
         """
-        version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != 1:
-            raise RegistryError(
-                f"{REPORT_FILE} has schema version {version}, this release reads 1; use the release that wrote it."
-            )
+        require_schema_version(values, 1, REPORT_FILE, RegistryError)
         try:
             return cls.model_validate(values)
         except ValidationError as error:

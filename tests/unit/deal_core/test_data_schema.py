@@ -92,7 +92,7 @@ def test_a_schema_s_digest_tells_how_it_asks(change: dict[str, Any], is_same: bo
 
 
 def test_a_manifest_of_another_version_is_refused() -> None:
-    with pytest.raises(DataValidationError, match="schema version 99, this program reads 1"):
+    with pytest.raises(DataValidationError, match="schema version 99, this release reads 1"):
         DatasetManifest.from_json({"schema_version": 99})
 
 

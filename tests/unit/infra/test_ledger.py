@@ -48,7 +48,7 @@ def test_entries_carry_a_schema_version_and_another_one_is_refused(store: FileSt
     written = json.loads(store.get_bytes(key))
     assert written["schema_version"] == 1
     store.put_bytes(key, json.dumps({**written, "schema_version": 2}).encode())
-    with pytest.raises(StoreError, match="schema version 2, this program reads 1"):
+    with pytest.raises(StoreError, match="schema version 2, this release reads 1"):
         ledger.find("base", "ab" * 32)
 
 

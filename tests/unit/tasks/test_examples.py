@@ -85,5 +85,5 @@ def test_what_was_not_kept_is_not_compared(store: ObjectStore) -> None:
     compared = compare_answers(store, "adapters/child", "adapters/of-an-earlier-release", include_texts=True)
     assert [each.task for each in compared] == ["new"]
     store.put_bytes(f"adapters/child/{ANSWERS_FILE}", b'{"schema_version": 2}')
-    with pytest.raises(StoreError, match="schema version 2, this program reads 1"):
+    with pytest.raises(StoreError, match="schema version 2, this release reads 1"):
         read_answers(store, "adapters/child")

@@ -1,0 +1,20 @@
+"""Files of another release are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from deal_core.errors import StoreError
+from deal_core.schema_version import require_schema_version
+
+
+@pytest.mark.parametrize("values", [{"schema_version": 3}, {"schema_version": "1"}, {}, [], None])
+def test_what_another_release_wrote_is_refused_with_what_to_do(values: object) -> None:
+    message = r"^a\.json has schema version .*, this release reads 1 or 2; make it again\.$"
+    with pytest.raises(StoreError, match=message):
+        require_schema_version(values, (1, 2), "a.json", StoreError, "make it again")
+
+
+@pytest.mark.parametrize("reads", [2, (1, 2)])
+def test_what_this_release_reads_passes(reads: int | tuple[int, ...]) -> None:
+    require_schema_version({"schema_version": 2}, reads, "a.json", StoreError)
