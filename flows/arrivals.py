@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError, DataValidationError
@@ -17,7 +16,7 @@ from flows.adapt import adapt_held
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from flows.screens import in_one_line
-from flows.spec import LineageSpec, TaskFields, TaskSpec, parse
+from flows.spec import LineageSpec, TaskFields, TaskSpec, parse, yaml_mapping
 from infra.object_store import ObjectInfo, ObjectStore
 from tasks.inbox import (
     INBOX,
@@ -218,10 +217,5 @@ def _companions(store: ObjectStore, listing: Iterable[ObjectInfo]) -> Iterable[s
 def _read_task_file(store: ObjectStore, key: str) -> TaskFile:
     if not store.exists(key):
         return TaskFile()
-    try:
-        values = yaml.safe_load(store.get_bytes(key).decode("utf-8")) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{store.uri_of(key)} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{store.uri_of(key)} holds no mapping of keys; see docs for what a task file may say.")
-    return parse(TaskFile, values, store.uri_of(key))
+    origin = store.uri_of(key)
+    return parse(TaskFile, yaml_mapping(store.get_bytes(key), origin), origin)

@@ -9,7 +9,7 @@ import yaml
 
 from deal_core.errors import ConfigError
 from flows.screens import in_one_line
-from flows.spec import LineageSpec, Name, parse
+from flows.spec import LineageSpec, Name, parse, yaml_mapping
 from infra.object_store import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -41,12 +41,7 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
         if lineage == DEFAULT:
             return WatchedLineage()
         raise ConfigError(f"There is no {store.uri_of(key)}; add the lineage with: deal lineage add SPEC.")
-    try:
-        values = yaml.safe_load(store.get_bytes(key).decode("utf-8")) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{store.uri_of(key)} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{store.uri_of(key)} holds no mapping of keys; see examples/ for a spec.")
+    values = yaml_mapping(store.get_bytes(key), store.uri_of(key))
     if values.setdefault("lineage", lineage) != lineage:
         raise ConfigError(f"{store.uri_of(key)} is about lineage {values['lineage']!r}; name the file after it.")
     return parse(WatchedLineage, values, store.uri_of(key))

@@ -181,7 +181,7 @@ def lineage_spec_from_options(path: Path | None, **options: str | None) -> Linea
     Raises:
         ConfigError: something does not fit.
     """
-    values = dict(read_yaml(path)) if path else {}
+    values = read_yaml(path) if path else {}
     values.pop("task", None)
     if path and isinstance(values.get("base_model"), str):
         values["base_model"] = _resolve_base(values["base_model"], path.resolve().parent)
@@ -195,23 +195,34 @@ def _given(options: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that must be a mapping.
 
     Raises:
         ConfigError: the file is missing or holds something else.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
-    return loaded
+    return yaml_mapping(content, str(path))
+
+
+def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty file holds an empty one.
+
+    Raises:
+        ConfigError: it holds something else; the message begins with `origin`.
+    """
+    try:
+        loaded = yaml.safe_load(content.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{origin} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
+    return loaded or {}
 
 
 def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:

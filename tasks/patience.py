@@ -11,7 +11,7 @@ MAX_SECONDS = 180.0
 
 patient = tenacity.retry(
     retry=tenacity.retry_if_exception_type(httpx.TransportError),
-    wait=tenacity.wait_exponential_jitter(initial=0.5, max=10.0),
+    wait=tenacity.wait_exponential(multiplier=0.5, max=10.0) + tenacity.wait_random(0.0, 1.0),
     stop=tenacity.stop_after_delay(MAX_SECONDS),
     before_sleep=tenacity.before_sleep_log(logging.getLogger(__name__), logging.WARNING),
     reraise=True,

@@ -14,44 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
-from flows.adapt import adapt
 from flows.evaluate import evaluate
 from flows.predict import predict
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
 from infra.ledger import Ledger
 from infra.registry import Registry, open_registry
 from tasks.record import read_record
 from tasks.services import current_store
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-BANK = {
-    "name": "bank",
-    "data": str(EXAMPLES / "bank" / "train.jsonl"),
-    "test_data": str(EXAMPLES / "bank" / "test.jsonl"),
-    "instruction": "What is it about?",
-}
-CLINIC = {
-    "name": "clinic",
-    "data": str(EXAMPLES / "clinic" / "train.csv"),
-    "test_data": str(EXAMPLES / "clinic" / "test.csv"),
-    "columns": {"text": "note", "label": "finding"},
-}
-PASS: dict[str, Any] = dict(NO_LIMITS)
-FAIL = {**PASS, "min_accuracy": 1.0}
+from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
-
-
-def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
-    values = {
-        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
-        "train": {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
-        **settings,
-    }  # fmt: skip
-    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from benchmarks.tiny_base import NO_LIMITS
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
-from flows.adapt import adapt
 from flows.cli import app
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
@@ -25,7 +23,6 @@ from flows.history import find_version
 from flows.predict import predict
 from flows.predict_file import FileAnswers, predict_file
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
 from flows.validate import validate
 from infra.file_store import FileStore
 from infra.registry import open_registry
@@ -35,30 +32,11 @@ from tasks.ingest import read_manifest
 from tasks.record import read_record
 from tasks.services import current_store
 from tasks.tombstones import TestRowsForgottenError
+from tests.adapting import BANK, CLINIC, FAIL, run
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-BANK = {
-    "name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl"),
-    "test_data": str(EXAMPLES / "bank" / "test.jsonl"), "instruction": "What is it about?",
-}  # fmt: skip
-CLINIC = {
-    "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
-    "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
-}  # fmt: skip
-PASS: dict[str, Any] = dict(NO_LIMITS)
-FAIL = {**PASS, "min_accuracy": 1.0}
 SECRET = "Zanzibar-4711"
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
-
-
-def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
-    values = {
-        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
-        "train": {"max_steps": 2, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
-        **settings,
-    }  # fmt: skip
-    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
 
 @pytest.fixture(scope="module")

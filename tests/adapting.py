@@ -1,0 +1,33 @@
+"""What tests of the adapt flow share: two of the examples' domains as tasks, and one way to run the flow."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from flows.adapt import adapt
+from flows.results import AdaptResult
+from flows.spec import AdaptSpec, parse
+
+BANK = {
+    "name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl"),
+    "test_data": str(EXAMPLES / "bank" / "test.jsonl"), "instruction": "What is it about?",
+}  # fmt: skip
+CLINIC = {
+    "name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
+    "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
+}  # fmt: skip
+PASS: dict[str, Any] = dict(NO_LIMITS)
+FAIL = {**PASS, "min_accuracy": 1.0}
+
+
+def run(base: Path, task: dict[str, Any], *, again: bool = False, **settings: Any) -> AdaptResult:
+    """Adapt lineage `l` to a task in three steps, behind a gate that passes everything; settings replace these."""
+    values = {
+        "lineage": "l", "base_model": str(base), "task": task, "gate": PASS,
+        "train": {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0},
+        **settings,
+    }  # fmt: skip
+    return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
