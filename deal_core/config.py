@@ -294,6 +294,11 @@ class DealConfig:
             f"deal.core is free, which decomposes nothing, so that {', '.join(idle)} would do nothing; leave it "
             "out, or set deal.core to soft or frozen.",
         )
+        _require(
+            self.balanced or not self.recycle or self.form == "literal" or self.core == "free",
+            "deal.balanced is false and deal.recycle is true: a slot of the raw factors holds a mixture of directions, "
+            "so that emptying one would lose what was learned; set deal.recycle to false too.",
+        )
         _require(self.num_layers >= 0, f"deal.num_layers is {self.num_layers}; give 0 or more.")
         _require(
             min(self.lambda1, self.lambda2) >= 0,

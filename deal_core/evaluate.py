@@ -125,6 +125,17 @@ def generate_answers(
     return answers
 
 
+class Generated(NamedTuple):
+    """The answers to a batch of prompts."""
+
+    batch: list[int]
+    """Numbers of the prompts."""
+    tokens: list[list[int]]
+    """New tokens of each; an end token and padding may follow the answer."""
+    logits_BKV: Tensor | None
+    """What each token was chosen from, where that was asked for."""
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -133,18 +144,23 @@ def generate(
     max_new_tokens: int,
     *,
     max_batch_tokens: int,
-) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
+    with_logits: bool = False,
+) -> Iterator[Generated]:
     """Continue prompts greedily, in batches of similar length; what all prompts begin with is computed once.
 
-    Yields:
-        Numbers of the prompts of a batch, their new tokens (an end token and padding may follow the answer), and the
-        logits each was chosen from, of shape B×K×V.
+    Args:
+        model: In evaluation mode afterwards.
+        tokenizer: Its padding and end tokens are used.
+        prompts: Token ids of each.
+        max_new_tokens: Most tokens of an answer.
+        max_batch_tokens: Most tokens of a batch's prompts, padding included.
+        with_logits: Whether the logits are kept: 4·V bytes for every new token of a batch.
     """
     model.eval()
     prefix = _read_prefix(model, prompts)
     for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens):
-        tokens, logits_BKV = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, prefix)
-        yield batch, tokens, logits_BKV
+        chosen = [prompts[i] for i in batch]
+        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
 
 
 @torch.inference_mode()
@@ -163,7 +179,10 @@ def first_answer_logits(
 
 
 def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
-    """A labelled task's answers end by its longest label; going on would change no exact match."""
+    """A labelled task's answers end one token after its longest label: room to end, or to be seen going on.
+
+    An answer of that label which goes on after white space of one token counts as ended.
+    """
     if not task.labels:
         return config.max_new_tokens
     longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
@@ -212,7 +231,8 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     prefix: _Prefix,
-) -> tuple[list[list[int]], Tensor]:
+    with_logits: bool,
+) -> tuple[list[list[int]], Tensor | None]:
     is_seq2seq = model.config.is_encoder_decoder
     input_ids, mask = pad_batch(
         [prompt[prefix.length :] for prompt in prompts],
@@ -235,9 +255,9 @@ def _generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
-        output_logits=True,
+        output_logits=with_logits,
         **more,
     )
-    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput)) and output.logits is not None
+    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
     new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
-    return new_tokens, torch.stack(output.logits, dim=1)
+    return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

@@ -126,6 +126,7 @@ def ask(
     batch_size: int = 16,
 ) -> list[Question]:
     """Add the model's own distribution at every position of each answer, softened by the temperature."""
+    model.eval()
     device = next(model.parameters()).device
     answered: list[Question] = []
     for start in range(0, len(questions), batch_size):

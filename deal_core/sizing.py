@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
+from deal_core.strategies import strategy_class
 
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
@@ -190,8 +191,8 @@ def _method_bytes(
     factors = num_A + num_B
     if strategy != "deal" or is_first_task:
         return FP32 * factors, FP32 * 3 * factors, 0
-    parent = factors  # as it came, for the interpolation
     deal = method.deal
+    parent = factors if deal.interpolation < 1 else 0
     if deal.core == "free":
         return FP32 * (factors + parent), FP32 * 3 * factors, 0
     guarded = num_A if deal.form == "spectral" and deal.project and deal.recycle else 0
@@ -211,10 +212,10 @@ def largest_batch(train: TrainConfig, method: MethodConfig, *, num_old_tasks: in
 
 def rehearsed_rows(method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
     """Questions about old tasks at every optimiser step, beside the batch."""
-    asks = (strategy == "deal" and method.rehearsal.texts != "none") or strategy == "replay"
+    asks = (strategy == "deal" and method.rehearsal.texts != "none") or strategy in ("replay", "lwf")
     return method.rehearsal.rows_per_step if asks and num_old_tasks else 0
 
 
 def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> int:
-    """Rank of the adapter in training: O-LoRA and IncLoRA widen it at every later task."""
-    return adapter.rank * (1 + num_versions if strategy in ("o_lora", "inc_lora") else 1)
+    """Rank of the adapter in training: some strategies widen it at every later task."""
+    return adapter.rank + num_versions * strategy_class(strategy).num_new_slots(adapter)

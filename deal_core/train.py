@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
@@ -18,7 +18,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.models import BaseModel
 from deal_core.strategies import make_strategy, strategy_class
-from deal_core.strategies.base import TaskContext
+from deal_core.strategies.base import MethodState, TaskContext
 from deal_core.trainer import AdapterTrainer, find_checkpoint
 
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -100,6 +100,9 @@ def train_adapter(
     if not base.is_quantized:  # what is quantized is where it shall be, and cannot be moved
         base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
     parent_state = None if parent_folder is None else load_method_state(parent_folder)
+    inherited = parent_state
+    if parent_state is not None and parent_state.strategy != strategy:
+        inherited = replace(parent_state, tensors=parent_state.stored_rows)  # the rest means nothing to this strategy
     if parent_folder is None:
         model = attach_adapter(base.model, adapter, seed=train.seed)
     else:
@@ -117,7 +120,7 @@ def train_adapter(
             base=base, task=task, rows=rows, encoded=encoded, old_tasks=tuple(old_tasks), adapter=adapter, train=train
         )
         learner = make_strategy(strategy, method, train.seed)
-        learner.prepare(model, parent_state, context)
+        learner.prepare(model, inherited, context)
         trainer = AdapterTrainer(
             model=model,
             args=args,
@@ -133,12 +136,26 @@ def train_adapter(
         started = time.perf_counter()
         trainer.run(checkpoint)
         seconds = time.perf_counter() - started
-        state = learner.finish()
+        state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), learner.notes())
+        notes = (*learner.notes(), *_lost(parent_state, state))
+        return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
+
+
+def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
+    """What a change of strategy let go, for people."""
+    if parent is None:
+        return
+    if parent.stored_rows and not state.stored_rows:
+        yield (
+            f"the rows kept of {len(parent.stored_rows)} earlier arrivals are gone: {state.strategy} with these "
+            "settings keeps none"
+        )
+    if parent.strategy != state.strategy and parent.tensors.keys() - parent.stored_rows.keys():
+        yield f"what {parent.strategy} kept beside the parent's adapter is gone: {state.strategy} cannot use it"
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:

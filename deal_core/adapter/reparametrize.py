@@ -117,7 +117,6 @@ def _recycle(
     seeded = y_B if config.sides == "A" else y_A
     fan_in = y_B.shape[2] if config.sides == "A" else y_A.shape[1]
     bound = config.seed_scale * fan_in**-0.5
-    # drawn on the CPU: the same seeds on every device
     seeds = ((torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound).to(seeded.device)
     if config.sides == "A":
         return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)

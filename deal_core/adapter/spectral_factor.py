@@ -56,7 +56,9 @@ class SpectralFactor(FactorNetwork):
         self.register_buffer("guarded_MNR", guarded_MNR)
         self.retention: SpectralRetention | HaarRetention | None = None
         self.update: ControlledUpdate | None = None
-        if is_trained:
+        if not is_trained:
+            self._keep_out(self.start_MNR, slice(None), self.start_MNR.shape[2])
+        else:
             is_soft = config.core == "soft"
             if is_soft and config.num_layers > 0:
                 self.retention = self._make_retention(sigma_MR)
@@ -168,9 +170,9 @@ class SpectralFactor(FactorNetwork):
                 for row, gradient in zip(grad_BNR, gradients[part], strict=True):
                     row.copy_(gradient)
                 self._keep_out(grad_BNR, part, num_core)
+                if penalised and num_core and config.lambda1 > 0 and config.core == "soft":
+                    self._add_wall(grad_BNR, weight_MRR, part, num_core)
                 if weight_MRR is not None and by_weight_MRR is not None:
-                    if penalised and num_core and config.lambda1 > 0:
-                        self._add_wall(grad_BNR, weight_MRR[part], part, num_core)
                     torch.bmm(start_MNR[part].mT, grad_BNR, out=by_weight_MRR[part])
                 if penalised and config.lambda2 > 0:
                     self._add_size(grad_BNR, part)
@@ -180,14 +182,14 @@ class SpectralFactor(FactorNetwork):
             total = (weight_MRR * by_weight_MRR).sum()
             torch.autograd.backward(total + config.lambda2 * self._mixing_size() if penalised else total)
 
-    def _add_wall(self, grad_BNR: Tensor, weight_BRR: Tensor, part: slice, num_core: int) -> None:
+    def _add_wall(self, grad_BNR: Tensor, weight_MRR: Tensor | None, part: slice, num_core: int) -> None:
         """Add the λ₁ term's gradient by O, which has core columns alone."""
         assert self.update is not None
         config, start_BNR = self._config, self.start_MNR[part]
-        change_BRR = weight_BRR - torch.eye(weight_BRR.shape[1], device=weight_BRR.device)
-        moved_BNC = torch.baddbmm(
-            self.update.offset_MNR[part, :, :num_core], start_BNR, change_BRR[..., :num_core]
-        )
+        moved_BNC = self.update.offset_MNR[part, :, :num_core]
+        if weight_MRR is not None:
+            change_BRR = weight_MRR[part] - torch.eye(weight_MRR.shape[1], device=weight_MRR.device)
+            moved_BNC = torch.baddbmm(moved_BNC, start_BNR, change_BRR[..., :num_core])
         deviation_B1C = moved_BNC.square().sum(1, keepdim=True)
         scale_B1C = config.tolerance**2 * start_BNR[..., :num_core].square().sum(1, keepdim=True) + TINY
         slope_B1C = (deviation_B1C / scale_B1C + TINY) ** (config.a / 2 - 1) / scale_B1C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -171,6 +172,7 @@ def _write_header(folder: Path, state: MethodState) -> None:
         "strategy": state.strategy,
         "stores": state.stores,
         "num_bytes": state.num_bytes,
+        "num_arrivals": state.num_arrivals,
     }
     (folder / METHOD_JSON).write_text(json.dumps(header, indent=2) + "\n")
 
@@ -196,7 +198,10 @@ def load_method_state(folder: Path) -> MethodState:
     require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
     tensors_path = folder / METHOD_TENSORS
     tensors = load_file(tensors_path) if tensors_path.is_file() else {}
-    return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors)
+    num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
+    return MethodState(
+        strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals
+    )
 
 
 def stored_rows(folder: Path) -> dict[str, int]:
@@ -214,7 +219,7 @@ def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
     state = load_method_state(folder)
     tensors = {name: t.new_empty(0) if name in names else t for name, t in state.tensors.items()}
     save_file(tensors, folder / METHOD_TENSORS)
-    _write_header(folder, MethodState(strategy=state.strategy, stores=state.stores, tensors=tensors))
+    _write_header(folder, replace(state, tensors=tensors))
 
 
 def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:

@@ -18,7 +18,9 @@ from deal_core.data.schema import TaskSchema
 from deal_core.models import BaseModel
 from deal_core.rehearsal import Rehearsal
 
-Stores = Literal["nothing", "data", "features"]
+Stores = Literal["nothing", "data"]
+SEED_STRIDE = 1_000_003
+"""Between the seeds of two arrivals; the seeds that people give are closer to each other."""
 STORED_ROWS = "rows."
 """What the names of tensors that hold rows of old tasks begin with."""
 
@@ -31,16 +33,23 @@ class MethodState:
         strategy: Name of the strategy that wrote it.
         stores: Whether it keeps anything of the old tasks' data.
         tensors: Its tensors, by name.
+        num_arrivals: Arrivals that the adapter has learned, by whichever strategies.
     """
 
     strategy: str
     stores: Stores
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    num_arrivals: int = 1
 
     @property
     def num_bytes(self) -> int:
         """Size of what is carried, in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def stored_rows(self) -> dict[str, Tensor]:
+        """Those of its tensors that hold rows of old tasks: what strategies that keep rows leave to one another."""
+        return {name: value for name, value in self.tensors.items() if name.startswith(STORED_ROWS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +109,18 @@ class Strategy:
         return 0
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Take the model, its adapter already loaded; `state` is None for the first task of a lineage."""
+        """Take the model, its adapter already loaded; `state` is None for the first task of a lineage.
+
+        Where another strategy made the parent, `state` has the stored rows alone.
+        """
         self.model = model
         self.stacks = collect_stacks(model)
         self.context = context
+        self.num_arrivals = 0 if state is None else state.num_arrivals
+
+    def fresh(self) -> torch.Generator:
+        """Return what draws new slots' seeds on the CPU, so alike on every device: others for every arrival."""
+        return torch.Generator().manual_seed(self.seed + SEED_STRIDE * self.num_arrivals)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return what the optimiser holds."""

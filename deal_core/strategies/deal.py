@@ -38,8 +38,9 @@ class Deal(Strategy):
         self._tensors = {} if state is None else state.tensors
         self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._tensors, self.seed)
         self.network: Reparametrization | None = None
-        self._parent: list[Factors] = [stack.read() for stack in self.stacks] if state is not None else []
-        generator = torch.Generator().manual_seed(self.seed)
+        is_between = state is not None and self.deal.interpolation < 1
+        self._parent: list[Factors] = [stack.read() for stack in self.stacks] if is_between else []
+        generator = self.fresh()
         if state is None:
             self._start_first_task(generator)
             return
@@ -98,9 +99,8 @@ class Deal(Strategy):
     @torch.no_grad()
     def finish(self) -> MethodState:
         """Take the version between parent and trained adapter."""
-        if self._parent and self.deal.interpolation < 1:
-            for stack, parent in zip(self.stacks, self._parent, strict=True):
-                stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
+        for stack, parent in zip(self.stacks, self._parent, strict=False):
+            stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
         kept = keep_rows(self.config.rehearsal, self.context, self._tensors, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 

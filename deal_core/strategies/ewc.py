@@ -28,7 +28,7 @@ class Ewc(Strategy):
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Take over the information of the earlier tasks and remember where the factors stand."""
         super().prepare(model, state, context)
-        self.fisher = {} if state is None else state.tensors
+        self.fisher = {} if state is None or state.strategy != self.name else state.tensors
         self.anchors = {name: p.detach().clone() for name, p in self._named()} if self.fisher else {}
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -45,6 +45,7 @@ class Ewc(Strategy):
 
     def finish(self) -> MethodState:
         """Add the squared gradients of the answers' log-likelihood on the task's own rows."""
+        self.model.eval()
         collate, device = self.context.collator(), next(self.model.parameters()).device
         chosen = list(range(len(self.context.encoded)))
         random.Random(self.seed).shuffle(chosen)

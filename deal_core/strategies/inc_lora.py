@@ -29,19 +29,19 @@ class IncLora(Strategy):
         return adapter.rank
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0."""
+        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0; others than every task before."""
         super().prepare(model, state, context)
         self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
         self.past: list[tuple[Tensor, Tensor]] = []
         if state is None:
             return
         num_new = self.num_new_slots(context.adapter)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = self.fresh()
         for stack in self.stacks:
             a_MRI, b_MOR = stack.read()
             self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
             bound = a_MRI.shape[2] ** -0.5
-            seeds = (torch.rand(a_MRI[:, -num_new:].shape, generator=generator) * 2 - 1) * bound  # drawn on the CPU
+            seeds = (torch.rand(a_MRI[:, -num_new:].shape, generator=generator) * 2 - 1) * bound
             self.a_new.append(nn.Parameter(seeds.to(a_MRI.device)))
             self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
         self.after_step()

@@ -113,8 +113,9 @@ def _on_new_texts(
         limits += [answer_limit(tokenizer, old, replace(evaluate, max_new_tokens=train.max_answer_tokens))] * len(drawn)
     questions: dict[int, Question] = {}
     for batch, answers, logits_BKV in generate(
-        model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens
+        model, tokenizer, prompts, max(limits, default=1), max_batch_tokens=evaluate.max_batch_tokens, with_logits=True
     ):
+        assert logits_BKV is not None
         for i, answer, logits_KV in zip(batch, answers, logits_BKV, strict=True):
             ids = _until_end(answer[: limits[i]], tokenizer.eos_token_id)
             questions[i] = with_target(Question(prompts[i], ids), logits_KV[: len(ids)], config.temperature)

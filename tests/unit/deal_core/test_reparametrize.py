@@ -28,6 +28,9 @@ SETTINGS = {
     "linear decay": DealConfig(kernel="linear_decay"),
     "spline": DealConfig(kernel="spline", widths=(0.5, 1.0)),
     "haar": DealConfig(kernel="haar"),
+    "offset alone": DealConfig(num_layers=0, mixing=False),
+    "A alone": DealConfig(sides="A"),
+    "B alone": DealConfig(sides="B"),
 }
 
 
@@ -213,7 +216,7 @@ NETWORK_CHANGES: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     ("form", "change"),
     [
-        ("spectral", {"balanced": False}),
+        ("spectral", {"balanced": False, "recycle": False}),
         *(("spectral", {"kernel": kernel}) for kernel in ("linear_decay", "spline", "haar")),
         *((form, change) for form in ("spectral", "literal") for change in NETWORK_CHANGES),
     ],

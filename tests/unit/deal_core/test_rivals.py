@@ -14,6 +14,7 @@ from deal_core.evaluate import first_answer_logits
 from deal_core.rehearsal import unpack
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
+STILL = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
 WIDENING = ["inc_lora", "o_lora", "ella"]
 
 
@@ -52,6 +53,19 @@ def test_earlier_slots_stay_and_new_ones_are_added(strategy, train, parent):
         assert torch.equal(after[name][:4], before[name]) and after[name].shape[0] == 8
         assert torch.equal(after[other][:, :4], before[other])
         assert after[other][:, 4:].abs().max() > 1e-4
+
+
+def test_every_arrival_draws_seeds_of_its_own(train, parent):
+    """Or a new adapter would read what the one before it reads, and a recycled slot what the core already holds."""
+    second = train("inc_lora", parent, train=STILL).folder
+    third = weights(train("inc_lora", second, train=STILL).folder)
+    for name in a_names(third):
+        first_A, second_A, third_A = third[name].split(4)
+        scale = second_A.norm() * third_A.norm()
+        assert (second_A * third_A).sum().abs() < 0.5 * scale > (first_A * second_A).sum().abs()
+    second = train("deal", parent, train=STILL).folder
+    third = train("deal", second, train=STILL).folder
+    assert distance(second, third) > 0.1 * distance(parent, third)
 
 
 def test_new_slots_change_nothing_before_they_are_trained(base, task, parent):
@@ -154,16 +168,14 @@ def test_replay_asks_the_stored_rows(train):
 
 
 def test_slao_starts_from_an_orthonormal_basis_of_the_last_a(train, parent):
-    still = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
     first = train("slao", train=LONG).folder
-    second = train("slao", first, train=still).folder
+    second = train("slao", first, train=STILL).folder
     before, after = weights(first), weights(second)
     for name in a_names(before):
         a = after[name]
         torch.testing.assert_close(a @ a.mT, torch.eye(4), rtol=0, atol=1e-5)
         torch.testing.assert_close(before[name] @ a.mT @ a, before[name], rtol=0, atol=1e-5)  # the same row space
-    tensors = load_method_state(second).tensors
-    assert int(tensors["num_tasks"]) == 2
+    assert load_method_state(second).num_arrivals == 2
 
 
 def test_slao_averages_b_over_the_tasks(train):
@@ -206,3 +218,22 @@ def test_widening_goes_on_beyond_the_size_of_a_layer(train):
     second = train("inc_lora", first, adapter=adapter)
     assert {value.shape[0] for name, value in weights(second.folder).items() if ".lora_A." in name} == {32}
     assert all(0 < share <= 1 for share in second.result.fill.values())
+
+
+@pytest.mark.parametrize("strategy", ["slao", "ewc", "deal", "o_lora"])
+@pytest.mark.parametrize("before", ["replay", "slao", "ewc", "deal"])
+def test_a_lineage_may_go_on_with_another_strategy(before, strategy, train):
+    first = train(before).folder
+    second = train(strategy, first)
+    assert load_method_state(second.folder).num_arrivals == 2
+    lost = [note for note in second.result.notes if "gone" in note]
+    keeps = before in ("replay", "slao", "ewc")
+    assert bool(lost) == (keeps and before != strategy)
+
+
+def test_stored_rows_pass_from_one_strategy_that_keeps_them_to_another(train):
+    stored = RehearsalConfig(texts="stored", stored_share=0.25)
+    first = train("replay", rehearsal=stored).folder
+    second = train("deal", first, rehearsal=stored)
+    assert len(load_method_state(second.folder).stored_rows) == 2
+    assert not any("gone" in note for note in second.result.notes)

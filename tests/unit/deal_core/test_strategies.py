@@ -107,7 +107,7 @@ def test_a_free_core_takes_no_setting_that_would_do_nothing(change):
         {"core": "frozen"},
         {"sides": "A"},
         {"sides": "B"},
-        {"balanced": False},
+        {"balanced": False, "recycle": False},
         {"energy": 0.5},
         {"free_share": 0.75, "energy": 1.0},
         {"recycle": False},
