@@ -179,7 +179,8 @@ class GateConfig:
     min_accuracy: float | None = None
     """Floor of the new task's accuracy, 0 to 1; None leaves the floor to min_gain_points alone."""
     min_gain_points: float = 10.0
-    """The new task must be this many points above the untouched base model, and above always giving one answer."""
+    """The new task must be this many points above the untouched base model, and above always giving one answer; or half
+    of what these lack to all right, where that is less."""
     min_gain_over_champion_points: float | None = 0.0
     """The new task must be this many points above the champion, beyond what noise explains."""
     max_drop_points: float = 10.0

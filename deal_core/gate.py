@@ -74,8 +74,9 @@ def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto
     known, whose = report.base_accuracy, "base model's"
     if report.majority_rate is not None and report.majority_rate > known:  # a model that guesses has learned nothing
         known, whose = report.majority_rate, "the commonest answer's"
-    floors = {min(1.0, known + config.min_gain_points / 100):
-              f" ({whose} {_percent(known)} + {config.min_gain_points:.1f} points)"}  # fmt: skip
+    gain, reachable = config.min_gain_points, 50 * (1 - known)  # of what is nearly all right, all cannot be asked
+    asked = f"{gain:.1f} points" if gain <= reachable else f"{reachable:.1f} points, half of what it lacks"
+    floors = {known + min(gain, reachable) / 100: f" ({whose} {_percent(known)} + {asked})"}
     if config.min_accuracy is not None:
         floors.setdefault(config.min_accuracy, "")
     for floor, origin in floors.items():

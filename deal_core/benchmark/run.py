@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,6 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
 from deal_core.evaluate import LanguageModel, evaluate_task
 from deal_core.general_ability import perplexity
-from deal_core.metrics import exact_match
 from deal_core.models import BaseModel
 from deal_core.train import train_adapter
 
@@ -150,7 +150,9 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
         "notes": list(result.notes),
     }
-    (folder / VERSION_FILE).write_text(json.dumps(version))
+    part = folder / f"{VERSION_FILE}.part"
+    part.write_text(json.dumps(version))
+    os.replace(part, folder / VERSION_FILE)
 
 
 def _rows(run: CellRun, name: str) -> Dataset:
@@ -170,7 +172,5 @@ def _score(
             model, run.base.tokenizer, run.tasks[name].schema, Dataset.from_list(list(rows)), EvaluateConfig(),
             max_prompt_tokens=cell.train.max_prompt_tokens,
         )  # fmt: skip
-        pairs = zip(found.answers, rows, strict=True)
-        bits = "".join(str(int(exact_match(answer, row["output"]))) for answer, row in pairs)
-        scores[name] = {"correct": bits, "rouge1": found.rouge1, "majority_rate": found.majority_rate}
+        scores[name] = {"correct": found.outcomes, "rouge1": found.rouge1, "majority_rate": found.majority_rate}
     return scores
