@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
     CellJson,
@@ -18,6 +19,7 @@ from deal_core.benchmark.summary import (
     departures,
     final_scores,
     matrix_of,
+    order_of,
     protocols,
     read_cells,
     summarise,
@@ -99,20 +101,19 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
     """Draw `deal` and its best rivals on the first order that has cells of all; (file, what it shows)."""
-    best = sorted(
-        {row["strategy"]: row["average_accuracy"] for row in rows
-         if not row["changes"] and row["orders"] != ["any"] and row["strategy"] != OURS}.items(),
-        key=lambda entry: -entry[1],
-    )  # fmt: skip
-    shown = [OURS, *(name for name, _ in best[:NUM_RIVALS])]
-    found = {name: [c for c in protocol.cells if c["settings"]["strategy"] == name and not departures(c)]
-             for name in shown}  # fmt: skip
-    if not found[OURS]:
+    shown = [OURS, *best_rivals(rows)[:NUM_RIVALS]]
+    by_order: dict[str, dict[str, list[CellJson]]] = {}
+    for cell in protocol.cells:
+        name = name_of({"strategy": cell["settings"]["strategy"], "changes": departures(cell)})
+        if name in shown:
+            by_order.setdefault(order_of(cell), {}).setdefault(name, []).append(cell)
+    order = next((order for order in sorted(by_order) if len(by_order[order]) == len(shown)), None)
+    if order is None:
         return []
-    tasks = found[OURS][0]["settings"]["tasks"]
-    cells = {name: [c for c in each if c["settings"]["tasks"] == tasks] for name, each in found.items()}
-    stem = f"benchmark-{protocol.suite}-{found[OURS][0]['settings']['rows']}"
-    kept = {name: points_of(each) for name, each in cells.items() if each}
+    cells = {name: by_order[order][name] for name in shown}
+    settings = cells[OURS][0]["settings"]
+    tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}"
+    kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", "accuracy of every task right after it was learned and in the end")]
     curves = {name: curve for name, each in cells.items() if (curve := average_so_far(each))}
@@ -126,6 +127,15 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
         save_png(figure, images / f"{stem}-fill.png")
         pictures.append((f"{stem}-fill.png", "share of the adapter's slots in use over the number of tasks learned"))
     return pictures
+
+
+def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the other strategies, each in its best setting, best first."""
+    lines = [row for row in rows if row["strategy"] not in (OURS, *BOUNDS) and row["orders"] == widest(rows, row)]
+    best: dict[str, str] = {}
+    for row in sorted(lines, key=lambda row: -row["average_accuracy"]):
+        best.setdefault(row["strategy"], name_of(row))
+    return list(best.values())
 
 
 def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:

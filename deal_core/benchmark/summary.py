@@ -18,6 +18,7 @@ from deal_core.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
+KEPT_BY_BOUNDS = (None, "an adapter per task", "all rows")
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
 Z95 = 1.96
@@ -134,25 +135,26 @@ def summarise(protocol: Protocol) -> list[dict[str, Any]]:
     ours = groups.get((OURS, ""), [])
     rows = []
     for (strategy, changes), group in groups.items():
-        orders = sorted({_order(cell) for cell in group})
+        orders = sorted({order_of(cell) for cell in group})
         for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
             row = _figures(protocol, _of(group, chosen))
             rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row}
                         | ({} if group is ours else _difference(_of(group, chosen), _of(ours, chosen))))  # fmt: skip
     bounds = {"base": [protocol.base] if protocol.base else [], "per_task": protocol.per_task, "joint": protocol.joint}
     return [
-        *({"strategy": name, "changes": "", "orders": ["any"], **_figures(protocol, each)}
-          for name, each in bounds.items() if each),
+        *({"strategy": name, "changes": "", "orders": ["any"], **_figures(protocol, each), "stores": stores}
+          for (name, each), stores in zip(bounds.items(), KEPT_BY_BOUNDS, strict=True) if each),
         *sorted(rows, key=lambda row: (row["orders"], row["strategy"], row["changes"])),
     ]  # fmt: skip
 
 
-def _order(cell: CellJson) -> str:
+def order_of(cell: CellJson) -> str:
+    """The order in which its tasks arrive, by the suite's name for it."""
     return name_of(tuple(cell["settings"]["tasks"]))[1]
 
 
 def _of(cells: Sequence[CellJson], orders: Sequence[str]) -> list[CellJson]:
-    return [cell for cell in cells if _order(cell) in orders]
+    return [cell for cell in cells if order_of(cell) in orders]
 
 
 def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
@@ -176,12 +178,20 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
         "perplexity_ratio": _mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
         "rows_per_second": _mean_of_all(version["rows_per_second"] for version in learned),
-        "adapter_bytes": [learned[0]["adapter_bytes"], learned[-1]["adapter_bytes"]] if learned else None,
+        "adapter_bytes": _adapter_bytes(cells[0]),
         "stores": cells[0].get("stores"),
         "state_bytes": max((cell.get("state_bytes") or 0 for cell in cells), default=0),
         "minutes": _mean(sum(sum(v["seconds"].values()) for v in cell["versions"] if "seconds" in v) / 60
                          for cell in cells) if learned else None,
     }  # fmt: skip
+
+
+def _adapter_bytes(cell: CellJson) -> list[int] | None:
+    """Size after the first version and after the last; adapters per task are all kept."""
+    sizes = [version["adapter_bytes"] for version in cell["versions"] if "adapter_bytes" in version]
+    if not sizes:
+        return None
+    return [sizes[0], sum(sizes) if cell["settings"]["strategy"] == "per_task" else sizes[-1]]
 
 
 def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str
 
 
 def _pair(cell: CellJson) -> tuple[str, int]:
-    return _order(cell), cell["settings"]["seed"]
+    return order_of(cell), cell["settings"]["seed"]
 
 
 def _right_per_row(cells: Sequence[CellJson]) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.report import best_rivals
 from deal_core.adapter.state import adapter_on
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
@@ -181,6 +182,30 @@ def test_figures_of_the_summary():
     assert "difference_points_ci95" not in deal
 
 
+def test_a_bound_says_what_it_keeps():
+    bits = [{"yahoo": "11"}, {"agnews": "11"}]
+    cells = [made("per_task", bits), made("joint", [{"yahoo": "11", "agnews": "11"}])]
+    for found in cells:
+        for version in found["versions"]:
+            version |= {"rows_per_second": 1.0, "adapter_bytes": 5}
+    rows = rows_of(cells)
+    alone, joint = rows["per_task", "any"], rows["joint", "any"]
+    assert (alone["stores"], alone["adapter_bytes"]) == ("an adapter per task", [5, 10])
+    assert (joint["stores"], joint["adapter_bytes"]) == ("all rows", [5, 5])
+
+
+def test_the_best_rivals_are_told_by_all_their_orders_each_in_its_best_setting():
+    def line(strategy, orders, average, changes=""):
+        return {"strategy": strategy, "changes": changes, "orders": orders, "average_accuracy": average}
+
+    rows = [
+        line("joint", ["any"], 90), line("deal", ["1"], 80), line("ella", ["1"], 50), line("ella", ["3"], 70),
+        line("ella", ["1", "3"], 60), line("seq_lora", ["1"], 65), line("replay", ["1"], 55),
+        line("replay", ["1"], 75, "x 1"),
+    ]  # fmt: skip
+    assert best_rivals(rows) == ["replay (x 1)", "seq_lora", "ella"]
+
+
 def test_a_difference_is_taken_on_the_same_orders_and_seeds_alone():
     bits = [{"yahoo": "11", "agnews": "10"}, {"yahoo": "11", "agnews": "11"}]
     both = [made("deal", bits), made("deal", bits, seed=1), made("seq_lora", bits)]
@@ -235,7 +260,7 @@ def test_departures_from_the_defaults_are_named():
 
 def test_a_cell_of_another_schema_is_refused(tmp_path):
     (tmp_path / "deal-0-abc.json").write_text(json.dumps(made("deal", [], schema_version=1)))
-    with pytest.raises(DataValidationError, match=r"deal-0-abc\.json is of another schema"):
+    with pytest.raises(DataValidationError, match=r"deal-0-abc\.json has schema version 1"):
         read_cells(tmp_path)
 
 
