@@ -243,11 +243,12 @@ class DealConfig:
     free_share: float = 0.25
     """At least this share of the slots is left free for the new task."""
     recycle: bool = True
-    """Empty the free slots and seed them anew; False lets the new task continue from what they hold."""
+    """Empty the free slots and seed them anew; False lets the new task continue from what they hold, with one factor as
+    long as a seed."""
     seed_scale: float = 1.0
-    """Seeds of recycled slots in units of PEFT's own; what is larger learns faster for the same rate."""
+    """Seeds of the free slots in units of PEFT's own; what is larger learns faster for the same rate."""
     project: bool = True
-    """Keep recycled rows of A out of the core's row space."""
+    """Keep free rows of A out of the core's row space; needs the balanced form."""
     kernel: Kernel = "heat"
     """The retention filter: kernels of the singular value (heat, x·e^−x, quadratic spline), or haar: a gate on the
     one-level Haar transform of the features, for comparison."""

@@ -195,7 +195,7 @@ def _method_bytes(
     parent = factors if deal.interpolation < 1 else 0
     if deal.core == "free":
         return FP32 * (factors + parent), FP32 * 3 * factors, 0
-    guarded = num_A if deal.form == "spectral" and deal.project and deal.recycle else 0
+    guarded = num_A if deal.form == "spectral" and deal.project and deal.balanced else 0
     trained = num_A * (deal.sides != "B") + num_B * (deal.sides != "A")
     mixing = 2 * len(model.modules) * rank**2 if deal.core == "soft" and deal.mixing else 0
     constants = factors + guarded + parent

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.factor import FactorNetwork, LiteralFactor
 from deal_core.adapter.spectral_factor import HaarFactor, SpectralFactor
-from deal_core.adapter.spectrum import count_core_slots, decompose
+from deal_core.adapter.spectrum import Spectrum, count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack
 from deal_core.config import DealConfig
 
@@ -59,7 +59,9 @@ class Reparametrization(nn.Module):
         if config.recycle:
             self._recycled_power += float((power_MR * ~core_MR).sum())
             y_A, y_B = _recycle(y_A, y_B, core_MR, config, generator)
-        guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.recycle else None
+        elif config.balanced:
+            y_A, y_B = _rescale(spectrum, core_MR, config)
+        guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.balanced else None
         # Aᵀ lies in memory as A does: what goes between the two is then copied as it lies
         y_A, guarded = _as_lora_a(y_A), None if guarded is None else _as_lora_a(guarded)
         factory = HaarFactor if config.kernel == "haar" else SpectralFactor
@@ -103,6 +105,20 @@ class Reparametrization(nn.Module):
 
 def _as_lora_a(y_MIR: Tensor) -> Tensor:
     return y_MIR.mT.contiguous().mT
+
+
+def _rescale(spectrum: Spectrum, core_MR: Tensor, config: DealConfig) -> tuple[Tensor, Tensor]:
+    """The balanced factors, but for the free slots: one factor as long as a seed of PEFT's, the other what remains.
+
+    The function stays, and no slot is near zero in both factors, from where it could not learn.
+    """
+    length = config.seed_scale / math.sqrt(3)  # of n numbers drawn from U(−1/√n, 1/√n)
+    root_M1R = spectrum.sigma_MR.sqrt().unsqueeze(1)
+    long_M1R = torch.where(core_MR.unsqueeze(1), root_M1R, length)
+    short_M1R = torch.where(core_MR.unsqueeze(1), root_M1R, spectrum.sigma_MR.unsqueeze(1) / length)
+    if config.sides == "A":
+        return spectrum.right_MIR * short_M1R, spectrum.left_MOR * long_M1R
+    return spectrum.right_MIR * long_M1R, spectrum.left_MOR * short_M1R
 
 
 def _recycle(

@@ -364,8 +364,11 @@ def test_one_slot_stays_free_whatever_the_share():
     assert set(network.num_core_slots.values()) == {RANK - 1}
 
 
-def test_without_recycling_nothing_is_projected_away():
-    network, stack = network_of(DealConfig(recycle=False, project=True))
+@pytest.mark.parametrize("sides", ["both", "A", "B"])
+def test_without_recycling_nothing_is_lost_and_every_slot_can_learn(sides):
+    network, stack = network_of(DealConfig(recycle=False, sides=sides))
     a_MRI, b_MOR = stack.read()
     y_A, y_B = factors(network)
     torch.testing.assert_close(y_B @ y_A.mT, b_MOR @ a_MRI, rtol=1e-4, atol=1e-5)
+    seeded = y_B if sides == "A" else y_A
+    torch.testing.assert_close(seeded.norm(dim=1)[:, 2:], torch.full((MODULES, RANK - 2), 3**-0.5))
