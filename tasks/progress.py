@@ -68,7 +68,12 @@ _current: ContextVar[_Context | None] = ContextVar("deal_progress", default=None
 
 
 def _context() -> _Context:
-    return _current.get() or _Context()
+    """The current one; where nobody has made one, as on a worker, one that the threads started from here share."""
+    context = _current.get()
+    if context is None:
+        context = _Context()
+        _current.set(context)
+    return context
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -83,15 +85,18 @@ def test_a_run_that_was_asked_to_stop_ends_at_its_next_step() -> None:
     assert steps == [0, 1, 2, 3]
 
 
-def test_a_cancelled_flow_ends_the_thread_of_its_stage() -> None:
-    began, ended = threading.Event(), threading.Event()
+@pytest.mark.parametrize("told", [lambda: reporting_to(Recorder()), nullcontext], ids=["command", "worker"])
+def test_a_cancelled_flow_ends_the_thread_of_its_stage(told: Callable[[], AbstractContextManager[object]]) -> None:
+    began, ended, steps = threading.Event(), threading.Event(), list[int]()
 
     def train() -> None:
         report = advance("train")
         began.set()
         try:
-            while True:
+            for _ in range(500):
                 report(1)
+                time.sleep(0.01)
+            steps.append(500)
         finally:
             ended.set()
 
@@ -102,9 +107,9 @@ def test_a_cancelled_flow_ends_the_thread_of_its_stage() -> None:
         with pytest.raises(asyncio.CancelledError):
             await stage
 
-    with reporting_to(Recorder()):
-        asyncio.run(flow())
-    assert ended.is_set()
+    with told():
+        asyncio.run(flow())  # waits for the thread
+    assert ended.is_set() and not steps, "it ended before its last step"
 
 
 def test_a_callback_belongs_to_the_run_that_made_it() -> None:
