@@ -33,6 +33,7 @@ from tasks.inbox import (
     task_of,
     write_state,
 )
+from tasks.ingest import reading_the_task
 from tasks.progress import Interrupted, is_stopped, reporter
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class Taken:
 async def _adapt_to(
     store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo, beside: str
 ) -> tuple[Handled, AdaptResult | None]:
-    """Adapt to one file; a file that cannot be used is noted, so that it is reported once."""
+    """Adapt to one file; one that cannot be used is noted, so that it is reported once. Other errors may pass."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     run: AdaptResult | None = None
     version: str | None = None
@@ -180,7 +181,7 @@ async def _adapt_to(
     try:
         run = await adapt_held(spec.with_task(_task_spec(store, info.key)))
         outcome, message, version = run.status, run.message, run.version
-    except (DataValidationError, ConfigError) as error:
+    except DataValidationError as error:
         outcome, message = "refused", in_one_line(error)
         reporter().said(f"Refused: {message}")
     except Interrupted:
@@ -194,11 +195,12 @@ async def _adapt_to(
 
 def _task_spec(store: ObjectStore, key: str) -> TaskSpec:
     folder = PurePosixPath(key).parent
-    fields = _read_task_file(store, str(folder / TASK_FILE))
-    values = {"name": task_of(key), "data": store.uri_of(key), **fields.given()}
-    if fields.test_data:
-        values["test_data"] = store.uri_of(str(folder / fields.test_data))
-    return parse(TaskSpec, values, store.uri_of(key))
+    with reading_the_task():
+        fields = _read_task_file(store, str(folder / TASK_FILE))
+        values = {"name": task_of(key), "data": store.uri_of(key), **fields.given()}
+        if fields.test_data:
+            values["test_data"] = store.uri_of(str(folder / fields.test_data))
+        return parse(TaskSpec, values, store.uri_of(key))
 
 
 def _companions(store: ObjectStore, listing: Iterable[ObjectInfo]) -> Iterable[str]:

@@ -29,7 +29,7 @@ from flows.screens import in_one_line
 from flows.stack import read_stack
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
-from tasks.inbox import read_state
+from tasks.inbox import Handled, read_state
 from tasks.services import current_store
 
 DAY = timedelta(days=1)
@@ -68,7 +68,7 @@ class LineageStatus(BaseModel):
     num_open: int
     """Arrivals that it has yet to learn."""
     failed: tuple[str, ...]
-    """Arrivals that were refused or failed, each with its reason."""
+    """Arrivals that were refused or failed, each with its reason and what opens it again."""
 
 
 class Status(BaseModel):
@@ -168,7 +168,7 @@ def _lineage(store: ObjectStore, lineage: WatchedLineage) -> LineageStatus:
     inbox = look(store, lineage.tasks)
     champion = open_registry().champion(lineage.lineage)
     bad = [
-        f"{info.key}: {state.files[info.key].message}"
+        f"{info.key}: {_reason(state.files[info.key])}"
         for info in inbox.arrivals
         if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
     ]
@@ -178,3 +178,14 @@ def _lineage(store: ObjectStore, lineage: WatchedLineage) -> LineageStatus:
         num_open=len(inbox.open_for(state, retry_now=False)),
         failed=tuple(bad),
     )
+
+
+def _reason(handled: Handled) -> str:
+    """Why a file was of no use, and what opens it again."""
+    due = handled.due()
+    opens = (
+        f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"
+        if due
+        else "Refused until the file, its task.yaml or its test rows change"
+    )
+    return f"{handled.message} ({opens}.)"

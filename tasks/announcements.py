@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.object_store import ObjectInfo, ObjectStore
-from tasks.inbox import task_of
+from tasks.inbox import growing_pause, task_of
 
 ARRIVAL_LANDED = "deal.arrival.landed"
 """The event; its resource is `deal.lineage.<name>`, its payload lineage, task, uri and etag."""
-PAUSE = timedelta(seconds=60)
-"""An arrival that is still open so long after it was announced, and that nobody works on, is announced again; after
-twice as long the next time, and so on, up to about an hour: its run may just be waiting for a worker."""
-MAX_DOUBLINGS = 6
 
 
 class Announcement(BaseModel):
@@ -38,9 +34,12 @@ def announce(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) ->
 
 
 def announce_again(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime) -> bool:
-    """Tell the server once more about an arrival whose run got lost; return whether it was time to."""
+    """Tell the server once more about an arrival that is still open and that nobody works on.
+
+    Its run may just be waiting for a worker, so the pauses grow; return whether it was time to.
+    """
     known = read_announcement(store, lineage, info, beside)
-    if known is None or now - known.at < PAUSE * 2 ** min(known.number, MAX_DOUBLINGS):
+    if known is None or now - known.at < growing_pause(known.number):
         return False
     _tell(store, lineage, info, beside, number=known.number + 1)
     return True

@@ -15,16 +15,20 @@ from infra.object_store import ObjectInfo, ObjectStore
 
 INBOX = "inbox"
 TASK_FILE = "task.yaml"
-MAX_TRIES = 3
-"""A watch that goes on tries an arrival so often when its run fails for a reason that may pass (a server away, say)."""
-RETRY_PAUSE = timedelta(seconds=60)
-"""Pause before the second try; twice as long before the third."""
+PAUSE = timedelta(seconds=60)
+"""Before the second try of what may succeed later (a server was away, say); see `growing_pause`."""
+MAX_DOUBLINGS = 6
 
 Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
 
 
+def growing_pause(num_before: int) -> timedelta:
+    """Pause after a try that had so many before it: a minute, then twice as long each time, up to about an hour."""
+    return PAUSE * 2 ** min(num_before, MAX_DOUBLINGS)
+
+
 class Handled(BaseModel):
-    """What became of one file; stands until its content changes."""
+    """What became of one file; stands until its content changes, and of a failed run until it is tried again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,10 +41,9 @@ class Handled(BaseModel):
     """Stamp of the task file and the test rows that it was read with."""
     at: datetime
 
-    def is_due(self, now: datetime) -> bool:
-        """Whether a watch that goes on shall try the file again."""
-        failed = self.outcome == "failed" and self.num_tries < MAX_TRIES
-        return failed and now - self.at >= RETRY_PAUSE * self.num_tries
+    def due(self) -> datetime | None:
+        """When a watch that goes on tries the file again; None: never, as nothing but a change can help."""
+        return self.at + growing_pause(self.num_tries - 1) if self.outcome == "failed" else None
 
 
 class InboxState(BaseModel):
@@ -57,15 +60,16 @@ class InboxState(BaseModel):
         Args:
             info: the file as it is now.
             now: the time.
-            beside: stamp of what lies beside it; a file that was refused may be good with another task file.
-            retry_now: also when its run failed before, however often and lately: somebody asked for it.
+            beside: stamp of what lies beside it; a file that was of no use may be good with another task file.
+            retry_now: also when its run failed before, however lately: somebody asked for it.
         """
         handled = self.files.get(info.key)
         if handled is None or handled.etag != info.etag:
             return True
-        if handled.outcome == "refused" and handled.beside != beside:
+        if handled.outcome in ("refused", "failed") and handled.beside != beside:
             return True
-        return handled.outcome == "failed" if retry_now else handled.is_due(now)
+        due = handled.due()
+        return due is not None and (retry_now or now >= due)
 
     def record(
         self, info: ObjectInfo, outcome: Outcome, message: str, *,
@@ -73,8 +77,8 @@ class InboxState(BaseModel):
     ) -> Handled:
         """Note what became of a file."""
         before = self.files.get(info.key)
-        has_failed = before is not None and before.etag == info.etag and before.outcome == "failed"
-        num_tries = before.num_tries + 1 if before and has_failed else 1
+        is_retry = before and (before.etag, before.beside, before.outcome) == (info.etag, beside, "failed")
+        num_tries = before.num_tries + 1 if before and is_retry else 1
         handled = Handled(
             etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
             at=now,

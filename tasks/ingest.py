@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from deal_core.config import DataConfig
 from deal_core.data.lines import sha256_of_file
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DataValidationError
 from infra.object_store import ObjectNotFoundError, ObjectStore
 from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
@@ -27,6 +28,23 @@ from tasks.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgott
 MANIFEST_FILE = "manifest.json"
 QUARANTINE, QUARANTINE_FILE = "quarantine", "quarantine.jsonl"
 TRAIN_FILE, TEST_FILE = "train.parquet", "test.parquet"
+
+
+class TaskFieldsError(ConfigError, DataValidationError):
+    """What is said of an arrival's task is wrong in itself, or the lineage learned it otherwise."""
+
+
+@contextmanager
+def reading_the_task() -> Iterator[None]:
+    """Whatever does not fit inside is said of the arrival's task: no later try can make it fit.
+
+    Raises:
+        TaskFieldsError: in place of a ConfigError, which elsewhere is about the lineage or the machine.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise TaskFieldsError(str(error)) from None
 
 
 @task(name="ingest", cache_policy=NO_CACHE)
@@ -45,11 +63,12 @@ def ingest_arrival(
     Raises:
         DataValidationError: the file is refused whole; what is wrong with it lies in quarantine.
         ForgottenRowsError: somebody had the rows forgotten.
-        ConfigError: the user says other things of the task than the lineage knows.
+        TaskFieldsError: the user says other things of the task than the lineage knows.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
-    schema = choose_schema(arrival, record)
+    with reading_the_task():
+        schema = choose_schema(arrival, record)
     for known in record.tasks if record else ():  # said now rather than after the training
         if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)

@@ -13,7 +13,9 @@ import yaml
 import flows.demo
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
+from flows.lineages import WatchedLineage, add_lineage
 from flows.spec import LineageSpec, parse
+from flows.status import read_status
 from flows.watch import WatchResult, watch
 from infra.registry import Registry, open_registry
 from tasks.progress import reporting_to
@@ -120,6 +122,7 @@ def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path)
         ({"bank/bad.jsonl": b'{"text": "", "label": "a"}\n' * 3}, "cannot be used"),
         ({"bank/x.txt": b"text"}, "x.txt"),
         ({"bank/task.yaml": b"instructions: typo\n", "bank/x.csv": b"text,label\na,b\n"}, "unknown key 'instructions'"),
+        ({"bank/task.yaml": b"template: no text\n", "bank/x.csv": b"text,label\na,b\n"}, "{text}"),
         ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
     ],
 )
@@ -171,6 +174,19 @@ def test_a_run_that_failed_is_tried_again(tiny_base: Path, home: Path, monkeypat
     assert any("RuntimeError: the server is away" in line for line in said)
     result, _ = look(lineage(tiny_base))
     assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    failed, said = look(lineage(tmp_path / "away"))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
+    assert any(line.startswith("Failed: ") and "There is no file or folder" in line for line in said)
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 1 and not status.failed, "lineage 'default' has not tried it"
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 0 and "tried again from" in status.failed[0]
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
 
 
 def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from prefect.client.orchestration import get_client
 
 import tasks.announcements
+import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
@@ -94,7 +95,7 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     land(home, "parcels/a.jsonl")
     land(home, "parcels/b.jsonl")
     assert look() == 2
-    monkeypatch.setattr(tasks.announcements, "PAUSE", timedelta(0))
+    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
 
     async def look_while_held() -> int:
         async with hold_lineage("lost"):

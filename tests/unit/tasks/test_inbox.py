@@ -12,8 +12,7 @@ from deal_core.errors import StoreError
 from infra.object_store import ObjectInfo, open_store
 from tasks.inbox import (
     INBOX,
-    MAX_TRIES,
-    RETRY_PAUSE,
+    PAUSE,
     Beside,
     InboxState,
     list_arrivals,
@@ -60,38 +59,48 @@ def test_an_old_file_needs_no_second_look() -> None:
 def test_what_was_handled_is_closed_until_its_content_changes(outcome: str) -> None:
     state = InboxState()
     state.record(info(), outcome, "", now=NOW)  # type: ignore[arg-type]
-    later = NOW + 100 * RETRY_PAUSE
+    later = NOW + 100 * PAUSE
     assert not state.is_open(info(), later, retry_now=True)
     assert not state.is_open(info(), later, retry_now=False)
     assert state.is_open(info(etag="2"), later, retry_now=False)
 
 
-def test_a_failed_run_is_tried_again_after_a_pause_and_not_for_ever() -> None:
+def test_a_failed_run_is_tried_again_for_ever_ever_more_seldom() -> None:
+    state, now, minutes = InboxState(), NOW, []
+    for _ in range(9):
+        due = state.record(info(), "failed", "", now=now).due()
+        assert due is not None
+        assert not state.is_open(info(), due - timedelta(seconds=1), retry_now=False)
+        assert state.is_open(info(), due, retry_now=False)
+        assert state.is_open(info(), now, retry_now=True)
+        minutes.append((due - now) / timedelta(minutes=1))
+        now = due
+    assert minutes == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed"])
+def test_what_was_of_no_use_is_open_again_when_what_lies_beside_it_changes(outcome: str) -> None:
     state = InboxState()
-    now = NOW
-    for number in range(1, MAX_TRIES):
-        state.record(info(), "failed", "", now=now)
-        assert not state.is_open(info(), now + RETRY_PAUSE * number / 2, retry_now=False)
-        now += RETRY_PAUSE * number
-        assert state.is_open(info(), now, retry_now=False)
-    state.record(info(), "failed", "", now=now)
-    assert not state.is_open(info(), now + 100 * RETRY_PAUSE, retry_now=False)
-    assert state.is_open(info(), now, retry_now=True)
+    for _ in range(2):
+        state.record(info(), outcome, "", now=NOW, beside="1")  # type: ignore[arg-type]
+    assert not state.is_open(info(), NOW, beside="1", retry_now=False)
+    assert state.is_open(info(), NOW, beside="2", retry_now=False)
+    assert state.record(info(), "failed", "", now=NOW, beside="2").num_tries == 1
 
 
 def test_a_changed_file_starts_counting_anew() -> None:
     state = InboxState()
-    for _ in range(MAX_TRIES):
+    for _ in range(3):
         state.record(info(), "failed", "", now=NOW)
     assert state.record(info(etag="2"), "failed", "", now=NOW).num_tries == 1
 
 
-def test_a_file_refused_before_has_all_its_tries_left() -> None:
+def test_a_file_refused_before_counts_its_tries_anew() -> None:
     state = InboxState()
-    for _ in range(MAX_TRIES):
+    for _ in range(3):
         state.record(info(), "refused", "", now=NOW)
     state.record(info(), "failed", "", now=NOW)
-    assert state.is_open(info(), NOW + RETRY_PAUSE, retry_now=False)
+    assert state.is_open(info(), NOW + PAUSE, retry_now=False)
 
 
 def test_what_lies_beside_a_file_must_be_complete_too() -> None:
