@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import EvaluateConfig
+from deal_core.errors import DealError
 from flows.history import find_version
 from flows.lineages import list_lineages
+from flows.screens import in_one_line
 from flows.stages import Stages
 from infra.registry import open_registry
 from tasks.evaluate import score_version
 from tasks.lineage import version_ref
+from tasks.progress import Interrupted, reporter
 from tasks.services import current_store
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateResult(BaseModel):
@@ -33,7 +40,7 @@ class EvaluateResult(BaseModel):
 
 @flow(name="evaluate", flow_run_name="evaluate-{lineage}")
 async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
-    """Score a version.
+    """Score a version, and say where it has become worse than its own run found.
 
     Args:
         lineage: whose version.
@@ -46,6 +53,12 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     found = version_ref(find_version(open_registry(), lineage, version))
     scores = await stages.run("evaluate", score_version, found, EvaluateConfig())
     stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
+    for task, value in scores.accuracies.items():
+        if (before := scores.recorded.get(task, 0.0)) > value:
+            reporter().said(
+                f"Version {found.version} of {lineage} has an accuracy of {value:.1%} on {task}, "
+                f"below the {before:.1%} that its own run found."
+            )
     return EvaluateResult(
         lineage=lineage,
         version=found.version,
@@ -63,7 +76,22 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
 
     Args:
         lineages: their names; none: every lineage that the server looks after and that has a champion.
+
+    Raises:
+        DealError: of some lineage no champion could be scored; of all the others it was.
     """
     registry = open_registry()
     names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
-    return [await evaluate(name) for name in names if lineages or registry.champion(name)]
+    found, failed = [], []
+    for name in names:
+        try:
+            if lineages or registry.champion(name):
+                found.append(await evaluate(name))
+        except Interrupted:
+            raise
+        except Exception as error:
+            logger.exception("The champion of lineage %s could not be scored", name)
+            failed.append(f"{name}: {in_one_line(error)}")
+    if failed:
+        raise DealError(f"Of {len(names)} lineages {len(failed)} could not be scored. {' '.join(failed)}")
+    return found

@@ -1,0 +1,77 @@
+"""The nightly evaluation: one lineage that fails holds up no other, and decay is said."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import flows.evaluate
+from deal_core.errors import DealError, RegistryError
+from tasks.progress import Interrupted, LogReporter, reporting_to
+
+
+@pytest.fixture(autouse=True)
+def three_lineages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lineages a and c with a champion, b without one."""
+    registry = SimpleNamespace(champion=lambda name: None if name == "b" else name)
+    monkeypatch.setattr(flows.evaluate, "open_registry", lambda: registry)
+    monkeypatch.setattr(flows.evaluate, "current_store", lambda: None)
+    known = [SimpleNamespace(lineage=name) for name in "abc"]
+    monkeypatch.setattr(flows.evaluate, "list_lineages", lambda store: known)
+
+
+def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """Score the champions, where a's raises the error; the others are scored nevertheless."""
+    scored: list[str] = []
+
+    async def score(name: str) -> None:
+        if error and name == "a":
+            raise error
+        scored.append(name)
+
+    monkeypatch.setattr(flows.evaluate, "evaluate", score)
+    try:
+        asyncio.run(flows.evaluate.evaluate_champions.fn())
+    finally:
+        assert scored == ([] if isinstance(error, Interrupted) else ["c"] if error else ["a", "c"])
+
+
+def test_every_lineage_with_a_champion_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    champions(monkeypatch, None)
+
+
+@pytest.mark.parametrize("error", [RegistryError("its adapter is gone"), RuntimeError("out of memory")])
+def test_a_lineage_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(DealError, match=f"Of 3 lineages 1 could not be scored. a: .*{error}"):
+        champions(monkeypatch, error)
+
+
+def test_an_evaluation_that_was_asked_to_stop_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        champions(monkeypatch, Interrupted())
+
+
+def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    scores = SimpleNamespace(
+        accuracies={"bank": 0.25, "clinic": 0.5, "new": 0.0}, recorded={"bank": 0.75, "clinic": 0.5},
+        num_rows={"bank": 4, "clinic": 4, "new": 4}, unjudged={},
+    )  # fmt: skip
+    monkeypatch.setattr(flows.evaluate, "find_version", lambda *_: None)
+    monkeypatch.setattr(flows.evaluate, "version_ref", lambda _: SimpleNamespace(version="3"))
+    monkeypatch.setattr(flows.evaluate, "score_version", lambda *_: scores)
+
+    class Screen(LogReporter):
+        def said(self, message: str) -> None:
+            said.append(message)
+
+    async def evaluate() -> Any:
+        with reporting_to(Screen()):
+            return await flows.evaluate.evaluate.fn("a")
+
+    assert asyncio.run(evaluate()).accuracies["bank"] == 0.25
+    (line,) = said
+    assert "Version 3 of a" in line and "25.0% on bank, below the 75.0%" in line
