@@ -104,10 +104,10 @@ def add(
     """Let a lineage learn from the inbox, or change how it does."""
     with session(home, as_json, debug) as deal:
         from flows.lineages import WatchedLineage, add_lineage
-        from flows.spec import parse, read_yaml
+        from flows.spec import parse, read_lineage_values
         from tasks.services import current_store
 
-        lineage = parse(WatchedLineage, read_yaml(spec), str(spec))
+        lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
         address = add_lineage(current_store(), lineage)
         deal.screen.result({"lineage": lineage.lineage, "file": address}, escape(f"{lineage.lineage} is in {address}"))
 

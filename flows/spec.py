@@ -181,14 +181,24 @@ def lineage_spec_from_options(path: Path | None, **options: str | None) -> Linea
     Raises:
         ConfigError: something does not fit.
     """
-    values = read_yaml(path) if path else {}
+    values = read_lineage_values(path) if path else {}
     values.pop("task", None)
-    if path and isinstance(values.get("base_model"), str):
-        values["base_model"] = _resolve_base(values["base_model"], path.resolve().parent)
     given = _given(options)
     if "base_model" in given:
         given["base_model"] = _resolve_base(given["base_model"], Path.cwd())
     return parse(LineageSpec, {**values, **given}, str(path or "options"))
+
+
+def read_lineage_values(path: Path) -> dict[str, Any]:
+    """The mapping in a file of a lineage's settings; a relative base model in it is relative to its folder.
+
+    Raises:
+        ConfigError: the file is missing or holds something else.
+    """
+    values = read_yaml(path)
+    if isinstance(values.get("base_model"), str):
+        values["base_model"] = _resolve_base(values["base_model"], path.resolve().parent)
+    return values
 
 
 def _given(options: Mapping[str, str | None]) -> dict[str, str]:

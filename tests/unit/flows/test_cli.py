@@ -189,3 +189,15 @@ def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.history.read_history", stop)
     result = deal("history")
     assert result.exit_code == 130 and "goes on from the last checkpoint" in result.stderr
+
+
+def test_an_added_lineage_names_its_base_model_where_every_process_finds_it(
+    deal: Deal, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    spec = tmp_path / "support.yaml"
+    for given, kept in (("models/mine", str(tmp_path / "models" / "mine")), ("owner/name", "owner/name")):
+        spec.write_text(f"lineage: support\nbase_model: {given}\n")
+        assert deal("lineage", "add", str(spec)).exit_code == 0
+        stored = (home / "store" / "lineages" / "support.yaml").read_text()
+        assert f"base_model: {kept}\n" in stored
