@@ -18,9 +18,10 @@ from tasks.services import current_store
 async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult:
     """Adapt a lineage to its open arrivals, oldest first, until there is none.
 
-    It ends at once where another run is at it: that one looks again before it ends, and sees what has landed meanwhile.
-    So a lineage that waits never takes a worker's place from one that could learn. A run that is started again after a
-    crash does wait, as its own hold on the lineage may not be over yet.
+    It ends at once where another run is at it. If that is one of this flow it looks again before it ends, and sees what
+    has landed meanwhile; after any other, what is still open is announced again. So a lineage that waits never takes a
+    worker's place from one that could learn. A run that is started again after a crash does wait, as its own hold on
+    the lineage may not be over yet.
 
     Args:
         lineage: its name; how it learns stands in the store, see `flows.lineages`.
@@ -39,5 +40,5 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
             if taken.num_growing:
                 await asyncio.sleep(settle_seconds)
     except LineageBusyError as busy:
-        reporter().said(f"{busy} It will see what has landed.")
+        reporter().said(f"{busy} What has landed is learned after it.")
     return WatchResult(lineage=lineage, files=tuple(taken.files), runs=tuple(taken.runs))

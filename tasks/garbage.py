@@ -63,7 +63,7 @@ def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tu
     Args:
         held: what there is.
         now: the time.
-        older_than: how old a rejected version's adapter, and what a run left that may go on, must be.
+        older_than: how old training rows, a rejected version's adapter, and what a run left that may go on, must be.
     """
     plan = _Plan(held, now - older_than)
     return (*plan.work_folders(), *plan.adapters(), *plan.training_rows())
@@ -127,6 +127,7 @@ class _Plan:
         return [
             self._removal("training rows", folder, "learned, or to be read anew from the file")
             for folder in self._held.training_rows
+            if folder.modified < self._cutoff  # a run of another machine may be about to read what is younger
         ]
 
     def _over(self, key: str, folder: Folder) -> str | None:

@@ -114,5 +114,5 @@ def test_what_no_run_is_known_of_goes_when_it_is_old() -> None:
     assert plan(adapters=dict([folder(7, YOUNG)]), work=dict([folder(8, YOUNG)])) == []
 
 
-def test_training_rows_go_at_once() -> None:
-    assert plan(training_rows=(Folder("x/1", 1, NOW),)) == [("training rows", "1")]
+def test_training_rows_that_a_crash_has_left_go_once_they_are_old() -> None:
+    assert plan(training_rows=(Folder("x/1", 1, OLD), Folder("x/2", 1, YOUNG))) == [("training rows", "1")]
