@@ -23,7 +23,7 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
-from flows.arrivals import look
+from flows.inbox import InboxLook, look
 from flows.lineages import WatchedLineage, read_lineages
 from flows.screens import in_one_line
 from flows.stack import read_stack
@@ -149,7 +149,7 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
     """Where each lineage stands; what cannot be looked at becomes a line of `problems`."""
     try:
         store = current_store()
-        lineages = read_lineages(store)
+        lineages, inbox = read_lineages(store), look(store)
     except DealError as error:
         problems.append(in_one_line(error))
         return []
@@ -157,25 +157,24 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
     found = []
     for lineage in lineages.good:
         try:
-            found.append(_lineage(store, lineage))
+            found.append(_lineage(store, lineage, inbox))
         except DealError as error:
             problems.append(f"Lineage {lineage.lineage}: {in_one_line(error)}")
     return found
 
 
-def _lineage(store: ObjectStore, lineage: WatchedLineage) -> LineageStatus:
+def _lineage(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> LineageStatus:
     state = read_state(store, lineage.lineage)
-    inbox = look(store, lineage.tasks)
     champion = open_registry().champion(lineage.lineage)
     bad = [
         f"{info.key}: {_reason(state.files[info.key])}"
-        for info in inbox.arrivals
+        for info in inbox.of(lineage.tasks)
         if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
     ]
     return LineageStatus(
         lineage=lineage.lineage,
         champion=champion.version if champion else None,
-        num_open=len(inbox.open_for(state, retry_now=False)),
+        num_open=len(inbox.open_for(state, lineage.tasks, retry_now=False)),
         failed=tuple(bad),
     )
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.arrivals import look_for
+from flows.inbox import InboxLook, TestFiles, look, settle
 from flows.lineages import WatchedLineage, list_lineages
 from flows.lock import is_held_on_server
 from infra.landing import open_landing_queue
@@ -39,33 +39,18 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
     store, queue = current_store(), open_landing_queue()
     end = (runtime.flow_run.scheduled_start_time or datetime.now(UTC)) + timedelta(seconds=for_seconds)
     stamps: dict[str, Stamps] = {}
+    test_files: TestFiles = {}
     num_announced = 0
     while True:
-        num_growing = 0
-        for lineage in _lineages(store):
-            seen = stamps.setdefault(lineage.lineage, {})
-            try:
-                found = await announce_open(store, lineage, seen, poll_seconds)
-            except DealError as error:  # of one lineage, or the store's of a moment: the others are looked after
-                logger.error("The inbox could not be looked at for lineage %s: %s", lineage.lineage, error)
-                found = Announced(0, 1)
-            num_announced += found.num_announced
-            num_growing += found.num_growing
+        found = await _announce_all(store, stamps, test_files, poll_seconds)
+        num_announced += found.num_announced
         if queue is not None:
             queue.done()
         left = (end - datetime.now(UTC)).total_seconds()
         if left <= 0 or is_stopped():
             return num_announced
-        if queue is None or num_growing or not await asyncio.to_thread(queue.wait, min(left, QUEUE_SECONDS)):
+        if queue is None or found.num_growing or not await asyncio.to_thread(queue.wait, min(left, QUEUE_SECONDS)):
             await asyncio.sleep(min(left, poll_seconds))
-
-
-def _lineages(store: ObjectStore) -> list[WatchedLineage]:
-    try:
-        return list_lineages(store)
-    except DealError as error:
-        logger.error("The lineages cannot be listed: %s", error)
-        return []
 
 
 class Announced(NamedTuple):
@@ -76,20 +61,41 @@ class Announced(NamedTuple):
     """Files that may still be written: look again soon."""
 
 
+async def _announce_all(
+    store: ObjectStore, stamps: dict[str, Stamps], test_files: TestFiles, settle_seconds: float
+) -> Announced:
+    """Look at the inbox once, and announce what is open for every lineage."""
+    try:
+        lineages, inbox = list_lineages(store), look(store, test_files)
+    except DealError as error:
+        logger.error("The inbox could not be looked at: %s", error)
+        return Announced(0, 1)
+    all_found = []
+    for lineage in lineages:
+        seen = stamps.setdefault(lineage.lineage, {})
+        try:
+            all_found.append(await announce_open(store, inbox, lineage, seen, settle_seconds))
+        except DealError as error:  # of one lineage, or the store's of a moment: the others are looked after
+            logger.error("The inbox could not be looked at for lineage %s: %s", lineage.lineage, error)
+            all_found.append(Announced(0, 1))
+    return Announced(sum(found.num_announced for found in all_found), sum(found.num_growing for found in all_found))
+
+
 async def announce_open(
-    store: ObjectStore, lineage: WatchedLineage, seen: Stamps, settle_seconds: float
+    store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, seen: Stamps, settle_seconds: float
 ) -> Announced:
     """Announce a lineage's open arrivals that are complete.
 
     Args:
         store: holds the inbox.
+        inbox: what lies there.
         lineage: who has to learn them.
         seen: what the look before saw; replaced by what this one sees.
         settle_seconds: how long a file must have been left alone, unless the look before saw the same.
     """
     name = lineage.lineage
-    inbox, settled, growing = look_for(
-        store, name, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False
+    settled, growing = settle(
+        inbox, store, name, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False
     )
     num_announced = 0
     lost = []

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.object_store import ObjectInfo, ObjectStore
+from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 from tasks.inbox import growing_pause, task_of
 
 ARRIVAL_LANDED = "deal.arrival.landed"
@@ -47,13 +47,15 @@ def announce_again(store: ObjectStore, lineage: str, info: ObjectInfo, beside: s
 
 def read_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> Announcement | None:
     """The last announcement of an arrival; None if there was none, or none that can be understood."""
-    key = _key(lineage, info, beside)
-    if not store.exists(key):
-        return None
     try:
-        return Announcement.model_validate_json(store.get_bytes(key))
-    except ValidationError:
+        return Announcement.model_validate_json(store.get_bytes(_key(lineage, info, beside)))
+    except (ObjectNotFoundError, ValidationError):
         return None
+
+
+def drop_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Delete what is noted of an announcement, as its arrival is closed."""
+    store.delete(_key(lineage, info, beside))
 
 
 def _tell(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, *, number: int) -> None:

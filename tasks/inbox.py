@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
-from infra.object_store import ObjectInfo, ObjectStore
+from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 
 INBOX = "inbox"
 TASK_FILE = "task.yaml"
@@ -87,6 +87,13 @@ class InboxState(BaseModel):
         return handled
 
 
+    def drop_gone(self, store: ObjectStore) -> None:
+        """Drop what is noted of files that are gone and that no version came of; the others still have names."""
+        gone = [key for key, handled in self.files.items() if handled.version is None and not store.exists(key)]
+        for key in gone:
+            del self.files[key]
+
+
 def read_state(store: ObjectStore, lineage: str) -> InboxState:
     """The state of a lineage's watch; empty when it never ran.
 
@@ -94,10 +101,10 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
         StoreError: the state cannot be understood.
     """
     key = _state_key(lineage)
-    if not store.exists(key):
-        return InboxState()
     try:
         return InboxState.model_validate(json.loads(store.get_bytes(key)))
+    except ObjectNotFoundError:
+        return InboxState()
     except (ValueError, ValidationError):
         raise StoreError(
             f"{store.uri_of(key)} is no state of a watch; delete it, and every file in the inbox is looked at again "
@@ -139,7 +146,7 @@ def list_beside(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -
     named = set(companions)
     found: dict[str, list[ObjectInfo]] = defaultdict(list)
     for info in sorted(listing, key=lambda info: info.key):
-        if info.key in named or info.key == f"{INBOX}/{task_of(info.key)}/{TASK_FILE}":
+        if info.key in named or info.key == task_file_of(info.key):
             found[task_of(info.key)].append(info)
     return {
         task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
@@ -181,6 +188,11 @@ def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
 def task_of(key: str) -> str:
     """The task an arrival belongs to."""
     return key.split("/")[1]
+
+
+def task_file_of(key: str) -> str:
+    """Where the file lies that tells of an arrival's task."""
+    return f"{INBOX}/{task_of(key)}/{TASK_FILE}"
 
 
 def _is_arrival(key: str) -> bool:

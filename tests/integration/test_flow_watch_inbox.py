@@ -12,19 +12,21 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 
-import tasks.announcements
 import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
 from flows.arrivals import Taken
+from flows.inbox import TestFiles
+from flows.inbox import look as look_at_inbox
 from flows.lineages import WatchedLineage, add_lineage, list_lineages, read_lineage
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.spec import parse
 from flows.watch_inbox import announce_open, watch_inbox
+from infra.file_store import FileStore
 from infra.registry import open_registry
-from tasks.announcements import announce_again, read_announcement
-from tasks.inbox import InboxState, list_arrivals, write_state
+from tasks.announcements import Announcement, announce_again, read_announcement
+from tasks.inbox import InboxState, list_arrivals, read_state, write_state
 from tasks.services import current_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,9 +54,12 @@ def look() -> int:
 
 def numbers() -> list[int]:
     """How often each arrival was announced before, for all lineages."""
+    return sorted(each.number for each in announced())
+
+
+def announced() -> list[Announcement]:
     store = current_store()
-    found = [tasks.announcements.Announcement.model_validate_json(store.get_bytes(i.key)) for i in store.list("landed")]
-    return sorted(each.number for each in found)
+    return [Announcement.model_validate_json(store.get_bytes(info.key)) for info in store.list("landed")]
 
 
 def test_an_arrival_is_announced_once_and_a_changed_one_again(home: Path) -> None:
@@ -77,7 +82,9 @@ def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) ->
     land(home, "parcels/a.jsonl")
     os.utime(home / "store" / "inbox" / "parcels" / "a.jsonl")
     seen: dict[str, str] = {}
-    looks = [asyncio.run(announce_open(current_store(), lineage("default"), seen, 60)) for _ in range(2)]
+    store = current_store()
+    inbox = look_at_inbox(store)
+    looks = [asyncio.run(announce_open(store, inbox, lineage("default"), seen, 60)) for _ in range(2)]
     assert looks == [(0, 1), (1, 0)], "the second look saw the same"
 
 
@@ -90,6 +97,50 @@ def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
     assert {info.key.split("/")[1] for info in current_store().list("landed")} == {"all", "some"}
 
 
+def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_lineage(current_store(), lineage("one"))
+    add_lineage(current_store(), lineage("two"))
+    land(home, "parcels/a.jsonl")
+    listed: list[str] = []
+    original = FileStore.list
+    monkeypatch.setattr(FileStore, "list", lambda self, prefix="": listed.append(prefix) or original(self, prefix))
+    assert look() == 2
+    assert listed.count("inbox") == 1
+
+
+def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    land(home, "bank/task.yaml", b"test_data: old.jsonl\n")
+    for name in ("old", "new"):
+        land(home, f"bank/{name}.jsonl")
+    land(home, "parcels/task.yaml", b"instruction: Which?\n")
+    read: list[str] = []
+    original = FileStore.get_bytes
+    monkeypatch.setattr(FileStore, "get_bytes", lambda self, key: read.append(key) or original(self, key))
+    store, test_files = current_store(), TestFiles()
+    for _ in range(2):
+        assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/new.jsonl"]
+    assert sorted(read) == ["inbox/bank/task.yaml", "inbox/parcels/task.yaml"]
+    land(home, "bank/task.yaml", b"test_data: new.jsonl\n", age=50)
+    assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/old.jsonl"]
+    assert len(read) == 3 and len(test_files) == 2
+
+
+def test_what_is_noted_of_an_arrival_goes_when_it_is_closed_or_gone(home: Path, tmp_path: Path) -> None:
+    add_lineage(current_store(), lineage("l", base_model=str(tmp_path / "away")))
+    land(home, "parcels/a.jsonl")
+    land(home, "bank/bad.jsonl", b"nonsense\n")
+    assert look() == 2
+    result = asyncio.run(adapt_landed("l", settle_seconds=0.01))
+    assert sorted(seen.outcome for seen in result.files) == ["failed", "refused"]
+    assert [told.key for told in announced()] == ["inbox/parcels/a.jsonl"]
+    (home / "store" / "inbox" / "bank" / "bad.jsonl").unlink()
+    land(home, "bank/worse.jsonl", b"more nonsense\n")
+    asyncio.run(adapt_landed("l", settle_seconds=0.01))
+    assert sorted(read_state(current_store(), "l").files) == ["inbox/bank/worse.jsonl", "inbox/parcels/a.jsonl"]
+
+
 def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_lineage(current_store(), lineage("lost"))
     land(home, "parcels/a.jsonl")
@@ -100,7 +151,8 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     async def look_while_held() -> int:
         async with hold_lineage("lost"):
             assert await is_held_on_server("lost")
-            return (await announce_open(current_store(), lineage("lost"), {}, 0)).num_announced
+            inbox = look_at_inbox(current_store())
+            return (await announce_open(current_store(), inbox, lineage("lost"), {}, 0)).num_announced
 
     assert asyncio.run(look_while_held()) == 0, "whoever holds it looks again before it ends"
     assert look() == 1, "one run takes whatever is open"

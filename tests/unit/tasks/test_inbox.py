@@ -120,6 +120,17 @@ def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) 
     assert read_state(store, "b") == InboxState()
 
 
+def test_what_is_noted_of_files_that_are_gone_goes_unless_a_version_came_of_them(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("inbox/bank/there.csv", b"x")
+    state = InboxState()
+    for key in ("inbox/bank/there.csv", "inbox/bank/gone.csv"):
+        state.record(info(key), "refused", "", now=NOW)
+    state.record(info("inbox/bank/learned.csv"), "promoted", "", now=NOW, version="1")
+    state.drop_gone(store)
+    assert sorted(state.files) == ["inbox/bank/learned.csv", "inbox/bank/there.csv"]
+
+
 def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("watch/a.json", b"{nonsense")
