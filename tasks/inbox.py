@@ -24,7 +24,7 @@ Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refuse
 
 def growing_pause(num_before: int) -> timedelta:
     """Pause after a try that had so many before it: a minute, then twice as long each time, up to about an hour."""
-    return PAUSE * 2 ** min(num_before, MAX_DOUBLINGS)
+    return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
 
 
 class Handled(BaseModel):
