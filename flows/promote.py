@@ -18,7 +18,7 @@ from infra.promotions import Action, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.lineage import descent
 from tasks.notices import Kind, Notice, announce
-from tasks.promote import move_champion, note_learned, settle_aliases
+from tasks.promote import move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.services import current_store
 
 
@@ -89,9 +89,8 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
             f"{f'version {champion.version}' if champion else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
+    note_learned(Ledger(log.store), found)  # first: cut short before the move, the arrival is known all the same
     move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why)
-    registry.tag_version(lineage, version, {"approval": "given"})
-    note_learned(Ledger(log.store), found)
     _tell("promoted", found, who, why)
     return Decision(
         action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version,
@@ -142,20 +141,19 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     Raises:
         RegistryError: it is champion, or was refused already.
     """
-    registry, log, champion = _look(lineage)
+    registry, log = open_registry(), PromotionLog(current_store())
+    number, last = settle_aliases(registry, log, lineage)
     found = find_version(registry, lineage, version)
-    number = champion.version if champion else None
     if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion; go back first: deal rollback.")
     if not found.accepted or found.approval == "refused":
         raise RegistryError(f"Version {version} of '{lineage}' is rejected already: {' '.join(found.reasons)}")
     added = log.add(
-        log.last(lineage), action="rejected", lineage=lineage, version=version, before=number, champion=number,
-        who=who, why=why,
-    )  # fmt: skip
+        last, action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+    )
     if added is None:
         raise RegistryError(f"The champion of '{lineage}' was moved this moment; look at deal history, and try again.")
-    registry.tag_version(lineage, version, {"approval": "refused", "refused_by": who, "refused_why": why})
+    settle_aliases(registry, log, lineage)
     _tell("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
 
@@ -196,7 +194,7 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
     if not version.accepted:
         raise RegistryError(f"{name} did not pass its gate: {' '.join(version.reasons)}")
     if version.approval == "refused":
-        raise RegistryError(f"{name} was rejected by a person; learn its arrival again with --again.")
+        raise RegistryError(rejected_by_person(version))
     if champion and champion.base_sha256 != version.base_sha256:
         raise RegistryError(
             f"{name} adapts another base model ({version.base_sha256[:12]}) than the champion "

@@ -84,6 +84,8 @@ class VersionInfo(VersionFacts):
     created: datetime
     tracking_id: str
     model_id: str
+    promoted: str | None = None
+    """Number of the newest entry of the promotion log that promoted it; None: it was never promoted."""
     adapter_removed: str | None = None
     """Day on which its adapter was removed; the version stays in the history."""
 
@@ -154,6 +156,17 @@ class Registry:
             return None
         with saying(f"read {lineage}@{alias}", self.uri):
             return _read(self.client.get_model_version(lineage, aliases[alias]), aliases)
+
+    def version(self, lineage: str, number: str) -> VersionInfo | None:
+        """A version by its number, if there is one."""
+        with saying(f"read version {number} of {lineage!r}", self.uri):
+            try:
+                found = self.client.get_model_version(lineage, number)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+        return _read(found, self._aliases(lineage))
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         """Fetch a version's logged model into a folder, which appears complete or not at all.
@@ -289,5 +302,6 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
         tracking_id=version.run_id or "",
         model_id=(version.source or "").removeprefix("models:/"),
+        promoted=tags.get("promoted"),
         adapter_removed=tags.get("adapter_removed"),
     )

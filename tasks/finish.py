@@ -62,7 +62,7 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
     if is_complete(version) and tracked.is_finished():
         return
     if not is_complete(version):
-        if version.approval is None and is_overtaken(registry, version):
+        if is_overtaken(registry, version):
             return
         complete_version(registry, version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)

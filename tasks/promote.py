@@ -1,7 +1,8 @@
 """Promote: the champion of a lineage moves, and the promotion log tells when, by whom and why.
 
-The log is written first and the aliases follow it, so that a move that was cut short is completed by whoever looks
-next. Nobody has to hold the lineage for it: of two moves at once, the log lets one win.
+The log is written first; aliases and the versions' tags follow it, so that a move that was cut short is completed by
+whoever looks next, and before the log's next entry. Nobody has to hold the lineage for it: of two moves at once, the
+log lets one win.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ def is_complete(version: VersionInfo) -> bool:
 
 
 def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
-    """Whether the champion is neither the version nor what it continues, so that promoting it would lose a task."""
+    """Whether a version that its run has yet to promote would lose a task.
+
+    So it does where the champion is neither the version nor what it continues.
+    """
+    if version.approval is not None or version.promoted is not None:
+        return False
     champion = registry.champion(version.lineage)
     return (champion.version if champion else None) not in (version.parent_version, version.version)
 
@@ -47,17 +53,22 @@ def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
 def complete_version(registry: Registry, version: VersionInfo) -> None:
     """The last steps of an accepted version; each can be repeated, and `challenger` moves last, as the sign of the end.
 
+    A version that was promoted is not promoted again: since then somebody may have gone back to another.
+
     Raises:
-        RegistryError: another version took the place of the one that this version continues.
+        RegistryError: another version took the place of the one that this version continues, or a person rejected it.
     """
     store = current_store()
+    if version.approval == "refused":
+        raise RegistryError(rejected_by_person(version))
+    if is_overtaken(registry, version):
+        raise RegistryError(_overtaken(registry, version))
     if version.approval is None:
-        if is_overtaken(registry, version):
-            raise RegistryError(_overtaken(registry, version))
-        move_champion(
-            registry, PromotionLog(store), version, expected=version.parent_version, action="promoted", who=GATE,
-            why="passed its gate", run=version.run_key,
-        )  # fmt: skip
+        if version.promoted is None:
+            move_champion(
+                registry, PromotionLog(store), version, expected=version.parent_version, action="promoted", who=GATE,
+                why="passed its gate", run=version.run_key,
+            )  # fmt: skip
         note_learned(Ledger(store), version)
     registry.set_alias(version.lineage, "challenger", version.version)
 
@@ -92,12 +103,15 @@ def move_champion(
         run: key of the adaptation run, where one decided.
 
     Raises:
-        RegistryError: the champion is another by now.
+        RegistryError: the champion is another by now, or a person has rejected the version.
     """
     lineage = version.lineage
     champion, last = settle_aliases(registry, log, lineage)
     if champion == version.version:
         return
+    known = registry.version(lineage, version.version)  # as the log has it: the caller may have read it earlier
+    if known is not None and known.approval == "refused":
+        raise RegistryError(rejected_by_person(version))
     if champion == expected:
         added = log.add(
             last, action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
@@ -115,10 +129,11 @@ def move_champion(
 
 
 def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple[str | None, Move | None]:
-    """Set the aliases as the newest move says; without a move they stand as they are.
+    """Set aliases and tags as the newest move says; without a move they stand as they are.
 
-    An alias that was moved by hand is set back: the log is what later decisions rest on. The log is read again after
-    each setting: whoever has set what is no longer the newest mends it, so that the newest move wins in the end.
+    Whoever adds to the log has called this before, so that of earlier moves nothing is left to do. An alias that was
+    moved by hand is set back: the log is what later decisions rest on. The log is read again after each setting:
+    whoever has set what is no longer the newest mends it, so that the newest move wins in the end.
 
     Returns:
         The champion's number, and the move that says so.
@@ -133,9 +148,11 @@ def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple
 
 
 def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
-    """Set the aliases as a move says, and return the champion's number."""
+    """Set aliases and tags as a move says, and return the champion's number."""
     champion = registry.champion(lineage)
     current = champion.version if champion else None
+    if move is not None:
+        _tag(registry, move)
     if move is None or move.champion is None:
         return current
     if current != move.champion:
@@ -147,6 +164,27 @@ def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
         if previous is None or previous.version != move.before:
             registry.set_alias(lineage, "previous", move.before)
     return move.champion
+
+
+def _tag(registry: Registry, move: Move) -> None:
+    """Tag the version that a move is about; nothing if it is tagged, or was deleted in MLflow by hand."""
+    version = registry.version(move.lineage, move.version)
+    if version is None:
+        return
+    if move.action == "rejected" and version.approval != "refused":
+        tags = {"refused_by": move.who, "refused_why": move.why, "approval": "refused"}
+        registry.tag_version(move.lineage, move.version, tags)
+    if move.action == "promoted" and version.promoted != str(move.number):
+        given = {"approval": "given"} if move.run is None else {}
+        registry.tag_version(move.lineage, move.version, {**given, "promoted": str(move.number)})
+
+
+def rejected_by_person(version: VersionInfo) -> str:
+    """What to say where a version that a person rejected would become champion."""
+    return (
+        f"Version {version.version} of '{version.lineage}' was rejected by a person; learn its arrival again with "
+        "--again."
+    )
 
 
 def _overtaken(registry: Registry, version: VersionInfo) -> str:

@@ -92,7 +92,7 @@ class VersionRef(Reference):
     @property
     def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval"]:
         """How its run ended."""
-        if not self.accepted:
+        if not self.accepted or self.approval == "refused":
             return "rejected"
         return "awaiting-approval" if self.approval == "awaiting" else "promoted"
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import RegistryError
 from flows.adapt import adapt
 from flows.cli import app
-from flows.history import read_champion_at, read_history, read_moves
+from flows.history import find_version, read_champion_at, read_history, read_moves
 from flows.promote import promote_to, reject_version, roll_back
 from flows.requeue import find_left_behind, requeue
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
-from infra.registry import Registry, open_registry
+from infra.promotions import PromotionLog
+from infra.registry import Registry, VersionInfo, open_registry
 from tasks.lineage import find_parent
+from tasks.promote import complete_version, move_champion
+from tasks.services import current_store
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -63,6 +67,11 @@ def two_versions(
 def lineage(home: Path, two_versions: Path) -> None:
     """The two versions, in a home of this test's own."""
     shutil.copytree(two_versions, home, dirs_exist_ok=True)
+
+
+def die(*args: Any) -> None:
+    """Stands for a step at which the process ends."""
+    raise KeyboardInterrupt
 
 
 def aliases() -> dict[str, str]:
@@ -177,9 +186,6 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
 
 @pytest.mark.usefixtures("lineage")
 def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*args: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "set_alias", die)
         with pytest.raises(KeyboardInterrupt):
@@ -187,6 +193,75 @@ def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monke
     assert aliases()["champion"] == "2"
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "1" == aliases()["champion"]
+
+
+def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
+    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_alias", die)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny_base, "clinic")
+    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "the log alone has it"
+    assert roll_back("l", None, **BY).before == "3"
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2" == aliases()["champion"]
+    assert "deal requeue 3" in learn(tiny_base, "clinic").message
+    assert len(read_moves("l")) == 4
+
+
+def test_a_rejection_that_was_cut_short_holds(
+    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(tiny_base, "clinic", approval="person")
+    waiting = open_registry().versions("l")[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "tag_version", die)
+        with pytest.raises(KeyboardInterrupt):
+            reject_version("l", "3", **BY)
+    log = PromotionLog(current_store())
+    for before in (waiting, replace(waiting, approval=None)):  # as one who has read it before the rejection has it
+        with pytest.raises(RegistryError, match="rejected by a person"):
+            move_champion(open_registry(), log, before, expected="2", action="promoted", **BY)
+    with pytest.raises(RegistryError, match="rejected by a person"):
+        complete_version(open_registry(), open_registry().versions("l")[-1])
+    assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(tiny_base, "clinic", approval="person")
+
+    def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
+        monkeypatch.setattr("flows.promote.find_version", find_version)
+        roll_back("l", "1", **BY)
+        return find_version(registry, lineage, version)
+
+    monkeypatch.setattr("flows.promote.find_version", find_slowly)
+    with pytest.raises(RegistryError, match="try again"):
+        reject_version("l", "3", **BY)
+    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
+
+
+@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.registry.Registry.tag_version"])
+def test_an_approval_that_was_cut_short_is_completed(
+    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    learn(tiny_base, "clinic", approval="person")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, die)
+        with pytest.raises(KeyboardInterrupt):
+            promote_to("l", "3", **BY)
+    if read_moves("l")[-1].version == "3":
+        assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
+        with pytest.raises(RegistryError, match="champion already"):
+            promote_to("l", "3", **BY)
+    else:
+        promote_to("l", "3", **BY)
+    assert aliases()["champion"] == "3" and read_history("l")[-1].approval == "given"
+    assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
 
 
 @pytest.mark.usefixtures("lineage")
