@@ -23,6 +23,8 @@ from tasks.tombstones import refuse_forgotten
 def find_left_behind(lineage: str) -> tuple[Learned, ...]:
     """Accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
+    Not those of which another version awaits approval.
+
     Raises:
         RegistryError: the lineage has no version.
     """
@@ -31,10 +33,12 @@ def find_left_behind(lineage: str) -> tuple[Learned, ...]:
     if not versions:
         raise RegistryError(unknown_lineage(lineage))
     line = descent(versions, registry.champion(lineage))
-    known = {version.dataset_sha256 for version in line}
+    standings = {version.version: standing_of(version, line) for version in versions}
+    waiting = [version for version in versions if standings[version.version] == "awaiting approval"]
+    known = {version.dataset_sha256 for version in (*line, *waiting)}
     found: dict[str, Learned] = {}
     for version in versions:
-        if standing_of(version, line) == "left behind" and version.dataset_sha256 not in known:
+        if standings[version.version] == "left behind" and version.dataset_sha256 not in known:
             found[version.dataset_sha256] = Learned(
                 version=version.version, task=version.task, dataset_sha256=version.dataset_sha256
             )

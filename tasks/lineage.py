@@ -89,7 +89,8 @@ def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
         return "rejected by a person"
     if any(each.version == version.version for each in line):
         return "learned"
-    return "awaiting approval" if version.approval == "awaiting" else "left behind"
+    continues_champion = version.parent_version == (line[0].version if line else None)
+    return "awaiting approval" if version.approval == "awaiting" and continues_champion else "left behind"
 
 
 def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionRef:

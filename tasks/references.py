@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.config import Quantize
 
 Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
-"""left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it."""
+"""left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it.
+
+Of those that need approval only one that continues the champion still awaits it."""
 
 
 class Reference(BaseModel):

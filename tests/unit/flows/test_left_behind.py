@@ -1,0 +1,36 @@
+"""What a lineage's champion has not learned, by what became of its versions."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows.requeue import find_left_behind
+from infra.registry import VersionInfo
+
+
+def known_version(number: int, **values: Any) -> VersionInfo:
+    """An accepted version that has learned an arrival of its own, but for what is said."""
+    nothing = {field.name: None for field in fields(VersionInfo)}
+    known = {"accepted": True, "task": "t", "version": str(number), "dataset_sha256": f"{number:064d}"}
+    return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
+
+
+def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: VersionInfo) -> list[str]:
+    registry = SimpleNamespace(versions=lambda lineage: versions, champion=lambda lineage: versions[champion - 1])
+    monkeypatch.setattr("flows.requeue.open_registry", lambda: registry)
+    return [each.version for each in find_left_behind("l")]
+
+
+def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", approval="awaiting")
+    assert left_behind(monkeypatch, 1, first, second) == []
+    third = known_version(3, parent_version="1")
+    assert left_behind(monkeypatch, 3, first, second, third) == ["2"]
+    again = known_version(4, parent_version="3", approval="awaiting", dataset_sha256=second.dataset_sha256)
+    assert left_behind(monkeypatch, 3, first, second, third, again) == [], "it can be promoted"
