@@ -61,8 +61,10 @@ def reject(
 
 @promotion_app.command()
 def requeue(
-    version: Annotated[list[str] | None, typer.Argument(help="Versions [all that were left behind].")] = None,
-    learn: Annotated[bool, typer.Option("--learn", help="Learn them again; without it they are only listed.")] = False,
+    version: Annotated[list[str] | None, typer.Argument(help="Versions to learn again.")] = None,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Learn all that were left behind; without it or a version they are listed.")
+    ] = False,
     lineage: Lineage = "default", home: Home = None, as_json: Json = False, debug: Debug = False,
 ) -> None:
     """List the arrivals that a rollback left behind, or learn them again on top of the champion."""
@@ -84,7 +86,7 @@ def requeue(
             return requeue_flow(lineage, version or [])
 
         runs = deal.run(start)
-        shown = [line for run in runs for line in show_adaptation(run)]
+        shown = [line for run in runs for line in show_adaptation(run)] or show_left_behind(lineage, ())
         deal.screen.result([run.model_dump(mode="json") for run in runs], *shown)
 
 

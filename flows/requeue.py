@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from prefect import flow
 
 from deal_core.errors import RegistryError
-from flows.adapt import learn_arrival
+from flows.adapt import arrival_of, learn_arrival
 from flows.history import find_version, unknown_lineage
 from flows.lock import hold_lineage
 from flows.promote import Learned
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
-from infra.registry import open_registry
-from tasks.finish import read_spec_of
+from infra.registry import Registry, VersionInfo, open_registry
+from tasks.finish import read_spec_of, require_same_files
 from tasks.lineage import descent, standing_of
 from tasks.services import current_store
 from tasks.tombstones import refuse_forgotten
@@ -49,21 +49,37 @@ def find_left_behind(lineage: str) -> tuple[Learned, ...]:
 async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
     """Learn the arrivals of versions again, with the settings of their runs, in the order given.
 
+    What the champion has learned by the time it is their turn is reported as a repeat.
+
     Args:
         lineage: whose versions.
         versions: their numbers; none: all that were left behind, oldest first.
 
     Raises:
         RegistryError: there is no such version.
-        DataValidationError: an arrival's file is gone or has changed for the worse.
+        DataValidationError: an arrival's file is gone, or another lies in its place.
         ForgottenRowsError: the rows of one were forgotten.
     """
     registry = open_registry()
-    numbers = versions or [each.version for each in find_left_behind(lineage)]
-    found = [find_version(registry, lineage, number) for number in numbers]
-    for version in found:
-        refuse_forgotten(current_store(), version.task, [version.dataset_sha256])
-    specs = [parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
-             for version in found]  # fmt: skip
     async with hold_lineage(lineage):
-        return [await learn_arrival(spec, again=True) for spec in specs]
+        numbers = versions or [each.version for each in find_left_behind(lineage)]
+        found = [find_version(registry, lineage, number) for number in numbers]
+        specs = [_spec_of(version) for version in found]
+        return [
+            await learn_arrival(spec, again=not _is_learned(registry, version))
+            for spec, version in zip(specs, found, strict=True)
+        ]
+
+
+def _spec_of(version: VersionInfo) -> AdaptSpec:
+    """What the run of a version was asked, once it is known that the same can be learned again."""
+    store = current_store()
+    refuse_forgotten(store, version.task, [version.dataset_sha256])
+    spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
+    require_same_files(store, arrival_of(spec), version)
+    return spec
+
+
+def _is_learned(registry: Registry, version: VersionInfo) -> bool:
+    line = descent(registry.versions(version.lineage), registry.champion(version.lineage))
+    return any(each.dataset_sha256 == version.dataset_sha256 for each in line)

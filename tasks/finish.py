@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deal_core.errors import StoreError
+from deal_core.data.lines import sha256_of_file
+from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation import EvaluationReport
 from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
@@ -14,10 +15,10 @@ from infra.tracking import open_tracker
 from tasks.ingest import drop_training_rows, read_manifest
 from tasks.notices import announce_version
 from tasks.promote import complete_version, is_complete, is_overtaken
-from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
+from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report import report_run
 from tasks.run import end_run, remove_work
-from tasks.services import current_store
+from tasks.services import current_store, local_file
 
 FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
@@ -51,6 +52,23 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     return dict(spec)
 
 
+def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> None:
+    """Refuse an arrival in whose place other bytes lie than those that a version was trained on.
+
+    Raises:
+        DataValidationError: they do, or nothing is there.
+    """
+    findings = json.loads(store.get_bytes(f"{version.adapter_uri}/{FINDINGS_FILE}"))
+    files = read_manifest(store, _dataset_of(store, findings, version).uri).files
+    for address in filter(None, (arrival.data, arrival.test_data)):
+        with local_file(store, address) as path:
+            if files and sha256_of_file(path) not in files:  # older manifests do not have them
+                raise DataValidationError(
+                    f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
+                    "land the old file again, or adapt to the new one with deal adapt."
+                )
+
+
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
     """Complete the run of a lineage's newest version: promotion, report, end, work folder, training rows.
 
@@ -79,7 +97,7 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> Dataset
     if not store.exists(key):  # registered before runs kept them
         return None
     findings = json.loads(store.get_bytes(key))
-    dataset = DatasetRef.model_validate(findings["dataset"]) if "dataset" in findings else _old_dataset(store, version)
+    dataset = _dataset_of(store, findings, version)
     report = EvaluationReport.from_json(findings["evaluation"])
     report_run.fn(
         run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {},
@@ -91,8 +109,10 @@ def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> Dataset
     return dataset
 
 
-def _old_dataset(store: ObjectStore, version: VersionInfo) -> DatasetRef:
-    """The dataset of a version that was trained when lineages still shared what lies under a digest."""
+def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
+    """The dataset of a version, also of one trained when lineages still shared what lies under a digest."""
+    if "dataset" in findings:
+        return DatasetRef.model_validate(findings["dataset"])
     uri = f"datasets/{version.task}/{version.dataset_sha256}"
     manifest = read_manifest(store, uri)
     return DatasetRef(

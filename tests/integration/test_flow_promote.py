@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from deal_core.errors import RegistryError
+from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.cli import app
 from flows.history import find_version, read_champion_at, read_history, read_moves
@@ -107,10 +107,29 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
     assert (third.version, third.parent_version) == ("3", "1"), "the lineage branches at the rollback"
     assert [left.version for left in find_left_behind("l")] == ["2"]
 
-    (result,) = asyncio.run(requeue("l"))
+    async def requeue_twice_at_once() -> list[list[AdaptResult]]:
+        return await asyncio.gather(requeue("l"), requeue("l"))
+
+    nothing, (result,) = sorted(asyncio.run(requeue_twice_at_once()), key=len)
+    assert nothing == [], "the second one looks when the first has ended"
     assert (result.status, result.task, result.version, result.parent_version) == ("promoted", "parcels", "4", "3")
     assert find_left_behind("l") == ()
-    assert learn(tiny_base, "parcels").message.startswith("Nothing to do: version 4 has learned")
+    (named,) = asyncio.run(requeue("l", ["2"]))
+    for repeat in (named, learn(tiny_base, "parcels")):
+        assert repeat.message.startswith("Nothing to do: version 4 has learned")
+
+
+@pytest.mark.usefixtures("lineage")
+def test_nothing_is_learned_again_where_another_file_lies_by_now(tmp_path: Path) -> None:
+    roll_back("l", None, **BY)
+    store, key = current_store(), f"{open_registry().versions('l')[1].adapter_uri}/findings.json"
+    findings, moved = json.loads(store.get_bytes(key)), tmp_path / "messages.jsonl"
+    moved.write_bytes(Path(TASKS["parcels"]["data"]).read_bytes() + b"\n")
+    findings["spec"]["task"]["data"] = str(moved)
+    store.put_bytes(key, json.dumps(findings).encode())
+    with pytest.raises(DataValidationError, match="land the old file again"):
+        asyncio.run(requeue("l"))
+    assert len(open_registry().versions("l")) == 2
 
 
 @pytest.mark.usefixtures("lineage")
