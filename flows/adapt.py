@@ -26,7 +26,7 @@ from tasks.evaluate import evaluate_version
 from tasks.finish import keep_findings
 from tasks.gate import decide_gate
 from tasks.ingest import drop_training_rows, ingest_arrival
-from tasks.lineage import count_attempts, find_parent, find_registered, find_repeat, make_run_key
+from tasks.lineage import count_attempts, find_own, find_parent, find_registered, find_repeat, make_run_key
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, reporter
 from tasks.promote import promote_version
@@ -46,7 +46,7 @@ async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
 
     Args:
         spec: the arrival, the lineage, and how it learns.
-        again: train even if the lineage has learned from this arrival.
+        again: train even if the lineage has learned from this arrival, but not twice in one run.
 
     Raises:
         ConfigError: the spec contradicts the lineage.
@@ -81,7 +81,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
     stages.done("ingest", describe(dataset))
-    if not again and (known := await stages.run("repeat", find_repeat, dataset, spec.lineage)):
+    if known := await stages.run("repeat", find_own if again else find_repeat, dataset, spec.lineage):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0

@@ -80,7 +80,9 @@ def adapt(
     lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
     base: Base = None,
     strategy: Strategy = None,
-    again: Annotated[bool, typer.Option("--again", help="Train even if this arrival was adapted before.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train even if this arrival was adapted before, by this same command too.")
+    ] = False,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -57,6 +57,8 @@ class VersionFacts:
     """What the reasons say, for programs: kind, task, value and limit of each."""
     approval: Approval | None = None
     """Whether a person has to agree, or has; None: nobody was asked."""
+    flow_run: str | None = None
+    """Id of the flow run that trained it, which a run that is started again keeps."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -291,6 +293,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
         "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
         "approval": tags.get("approval"),
+        "flow_run": tags.get("flow_run"),
         **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
     }
     values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}

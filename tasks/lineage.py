@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from infra.ledger import Ledger
@@ -48,10 +48,23 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
 @task(name="known-run", cache_policy=NO_CACHE)
 def find_registered(run_key: str) -> VersionRef | None:
     """The version that a run of this key has registered, accepted or rejected."""
-    registry = open_registry()
-    known = registry.find_version(run_key)
+    return _with_standing(open_registry().find_version(run_key))
+
+
+@task(name="own-version", cache_policy=NO_CACHE)
+def find_own(dataset: DatasetRef, lineage: str) -> VersionRef | None:
+    """The version that this flow run has trained on a dataset, if it was interrupted later and started again."""
+    own = [
+        version for version in open_registry().versions(lineage)
+        if version.flow_run and version.flow_run == runtime.flow_run.id and version.dataset_sha256 == dataset.sha256
+    ]  # fmt: skip
+    return _with_standing(own[-1] if own else None)
+
+
+def _with_standing(known: VersionInfo | None) -> VersionRef | None:
     if known is None:
         return None
+    registry = open_registry()
     line = descent(registry.versions(known.lineage), registry.champion(known.lineage))
     return version_ref(known, standing_of(known, line))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.base_sources import resolve_base
@@ -77,6 +77,7 @@ def register_version(
         reasons=decision.reasons,
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
         approval="awaiting" if decision.accepted and approval == "person" else None,
+        flow_run=runtime.flow_run.id,
         average_accuracy=report.matrix.average_accuracy,
         forgetting=report.matrix.forgetting,
         backward_transfer=report.matrix.backward_transfer,

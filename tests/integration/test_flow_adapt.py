@@ -363,6 +363,22 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
 
 
+def test_an_again_that_is_started_again_after_it_registered_trains_nothing(
+    tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", "a run that the server starts again")
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.adapt.promote_version", die)
+        with pytest.raises(Killed):
+            run(tiny_base, BANK, again=True)
+    repeat = run(tiny_base, BANK, again=True)
+    assert (repeat.status, repeat.version) == ("repeat", "2")
+    assert versions() == [("1", "bank", ("previous",)), ("2", "bank", ("challenger", "champion"))]
+
+
 def test_a_version_that_another_has_overtaken_is_not_promoted(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
