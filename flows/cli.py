@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -383,7 +382,7 @@ def _show_ui(deal: Session, open_: bool, port: int) -> None:
     safe = address.shown()
     shown = [f"MLflow keeps the runs in {safe.tracking_uri}"]
     if safe.command:
-        shown += ["Show them with:", f"  {shlex.join(safe.command)}", f"and open {safe.url}"]
+        shown += ["Show them with:", f"  {safe.line()}", f"and open {safe.url}"]
     deal.screen.result(safe.model_dump(mode="json"), *map(escape, shown))
     if open_:
         raise typer.Exit(open_ui(address))

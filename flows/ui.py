@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -26,14 +28,22 @@ class UiAddress(BaseModel):
     url: str
     command: tuple[str, ...]
     """Starts the server; empty where one runs already."""
+    environment: dict[str, str] = {}
+    """Variables that the command needs: as arguments everybody on the machine could read them."""
 
     def shown(self) -> UiAddress:
         """The same for other eyes: without passwords."""
         return UiAddress(
             tracking_uri=without_password(self.tracking_uri),
             url=without_password(self.url),
-            command=tuple(without_password(part) for part in self.command),
+            command=self.command,
+            environment={name: without_password(value) for name, value in self.environment.items()},
         )
+
+    def line(self) -> str:
+        """The command as one types it into a shell."""
+        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.environment.items()),
+                         shlex.join(self.command)])  # fmt: skip
 
 
 def ui_address(port: int) -> UiAddress:
@@ -42,11 +52,9 @@ def ui_address(port: int) -> UiAddress:
     uri = settings.tracking_uri
     if uri.startswith(("http://", "https://")):
         return UiAddress(tracking_uri=uri, url=uri, command=())
-    command = (
-        "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", uri, "--artifacts-destination", settings.artifact_uri,
-    )  # fmt: skip
-    return UiAddress(tracking_uri=uri, url=f"http://127.0.0.1:{port}", command=command)
+    command = ("mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    environment = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_ARTIFACTS_DESTINATION": settings.artifact_uri}
+    return UiAddress(tracking_uri=uri, url=f"http://127.0.0.1:{port}", command=command, environment=environment)
 
 
 def open_ui(address: UiAddress) -> int:
@@ -56,7 +64,8 @@ def open_ui(address: UiAddress) -> int:
         return 0
     threading.Thread(target=_open_when_ready, args=(address.url,), daemon=True).start()
     try:
-        return subprocess.run([sys.executable, "-m", *address.command], check=False).returncode
+        environment = {**os.environ, **address.environment}
+        return subprocess.run([sys.executable, "-m", *address.command], env=environment, check=False).returncode
     except KeyboardInterrupt:
         return 0
 

@@ -33,13 +33,18 @@ def open_client(settings: TrackingSettings) -> MlflowClient:
 
 @contextmanager
 def saying(doing: str, uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into one that says what failed, and where."""
+    """Turn MLflow's errors into one that says what failed, and where.
+
+    Its cause stays hidden where it or the address has a password: tracebacks go to logs.
+    """
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = without_password(str(error).strip().split("\n")[0].rstrip("."))
         where = without_password(uri)
-        raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from error
+        quoted = f"{uri} {error}"
+        cause = error if without_password(quoted) == quoted else None
+        raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from cause
 
 
 again_if_overtaken = tenacity.retry(

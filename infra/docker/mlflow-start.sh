@@ -10,5 +10,6 @@ admin_username = ${MLFLOW_ADMIN_USERNAME}
 admin_password = ${MLFLOW_ADMIN_PASSWORD}
 EOF
 export MLFLOW_AUTH_CONFIG_PATH="$HOME/auth.ini"
-exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 2 --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-*}" \
-  --backend-store-uri "${MLFLOW_BACKEND_STORE_URI}" --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION}"
+# the store's address has a password: MLflow reads both from the environment, since arguments are seen by everybody
+: "${MLFLOW_BACKEND_STORE_URI:?}" "${MLFLOW_ARTIFACTS_DESTINATION:?}"
+exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 2 --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-*}"

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -128,8 +129,10 @@ def test_ui_names_the_database_and_the_command(deal: Deal, home: Path) -> None:
     told = json.loads(deal("ui", "--json", "--port", "5123").stdout)
     assert told["tracking_uri"] == f"sqlite:///{home / 'mlflow.db'}"
     assert told["url"] == "http://127.0.0.1:5123"
-    assert told["command"][:2] == ["mlflow", "ui"] and f"sqlite:///{home / 'mlflow.db'}" in told["command"]
-    assert "mlflow ui --host 127.0.0.1" in deal("ui").stdout
+    assert told["command"][:2] == ["mlflow", "ui"]
+    assert told["environment"]["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{home / 'mlflow.db'}"
+    shown = deal("ui").stdout.replace("\n", "")
+    assert f"MLFLOW_BACKEND_STORE_URI=sqlite:///{home / 'mlflow.db'}" in shown and "mlflow ui --host 127.0.0.1" in shown
 
 
 def test_ui_of_a_server_is_the_server(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +146,24 @@ def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         for result in (deal("ui"), deal("ui", "--json")):
             assert "secret" not in result.output and ".example" in result.output
+
+
+def test_ui_starts_the_server_with_no_password_among_the_arguments(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db.example/mlflow")
+    started: list[Any] = []
+
+    def start(command: list[str], *, check: bool, **options: Any) -> Any:
+        started.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("flows.ui.subprocess.run", start)
+    monkeypatch.setattr("flows.ui._open_when_ready", lambda url: None)
+    assert deal("ui", "--open").exit_code == 0
+    ((command, environment),) = started
+    assert "secret" not in " ".join(command)
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db.example/mlflow"
 
 
 def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:

@@ -63,3 +63,21 @@ def test_images_are_pinned_and_run_as_nobody_special() -> None:
         assert re.search(r"^USER (?!root)\w+", text, re.MULTILINE), path
     images = [service["image"] for service in yaml.safe_load(COMPOSE.read_text())["services"].values()]
     assert all(":" in image and not image.endswith(":latest") for image in images)
+
+
+def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) -> None:
+    stand_in = tmp_path / "mlflow"
+    stand_in.write_text('#!/bin/sh\necho "$@"\n')
+    stand_in.chmod(0o755)
+    names = ("BACKEND_STORE_URI", "AUTH_DATABASE_URI", "ADMIN_USERNAME", "ADMIN_PASSWORD", "ARTIFACTS_DESTINATION")
+    environment = {f"MLFLOW_{name}": "secret" for name in names}
+    environment |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+    def start(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        script = ["sh", str(INFRA / "docker" / "mlflow-start.sh")]
+        return subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+
+    done = start(environment)
+    assert done.stdout.startswith("server --app-name basic-auth") and "secret" not in done.stdout, done.stderr
+    del environment["MLFLOW_BACKEND_STORE_URI"]
+    assert start(environment).returncode != 0, "MLflow would take a file of its own"
