@@ -355,9 +355,9 @@ class RivalConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
 
-    o_lora_weight: float = 0.5
+    o_lora_weight: float = 0.01
     """λ of O-LoRA's orthogonality (arXiv 2310.14152)."""
-    ella_weight: float = 1.0
+    ella_weight: float = 10_000.0
     """λ of ELLA's overlap with the past (arXiv 2601.02232)."""
     ewc_weight: float = 100.0
     """λ of EWC's quadratic penalty (arXiv 1612.00796)."""
