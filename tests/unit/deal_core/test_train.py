@@ -217,7 +217,7 @@ def test_what_is_written_is_a_plain_peft_folder(base, train):
     config = json.loads((run.folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base.name
     method = json.loads((run.folder / "method.json").read_text())
-    assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0}
+    assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0, "num_arrivals": 1}
 
 
 def test_the_same_adapter_has_the_same_bytes_in_every_process(train):
