@@ -104,8 +104,7 @@ class ServedVersion:
         Raises:
             AdapterStateError: another version of this program wrote it.
         """
-        require_schema_version(values, SCHEMA_VERSION, SERVED_FILE, AdapterStateError)
-        values = {name: value for name, value in values.items() if name != "schema_version"}
+        values = require_schema_version(values, SCHEMA_VERSION, SERVED_FILE, AdapterStateError)
         tasks = tuple(ServedTask(**{**task, "schema": TaskSchema.from_json(task["schema"])})
                       for task in values.pop("tasks"))  # fmt: skip
         return cls(**values, tasks=tasks)

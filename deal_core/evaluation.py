@@ -84,8 +84,7 @@ class EvaluationReport:
         Raises:
             ValueError: another schema version.
         """
-        require_schema_version(data, _READ_VERSIONS, "The evaluation report", ValueError)
-        fields = {name: value for name, value in data.items() if name != "schema_version"}
+        fields = require_schema_version(data, _READ_VERSIONS, "The evaluation report", ValueError)
         fields["matrix"] = AccuracyMatrix.from_json(fields["matrix"])
         fields["notes"] = tuple(fields["notes"])
         if fields.get("adapter"):

@@ -12,8 +12,8 @@ def require_schema_version(
     what: str,
     error: type[Exception],
     remedy: str = "use the release that wrote it",
-) -> None:
-    """Refuse what another release wrote.
+) -> dict[str, Any]:
+    """Refuse what another release wrote; return the other values.
 
     Args:
         values: the JSON value that was read.
@@ -30,3 +30,4 @@ def require_schema_version(
     if found not in known:
         readable = " or ".join(map(str, known))
         raise error(f"{what} has schema version {found}, this release reads {readable}; {remedy}.")
+    return {name: value for name, value in values.items() if name != "schema_version"}

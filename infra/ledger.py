@@ -35,8 +35,7 @@ class LedgerEntry:
         Raises:
             StoreError: another version of this program wrote it.
         """
-        require_schema_version(values, SCHEMA_VERSION, "The ledger entry", StoreError)
-        return cls(**{name: value for name, value in values.items() if name != "schema_version"})
+        return cls(**require_schema_version(values, SCHEMA_VERSION, "The ledger entry", StoreError))
 
 
 class Ledger:

@@ -162,13 +162,16 @@ class Registry:
     def version(self, lineage: str, number: str) -> VersionInfo | None:
         """A version by its number, if there is one."""
         with saying(f"read version {number} of {lineage!r}", self.uri):
-            try:
-                found = self.client.get_model_version(lineage, number)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                return None
-        return _read(found, self._aliases(lineage))
+            found = self._find(lineage, number)
+        return None if found is None else _read(found, self._aliases(lineage))
+
+    def _find(self, lineage: str, number: str) -> ModelVersion | None:
+        try:
+            return self.client.get_model_version(lineage, number)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         """Fetch a version's logged model into a folder, which appears complete or not at all.
@@ -200,12 +203,9 @@ class Registry:
             RegistryError: there is no such version, or the gate rejected it.
         """
         with saying(f"set {lineage}@{alias}", self.uri):
-            try:
-                found = self.client.get_model_version(lineage, version)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                raise RegistryError(f"Lineage {lineage!r} has no version {version}; look into its history.") from None
+            found = self._find(lineage, version)
+            if found is None:
+                raise RegistryError(f"Lineage {lineage!r} has no version {version}; look into its history.")
             if found.tags.get("deal.gate") != "accepted":
                 raise RegistryError(
                     f"Version {version} of {lineage!r} did not pass its gate ({found.tags.get('deal.gate_reasons')}); "

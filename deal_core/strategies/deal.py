@@ -35,8 +35,8 @@ class Deal(Strategy):
         """Ask the parent about the old tasks; with a core, decompose its adapter and write what to start from."""
         super().prepare(model, state, context)
         self.deal = self.config.deal
-        self._tensors = {} if state is None else state.tensors
-        self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._tensors, self.seed)
+        self._rows = {} if state is None else state.stored_rows
+        self._rehearsal = make_rehearsal(self.config.rehearsal, model, context, self._rows, self.seed)
         self.network: Reparametrization | None = None
         is_between = state is not None and self.deal.interpolation < 1
         self._parent: list[Factors] = [stack.read() for stack in self.stacks] if is_between else []
@@ -101,7 +101,7 @@ class Deal(Strategy):
         """Take the version between parent and trained adapter."""
         for stack, parent in zip(self.stacks, self._parent, strict=False):
             stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
-        kept = keep_rows(self.config.rehearsal, self.context, self._tensors, self.seed)
+        kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ MIN_SHARING = 8
 
 
 def make_rehearsal(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, tensors: Mapping[str, Tensor], seed: int
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, rows: Mapping[str, Tensor], seed: int
 ) -> Rehearsal | None:
     """Return the rehearsal of a task that arrives, or None where there is nothing to ask.
 
@@ -30,11 +30,11 @@ def make_rehearsal(
         config: Which texts, how many.
         model: The parent, its adapter on and untouched.
         context: The arrival.
-        tensors: The parent's method state, which holds the stored rows.
+        rows: The stored rows of the parent's method state.
         seed: Decides what is drawn.
     """
     if config.texts == "stored":
-        tasks = [unpack(value) for name, value in sorted(tensors.items()) if name.startswith(STORED_ROWS)]
+        tasks = [unpack(value) for _, value in sorted(rows.items())]
     elif config.texts == "arrival":
         olds = tasks_to_ask(context.old_tasks, context.task)
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
@@ -56,16 +56,15 @@ def make_rehearsal(
 
 
 def keep_rows(
-    config: RehearsalConfig, context: TaskContext, tensors: Mapping[str, Tensor], seed: int
+    config: RehearsalConfig, context: TaskContext, rows: Mapping[str, Tensor], seed: int
 ) -> dict[str, Tensor]:
     """Return the stored rows of all tasks, the new one's sample among them; empty where none are kept."""
     if config.texts != "stored":
         return {}
-    kept = {name: value for name, value in tensors.items() if name.startswith(STORED_ROWS)}
-    rows = list(context.encoded)
-    sample = random.Random(seed).sample(rows, max(1, round(config.stored_share * len(rows))))
+    new = list(context.encoded)
+    sample = random.Random(seed).sample(new, max(1, round(config.stored_share * len(new))))
     questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in sample]
-    return {**kept, f"{STORED_ROWS}{len(kept):04d}": pack(questions)}
+    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(questions)}
 
 
 def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:

@@ -26,8 +26,8 @@ class Replay(Strategy):
         """Take the stored rows."""
         super().prepare(model, state, context)
         self._stored = replace(self.config.rehearsal, texts="stored")
-        self._tensors = {} if state is None else state.tensors
-        self._rehearsal = make_rehearsal(self._stored, model, context, self._tensors, self.seed)
+        self._rows = {} if state is None else state.stored_rows
+        self._rehearsal = make_rehearsal(self._stored, model, context, self._rows, self.seed)
 
     def rehearsal(self) -> Rehearsal | None:
         """Return questions from stored rows, held to their labels."""
@@ -35,5 +35,5 @@ class Replay(Strategy):
 
     def finish(self) -> MethodState:
         """Add a sample of this task's rows to what is kept."""
-        kept = keep_rows(self._stored, self.context, self._tensors, self.seed)
+        kept = keep_rows(self._stored, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)

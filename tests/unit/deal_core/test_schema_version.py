@@ -17,4 +17,4 @@ def test_what_another_release_wrote_is_refused_with_what_to_do(values: object) -
 
 @pytest.mark.parametrize("reads", [2, (1, 2)])
 def test_what_this_release_reads_passes(reads: int | tuple[int, ...]) -> None:
-    require_schema_version({"schema_version": 2}, reads, "a.json", StoreError)
+    assert require_schema_version({"schema_version": 2, "a": 1}, reads, "a.json", StoreError) == {"a": 1}
