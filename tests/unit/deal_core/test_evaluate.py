@@ -12,7 +12,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import MIN_PREFIX, _read_prefix, evaluate_task, first_answer_logits, generate_answers
+from deal_core.evaluate import MIN_PREFIX, _read_prefix, evaluate_task, first_answer_logits, generate, generate_answers
 
 ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
@@ -49,6 +49,12 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
     assert found == expected
     assert len(set(found)) > 1
     assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_logits_are_kept_for_who_asks_for_them_alone(with_logits, base):
+    (found,) = generate(base.model, base.tokenizer, [[1, 2], [3]], 2, max_batch_tokens=64, with_logits=with_logits)
+    assert (found.logits_BKV is not None) is with_logits
 
 
 def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch):

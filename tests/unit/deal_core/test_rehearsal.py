@@ -223,3 +223,12 @@ def test_old_tasks_that_are_asked_together_answer_as_each_alone(base, parent, ro
         assert (one.prompt_ids, one.answer_ids) == (other.prompt_ids, other.answer_ids)
         assert torch.equal(one.tokens_KN[:, 0], other.tokens_KN[:, 0])
         torch.testing.assert_close(one.shares_KN, other.shares_KN, rtol=1e-3, atol=1e-5)
+
+
+def test_the_parent_is_asked_without_dropout(base, collate):
+    base.model.train()
+    try:
+        ask(base.model, collate, [question(base, "about grass", "green")], temperature=1.0)
+        assert not base.model.training
+    finally:
+        base.model.eval()

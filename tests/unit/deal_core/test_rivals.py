@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
 from deal_core.config import AdapterConfig, RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.data.collate import answer_loss
 from deal_core.evaluate import first_answer_logits
 from deal_core.rehearsal import unpack
 
@@ -123,6 +124,18 @@ def test_ewc_adds_the_information_of_every_task_and_does_not_grow(train):
     before, after = load_method_state(first), load_method_state(second)
     assert after.num_bytes == before.num_bytes
     assert all(bool((after.tensors[name] >= before.tensors[name]).all()) for name in before.tensors)
+
+
+def test_ewc_takes_its_information_without_dropout(train, monkeypatch):
+    modes = []
+
+    def noted(model, inputs):
+        modes.append(model.training)
+        return answer_loss(model, inputs)
+
+    monkeypatch.setattr("deal_core.strategies.ewc.answer_loss", noted)
+    train("ewc")
+    assert modes and not any(modes)
 
 
 def test_lwf_holds_the_answers_of_the_parent(base, task, train, parent, rows):
