@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deal_core.adapter.factor import FactorNetwork, LiteralFactor
 from deal_core.adapter.spectral_factor import HaarFactor, SpectralFactor
 from deal_core.adapter.spectrum import Spectrum, count_core_slots, decompose
-from deal_core.adapter.stack import LoraStack
+from deal_core.adapter.stack import LoraStack, draw_seeds
 from deal_core.config import DealConfig
 
 
@@ -132,8 +132,7 @@ def _recycle(
     core_M1R = core_MR.unsqueeze(1)
     seeded = y_B if config.sides == "A" else y_A
     fan_in = y_B.shape[2] if config.sides == "A" else y_A.shape[1]
-    bound = config.seed_scale * fan_in**-0.5
-    seeds = ((torch.rand(seeded.shape, generator=generator) * 2 - 1) * bound).to(seeded.device)
+    seeds = config.seed_scale * draw_seeds(seeded, fan_in, generator)
     if config.sides == "A":
         return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)
     return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)

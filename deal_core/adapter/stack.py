@@ -85,6 +85,14 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
     return tuple(stacks)
 
 
+def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
+    """Return U(−1/√n, 1/√n) for n inputs, as PEFT seeds a new LoRA's A, in the shape and on the device of `like`.
+
+    They are drawn on the CPU, so that every device gets the same ones.
+    """
+    return ((torch.rand(like.shape, generator=generator) * 2 - 1) * fan_in**-0.5).to(like.device)
+
+
 def check_rank(stacks: Sequence[LoraStack]) -> None:
     """Refuse slots that could hold nothing.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.stack import check_rank
+from deal_core.adapter.stack import check_rank, draw_seeds
 from deal_core.rehearsal import Rehearsal
 from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
@@ -58,9 +58,7 @@ class Deal(Strategy):
         for stack in self.stacks:
             if self.deal.sides == "A":
                 a_MRI, b_MOR = stack.read()
-                bound = b_MOR.shape[2] ** -0.5
-                seeds = ((torch.rand(b_MOR.shape, generator=generator) * 2 - 1) * bound).to(b_MOR.device)
-                stack.write(torch.zeros_like(a_MRI), seeds)
+                stack.write(torch.zeros_like(a_MRI), draw_seeds(b_MOR, b_MOR.shape[2], generator))
             for param in stack.b_params if self.deal.sides == "A" else stack.a_params:
                 param.requires_grad_(False)
 

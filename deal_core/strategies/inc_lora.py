@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
 from deal_core.strategies.base import MethodState, Strategy, TaskContext
 
@@ -40,9 +41,7 @@ class IncLora(Strategy):
         for stack in self.stacks:
             a_MRI, b_MOR = stack.read()
             self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
-            bound = a_MRI.shape[2] ** -0.5
-            seeds = (torch.rand(a_MRI[:, -num_new:].shape, generator=generator) * 2 - 1) * bound
-            self.a_new.append(nn.Parameter(seeds.to(a_MRI.device)))
+            self.a_new.append(nn.Parameter(draw_seeds(a_MRI[:, -num_new:], a_MRI.shape[2], generator)))
             self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
         self.after_step()
 
