@@ -32,7 +32,7 @@ from tasks.references import BaseRef
 logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"
 LOOK_SECONDS = 2.0
-PROTOCOL = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
+PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
 """Where the benchmark's TrainConfig departs from the defaults: a cell goes on with the task it was at."""
 
 

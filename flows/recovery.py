@@ -16,11 +16,16 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+Resources = dict[str, str | list[str]]
+
 HEARTBEAT = "prefect.flow-run.heartbeat"
 OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
-OURS = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
-RETURNING = {"prefect.resource.role": "deployment", "prefect.resource.name": ["adapt", "adapt-file", "watch-inbox"]}
+RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
+OURS: Resources = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
+RETURNING: Resources = {
+    "prefect.resource.role": "deployment",
+    "prefect.resource.name": ["adapt", "adapt-file", "watch-inbox"],
+}
 SILENT = timedelta(seconds=90)
 """Three heartbeats missed: workers set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30, see prefect.yaml."""
 NEVER_BEGAN = timedelta(hours=1)

@@ -53,7 +53,7 @@ class Part(BaseModel):
         """Whether the process still runs."""
         with suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
+            return bool(process.create_time() == self.created) and process.status() != psutil.STATUS_ZOMBIE
         return False
 
 
@@ -243,7 +243,8 @@ def _end(parts: Iterable[Part]) -> list[str]:
     family: list[psutil.Process] = []
     for part in alive:
         with suppress(psutil.Error):
-            family += [(first := psutil.Process(part.pid)), *first.children(recursive=True)]
+            first = psutil.Process(part.pid)
+            family += [first, *first.children(recursive=True)]
     for part in alive:
         with suppress(ProcessLookupError):
             os.killpg(part.pid, signal.SIGTERM)

@@ -56,7 +56,9 @@ def compare_answers(
 def _compare(
     task: str, rows: list[_Row], before: Mapping[str, str], now: Mapping[str, str], include_texts: bool
 ) -> Changed:
-    gained, lost, num_rows = [], [], 0
+    gained: list[_Row] = []
+    lost: list[_Row] = []
+    num_rows = 0
     for row in rows:
         if row.sha256 not in before or row.sha256 not in now:
             continue

@@ -141,7 +141,7 @@ def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: No
 def _post_event(event: dict[str, Any]) -> None:
     """Hand an event in and see it taken, which `emit_event` leaves to a thread that ends with the process."""
     with get_client(sync_client=True) as client:
-        client.request("POST", "/events", json=[event]).raise_for_status()  # type: ignore[arg-type]
+        client.request("POST", "/events", json=[event]).raise_for_status()
 
 
 def _tell_webhook(event: str, identity: uuid.UUID, occurred: datetime, notice: Notice) -> None:

@@ -38,7 +38,7 @@ TRIAL_TOKENS = 4
 class ServingRoute(Reference):
     """Which model name answers for a lineage, and whether that is its champion."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     lineage: str
     engine: Literal["vllm"] = "vllm"
     url: str
@@ -207,7 +207,7 @@ def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float
 
 def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionInfo, error: DealError) -> ServingRoute:
     """What the route says when the server could not be brought in step: what answered before, and why."""
-    problem = {"champion": champion.version, "problem": " ".join(str(error).split())}
+    problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
     if before is None:
         return ServingRoute(lineage=champion.lineage, url=without_password(client.url), state="behind", **problem)
     state = "in step" if before.version == champion.version else "behind"

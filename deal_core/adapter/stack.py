@@ -90,7 +90,7 @@ def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
 
     They are drawn on the CPU, so that every device gets the same ones.
     """
-    return ((torch.rand(like.shape, generator=generator) * 2 - 1) * fan_in**-0.5).to(like.device)
+    return ((torch.rand(like.shape, generator=generator) * 2 - 1) * float(fan_in**-0.5)).to(like.device)
 
 
 def check_rank(stacks: Sequence[LoraStack]) -> None:
