@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +74,34 @@ def home(
     monkeypatch.setenv("DEAL_HOME", str(folder))
     monkeypatch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     return folder
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path, free_port: int) -> Iterator[str]:
+    """Address of an MLflow server that keeps the artifacts itself, in server/ of the test's folder."""
+    from infra.settings import QUIET
+
+    folder = tmp_path / "server"
+    folder.mkdir()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(free_port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+            "--artifacts-destination", str(folder / "artifacts"),
+        ],
+        cwd=folder, env={**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    log = []
+    try:
+        for line in process.stdout:
+            log.append(line)
+            if "startup complete" in line:
+                break
+        else:
+            pytest.fail("".join(log))
+        yield f"http://127.0.0.1:{free_port}"
+    finally:
+        process.terminate()
+        process.communicate()

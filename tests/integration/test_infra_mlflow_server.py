@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from infra.registry import VersionFacts, open_registry
-from infra.settings import QUIET, TrackingSettings
+from infra.settings import TrackingSettings
 from infra.tracking import open_tracker
 
 
-@pytest.fixture
-def server(tmp_path: Path, free_port: int) -> Iterator[str]:
-    folder = tmp_path / "server"
-    folder.mkdir()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(free_port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-            "--artifacts-destination", str(folder / "artifacts"),
-        ],
-        cwd=folder, env={**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    log = []
-    try:
-        for line in process.stdout:
-            log.append(line)
-            if "startup complete" in line:
-                break
-        else:
-            pytest.fail("".join(log))
-        yield f"http://127.0.0.1:{free_port}"
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def test_a_run_and_its_version_over_http(server: str, tmp_path: Path) -> None:
-    settings = TrackingSettings.model_validate({"home": tmp_path / "home", "tracking_uri": server})
+def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> None:
+    settings = TrackingSettings.model_validate({"home": tmp_path / "home", "tracking_uri": mlflow_server})
     tracker, registry = open_tracker(settings), open_registry(settings)
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -1,0 +1,77 @@
+"""gc and forget where the rows lie on an S3 server and MLflow is a server that keeps the artifacts itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from flows.forget import forget
+from flows.gc import gc
+from infra.s3_store import S3Store
+from tasks.services import current_store
+from tests.adapting import BANK, CLINIC, FAIL, run
+
+SECRET = "Zanzibar-4711"
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+    """An empty store on an S3 server over HTTP, which the settings point at."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    settings = {
+        "STORE_URI": "s3://team/store", "S3_ENDPOINT_URL": f"http://{host}:{port}", "S3_REGION": "us-east-1",
+        "S3_ACCESS_KEY_ID": "somebody", "S3_SECRET_ACCESS_KEY": "secret",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(f"DEAL_{name}", value)
+    store = current_store()
+    assert isinstance(store, S3Store)
+    store.client.create_bucket(Bucket=store.bucket)
+    yield store
+    moto.stop()
+
+
+def holding(store: S3Store, artifacts: Path, text: str) -> list[str]:
+    """Objects and files of the MLflow server that hold a text in the clear."""
+    found = [info.key for info in store.list("") if text.encode() in store.get_bytes(info.key)]
+    return found + [str(path) for path in artifacts.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_what_goes_is_gone_from_both_servers(
+    tiny_base: Path, bucket: S3Store, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    artifacts = tmp_path / "server" / "artifacts"
+    row = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"})
+    bad = json.dumps({"text": "", "label": f"lost card {SECRET}"})
+    bucket.put_bytes("inbox/bank/may.jsonl", f"{Path(BANK['data']).read_text()}{row}\n{bad}\n".encode())
+    first = run(tiny_base, {**BANK, "data": bucket.uri_of("inbox/bank/may.jsonl")}, strategy="replay",
+                data={"retain_training_rows": True}, rehearsal={"stored_share": 1.0})  # fmt: skip
+    rejected = run(tiny_base, CLINIC, gate=FAIL, rehearsal={"stored_share": 1.0})
+    assert (first.status, rejected.status) == ("promoted", "rejected")
+    assert any("quarantine" in key for key in holding(bucket, artifacts, SECRET))
+
+    def stored(run_key: str) -> list[str]:
+        return [info.key for info in bucket.list(f"adapters/l/{run_key[:16]}")]
+
+    num_weights = len(list(artifacts.rglob("adapter_model.safetensors")))
+    done = asyncio.run(gc("l", "0h"))
+    assert [removal.version for removal in done.removals if removal.kind == "adapter"] == ["2"]
+    assert stored(first.run_key) and not stored(rejected.run_key)
+    assert len(list(artifacts.rglob("adapter_model.safetensors"))) == num_weights - 1
+
+    plan = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked")).plan
+    assert {"training rows", "test rows", "quarantine", "inbox file", "rows kept by the method"} <= {
+        each.kind for each in plan.held
+    }
+    assert holding(bucket, artifacts, SECRET) == []
+    assert not [info.key for info in bucket.list("datasets/bank") if info.key.endswith(".parquet")]
