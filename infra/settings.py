@@ -187,5 +187,5 @@ def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ
 
 
 def without_password(text: str) -> str:
-    """The text with user and password of every address in it replaced."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
+    """The text with user and password of every address in it replaced; a password ends at the last @ before a space."""
+    return re.sub(r"://([^/\s]*|[^/:\s]*:\S*)@", "://***@", text)

@@ -2,12 +2,14 @@
 # Writes the file that basic auth is configured by, from the environment, and starts the server.
 set -eu
 umask 077
+# the file is read with interpolation, where a % is written twice
+written() { printf '%s' "$1" | sed 's/%/%%/g'; }
 cat > "$HOME/auth.ini" <<EOF
 [mlflow]
 default_permission = NO_PERMISSIONS
-database_uri = ${MLFLOW_AUTH_DATABASE_URI}
-admin_username = ${MLFLOW_ADMIN_USERNAME}
-admin_password = ${MLFLOW_ADMIN_PASSWORD}
+database_uri = $(written "${MLFLOW_AUTH_DATABASE_URI}")
+admin_username = $(written "${MLFLOW_ADMIN_USERNAME}")
+admin_password = $(written "${MLFLOW_ADMIN_PASSWORD}")
 EOF
 export MLFLOW_AUTH_CONFIG_PATH="$HOME/auth.ini"
 # the store's address has a password: MLflow reads both from the environment, since arguments are seen by everybody

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from docker.utils import exclude_paths
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
@@ -51,9 +53,33 @@ def test_compose_publishes_on_loopback_and_names_every_secret() -> None:
     services = yaml.safe_load(text)["services"]
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
-    wanted = set(re.findall(r"\$\{(\w+)", text)) - {"TORCH_INDEX", "PREFECT_UI_API_URL"}
+    wanted = set(re.findall(r"\$\{(\w+)", text)) - {"DEAL_POOL_TYPE", "PREFECT_UI_API_URL", "TORCH_INDEX"}
     example = (INFRA / "docker" / "env.example").read_text()
     assert wanted == {line.split("=")[0] for line in example.splitlines() if "=" in line and not line.startswith("#")}
+
+
+def test_images_get_what_they_copy_and_no_secret(tmp_path: Path) -> None:
+    copied = [
+        source
+        for path in (INFRA / "docker").glob("*ockerfile")
+        for line in re.findall(r"^COPY (.+)", path.read_text(), re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    patterns = (INFRA.parent / ".dockerignore").read_text().splitlines()
+    sent = exclude_paths(str(INFRA.parent), patterns)
+    assert set(copied) <= sent
+    secrets = (".env", "infra/docker/.env", "flows/.env.local", "infra/kubernetes/secrets.yaml", "deal-home/stack.json")
+    for name in secrets:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("secret")
+    assert not exclude_paths(str(tmp_path), patterns) & set(secrets)
+
+
+def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
+    commands = [container["args"] for each in documents("deal.yaml") if each["kind"] == "Deployment"
+                for container in each["spec"]["template"]["spec"]["containers"]]  # fmt: skip
+    commands.append((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2].split())
+    assert len(commands) == 3 and all("--no-create-pool-if-not-found" in command for command in commands)
 
 
 def test_images_are_pinned_and_run_as_nobody_special() -> None:
@@ -70,7 +96,7 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
     stand_in.write_text('#!/bin/sh\necho "$@"\n')
     stand_in.chmod(0o755)
     names = ("BACKEND_STORE_URI", "AUTH_DATABASE_URI", "ADMIN_USERNAME", "ADMIN_PASSWORD", "ARTIFACTS_DESTINATION")
-    environment = {f"MLFLOW_{name}": "secret" for name in names}
+    environment = {f"MLFLOW_{name}": "secret-50%" for name in names}
     environment |= {"HOME": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
 
     def start(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -79,5 +105,10 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
 
     done = start(environment)
     assert done.stdout.startswith("server --app-name basic-auth") and "secret" not in done.stdout, done.stderr
+    written = configparser.ConfigParser()  # as MLflow reads it
+    written.read(tmp_path / "auth.ini")
+    assert {name: written["mlflow"][name] for name in ("admin_username", "admin_password", "database_uri")} == {
+        "admin_username": "secret-50%", "admin_password": "secret-50%", "database_uri": "secret-50%",
+    }  # fmt: skip
     del environment["MLFLOW_BACKEND_STORE_URI"]
     assert start(environment).returncode != 0, "MLflow would take a file of its own"
