@@ -34,20 +34,30 @@ app.add_typer(lineage_app, name="lineage")
 Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Base = Annotated[
     str | None,
-    typer.Option("--base", help="Hub id, local folder or GGUF file [the lineage's own, else smollm2-135m-instruct]."),
-]
+    typer.Option("--base", help="Hub id, local folder or GGUF file.",
+                 show_default="the lineage's own, else smollm2-135m-instruct"),
+]  # fmt: skip
 Strategy = Annotated[
     str | None,
-    typer.Option("--strategy", help="deal, seq_lora, replay, o_lora, … [the lineage's own, else deal]."),
+    typer.Option("--strategy", help="deal, seq_lora, replay, o_lora, …",
+                 show_default="the lineage's own, else deal"),
+]  # fmt: skip
+SpecLineage = Annotated[
+    str | None,
+    typer.Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default"),
 ]
+Version = Annotated[str | None, typer.Option("--version", help="Adapter version.", show_default="the champion")]
 
 
 @app.command()
 def demo(
     compare: Annotated[bool, typer.Option("--compare", help="The same arrivals also by plain continued LoRA.")] = False,
-    base: Annotated[str | None, typer.Option("--base", help="Another base model [smollm2-135m-instruct].")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Another base model.", show_default="smollm2-135m-instruct")
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Where the result's picture goes (PNG) [HOME/demo.png].")
+        Path | None,
+        typer.Option("--picture", help="Where the result's picture goes (PNG).", show_default="HOME/demo.png"),
     ] = None,
     home: Home = None,
     as_json: Json = False,
@@ -76,7 +86,7 @@ def adapt(
     task: Annotated[str | None, typer.Option("--task", "-t", help="Task the file belongs to.")] = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="File: CSV, JSON lines or Parquet.")] = None,
     test_data: Annotated[str | None, typer.Option("--test-data", help="File of test rows.")] = None,
-    lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
+    lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
     again: Annotated[
@@ -112,8 +122,10 @@ def watch(
     spec: Annotated[
         Path | None, typer.Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
-    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Only this task's files [all].")] = None,
-    lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Name of the lineage [default].")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="Only this task's files.", show_default="all")
+    ] = None,
+    lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
     poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between two looks at the inbox.")] = 2.0,
@@ -144,7 +156,7 @@ def watch(
 @app.command()
 def evaluate(
     lineage: Lineage = "default",
-    version: Annotated[str | None, typer.Option("--version", help="Adapter version [the champion].")] = None,
+    version: Version = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -168,8 +180,9 @@ def history(
     lineage: Lineage = "default",
     at: Annotated[
         datetime | None,
-        typer.Option("--at", help="Say which version was champion at this time, by this machine's clock.",
-                     formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"], show_default=False),
+        typer.Option("--at", metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+                     help="Say which version was champion then, by this machine's clock: 2026-11-01T09:30, or a date.",
+                     show_default=False),
     ] = None,
     moves: Annotated[bool, typer.Option("--moves", help="Show the promotion log instead.")] = False,
     newest: Annotated[
@@ -209,14 +222,18 @@ def predict(
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="File whose rows are answered: CSV, JSON lines or Parquet.")
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", "-t", help="Task [the newest one].")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="Task to ask.", show_default="the newest one")
+    ] = None,
     lineage: Lineage = "default",
-    version: Annotated[str | None, typer.Option("--version", help="Adapter version [the champion].")] = None,
+    version: Version = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="With --data: .jsonl or .parquet [beside the file].")
+        Path | None,
+        typer.Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="beside the file"),
     ] = None,
     column: Annotated[
-        str | None, typer.Option("--column", help="With --data: the column that is asked [found by its name].")
+        str | None,
+        typer.Option("--column", help="With --data: the column that is asked.", show_default="found by its name"),
     ] = None,
     home: Home = None,
     as_json: Json = False,
@@ -247,9 +264,12 @@ def validate(
         Path | None, typer.Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
     ] = None,
     task: Annotated[str, typer.Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
-    test_data: Annotated[str | None, typer.Option("--test-data", help="File of test rows [the spec's].")] = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", help="File of test rows.", show_default="the spec's")
+    ] = None,
     lineage: Annotated[
-        str | None, typer.Option("--lineage", "-l", help="Lineage that shall learn it [the spec's, else default].")
+        str | None,
+        typer.Option("--lineage", "-l", help="Lineage that shall learn it.", show_default="the spec's, else default"),
     ] = None,
     home: Home = None,
     as_json: Json = False,
@@ -277,18 +297,26 @@ def benchmark(
         str, typer.Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
     ],
     suite: Annotated[str | None, typer.Option("--suite", help="3, 4, 8 or 15 tasks.", show_default=False)] = None,
-    order: Annotated[list[str] | None, typer.Option("--order", help="Order of the suite's tasks [1].")] = None,
+    order: Annotated[
+        list[str] | None, typer.Option("--order", help="Order of the suite's tasks.", show_default="1")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Tasks of your own, in order.")] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option("--strategy", help="A strategy, or a bound: base, per_task, joint [deal, seq_lora]."),
+        typer.Option(
+            "--strategy", help="A strategy, or a bound: base, per_task, joint.", show_default="deal, seq_lora"
+        ),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Seed of weights and row order [0].")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seed of weights and row order.", show_default="0")
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", help="Training rows per task.")] = 300,
     part: Annotated[str, typer.Option("--part", help="Test rows: dev (to choose settings on) or reported.")] = (
         "reported"
     ),
-    max_test_rows: Annotated[int | None, typer.Option("--max-test-rows", help="The first so many [all].")] = None,
+    max_test_rows: Annotated[
+        int | None, typer.Option("--max-test-rows", help="Only the first so many test rows.", show_default="all")
+    ] = None,
     scored: Annotated[
         str, typer.Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
@@ -296,8 +324,12 @@ def benchmark(
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Changes to the methods' settings, as JSON; a cell for each.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base model [smollm2-135m-instruct].")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the cells [HOME/benchmark].")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model.", show_default="smollm2-135m-instruct")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the cells.", show_default="HOME/benchmark")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

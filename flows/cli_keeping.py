@@ -16,7 +16,9 @@ keeping_app = typer.Typer()
 
 @keeping_app.command()
 def gc(
-    lineage: Annotated[str | None, typer.Option("--lineage", "-l", help="Only this lineage [all].")] = None,
+    lineage: Annotated[
+        str | None, typer.Option("--lineage", "-l", help="Only this lineage.", show_default="all")
+    ] = None,
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="AGE", help="Age of what may go: 12h, 30d, 4w.")
     ] = "30d",

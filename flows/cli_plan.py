@@ -16,7 +16,10 @@ plan_app = typer.Typer()
 def plan(
     spec: Annotated[Path, typer.Argument(help="Spec file (YAML).", show_default=False)],
     device_memory: Annotated[
-        str | None, typer.Option("--device-memory", help="Plan for another machine: 24GiB, 80GB [what is free here].")
+        str | None,
+        typer.Option(
+            "--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
+        ),
     ] = None,
     precision: Annotated[
         str, typer.Option("--precision", help="bf16, fp32 or auto, of the weights there: auto is this machine's.")

@@ -31,7 +31,10 @@ def promote(
 
 @promotion_app.command()
 def rollback(
-    to: Annotated[str | None, typer.Option("--to", help="Version [the one that the champion continues].")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="Version to go back to.", show_default="the one that the champion continues"),
+    ] = None,
     lineage: Lineage = "default", why: Why = "rolled back by hand", home: Home = None, as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -18,7 +18,8 @@ def report(
     version: Annotated[str, typer.Argument(help="Number of the version.")],
     lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The HTML file [HOME/reports/LINEAGE-VERSION.html].")
+        Path | None,
+        typer.Option("--out", "-o", help="The HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html"),
     ] = None,
     home: Home = None,
     as_json: Json = False,

@@ -52,7 +52,9 @@ def serve(
 @vllm_app.command("sync")
 def sync(
     lineage: Lineage = "default",
-    url: Annotated[str | None, typer.Option("--url", help="Address of the vLLM server [DEAL_VLLM_URL].")] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

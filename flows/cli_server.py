@@ -96,7 +96,7 @@ def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> No
 
 @lineage_app.command("add")
 def add(
-    spec: Annotated[Path, typer.Argument(help="Lineage settings (YAML); `tasks:` names what it learns [all].")],
+    spec: Annotated[Path, typer.Argument(help="Lineage settings (YAML); `tasks:` names what it learns, else all.")],
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

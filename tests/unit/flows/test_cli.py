@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from deal_core.errors import RegistryError
@@ -52,6 +54,26 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
         "demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "plan", "model", "ui", "report",
     ):  # fmt: skip
         assert name in done.stdout
+
+
+def commands(command: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group of `deal`, with the words that call it."""
+    command = command or get_command(app)
+    yield path, command
+    for name, part in getattr(command, "commands", {}).items():
+        yield from commands(part, *path, name)
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*found, id=" ".join(found[0])) for found in commands()])
+def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: Any) -> None:
+    """Rich would take text in square brackets for markup and leave it out."""
+    screen = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).stdout
+    shown = " ".join(re.sub("[─-╿]", " ", screen).split())
+    texts = [command.help, command.epilog, *(part.help for part in getattr(command, "commands", {}).values())]
+    for parameter in command.params:
+        texts += [parameter.help, parameter.show_default if isinstance(parameter.show_default, str) else None]
+    for text in filter(None, texts):
+        assert " ".join(text.split()) in shown
 
 
 @pytest.mark.parametrize(
