@@ -90,7 +90,7 @@ def load_base(
             "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
         ) from error
     _ensure_pad_token(tokenizer, source)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = _plain_greedy(model.generation_config, tokenizer)
     if not quantized:
         model.to(PartialState().device)
     model.eval()
@@ -139,6 +139,17 @@ def _ensure_pad_token(tokenizer: Any, source: str) -> None:
     if fallback is None:
         raise ConfigError(f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder.")
     tokenizer.pad_token = fallback
+
+
+def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> transformers.GenerationConfig:
+    """The tokens that begin, end and fill, and nothing else of what a base's authors advise.
+
+    A repetition penalty, say, also acts on greedy answers, and against every label that the instruction names.
+    """
+    return transformers.GenerationConfig(
+        bos_token_id=theirs.bos_token_id, eos_token_id=theirs.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=theirs.decoder_start_token_id,
+    )  # fmt: skip
 
 
 def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:

@@ -114,6 +114,16 @@ def test_an_encoder_decoder_is_loaded_as_one(tiny_base: Path, tmp_path: Path) ->
     assert base.kind == "seq2seq" and base.model.config.model_type == "t5"
 
 
+def test_answers_are_greedy_whatever_the_base_advises_for_chatting(tiny_base: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_base, tmp_path / "base")
+    file = folder / "generation_config.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "min_length": 5}))
+    found = load_base(str(folder), tmp_path / "cache").model.generation_config
+    plain = load_base(str(tiny_base), tmp_path / "cache").model.generation_config
+    assert found.to_diff_dict() == plain.to_diff_dict() and found.eos_token_id == known["eos_token_id"]
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_base, tmp_path / "base")
     config = json.loads((folder / "tokenizer_config.json").read_text())
