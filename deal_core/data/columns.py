@@ -17,7 +17,7 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation", "conversations"),
     "split": ("split",),
 }  # fmt: skip
-"""Names a column may have, the first that a file has counts; case and outer blanks do not."""
+"""Names a column may have; case and outer blanks do not count. The first wins; of the others a file may have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ def resolve_columns(file_columns: Sequence[str], task: TaskSchema, source: str) 
         {'text': 'Body', 'label': 'category'}
     """
     formats = _possible_formats(task)
-    found = {name: _find(name, file_columns, task, source) for name in CONVENTIONS}
-    fitting = [one for one in formats if all(found[name] is not None for name in COLUMNS_OF_FORMAT[one])]
+    found = {name: _matches(name, file_columns, task, source) for name in CONVENTIONS}
+    fitting = [one for one in formats if all(found[name] for name in COLUMNS_OF_FORMAT[one])]
     if not fitting:
         raise DataValidationError(_missing_message(file_columns, formats, found, source))
     if len(fitting) > 1:
@@ -54,7 +54,7 @@ def resolve_columns(file_columns: Sequence[str], task: TaskSchema, source: str) 
             f"{source} has the columns of more than one format ({', '.join(fitting)}); set task.format to one of them."
         )
     wanted = (*COLUMNS_OF_FORMAT[fitting[0]], "split")
-    names = {name: column for name in wanted if (column := found[name]) is not None}
+    names = {name: _only(found[name], name, source) for name in wanted if found[name]}
     if len(set(names.values())) < len(names):
         raise DataValidationError(f"task.columns gives one column of {source} two meanings: {names}; correct it.")
     return Columns(format=fitting[0], names=names)
@@ -83,12 +83,12 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
         task = replace(task, columns={name: column})
     elif task.columns.get(name) not in file_columns:
         task = replace(task, columns={})  # the task's first file named it so; this one may do otherwise
-    found = _find(name, file_columns, task, source)
-    if found is None:
+    found = _matches(name, file_columns, task, source)
+    if not found:
         raise DataValidationError(
             f"{source} has the columns {_listed(file_columns)}; none is named like {name}. Name it with --column."
         )
-    return Columns(format=kind, names={name: found})
+    return Columns(format=kind, names={name: _only(found, name, source)})
 
 
 def _possible_formats(task: TaskSchema) -> list[Format]:
@@ -99,34 +99,36 @@ def _possible_formats(task: TaskSchema) -> list[Format]:
     return ["labelled"] if task.labels else formats
 
 
-def _find(name: str, file_columns: Sequence[str], task: TaskSchema, source: str) -> str | None:
+def _matches(name: str, file_columns: Sequence[str], task: TaskSchema, source: str) -> list[str]:
+    """The file's columns that could be the one of ours."""
     if name in task.columns:
-        matches = [column for column in file_columns if column.strip() == task.columns[name].strip()]
-        if not matches:
+        named = [column for column in file_columns if column.strip() == task.columns[name].strip()]
+        if not named:
             raise DataValidationError(
                 f"{source} has no column {task.columns[name]!r}, which task.columns gives for {name}; it has "
                 f"{_listed(file_columns)}."
             )
-    else:
-        matches = []
-        for convention in CONVENTIONS[name]:
-            matches = [column for column in file_columns if column == convention] or [
-                column for column in file_columns if column.strip().casefold() == convention
-            ]
-            if matches:
-                break
+        return named
+    ours, *others = CONVENTIONS[name]
+    exact = [column for column in file_columns if column == ours]
+    alike = [column for column in file_columns if column.strip().casefold() == ours]
+    return exact or alike or [column for column in file_columns if column.strip().casefold() in others]
+
+
+def _only(matches: Sequence[str], name: str, source: str) -> str:
     if len(matches) > 1:
         raise DataValidationError(
-            f"{source} has {len(matches)} columns that could be {name}: {_listed(matches)}; rename all but one."
+            f"{source} has {len(matches)} columns that could be {name}: {_listed(matches)}; name the right one in "
+            f"task.columns ({{{name}: …}}), or rename the others. What stands in several belongs into one column."
         )
-    return matches[0] if matches else None
+    return matches[0]
 
 
 def _missing_message(
-    file_columns: Sequence[str], formats: Sequence[Format], found: Mapping[str, str | None], source: str
+    file_columns: Sequence[str], formats: Sequence[Format], found: Mapping[str, Sequence[str]], source: str
 ) -> str:
     wanted = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
-    missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if found[name] is None]
+    missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not found[name]]
     return (
         f"{source} has the columns {_listed(file_columns)}, and {wanted}; nothing is named like {', '.join(missing)}. "
         f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."

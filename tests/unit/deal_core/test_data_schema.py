@@ -113,6 +113,7 @@ def test_labels_are_the_same_across_case_blanks_and_unicode_forms() -> None:
         (("question", "answer"), "completion", {"prompt": "question", "completion": "answer"}),
         (("messages",), "chat", {"messages": "messages"}),
         (("sentence", "text", "label"), "labelled", {"text": "text", "label": "label"}),
+        (("text", "label", "question", "input"), "labelled", {"text": "text", "label": "label"}),
     ],
 )
 def test_columns_and_format_are_found_by_convention(
@@ -141,6 +142,8 @@ def test_columns_that_the_task_names_win() -> None:
         (("text", "label"), {"columns": {"label": "text"}}, "two meanings"),
         (("text", "label", "text"), {}, "2 columns that could be text"),
         (("Text", "TEXT", "label"), {}, "2 columns that could be text"),
+        (("instruction", "input", "output"), {"format": "auto"}, "could be prompt: 'instruction', 'input'"),
+        (("text", "topic", "category"), {}, "2 columns that could be label"),
         ((), {}, "(none)"),
         (tuple(f"c{i}" for i in range(500)), {}, "(500 in all)"),
     ],
