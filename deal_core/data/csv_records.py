@@ -32,7 +32,7 @@ class CsvFile:
         self._feed = _Feed(numbered_lines(self._stream))
         try:
             delimiter = _find_delimiter(self._feed.peek())
-            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True)
+            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=True)
             self.header = self._read_header()
         except BaseException:
             self._stream.close()

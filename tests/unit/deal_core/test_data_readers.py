@@ -97,6 +97,11 @@ def test_a_csv_may_use_semicolons_or_tabs(tmp_path: Path, delimiter: str) -> Non
     assert read(path) == [{"text": "a, b; c\td", "label": "x"}]
 
 
+def test_a_blank_after_the_delimiter_does_not_make_quotes_part_of_a_value(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", 'text, label\n"one, two", "a"\nthree, b\n')
+    assert read(path) == [{"text": "one, two", "label": "a"}, {"text": "three", "label": "b"}]
+
+
 def test_a_csv_row_knows_its_row_and_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", 'text,label\n"two\nlines",a\n\nplain,b\n')
     assert [(row.number, row.line) for row in read_rows(path)] == [(1, 2), (2, 5)]
