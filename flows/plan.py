@@ -214,6 +214,8 @@ def _plan_rows(
         )  # fmt: skip
         if device_memory is not None:
             notes.append("the time is this machine's, not that of the device planned for")
+    if train.num_processes > 1:
+        notes.append(f"memory and time are those of one process with the whole batch; {train.num_processes} share it")
     if strategy in ("o_lora", "ella", "ewc", "lwf") and num_old:
         notes.append(f"what {strategy} keeps of earlier tasks beside the adapter is not counted")
     steps = train.num_steps(manifest.num_train)

@@ -104,7 +104,7 @@ def probe_step(
             strategy=strategy,
             adapter=adapter,
             method=method,
-            train=replace(train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0),
+            train=replace(train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1),
             output_folder=Path(temporary) / "adapter",
             checkpoint_folder=Path(temporary) / "checkpoints",
             old_tasks=old_tasks,

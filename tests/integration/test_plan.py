@@ -52,6 +52,11 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
     assert not left, "a plan keeps nothing"
 
 
+def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
+    found = json.loads(plan("--json", num_processes=2).stdout)
+    assert found["seconds_per_step"] > 0 and any("2 share it" in note for note in found["notes"])
+
+
 def test_what_does_not_fit_is_refused_with_what_to_change(plan: Plan) -> None:
     whole = json.loads(plan("--json", "--no-probe", batch_size=32).stdout)
     less = f"{0.8 * whole['total_bytes'] / 2**20}MiB"
