@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from deal_core.adapter.state import load_adapter
 from deal_core.config import EvaluateConfig
+from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluate import generate_answers
@@ -45,11 +46,11 @@ class ServedTask:
     max_prompt_tokens: int
     max_new_tokens: int
 
-    def require_readable(self, text: str, place: str) -> None:
-        """Refuse an input that this task cannot be asked with.
+    def readable(self, text: str, place: str) -> str:
+        """The input as the task's own rows are stored.
 
         Raises:
-            ConfigError: it is empty, or the task is a chat and it is no list of messages.
+            ConfigError: it is empty, or the task is a chat and it is no list of messages; the message names the place.
         """
         if not text.strip():
             raise ConfigError(f"{place} has an empty input; give the text to answer.")
@@ -58,6 +59,8 @@ class ServedTask:
                 f"{place} is of the chat task {self.schema.name}, whose input is a JSON list of messages with role and "
                 'content, such as [{"role": "user", "content": "Hello"}].'
             )
+        assert self.schema.format != "auto", "a task that was learned has a format"
+        return normal_input(self.schema.format, text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,8 @@ class ServedVersion:
         name = self.newest_task if name is None else name
         return next((task for task in self.tasks if task.schema.name == name), None)
 
-    def task_of(self, row: Row, number: int) -> ServedTask:
-        """The task that a row is asked with; the row itself is checked too.
+    def asked(self, row: Row, number: int) -> tuple[ServedTask, str]:
+        """The task that a row is asked with, and its input as that task's rows are stored.
 
         Raises:
             ConfigError: the version knows no such task, or the input does not fit it; the message names the row.
@@ -87,8 +90,7 @@ class ServedVersion:
         if task is None:
             names = ", ".join(known.schema.name for known in self.tasks)
             raise ConfigError(f"Row {number} names the task {row.task!r}; this version knows {names}.")
-        task.require_readable(row.input, f"Row {number}")
-        return task
+        return task, task.readable(row.input, f"Row {number}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back; a file's column names are of no use to who asks."""
@@ -167,7 +169,7 @@ class Answerer:
         Raises:
             ConfigError: a row cannot be asked; no row is answered then.
         """
-        request = _Request([(self.served.task_of(row, number), row.input) for number, row in enumerate(rows, 1)])
+        request = _Request([self.served.asked(row, number) for number, row in enumerate(rows, 1)])
         with self._guard:
             self._waiting.append(request)
         with self._turn:  # whoever gets it first answers for all who wait

@@ -14,6 +14,7 @@ from flows.history import find_version
 from infra.registry import open_registry
 from infra.settings import HomeSettings
 from tasks.base import lend_base
+from tasks.model_card import served_task
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.services import borrowed_folder, current_store
 
@@ -51,13 +52,14 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
         version: number of the version; None: the champion.
 
     Raises:
-        ConfigError: the lineage does not know the task.
+        ConfigError: the lineage does not know the task, or the text is none that it can be asked with.
         RegistryError: the lineage has no such version.
     """
     store = current_store()
     info = find_version(open_registry(), lineage, version)
     record = read_record(store, info.adapter_uri)
     known = choose_task(record, task)
+    text = served_task(known).readable(text, "The question")
     base = lend_base(record.base)
     with borrowed_folder(store, info.adapter_uri) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import DataConfig, EvaluateConfig
+from deal_core.config import EvaluateConfig
 from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own_names, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
@@ -95,7 +96,7 @@ def predict_file(
     asked = _Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     files = AnswerFiles(output, survey.types, own_names(survey.types))
-    checker = RowChecker(asked.known.schema, columns, DataConfig().max_text_chars)
+    checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # tokens cut a prompt
     state = {
         "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_file(data), "lineage": lineage,
         "task": asked.known.schema.name, "version": info.version, "adapter": info.adapter_uri,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def ingest_arrival(
             require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
         local_file(store, arrival.data) as source,
-        local_file(store, arrival.test_data or arrival.data) as test_source,
+        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
         tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary,
     ):
         folder = Path(temporary) / "dataset"
@@ -86,7 +86,7 @@ def ingest_arrival(
                 schema,
                 folder,
                 config,
-                test_source=test_source if arrival.test_data else None,
+                test_source=test_source,
                 frozen_test_rows=frozen_test_rows(store, record, arrival.task),
                 on_progress=advance("ingest"),
             )

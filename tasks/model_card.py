@@ -22,13 +22,16 @@ def served_version(record: LineageRecord) -> ServedVersion:
         base_source=record.base.source,
         base_name=record.base.name,
         base_sha256=record.base.sha256,
-        tasks=tuple(
-            ServedTask(schema=known.schema, max_prompt_tokens=known.max_prompt_tokens,
-                       max_new_tokens=known.max_new_tokens)
-            for known in record.tasks
-        ),
+        tasks=tuple(map(served_task, record.tasks)),
         newest_task=record.matrix.trained[-1],
-    )  # fmt: skip
+    )
+
+
+def served_task(known: KnownTask) -> ServedTask:
+    """How a task is asked, as it lies beside the adapter."""
+    return ServedTask(
+        schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
+    )
 
 
 def example_rows(record: LineageRecord) -> list[dict[str, str]]:

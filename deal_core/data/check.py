@@ -10,11 +10,25 @@ from typing import Any
 
 from deal_core.data.columns import Columns
 from deal_core.data.rows import Problem, RawRow, Row, row_digest, shorten
-from deal_core.data.schema import Split, TaskSchema, label_key
+from deal_core.data.schema import Format, Split, TaskSchema, label_key
 
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
 _UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
 _NO_ROW = Row("", "", b"", None)
+
+
+def normal_line_ends(text: str) -> str:
+    """The text with Unix's line ends."""
+    return text.replace("\r\n", "\n")
+
+
+def normal_input(kind: Format, text: str) -> str:
+    """What the model is asked, as a dataset stores it: whoever asks otherwise asks what no model learned."""
+    if kind == "chat":
+        messages = [{**each, "content": normal_line_ends(each["content"])} for each in json.loads(text)]
+        return json.dumps(messages, ensure_ascii=False)
+    text = normal_line_ends(text)
+    return text.strip() if kind == "labelled" else text
 
 
 class RowChecker:
@@ -38,7 +52,7 @@ class RowChecker:
             completion = self._text(raw.values, "completion", problems)
             row = Row(prompt, completion, row_digest([prompt], completion), split)
         else:
-            text = self._text(raw.values, "text", problems).strip()
+            text = normal_input("labelled", self._text(raw.values, "text", problems))
             label = self.label(raw.values, problems)
             row = Row(text, label, row_digest([text], label_key(label)), split)
         return problems or row
@@ -52,8 +66,7 @@ class RowChecker:
             text = self._conversation(raw.values, problems)
         else:
             name = "prompt" if self._columns.format == "completion" else "text"
-            text = self._text(raw.values, name, problems)
-            text = text.strip() if name == "text" else text
+            text = normal_input(self._columns.format, self._text(raw.values, name, problems))
         return problems or text
 
     def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
@@ -84,7 +97,7 @@ class RowChecker:
         if text is None:
             return ""
         self._check_length(text, self._columns.names[name], problems)
-        return text.replace("\r\n", "\n")
+        return normal_line_ends(text)
 
     def _check_length(self, text: str, column: str, problems: list[Problem]) -> None:
         if not text.strip():
@@ -174,7 +187,7 @@ def _parse_messages(value: object) -> list[tuple[str, str]] | Problem:
     pairs = [(message.get("role"), message.get("content")) for message in value]
     if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
         return malformed("a message's role or content is missing or is not a text")
-    texts = [(str(role), str(content).replace("\r\n", "\n")) for role, content in pairs]
+    texts = [(str(role), normal_line_ends(str(content))) for role, content in pairs]
     if bad := _UNDECODABLE.search("\n".join(part for pair in texts for part in pair)):
         return Problem("bad encoding", f"{shorten(bad.group())} in {shorten(value)}")
     roles = [role for role, _ in texts]

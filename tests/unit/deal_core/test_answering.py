@@ -98,7 +98,14 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: Row, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        version.task_of(row, 2)
+        version.asked(row, 2)
+
+
+def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
+    asked = [version.asked(row, 1)[1] for row in (
+        Row(" the sea\r\nis green\n"), Row(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
+    )]  # fmt: skip
+    assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]
 
 
 def test_callers_that_come_together_are_answered_in_one_batch(
