@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -90,4 +91,15 @@ async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> 
             f"The work pool {name} is there with type {known.type}, not {pool_type}; delete it, or give --type "
             f"{known.type}."
         )
+    template = with_defaults_of(known.base_job_template, template)
     await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    """The template with the defaults that the pool has: the image, GPUs or nodes that a person has set there stay."""
+    before = known.get("variables", {}).get("properties", {})
+    properties = {
+        name: {**variable, "default": before[name]["default"]} if "default" in before.get(name, {}) else variable
+        for name, variable in template["variables"]["properties"].items()
+    }
+    return {**template, "variables": {**template["variables"], "properties": properties}}

@@ -16,6 +16,8 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
+from flows.deploy import with_defaults_of
+
 FOLDER = Path(__file__).parents[3] / "infra" / "work_pools"
 CONFIGURATIONS: dict[str, Any] = {
     "process": ProcessJobConfiguration,
@@ -52,6 +54,21 @@ def test_every_placeholder_is_a_variable(name: str) -> None:
     text = json.dumps(found["job_configuration"])
     used = {part.split("}}")[0].strip() for part in text.split("{{")[1:]}
     assert used == set(found["variables"]["properties"])
+
+
+def test_a_new_template_keeps_what_a_person_has_set_in_the_pool() -> None:
+    known = template("kubernetes")
+    variables = known["variables"]["properties"]
+    variables["image"]["default"], variables["gpu_count"]["default"] = "registry.example/deal:7", 4
+    variables["gone"] = {"type": "string", "default": "x"}
+    del variables["shm_size"]
+    known["job_configuration"] = {}
+    made = with_defaults_of(known, template("kubernetes"))
+    expected = template("kubernetes")
+    expected["variables"]["properties"]["image"]["default"] = "registry.example/deal:7"
+    expected["variables"]["properties"]["gpu_count"]["default"] = 4
+    assert made == expected
+    assert with_defaults_of({}, expected) == expected, "a pool without a template"
 
 
 def test_kubernetes_takes_the_job() -> None:
