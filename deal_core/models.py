@@ -146,7 +146,7 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
 
     A repetition penalty, say, also acts on greedy answers, and against every label that the instruction names.
     """
-    return transformers.GenerationConfig(
+    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=theirs.bos_token_id, eos_token_id=theirs.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=theirs.decoder_start_token_id,
     )  # fmt: skip

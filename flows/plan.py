@@ -35,7 +35,7 @@ from flows.adapt import arrival_of, choose_adapter, choose_base, choose_strategy
 from flows.spec import AdaptSpec
 from flows.validate import known_champion
 from infra.settings import HomeSettings
-from tasks.ingest import TRAIN_FILE, choose_schema, frozen_test_rows
+from tasks.ingest import TRAIN_FILE, choose_schema, frozen_test_inputs
 from tasks.record import LineageRecord, read_record
 from tasks.references import VersionRef
 from tasks.services import current_store, local_file
@@ -170,7 +170,7 @@ def _check_rows(run: _Run, folder: Path) -> DatasetManifest:
         test_source = stack.enter_context(local_file(store, arrival.test_data)) if arrival.test_data else None
         return build_dataset(
             source, choose_schema(arrival, run.record), folder, run.spec.data, test_source=test_source,
-            frozen_test_rows=frozen_test_rows(store, run.record, arrival.task),
+            frozen_test_inputs=frozen_test_inputs(store, run.record, arrival.task),
         )  # fmt: skip
 
 

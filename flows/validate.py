@@ -13,7 +13,7 @@ from deal_core.data.validate import validate_file
 from flows.spec import AdaptSpec, TaskSpec, read_spec
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
-from tasks.ingest import choose_schema, frozen_test_rows
+from tasks.ingest import choose_schema, frozen_test_inputs
 from tasks.lineage import version_ref
 from tasks.record import read_record
 from tasks.references import Arrival, VersionRef
@@ -85,7 +85,7 @@ def validate(
             schema,
             read.data,
             test_source=test_source,
-            frozen_test_rows=frozen_test_rows(current_store(), record, read.task.name),
+            frozen_test_inputs=frozen_test_inputs(current_store(), record, read.task.name),
             on_progress=on_progress,
         )
     return _result(file, report)

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import DataConfig
 from deal_core.data.lines import sha256_of_file
+from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
@@ -87,7 +88,7 @@ def ingest_arrival(
                 folder,
                 config,
                 test_source=test_source,
-                frozen_test_rows=frozen_test_rows(store, record, arrival.task),
+                frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
                 on_progress=advance("ingest"),
             )
         except ArrivalRefusedError as error:
@@ -123,8 +124,8 @@ def choose_schema(arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
     return asked
 
 
-def frozen_test_rows(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[str]:
-    """Digests of the rows that judge the task for good; none where the arrival has to bring them.
+def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
+    """Digests of the texts that judge the task for good; none where the arrival has to bring them.
 
     That is the task's first one, and one after its test rows were forgotten.
     """
@@ -134,7 +135,10 @@ def frozen_test_rows(store: ObjectStore, record: LineageRecord | None, task_name
     with tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary:
         path = Path(temporary) / TEST_FILE
         store.download_file(f"{known.dataset_uri}/{TEST_FILE}", path)
-        return frozenset(pq.read_table(path, columns=["sha256"]).column("sha256").to_pylist())
+        inputs = pq.read_table(path, columns=["input"]).column("input").to_pylist()
+    assert known.schema.format != "auto", "a task that was learned has a format"
+    kind = known.schema.format
+    return frozenset(stored_input_digest(kind, stored) for stored in inputs)
 
 
 def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineage: str) -> DatasetRef:

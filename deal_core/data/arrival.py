@@ -59,7 +59,7 @@ class Arrival:
         test_source: Path | None,
         task: TaskSchema,
         config: DataConfig,
-        frozen_test_rows: Collection[str],
+        frozen_test_inputs: Collection[bytes],
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self._source = source
@@ -80,9 +80,9 @@ class Arrival:
         self._names_split = any("split" in columns.names for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
         self._task = replace(task, format=formats.pop())
-        self._test_digests = DigestSet()
-        self._test_digests.add(as_digests(b"".join(map(bytes.fromhex, frozen_test_rows))))
-        self._has_frozen_rows = bool(frozen_test_rows)
+        self._test_inputs = DigestSet()
+        self._test_inputs.add(as_digests(b"".join(frozen_test_inputs)))
+        self._has_frozen_rows = bool(frozen_test_inputs)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
 
     def validate(
@@ -125,19 +125,24 @@ class Arrival:
                 self._on_progress(step * _PROGRESS_ROWS)
 
     def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Which rows are test rows: by their file, else by its column, else by their digests."""
+        """Which rows are test rows: by their file, else by its column, else by their digests.
+
+        Where rows judge the task for good, only those: others that chance would have put aside can be learned.
+        """
         if file_split is not None:
             return np.full(len(good.places), file_split == "test")
         if "split" in columns.names:
             return good.is_test
-        return first_words(good.digests) / 2**32 < self._config.test_share
+        if self._has_frozen_rows:
+            return self._test_inputs.contains(good.input_digests)
+        return first_words(good.input_digests) / 2**32 < self._config.test_share
 
     def _survey(self, infers_labels: bool) -> None:
-        """A first reading: which digests are test rows, wherever in the file they stand, and which labels there are."""
+        """A first reading: which texts are those of test rows, wherever they stand, and which labels there are."""
         spellings: dict[str, Counter[str]] = {}
         for _, _, good, _ in self._checked_batches():
             if self._is_split_given:
-                self._test_digests.add(good.digests[good.is_test])
+                self._test_inputs.add(good.input_digests[good.is_test])
             if infers_labels:
                 for found in good.outputs.value_counts().to_pylist():
                     label = found["values"]
@@ -158,10 +163,11 @@ class Arrival:
         reasons: dict[int, Reason] = {}
         for split in _SPLITS:
             rows = np.flatnonzero(good.is_test == (split == "test"))
-            if split == "train":
-                is_leak = self._test_digests.contains(good.digests[rows])
-                is_leak |= self._kept["test"].contains(good.digests[rows])
-                reasons |= dict.fromkeys(rows[is_leak].tolist(), "duplicate of a test row")
+            if split == "test":
+                self._test_inputs.add(good.input_digests[rows])
+            else:
+                is_leak = self._test_inputs.contains(good.input_digests[rows])
+                reasons |= dict.fromkeys(rows[is_leak].tolist(), "text of a test row")
                 rows = rows[~is_leak]
             is_new = self._kept[split].add(good.digests[rows])
             reasons |= dict.fromkeys(rows[~is_new].tolist(), "duplicate row")

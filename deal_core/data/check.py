@@ -14,7 +14,7 @@ from deal_core.data.schema import Format, Split, TaskSchema, label_key
 
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
 _UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
-_NO_ROW = Row("", "", b"", None)
+_NO_ROW = Row("", "", b"", b"", None)
 
 
 def normal_line_ends(text: str) -> str:
@@ -50,11 +50,11 @@ class RowChecker:
         elif self._columns.format == "completion":
             prompt = self._text(raw.values, "prompt", problems)
             completion = self._text(raw.values, "completion", problems)
-            row = Row(prompt, completion, row_digest([prompt], completion), split)
+            row = Row(prompt, completion, row_digest(prompt, completion), row_digest(prompt), split)
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
             label = self.label(raw.values, problems)
-            row = Row(text, label, row_digest([text], label_key(label)), split)
+            row = Row(text, label, row_digest(text, label_key(label)), row_digest(text), split)
         return problems or row
 
     def check_input(self, raw: RawRow) -> str | list[Problem]:
@@ -145,7 +145,8 @@ class RowChecker:
         else:
             self._check_length("".join(contents), column, problems)
         input = json.dumps([{"role": role, "content": content} for role, content in earlier], ensure_ascii=False)
-        return Row(input, answer, row_digest([part for message in earlier for part in message], answer), split)
+        parts = [part for message in earlier for part in message]
+        return Row(input, answer, row_digest(*parts, answer), row_digest(*parts), split)
 
 
 def _as_text(value: object) -> str | None:

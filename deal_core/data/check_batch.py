@@ -35,6 +35,7 @@ class GoodRows(NamedTuple):
     inputs: pa.Array
     outputs: pa.Array
     digests: Digests
+    input_digests: Digests
     is_test: npt.NDArray[np.bool_]
     """What the file's column of splits says; False where it has none."""
 
@@ -81,17 +82,17 @@ class BatchChecker:
         else:
             outputs, output_parts = self._plain_texts(output)
         normal = pc.binary_join_element_wise("[", input_parts, ", ", output_parts, "]", "")
+        normal_inputs = pc.binary_join_element_wise("[", input_parts, "]", "")
         is_test = pa.repeat(False, batch.num_rows)
         if "split" in names:
             (is_test,) = _by_value(batch.column(names["split"]), self._is_test, [pa.bool_()])
         is_plain = pc.and_(normal.is_valid(), is_test.is_valid())
-        sha256 = hashlib.sha256
-        digests = [sha256(each).digest() for each in normal.filter(is_plain).cast(pa.binary()).to_pylist()]
         return GoodRows(
             places=np.flatnonzero(is_plain),
             inputs=inputs.filter(is_plain),
             outputs=outputs.filter(is_plain),
-            digests=as_digests(b"".join(digests)),
+            digests=_digests(normal.filter(is_plain)),
+            input_digests=_digests(normal_inputs.filter(is_plain)),
             is_test=np.array(is_test.filter(is_plain), np.bool_),
         )
 
@@ -115,6 +116,11 @@ class BatchChecker:
         return None if problems else (split == "test",)
 
 
+def _digests(texts: pa.Array) -> Digests:
+    sha256 = hashlib.sha256
+    return as_digests(b"".join([sha256(each).digest() for each in texts.cast(pa.binary()).to_pylist()]))
+
+
 def _by_value(
     cells: pa.Array, resolve: Callable[[str], tuple[Any, ...] | None], types: Sequence[pa.DataType]
 ) -> list[pa.Array]:
@@ -130,6 +136,7 @@ def _side_by_side(rows: list[Row], places: list[int]) -> GoodRows:
         inputs=pa.array([row.input for row in rows], pa.string()),
         outputs=pa.array([row.output for row in rows], pa.string()),
         digests=as_digests(b"".join([row.digest for row in rows])),
+        input_digests=as_digests(b"".join([row.input_digest for row in rows])),
         is_test=np.array([row.split == "test" for row in rows], np.bool_),
     )
 
@@ -143,5 +150,6 @@ def _merge(one: GoodRows, other: GoodRows) -> GoodRows:
         inputs=pa.concat_arrays([one.inputs, other.inputs]).take(pa.array(order)),
         outputs=pa.concat_arrays([one.outputs, other.outputs]).take(pa.array(order)),
         digests=np.concatenate([one.digests, other.digests])[order],
+        input_digests=np.concatenate([one.input_digests, other.input_digests])[order],
         is_test=np.concatenate([one.is_test, other.is_test])[order],
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from deal_core.data.schema import Split
+from deal_core.data.schema import Format, Split
 
 Reason = Literal[
     "malformed line",
@@ -22,7 +22,7 @@ Reason = Literal[
     "malformed messages",
     "unknown split",
     "duplicate row",
-    "duplicate of a test row",
+    "text of a test row",
 ]
 
 
@@ -59,6 +59,8 @@ class Row(NamedTuple):
     output: str
     digest: bytes
     """SHA-256 of the normalised row, see `row_digest`."""
+    input_digest: bytes
+    """The same of its input alone: rows that share a text lie on one side of the split, whatever their answers."""
     split: Split | None
     """What the file says; None when it does not."""
 
@@ -100,7 +102,17 @@ def quote_normal(part: str) -> str:
     return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
 
 
-def row_digest(inputs: Sequence[str], output: str) -> bytes:
-    """SHA-256 of a row (a chat has several inputs), blind to Unicode's form (NFC) and to the amount of white space."""
-    normal = ", ".join([quote_normal(part) for part in (*inputs, output)])
+def row_digest(*parts: str) -> bytes:
+    """SHA-256 of a row's inputs (a chat has several) and its output, or of its inputs alone.
+
+    It is blind to Unicode's form (NFC) and to the amount of white space.
+    """
+    normal = ", ".join(map(quote_normal, parts))
     return hashlib.sha256(f"[{normal}]".encode()).digest()
+
+
+def stored_input_digest(kind: Format, stored: str) -> bytes:
+    """`Row.input_digest` of an input as a dataset stores it."""
+    if kind == "chat":
+        return row_digest(*(part for message in json.loads(stored) for part in (message["role"], message["content"])))
+    return row_digest(stored)

@@ -27,13 +27,13 @@ def build_dataset(
     config: DataConfig,
     *,
     test_source: Path | None = None,
-    frozen_test_rows: Collection[str] = (),
+    frozen_test_inputs: Collection[bytes] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> DatasetManifest:
     """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
 
-    Which rows are test rows is said by a test file, else by the column "split", else by the rows' digests; by digest a
-    row lands on the same side in every arrival.
+    Which rows are test rows is said by a test file, else by the column "split", else by the digests of their texts:
+    by digest a text lands on the same side in every arrival, with whatever answer.
 
     Args:
         source: The landed file, see `read_rows`.
@@ -41,7 +41,8 @@ def build_dataset(
         folder: Where the dataset is written. What an earlier call left there is replaced.
         config: Shares and limits.
         test_source: A file with the test rows; then `source` holds training rows only.
-        frozen_test_rows: Digests (sha256) of the task's test rows so far; no training row may equal one.
+        frozen_test_inputs: Digests (`stored_input_digest`) of the texts that judge the task for good. No training row
+            may have such a text, and of rows whose side nobody says these alone are test rows.
         on_progress: Called now and then with the number of rows read. The file is read twice where it names its split
             itself, or where the labels are taken from it.
 
@@ -56,7 +57,7 @@ def build_dataset(
         >>> build_dataset(Path("tickets.csv"), TaskSchema(name="tickets"), Path("out"), DataConfig()).num_train
     """
     with DatasetFiles(folder) as files:
-        arrival = Arrival(source, test_source, task, config, frozen_test_rows, on_progress)
+        arrival = Arrival(source, test_source, task, config, frozen_test_inputs, on_progress)
         report = arrival.validate(files.add, files.quarantine.add)
         if report.refusal is not None:
             listed = f" Every bad row is listed in {files.quarantine.path}." if report.bad_rows else ""
@@ -71,7 +72,7 @@ def validate_file(
     config: DataConfig,
     *,
     test_source: Path | None = None,
-    frozen_test_rows: Collection[str] = (),
+    frozen_test_inputs: Collection[bytes] = (),
     quarantine_file: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ValidationReport:
@@ -82,7 +83,7 @@ def validate_file(
     Raises:
         DataValidationError: The file cannot be read, or not to its end.
     """
-    arrival = Arrival(source, test_source, task, config, frozen_test_rows, on_progress)
+    arrival = Arrival(source, test_source, task, config, frozen_test_inputs, on_progress)
     if quarantine_file is None:
         return arrival.validate(lambda rows, split: None, lambda bad, raw: None)
     with Quarantine(quarantine_file) as quarantine:

@@ -306,14 +306,14 @@ def test_validation_knows_what_the_lineage_knows(first: AdaptResult, tmp_path: P
     rows += [{"text": f"Message {number}", "label": "lost card"} for number in range(20)]
     file.write_text("".join(json.dumps({**row, "split": "train"}) + "\n" for row in rows))
     found = validate(file, spec=None, task="bank", lineage="l")
-    assert found.accepted and found.problems == {"duplicate of a test row": 1, "label outside the task's set": 1}
+    assert found.accepted and found.problems == {"text of a test row": 1, "label outside the task's set": 1}
     assert set(validate(file, spec=None, task="bank", lineage="unknown").problems) == set()
 
     spec = tmp_path / "spec.yaml"
     spec.write_text(json.dumps({"task": {"name": "fresh", "data": "x.jsonl", "test_data": "own.jsonl"}}))
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": "Message 3", "label": "lost card"}) + "\n")
     told = validate(file, spec=spec, task="ignored")
-    assert (told.num_test, told.problems) == (1, {"duplicate of a test row": 1})
+    assert (told.num_test, told.problems) == (1, {"text of a test row": 1})
 
 
 # --- prediction in bulk

@@ -24,7 +24,7 @@ from deal_core.data.columns import Columns
 from deal_core.data.digest_set import DigestSet, as_digests, hex_array
 from deal_core.data.parquet_rows import ParquetBatch
 from deal_core.data.readers import read_batches
-from deal_core.data.rows import RawRow, Row
+from deal_core.data.rows import RawRow, Row, stored_input_digest
 from deal_core.data.schema import TaskSchema
 
 PIECES = [
@@ -67,6 +67,10 @@ def assert_checked_alike(batch: Any, kind: str) -> None:
     assert good.inputs.to_pylist() == [row.input for row in rows.values()]
     assert good.outputs.to_pylist() == [row.output for row in rows.values()]
     assert [bytes(digest) for digest in good.digests] == [row.digest for row in rows.values()]
+    assert [bytes(digest) for digest in good.input_digests] == [row.input_digest for row in rows.values()]
+    assert {row.input_digest for row in rows.values()} == {
+        stored_input_digest(columns.format, row.input) for row in rows.values()
+    }
     assert good.is_test.tolist() == [row.split == "test" for row in rows.values()]
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
 from deal_core.data.arrival import MAX_EXAMPLES
-from deal_core.data.rows import row_digest
+from deal_core.data.rows import row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset, validate_file
 from deal_core.errors import DataValidationError
@@ -233,18 +233,29 @@ def test_a_refused_arrival_leaves_no_earlier_dataset_behind(tmp_path: Path) -> N
 # --- split
 
 
-def test_by_digest_a_row_lands_on_the_same_side_in_every_arrival(tmp_path: Path) -> None:
+def frozen_of(tmp_path: Path) -> list[bytes]:
+    """What the test rows of the dataset just built freeze."""
+    return [stored_input_digest("labelled", row["input"]) for row in rows_of(tmp_path, "test")]
+
+
+def test_frozen_texts_stay_test_rows_and_others_are_learned(tmp_path: Path) -> None:
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
-    first = {row["sha256"] for row in rows_of(tmp_path, "test")}
+    first, frozen = {row["sha256"] for row in rows_of(tmp_path, "test")}, frozen_of(tmp_path)
     assert 8 <= len(first) <= 35
     variants = [
         {"text": f"  {row['text'].replace(' ', '  ')}\r\n", "label": row["label"].upper()} for row in GOOD[::-1]
     ]
     more = [{"text": f"another {index}", "label": "cat"} for index in range(100)]
-    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*more, *variants]), frozen_test_rows=first)
-    assert manifest.num_rejected == 0
-    assert first <= {row["sha256"] for row in rows_of(tmp_path, "test")}
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*more, *variants]), frozen_test_inputs=frozen)
+    assert (manifest.num_rejected, manifest.num_train) == (0, 200 - len(first))
+    assert first == {row["sha256"] for row in rows_of(tmp_path, "test")}
     assert not first & {row["sha256"] for row in rows_of(tmp_path, "train")}
+
+
+def test_a_text_lies_on_one_side_of_the_split_whatever_its_answers(tmp_path: Path) -> None:
+    build(write_jsonl(tmp_path / "pets.jsonl", [{**row, "label": label} for row in GOOD for label in ("cat", "dog")]))
+    texts = [{row["input"] for row in rows_of(tmp_path, split)} for split in ("train", "test")]
+    assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == len(GOOD)
 
 
 def test_the_share_of_test_rows_is_the_one_asked_for(tmp_path: Path) -> None:
@@ -254,12 +265,12 @@ def test_the_share_of_test_rows_is_the_one_asked_for(tmp_path: Path) -> None:
     assert shares == pytest.approx([0.1, 0.5], abs=0.03)
 
 
-def test_the_rule_of_the_split_is_written_in_the_digest(tmp_path: Path) -> None:
+def test_the_rule_of_the_split_is_written_in_the_text(tmp_path: Path) -> None:
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
     for split in ("train", "test"):
         for row in rows_of(tmp_path, split):
-            assert row["sha256"] == row_digest([row["input"]], row["output"].casefold()).hex()
-            assert (int(row["sha256"][:8], 16) / 2**32 < 0.2) == (split == "test")
+            assert row["sha256"] == row_digest(row["input"], row["output"].casefold()).hex()
+            assert (int.from_bytes(row_digest(row["input"])[:4]) / 2**32 < 0.2) == (split == "test")
 
 
 def test_a_split_column_wins_and_a_training_row_never_equals_a_test_row(tmp_path: Path) -> None:
@@ -269,7 +280,7 @@ def test_a_split_column_wins_and_a_training_row_never_equals_a_test_row(tmp_path
     manifest = build(write_jsonl(tmp_path / "pets.jsonl", [leaks[0], *rows, *leaks[1:], bad]))
     assert (manifest.split, manifest.num_train, manifest.num_test) == ("given", 60, 40)
     assert [(entry["row"], entry["reason"]) for entry in quarantine_of(tmp_path)] == [
-        (1, "duplicate of a test row"),
+        (1, "text of a test row"),
         (102, "duplicate row"),
         (103, "duplicate row"),
         (104, "unknown split"),
@@ -282,8 +293,8 @@ def test_a_test_file_wins_over_a_split_column(tmp_path: Path) -> None:
     manifest = build(train, test_source=test)
     assert (manifest.split, manifest.num_read, manifest.num_train, manifest.num_test) == ("given", 102, 78, 22)
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in quarantine_of(tmp_path)] == [
-        ("pets.jsonl", 79, "duplicate of a test row"),
-        ("pets.jsonl", 80, "duplicate of a test row"),
+        ("pets.jsonl", 79, "text of a test row"),
+        ("pets.jsonl", 80, "text of a test row"),
     ]
 
 
@@ -294,11 +305,12 @@ def test_a_test_file_of_another_format_is_refused(tmp_path: Path) -> None:
         build(train, TaskSchema(name="pets", format="auto"), test_source=test)
 
 
-def test_a_training_row_that_equals_a_frozen_test_row_is_bad(tmp_path: Path) -> None:
-    frozen = [row_digest([GOOD[3]["text"]], GOOD[3]["label"].casefold()).hex()]
-    rows = [{**row, "split": "train"} for row in GOOD]
-    manifest = build(write_jsonl(tmp_path / "pets.jsonl", rows), frozen_test_rows=frozen)
-    assert dict(manifest.problems) == {"duplicate of a test row": 1}
+@pytest.mark.parametrize("label", [GOOD[3]["label"], "cat" if GOOD[3]["label"] != "cat" else "dog"])
+def test_a_training_row_with_the_text_of_a_frozen_test_row_is_bad(tmp_path: Path, label: str) -> None:
+    frozen = [row_digest(GOOD[3]["text"])]
+    rows = [{**row, "label": label if row == GOOD[3] else row["label"], "split": "train"} for row in GOOD]
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", rows), frozen_test_inputs=frozen)
+    assert dict(manifest.problems) == {"text of a test row": 1}
     assert quarantine_of(tmp_path)[0]["row"] == 4
     assert manifest.num_test == 0  # the frozen rows are there to test with
 
@@ -333,8 +345,7 @@ def test_the_same_arrival_again_is_the_same_dataset_against_its_own_test_rows(tm
     ):
         source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         first = build(source)
-        frozen = {row["sha256"] for row in rows_of(tmp_path, "test")}
-        assert build(source, frozen_test_rows=frozen) == first
+        assert build(source, frozen_test_inputs=frozen_of(tmp_path)) == first
 
 
 # --- other formats
