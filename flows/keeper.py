@@ -6,14 +6,12 @@ python -m flows.keeper HOME
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-from flows.stack import KEEPER, Part, Stack, read_stack, start_part
+from flows.parts import kill_left_by
+from flows.stack import KEEPER, hold_stack, read_stack, start_part
 
 LOOK_SECONDS = 2.0
 PAUSE_SECONDS = 20.0
@@ -26,23 +24,27 @@ def keep(home: Path) -> None:
     """Look after the parts for as long as there is a record of them."""
     started: dict[str, float] = {}
     while (stack := read_stack(home)) is not None:
-        for part in list(stack.parts):
+        for part in stack.parts:
             soon = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
             if part.name != KEEPER and not part.is_alive() and not soon:
-                _restart(home, stack, part)
+                _restart(home, part.name)
                 started[part.name] = time.monotonic()
         time.sleep(LOOK_SECONDS)
 
 
-def _restart(home: Path, stack: Stack, part: Part) -> None:
-    if part.name.endswith("-server"):  # what it left would hold its port; a worker's training may run to its end
-        with suppress(OSError):
-            os.killpg(part.pid, signal.SIGKILL)
+def _restart(home: Path, name: str) -> None:
     try:
-        start_part(home, stack, part.name, part.command)
-        logger.warning("%s had died and was started again", part.name)
+        with hold_stack(home):
+            stack = read_stack(home)  # a `deal up` may have started the part meanwhile, a `deal down` ended all
+            part = next((each for each in stack.parts if each.name == name), None) if stack else None
+            if stack is None or part is None or part.is_alive():
+                return
+            if part.is_server:  # a worker's training may run to its end
+                kill_left_by(part, home)
+            start_part(home, stack, name, part.command)
+            logger.warning("%s had died and was started again", name)
     except OSError as error:
-        logger.error("%s died and cannot be started: %s", part.name, error)
+        logger.error("%s died and cannot be started: %s", name, error)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ HEARTBEAT = "prefect.flow-run.heartbeat"
 OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS: Resources = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
-RETURNING: Resources = {
-    "prefect.resource.role": "deployment",
-    "prefect.resource.name": ["adapt", "adapt-file", "watch-inbox"],
-}
+RETURNING = ["adapt", "adapt-file", "watch-inbox"]
+"""Deployments whose runs may start again: what they do twice is done once, unlike a rollback."""
+THEIRS: Resources = {"prefect.resource.role": "deployment", "prefect.resource.name": RETURNING}
 SILENT = timedelta(seconds=90)
 """Three heartbeats missed: workers set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30, see prefect.yaml."""
 NEVER_BEGAN = timedelta(hours=1)
@@ -62,7 +61,7 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
             description="A run whose process died starts again; one that learns goes on from its checkpoint.",
             trigger=EventTrigger(
                 match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]},
-                match_related=RETURNING, expect={"prefect.flow-run.Crashed"}, for_each={"prefect.resource.id"},
+                match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each={"prefect.resource.id"},
                 posture=Posture.Reactive, threshold=1, within=timedelta(0),
             ),
             actions=[

@@ -13,15 +13,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import psutil
+from filelock import FileLock
 from pydantic import BaseModel, Field, ValidationError
 
 from deal_core.errors import ConfigError, DealError
+from flows.parts import Part, end_parts, kill_left_by, kill_left_runs, start_of
+from infra.logs import ready_log
 from infra.object_store import complete_file
 from infra.settings import QUIET, TrackingSettings
 
@@ -29,32 +30,12 @@ STACK_FILE = "stack.json"
 KEEPER = "keeper"
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 START_SECONDS = 180.0
-STOP_SECONDS = 20.0
 LOOK_SECONDS = 0.3
 Say = Callable[[str], None]
 
 
 class StartError(DealError):
     """A part of the local whole did not come up."""
-
-
-class Part(BaseModel):
-    """A process that `deal up` started."""
-
-    name: str
-    command: tuple[str, ...]
-    """Arguments of this Python."""
-    pid: int
-    created: float
-    """When the process was made, so that another one with its number is never taken for it."""
-    log: Path
-
-    def is_alive(self) -> bool:
-        """Whether the process still runs."""
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() == self.created) and process.status() != psutil.STATUS_ZOMBIE
-        return False
 
 
 class Stack(BaseModel):
@@ -78,6 +59,11 @@ class Stack(BaseModel):
     def environment(self) -> dict[str, str]:
         """Variables that make a command use these servers."""
         return {"PREFECT_API_URL": f"{self.prefect_url}/api", "MLFLOW_TRACKING_URI": self.mlflow_url}
+
+
+def hold_stack(home: Path) -> FileLock:
+    """The lock of a home's record: whoever starts or ends parts has it. Its holder may take it again."""
+    return FileLock(home / "stack.lock", is_singleton=True)
 
 
 def read_stack(home: Path) -> Stack | None:
@@ -128,7 +114,7 @@ def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> Non
         name = f"worker-{pool}"
         say(f"{name} starts")
         command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
-        start_part(home, stack, name, command)
+        start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"))
     start_part(home, stack, KEEPER, ("-m", "flows.keeper", str(home)))
 
 
@@ -146,6 +132,8 @@ def heal(home: Path, stack: Stack, say: Say) -> None:
         )
     for part in dead:
         say(f"{part.name} starts again")
+        if part.is_server:
+            kill_left_by(part, home)
         start_part(home, stack, part.name, part.command)
     _wait_for_servers(stack)
 
@@ -155,30 +143,44 @@ def stop(home: Path) -> list[str]:
 
     The keeper first, then what asks the servers, then these: each kind at once, since some take their time.
     """
-    stack = read_stack(home)
-    if stack is None:
-        return []
-    ended = _end(part for part in stack.parts if part.name == KEEPER)
-    stack = read_stack(home) or stack  # the keeper may just have started something again
-    ended += _end(part for part in stack.parts if not part.name.endswith("-server"))
-    ended += _end(part for part in stack.parts if part.name.endswith("-server"))
-    _end_left_runs(home)
-    (home / STACK_FILE).unlink(missing_ok=True)
-    return ended
+    with hold_stack(home):
+        stack = read_stack(home)
+        if stack is None:
+            return []
+        servers = [part for part in stack.parts if part.is_server]
+        ended = end_parts(part for part in stack.parts if part.name == KEEPER)
+        ended += end_parts(part for part in stack.parts if not part.is_server)
+        ended += end_parts(servers)
+        for part in servers:
+            kill_left_by(part, home)
+        kill_left_runs(home)
+        (home / STACK_FILE).unlink(missing_ok=True)
+        return ended
 
 
 def start_part(home: Path, stack: Stack, name: str, command: tuple[str, ...]) -> None:
-    """Start a process, and write it into the stack's record in place of one of its name."""
-    log = home / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """Start a process, and write it into the stack's record in place of one of its name; hold the stack meanwhile.
+
+    Raises:
+        OSError: it cannot be started, or not recorded; then it is ended again.
+    """
+    log = ready_log(home / "logs" / f"{name}.log")
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    created = psutil.Process(process.pid).create_time()
-    part = Part(name=name, command=command, pid=process.pid, created=created, log=log)
+    part = Part(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
+    try:
+        _record(home, stack)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def _record(home: Path, stack: Stack) -> None:
     with complete_file(home / STACK_FILE) as path:
         path.touch(mode=0o600)
         record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
@@ -187,6 +189,7 @@ def start_part(home: Path, stack: Stack, name: str, command: tuple[str, ...]) ->
 
 def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
     """The user's environment, with the servers' data in `home` and nothing sent to anybody."""
+    local_name = stack.prefect_url.replace("127.0.0.1", "localhost")
     own = {
         **QUIET,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -196,6 +199,10 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
         "DEAL_S3_MAX_ATTEMPTS": "15",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,deal_core",  # what a run says shows on its page
         "PREFECT_SERVER_UI_API_URL": f"{stack.prefect_url}/api",  # else its page asks port 4200
+        # It asks for no password. Without these two, every page that the user's browser has open could start runs, and
+        # with them any command: the first keeps answers from it, the second refuses what it sends without asking first.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{stack.prefect_url},{local_name}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # in memory a restart of the server would leave lineages held by nobody
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
@@ -235,33 +242,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=5).is_success
     except httpx.HTTPError:
         return False
-
-
-def _end(parts: Iterable[Part]) -> list[str]:
-    """End parts and the processes that they started; return the names of those that were still there."""
-    alive = [part for part in parts if part.is_alive()]
-    family: list[psutil.Process] = []
-    for part in alive:
-        with suppress(psutil.Error):
-            first = psutil.Process(part.pid)
-            family += [first, *first.children(recursive=True)]
-    for part in alive:
-        with suppress(ProcessLookupError):
-            os.killpg(part.pid, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=STOP_SECONDS)
-    return [part.name for part in alive]
-
-
-def _end_left_runs(home: Path) -> None:
-    """End runs of this home whose worker was killed: they live on, and would be started a second time."""
-    mine = str(home / "prefect")
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            environment = process.environ()
-            if environment.get("PREFECT_HOME") == mine and "PREFECT__FLOW_RUN_ID" in environment:
-                process.kill()
-                process.wait(STOP_SECONDS)

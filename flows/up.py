@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
+    DeploymentFilterName,
     DeploymentFilterTags,
     FlowRunFilter,
     FlowRunFilterDeploymentId,
@@ -17,9 +18,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType, WorkerStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Crashed
 
 from flows.deploy import deploy_all
+from flows.recovery import RETURNING
 from flows.stack import (
     CPU_POOL,
     GPU_POOL,
@@ -28,6 +30,7 @@ from flows.stack import (
     Stack,
     StartError,
     heal,
+    hold_stack,
     read_stack,
     start_servers,
     start_workers,
@@ -49,13 +52,17 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
         ConfigError: all of it is up already.
         StartError: a part did not come up; what was started is ended again.
     """
+    with hold_stack(home):
+        return await _bring_up(home, prefect_port, mlflow_port, num_trainings, say)
+
+
+async def _bring_up(home: Path, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> Stack:
     running = read_stack(home)
-    if running and running.is_alive():
-        if running.is_complete():
-            heal(home, running, say)
-            return running
-        say("what an earlier start left is ended")
-        stop(home)
+    if running and running.is_alive() and running.is_complete():
+        heal(home, running, say)
+        return running
+    if stop(home):
+        say("what an earlier start left was ended")
     stack = start_servers(home, prefect_port, mlflow_port, say)
     try:
         with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
@@ -74,7 +81,7 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
 
 
 async def _restart_what_was_left(client: PrefectClient) -> None:
-    """What the server takes to be running, before any worker is: it died with the last ones, and starts again."""
+    """What the server takes to be running, before any worker is, died with the last ones: it starts again if it may."""
     left = [StateType.RUNNING, StateType.PENDING]
     runs = await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
@@ -83,8 +90,15 @@ async def _restart_what_was_left(client: PrefectClient) -> None:
         ),
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
     )
+    names = DeploymentFilterName(any_=RETURNING)
+    returning = {each.id for each in await client.read_deployments(deployment_filter=DeploymentFilter(name=names))}
     for run in runs:
-        await client.set_flow_run_state(run.id, AwaitingRetry(message="Its worker was ended."), force=True)
+        ended = "Its worker was ended"
+        if run.deployment_id in returning:
+            state = AwaitingRetry(message=f"{ended}.")
+        else:
+            state = Crashed(message=f"{ended}, perhaps in the midst of it; look, and start it again if it is wanted.")
+        await client.set_flow_run_state(run.id, state, force=True)
 
 
 async def _wait_for_workers(client: PrefectClient, stack: Stack) -> None:

@@ -33,6 +33,7 @@ def test_the_whole(whole: Whole, tiny_base: Path) -> None:
     check_a_training_that_is_killed_goes_on_and_is_registered_once(whole, tiny_base)
     check_status_shows_the_whole(whole)
     check_no_secret_is_in_any_log_artifact_or_record(whole)
+    check_pages_of_others_cannot_command_the_server(whole)
     check_a_server_that_is_killed_is_started_again(whole)
     check_everything_listens_on_loopback_alone(whole)
     check_a_second_up_is_refused(whole)
@@ -120,9 +121,19 @@ def check_no_secret_is_in_any_log_artifact_or_record(whole: Whole) -> None:
     for page in whole.s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
         for item in page["Contents"]:
             assert secret not in whole.s3.get_object(Bucket=BUCKET, Key=item["Key"])["Body"].read(), item["Key"]
-    runs = httpx.post(f"{whole.prefect_url}/api/flow_runs/filter", json={}).content
-    logs = httpx.post(f"{whole.prefect_url}/api/logs/filter", json={}).content
-    assert runs and logs and secret not in runs + logs
+    token = httpx.get(f"{whole.prefect_url}/api/csrf-token", params={"client": "tests"}).json()["token"]
+    headers = {"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "tests"}
+    for kind in ("flow_runs", "logs"):
+        answer = httpx.post(f"{whole.prefect_url}/api/{kind}/filter", json={}, headers=headers)
+        assert answer.is_success and answer.json() and secret not in answer.content
+
+
+def check_pages_of_others_cannot_command_the_server(whole: Whole) -> None:
+    """A page can send a POST without being asked for its origin first, if it has no content type."""
+    flows, stranger = f"{whole.prefect_url}/api/flows/", {"Origin": "https://elsewhere.example"}
+    answer = httpx.post(flows, content=b'{"name": "theirs"}', headers=stranger)
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert "access-control-allow-origin" not in httpx.get(f"{whole.prefect_url}/api/health", headers=stranger).headers
 
 
 def check_a_server_that_is_killed_is_started_again(whole: Whole) -> None:

@@ -7,13 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
 from deal_core.errors import ConfigError
-from flows.stack import KEEPER, Part, Stack, heal, read_stack, start_part, start_servers, stop
+from flows.keeper import _restart
+from flows.parts import Part, start_of
+from flows.stack import (
+    KEEPER,
+    Stack,
+    _environment,
+    heal,
+    hold_stack,
+    read_stack,
+    start_part,
+    start_servers,
+    stop,
+)
 
 SLEEP = ("-c", "import time; time.sleep(600)")
 
@@ -78,10 +91,96 @@ def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_el
 
 
 def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    mine = psutil.Process()
-    part = Part(name="x", command=(), pid=mine.pid, created=mine.create_time(), log=tmp_path)
+    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     assert part.is_alive()
-    assert not part.model_copy(update={"created": part.created - 1}).is_alive()
+    assert not part.model_copy(update={"started": part.started + "1"}).is_alive()
+
+
+def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 2.0)
+    assert part.is_alive()
+
+
+def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, *SLEEP])
+    part = Part(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
+    assert part.is_alive()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not part.is_alive()
+    process.wait()
+    assert not part.is_alive() and start_of(process.pid) == ""
+
+
+PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
+
+
+@pytest.mark.parametrize("then", ["deal up", "deal down", "keeper"])
+def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
+    home: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    made = stack()
+    start_part(home, made, "mlflow-server", PARENT)
+    server = psutil.Process(made.parts[0].pid)
+    while not (children := server.children()):
+        assert server.is_running()
+    server.kill()
+    server.wait()
+    try:
+        if then == "deal up":
+            monkeypatch.setattr("flows.stack._wait_for_servers", lambda stack: None)
+            heal(home, made, print)
+        elif then == "keeper":
+            _restart(home, "mlflow-server")
+        else:
+            assert stop(home) == []
+        assert not children[0].is_running()
+        running = read_stack(home)
+        assert (running is not None and running.is_alive()) == (then != "deal down")
+    finally:
+        stop(home)
+
+
+def test_a_process_that_cannot_be_recorded_is_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("infra.object_store.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        start_part(home, stack(), "worker", SLEEP)
+    monkeypatch.undo()
+    mine = [each for each in psutil.process_iter() if f"DEAL_HOME={home}" in environment_of(each)]
+    assert mine == [] and read_stack(home) is None
+
+
+def environment_of(process: psutil.Process) -> list[str]:
+    try:
+        return [f"{name}={value}" for name, value in process.environ().items()]
+    except psutil.Error:
+        return []
+
+
+def test_a_stop_waits_for_a_start_that_is_under_way(home: Path) -> None:
+    made = stack()
+    ended: list[str] = []
+    stopping = threading.Thread(target=lambda: ended.extend(stop(home)))
+    with hold_stack(home):
+        stopping.start()
+        start_part(home, made, "worker", SLEEP)
+        stopping.join(0.3)
+        assert stopping.is_alive() and made.is_alive()
+        with hold_stack(home):
+            assert made.is_alive(), "its holder may take it again"
+    stopping.join()
+    assert ended == ["worker"]
+
+
+def test_other_pages_of_a_browser_cannot_command_the_server(home: Path) -> None:
+    environment = _environment(home, stack(), "prefect-server")
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
+    assert environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
 
 
 def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_healed(home: Path) -> None:
