@@ -1,10 +1,10 @@
-"""What a budget of test rows costs in certainty: how wide is the interval of a drop, told from fewer rows?
+"""What a budget of test rows costs in certainty: how much of a drop is noise, told from fewer rows?
 
     python -m benchmarks.evaluation_budget
 
 Nothing is trained: the outcomes are those of the stored cells of `deal` (benchmarks/results/continual), where each
 version answered every row of the tasks before it. Each pair of a version and the next one on an old task is told from
-the first n of its rows, and its 95 % interval is the one that the gate uses.
+the first n of its rows; noise is what the gate takes off, the half width of its one-sided interval.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated
 
 import typer
 
 from benchmarks.output import write_result
-from deal_core.benchmark.summary import Z95, CellJson, read_cells
-from deal_core.config import EvaluateConfig
+from deal_core.benchmark.summary import CellJson, read_cells
+from deal_core.config import EvaluateConfig, GateConfig
 from deal_core.paired import PairedDrop, smallest_clear_drop
 
 NUM_TASKS = 50
-CONFIDENCE = 0.95
+CONFIDENCE = GateConfig().confidence
 
 
 def outcomes(cell: CellJson) -> Iterator[tuple[str, str]]:
@@ -37,13 +38,13 @@ def outcomes(cell: CellJson) -> Iterator[tuple[str, str]]:
 
 
 def told_from(pairs: list[tuple[str, str]], num_rows: int) -> dict[str, float | int | None]:
-    """Mean half width of the interval of one task's drop, and of the mean drop of many tasks, in points."""
+    """Mean noise of one task's drop, and of the mean drop of many tasks, in points."""
     drops = [PairedDrop.of(before[:num_rows], after[:num_rows]) for before, after in pairs]
-    half = statistics.mean(Z95 * drop.standard_error for drop in drops)
+    noise = NormalDist().inv_cdf(CONFIDENCE) * statistics.mean(drop.standard_error for drop in drops)
     return {
         "rows_per_task": num_rows,
-        "half_width_of_one_drop": half,
-        "half_width_of_the_mean_drop": half / math.sqrt(NUM_TASKS),
+        "noise_of_one_drop": noise,
+        "noise_of_the_mean_drop": noise / math.sqrt(NUM_TASKS),
         "smallest_clear_drop": smallest_clear_drop(num_rows, CONFIDENCE),
     }
 
@@ -54,14 +55,14 @@ def main(
         Path, typer.Option(help="Where the figures go.")
     ] = Path("benchmarks/results/evaluation_budget.json"),
 ) -> None:
-    """Print and write the width of the intervals by the number of rows."""
+    """Print and write the noise by the number of rows."""
     found = [cell for cell in read_cells(cells) if cell["settings"]["strategy"] == "deal"]
     pairs = [pair for cell in found if cell["settings"]["scored"] == "all" for pair in outcomes(cell)]
     whole = min(len(before) for before, _ in pairs)
     budget = EvaluateConfig().max_old_rows
     write_result(out, {
         "num_pairs": len(pairs), "num_tasks": NUM_TASKS, "max_old_rows": budget,
-        "rows_per_task_within_it": budget // NUM_TASKS,
+        "rows_per_task_within_it": budget // NUM_TASKS, "confidence": CONFIDENCE,
         "lines": [told_from(pairs, num_rows) for num_rows in (25, 50, 100, 200, whole) if num_rows <= whole],
     })  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +12,53 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.report import read
-from benchmarks.sft_trainer import REFERENCE
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "adaptation", "command_start", "number_of_tasks",
          "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile", "landing")  # fmt: skip
 """Results on the page, each written by the benchmark of its name."""
 
 
-def alike(variant: Mapping[str, Any]) -> bool:
-    """Whether its held-out loss is not above SFTTrainer's beyond the noise of the seeds."""
-    _, low, _ = variant[f"mean_held_out_loss_minus_{REFERENCE}_ci95"]
-    return bool(low <= 0)
+FEW = 4
+"""Of fewer values the bootstrap's interval is their smallest to their largest: it says nothing of noise."""
+
+
+def command(name: str, **options: Any) -> str:
+    """What measured: the benchmark's name, with those options that were not its defaults.
+
+    Example:
+        >>> command("landing", landings=5), command("landing", landings=3)
+        ('`landing`', '`landing --landings 3`')
+    """
+    defaults = inspect.signature(importlib.import_module(f"benchmarks.{name}").main).parameters
+    given = [f" --{option.replace('_', '-')} {value}" for option, value in options.items()
+             if value != defaults[option].default]  # fmt: skip
+    return f"`{name}{''.join(given)}`"
+
+
+def spread(interval: Sequence[float], count: int, digits: int) -> str:
+    """The interval of a mean of so many values; of few their range.
+
+    Example:
+        >>> spread((1.5, 1.25, 1.75), 3, 2), spread((1.5, 1.25, 1.75), 20, 2)
+        ('range of 3: 1.25 to 1.75', 'n = 20, 95 % interval of the mean 1.25 to 1.75')
+    """
+    _, low, high = (f"{value:.{digits}f}".replace("-", "−") for value in interval)
+    return f"range of {count}: {low} to {high}" if count < FEW else (
+        f"n = {count}, 95 % interval of the mean {low} to {high}"
+    )
+
+
+def not_above(limit: float, interval: Sequence[float], count: int) -> str:
+    """Whether a mean is above its limit by more than noise; few values on both sides of it do not tell.
+
+    Example:
+        >>> not_above(1, (1.5, 1.25, 1.75), 3), not_above(1, (1.5, 0.75, 1.75), 3), not_above(1, (1.5, 0.75, 1.75), 20)
+        ('**missed**', 'n = 3, not told apart', 'reached')
+    """
+    _, low, high = interval
+    if low > limit:
+        return "**missed**"
+    return f"n = {count}, not told apart" if count < FEW and high > limit else "reached"
 
 
 def main(
@@ -33,7 +71,8 @@ def main(
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     found = {name: read(results / f"{name}.json") for name in NAMES}
-    page.write_text(templates.get_template("performance.md.j2").render(found, alike=alike))
+    template = templates.get_template("performance.md.j2")
+    page.write_text(template.render(found, command=command, spread=spread, not_above=not_above))
     typer.echo(f"{page} written")
 
 

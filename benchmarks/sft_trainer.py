@@ -114,10 +114,14 @@ def require_same_work(runs: dict[str, list[dict[str, Any]]], expected: dict[str,
 
 def main(
     base: Annotated[str, typer.Option(help="Base model, a causal one.")] = DEFAULT_BASE,
-    data: Annotated[Path | None, typer.Option(help="Folder of tasks as for `deal benchmark` [the examples].")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of tasks as for `deal benchmark`.", show_default="the examples")
+    ] = None,
     first: Annotated[str, typer.Option(help="Task that the parent adapter has learned.")] = "bank",
     task: Annotated[str, typer.Option(help="Task that is learned.")] = "clinic",
-    rows: Annotated[int | None, typer.Option(help="Training rows of each task, the first ones [all].", min=1)] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows of each task, the first ones.", min=1, show_default="all")
+    ] = None,
     test_rows: Annotated[int, typer.Option(help="Held-out rows at most.", min=1)] = 200,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant, each of its own seed.", min=1)] = 5,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 8,

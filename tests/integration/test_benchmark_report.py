@@ -42,6 +42,23 @@ def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_pat
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_the_page_of_performance_names_the_options_that_were_not_the_defaults() -> None:
+    assert performance.command("landing", landings=5) == "`landing`"
+    assert performance.command("fan_out", measurements=2, rows=600, seeds=7) == "`fan_out --measurements 2 --seeds 7`"
+
+
+def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit() -> None:
+    interval = (1.5, -0.25, 1.75)
+    assert performance.spread(interval, 3, 2) == "range of 3: −0.25 to 1.75"
+    assert performance.spread(interval, 20, 2) == "n = 20, 95 % interval of the mean −0.25 to 1.75"
+    verdicts = {(limit, count): performance.not_above(limit, interval, count)
+                for limit in (-1, 1, 2) for count in (3, 20)}  # fmt: skip
+    assert verdicts == {
+        (-1, 3): "**missed**", (1, 3): "n = 3, not told apart", (2, 3): "reached",
+        (-1, 20): "**missed**", (1, 20): "reached", (2, 20): "reached",
+    }  # fmt: skip
+
+
 def test_a_figure_that_is_no_longer_reached_is_said_to_be_missed(tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path / "results")
     stored = tmp_path / "results" / "command_start.json"
