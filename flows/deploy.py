@@ -20,6 +20,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.notifying import apply_notifications
 from flows.recovery import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations
 from flows.stack import CPU_POOL, GPU_POOL
+from tasks.services import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work_pools"
@@ -40,9 +41,11 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
     Raises:
         ConfigError: no server is named, or the pool is there with another type.
         DeployError: Prefect refuses.
+        StoreError: the store does not answer, or lets two writers overwrite each other.
     """
     if not get_current_settings().api.url:
         raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
+    current_store().check()
     async with get_client() as client:
         await _apply_pool(client, GPU_POOL, gpu_pool_type)
         await _apply_pool(client, CPU_POOL, "process")

@@ -66,7 +66,7 @@ class FileStore(ObjectStore):
         folder = folder_of(prefix)
         found = []
         with self._saying("list", prefix):
-            for parent, folders, names in os.walk(self.root / folder):
+            for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
                 if Path(parent) == self.root and RESERVED in folders:
                     folders.remove(RESERVED)
                 found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
@@ -132,6 +132,12 @@ class FileStore(ObjectStore):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
             reason = error.strerror or str(error)
             raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check the folder.") from error
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Leave out a folder that is not there, or is a file; one that cannot be read would be taken for empty."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _place(part: Path, target: Path, *, if_absent: bool) -> bool:

@@ -29,7 +29,7 @@ from infra.settings import StoreSettings
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
-"""First part of no key: a folder store keeps files there until they are complete."""
+"""First part of no key: a folder store keeps files there until they are complete, an S3 store what it tries out."""
 
 
 class ObjectNotFoundError(StoreError):
@@ -125,6 +125,13 @@ class ObjectStore(ABC):
 
         Returns:
             Whether it was stored; False only with `if_absent`: somebody was first.
+        """
+
+    def check(self) -> None:  # noqa: B027 - a folder's hard links hold
+        """Try out whether a conditional put holds, if that is not certain.
+
+        Raises:
+            StoreError: it does not, and several writers would overwrite each other.
         """
 
     @abstractmethod

@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
 from infra.object_store import (
+    RESERVED,
     ObjectInfo,
     ObjectNotFoundError,
     ObjectStore,
@@ -28,6 +29,10 @@ from infra.object_store import (
 from infra.settings import StoreSettings
 
 logger = logging.getLogger(__name__)
+
+PROBE = f"{RESERVED}/if-none-match"
+_probed: set[tuple[str, str]] = set()
+"""Servers and buckets that this process has seen refuse a second conditional put."""
 
 NUM_TRIES = 20
 """How often a conditional put is sent while the server answers that another one is under way."""
@@ -42,12 +47,11 @@ def make_client(settings: StoreSettings, service: str = "s3") -> Any:
     key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
     if (key is None) != (secret is None):
         raise ConfigError("Only one of DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY is set; set both or none.")
-    # Servers other than Amazon's do not all know the checksums that boto3 adds of its own accord.
-    checksums = "when_required" if settings.s3_endpoint_url else "when_supported"
+    # Servers other than Amazon's do not all know the checksums that boto3 adds of its own accord. For one that AWS_*
+    # variables name, such variables say that, too.
+    names = ("request_checksum_calculation", "response_checksum_validation") if settings.s3_endpoint_url else ()
     config = Config(
-        retries={"mode": "standard", "max_attempts": settings.s3_max_attempts},
-        request_checksum_calculation=checksums,
-        response_checksum_validation=checksums,
+        retries={"mode": "standard", "max_attempts": settings.s3_max_attempts}, **dict.fromkeys(names, "when_required")
     )
     try:
         return boto3.session.Session().client(
@@ -83,9 +87,24 @@ class S3Store(ObjectStore):
         name = self._name(key)
         with self._saying("write", key):
             if if_absent:
+                self.check()
                 return self._put_if_absent(name, data)
             self.client.put_object(Bucket=self.bucket, Key=name, Body=data, **self._encryption)
             return True
+
+    def check(self) -> None:
+        """Put one key twice; asked once in a process, and with one request where the key is there already."""
+        place = (self.client.meta.endpoint_url, self.bucket)
+        if place in _probed:
+            return
+        with self._saying("write", PROBE):
+            if self._put_if_absent(self.root + PROBE, b"") and self._put_if_absent(self.root + PROBE, b""):
+                raise StoreError(
+                    f"{place[0]} takes no notice of If-None-Match: of two writers at once both would believe to be first, "
+                    "and what one of them wrote would be lost. Use a server that keeps conditional writes, as Amazon's, "
+                    "Ceph's and MinIO's do."
+                )
+        _probed.add(place)
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -103,7 +122,7 @@ class S3Store(ObjectStore):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             for item in (item for page in pages for item in page.get("Contents", ())):
                 key = item["Key"].removeprefix(self.root)
-                if key.endswith("/"):  # what consoles store to show an empty folder
+                if key.endswith("/") or key == PROBE:  # consoles store the former to show an empty folder
                     continue
                 if not is_usable_key(key):
                     logger.warning("Skipped %r in %s: no valid key; rename the object.", key, self.uri)

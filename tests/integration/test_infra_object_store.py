@@ -251,10 +251,36 @@ def test_a_conditional_put_whose_answer_got_lost_still_knows_that_it_won(s3_stor
         answer.status_code = 500
         return answer
 
+    s3_store.check()
     s3_store.client.meta.events.register("before-send.s3.PutObject", lose_first_answer)
     assert s3_store.put_bytes("ledger/one", b"mine", if_absent=True)
     assert len(sent) == 2
     assert not s3_store.put_bytes("ledger/one", b"mine", if_absent=True)
+
+
+def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(s3_store: S3Store) -> None:
+    def ignore(params, **_):  # type: ignore[no-untyped-def]
+        params.pop("IfNoneMatch", None)
+
+    s3_store.client.meta.events.register("provide-client-params.s3.PutObject", ignore)
+    for attempt in (s3_store.check, lambda: s3_store.put_bytes("ledger/one", b"x", if_absent=True)):
+        with pytest.raises(StoreError, match="takes no notice of If-None-Match"):
+            attempt()
+    assert keys(s3_store) == []
+    s3_store.client.meta.events.unregister("provide-client-params.s3.PutObject", ignore)
+    s3_store.check()
+    assert s3_store.put_bytes("ledger/one", b"x", if_absent=True)
+    assert keys(s3_store) == ["ledger/one"]
+
+
+def test_a_server_is_tried_out_once(s3_store: S3Store) -> None:
+    puts: list[str] = []
+    count = lambda params, **_: puts.append(params["Key"])  # noqa: E731
+    s3_store.client.meta.events.register("provide-client-params.s3.PutObject", count)
+    s3_store.put_bytes("a", b"1")
+    s3_store.put_bytes("b", b"1", if_absent=True)
+    s3_store.put_bytes("c", b"1", if_absent=True)
+    assert [key.rsplit("/", 1)[1] for key in puts] == ["a", "if-none-match", "if-none-match", "b", "c"]
 
 
 def test_objects_that_others_put_under_odd_keys_are_skipped(

@@ -126,6 +126,26 @@ def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytes
     assert caplog.text.count("Skipped") == 2
 
 
+def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/a/1", b"x")
+    store.put_bytes("inbox/b/2", b"x")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.fspath(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [info.key for info in store.list("inbox/a")] == ["inbox/a/1"]
+    with pytest.raises(StoreError, match=r"Cannot list 'inbox' .*Permission denied"):
+        list(store.list("inbox"))
+    assert list(store.list("inbox/a/1")) == [], "a file is no folder"
+
+
 def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="keeps for itself"):
         FileStore(tmp_path).put_bytes(f"{object_store.RESERVED}/x", b"x")

@@ -65,6 +65,15 @@ def test_s3_settings_reach_the_client_and_the_secret_is_never_shown(monkeypatch:
     assert "the-secret" not in f"{settings!r}{settings}{settings.model_dump_json()}"
 
 
+def test_checksums_of_a_server_that_aws_variables_name_are_theirs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
+    client = open_store("s3://bucket").client  # type: ignore[attr-defined]
+    assert client.meta.endpoint_url == "http://127.0.0.1:9000"
+    assert client.meta.config.request_checksum_calculation == "when_required"
+    assert client.meta.config.response_checksum_validation == "when_supported"
+
+
 def test_half_a_pair_of_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "the-key")
     with pytest.raises(ConfigError, match="set both or none"):
