@@ -100,9 +100,9 @@ class S3Store(ObjectStore):
         with self._saying("write", PROBE):
             if self._put_if_absent(self.root + PROBE, b"") and self._put_if_absent(self.root + PROBE, b""):
                 raise StoreError(
-                    f"{place[0]} takes no notice of If-None-Match: of two writers at once both would believe to be first, "
-                    "and what one of them wrote would be lost. Use a server that keeps conditional writes, as Amazon's, "
-                    "Ceph's and MinIO's do."
+                    f"{place[0]} takes no notice of If-None-Match: of two writers at once both would believe to be "
+                    "first, and what one wrote would be lost. Use a server that keeps conditional writes, as those of "
+                    "Amazon, Ceph and MinIO do."
                 )
         _probed.add(place)
 
