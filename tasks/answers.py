@@ -26,7 +26,8 @@ class KeptAnswers:
     now: Answers
     """The version's, on every task of its lineage."""
     before: Answers
-    """On a task that was new: the parent's, or for a first version the untouched base model's."""
+    """On a task that was new: the parent's, or for a first version the untouched base model's. On others the parent's
+    too, where its own evaluation had not asked it all of their rows."""
 
 
 def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> None:

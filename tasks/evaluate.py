@@ -44,7 +44,8 @@ def evaluate_version(
     A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
 
     On tasks that the lineage knows, the base's accuracies stand in the record, and the parent's answers beside its
-    adapter: the rows are frozen. Of a task whose rows were forgotten, the arrival's own test rows take their place.
+    adapter: the rows are frozen. The parent is asked now what it was not asked then, as its share of a task's rows was
+    smaller. Of a task whose rows were forgotten, the arrival's own test rows take their place.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
@@ -57,17 +58,25 @@ def evaluate_version(
     elif record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
+    else:
+        notes = (*notes, *_unused_test_rows(store, record, dataset))
+    kept = read_answers(store, parent.adapter_uri) if parent else None
+    answered = kept.now if kept else {}
+    open_rows = _unanswered(sets, answered)
     scorer = Scorer(base, config)
-    scorer.expect(new, new if parent else [], [*sets, *new])
+    scorer.expect(new, [*new, *open_rows] if parent else [], [*sets, *new])
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
         on_base = scorer.score(None, new, general=True)
         on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
+        if open_rows:
+            asked = scorer.score(parent_folder, open_rows).answers
+            answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
         now = scorer.score(folder, [*sets, *new], general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
-    keep_answers(
-        store, adapter.uri, KeptAnswers(now=now.answers, before=on_parent.answers if parent else on_base.answers)
-    )
-    earlier = _earlier_outcomes(store, parent, sets)
+    before = on_parent.answers if parent else on_base.answers
+    completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
+    keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
+    earlier = {each.schema.name: _outcomes(each, answered[each.schema.name]) for each in sets}
     parent_accuracies = (record.accuracies() if record else {}) | {
         name: outcomes.count("1") / len(outcomes) for name, outcomes in earlier.items()
     }
@@ -172,16 +181,28 @@ class Scorer:
         self._report(self._done, self._total, name)
 
 
-def _earlier_outcomes(store: ObjectStore, parent: VersionRef | None, sets: Sequence[TestSet]) -> dict[str, str]:
-    """What the parent's own run found on rows that it was judged by; a task whose answers were not kept is left out."""
-    kept = read_answers(store, parent.adapter_uri) if parent else None
-    found = {}
+def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> tuple[str, ...]:
+    """What to say of test rows that an arrival of a known task was given."""
+    known = record.task(dataset.task)
+    if known is None or known.dataset_uri == dataset.uri or read_manifest(store, dataset.uri).split != "given":
+        return ()
+    return (f"{dataset.task} stays judged on the {known.num_test} test rows it came with first; the {dataset.num_test} "
+            "of this arrival are neither learned nor asked",) if dataset.num_test else ()  # fmt: skip
+
+
+def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
+    """The rows that have no answer yet, of the tasks that have such."""
+    found = []
     for test_set in sets:
-        answers = kept.now.get(test_set.schema.name, {}) if kept else {}
-        digests, references = test_set.rows["sha256"], test_set.rows["output"]
-        if all(digest in answers for digest in digests):
-            found[test_set.schema.name] = outcomes_of([answers[digest] for digest in digests], references)
+        answers = answered.get(test_set.schema.name, {})
+        places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest not in answers]
+        if places:
+            found.append(replace(test_set, rows=test_set.rows.select(places)))
     return found
+
+
+def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> str:
+    return outcomes_of([answers[digest] for digest in test_set.rows["sha256"]], test_set.rows["output"])
 
 
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:

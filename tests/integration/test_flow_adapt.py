@@ -156,6 +156,10 @@ def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
     scores = asyncio.run(evaluate("l"))
     assert scores.num_rows["bank"] == 5 and scores.accuracies == scores.recorded
 
+    fourth = run(tiny_base, BANK, again=True, evaluate={"max_old_rows": 5})
+    again = json.loads(store.get_bytes(f"adapters/l/{fourth.run_key[:16]}/findings.json"))["evaluation"]
+    assert len(again["parent_outcomes"]["bank"]) == again["num_rows"]["bank"] == len(rows), "all of them"
+
 
 def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home: Path, first: AdaptResult) -> None:
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "num_processes": 2}
