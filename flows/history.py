@@ -87,7 +87,12 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
 
 
 def unknown_lineage(lineage: str) -> str:
-    """What to say where a lineage has nothing to show."""
+    """What to say where a lineage has no champion: another thing where it has versions than where it has none."""
+    if open_registry().versions(lineage, newest=1):
+        return (
+            f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
+            f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
+        )
     return (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         "or name another home with --home or lineage with --lineage."
