@@ -169,9 +169,9 @@ Approval = Literal["automatic", "person"]
 class GateConfig:
     """What a new version must satisfy to become champion. Points are hundredths of accuracy; None asks nothing.
 
-    Limits against the base model are held as measured. Limits against the champion are judged with the test's own
-    noise: both versions answered the same rows, and a limit counts as broken only where the paired interval
-    (Agresti and Min, 2005) shows a loss at all.
+    Limits against the base model are held as measured. Those against the champion allow for the test's own noise, told
+    from the rows on which the two versions differ (Agresti and Min, 2005). A loss counts where it is above its limit
+    as measured and noise alone does not explain it; the gain of the new task, where it falls short by more than noise.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
@@ -182,11 +182,11 @@ class GateConfig:
     """The new task must be this many points above the untouched base model, and above always giving one answer; or half
     of what these lack to all right, where that is less."""
     min_gain_over_champion_points: float | None = 0.0
-    """The new task must be this many points above the champion, beyond what noise explains."""
+    """The new task may not fall short of the champion's accuracy plus this many points by more than noise."""
     max_drop_points: float = 10.0
-    """No old task may lose more than this many points against the champion."""
+    """No old task may lose more than this many points against the champion, unless noise explains the loss."""
     max_mean_drop_points: float | None = 5.0
-    """Nor may the old tasks on average."""
+    """Nor may the old tasks on average, where there are two or more; likewise."""
     max_perplexity_ratio: float | None = 1.5
     """Perplexity of plain English, against the untouched base model's, may grow to this multiple."""
     max_norm_ratio: float | None = 10.0
