@@ -19,6 +19,10 @@ class AdapterStateError(DealError):
     """Saved adapter or method state does not fit the model it is loaded into."""
 
 
+class TrainingDivergedError(DealError):
+    """A loss or gradient is not finite: nothing that follows could be learned."""
+
+
 class RankError(DealError):
     """One of the processes that trained an adapter together died."""
 

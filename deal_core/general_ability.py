@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,9 @@ TEXTS = (
 )
 """Eight short texts of this project's own, of different kinds; fixed, since figures are compared across cells."""
 
+LIMIT = 1e9
+"""A model that guesses among all its tokens has a perplexity of as many; what is above this is broken."""
+
 NUM_SKIPPED = 1
 """Tokens at the start of a text that are not scored: nothing stands before the first."""
 
@@ -58,7 +63,8 @@ NUM_SKIPPED = 1
 def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
     """Return exp of the mean cross-entropy per token over TEXTS; None for a model that has no decoder of its own.
 
-    An encoder-decoder models its target given a source, and running text has none.
+    An encoder-decoder models its target given a source, and running text has none. No figure is above LIMIT, which
+    also stands for what overflows.
     """
     if model.config.is_encoder_decoder:
         return None
@@ -70,4 +76,5 @@ def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> floa
         logits_KV = model(input_ids=ids).logits[0, NUM_SKIPPED - 1 : -1].float()
         total += float(cross_entropy(logits_KV, ids[0, NUM_SKIPPED:], reduction="sum"))
         num_tokens += logits_KV.shape[0]
-    return float(torch.tensor(total / num_tokens).exp())
+    mean = total / num_tokens
+    return math.exp(mean) if mean < math.log(LIMIT) else LIMIT  # not a number is not less

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError, DataValidationError
+from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.models import BaseModel
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.base import MethodState, TaskContext
@@ -129,6 +130,7 @@ def train_adapter(
             strategy=learner,
             group_by_length=train.group_by_length,
         )
+        trainer.add_callback(_StopWhenDiverged(checkpoint_folder))
         if on_log is not None:
             trainer.add_callback(_ReportSteps(on_log))
         with trainer.accelerator.main_process_first():  # it removes what does not count
@@ -188,6 +190,30 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
     if args.device.type == "cuda":  # a process trains on one device; Trainer would spread the batch over all it sees
         args._n_gpu = 1
     return args
+
+
+class _StopWhenDiverged(TrainerCallback):
+    """A step's figures come before its checkpoint, so none holds what no later step could mend."""
+
+    def __init__(self, checkpoint_folder: Path) -> None:
+        self._checkpoint_folder = checkpoint_folder
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # a step too large may have come before
+                raise TrainingDivergedError(
+                    f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
+                    f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
+                )
 
 
 class _ReportSteps(TrainerCallback):

@@ -19,7 +19,7 @@ from deal_core.benchmark.summary import departures, final_scores, matrix_of, pro
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
-from deal_core.general_ability import TEXTS, perplexity
+from deal_core.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.models import BaseModel
 
 DEFAULTS = MethodConfig()
@@ -139,6 +139,10 @@ def test_perplexity_is_that_of_the_texts(base, parent):
     assert before == pytest.approx(float(torch.tensor(losses / num_tokens).exp()), rel=1e-4)
     with adapter_on(base.model, parent) as model:
         assert perplexity(model, base.tokenizer) != before
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.fill_(float("nan"))
+        assert perplexity(model, base.tokenizer) == LIMIT, "the gate is told, and JSON can hold it"
 
 
 def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str, Any]:

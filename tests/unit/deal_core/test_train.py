@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, DealConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
-from deal_core.errors import AdapterStateError, ConfigError, DataValidationError
+from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluate import first_answer_logits
 from deal_core.strategies import MethodState
 from deal_core.train import training_arguments
@@ -67,6 +67,13 @@ def test_a_half_written_checkpoint_does_not_count(parent, train, tmp_path):
     resumed = train("deal", parent, train=config, **folders)
     assert resumed.result.resumed_from_step == int(newest.name.split("-")[1]) - 2
     assert resumed.losses == whole.losses
+
+
+def test_a_training_that_diverges_ends_at_once_and_leaves_no_checkpoint(parent, train, tmp_path):
+    config = TrainConfig(max_steps=40, batch_size=4, learning_rate=1e25, checkpoint_steps=1)
+    with pytest.raises(TrainingDivergedError, match=r"of step \d+ is (nan|inf).*train.learning_rate \(it is 1e\+25\)"):
+        train("seq_lora", parent, train=config, output_folder=tmp_path / "a", checkpoint_folder=tmp_path / "c")
+    assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
