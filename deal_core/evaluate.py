@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import pad_batch
-from deal_core.data.prompts import encode_prompt
+from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.metrics import outcomes_of, rouge1
 
@@ -41,6 +41,7 @@ class TaskEvaluation:
         majority_rate: Share of the commonest reference: what a constant answer scores.
         answers: The generated answers, in the rows' order.
         outcomes: 1 for each row that was answered right, else 0, in the rows' order.
+        num_too_long: Rows whose reference has more tokens than an answer may have: no answer can match it.
     """
 
     task: str
@@ -50,6 +51,7 @@ class TaskEvaluation:
     majority_rate: float
     answers: tuple[str, ...]
     outcomes: str
+    num_too_long: int
 
 
 def evaluate_task(
@@ -85,6 +87,10 @@ def evaluate_task(
         majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
         answers=tuple(answers),
         outcomes=outcomes,
+        num_too_long=sum(
+            len(encode_answer(tokenizer, task, each, config.max_new_tokens + 2)) > config.max_new_tokens + 1  # the end
+            for each in references
+        ),
     )
 
 

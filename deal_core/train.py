@@ -141,7 +141,7 @@ def train_adapter(
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        notes = (*learner.notes(), *_lost(parent_state, state))
+        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train.max_answer_tokens))
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
@@ -158,6 +158,16 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
         )
     if parent.strategy != state.strategy and parent.tensors.keys() - parent.stored_rows.keys():
         yield f"what {parent.strategy} kept beside the parent's adapter is gone: {state.strategy} cannot use it"
+
+
+def _cut(encoded: Dataset, max_answer_tokens: int) -> Iterator[str]:
+    """Answers of all the length that there is have as a rule lost their end."""
+    num_cut = sum(len(answer_ids) == max_answer_tokens for answer_ids in encoded["answer_ids"])
+    if num_cut:
+        yield (
+            f"{num_cut} of {len(encoded)} training answers fill train.max_answer_tokens ({max_answer_tokens}): what is "
+            "longer was cut"
+        )
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:

@@ -73,6 +73,10 @@ def evaluate_version(
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
         now = scorer.score(folder, [*sets, *new], general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
+    learned = now.evaluations[dataset.task]
+    if learned.num_too_long:
+        notes = (*notes, f"{learned.num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
+                         "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
     keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
@@ -106,7 +110,7 @@ def evaluate_version(
         perplexity=now.perplexity,
         base_perplexity=on_base.perplexity,
         adapter=facts,
-        majority_rate=now.evaluations[dataset.task].majority_rate,
+        majority_rate=learned.majority_rate,
     )
 
 

@@ -57,6 +57,18 @@ def test_logits_are_kept_for_who_asks_for_them_alone(with_logits, base):
     assert (found.logits_BKV is not None) is with_logits
 
 
+def test_references_that_no_answer_can_reach_are_counted(base, task):
+    open_task = TaskSchema(name="open", format="completion")
+    outputs = ["x", "x " * 40, "x"]
+    num_tokens = len(base.tokenizer(" x")["input_ids"])
+    rows = Dataset.from_dict({"input": ["a", "b", "c"], "output": outputs})
+    for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
+        if limit:
+            config = EvaluateConfig(max_new_tokens=limit)
+            found = evaluate_task(base.model, base.tokenizer, open_task, rows, config, max_prompt_tokens=64)
+            assert found.num_too_long == wanted
+
+
 def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch):
     inputs, seen = rows(12)["input"], []
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in inputs]

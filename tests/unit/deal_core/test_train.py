@@ -76,6 +76,12 @@ def test_a_training_that_diverges_ends_at_once_and_leaves_no_checkpoint(parent, 
     assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("checkpoint-*"))
 
 
+def test_answers_that_were_cut_are_counted(train):
+    assert not [note for note in train().result.notes if "was cut" in note]
+    cut = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
+    assert [note for note in cut if "training answers fill train.max_answer_tokens (2): what is longer was cut" in note]
+
+
 def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
     train(train=replace(SHORT, checkpoint_steps=0), checkpoint_folder=tmp_path / "c")
     assert not list((tmp_path / "c").glob("checkpoint-*"))
