@@ -21,7 +21,7 @@ from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
 app = typer.Typer(
     name="deal",
     help="Continual LoRA adaptation: files of new domains land, one adapter learns each without losing the last.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
