@@ -51,6 +51,7 @@ def enter_home(home: Path | None) -> Path:
     Args:
         home: the folder; None leaves it to DEAL_HOME and its default.
     """
+    from infra.logs import ready_log
     from infra.settings import HomeSettings, embedded_environment
 
     if home is not None:
@@ -61,7 +62,7 @@ def enter_home(home: Path | None) -> Path:
     logging_file = log_file.with_name("logging.yml")
     quoted = "'" + str(log_file).replace("'", "''").replace("$", "$$") + "'"
     try:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
+        ready_log(log_file)
         logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
     except OSError as error:
         reason = error.strerror

@@ -1,4 +1,4 @@
-"""Remove what nobody will need again: work folders, rejected adapters, training rows that a crash left."""
+"""Remove what nobody will need again: work folders, rejected adapters, training rows and files that a crash left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from infra.tracking import open_tracker
 from tasks.garbage import Removal, plan_removals
 from tasks.progress import raise_if_stopped, reporter
 from tasks.services import current_store
-from tasks.sweep import list_all_lineages, look_at_lineage, old_training_rows, remove, with_model_bytes
+from tasks.sweep import (
+    list_all_lineages,
+    look_at_lineage,
+    old_temporaries,
+    old_training_rows,
+    remove,
+    with_model_bytes,
+)
 
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
@@ -73,6 +80,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
             busy.append(name)
     if lineage is None:
         go_through(old_training_rows(store, now=now, older_than=limit))
+        go_through(old_temporaries(store, now=now))
     return GcResult(
         dry_run=dry_run,
         removals=tuple(removals),

@@ -7,8 +7,6 @@ takes all new requests, and the old one ends when those in flight are answered.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 import socket
 import time
@@ -25,6 +23,7 @@ from flows.history import unknown_lineage
 from infra.front_door import Backends, make_app
 from infra.model_server import ModelServer, ServerError
 from infra.registry import open_registry
+from infra.served_copies import ServedCopies
 
 POLL_SECONDS = 2.0
 """Between two looks at the alias."""
@@ -47,6 +46,7 @@ class Follower:
         self.backends = Backends()
         self.problem: str | None = None
         self._home = home
+        self._copies = ServedCopies(home, lineage)
         self._say = say
         self._registry = open_registry()
         self._client = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
@@ -85,6 +85,7 @@ class Follower:
         if champion is None:
             raise RegistryError(unknown_lineage(self.lineage))
         self._champion = champion.version
+        self._copies.open()
         while self._serving is None:
             await self.tick()
             if champion.version in self._failed:
@@ -122,7 +123,7 @@ class Follower:
         servers = [server for server in (self._serving, self._candidate) if server]
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
         await self._client.aclose()
-        shutil.rmtree(self._folder(), ignore_errors=True)
+        self._copies.close()
 
     async def _look(self) -> None:
         if time.monotonic() - self._looked_at < POLL_SECONDS:
@@ -151,7 +152,7 @@ class Follower:
         return version
 
     async def _start(self, version: str) -> None:
-        folder, log = self._folder() / f"v{version}", self._home / "logs" / f"serve-{self.lineage}-v{version}.log"
+        folder, log = self._copies.folder_of(version), self._home / "logs" / f"serve-{self.lineage}-v{version}.log"
         try:
             if not folder.exists():
                 await asyncio.to_thread(self._registry.download, self.lineage, version, folder)
@@ -185,7 +186,7 @@ class Follower:
 
     def _fail(self, version: str, reason: str) -> None:
         self._failed[version] = time.monotonic()
-        shutil.rmtree(self._folder() / f"v{version}", ignore_errors=True)  # fetched anew when it is tried again
+        self._copies.remove(version)  # fetched anew when it is tried again
         serving = f"; version {self._serving.version} goes on serving" if self._serving else ""
         self._note(f"Version {version} does not load: {reason.rstrip('.')}{serving}.")
 
@@ -206,9 +207,6 @@ class Follower:
                     await self.backends.drained(server)
         finally:
             await asyncio.to_thread(server.stop)
-
-    def _folder(self) -> Path:
-        return self._home / "serve" / f"{self.lineage}-{os.getpid()}"
 
 
 async def serve(lineage: str, home: Path, *, host: str, port: int, say: Say, ready: Callable[[str, str], None]) -> None:

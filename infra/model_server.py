@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 
 from deal_core.errors import DealError
+from infra.logs import ready_log
 
 PRELOADED = ["infra.served_model", "mlflow.pyfunc.scoring_server", "fastapi", "uvicorn"]
 ANSWER_SECONDS = 300.0
@@ -120,8 +121,7 @@ def _serve(folder: Path, log: Path, environment: Mapping[str, str], news: Connec
 
 
 def _write_to(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
+    with ready_log(log).open("ab") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
 

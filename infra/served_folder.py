@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+
+from infra.temporary import temporary_folder
 
 LOADER = "infra.served_model"
 PROJECT = "deal-pipeline"
@@ -58,8 +59,8 @@ def write_served_folder(
     text = json.dumps(served, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (target / served_file).write_text(text, encoding="utf-8")
     project = importlib.metadata.version(PROJECT)
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        folder = Path(temporary) / "model"
+    with temporary_folder() as temporary:
+        folder = temporary / "model"
         mlflow.pyfunc.save_model(
             str(folder), loader_module=LOADER, mlflow_model=Model(run_id=run_id), signature=SIGNATURE,
             input_example=pd.DataFrame(list(example)), pip_requirements=requirements(),

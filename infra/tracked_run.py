@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 from deal_core.errors import RegistryError
 from infra.mlflow_client import RUN_KEY, saying
 from infra.settings import without_password
+from infra.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +139,11 @@ class TrackedRun:
         Raises:
             RegistryError: the run has no such artifact, or it cannot be read.
         """
-        with self._saying(f"read {file}"), tempfile.TemporaryDirectory(prefix="deal-") as folder:
+        with self._saying(f"read {file}"), temporary_folder() as folder:
             if file not in {entry.path for entry in self.client.list_artifacts(self.run_id)}:
                 raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
                                     "made it.")  # fmt: skip
-            path = Path(self.client.download_artifacts(self.run_id, file, folder))
+            path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
             except ValueError:

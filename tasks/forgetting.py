@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -14,18 +14,20 @@ from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.row_artifacts import artifacts_with_rows
 from infra.runs import ArtifactRemover, RunInfo, list_runs
+from infra.temporary import temporary_folder
 from infra.tracking import Tracker
 from tasks.answers import ANSWERS_FILE
 from tasks.arrivals_known import KnownArrival, manifests_of
 from tasks.inbox import INBOX, read_state, write_state
 from tasks.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
+from tasks.leftovers import find_leftovers, remove_local
 from tasks.record import read_record
 from tasks.references import dataset_sha256
 from tasks.services import work_folder
 from tasks.sweep import ADAPTERS, DATASETS, list_all_lineages
 
 Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
-               "rows kept by the method", "adapter of no version"]  # fmt: skip
+               "rows kept by the method", "adapter of no version", "temporary files"]  # fmt: skip
 
 
 class Held(BaseModel):
@@ -35,7 +37,7 @@ class Held(BaseModel):
 
     kind: Kind
     address: str
-    """Key in the store, path of a work folder, or the names of a run's artifacts."""
+    """Key in the store, path on this machine, or the names of a run's artifacts."""
     num_bytes: int = 0
     run_id: str | None = None
     """MLflow run that the artifacts are of."""
@@ -98,7 +100,7 @@ def plan_forgetting(
         arrival: as `tasks.arrivals_known.find_arrival` found it.
     """
     remover = ArtifactRemover(tracker)
-    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival)]
+    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival), *_temporaries(store)]
     learned: list[Learned] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
@@ -139,6 +141,8 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
         _empty_method_rows(store, remover, registry.versions(lineage), plan.sha256)
     for each in by_kind.get("work folder", ()):
         shutil.rmtree(each.address, ignore_errors=True)
+    for each in by_kind.get("temporary files", ()):
+        remove_local(each.address)
     for kind in ("adapter of no version", "answers", "inbox file", "quarantine", "training rows", "test rows"):
         for each in by_kind.get(kind, ()):
             store.delete(each.address)
@@ -169,6 +173,12 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
             for info in store.list(quarantine_folder(arrival.task, sha256))
         ]
     return found
+
+
+def _temporaries(store: ObjectStore) -> list[Held]:
+    """What killed processes have left here, whatever rows it may hold."""
+    found = find_leftovers(store, datetime.now(UTC))
+    return [Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes) for each in found]
 
 
 def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
@@ -265,9 +275,9 @@ def _method_rows(store: ObjectStore, versions: Sequence[VersionInfo], sha256: st
     wanted: dict[str, set[str]] = {}
     for version in versions:
         parent = version.parent_version or ""
-        with tempfile.TemporaryDirectory(prefix="deal-forget-") as temporary:
-            _download_method(store, version.adapter_uri, Path(temporary))
-            names = sizes.setdefault(version.version, stored_rows(Path(temporary))).keys()
+        with temporary_folder() as folder:
+            _download_method(store, version.adapter_uri, folder)
+            names = sizes.setdefault(version.version, stored_rows(folder)).keys()
         own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 == sha256 else set()
         wanted[version.version] = own | (wanted.get(parent, set()) & names)
     return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
@@ -282,8 +292,7 @@ def _empty_method_rows(
         if not names:
             continue
         info = next(each for each in versions if each.version == version)
-        with tempfile.TemporaryDirectory(prefix="deal-forget-") as temporary:
-            folder = Path(temporary)
+        with temporary_folder() as folder:
             _download_method(store, info.adapter_uri, folder)
             empty_stored_rows(folder, names)
             store.upload_folder(folder, info.adapter_uri)

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict
 from infra.registry import VersionInfo
 from infra.runs import RunInfo
 
-Kind = Literal["work folder", "adapter", "training rows"]
+Kind = Literal["work folder", "adapter", "training rows", "temporary files"]
 
 
 class Folder(NamedTuple):
     """Something that lies around: where, how large, and when it was last written to."""
 
     address: str
-    """Key in the store, or path of a work folder."""
+    """Key in the store, or path on this machine."""
     num_bytes: int
     modified: datetime
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from deal_core.errors import StoreError
 from infra.file_store import FileStore
 from infra.object_store import ObjectStore, open_store
 from infra.settings import HomeSettings, StoreSettings
+from infra.temporary import temporary_folder
 from tasks.references import VersionRef
 
 
@@ -29,8 +29,8 @@ def work_folder(lineage: str, short_key: str) -> Path:
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
     """A local copy of a folder of the store, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        folder = Path(temporary) / "folder"
+    with temporary_folder() as temporary:
+        folder = temporary / "folder"
         store.download_folder(uri, folder)
         yield folder
 
@@ -60,8 +60,8 @@ def local_file(store: ObjectStore, address: str) -> Iterator[Path]:
     if isinstance(store, FileStore):  # a file of gigabytes need not be copied
         yield store.root / key
         return
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        path = Path(temporary) / key.rsplit("/", 1)[-1]
+    with temporary_folder() as temporary:
+        path = temporary / key.rsplit("/", 1)[-1]
         store.download_file(key, path)
         yield path
 

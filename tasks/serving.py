@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -74,6 +75,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     try:
         route = _move(store, client, settings, champion, before)
         _unload_others(client, route, settings.grace_seconds)
+        _remove_other_copies(settings, route)
     except DealError as error:
         _write(store, _behind(read_route(store, lineage), client, champion, error))
         raise
@@ -179,7 +181,7 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
             f"The adapter lies in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
-    folder = f"{name}-{champion.adapter_sha256[:12]}"
+    folder = _copy_name(name, champion.adapter_sha256)
     target = settings.adapter_dir / folder
     if not target.exists():
         settings.adapter_dir.mkdir(parents=True, exist_ok=True)
@@ -190,6 +192,10 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
             part.chmod(0o755)
             part.rename(target)
     return f"{settings.server_adapter_dir or settings.adapter_dir}/{folder}"
+
+
+def _copy_name(name: str, adapter_sha256: str) -> str:
+    return f"{name}-{adapter_sha256[:12]}"
 
 
 def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float) -> None:
@@ -203,6 +209,21 @@ def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float
     for name in others:
         client.unload(name)
         reporter().said(f"{name} is unloaded")
+
+
+def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
+    """Remove the copies of the lineage's other adapters, which nothing serves any more.
+
+    Each goes in one step, under a hidden name, so that none is ever taken for a whole one.
+    """
+    if settings.adapter_dir is None or route.model is None or route.adapter_sha256 is None:
+        return
+    own = re.compile(rf"\.?{re.escape(route.lineage)}-v\d+-[0-9a-f]{{12}}")
+    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden ones, of a call that was cut short, come first
+        if own.fullmatch(folder.name) and folder.name != _copy_name(route.model, route.adapter_sha256):
+            hidden = folder.with_name(f".{folder.name.removeprefix('.')}")
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
 
 
 def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionInfo, error: DealError) -> ServingRoute:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -18,6 +16,7 @@ from infra.settings import HomeSettings, without_password
 from infra.tracking import Tracker
 from tasks.garbage import Folder, Holdings, Removal
 from tasks.ingest import TRAIN_FILE, retains_training_rows
+from tasks.leftovers import find_leftovers, local_folder, remove_local
 
 ADAPTERS, DATASETS = "adapters", "datasets"
 
@@ -47,7 +46,7 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
         versions=versions,
         runs=list_runs(tracker, lineage),
         adapters={key: _folder(f"{ADAPTERS}/{lineage}/{key}", infos) for key, infos in adapters.items()},
-        work={path.name: _local_folder(path) for path in _work_folders(lineage)},
+        work={path.name: local_folder(path) for path in _work_folders(lineage)},
         training_rows=_training_rows(store, lineage),
     )
 
@@ -62,6 +61,15 @@ def old_training_rows(store: ObjectStore, *, now: datetime, older_than: timedelt
     )  # fmt: skip
 
 
+def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
+    """What processes of this machine that were killed have left; no lineage owns it."""
+    return tuple(
+        Removal(lineage="", kind="temporary files", address=each.address, num_bytes=each.num_bytes,
+                reason="left by a process that was killed")
+        for each in find_leftovers(store, now)
+    )  # fmt: skip
+
+
 def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
     """The removal with the size of what MLflow keeps of the same adapter added."""
     if not removal.model_id:
@@ -71,8 +79,8 @@ def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
 
 def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: datetime) -> None:
     """Do one removal. The store goes last: while it has something, the next plan names the removal again."""
-    if removal.kind == "work folder":
-        shutil.rmtree(removal.address)
+    if removal.kind in ("work folder", "temporary files"):
+        remove_local(removal.address)
         return
     if removal.version and removal.model_id:
         remover.remove_model(removal.lineage, removal.version, removal.model_id, f"{now:%Y-%m-%d}")
@@ -112,12 +120,6 @@ def _work_folders(lineage: str) -> list[Path]:
     folder = HomeSettings().home / "work" / lineage
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
-
-
-def _local_folder(path: Path) -> Folder:
-    stats = [each.lstat() for each in (path, *path.rglob("*"))]
-    num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
-    return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
 
 
 def _folder(address: str, infos: list[ObjectInfo]) -> Folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,10 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     work = home / "work" / "l" / "fedcba9876543210"
     work.mkdir(parents=True)
     (work / "checkpoint").write_bytes(bytes(100))
+    for left in (home / "tmp" / "x", home / "store" / ".incoming" / "y"):
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(bytes(7))
+        os.utime(left, (0, 0))
     assert collect("l").removals == (), "all of it is younger than thirty days"
     before = {path for path in home.joinpath("store").rglob("*") if path.is_file()}
     planned = collect(older_than="0h", dry_run=True)
@@ -128,7 +133,7 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     adapters = sorted(["0123456789abcdef", rejected.run_key[:16]])
     assert [(each.kind, each.address.rsplit("/", 1)[1]) for each in planned.removals] == [
         ("work folder", "fedcba9876543210"), *(("adapter", key) for key in adapters),
-        ("training rows", "train.parquet"),
+        ("training rows", "train.parquet"), ("temporary files", "y"), ("temporary files", "x"),
     ]  # fmt: skip
     done = collect(older_than="0h")
     assert (done.removals, done.num_bytes) == (planned.removals, planned.num_bytes)

@@ -221,6 +221,22 @@ def test_a_folder_that_the_server_shares_gets_a_copy_under_the_servers_path(
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_copies_go_once_their_adapter_is_unloaded_and_come_back_with_it(
+    tmp_path: Path, server: FakeVllm, sync: Sync
+) -> None:
+    shared = tmp_path / "shared"
+    others = [shared / name for name in (f"other-v1-{'1' * 12}", f"l-v1-v1-{'1' * 12}", "notes")]
+    for folder in (*others, shared / f".l-v7-{'7' * 12}"):  # the last one by a call that was cut short
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    for version in ("1", "2", "1"):
+        promote(tmp_path, version)
+        sync(adapter_dir=shared)
+        mine = shared / f"l-v{version}-{version * 12}"
+        assert set(shared.iterdir()) == {*others, mine}
+        assert server.adapters == {f"l-v{version}": str(mine)}
+
+
 def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match="'l' has no champion"):
         sync_vllm.fn("l", VllmSettings(url="http://127.0.0.1:9"))

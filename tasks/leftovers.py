@@ -1,0 +1,68 @@
+"""Leftovers: what processes that were killed have left on this machine, half done; some of it may be rows."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from infra.file_store import FileStore
+from infra.object_store import RESERVED, ObjectStore
+from infra.served_copies import SERVE, lock_of
+from infra.settings import HomeSettings
+from infra.temporary import TEMPORARY
+from tasks.garbage import Folder
+
+AGE = timedelta(days=1)
+"""What nobody has written to for so long has lost its process: all that is needed later is read at once."""
+
+
+def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
+    """Temporary folders, files that a folder store was taking in, and versions that a `deal serve` had fetched."""
+    home = HomeSettings().home
+    places = [home / TEMPORARY, home / SERVE]
+    if isinstance(store, FileStore):
+        places.append(store.root / RESERVED)
+    found = []
+    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
+        with suppress(FileNotFoundError):  # its process has just done with it
+            folder = local_folder(path)
+            if folder.modified < now - AGE and not _is_served(path):
+                found.append(folder)
+    return found
+
+
+def remove_local(address: str) -> None:
+    """Remove a folder or file of this machine; one that is gone already is all right."""
+    path = Path(address)
+    with suppress(FileNotFoundError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def local_folder(path: Path) -> Folder:
+    """A folder or file of this machine.
+
+    Raises:
+        FileNotFoundError: a part of it went meanwhile.
+    """
+    stats = [each.lstat() for each in (path, *path.rglob("*"))]
+    num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
+    return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
+
+
+def _is_served(path: Path) -> bool:
+    """Whether it is of a `deal serve` that runs, for months perhaps, and holds its lock."""
+    if not lock_of(path).exists():
+        return False
+    try:
+        with FileLock(lock_of(path), timeout=0):
+            return False
+    except Timeout:
+        return True
