@@ -27,6 +27,9 @@ OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
 MIN_PREFIX = 8
 """Prompts that share fewer first tokens are read whole."""
+MAX_LOGIT_BYTES = 2**30
+"""Of a batch's answers: with a vocabulary of 128,000 the logits of a hundred answers of 50 tokens would take five times
+as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +163,13 @@ def generate(
         prompts: Token ids of each.
         max_new_tokens: Most tokens of an answer.
         max_batch_tokens: Most tokens of a batch's prompts, padding included.
-        with_logits: Whether the logits are kept: 4·V bytes for every new token of a batch.
+        with_logits: Whether the logits are kept: 8·V bytes for every new token of a batch (they are there once in a
+            list, once stacked), MAX_LOGIT_BYTES at most.
     """
     model.eval()
     prefix = _read_prefix(model, prompts)
-    for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens):
+    max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
+    for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
         chosen = [prompts[i] for i in batch]
         yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
 
@@ -195,12 +200,12 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: E
     return min(config.max_new_tokens, longest + 1)
 
 
-def _batches_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def _batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
     """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
     while start < len(order):
-        size = max(1, max_tokens // max(1, lengths[order[start]]))
+        size = min(max_rows, max(1, max_tokens // max(1, lengths[order[start]])))
         yield order[start : start + size]
         start += size
 

@@ -69,6 +69,16 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
             assert found.num_too_long == wanted
 
 
+def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
+    prompts, vocabulary = [[1, 2]] * 7, base.model.config.vocab_size
+    monkeypatch.setattr("deal_core.evaluate.MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
+    sizes = [
+        [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, max_batch_tokens=64, **asked)]
+        for asked in ({"with_logits": True}, {})
+    ]
+    assert sizes == [[3, 3, 1], [7]]
+
+
 def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch):
     inputs, seen = rows(12)["input"], []
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in inputs]
