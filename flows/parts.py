@@ -92,4 +92,4 @@ def kill_left_runs(home: Path) -> None:
 
 
 def _is_of(home: Path, process: psutil.Process) -> bool:
-    return process.environ().get("PREFECT_HOME") == str(home / "prefect")
+    return bool(process.environ().get("PREFECT_HOME") == str(home / "prefect"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -16,7 +17,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType, WorkerStatus
+from prefect.client.schemas.objects import State, StateType, WorkerStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Crashed
 
@@ -93,12 +94,9 @@ async def _restart_what_was_left(client: PrefectClient) -> None:
     names = DeploymentFilterName(any_=RETURNING)
     returning = {each.id for each in await client.read_deployments(deployment_filter=DeploymentFilter(name=names))}
     for run in runs:
-        ended = "Its worker was ended"
-        if run.deployment_id in returning:
-            state = AwaitingRetry(message=f"{ended}.")
-        else:
-            state = Crashed(message=f"{ended}, perhaps in the midst of it; look, and start it again if it is wanted.")
-        await client.set_flow_run_state(run.id, state, force=True)
+        again: State[Any] = AwaitingRetry(message="Its worker was ended.")
+        crashed: State[Any] = Crashed(message="Its worker was ended; look what it did, and start it again if need be.")
+        await client.set_flow_run_state(run.id, again if run.deployment_id in returning else crashed, force=True)
 
 
 async def _wait_for_workers(client: PrefectClient, stack: Stack) -> None:
