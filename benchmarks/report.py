@@ -32,6 +32,8 @@ COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA,
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
 NUM_RIVALS = 2
 """Rivals in the pictures: the best ones."""
+WIDENING = ("inc_lora", "o_lora", "ella")
+"""Strategies whose adapter grows, so that the share of its slots in use falls."""
 
 
 def read(path: Path) -> Any:
@@ -100,33 +102,45 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
-    """Draw `deal` and its best rivals on the first order that has cells of all; (file, what it shows)."""
-    shown = [OURS, *best_rivals(rows)[:NUM_RIVALS]]
-    by_order: dict[str, dict[str, list[CellJson]]] = {}
-    for cell in protocol.cells:
-        name = name_of({"strategy": cell["settings"]["strategy"], "changes": departures(cell)})
-        if name in shown:
-            by_order.setdefault(order_of(cell), {}).setdefault(name, []).append(cell)
-    order = next((order for order in sorted(by_order) if len(by_order[order]) == len(shown)), None)
-    if order is None:
+    """Draw `deal` and its best rivals on the first order that has cells of all, their common seeds; (file, caption)."""
+    order, cells = side_by_side(protocol, [OURS, *best_rivals(rows)[:NUM_RIVALS]])
+    if not cells:
         return []
-    cells = {name: by_order[order][name] for name in shown}
+    seeds = sorted({cell["settings"]["seed"] for cell in cells[OURS]})
+    on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
     settings = cells[OURS][0]["settings"]
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}"
     kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
-    pictures = [(f"{stem}-kept.png", "accuracy of every task right after it was learned and in the end")]
+    pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
     curves = {name: curve for name, each in cells.items() if (curve := average_so_far(each))}
     if curves:
         figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
         save_png(figure, images / f"{stem}-average.png")
-        pictures.append((f"{stem}-average.png", "average accuracy over the number of tasks learned"))
+        pictures.append((f"{stem}-average.png", f"average accuracy over the number of tasks learned{on}"))
     fills = {name: curve for name, each in cells.items() if (curve := fill_so_far(each))}
     if fills:
         figure = development_figure(fills, "Slots of the adapter that hold 95 % of its update", "share of slots, %")
         save_png(figure, images / f"{stem}-fill.png")
-        pictures.append((f"{stem}-fill.png", "share of the adapter's slots in use over the number of tasks learned"))
+        text = f"share of the adapter's slots in use over the number of tasks learned{on}"
+        widens = [name for name in fills if name.split()[0] in WIDENING]
+        grown = f"; {' and '.join(widens)} add slots with every task" if widens else ""
+        pictures.append((f"{stem}-fill.png", text + grown))
     return pictures
+
+
+def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[str, list[CellJson]]]:
+    """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
+    by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
+    for cell in protocol.cells:
+        name = name_of({"strategy": cell["settings"]["strategy"], "changes": departures(cell)})
+        if name in shown:
+            by_order.setdefault(order_of(cell), {}).setdefault(name, {})[cell["settings"]["seed"]] = cell
+    for order, found in sorted(by_order.items()):
+        seeds = set.intersection(*(set(found.get(name, {})) for name in shown))
+        if seeds:
+            return order, {name: [found[name][seed] for seed in sorted(seeds)] for name in shown}
+    return "", {}
 
 
 def best_rivals(rows: Sequence[Mapping[str, Any]]) -> list[str]:
