@@ -215,6 +215,9 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     tracker = open_tracker()
     assert second.tracking_id is not None
     tracker.run(second.tracking_id).log_json("report.json", {"lost": [SECRET]})
+    left = home / "tmp" / "left by a killed process"
+    left.write_text(SECRET)
+    os.utime(left, (0, 0))
 
     plan = plan_forget(first.dataset.sha256[:8])
     assert [(each.version, each.is_direct, each.aliases) for each in plan.learned] == [
@@ -222,7 +225,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     ]  # fmt: skip
     assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
     assert {each.kind for each in plan.held} == {
-        "test rows", "quarantine", "inbox file", "answers", "artifacts", "rows kept by the method"
+        "test rows", "quarantine", "inbox file", "answers", "artifacts", "rows kept by the method", "temporary files"
     }
 
     old = find_version(open_registry(), "l", "1")
