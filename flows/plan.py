@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from flows.adapt import arrival_of, choose_adapter, choose_base, choose_strategy
 from flows.spec import AdaptSpec
 from flows.validate import known_champion
 from infra.settings import HomeSettings
+from infra.temporary import temporary_folder
 from tasks.ingest import TRAIN_FILE, choose_schema, frozen_test_inputs
 from tasks.record import LineageRecord, read_record
 from tasks.references import VersionRef
@@ -126,7 +126,7 @@ def plan(
     run = _Run(spec, champion, record, base, precision_name(precision), choose_adapter(spec, record))
     with ExitStack() as stack:
         on_progress("reading the file")
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deal-plan-")))
+        folder = stack.enter_context(temporary_folder())
         manifest = _check_rows(run, folder / "dataset")
         from datasets import Dataset
 

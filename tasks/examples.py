@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
@@ -12,6 +10,7 @@ import pyarrow.parquet as pq
 from deal_core.metrics import exact_match
 from infra.object_store import ObjectStore
 from infra.report.run_report import Changed, Example
+from infra.temporary import temporary_folder
 from tasks.answers import read_answers
 from tasks.record import KnownTask, read_record
 
@@ -83,8 +82,8 @@ def _example(row: _Row, before: Mapping[str, str], now: Mapping[str, str], inclu
 
 
 def _test_rows(store: ObjectStore, known: KnownTask) -> Iterator[_Row]:
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        path = Path(temporary) / "test.parquet"
+    with temporary_folder() as temporary:
+        path = temporary / "test.parquet"
         store.download_file(f"{known.dataset_uri}/test.parquet", path)
         table = pq.read_table(path, columns=list(_Row._fields))
     for values in zip(*(table.column(name).to_pylist() for name in _Row._fields), strict=True):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from deal_core.data.schema import TaskSchema
 from infra.object_store import ObjectStore
+from infra.temporary import temporary_folder
 from tasks.ingest import TEST_FILE
 from tasks.record import KnownTask
 from tasks.tombstones import require_test_rows
@@ -92,8 +91,8 @@ def load_test_set(
     from datasets import Dataset
 
     require_test_rows(store, schema.name, dataset_uri)
-    with tempfile.TemporaryDirectory(prefix="deal-") as temporary:
-        path = Path(temporary) / TEST_FILE
+    with temporary_folder() as temporary:
+        path = temporary / TEST_FILE
         store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
         rows = Dataset(pq.read_table(path, memory_map=False))
     return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
 from infra.object_store import ObjectNotFoundError, ObjectStore
+from infra.temporary import temporary_folder
 from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival, DatasetRef, VersionRef
@@ -76,9 +76,9 @@ def ingest_arrival(
     with (
         local_file(store, arrival.data) as source,
         local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
-        tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary,
+        temporary_folder() as temporary,
     ):
-        folder = Path(temporary) / "dataset"
+        folder = temporary / "dataset"
         if not again:
             refuse_forgotten(store, arrival.task, [sha256_of_file(source)])
         try:
@@ -132,8 +132,8 @@ def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_na
     known = record.task(task_name) if record else None
     if known is None or forgotten_tests(store, task_name, known.dataset_uri):
         return ()
-    with tempfile.TemporaryDirectory(prefix="deal-ingest-") as temporary:
-        path = Path(temporary) / TEST_FILE
+    with temporary_folder() as temporary:
+        path = temporary / TEST_FILE
         store.download_file(f"{known.dataset_uri}/{TEST_FILE}", path)
         inputs = pq.read_table(path, columns=["input"]).column("input").to_pylist()
     assert known.schema.format != "auto", "a task that was learned has a format"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings
+from infra.temporary import temporary_folder
 from tasks.base import is_loaded
 from tasks.references import VersionRef
 from tasks.services import borrowed_parent, current_store
@@ -93,7 +92,7 @@ def probe_step(
         times.append(time.perf_counter())
 
     with (
-        tempfile.TemporaryDirectory(prefix="deal-probe-") as temporary,
+        temporary_folder() as temporary,
         borrowed_parent(current_store(), parent) as parent_folder,
     ):
         train_adapter(
@@ -105,8 +104,8 @@ def probe_step(
             adapter=adapter,
             method=method,
             train=replace(train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1),
-            output_folder=Path(temporary) / "adapter",
-            checkpoint_folder=Path(temporary) / "checkpoints",
+            output_folder=temporary / "adapter",
+            checkpoint_folder=temporary / "checkpoints",
             old_tasks=old_tasks,
             on_log=on_log,
         )
