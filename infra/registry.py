@@ -267,6 +267,9 @@ class Registry:
 def _addressed(uri: str) -> Iterator[None]:
     """Make `uri` MLflow's global address for a moment: a database store looks a logged model up through that."""
     with _global_address:
+        if mlflow.get_tracking_uri() == uri:  # as MLFLOW_TRACKING_URI has it: setting it would outlive the variable
+            yield
+            return
         before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
         mlflow.set_tracking_uri(uri)
         try:

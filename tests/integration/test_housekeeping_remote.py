@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -40,17 +41,23 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
     moto.stop()
 
 
+@pytest.fixture
+def artifacts(mlflow_server: str, tmp_path: Path) -> Iterator[Path]:
+    """Folder of the artifacts of an MLflow server that the settings point at."""
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+        yield tmp_path / "server" / "artifacts"
+    assert mlflow.get_tracking_uri() == before, "what the variable said does not outlive it"
+
+
 def holding(store: S3Store, artifacts: Path, text: str) -> list[str]:
     """Objects and files of the MLflow server that hold a text in the clear."""
     found = [info.key for info in store.list("") if text.encode() in store.get_bytes(info.key)]
     return found + [str(path) for path in artifacts.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_what_goes_is_gone_from_both_servers(
-    tiny_base: Path, bucket: S3Store, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-    artifacts = tmp_path / "server" / "artifacts"
+def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, artifacts: Path) -> None:
     row = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"})
     bad = json.dumps({"text": "", "label": f"lost card {SECRET}"})
     bucket.put_bytes("inbox/bank/may.jsonl", f"{Path(BANK['data']).read_text()}{row}\n{bad}\n".encode())
