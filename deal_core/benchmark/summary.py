@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, settings_read
@@ -177,7 +178,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         },
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
         "perplexity_ratio": _mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
-        "rows_per_second": _mean_of_all(version["rows_per_second"] for version in learned),
+        "rows_per_second": median(version["rows_per_second"] for version in learned) if learned else None,
         "adapter_bytes": _adapter_bytes(cells[0]),
         "stores": cells[0].get("stores"),
         "state_bytes": max((cell.get("state_bytes") or 0 for cell in cells), default=0),
