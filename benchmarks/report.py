@@ -124,7 +124,7 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
         save_png(figure, images / f"{stem}-fill.png")
         text = f"share of the adapter's slots in use over the number of tasks learned{on}"
         widens = [name for name in fills if name.split()[0] in WIDENING]
-        grown = f"; {' and '.join(widens)} add slots with every task" if widens else ""
+        grown = f"; every task brings new slots to {' and '.join(widens)}" if widens else ""
         pictures.append((f"{stem}-fill.png", text + grown))
     return pictures
 
