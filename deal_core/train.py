@@ -130,9 +130,7 @@ def train_adapter(
             strategy=learner,
             group_by_length=train.group_by_length,
         )
-        trainer.add_callback(_StopWhenDiverged(checkpoint_folder))
-        if on_log is not None:
-            trainer.add_callback(_ReportSteps(on_log))
+        trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes what does not count
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
@@ -202,11 +200,22 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
     return args
 
 
-class _StopWhenDiverged(TrainerCallback):
-    """A step's figures come before its checkpoint, so none holds what no later step could mend."""
+class _WatchSteps(TrainerCallback):
+    """Passes on what every step found, and ends a training that diverged.
 
-    def __init__(self, checkpoint_folder: Path) -> None:
+    A step's figures come before its checkpoint, so none holds what no later step could mend.
+    """
+
+    def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
+        self._on_log = on_log
         self._checkpoint_folder = checkpoint_folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """After a resume, say again what a killed process may not have passed on."""
+        for logs in state.log_history:
+            self._report(int(logs["step"]), logs)
 
     def on_log(
         self,
@@ -224,31 +233,10 @@ class _StopWhenDiverged(TrainerCallback):
                     f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
                     f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
                 )
-
-
-class _ReportSteps(TrainerCallback):
-    def __init__(self, on_log: OnLog) -> None:
-        self._on_log = on_log
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """After a resume, say again what a killed process may not have passed on."""
-        for logs in state.log_history:
-            self._report(int(logs["step"]), logs)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
         self._report(state.global_step, logs or {})
 
     def _report(self, step: int, logs: Mapping[str, float]) -> None:
-        if "loss" in logs:
+        if self._on_log is not None and "loss" in logs:
             self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
 
 
