@@ -44,7 +44,6 @@ class TaskEvaluation:
         majority_rate: Share of the commonest reference: what a constant answer scores.
         answers: The generated answers, in the rows' order.
         outcomes: 1 for each row that was answered right, else 0, in the rows' order.
-        num_too_long: Rows whose reference has more tokens than an answer may have: no answer can match it.
     """
 
     task: str
@@ -54,7 +53,6 @@ class TaskEvaluation:
     majority_rate: float
     answers: tuple[str, ...]
     outcomes: str
-    num_too_long: int
 
 
 def evaluate_task(
@@ -90,10 +88,16 @@ def evaluate_task(
         majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
         answers=tuple(answers),
         outcomes=outcomes,
-        num_too_long=sum(
-            len(encode_answer(tokenizer, task, each, config.max_new_tokens + 2)) > config.max_new_tokens + 1  # the end
-            for each in references
-        ),
+    )
+
+
+def count_too_long(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, references: Sequence[str], max_new_tokens: int
+) -> int:
+    """Count the references that have more tokens than an answer may have: no answer can match them."""
+    return sum(
+        len(encode_answer(tokenizer, task, each, max_new_tokens + 2)) > max_new_tokens + 1  # with the end token
+        for each in references
     )
 
 

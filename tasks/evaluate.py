@@ -74,8 +74,9 @@ def evaluate_version(
         now = scorer.score(folder, [*sets, *new], general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     learned = now.evaluations[dataset.task]
-    if learned.num_too_long:
-        notes = (*notes, f"{learned.num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
+    num_too_long = sum(map(scorer.count_too_long, (each for each in (*sets, *new) if each.schema.name == dataset.task)))
+    if num_too_long:
+        notes = (*notes, f"{num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
                          "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
@@ -179,6 +180,13 @@ class Scorer:
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
             return Scored(found, answers, perplexity(model, self._base.tokenizer) if general else None)
+
+    def count_too_long(self, test_set: TestSet) -> int:
+        """Test rows whose reference no answer can match."""
+        from deal_core.evaluate import count_too_long
+
+        references = test_set.rows["output"]
+        return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
 
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows

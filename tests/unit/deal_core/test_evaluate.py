@@ -12,7 +12,15 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import MIN_PREFIX, _read_prefix, evaluate_task, first_answer_logits, generate, generate_answers
+from deal_core.evaluate import (
+    MIN_PREFIX,
+    _read_prefix,
+    count_too_long,
+    evaluate_task,
+    first_answer_logits,
+    generate,
+    generate_answers,
+)
 
 ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
@@ -61,12 +69,8 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
     open_task = TaskSchema(name="open", format="completion")
     outputs = ["x", "x " * 40, "x"]
     num_tokens = len(base.tokenizer(" x")["input_ids"])
-    rows = Dataset.from_dict({"input": ["a", "b", "c"], "output": outputs})
     for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
-        if limit:
-            config = EvaluateConfig(max_new_tokens=limit)
-            found = evaluate_task(base.model, base.tokenizer, open_task, rows, config, max_prompt_tokens=64)
-            assert found.num_too_long == wanted
+        assert count_too_long(base.tokenizer, open_task, outputs, limit) == wanted
 
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
