@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,9 @@ def ingest_arrival(
             )
         except ArrivalRefusedError as error:
             # by the file: of one without a good row the dataset is empty, and all such have one digest
-            kept = _publish_quarantine(store, folder, arrival.task, sha256_of_file(source))
+            files = [sha256_of_file(path) for path in (source, test_source) if path is not None]
+            _publish_quarantine(store, folder, arrival.task, files[0], files)
+            kept = store.uri_of(quarantine_key(arrival.task, files[0], files))
             message = str(error).replace(str(folder / QUARANTINE_FILE), kept)
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
@@ -146,7 +148,7 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineag
 
     Test rows that are there stay to the byte: they judge the task for good, and a digest is blind to blanks.
     """
-    _publish_quarantine(store, folder, manifest.task.name, manifest.sha256)
+    quarantine = _publish_quarantine(store, folder, manifest.task.name, manifest.sha256, manifest.files)
     uri = f"datasets/{manifest.task.name}/{manifest.sha256}/{lineage}/{manifest.task.sha256[:16]}"
     try:
         before = read_manifest(store, uri)
@@ -167,17 +169,20 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineag
         num_train=manifest.num_train,
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
+        quarantine=quarantine,
     )
 
 
-def _publish_quarantine(store: ObjectStore, folder: Path, task_name: str, sha256: str) -> str:
-    """Move the bad rows, if there are any, out of the dataset's folder into the store; return where they are."""
+def _publish_quarantine(
+    store: ObjectStore, folder: Path, task_name: str, sha256: str, files: Sequence[str]
+) -> str | None:
+    """Move the bad rows out of the dataset's folder into the store; return their key, None if there are none."""
     rows = folder / QUARANTINE_FILE
-    key = quarantine_key(task_name, sha256)
-    if rows.is_file() and rows.stat().st_size:
+    key = quarantine_key(task_name, sha256, files) if rows.is_file() and rows.stat().st_size else None
+    if key is not None:
         store.upload_file(rows, key)
     rows.unlink(missing_ok=True)
-    return store.uri_of(key)
+    return key
 
 
 def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
@@ -214,13 +219,16 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
         return False
 
 
-def quarantine_key(task_name: str, sha256: str) -> str:
-    """Where the bad rows of an arrival are, if it had any."""
-    return f"{quarantine_folder(task_name, sha256)}/rows.jsonl"
+def quarantine_key(task_name: str, sha256: str, files: Sequence[str]) -> str:
+    """Where the bad rows of an arrival are, if it had any; `files` are the digests of what landed.
+
+    Files with the same good rows share a folder and keep their bad rows apart.
+    """
+    return f"{quarantine_folder(task_name, sha256)}/{'-'.join(digest[:16] for digest in files)}.jsonl"
 
 
 def quarantine_folder(task_name: str, sha256: str) -> str:
-    """The folder of the store that holds an arrival's bad rows and nothing else."""
+    """The folder of the store that holds the bad rows of arrivals with the same good rows, and nothing else."""
     return f"{QUARANTINE}/{task_name}/{sha256}"
 
 

@@ -53,6 +53,8 @@ class DatasetRef(Reference):
     num_train: int
     num_test: int
     num_rejected: int
+    quarantine: str | None = None
+    """Key of the file's bad rows; None if it had none."""
 
 
 def dataset_sha256(dataset_uri: str) -> str:

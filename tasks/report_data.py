@@ -15,7 +15,7 @@ from infra.registry import VersionInfo, open_registry
 from infra.report.charts import thin
 from infra.report.run_report import BadRow, Link, Origin, Quality, RunReport, Training, Verdict
 from tasks.examples import MAX_EXAMPLES, compare_answers, cut
-from tasks.ingest import quarantine_key, read_manifest
+from tasks.ingest import read_manifest
 from tasks.record import read_record
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.services import current_store, local_file
@@ -95,8 +95,9 @@ def _training(strategy: str, summary: TrainSummary) -> Training:
 
 def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Quality:
     manifest = read_manifest(store, dataset.uri)
-    key = quarantine_key(dataset.task, dataset.sha256)
-    has_rows = store.exists(key)
+    key = dataset.quarantine
+    if key is not None and not store.exists(key):  # forgotten since
+        key = None
     return Quality(
         source=manifest.source,
         format=manifest.task.format,
@@ -107,8 +108,8 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
-        quarantine=key if has_rows else None,
-        bad_rows=_bad_rows(store, key, include_texts) if has_rows else (),
+        quarantine=key,
+        bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
     )
 
 

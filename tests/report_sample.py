@@ -46,7 +46,7 @@ def sample_report(**changes: Any) -> RunReport:
         "quality": Quality(
             source="may.csv", format="labelled", split="hash", num_labels=6, num_read=130, num_train=96, num_test=20,
             num_rejected=14, problems={"empty text": 10, "label outside the task's set": 4},
-            quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/rows.jsonl",
+            quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/{DIGEST}.jsonl",
             bad_rows=(BadRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),),
         ),
         "changed": (

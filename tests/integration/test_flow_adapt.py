@@ -56,6 +56,11 @@ def tracked_run(home: Path, result: AdaptResult) -> Any:
     return MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_run(result.tracking_id)
 
 
+def quarantined(result: AdaptResult) -> list[Any]:
+    assert result.dataset.quarantine is not None
+    return [json.loads(line) for line in current_store().get_bytes(result.dataset.quarantine).decode().splitlines()]
+
+
 def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(first: AdaptResult, home: Path) -> None:
     result = first
     assert (result.status, result.version, result.parent_version, result.num_steps) == ("promoted", "1", None, 3)
@@ -260,7 +265,7 @@ def test_a_refused_file_leaves_its_rows_in_quarantine_and_nothing_else(tiny_base
     with pytest.raises(DataValidationError) as caught:
         run(tiny_base, {"name": "bank", "data": str(arrival)})
     keys = [info.key for info in current_store().list()]
-    assert len(keys) == 1 and keys[0].startswith("quarantine/bank/") and keys[0].endswith("/rows.jsonl")
+    assert len(keys) == 1 and keys[0].startswith("quarantine/bank/") and keys[0].endswith(".jsonl")
     assert current_store().uri_of(keys[0]) in str(caught.value), "the message says where the rows are"
     assert versions() == []
 
@@ -269,9 +274,18 @@ def test_bad_rows_go_to_quarantine_and_the_good_ones_are_learned(tiny_base: Path
     arrival = tmp_path / "mixed.jsonl"
     arrival.write_text(Path(BANK["data"]).read_text() + '{"text": "", "label": "lost card"}\n')
     result = run(tiny_base, {**BANK, "data": str(arrival)})
-    kept = current_store().get_bytes(f"quarantine/bank/{result.dataset.sha256}/rows.jsonl").decode().splitlines()
-    assert (result.dataset.num_train, result.dataset.num_rejected, len(kept)) == (72, 1, 1)
-    assert json.loads(kept[0])["reason"] == "empty text"
+    assert (result.dataset.num_train, result.dataset.num_rejected) == (72, 1)
+    assert [bad["reason"] for bad in quarantined(result)] == ["empty text"]
+
+
+def test_files_with_the_same_good_rows_keep_their_bad_rows_apart(tiny_base: Path, tmp_path: Path) -> None:
+    results: list[AdaptResult] = []
+    for name, bad in (("one", '{"text": "", "label": "lost card"}\n'), ("other", '{"text": "late", "label": ""}\n')):
+        arrival = tmp_path / f"{name}.jsonl"
+        arrival.write_text(Path(BANK["data"]).read_text() + bad)
+        results.append(run(tiny_base, {**BANK, "data": str(arrival)}, lineage=name))
+    assert results[0].dataset.sha256 == results[1].dataset.sha256
+    assert [[bad["raw"]["text"] for bad in quarantined(result)] for result in results] == [[""], ["late"]]
 
 
 def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:

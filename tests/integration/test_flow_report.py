@@ -180,7 +180,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert not kept & {"method.safetensors", ANSWERS_FILE}, "the first holds rows as tokens"
     assert not files_with(home / "mlflow-artifacts", PLANTED)
     assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()
-    assert files_with(home / "store", PLANTED) >= {"rows.jsonl"}, "the store alone has them"
+    assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "the store alone has them"
     assert set(known["now"]) == {"first", "second"}
     file = write_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest alone"
