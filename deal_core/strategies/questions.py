@@ -15,7 +15,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluate import answer_limit, generate
 from deal_core.rehearsal import Question, Rehearsal, pack, unpack, with_target
-from deal_core.strategies.base import STORED_ROWS, TaskContext
+from deal_core.strategies.base import SEED_STRIDE, STORED_ROWS, TaskContext
 
 MIN_SHARING = 8
 """With fewer questions for each old task, those of all tasks go together: a batch for each would be nearly empty."""
@@ -35,6 +35,7 @@ def make_rehearsal(
     """
     if config.texts == "stored":
         tasks = [unpack(value) for _, value in sorted(rows.items())]
+        seed += SEED_STRIDE * len(tasks)  # another order with every arrival, or the same few rows would always be put
     elif config.texts == "arrival":
         olds = tasks_to_ask(context.old_tasks, context.task)
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))

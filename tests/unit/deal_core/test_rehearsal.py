@@ -183,6 +183,23 @@ def test_rehearsed_run_resumes(train, parent, tmp_path):
     assert train("deal", parent, **given, **folders).losses == pytest.approx(whole.losses, rel=1e-5)
 
 
+def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, rows):
+    """With fewer steps than rows the same few would be put again and again, and the others never."""
+    kept = [pack([Question([task, row], [row]) for row in range(40)]) for task in range(3)]
+    put = []
+    with adapter_on(base.model, parent) as model:
+        context = TaskContext(
+            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
+            adapter=AdapterConfig(), train=LONG,
+        )  # fmt: skip
+        for num_tasks in (1, 2, 3):
+            stored = {f"rows.{number:04d}": kept[number] for number in range(num_tasks)}
+            tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).tasks
+            first = [question.prompt_ids for questions in tasks for question in questions[:10]]
+            put.append({row for task, row in first if task == 0})
+    assert len({frozenset(rows) for rows in put}) == 3
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, base, parent, task, rows):
     """What generation saw at each token is what a pass over prompt and answer gives."""
