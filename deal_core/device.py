@@ -1,9 +1,13 @@
-"""The device that a run would use, and its memory."""
+"""The device that a run would use, its memory, and what else of a machine decides figures."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -41,6 +45,26 @@ def current_device() -> Device:
     memory = psutil.virtual_memory()
     name = "this machine's memory" if device.type == "cpu" else device.type
     return Device(name=name, is_cpu=device.type == "cpu", free_bytes=memory.available, total_bytes=memory.total)
+
+
+def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """What the CPU multiplies bf16 with, by the flags that Linux lists; empty where there is no list."""
+    try:
+        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ()
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return tuple(name for name in ("avx512_bf16", "amx_bf16") if name in flags)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What decides how figures are rounded and how fast they come: cores, bf16 instructions, GPU, libraries."""
+    return {
+        "cores": os.cpu_count(),
+        "bf16_instructions": list(bf16_instructions()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
 
 
 def parse_bytes(text: str) -> int:

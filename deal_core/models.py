@@ -14,13 +14,14 @@ from accelerate import PartialState
 from deal_core import attention
 from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
 from deal_core.config import Quantize
+from deal_core.device import bf16_instructions
 from deal_core.errors import ConfigError
 from deal_core.fingerprint import sha256_of_model
 from deal_core.gguf_file import require_all_weights
 from deal_core.quantization import quantization
 
-__all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "cpu_multiplies_bf16",
-           "load_base", "precision_name", "resolve_base"]
+__all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "load_base",
+           "precision_name", "resolve_base"]
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -113,23 +114,13 @@ def choose_dtype(precision: Precision) -> torch.dtype:
     if precision == "auto":
         if torch.cuda.is_available():
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        return torch.bfloat16 if cpu_multiplies_bf16(Path("/proc/cpuinfo")) else torch.float32
+        return torch.bfloat16 if bf16_instructions() else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
     """The precision that `choose_dtype` chooses, by its name."""
     return "bf16" if choose_dtype(precision) == torch.bfloat16 else "fp32"
-
-
-def cpu_multiplies_bf16(cpuinfo: Path) -> bool:
-    """Whether the CPU has bf16 matrix or vector units, by the flags that Linux lists (False where there is no list)."""
-    try:
-        lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    return bool({"amx_bf16", "avx512_bf16"} & set(flags))
 
 
 def _ensure_pad_token(tokenizer: Any, source: str) -> None:

@@ -55,9 +55,10 @@ class Cell:
     data: str
 
     def to_json(self) -> dict[str, Any]:
-        """The cell as a dict of JSON types."""
+        """The cell as a dict of JSON types, its strategy's revision among them where that is not the first one."""
+        revision = revision_of(self.strategy)
         values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
-        return dict(json.loads(json.dumps(values)))
+        return dict(json.loads(json.dumps(values | ({"revision": revision} if revision > 1 else {}))))
 
     def digest(self) -> str:
         """Twelve hexadecimal digits over all fields."""
@@ -107,6 +108,11 @@ def make_cell(
         method={} if is_bound else settings_read(strategy, method),
         **fields,
     )
+
+
+def revision_of(strategy: str) -> int:
+    """Return the revision of what trains a strategy or a bound."""
+    return strategy_class("seq_lora" if strategy in BOUNDS else strategy).revision
 
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.benchmark.cell import BOUNDS, Cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
+from deal_core.device import describe_machine
 from deal_core.evaluate import LanguageModel, evaluate_task
 from deal_core.general_ability import perplexity
 from deal_core.models import BaseModel
@@ -149,6 +150,7 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
         "notes": list(result.notes),
+        "machine": describe_machine(),
     }
     part = folder / f"{VERSION_FILE}.part"
     part.write_text(json.dumps(version))

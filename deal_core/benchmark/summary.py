@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, settings_read
+from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
 from deal_core.errors import DataValidationError
@@ -119,13 +119,15 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
 
 
 def departures(cell: CellJson) -> str:
-    """The settings in which a cell departs from the defaults of today, for people."""
+    """The settings in which a cell departs from the defaults of today, and a past revision, for people."""
     settings = cell["settings"]
+    revision = settings.get("revision", 1)
+    is_past = revision < revision_of(settings["strategy"])
     if settings["strategy"] in BOUNDS:
         return ""
     today = json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
-    return ", ".join(changes)
+    return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 
 def summarise(protocol: Protocol) -> list[dict[str, Any]]:

@@ -89,6 +89,8 @@ class Strategy:
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
     """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that decide what it does."""
+    revision: ClassVar[int] = 1
+    """Raised whenever the same settings give other results: the benchmark then takes no stored cell for it."""
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext

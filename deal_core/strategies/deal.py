@@ -25,6 +25,7 @@ class Deal(Strategy):
 
     name = "deal"
     reads = ("deal", "rehearsal")
+    revision = 2  # recycled slots get other seeds with every arrival
 
     @property
     def stores(self) -> Stores:

@@ -23,6 +23,7 @@ class IncLora(Strategy):
     """
 
     name = "inc_lora"
+    revision = 2  # new slots get other seeds with every arrival
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:

@@ -16,6 +16,7 @@ class Replay(Strategy):
 
     name = "replay"
     reads = ("rehearsal.stored_share", "rehearsal.rows_per_step", "rehearsal.weight")
+    revision = 2  # stored rows are put in another order with every arrival
 
     @property
     def stores(self) -> Stores:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.report import best_rivals
 from deal_core.adapter.state import adapter_on
-from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell
+from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import departures, final_scores, matrix_of, protocols, read_cells, summarise
@@ -21,6 +21,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 from deal_core.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.models import BaseModel
+from deal_core.strategies.seq_lora import SeqLora
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
@@ -150,7 +151,7 @@ def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str
     base = {
         "schema_version": SCHEMA_VERSION, "strategy": strategy, "tasks": ["yahoo", "agnews"], "seed": 0, "rows": 1,
         "part": "reported", "max_test_rows": None, "scored": "all", "adapter": {}, "train": {"seed": 0}, "method": {},
-        "base": "b", "data": "d",
+        "base": "b", "data": "d", "revision": revision_of(strategy),
     }  # fmt: skip
     versions = [
         {
@@ -260,6 +261,20 @@ def test_departures_from_the_defaults_are_named():
     method = {"deal.energy": 0.5, "rehearsal.texts": "arrival"}
     assert departures(made("deal", [], method=method)) == "deal.energy 0.5"
     assert departures(made("joint", [])) == ""
+
+
+def test_a_strategy_that_gives_other_results_than_before_has_cells_of_its_own(monkeypatch):
+    def cell() -> Cell:
+        return make_cell(
+            "seq_lora", ("a", "b"), method=MethodConfig(), seed=0, train=TRAIN, rows=8, part="dev", max_test_rows=None,
+            scored="all", adapter=AdapterConfig(), base="b", data="d",
+        )  # fmt: skip
+
+    before = cell().file_name
+    monkeypatch.setattr(SeqLora, "revision", 2)
+    assert cell().file_name != before and cell().to_json()["revision"] == 2
+    assert departures({"settings": cell().to_json()}) == ""
+    assert departures(made("seq_lora", [], revision=1)) == "revision 1"
 
 
 def test_a_cell_of_another_schema_is_refused(tmp_path):

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from deal_core.device import bf16_instructions
 from deal_core.errors import ConfigError
-from deal_core.models import DEFAULT_BASE, choose_dtype, cpu_multiplies_bf16, load_base, resolve_base
+from deal_core.models import DEFAULT_BASE, choose_dtype, load_base, resolve_base
 from deal_core.quantization import quantization
 from tests.unit.deal_core.tiny_gguf import write_gguf
 
@@ -230,7 +231,7 @@ def test_precision_is_what_was_asked_for_or_what_the_machine_does_well(tmp_path:
     with pytest.raises(ConfigError, match="fp16"):
         choose_dtype("fp16")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
-        fast = cpu_multiplies_bf16(Path("/proc/cpuinfo"))
+        fast = bool(bf16_instructions())
         assert choose_dtype("auto") == (torch.bfloat16 if fast else torch.float32)
 
 
@@ -240,5 +241,5 @@ def test_precision_is_what_was_asked_for_or_what_the_machine_does_well(tmp_path:
 )
 def test_a_cpu_does_bf16_well_by_its_flags(flags: str, fast: bool, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: amx_bf16 by name only\nflags\t\t: {flags}\n")
-    assert cpu_multiplies_bf16(tmp_path / "cpuinfo") is fast
-    assert cpu_multiplies_bf16(tmp_path / "absent") is False
+    assert bool(bf16_instructions(tmp_path / "cpuinfo")) is fast
+    assert bf16_instructions(tmp_path / "absent") == ()
