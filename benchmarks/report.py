@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +56,7 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     return {
         "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
         "is_judged": bool(protocol.lifted()), "pictures": draw(protocol, rows, images),
+        "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
     }  # fmt: skip
 
 
@@ -185,6 +188,33 @@ def fill_so_far(cells: Sequence[CellJson]) -> list[float]:
     return [100 * sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
+def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
+    """Names of the cells by the base model's perplexity, which differs where sums of bf16 products round otherwise."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for cell in cells:
+        settings, before = cell["settings"], cell.get("perplexity", {}).get("base")
+        name = name_of({"strategy": settings["strategy"], "changes": departures(cell)})
+        figure = f"{before:.3f}" if before else "not recorded"
+        found[figure][f"suite {len(settings['tasks'])}, {name}"].add(settings["seed"])
+    return {
+        figure: [f"{name}, seed {' and '.join(map(str, sorted(seeds)))}" for name, seeds in sorted(names.items())]
+        for figure, names in sorted(found.items())
+    }
+
+
+def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
+    """What an arrival after the first takes beside its optimiser steps, median by strategy at its defaults."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for cell in cells:
+        settings = cell["settings"]
+        if settings["strategy"] not in BOUNDS and not departures(cell):
+            found[settings["strategy"]] += [
+                version["seconds"]["train"] - settings["rows"] / version["rows_per_second"]
+                for version in cell["versions"][1:] if "rows_per_second" in version
+            ]  # fmt: skip
+    return {name: median(seconds) for name, seconds in sorted(found.items()) if seconds}
+
+
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
     page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = (
@@ -197,13 +227,15 @@ def main(
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     templates.filters |= {"points": points, "interval": interval, "name": name_of}
-    tables = [describe(each, page.parent / "img") for each in protocols(read_cells(results / "continual"))]
+    cells = read_cells(results / "continual")
+    tables = [describe(each, page.parent / "img") for each in protocols(cells)]
     cost = read(results / "step_cost.json")
     tried = tried_lines(read_cells(results / "development"))
     page.write_text(
         templates.get_template("page.md.j2").render(
             tables=sorted(tables, key=lambda table: table["suite"].zfill(3)), tried=tried, cost=cost,
-            cost_names=COST_NAMES,
+            cost_names=COST_NAMES, roundings=roundings(cells),
+            beside=seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
         )
     )
     typer.echo(f"{page} written")

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas
+
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
@@ -198,28 +200,51 @@ def _adapter_bytes(cell: CellJson) -> list[int] | None:
 
 
 def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str, Any]:
-    """Points of AA by which it is above our default on the same rows, orders and seeds; nothing where a cell lacks."""
-    keys = sorted(map(_pair, cells))
-    partners = [cell for cell in ours if _pair(cell) in keys]
-    if sorted(map(_pair, partners)) != keys:
+    """Points of AA by which it is above our default on the same rows, orders and seeds; nothing where a cell lacks.
+
+    Beside the mean: by order and seed, and without the task that the mean owes most to.
+    """
+    theirs, partners = ({_pair(cell): cell for cell in each} for each in (cells, ours))
+    if not theirs.keys() <= partners.keys():
         return {}
-    interval = paired_interval(_right_per_row(cells), _right_per_row(partners))
-    return {"difference_points_ci95": [100 * value for value in asdict(interval).values()]}
+    ours = [partners[pair] for pair in theirs]
+    by_task = _accuracies(cells) - _accuracies(ours)
+    sign = 1 if by_task.mean() > 0 else -1
+    heaviest = str((sign * by_task).idxmax())
+    by_cell = {
+        f"order {order}, seed {seed}": 100 * float((_accuracies([cell]) - _accuracies([partners[order, seed]])).mean())
+        for (order, seed), cell in sorted(theirs.items())
+    }
+    found = {"difference_points_ci95": _interval(cells, ours), "difference_points_by_cell": by_cell}
+    if len(by_task) > 1:
+        found |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": _interval(cells, ours, heaviest)}
+    return found
+
+
+def _accuracies(cells: Sequence[CellJson]) -> pandas.Series[float]:
+    """Per task the mean accuracy over cells in the end."""
+    return pandas.DataFrame([{n: accuracy(s) for n, s in final_scores(cell).items()} for cell in cells]).mean()
+
+
+def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], without: str | None = None) -> list[float]:
+    interval = paired_interval(_right_per_row(cells, without), _right_per_row(ours, without))
+    return [100 * value for value in asdict(interval).values()]
 
 
 def _pair(cell: CellJson) -> tuple[str, int]:
     return order_of(cell), cell["settings"]["seed"]
 
 
-def _right_per_row(cells: Sequence[CellJson]) -> list[float]:
+def _right_per_row(cells: Sequence[CellJson], without: str | None = None) -> list[float]:
     """For every test row the share of cells that are right in the end, weighed so that tasks count alike.
 
-    A row that stands in several orders and seeds is one unit: its answers are not independent.
+    One task may be left out. A row that stands in several orders and seeds is one unit: its answers depend on it.
     """
     shares: dict[str, list[list[int]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
-            shares[name].append([int(bit) for bit in score["correct"]])
+            if name != without:
+                shares[name].append([int(bit) for bit in score["correct"]])
     num_rows = sum(len(answers[0]) for answers in shares.values())
     return [
         num_rows / (len(shares) * len(answers[0])) * sum(bits) / len(bits)

@@ -219,6 +219,21 @@ def test_a_difference_is_taken_on_the_same_orders_and_seeds_alone():
     assert "difference_points_ci95" not in rows_of(lacking)["seq_lora", "yahoo, agnews"]
 
 
+def test_a_difference_is_told_by_seed_and_without_the_task_that_it_owes_most_to():
+    def ends(**last):
+        return [{"yahoo": "1111"}, last]
+
+    cells = [
+        made("deal", ends(yahoo="1111", agnews="1000")), made("deal", ends(yahoo="1110", agnews="1000"), seed=1),
+        made("seq_lora", ends(yahoo="0000", agnews="1100")),
+        made("seq_lora", ends(yahoo="1110", agnews="1100"), seed=1),
+    ]  # fmt: skip
+    row = rows_of(cells)["seq_lora", "yahoo, agnews"]
+    assert list(row["difference_points_by_cell"].values()) == [-37.5, 12.5]
+    assert row["difference_points_ci95"][0] == -12.5
+    assert (row["heaviest_task"], row["difference_without_it_points_ci95"][0]) == ("yahoo", 25.0)
+
+
 def test_tasks_count_alike_whatever_their_number_of_rows():
     ours = [{"yahoo": "1111"}, {"yahoo": "1111", "agnews": "1"}]
     plain = [{"yahoo": "1111"}, {"yahoo": "1111", "agnews": "0"}]
