@@ -56,12 +56,9 @@ class LoraStack:
         return [grad.mT for grad in grads_A], grads_B
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Return the gradients of A (M×R×I) and B (M×O×R); zero where a parameter received none."""
-
-        def stacked(params: tuple[nn.Parameter, ...]) -> Tensor:
-            return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
-
-        return stacked(self.a_params), stacked(self.b_params)
+        """Return the gradients of A (M×R×I) and B (M×O×R), copied; zero where a parameter received none."""
+        grads_A, grads_B = self.target_gradients()
+        return torch.stack(grads_A).mT.float(), torch.stack(grads_B).float()
 
 
 def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
