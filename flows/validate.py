@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -61,6 +62,8 @@ def validate(
 ) -> ValidateResult:
     """Check a file as ingest would: with the labels and the test rows that the lineage knows the task by.
 
+    Whatever the spec says of texts, the result shows them: it goes to who holds the file, and nowhere else.
+
     Args:
         file: the file.
         spec: a spec whose task, test file and data settings apply; its own data file is not read.
@@ -83,7 +86,7 @@ def validate(
         report = validate_file(
             file,
             schema,
-            read.data,
+            replace(read.data, include_texts=True),
             test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(current_store(), record, read.task.name),
             on_progress=on_progress,

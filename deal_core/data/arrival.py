@@ -70,7 +70,7 @@ class Arrival:
         files: list[tuple[Path, Split | None]] = [(source, None)]
         if test_source is not None:
             files = [(test_source, "test"), (source, "train")]
-        self._files = [(path, split, _columns_of(path, task, split)) for path, split in files]
+        self._files = [(path, split, _columns_of(path, task, split, config)) for path, split in files]
         formats = {columns.format for _, _, columns in self._files}
         if len(formats) > 1:
             raise DataValidationError(
@@ -222,13 +222,13 @@ class Arrival:
         return None
 
 
-def _columns_of(path: Path, task: TaskSchema, split: Split | None) -> Columns:
+def _columns_of(path: Path, task: TaskSchema, split: Split | None, config: DataConfig) -> Columns:
     names = read_columns(path)
     if not names and file_kind(path) == "jsonl":
         # Nothing in it is readable: let every line be reported.
         names = COLUMNS_OF_FORMAT["labelled" if task.format == "auto" else task.format]
         task = replace(task, columns={})
-    columns = resolve_columns(names, task, path.name)
+    columns = resolve_columns(names, task, path.name, include_texts=config.include_texts)
     if split is not None:  # the file is all of one split, whatever a column in it says
         columns = replace(columns, names={ours: name for ours, name in columns.names.items() if ours != "split"})
     return columns

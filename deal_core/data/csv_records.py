@@ -50,44 +50,46 @@ class CsvFile:
         """The rows under the header, and how many characters each takes; blank lines are no rows."""
         names = _distinct(self.header)
         for number, (lines, record) in enumerate(self._records(), start=1):
-            if isinstance(record, Problem) or len(record) != len(names):
+            if isinstance(record, csv.Error) or len(record) != len(names):
                 text = "".join(line.text for line in lines).rstrip("\r\n")
                 row = RawRow(
                     number=number,
                     line=lines[0].number,
                     values={},
-                    fault=record if isinstance(record, Problem) else self._count_problem(record, text),
+                    fault=self._problem(record, lines[0], text),
                     whole=partial(str, text),
                 )
             else:
                 row = RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
             yield row, sum(len(line.text) for line in lines)
 
-    def _records(self) -> Iterator[tuple[list[Line], list[str] | Problem]]:
+    def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
         """Each record, or why there is none, with the lines it was read from."""
         while True:
             self._feed.start_record()
             try:
-                record: list[str] | Problem = next(self._reader)
+                record: list[str] | csv.Error = next(self._reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 self._feed.give_back_all_but_first()
-                first = self._feed.taken[0]
-                reason: Reason = "malformed line" if first.is_whole else "over-long text"
-                record = Problem(reason, f"{error}: {shorten(first.text.rstrip())}")
-            if isinstance(record, Problem) or any(field.strip() for field in record) or len(record) > 1:
+                record = error
+            if isinstance(record, csv.Error) or any(field.strip() for field in record) or len(record) > 1:
                 yield self._feed.taken, record
 
     def _read_header(self) -> tuple[str, ...]:
-        _, record = next(self._records(), ([], Problem("malformed line", "the file is empty")))
-        if isinstance(record, Problem):
+        lines, record = next(self._records(), ([], csv.Error("the file is empty")))
+        if isinstance(record, csv.Error):  # said without the line, which is a row's text where there is no header
+            where = f"line {lines[0].number}: " if lines else ""
             raise DataValidationError(
-                f"{self._name} does not begin with a line that names its columns ({record.value}); give it one."
+                f"{self._name} does not begin with a line that names its columns ({where}{record}); give it one."
             )
         return tuple(name.strip() for name in record)
 
-    def _count_problem(self, record: list[str], text: str) -> Problem:
+    def _problem(self, record: list[str] | csv.Error, first: Line, text: str) -> Problem:
+        if isinstance(record, csv.Error):
+            reason: Reason = "malformed line" if first.is_whole else "over-long text"
+            return Problem(reason, f"{record}: {shorten(text.rstrip())}")
         return Problem("malformed line", f"{len(record)} fields under {len(self.header)} columns: {shorten(text)}")
 
 

@@ -146,16 +146,29 @@ def test_columns_that_the_task_names_win() -> None:
         (("text", "topic", "category"), {}, "2 columns that could be label"),
         ((), {}, "(none)"),
         (tuple(f"c{i}" for i in range(500)), {}, "(500 in all)"),
+        (("message no 1", "a"), {}, "if its first line is a row and no header, put the columns' names above it"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_by_name(
     columns: tuple[str, ...], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataValidationError) as error:
-        resolve_columns(columns, TaskSchema(name="t", **fields), "f.csv")
+        resolve_columns(columns, TaskSchema(name="t", **fields), "f.csv", include_texts=True)
     assert message in str(error.value)
-    assert len(str(error.value)) < 500
+    assert len(str(error.value)) < 600
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("named", [{}, {"text": "note"}, {"text": "report", "label": "Finding"}])
+def test_without_texts_only_names_that_are_looked_for_are_quoted(named: dict[str, str]) -> None:
+    """Without a header, a row's texts are taken for names."""
+    columns = (" Finding ", "Topic", "I am Jane Doe", "4111")
+    with pytest.raises(DataValidationError) as error:
+        resolve_columns(columns, TaskSchema(name="t", columns=named), "f.jsonl")
+    message = str(error.value)
+    assert "Jane" not in message and "4111" not in message
+    assert "4 columns" in message and "'Topic'" in message and ("Finding " in message) == ("label" in named)
+    assert "first line" not in message, "of JSON lines it names no columns"
 
 
 def test_a_column_of_the_exact_name_wins_over_another_case() -> None:

@@ -173,6 +173,32 @@ def test_too_many_labels_are_an_error_that_names_some(tmp_path: Path) -> None:
     build(write_jsonl(source, rows[:64]), TaskSchema(name="t"))
 
 
+@pytest.mark.parametrize("columns", [{}, {"text": "report"}])
+def test_a_csv_without_a_header_is_refused_and_its_row_quoted_only_if_texts_may_be(
+    tmp_path: Path, columns: dict[str, str]
+) -> None:
+    source = tmp_path / "may.csv"
+    source.write_text('"Hi, I am Jane Doe, my card 4111 is lost",lost_card\nWhere is my card?,card_arrival\n')
+    task = TaskSchema(name="t", columns=columns)
+    with pytest.raises(DataValidationError) as refused:
+        build(source, task, DataConfig())
+    message = str(refused.value)
+    assert message.startswith("may.csv has ") and "2 columns" in message
+    assert "put the columns' names above it" in message and "deal validate" in message
+    assert "Jane" not in message and "lost_card" not in message
+    with pytest.raises(DataValidationError, match=r"the columns 'Hi, I am Jane Doe.*', 'lost_card' .*above it"):
+        build(source, task, DataConfig(include_texts=True))
+
+
+@pytest.mark.parametrize("row", ['"I am Jane Doe, lost_card\n', '"I" am Jane Doe, lost_card\n'])
+def test_a_header_that_cannot_be_read_is_told_by_its_line(tmp_path: Path, row: str) -> None:
+    source = tmp_path / "may.csv"
+    source.write_text(f"\n{row}Where is my card?,card_arrival\n")
+    with pytest.raises(DataValidationError, match=r"may\.csv does not begin with a line .*\(line 2: ") as refused:
+        build(source, TaskSchema(name="t"), DataConfig())
+    assert "Jane" not in str(refused.value)
+
+
 def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_path: Path) -> None:
     bad = [{"text": "", "label": "cat"}] * 25
     source = write_jsonl(tmp_path / "pets.jsonl", [*bad, *GOOD])

@@ -130,6 +130,13 @@ def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path:
     assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
 
 
+def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
+    path = tmp_path / "bare.csv"
+    path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")
+    result = deal("validate", str(path))
+    assert result.exit_code != 0 and "'lost_card'" in result.stderr, "who holds the file may see it"
+
+
 def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
     result = deal("validate", "none.csv")
     assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
