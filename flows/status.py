@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -29,7 +30,7 @@ from flows.screens import in_one_line
 from flows.stack import read_stack
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
-from tasks.inbox import Handled, read_state
+from tasks.inbox import INBOX, Handled, read_state
 from tasks.services import current_store
 
 DAY = timedelta(days=1)
@@ -85,7 +86,7 @@ class Status(BaseModel):
     failed: tuple[RunStatus, ...]
     """Of the last 24 hours, newest first."""
     problems: tuple[str, ...]
-    """What could not be looked at, and lineage files that do not fit."""
+    """What could not be looked at, lineage files that do not fit, and files of the inbox whose keys cannot be used."""
 
 
 async def read_status(home: Path) -> Status:
@@ -150,6 +151,7 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
     try:
         store = current_store()
         lineages, inbox = read_lineages(store), look(store)
+        problems += _unusable_files(store)
     except DealError as error:
         problems.append(in_one_line(error))
         return []
@@ -161,6 +163,15 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
         except DealError as error:
             problems.append(f"Lineage {lineage.lineage}: {in_one_line(error)}")
     return found
+
+
+def _unusable_files(store: ObjectStore) -> list[str]:
+    """The first files of the inbox that no watch sees, since their keys cannot be used."""
+    found = store.unusable_keys(INBOX)
+    first = islice(found.items(), NEWEST)
+    told = [f"{key!r} in {store.uri} is skipped: the key {why}; rename it." for key, why in first]
+    more = len(found) - len(told)
+    return [*told, f"{more} more files in the inbox are skipped because of their keys."] if more else told
 
 
 def _lineage(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> LineageStatus:

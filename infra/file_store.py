@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import uuid
@@ -21,10 +20,7 @@ from infra.object_store import (
     check_source,
     complete_file,
     folder_of,
-    is_usable_key,
 )
-
-logger = logging.getLogger(__name__)
 
 NUM_TRIES = 20
 """How often a writer makes a folder again that a deleter, working beside it, found empty and removed."""
@@ -61,7 +57,7 @@ class FileStore(ObjectStore):
         with self._saying("look up", key):
             return self._path(key).is_file()
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
         """Files below a folder."""
         folder = folder_of(prefix)
         found = []
@@ -71,9 +67,6 @@ class FileStore(ObjectStore):
                     folders.remove(RESERVED)
                 found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
         for key in sorted(found, key=os.fsencode):
-            if not is_usable_key(key):
-                logger.warning("Skipped %r in %s: no valid key; rename the file.", key, self.uri)
-                continue
             with suppress(FileNotFoundError):  # deleted since, or a dangling link
                 yield self._info(key)
 

@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import unicodedata
@@ -26,10 +27,14 @@ from urllib.parse import unquote, urlsplit
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 
+logger = logging.getLogger(__name__)
+
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
 """First part of no key: a folder store keeps files there until they are complete, an S3 store what it tries out."""
+_warned: set[tuple[str, str]] = set()
+"""Stores and unusable keys in them that this process has told of."""
 
 
 class ObjectNotFoundError(StoreError):
@@ -69,11 +74,6 @@ def _problem_of(key: str) -> str | None:
     if len(key.encode()) > MAX_KEY_BYTES or max(len(part.encode()) for part in parts) > MAX_PART_BYTES:
         return f"is longer than {MAX_KEY_BYTES} bytes, or a part of it than {MAX_PART_BYTES}"
     return None
-
-
-def is_usable_key(key: str) -> bool:
-    """Whether `key`, found in a store that others write to as well, can be addressed."""
-    return _problem_of(key) is None
 
 
 def folder_of(prefix: str) -> str:
@@ -138,9 +138,27 @@ class ObjectStore(ABC):
     def exists(self, key: str) -> bool:
         """Whether an object is stored under exactly this key."""
 
-    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects below `prefix`, in the order of their keys' bytes, however many they are."""
+        """Objects below `prefix`, in the order of their keys' bytes, however many they are.
+
+        Others may have stored some under keys that cannot be addressed: these are skipped, and each is logged once.
+        """
+        for info in self._list_all(prefix):
+            problem = _problem_of(info.key)
+            if problem is None:
+                yield info
+            elif (self.uri, info.key) not in _warned:
+                _warned.add((self.uri, info.key))
+                logger.warning("Skipped %r in %s: the key %s; rename it.", info.key, self.uri, problem)
+
+    def unusable_keys(self, prefix: str = "") -> dict[str, str]:
+        """The keys below `prefix` that `list` skips, and what is wrong with each."""
+        problems = ((info.key, _problem_of(info.key)) for info in self._list_all(prefix))
+        return {key: problem for key, problem in problems if problem is not None}
+
+    @abstractmethod
+    def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
+        """What `list` gives, and what it skips."""
 
     @abstractmethod
     def upload_file(self, local: Path, key: str) -> None:

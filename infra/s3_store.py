@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +23,8 @@ from infra.object_store import (
     check_source,
     complete_file,
     folder_of,
-    is_usable_key,
 )
 from infra.settings import StoreSettings
-
-logger = logging.getLogger(__name__)
 
 PROBE = f"{RESERVED}/if-none-match"
 _probed: set[tuple[str, str]] = set()
@@ -115,7 +111,7 @@ class S3Store(ObjectStore):
             return False
         return True
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects below a folder, page by page."""
         folder = self.root + folder_of(prefix)
         with self._saying("list", prefix):
@@ -123,9 +119,6 @@ class S3Store(ObjectStore):
             for item in (item for page in pages for item in page.get("Contents", ())):
                 key = item["Key"].removeprefix(self.root)
                 if key.endswith("/") or key == PROBE:  # consoles store the former to show an empty folder
-                    continue
-                if not is_usable_key(key):
-                    logger.warning("Skipped %r in %s: no valid key; rename the object.", key, self.uri)
                     continue
                 etag = item["ETag"].strip('"')
                 yield ObjectInfo(key=key, size=item["Size"], etag=etag, modified=item["LastModified"])

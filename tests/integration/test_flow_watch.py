@@ -189,6 +189,16 @@ def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
 
 
+def test_the_status_tells_of_files_that_no_watch_can_see(home: Path) -> None:
+    land(home, "bank/two\nlines.csv", b"text,label\na,b\n")
+    (problem,) = asyncio.run(read_status(home)).problems
+    assert "'inbox/bank/two\\nlines.csv'" in problem and "control character" in problem and "rename" in problem
+    for number in range(100):
+        land(home, f"bank/\n{number}.csv", b"text,label\na,b\n")
+    problems = asyncio.run(read_status(home)).problems
+    assert len(problems) == 21 and problems[-1].startswith("81 more files")
+
+
 def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Path) -> None:
     land(home, "bank/bad.jsonl", b"nonsense\n")
     land(home, "clinic/bad.jsonl", b"nonsense\n")

@@ -124,6 +124,9 @@ def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytes
     Path(os.fsdecode(os.fsencode(tmp_path / "inbox") + b"/latin-\xe4")).write_bytes(b"x")
     assert [info.key for info in store.list("inbox")] == ["inbox/good"]
     assert caplog.text.count("Skipped") == 2
+    assert [info.key for info in FileStore(tmp_path).list()] == ["inbox/good"]
+    assert caplog.text.count("Skipped") == 2, "a watch looks every two seconds"
+    assert list(store.unusable_keys("inbox")) == ["inbox/bad\nname", "inbox/latin-\udce4"]
 
 
 def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
