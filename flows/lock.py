@@ -1,10 +1,10 @@
-"""One run per lineage at a time, whether the runs share a machine or a Prefect server."""
+"""One run per lineage at a time, whether the runs share a home folder or a Prefect server."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 import httpx
 from filelock import FileLock, Timeout
@@ -30,8 +30,9 @@ class LineageBusyError(DealError):
 async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
     """Keep other runs off the lineage.
 
-    Without a server this is a file lock under the home folder, which ends with its process. With one it is a global
-    concurrency limit of 1: made first, since a limit that is missing would protect nothing.
+    First by a file lock under the home folder, which ends with its process and is all there is without a server. With
+    one also by a global concurrency limit of 1: made first, since a limit that is missing would protect nothing. The
+    file is locked all the same, as a run that began before the server did may be at work in this home.
 
     Args:
         lineage: its name.
@@ -40,8 +41,8 @@ async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None
     Raises:
         LineageBusyError: with `wait` off, another run works on it.
     """
-    holder = _hold_on_server(lineage, wait) if get_current_settings().api.url else _hold_on_machine(lineage, wait)
-    async with holder:
+    has_server = bool(get_current_settings().api.url)
+    async with _hold_in_home(lineage, wait), _hold_on_server(lineage, wait) if has_server else nullcontext():
         yield
 
 
@@ -57,7 +58,7 @@ async def is_held_on_server(lineage: str) -> bool:
 
 
 @asynccontextmanager
-async def _hold_on_machine(lineage: str, wait: bool) -> AsyncIterator[None]:
+async def _hold_in_home(lineage: str, wait: bool) -> AsyncIterator[None]:
     path = HomeSettings().home / "locks" / f"{lineage}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

@@ -1,13 +1,15 @@
-"""With a Prefect server, one run per lineage at a time is the server's business."""
+"""With a Prefect server, one run per lineage at a time is the server's business, and the home's too."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.lock import hold_lineage
+from flows.lock import LineageBusyError, hold_lineage
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
@@ -45,3 +47,17 @@ def test_a_second_run_waits_for_the_first() -> None:
 
     asyncio.run(flow())
     assert events == ["other in", "first out", "second in"]
+
+
+def test_a_run_that_began_before_the_server_keeps_the_servers_runs_off() -> None:
+    async def flow() -> None:
+        async with AsyncExitStack() as stack:
+            with temporary_settings(restore_defaults={PREFECT_API_URL}):
+                await stack.enter_async_context(hold_lineage("server-later"))
+            with pytest.raises(LineageBusyError):
+                async with hold_lineage("server-later", wait=False):
+                    pass
+        async with hold_lineage("server-later", wait=False):
+            assert await limit_of("server-later") == (1, 1)
+
+    asyncio.run(flow())
