@@ -1,4 +1,4 @@
-"""The keeper of the local whole: starts again what died, until `deal down` ends it.
+"""The keeper of the local whole: starts again what died and keeps logs short, until `deal down` ends it.
 
 python -m flows.keeper HOME
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from flows.parts import kill_left_by
 from flows.stack import KEEPER, hold_stack, read_stack, start_part
+from infra.logs import cut_log, is_full
 
 LOOK_SECONDS = 2.0
 PAUSE_SECONDS = 20.0
@@ -29,6 +31,9 @@ def keep(home: Path) -> None:
             if part.name != KEEPER and not part.is_alive() and not soon:
                 _restart(home, part.name)
                 started[part.name] = time.monotonic()
+            if is_full(part.log):
+                with suppress(OSError), hold_stack(home):  # no room for the copy: the next look tries again
+                    cut_log(part.log)
         time.sleep(LOOK_SECONDS)
 
 

@@ -91,21 +91,25 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
         prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
         backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
     )  # fmt: skip
-    commands: dict[str, tuple[str, ...]] = {
-        "prefect-server": ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
-        "mlflow-server": (
-            "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
-        ),
-    }  # fmt: skip
     try:
-        for name, command in commands.items():
+        for name, command in _server_commands(prefect_port, mlflow_port).items():
             say(f"{name} starts")
-            start_part(home, stack, name, ("-m", *command))
+            start_part(home, stack, name, command)
         _wait_for_servers(stack)
     except BaseException:
         stop(home)
         raise
     return stack
+
+
+def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str, ...]]:
+    return {
+        "prefect-server": ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
+        "mlflow-server": (
+            "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
+            "--uvicorn-opts=--no-access-log",  # a line for every request; who serves asks every two seconds
+        ),
+    }  # fmt: skip
 
 
 def start_workers(home: Path, stack: Stack, num_trainings: int, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,30 @@ def ready_log(log: Path) -> Path:
     Call it before the log is opened. Whoever has it open writes on into the old one.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        if log.stat().st_size > MAX_BYTES:
-            os.replace(log, log.with_name(f"{log.name}.1"))
+    if is_full(log):
+        os.replace(log, _old(log))
     return log
+
+
+def is_full(log: Path) -> bool:
+    """Whether a log has grown past 10 MB."""
+    with suppress(FileNotFoundError):
+        return log.stat().st_size > MAX_BYTES
+    return False
+
+
+def cut_log(log: Path) -> None:
+    """Copy a log to LOG.1, in place of the one before, and empty it.
+
+    Processes may have it open, if they opened it to append: they go on at its new end. A line that is written just then
+    may be lost.
+
+    Raises:
+        OSError: there is no room for the copy; the log is left as it is.
+    """
+    shutil.copyfile(log, _old(log))
+    os.truncate(log, 0)
+
+
+def _old(log: Path) -> Path:
+    return log.with_name(f"{log.name}.1")

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tenacity
 
 from deal_core.errors import ConfigError
-from flows.keeper import _restart
+from flows.keeper import _restart, keep
 from flows.parts import Part, start_of
 from flows.stack import (
     KEEPER,
     Stack,
     _environment,
+    _record,
     heal,
     hold_stack,
     read_stack,
@@ -181,6 +183,26 @@ def test_other_pages_of_a_browser_cannot_command_the_server(home: Path) -> None:
     environment = _environment(home, stack(), "prefect-server")
     assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
     assert environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+
+
+def test_the_keeper_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.keeper.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
+    log, own = home / "x.log", os.getpid()
+    made = stack()
+    made.parts = [Part(name="x", command=(), pid=own, started=start_of(own), log=log)]
+    _record(home, made)
+    keeping = threading.Thread(target=keep, args=(home,), daemon=True)
+    with log.open("ab", buffering=0) as output:
+        output.write(b"first")
+        keeping.start()
+        for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
+            with attempt:
+                assert log.stat().st_size == 0
+        (home / "stack.json").unlink()
+        keeping.join()
+        output.write(b"second")
+    assert (log.read_bytes(), (home / "x.log.1").read_bytes()) == (b"second", b"first")
 
 
 def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_healed(home: Path) -> None:

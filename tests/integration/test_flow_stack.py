@@ -1,0 +1,26 @@
+"""The servers of `deal up` as they are started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+
+from flows.stack import Stack, _answers, _server_commands, _wait, start_part, stop
+from infra.settings import TrackingSettings
+
+
+def test_mlflows_log_has_no_line_for_each_request(home: Path, free_port: int) -> None:
+    settings, name = TrackingSettings(), "mlflow-server"
+    stack = Stack(
+        prefect_url="http://127.0.0.1:1", mlflow_url=f"http://127.0.0.1:{free_port}",
+        backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
+    )  # fmt: skip
+    start_part(home, stack, name, _server_commands(1, free_port)[name])
+    try:
+        _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), name)
+        assert httpx.get(f"{stack.mlflow_url}/asked-for").status_code == 404
+    finally:
+        stop(home)
+    log = stack.parts[0].log.read_text()
+    assert "startup complete" in log and "asked-for" not in log and "GET" not in log
