@@ -207,6 +207,8 @@ def _environment(home: Path, stack: Stack, name: str) -> dict[str, str]:
         # with them any command: the first keeps answers from it, the second refuses what it sends without asking first.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{stack.prefect_url},{local_name}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # runs with their logs and artifacts as well as events; by default they would be kept for ever
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         # in memory a restart of the server would leave lineages held by nobody
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

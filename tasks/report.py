@@ -20,6 +20,8 @@ from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.report_data import gather_report
 
 EVALUATION_FILE = "evaluation.json"
+NEWEST = 30
+"""Versions in the matrix of the Markdown page, which Prefect's database keeps one of for each run."""
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -104,10 +106,13 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     """The heart of the page in Markdown: verdict, matrix, what was gained and lost, timings. No text of any row."""
     matrix = evaluation.matrix
     versions = words.versions_of(report, evaluation)
+    base, *learned = matrix_rows(matrix, versions)
+    num_older = max(len(learned) - NEWEST, 0)
+    left_out = f"{words.count(num_older, 'older version')} left out here; the whole page has all."
     rows = [
         [f"{row.name} {row.trained}".strip(), *(f"**{cell.text}**" if cell.is_trained else cell.text
                                                 for cell in row.cells)]
-        for row in matrix_rows(matrix, versions)
+        for row in (base, *learned[num_older:])
     ]  # fmt: skip
     changed = [[each.task, f"+{each.num_gained}", f"−{each.num_lost}", str(each.num_rows)] for each in report.changed]
     stages = [[name, words.duration(value)] for name, value in report.seconds.items()]
@@ -121,6 +126,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
         f"{quality.num_train} training rows, {quality.num_test} test rows, {quality.num_rejected} in quarantine.",
         "",
         *words.markdown_table(["after learning, %", *matrix.tasks], rows), "",
+        *([left_out, ""] if num_older else ()),
         *(f"- {note}" for note in evaluation.notes),
         "",
         *([*words.markdown_table(["test rows", "gained", "lost", "of"], changed), ""] if changed else ()),

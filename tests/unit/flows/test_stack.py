@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tenacity
+from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 
 from deal_core.errors import ConfigError
 from flows.keeper import _restart, keep
@@ -183,6 +184,12 @@ def test_other_pages_of_a_browser_cannot_command_the_server(home: Path) -> None:
     environment = _environment(home, stack(), "prefect-server")
     assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
     assert environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+
+
+def test_the_server_removes_old_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _environment(home, stack(), "prefect-server").items():
+        monkeypatch.setenv(name, value)
+    assert {"events", "flow_runs"} <= ServerServicesDBVacuumSettings().enabled_vacuum_types
 
 
 def test_the_keeper_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

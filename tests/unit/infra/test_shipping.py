@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from docker.utils import exclude_paths
+from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
@@ -73,6 +74,16 @@ def test_images_get_what_they_copy_and_no_secret(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("secret")
     assert not exclude_paths(str(tmp_path), patterns) & set(secrets)
+
+
+def test_prefects_server_removes_old_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose = yaml.safe_load(COMPOSE.read_text())["services"]["prefect"]["environment"]
+    (values,) = documents("prefect-server-values.yaml")
+    for environment in (compose, {each["name"]: each["value"] for each in values["server"]["env"]}):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert {"events", "flow_runs"} <= ServerServicesDBVacuumSettings().enabled_vacuum_types
 
 
 def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
