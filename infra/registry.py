@@ -107,6 +107,9 @@ class Registry:
     def register(self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str) -> VersionInfo:
         """Register a version, or return the one that was registered under the same run key.
 
+        MLflow's client sends the call that makes a version again if its answer is lost, which may make a second one:
+        the oldest of a run key counts, here and in `find_version`.
+
         Args:
             lineage: the registered model's name.
             facts: they become the version's tags, in the call that makes it.
@@ -122,7 +125,7 @@ class Registry:
         with saying(f"register a version of {lineage!r}", self.uri):
             self._require_lineage(lineage)
             with _addressed(self.uri):
-                made = self.client.create_model_version(
+                self.client.create_model_version(
                     lineage,
                     source=f"models:/{model_id}",
                     run_id=tracking_id,
@@ -130,12 +133,14 @@ class Registry:
                     description=_describe(facts),
                     model_id=model_id,
                 )
-            shown = [{"name": lineage, "version": made.version}]
+            first = self.find_version(facts.run_key)
+            assert first is not None, "it was made just now"
+            shown = [{"name": lineage, "version": first.version}]
             self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
-        return _read(made, {})
+        return first
 
     def find_version(self, run_key: str) -> VersionInfo | None:
-        """The version that was registered under a run key, if there is one."""
+        """The version that was registered under a run key, the oldest if it was doubled; None: there is none."""
         found = self._search(f"tags.`{RUN_KEY}` = '{run_key}'")
         if not found:
             return None

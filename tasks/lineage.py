@@ -22,12 +22,14 @@ from tasks.services import current_store
 def find_parent(lineage: str) -> VersionRef | None:
     """The champion, which the next version continues; None: the lineage starts from the base.
 
-    What a crash left undone of the newest version's run is done first, so that no accepted version is passed over.
+    What a crash left undone of the newest run that registered a version is done first, so that no accepted version is
+    passed over.
     """
     registry = open_registry()
     settle_aliases(registry, PromotionLog(current_store()), lineage)
     if versions := registry.versions(lineage):
-        finish_run(registry, versions[-1], version_ref(versions[-1]))
+        newest = next(version for version in versions if version.run_key == versions[-1].run_key)  # it may be doubled
+        finish_run(registry, newest, version_ref(newest))
     champion = registry.champion(lineage)
     return version_ref(champion) if champion else None
 
@@ -58,7 +60,7 @@ def find_own(dataset: DatasetRef, lineage: str) -> VersionRef | None:
         version for version in open_registry().versions(lineage)
         if version.flow_run and version.flow_run == runtime.flow_run.id and version.dataset_sha256 == dataset.sha256
     ]  # fmt: skip
-    return _with_standing(own[-1] if own else None)
+    return _with_standing(own[0] if own else None)  # of a doubled one the first counts
 
 
 def _with_standing(known: VersionInfo | None) -> VersionRef | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
@@ -227,6 +228,25 @@ def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
     assert parent is not None and parent.version == "2" == aliases()["champion"]
     assert "deal requeue 3" in learn(tiny_base, "clinic").message
     assert len(read_moves("l")) == 4
+
+
+def test_a_rollback_of_a_version_that_was_registered_twice_stays(
+    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = MlflowClient.create_model_version
+
+    def lose_first_answer(*args: Any, **options: Any) -> Any:
+        make(*args, **options)
+        return make(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", lose_first_answer)
+        assert learn(tiny_base, "clinic").version == "3"
+    assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3", "4"]
+    roll_back("l", None, **BY)
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2" == aliases()["champion"]
+    assert [move.champion for move in read_moves("l")] == ["1", "2", "3", "2"]
 
 
 def test_a_rejection_that_was_cut_short_holds(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import mlflow
 import pytest
@@ -287,6 +288,25 @@ def test_registering_again_makes_no_second_version(
     version = register(tracker, registry, adapter, "twice", facts)
     assert registry.versions("twice") == (version,)
     assert version.dataset_sha256 == facts.dataset_sha256
+
+
+def test_of_a_version_whose_making_was_sent_twice_the_first_counts(
+    tracker: Tracker, registry: Registry, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = registry.client.create_model_version
+
+    def lose_first_answer(*args: Any, **options: Any) -> Any:
+        make(*args, **options)
+        return make(*args, **options)
+
+    facts = replace(FACTS, run_key="doubled-1")
+    monkeypatch.setattr(registry.client, "create_model_version", lose_first_answer)
+    made = register(tracker, registry, adapter, "doubled", facts)
+    assert [version.version for version in registry.versions("doubled")] == ["1", "2"]
+    assert made.version == "1"
+    assert made == registry.find_version("doubled-1") == register(tracker, registry, adapter, "doubled", facts)
+    shown = registry.client.get_logged_model(made.model_id).tags["mlflow.modelVersions"]
+    assert json.loads(shown) == [{"name": "doubled", "version": "1"}]
 
 
 def test_aliases_move_and_a_rejected_version_gets_none(tracker: Tracker, registry: Registry, adapter: Path) -> None:
