@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deal_core.errors import ConfigError
-from flows.session import Debug, Home, Json, Session, session
+from flows.session import FAILED, Debug, Home, Json, Session, session
 
 keeping_app = typer.Typer()
 
@@ -39,6 +39,8 @@ def gc(
         from flows.tables_keeping import show_gc
 
         deal.screen.result(outcome.model_dump(mode="json"), *show_gc(outcome))
+        if outcome.problems:
+            raise typer.Exit(FAILED)
 
 
 @keeping_app.command()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, hold_lineage
 from infra.registry import open_registry
 from infra.runs import ArtifactRemover
@@ -38,11 +38,13 @@ class GcResult(BaseModel):
     num_bytes: int
     busy: tuple[str, ...]
     """Lineages that a run was working on; nothing of them was looked at."""
+    problems: dict[str, str] = {}
+    """Lineages that could not be looked at, or not be done with, and why."""
 
 
 @flow(name="gc")
 async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
-    """Remove garbage, lineage by lineage, each while nobody works on it.
+    """Remove garbage, lineage by lineage, each while nobody works on it. One with a problem does not stop the others.
 
     Args:
         lineage: only this one; None: all, and what no lineage owns.
@@ -51,7 +53,6 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
 
     Raises:
         ConfigError: the age cannot be read.
-        RegistryError: the registry is not the one that the store belongs to.
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
     store, registry, tracker = current_store(), open_registry(), open_tracker()
@@ -61,6 +62,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
     remover = ArtifactRemover(tracker)
     removals: list[Removal] = []
     busy: list[str] = []
+    problems: dict[str, str] = {}
 
     def go_through(plan: tuple[Removal, ...]) -> None:
         for planned in plan:
@@ -78,6 +80,9 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         except LineageBusyError as error:
             reporter().said(f"{error} It was left alone.")
             busy.append(name)
+        except DealError as error:
+            reporter().said(f"Lineage '{name}': {error}")
+            problems[name] = str(error)
     if lineage is None:
         go_through(old_training_rows(store, now=now, older_than=limit))
         go_through(old_temporaries(store, now=now))
@@ -86,6 +91,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         removals=tuple(removals),
         num_bytes=sum(removal.num_bytes for removal in removals),
         busy=tuple(busy),
+        problems=problems,
     )
 
 

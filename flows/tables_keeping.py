@@ -34,16 +34,17 @@ def size(num_bytes: float) -> str:
 
 def show_gc(result: GcResult) -> Sequence[RenderableType]:
     """What went, or would go."""
-    busy = [f"[yellow]{escape(name)} was at work and left alone.[/]" for name in result.busy]
+    left = [f"[yellow]{escape(name)} was at work and left alone.[/]" for name in result.busy]
+    left += [f"[red]{escape(f'{name}: {problem}')}[/]" for name, problem in result.problems.items()]
     if not result.removals:
-        return [*busy, "Nothing to remove."]
+        return [*left, "Nothing to remove."]
     table = new_table("lineage", "what", "where", "size", "why", right=["size"])
     for each in result.removals:
         cells = (each.lineage or "–", each.kind, each.address, size(each.num_bytes), each.reason)
         table.add_row(*map(escape, cells))
     done = "would be removed" if result.dry_run else "removed"
     total = f"{len(result.removals)} {done}, {size(result.num_bytes)}"
-    return [*busy, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
+    return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
 def show_forget_plan(plan: ForgetPlan) -> Sequence[RenderableType]:

@@ -101,7 +101,8 @@ def _require_registry_of(
             raise RegistryError(
                 f"The store has a ledger entry of version {version} of '{lineage}', which MLflow at "
                 f"{without_password(registry.uri)} does not know; nothing of the lineage was removed. "
-                "Check MLFLOW_TRACKING_URI and DEAL_STORE_URI."
+                "Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the version was deleted in MLflow, delete "
+                f"{store.uri_of(info.key)} too."
             )
 
 

@@ -162,8 +162,7 @@ def test_gc_cut_short_is_completed_by_the_next(
 
     with monkeypatch.context() as patch:
         patch.setattr(FileStore, "delete", die)
-        with pytest.raises(StoreError):
-            collect("l", "0h")
+        assert collect("l", "0h").problems == {"l": "the network is away"}
     assert keys(f"adapters/l/{rejected.run_key[:16]}")
     assert [each.version for each in collect("l", "0h").removals] == ["2"]
     assert not keys(f"adapters/l/{rejected.run_key[:16]}")
@@ -175,9 +174,27 @@ def test_gc_with_another_registry_removes_nothing(
     other = shutil.copy(mlflow_database, tmp_path / "other.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     before = keys("")
-    with pytest.raises(RegistryError, match="does not know; nothing of the lineage was removed"):
-        collect(older_than="0h")
+    (problem,) = collect(older_than="0h").problems.values()
+    assert "does not know; nothing of the lineage was removed" in problem
     assert keys("") == before
+
+
+def test_a_lineage_with_a_problem_does_not_keep_gc_from_the_others(first: AdaptResult, home: Path) -> None:
+    open_registry().client.delete_model_version("l", "1")
+    store = current_store()
+    store.put_bytes("adapters/m/0123456789abcdef/adapter_config.json", b"{}")
+    before = keys("adapters/l")
+    found = CliRunner().invoke(app, ["gc", "--older-than", "1h", "--dry-run", "--home", str(home), "--json"])
+    assert found.exit_code == 1, found.output
+    assert list(json.loads(found.stdout)["problems"]) == ["l"]
+    done = collect(older_than="0h")
+    assert [each.address for each in done.removals if each.kind == "adapter"] == ["adapters/m/0123456789abcdef"]
+    assert "ledger entry of version 1 of 'l'" in done.problems["l"] and "was deleted in MLflow" in done.problems["l"]
+    assert keys("adapters/m") == [] and keys("adapters/l") == before
+    (entry,) = keys("ledger/l")
+    assert f"delete {store.uri_of(entry)} too" in done.problems["l"]
+    store.delete(entry)
+    assert not collect("l", "0h").problems, "as the message says"
 
 
 @pytest.mark.parametrize(("lineage", "age"), [("..", "30d"), ("l", "a month"), ("nobody", "1d")])
