@@ -41,4 +41,4 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
                 await asyncio.sleep(settle_seconds)
     except LineageBusyError as busy:
         reporter().said(f"{busy} What has landed is learned after it.")
-    return WatchResult(lineage=lineage, files=tuple(taken.files), runs=tuple(taken.runs))
+    return WatchResult(lineage=lineage, files=tuple(taken.files))

@@ -39,6 +39,8 @@ class Seen(BaseModel):
 class Taken:
     """What a run has handled so far, and what its last look at the inbox left."""
 
+    keeps_runs: bool = False
+    """A watch that goes on for ever has no use for them, and each holds its whole accuracy matrix."""
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
     num_growing: int = 0
@@ -90,7 +92,7 @@ class Taken:
         self.files.append(
             Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version)
         )
-        self.runs += [run] if run else []
+        self.runs += [run] if run and self.keeps_runs else []
 
 
 async def _adapt_to(

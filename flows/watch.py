@@ -22,7 +22,8 @@ class WatchResult(BaseModel):
 
     lineage: str
     files: tuple[Seen, ...]
-    runs: tuple[AdaptResult, ...]
+    runs: tuple[AdaptResult, ...] = ()
+    """Of a watch that ends once everything is handled; empty of any other."""
 
     @property
     def num_refused(self) -> int:
@@ -48,7 +49,7 @@ async def watch(
         poll_seconds: pause between two looks; a file that changes between two looks is left alone.
     """
     store = current_store()
-    taken = Taken()
+    taken = Taken(keeps_runs=once)
     if not once:
         reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
     while True:

@@ -18,7 +18,7 @@ from flows.spec import LineageSpec, parse
 from flows.status import read_status
 from flows.watch import WatchResult, watch
 from infra.registry import Registry, open_registry
-from tasks.progress import reporting_to
+from tasks.progress import ask_to_stop, reporting_to
 from tasks.services import current_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -84,6 +84,18 @@ def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> 
     second, _ = look(lineage(tiny_base))
     assert second.files == ()
     assert len(open_registry().versions("l")) == 2
+
+
+def test_a_watch_that_goes_on_keeps_no_accuracy_matrix_of_each_run(tiny_base: Path, home: Path) -> None:
+    class Impatient(Said):
+        def stage_started(self, stage: str) -> None:
+            if stage == "waiting":
+                ask_to_stop()
+
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    with reporting_to(Impatient()):
+        result = asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
+    assert outcomes(result) == [("parcels/a.jsonl", "promoted")] and result.runs == ()
 
 
 def test_a_later_arrival_needs_no_task_file(tiny_base: Path, home: Path) -> None:
