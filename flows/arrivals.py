@@ -18,7 +18,7 @@ from flows.screens import in_one_line
 from flows.spec import LineageSpec
 from infra.object_store import ObjectInfo, ObjectStore
 from tasks.announcements import drop_announcement
-from tasks.inbox import INBOX, Handled, InboxState, Outcome, read_state, write_state
+from tasks.inbox import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, write_state
 from tasks.progress import Interrupted, is_stopped, reporter
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Taken:
     """Open files that may still be written."""
     _stamps: dict[str, str] = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
+    _states: KnownStates = field(default_factory=KnownStates)
 
     async def take(
         self, store: ObjectStore, spec: LineageSpec, tasks: Collection[str], *,
@@ -67,7 +68,8 @@ class Taken:
         """
         inbox = look(store, self._test_files)
         settled, growing = settle(
-            inbox, store, spec.lineage, tasks, self._stamps, settle_seconds=settle_seconds, retry_now=retry_now
+            inbox, self._states.read(store, spec.lineage), tasks, self._stamps,
+            settle_seconds=settle_seconds, retry_now=retry_now,
         )
         self.num_growing = len(growing)
         if settled:

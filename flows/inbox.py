@@ -17,7 +17,6 @@ from tasks.inbox import (
     InboxState,
     list_arrivals,
     list_beside,
-    read_state,
     split_settled,
     stamp_of,
     task_file_of,
@@ -88,21 +87,20 @@ class Settled(NamedTuple):
 
 
 def settle(
-    inbox: InboxLook, store: ObjectStore, lineage: str, tasks: Collection[str], stamps: dict[str, str], *,
+    inbox: InboxLook, state: InboxState, tasks: Collection[str], stamps: dict[str, str], *,
     settle_seconds: float, retry_now: bool,
 ) -> Settled:
     """What a lineage has to handle of what a look saw.
 
     Args:
         inbox: the look.
-        store: holds what the lineage has handled.
-        lineage: its name.
+        state: what it has handled.
         tasks: these tasks' files only; none: all.
         stamps: what the look before saw; replaced by what this one sees.
         settle_seconds: how long a file must have been left alone, unless the look before saw the same.
         retry_now: also what failed lately; see `InboxState.is_open`.
     """
-    arrivals = inbox.open_for(read_state(store, lineage), tasks, retry_now=retry_now)
+    arrivals = inbox.open_for(state, tasks, retry_now=retry_now)
     complete, growing = split_settled(arrivals, stamps, datetime.now(UTC), settle_seconds, inbox.beside)
     stamps.clear()
     stamps.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})

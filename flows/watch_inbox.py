@@ -16,6 +16,7 @@ from flows.lock import is_held_on_server
 from infra.landing import open_landing_queue
 from infra.object_store import ObjectStore
 from tasks.announcements import announce, announce_again, read_announcement
+from tasks.inbox import InboxState, KnownStates
 from tasks.progress import is_stopped, reporter
 from tasks.services import current_store
 
@@ -40,9 +41,10 @@ async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> 
     end = (runtime.flow_run.scheduled_start_time or datetime.now(UTC)) + timedelta(seconds=for_seconds)
     stamps: dict[str, Stamps] = {}
     test_files: TestFiles = {}
+    states = KnownStates()
     num_announced = 0
     while True:
-        found = await _announce_all(store, stamps, test_files, poll_seconds)
+        found = await _announce_all(store, stamps, test_files, states, poll_seconds)
         num_announced += found.num_announced
         if queue is not None:
             queue.done()
@@ -62,7 +64,7 @@ class Announced(NamedTuple):
 
 
 async def _announce_all(
-    store: ObjectStore, stamps: dict[str, Stamps], test_files: TestFiles, settle_seconds: float
+    store: ObjectStore, stamps: dict[str, Stamps], test_files: TestFiles, states: KnownStates, settle_seconds: float
 ) -> Announced:
     """Look at the inbox once, and announce what is open for every lineage."""
     try:
@@ -74,7 +76,8 @@ async def _announce_all(
     for lineage in lineages:
         seen = stamps.setdefault(lineage.lineage, {})
         try:
-            all_found.append(await announce_open(store, inbox, lineage, seen, settle_seconds))
+            state = states.read(store, lineage.lineage)
+            all_found.append(await announce_open(store, inbox, lineage, state, seen, settle_seconds))
         except DealError as error:  # of one lineage, or the store's of a moment: the others are looked after
             logger.error("The inbox could not be looked at for lineage %s: %s", lineage.lineage, error)
             all_found.append(Announced(0, 1))
@@ -82,7 +85,8 @@ async def _announce_all(
 
 
 async def announce_open(
-    store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, seen: Stamps, settle_seconds: float
+    store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, state: InboxState, seen: Stamps,
+    settle_seconds: float,
 ) -> Announced:
     """Announce a lineage's open arrivals that are complete.
 
@@ -90,13 +94,12 @@ async def announce_open(
         store: holds the inbox.
         inbox: what lies there.
         lineage: who has to learn them.
+        state: what it has handled.
         seen: what the look before saw; replaced by what this one sees.
         settle_seconds: how long a file must have been left alone, unless the look before saw the same.
     """
     name = lineage.lineage
-    settled, growing = settle(
-        inbox, store, name, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False
-    )
+    settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     num_announced = 0
     lost = []
     for info in settled:

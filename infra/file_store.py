@@ -52,10 +52,11 @@ class FileStore(ObjectStore):
                 os.fsync(writer.fileno())
             return _place(part, target, if_absent=if_absent)
 
-    def exists(self, key: str) -> bool:
-        """Whether there is such a file."""
-        with self._saying("look up", key):
-            return self._path(key).is_file()
+    def find(self, key: str) -> ObjectInfo | None:
+        """Look at the file."""
+        with self._saying("look up", key), suppress(FileNotFoundError):
+            return self._info(key) if self._path(key).is_file() else None
+        return None
 
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
         """Files below a folder."""

@@ -135,8 +135,12 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
+    def find(self, key: str) -> ObjectInfo | None:
+        """What a listing tells of the object under exactly this key; None when there is none."""
+
     def exists(self, key: str) -> bool:
         """Whether an object is stored under exactly this key."""
+        return self.find(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below `prefix`, in the order of their keys' bytes, however many they are.

@@ -102,14 +102,15 @@ class S3Store(ObjectStore):
                 )
         _probed.add(place)
 
-    def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+    def find(self, key: str) -> ObjectInfo | None:
+        """Ask for the object's head."""
         try:
             with self._saying("look up", key):
-                self.client.head_object(Bucket=self.bucket, Key=self._name(key))
+                head = self.client.head_object(Bucket=self.bucket, Key=self._name(key))
         except ObjectNotFoundError:
-            return False
-        return True
+            return None
+        etag = head["ETag"].strip('"')
+        return ObjectInfo(key=key, size=head["ContentLength"], etag=etag, modified=head["LastModified"])
 
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects below a folder, page by page."""

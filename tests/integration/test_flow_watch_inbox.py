@@ -84,7 +84,7 @@ def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) ->
     seen: dict[str, str] = {}
     store = current_store()
     inbox = look_at_inbox(store)
-    looks = [asyncio.run(announce_open(store, inbox, lineage("default"), seen, 60)) for _ in range(2)]
+    looks = [asyncio.run(announce_open(store, inbox, lineage("default"), InboxState(), seen, 60)) for _ in range(2)]
     assert looks == [(0, 1), (1, 0)], "the second look saw the same"
 
 
@@ -152,7 +152,7 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
         async with hold_lineage("lost"):
             assert await is_held_on_server("lost")
             inbox = look_at_inbox(current_store())
-            return (await announce_open(current_store(), inbox, lineage("lost"), {}, 0)).num_announced
+            return (await announce_open(current_store(), inbox, lineage("lost"), InboxState(), {}, 0)).num_announced
 
     assert asyncio.run(look_while_held()) == 0, "whoever holds it looks again before it ends"
     assert look() == 1, "one run takes whatever is open"

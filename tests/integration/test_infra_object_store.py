@@ -134,6 +134,9 @@ def test_a_listing_tells_size_and_change(store: ObjectStore) -> None:
     (before,) = store.list("x")
     store.put_bytes("x/one", b"54321")
     (after,) = store.list("x")
+    found = store.find("x/one")
+    assert found is not None and (found.key, found.size, found.etag) == (after.key, 5, after.etag)
+    assert store.find("x") is store.find("x/two") is None
     assert before.size == after.size == 5
     assert before.etag != after.etag
     assert before.modified.tzinfo is not None and before.modified <= after.modified

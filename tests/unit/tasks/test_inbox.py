@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
+from infra.file_store import FileStore
 from infra.object_store import ObjectInfo, open_store
 from tasks.inbox import (
     INBOX,
     PAUSE,
     Beside,
     InboxState,
+    KnownStates,
     list_arrivals,
     read_state,
     split_settled,
@@ -118,6 +120,44 @@ def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) 
     write_state(store, "a", state)
     assert read_state(store, "a") == state
     assert read_state(store, "b") == InboxState()
+
+
+def test_a_state_is_read_again_when_it_has_changed_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, states, read = open_store(str(tmp_path)), KnownStates(), list[str]()
+    original = FileStore.get_bytes
+    monkeypatch.setattr(FileStore, "get_bytes", lambda self, key: read.append(key) or original(self, key))
+    assert states.read(store, "a") == InboxState() and not read
+    state = InboxState()
+    for number in range(3):
+        state.record(info(f"inbox/bank/{number}.csv"), "promoted", "", now=NOW)
+        write_state(store, "a", state)
+        write_state(store, "b", InboxState())
+        for _ in range(3):
+            assert states.read(store, "a") == state and states.read(store, "b") == InboxState()
+    assert read.count("watch/a.json") == 3
+    store.delete("watch")
+    assert states.read(store, "a") == InboxState()
+
+
+def test_a_state_that_changes_while_it_is_read_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, states, state = open_store(str(tmp_path)), KnownStates(), InboxState()
+    write_state(store, "a", state)
+    original = FileStore.get_bytes
+
+    def change_then_read(self: FileStore, key: str) -> bytes:
+        monkeypatch.undo()
+        content = original(self, key)
+        state.record(info(), "promoted", "", now=NOW)
+        write_state(store, "a", state)
+        return content
+
+    monkeypatch.setattr(FileStore, "get_bytes", change_then_read)
+    assert states.read(store, "a") == InboxState()
+    assert states.read(store, "a") == state
 
 
 def test_what_is_noted_of_files_that_are_gone_goes_unless_a_version_came_of_them(tmp_path: Path) -> None:
