@@ -45,7 +45,6 @@ class Follower:
         self.lineage = lineage
         self.backends = Backends()
         self.problem: str | None = None
-        self._home = home
         self._copies = ServedCopies(home, lineage)
         self._say = say
         self._registry = open_registry()
@@ -54,10 +53,12 @@ class Follower:
         self._looked_at = -POLL_SECONDS
         self._serving: ModelServer | None = None
         self._served: str | None = None
+        self._before: str | None = None
+        """What served before that: its copy stays, for a quick rollback."""
         self._candidate: ModelServer | None = None
         self._started_at = 0.0
         self._failed: dict[str, float] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[asyncio.Task[None], str] = {}
 
     @property
     def client(self) -> httpx.AsyncClient:
@@ -152,15 +153,15 @@ class Follower:
         return version
 
     async def _start(self, version: str) -> None:
-        folder, log = self._copies.folder_of(version), self._home / "logs" / f"serve-{self.lineage}-v{version}.log"
+        folder, log = self._copies.folder_of(version), self._copies.log_of(version)
         try:
             if not folder.exists():
                 await asyncio.to_thread(self._registry.download, self.lineage, version, folder)
-        except DealError as error:
+            # threads that forked it must not end before it: this is the main one
+            self._candidate = ModelServer(version, folder, log, {SERVED_VERSION: version})
+        except (DealError, OSError) as error:  # a full disk must not end the server that answers
             self._fail(version, str(error))
             return
-        # threads that forked it must not end before it: this is the main one
-        self._candidate = ModelServer(version, folder, log, {SERVED_VERSION: version})
         self._started_at = time.monotonic()
 
     async def _try_candidate(self, candidate: ModelServer) -> None:
@@ -177,7 +178,8 @@ class Follower:
         self._candidate, before, self._serving = None, self._serving, candidate
         await self.backends.switch(candidate)
         seconds = time.monotonic() - self._started_at
-        self._served = candidate.version
+        if candidate.version != self._served:
+            self._before, self._served = self._served, candidate.version
         self._failed.pop(candidate.version, None)
         self.problem = None
         self._say(f"Version {candidate.version} serves (ready in {seconds:.1f} s).")
@@ -197,8 +199,14 @@ class Follower:
 
     def _retire(self, server: ModelServer) -> None:
         task = asyncio.create_task(self._end(server))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._ending[task] = server.version
+        task.add_done_callback(self._tidy)
+
+    def _tidy(self, ended: asyncio.Task[None]) -> None:
+        """A server has ended: remove what was fetched and logged of versions that nobody needs any more."""
+        del self._ending[ended]
+        needed = {self._champion, self._served, self._before, *self._ending.values()}
+        self._copies.keep({version for version in needed if version is not None})
 
     async def _end(self, server: ModelServer) -> None:
         try:

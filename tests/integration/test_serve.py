@@ -126,6 +126,46 @@ def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expec
         assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
 
 
+def register_again(version: str, run_key: str) -> str:
+    """A further version of the same files; its number."""
+    info = next(each for each in open_registry().versions(LINEAGE) if each.version == version)
+    facts = VersionFacts(**{name: getattr(info, name) for name in VersionFacts.__dataclass_fields__})
+    again = replace(facts, run_key=run_key)
+    return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
+
+
+def test_copies_and_logs_of_versions_that_served_go_and_a_full_disk_ends_nothing(versions: Expected) -> None:
+    registry, home = open_registry(), HomeSettings().home
+    third = register_again("1", "third")
+    registry.set_alias(LINEAGE, "champion", "1")
+    with served() as (url, process):
+        (lock,) = home.glob(f"serve/{LINEAGE}-*/lock")
+        copies = lock.parent
+
+        def kept() -> tuple[set[str], set[str]]:
+            logs = {path.name for path in home.glob(f"logs/serve-{LINEAGE}-v*.log")}
+            return {path.name for path in copies.glob("v*")}, logs
+
+        for version in ("2", third):
+            registry.set_alias(LINEAGE, "champion", version)
+            wait_for(lambda version=version: state(url)["version"] == version)  # type: ignore[misc]
+        left = {"v2", f"v{third}"}
+        wait_for(lambda: kept() == (left, {f"serve-{LINEAGE}-{name}.log" for name in left}))
+
+        shutil.rmtree(copies)
+        copies.touch()  # no folder can be made there, as on a disk that is full
+        registry.set_alias(LINEAGE, "champion", "1")
+        wait_for(lambda: state(url)["problem"] is not None)
+        assert f"version {third} goes on serving" in str(state(url)["problem"]) and str(copies) in str(state(url))
+        row = {"input": TEXTS[0], "task": "bank"}
+        answer = httpx.post(f"{url}/invocations", json={"dataframe_records": [row]}, timeout=60)
+        assert answer.headers["X-Deal-Version"] == third
+        copies.unlink()
+        registry.set_alias(LINEAGE, "champion", "2")
+        wait_for(lambda: state(url)["version"] == "2")
+        assert process.poll() is None
+
+
 def check_requests(url: str) -> None:
     """Tasks, batches, and one clear sentence for what cannot be answered."""
     assert httpx.get(f"{url}/health").status_code == 200
