@@ -49,6 +49,11 @@ def test_compose_fits_its_schema() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_service_of_compose_logs_without_end() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert [name for name, service in services.items() if "max-size" not in service["logging"]["options"]] == []
+
+
 def test_compose_publishes_on_loopback_and_names_every_secret() -> None:
     text = COMPOSE.read_text()
     services = yaml.safe_load(text)["services"]
