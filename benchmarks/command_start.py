@@ -43,7 +43,7 @@ def make_lineage(home: Path, num_versions: int) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     registry, tracker = Registry(settings), open_tracker(settings)
     with tracker.start(LINEAGE, FACTS.run_key, name="billing") as run:
-        model_id = run.log_adapter(adapter, FACTS.task)
+        model_id = run.log_adapter(adapter, FACTS.task, sha256=FACTS.adapter_sha256)
         for number in range(num_versions):
             facts = replace(FACTS, run_key=f"key-{number}", parent_version=str(number) if number else None)
             registry.register(LINEAGE, facts, tracking_id=run.run_id, model_id=model_id)

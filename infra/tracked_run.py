@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -27,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 1.0
 """The live curve is sent at most this often."""
+MAX_PAUSE_SECONDS = 3600.0
+"""After sends that failed the next one is tried so late at the latest."""
 MODEL_TYPE = "lora-adapter"
+ADAPTER_SHA256 = "deal.adapter_sha256"
+"""Tag of a logged model: which adapter it holds."""
 
 
 class TrackedRun:
@@ -36,28 +41,36 @@ class TrackedRun:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client = client
         self.run_id = run_id
+        self._curve: list[Metric] = []
+        """Points of which it is not known yet whether an earlier process has logged them."""
         self._waiting: list[Metric] = []
         self._last_steps: dict[str, int] = {}
-        self._flushed_at = 0.0
+        self._pause = FLUSH_SECONDS
+        self._next_send = 0.0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add points to live curves, in order of steps; a step that an earlier process has logged is left out.
 
-        Points are sent about once a second and by `flush` and `end`. A server that is away for a while does not stop
-        the training: points wait until it is back.
+        Points are sent about once a second and by `flush` and `end`. A server that is away does not stop the training:
+        points wait until it is back. A send that fails may take minutes, as MLflow tries again by itself; the pause
+        after it is as long as the send was, and doubles with each further one that fails.
         """
         now = int(time.time() * 1000)
+        self._curve += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        began = monotonic()
+        if began < self._next_send:
+            return
         try:
-            for key, value in metrics.items():
-                if step > self._last_step(key):
-                    self._waiting.append(Metric(key, float(value), now, step))
-                    self._last_steps[key] = step
-            if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
-                self._flushed_at = time.monotonic()
-                self._send()
+            self._send()
+            self._pause = FLUSH_SECONDS
         except MlflowException as error:
+            self._pause = min(max(2 * self._pause, monotonic() - began), MAX_PAUSE_SECONDS)
             where, reason = self.client.tracking_uri, str(error).split("\n")[0]
-            logger.warning("Metrics wait for MLflow at %s: %s", without_password(where), without_password(reason))
+            logger.warning(
+                "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
+                without_password(where), self._pause, without_password(reason),
+            )  # fmt: skip
+        self._next_send = monotonic() + self._pause
 
     def flush(self) -> None:
         """Send the points that wait.
@@ -149,14 +162,18 @@ class TrackedRun:
             except ValueError:
                 raise RegistryError(f"{file} of run {self.run_id} is damaged; it is no JSON.") from None
 
-    def log_adapter(self, folder: Path, name: str, *, params: Mapping[str, Any] | None = None) -> str:
-        """Keep the adapter's folder as the run's logged model.
+    def log_adapter(
+        self, folder: Path, name: str, *, sha256: str, params: Mapping[str, Any] | None = None
+    ) -> str:
+        """Keep the adapter's folder as a logged model of the run.
 
-        Called again, by a run that is continued, it completes or returns the model that is there.
+        Called again, by a run that is continued, it completes or returns the model that is there, if that is of the
+        same adapter: trained anew on another machine, the same run may have made another.
 
         Args:
             folder: a plain PEFT folder.
             name: what people see; characters that MLflow refuses are replaced.
+            sha256: digest of the adapter.
             params: settings to show beside the model.
 
         Returns:
@@ -164,14 +181,14 @@ class TrackedRun:
         """
         with self._saying("keep the adapter"):
             run = self.client.get_run(self.run_id)
-            model = self._logged_model(run.info.experiment_id)
+            model = self._logged_model(run.info.experiment_id, sha256)
             if model is None:
                 flat = dict(_flatten(params or {}))
                 model = self.client.create_logged_model(
                     run.info.experiment_id,
                     name=re.sub(r"[^A-Za-z0-9_-]", "-", name),
                     source_run_id=self.run_id,
-                    tags={RUN_KEY: run.data.tags[RUN_KEY]},
+                    tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256},
                     params=flat,
                     model_type=MODEL_TYPE,
                 )
@@ -213,6 +230,11 @@ class TrackedRun:
             logger.warning("%s", second)
 
     def _send(self) -> None:
+        for point in self._curve:
+            if point.step > self._last_step(point.key):
+                self._waiting.append(point)
+                self._last_steps[point.key] = point.step
+        self._curve = []
         if self._waiting:
             self.client.log_batch(self.run_id, metrics=self._waiting)
             self._waiting = []
@@ -223,8 +245,9 @@ class TrackedRun:
             self._last_steps[key] = max((point.step for point in history), default=-1)
         return self._last_steps[key]
 
-    def _logged_model(self, experiment_id: str) -> LoggedModel | None:
-        found = self.client.search_logged_models([experiment_id], f"source_run_id = '{self.run_id}'", max_results=1)
+    def _logged_model(self, experiment_id: str, sha256: str) -> LoggedModel | None:
+        own = f"source_run_id = '{self.run_id}' AND tags.`{ADAPTER_SHA256}` = '{sha256}'"
+        found = self.client.search_logged_models([experiment_id], own, max_results=1)
         return found[0] if found else None
 
     def _saying(self, doing: str) -> AbstractContextManager[None]:

@@ -105,4 +105,6 @@ def _log_adapter(run: RunRef, task_name: str, adapter_uri: str, record: LineageR
             served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
             run_id=run.tracking_id,
         )  # fmt: skip
-        return open_tracker().run(run.tracking_id).log_adapter(model, f"{run.lineage}-{task_name}")
+        return open_tracker().run(run.tracking_id).log_adapter(
+            model, f"{run.lineage}-{task_name}", sha256=facts.adapter_sha256
+        )

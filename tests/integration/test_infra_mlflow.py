@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -72,7 +73,7 @@ FACTS = VersionFacts(
 
 def register(tracker: Tracker, registry: Registry, adapter: Path, lineage: str, facts: VersionFacts) -> VersionInfo:
     with tracker.start(lineage, facts.run_key, name=facts.task) as run:
-        model_id = run.log_adapter(adapter, facts.task)
+        model_id = run.log_adapter(adapter, facts.task, sha256=facts.adapter_sha256)
         return registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id)
 
 
@@ -91,7 +92,7 @@ def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: Trac
         run.log_dataset("billing", "f" * 64, "s3://bucket/datasets/billing", {"num_train": 3, "num_test": 1})
         run.log_figure("loss", loss_curve([(1, 2.0), (2, 1.0)]))
         run.log_json("evaluation.json", {"task": "Rückfragen", "value": None})
-        model_id = run.log_adapter(adapter, "billing.v1/x", params={"rank": 16})
+        model_id = run.log_adapter(adapter, "billing.v1/x", sha256="a" * 64, params={"rank": 16})
 
     found = tracker.client.get_run(run.run_id)
     assert found.info.status == "FINISHED" and found.info.end_time is not None and found.info.run_name == "billing"
@@ -189,6 +190,37 @@ def test_the_curve_waits_while_mlflow_is_away(
     assert points(run, "loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
+def test_a_dead_mlflow_takes_ever_less_of_the_training_and_no_point_is_lost(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, sends = 0.0, []
+    monkeypatch.setattr("infra.tracked_run.monotonic", lambda: now)
+    run = tracker.start("dead", "k", name="x")
+
+    def give_up_late(*_: object, **__: object) -> None:
+        nonlocal now
+        began, now = now, now + 240.0
+        sends.append((began, now))
+        raise MlflowException("the server is away")
+
+    with monkeypatch.context() as patch:
+        for name in ("log_batch", "get_metric_history"):
+            patch.setattr(run.client, name, give_up_late)
+        for step in range(4000):
+            now += 1.0
+            run.log(step, {"loss": float(step)})
+    pauses = [after[0] - before[1] for before, after in pairwise(sends)]
+    assert pauses == [240.0, 480.0, 960.0, 1920.0]
+    now += 3600.0
+    run.log(4000, {"loss": 4000.0})
+    wanted = [(step, float(step)) for step in range(4001)]
+    assert points(run, "loss") == wanted, "it is back"
+    now += 1.0
+    run.log(4001, {"loss": 4001.0})
+    assert len(points(run, "loss")) == 4002, "and asked as often as before"
+    run.end()
+
+
 def test_many_parameters_and_points_go_in_batches(tracker: Tracker) -> None:
     with tracker.start("many", "k", name="x", params={f"p{number:03d}": number for number in range(250)}) as run:
         for step in range(1200):
@@ -208,13 +240,29 @@ def test_an_adapter_whose_upload_broke_is_completed(
     with monkeypatch.context() as patch:
         patch.setattr(run.client, "log_model_artifacts", break_down)
         with pytest.raises(KeyboardInterrupt):
-            run.log_adapter(adapter, "billing")
-    model_id = tracker.run(run.run_id).log_adapter(adapter, "billing")
-    assert tracker.run(run.run_id).log_adapter(adapter, "billing") == model_id
+            run.log_adapter(adapter, "billing", sha256="a" * 64)
+    model_id = tracker.run(run.run_id).log_adapter(adapter, "billing", sha256="a" * 64)
+    assert tracker.run(run.run_id).log_adapter(adapter, "billing", sha256="a" * 64) == model_id
     experiment = tracker.client.get_run(run.run_id).info.experiment_id
     assert [model.model_id for model in tracker.client.search_logged_models([experiment])] == [model_id]
     assert str(tracker.client.get_logged_model(model_id).status) == "READY"
     assert len(tracker.client.list_logged_model_artifacts(model_id)) == 2
+    run.end()
+
+
+def test_an_adapter_that_was_trained_anew_is_not_taken_for_the_one_that_is_kept(
+    tracker: Tracker, adapter: Path
+) -> None:
+    run = tracker.start("anew", "k", name="x")
+    first = run.log_adapter(adapter, "billing", sha256="a" * 64)
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x00others")
+    second = tracker.run(run.run_id).log_adapter(adapter, "billing", sha256="b" * 64)
+    for model_id, digest, weights in ((first, "a" * 64, b"\x00weights"), (second, "b" * 64, b"\x00others")):
+        model = tracker.client.get_logged_model(model_id)
+        assert model.tags["deal.adapter_sha256"] == digest
+        kept = Path(model.artifact_location.removeprefix("file://").replace("%20", " ")) / "adapter_model.safetensors"
+        assert kept.read_bytes() == weights
+    assert tracker.run(run.run_id).log_adapter(adapter, "billing", sha256="b" * 64) == second
     run.end()
 
 

@@ -26,7 +26,7 @@ def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> 
             for step in range(1500):
                 run.log(step, {"loss": 1.0})
             run.log_dataset("billing", "f" * 64, "file:///x", {"num_train": 1})
-            model_id = run.log_adapter(adapter, "billing")
+            model_id = run.log_adapter(adapter, "billing", sha256=facts.adapter_sha256)
             version = registry.register("base", facts, tracking_id=run.run_id, model_id=model_id)
     registry.set_alias("base", "champion", version.version)
 

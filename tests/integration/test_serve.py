@@ -81,7 +81,7 @@ def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
     facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
     with borrowed_folder(current_store(), newest.adapter_uri) as folder, \
             open_tracker().start(LINEAGE, "old", name="old") as run:  # fmt: skip
-        model_id = run.log_adapter(folder, "old")
+        model_id = run.log_adapter(folder, "old", sha256=facts.adapter_sha256)
         known = registry.register(LINEAGE, replace(facts, run_key="old"), tracking_id=run.run_id, model_id=model_id)
     return known.version
 

@@ -60,7 +60,7 @@ def promote(tmp_path: Path, version: str, **config: Any) -> None:
         current_store().upload_folder(folder, uri)
         facts = replace(FACTS, run_key=f"run-{version}", adapter_uri=uri, adapter_sha256=version * 64)
         with open_tracker().start("l", facts.run_key, name="bank") as run:
-            model_id = run.log_adapter(folder, "bank")
+            model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
             assert registry.register("l", facts, tracking_id=run.run_id, model_id=model_id).version == version
     registry.set_alias("l", "champion", version)
 
