@@ -34,7 +34,7 @@ from tasks.record import LineageRecord, read_record, require_same_base
 from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
 from tasks.register import register_version
 from tasks.report import report_run
-from tasks.run import end_run, remove_work, start_run
+from tasks.run import end_run, fail_run, remove_work, start_run
 from tasks.services import current_store
 from tasks.sizing import refuse_what_cannot_fit
 from tasks.train import train_version
@@ -112,7 +112,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     try:
         result = await _learn(spec, Job(run, base, parent, dataset, adapter, strategy, config_sha256), stages)
     except BaseException:
-        end_run(run, "FAILED")
+        fail_run(run)
         raise
     end_run(run, "FINISHED")
     remove_work(run)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from deal_core.data.lines import sha256_of_file
 from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation import EvaluationReport
 from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
+from infra.settings import without_password
 from infra.tracking import open_tracker
 from tasks.ingest import drop_training_rows, read_manifest
 from tasks.notices import announce_version
@@ -19,6 +22,8 @@ from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionR
 from tasks.report import report_run
 from tasks.run import end_run, remove_work
 from tasks.services import current_store, local_file
+
+logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 """Beside the adapter: what the report is made of."""
@@ -70,43 +75,75 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
 
 
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
-    """Complete the run of a lineage's newest version: promotion, report, end, work folder, training rows.
+    """Complete the run of a lineage's newest version: promotion, report, notice, end, work folder, training rows.
 
-    Nothing is done if it is complete.
+    Nothing is done if it is complete. A version that another one has overtaken is left as it is. Each step can be
+    repeated. The next arrival builds on the promotion alone: of the other steps, what fails is logged, and tried again
+    by the next run while the version is the newest.
 
-    A version that another one has overtaken is left as it is. Each step can be repeated.
+    Raises:
+        RegistryError: the version cannot be promoted.
     """
-    tracked = open_tracker().run(version.tracking_id)
-    if is_complete(version) and tracked.is_finished():
-        return
     if not is_complete(version):
         if is_overtaken(registry, version):
             return
         complete_version(registry, version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
-    dataset = _report(run, version, reference)
-    end_run(run, "FINISHED")
-    remove_work(run)
-    if dataset is not None:
-        drop_training_rows(current_store(), dataset.uri)
+    with _logging(version, "look whether its MLflow run has ended"):
+        if open_tracker().run(run.tracking_id).is_finished():
+            return
+    status: Literal["FINISHED", "FAILED"] = "FAILED"
+    with _logging(version, "write its report"):
+        _report(run, version, reference)
+        status = "FINISHED"
+    with _logging(version, "announce it"):
+        _announce(version, reference)
+    with _logging(version, "end its MLflow run"):
+        end_run(run, status)
+    with _logging(version, "remove its work folder"):
+        remove_work(run)
+    with _logging(version, "delete its training rows"):
+        _drop_rows(version)
 
 
-def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> DatasetRef | None:
-    store = current_store()
-    key = f"{version.adapter_uri}/{FINDINGS_FILE}"
-    if not store.exists(key):  # registered before runs kept them
-        return None
-    findings = json.loads(store.get_bytes(key))
-    dataset = _dataset_of(store, findings, version)
-    report = EvaluationReport.from_json(findings["evaluation"])
+@contextmanager
+def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
+    """Log what goes wrong inside, and go on."""
+    try:
+        yield
+    except Exception as error:  # whatever it is: a lineage must not stand still for a page
+        reason = without_password(str(error).split("\n")[0])
+        logger.error(
+            "Cannot %s, version %s of '%s': %s: %s; the lineage learns on without.",
+            doing, version.version, version.lineage, type(error).__name__, reason,
+        )  # fmt: skip
+
+
+def _findings_of(version: VersionInfo) -> Mapping[str, Any] | None:
+    """What `keep_findings` kept; None: the version was registered before runs kept it."""
+    store, key = current_store(), f"{version.adapter_uri}/{FINDINGS_FILE}"
+    return dict(json.loads(store.get_bytes(key))) if store.exists(key) else None
+
+
+def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
+    if (findings := _findings_of(version)) is None:
+        return
     report_run.fn(
-        run, reference, dataset, report, TrainSummary.model_validate(findings["training"]), {},
+        run, reference, _dataset_of(current_store(), findings, version),
+        EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
         include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
     )  # fmt: skip
-    announce_version(
-        reference, task=version.task, evaluation=report, tracking_id=version.tracking_id
-    )
-    return dataset
+
+
+def _announce(version: VersionInfo, reference: VersionRef) -> None:
+    if (findings := _findings_of(version)) is not None:
+        evaluation = EvaluationReport.from_json(findings["evaluation"])
+        announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
+
+
+def _drop_rows(version: VersionInfo) -> None:
+    if (findings := _findings_of(version)) is not None:
+        drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
 
 
 def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:

@@ -10,7 +10,7 @@ from importlib import metadata
 from itertools import islice
 from typing import Any
 
-from infra.object_store import ObjectStore
+from infra.object_store import ObjectNotFoundError, ObjectStore
 from infra.registry import VersionInfo, open_registry
 from infra.report.charts import thin
 from infra.report.run_report import BadRow, Link, Origin, Quality, RunReport, Training, Verdict
@@ -94,7 +94,12 @@ def _training(strategy: str, summary: TrainSummary) -> Training:
 
 
 def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Quality:
-    manifest = read_manifest(store, dataset.uri)
+    """What is known of the arrival; of one that was forgotten since, the numbers of its rows."""
+    try:
+        manifest = read_manifest(store, dataset.uri)
+    except ObjectNotFoundError:
+        numbers = {"num_train": dataset.num_train, "num_test": dataset.num_test, "num_rejected": dataset.num_rejected}
+        return Quality(**numbers, num_read=sum(numbers.values()))
     key = dataset.quarantine
     if key is not None and not store.exists(key):  # forgotten since
         key = None

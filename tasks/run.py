@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -9,9 +10,12 @@ from typing import Any, Literal
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.errors import RegistryError
 from infra.tracking import open_tracker
 from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
 from tasks.services import current_store, work_folder
+
+logger = logging.getLogger(__name__)
 
 
 @task(name="start", cache_policy=NO_CACHE)
@@ -34,6 +38,14 @@ def start_run(
 def end_run(run: RunRef, status: Literal["FINISHED", "FAILED"]) -> None:
     """End the MLflow run."""
     open_tracker().run(run.tracking_id).end(status)
+
+
+def fail_run(run: RunRef) -> None:
+    """End the MLflow run as failed; that it cannot be ended is logged, and does not hide why the adaptation failed."""
+    try:
+        end_run(run, "FAILED")
+    except RegistryError as error:
+        logger.warning("%s", error)
 
 
 def remove_work(run: RunRef) -> None:

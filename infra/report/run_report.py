@@ -59,22 +59,22 @@ class BadRow(Part):
 
 
 class Quality(Part):
-    """What validation said of the arrival."""
+    """What validation said of the arrival; only numbers of rows where it was forgotten before its page was written."""
 
-    source: str
+    source: str | None = None
     """Name of the file that landed."""
-    format: str
-    split: str
-    num_labels: int
+    format: str | None = None
+    split: str | None = None
+    num_labels: int = 0
     num_read: int
     num_train: int
     num_test: int
     num_rejected: int
-    problems: dict[str, int]
+    problems: dict[str, int] = {}
     """Reason to number of problems."""
-    quarantine: str | None
+    quarantine: str | None = None
     """Key in the object store of the rows that were put aside."""
-    bad_rows: tuple[BadRow, ...]
+    bad_rows: tuple[BadRow, ...] = ()
     """The first ones."""
 
 

@@ -13,14 +13,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.evaluate import evaluate
+from flows.forget import forget
 from flows.predict import predict
 from flows.results import AdaptResult
 from infra.ledger import Ledger
 from infra.registry import Registry, open_registry
+from tasks.lineage import find_parent
 from tasks.record import read_record
+from tasks.report import read_page
 from tasks.services import current_store
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
@@ -364,7 +368,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
 
     with monkeypatch.context() as patch:
         patch.setattr("flows.adapt.report_run", die)
-        patch.setattr("flows.adapt.end_run", die)  # as if the machine went down: the run goes on for ever
+        patch.setattr("flows.adapt.fail_run", die)  # as if the machine went down: the run goes on for ever
         with pytest.raises(Killed):
             run(tiny_base, CLINIC, gate=gate)
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
@@ -379,6 +383,55 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     assert "report.html" in {entry.path for entry in client.list_artifacts(tracking_id)}
     assert not list((home / "work").rglob("*.*"))
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
+
+
+def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
+    tiny_base: Path, home: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.adapt.report_run", die)
+        with pytest.raises(Killed):
+            run(tiny_base, CLINIC)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    version = client.get_model_version("l", "2")
+    num_train = json.loads(current_store().get_bytes(f"{version.tags['deal.adapter_uri']}/findings.json"))["dataset"][
+        "num_train"
+    ]
+    client.delete_run(version.run_id)  # as people do with failed runs in MLflow's UI
+    told: list[str | None] = []
+    monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2"
+    assert "Cannot write its report, version 2 of 'l': RegistryError" in caplog.text and told == ["2"]
+    assert not list((home / "work").rglob("*.*")) and not list((home / "store" / "datasets").rglob("train.parquet"))
+
+    client.restore_run(version.run_id)
+    asyncio.run(forget(version.tags["deal.dataset_sha256"]))
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2"
+    assert client.get_run(version.run_id).info.status == "FINISHED", "tried again, the report is there"
+    report, page = read_page(version.run_id)
+    assert (report.quality.num_train, report.quality.source) == (num_train, None)
+    assert "A file that was forgotten since" in page
+
+
+def test_an_mlflow_that_does_not_end_the_run_does_not_hide_why_it_failed(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def break_down(*args: Any) -> None:
+        raise DataValidationError("the cause")
+
+    def refuse(*args: Any) -> None:
+        raise MlflowException("the server is away")
+
+    monkeypatch.setattr("flows.adapt._learn", break_down)
+    monkeypatch.setattr(MlflowClient, "set_terminated", refuse)
+    with pytest.raises(DataValidationError, match="the cause"):
+        run(tiny_base, BANK)
+    assert "Cannot end the run" in caplog.text and "the server is away" in caplog.text
 
 
 def test_an_again_that_is_started_again_after_it_registered_trains_nothing(

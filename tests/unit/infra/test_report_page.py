@@ -14,7 +14,7 @@ from deal_core.errors import RegistryError
 from deal_core.evaluation import EvaluationReport
 from infra.report.charts import fill_bars, loss_chart, round_up, task_lines, thin
 from infra.report.page import NUM_SHADES, matrix_rows, render_page
-from infra.report.run_report import BadRow, Changed, Example, RunReport
+from infra.report.run_report import BadRow, Changed, Example, Quality, RunReport
 from infra.report.words import count, duration, points, verdict_of, versions_of
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
 
@@ -62,6 +62,13 @@ def test_the_page_tells_the_whole_run() -> None:
         "A note.", "evaluate2 min", "deal report 4 --lineage support", DIGEST, "q_proj", "2026-05-04 12:30 UTC",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
+    quality = Quality(num_read=130, num_train=96, num_test=20, num_rejected=14)
+    text = " ".join(Tags(render(quality=quality)).text.split())
+    assert "A file that was forgotten since: 130 rows read, 96 for training, 20 for testing, 14 in quarantine" in text
+    assert "Format" not in text and "None" not in text
 
 
 def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
