@@ -18,7 +18,7 @@ from infra.promotions import Action, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.lineage import descent
 from tasks.notices import Kind, Notice, announce
-from tasks.promote import move_champion, note_learned, rejected_by_person, settle_aliases
+from tasks.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.services import current_store
 
 
@@ -72,12 +72,14 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
     Raises:
         RegistryError: the version does not fit: the message says why, and what to do.
     """
-    registry, log, champion = _look(lineage)
+    registry, log, number, champion = _look(lineage)
     found = find_version(registry, lineage, version)
     _require_usable(found, champion)
-    if champion and champion.version == version:
+    if number == version:
         raise RegistryError(f"Version {version} of '{lineage}' is its champion already.")
-    if found.parent_version != (champion.version if champion else None):
+    if found.parent_version != number:
+        if champion is None and number is not None:
+            raise RegistryError(champion_deleted(lineage, number))
         line = descent(registry.versions(lineage), champion)
         origin = f"version {found.parent_version}" if found.parent_version else "the base model"
         remedy = (
@@ -86,7 +88,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
         )  # fmt: skip
         raise RegistryError(
             f"Version {version} of '{lineage}' continues {origin}, but "
-            f"{f'version {champion.version}' if champion else 'no version'} is champion: what was learned since would "
+            f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
     note_learned(Ledger(log.store), found)  # first: cut short before the move, the arrival is known all the same
@@ -100,6 +102,8 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     """Make an earlier champion the champion again.
 
+    A champion that was deleted in MLflow can be replaced so, but what it had learned is not told then.
+
     Args:
         lineage: whose champion.
         to: number of a version that the champion continues, or that was champion before; None: the one that the
@@ -110,13 +114,15 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     Raises:
         RegistryError: there is nothing to go back to, or the version was never champion.
     """
-    registry, log, champion = _look(lineage)
-    if champion is None:
+    registry, log, number, champion = _look(lineage)
+    if number is None:
         raise RegistryError(unknown_lineage(lineage))
-    to = to or champion.parent_version
+    if champion is None and to is None:
+        raise RegistryError(champion_deleted(lineage, number))
+    to = to or (champion.parent_version if champion else None)
     if to is None:
         raise RegistryError(
-            f"Version {champion.version} of '{lineage}' continues the base model; there is no version to go back to. "
+            f"Version {number} of '{lineage}' continues the base model; there is no version to go back to. "
             "Name one with --to, or stop serving the lineage."
         )
     found = find_version(registry, lineage, to)
@@ -124,13 +130,13 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     versions = registry.versions(lineage)
     line = descent(versions, champion)
     served = {each.version for each in line} | {move.champion for move in log.moves(lineage)}
-    if to == champion.version or to not in served:
-        what = "is champion now" if to == champion.version else "was never champion; promote it with deal promote"
+    if to == number or to not in served:
+        what = "is champion now" if to == number else "was never champion; promote it with deal promote"
         raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
-    move_champion(registry, log, found, expected=champion.version, action="rolled back", who=who, why=why)
+    move_champion(registry, log, found, expected=number, action="rolled back", who=who, why=why)
     _tell("rolled-back", found, who, why)
     return Decision(
-        action="rolled back", lineage=lineage, version=to, before=champion.version, champion=to,
+        action="rolled back", lineage=lineage, version=to, before=number, champion=to,
         left_behind=left_behind(line, descent(versions, found)),
     )  # fmt: skip
 
@@ -183,10 +189,11 @@ def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
     announce(kind, notice)
 
 
-def _look(lineage: str) -> tuple[Registry, PromotionLog, VersionInfo | None]:
+def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, VersionInfo | None]:
+    """Registry, log, the champion's number, and the champion; a number without one: it was deleted in MLflow."""
     registry, log = open_registry(), PromotionLog(current_store())
-    settle_aliases(registry, log, lineage)
-    return registry, log, registry.champion(lineage)
+    number, _ = settle_aliases(registry, log, lineage)
+    return registry, log, number, registry.champion(lineage)
 
 
 def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.errors import RegistryError
 from infra.ledger import Ledger
 from infra.promotions import PromotionLog
 from infra.registry import VersionInfo, open_registry
 from tasks.finish import finish_run
-from tasks.promote import settle_aliases
+from tasks.promote import champion_deleted, settle_aliases
 from tasks.references import BaseRef, DatasetRef, Standing, VersionRef
 from tasks.services import current_store
 
@@ -24,13 +25,19 @@ def find_parent(lineage: str) -> VersionRef | None:
 
     What a crash left undone of the newest run that registered a version is done first, so that no accepted version is
     passed over.
+
+    Raises:
+        RegistryError: the champion was deleted in MLflow. Nobody but a person decides what takes its place: started
+            from the base, the lineage would lose its tasks.
     """
     registry = open_registry()
-    settle_aliases(registry, PromotionLog(current_store()), lineage)
+    number, _ = settle_aliases(registry, PromotionLog(current_store()), lineage)
     if versions := registry.versions(lineage):
         newest = next(version for version in versions if version.run_key == versions[-1].run_key)  # it may be doubled
         finish_run(registry, newest, version_ref(newest))
     champion = registry.champion(lineage)
+    if champion is None and number is not None:
+        raise RegistryError(champion_deleted(lineage, number))
     return version_ref(champion) if champion else None
 
 

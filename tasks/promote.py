@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Action, Move, PromotionLog
-from infra.registry import Registry, VersionInfo, open_registry
+from infra.registry import Alias, Registry, VersionInfo, open_registry
 from tasks.references import VersionRef
 from tasks.services import current_store
 
@@ -132,11 +132,12 @@ def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple
     """Set aliases and tags as the newest move says; without a move they stand as they are.
 
     Whoever adds to the log has called this before, so that of earlier moves nothing is left to do. An alias that was
-    moved by hand is set back: the log is what later decisions rest on. The log is read again after each setting:
-    whoever has set what is no longer the newest mends it, so that the newest move wins in the end.
+    moved by hand is set back: the log is what later decisions rest on. The alias of a version that was deleted in
+    MLflow is left out. The log is read again after each setting: whoever has set what is no longer the newest mends it,
+    so that the newest move wins in the end.
 
     Returns:
-        The champion's number, and the move that says so.
+        The champion's number, and the move that says so. The registry need not have that version any more.
     """
     move = log.last(lineage)
     while True:
@@ -155,15 +156,33 @@ def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
         _tag(registry, move)
     if move is None or move.champion is None:
         return current
-    if current != move.champion:
-        if current != move.before:
-            logger.warning("%s@champion was version %s; the promotion log says %s.", lineage, current, move.champion)
-        registry.set_alias(lineage, "champion", move.champion)
-    if move.before not in (None, move.champion):
+    if current != move.champion and _set_alias(registry, lineage, "champion", move.champion) and current != move.before:
+        logger.warning("%s@champion was version %s; the promotion log says %s.", lineage, current, move.champion)
+    if move.before is not None and move.before != move.champion:
         previous = registry.with_alias(lineage, "previous")
         if previous is None or previous.version != move.before:
-            registry.set_alias(lineage, "previous", move.before)
+            _set_alias(registry, lineage, "previous", move.before)
     return move.champion
+
+
+def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> bool:
+    """Set an alias to a version, if the version is still there; return whether it is."""
+    if registry.version(lineage, version) is None:
+        logger.warning(
+            "Version %s, %s of '%s' by the promotion log, was deleted in MLflow; nothing carries that alias.",
+            version, alias, lineage,
+        )  # fmt: skip
+        return False
+    registry.set_alias(lineage, alias, version)
+    return True
+
+
+def champion_deleted(lineage: str, number: str) -> str:
+    """What to say where the version that the promotion log has as champion is gone from the registry."""
+    return (
+        f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
+        f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
+    )
 
 
 def _tag(registry: Registry, move: Move) -> None:

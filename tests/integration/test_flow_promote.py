@@ -186,6 +186,30 @@ def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remed
 
 
 @pytest.mark.usefixtures("lineage")
+def test_an_old_version_that_was_deleted_in_mlflow_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    client = open_registry().client
+    client.delete_model_version("l", "1")
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "2"
+    assert aliases() == {"champion": "2", "challenger": "2"} and "Version 1, previous of 'l'" in caplog.text
+    with pytest.raises(RegistryError, match="'l' has no version 1"):
+        roll_back("l", None, **BY)
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_champion_that_was_deleted_in_mlflow_is_replaced_by_a_person_alone() -> None:
+    open_registry().client.delete_model_version("l", "2")
+    remedy = r"Version 2, champion of 'l', was deleted in MLflow.*deal rollback --to N"
+    for act in (lambda: find_parent.fn("l"), lambda: roll_back("l", None, **BY), lambda: promote_to("l", "1", **BY)):
+        with pytest.raises(RegistryError, match=remedy):
+            act()
+    done = roll_back("l", "1", **BY)
+    assert (done.before, done.champion, aliases()["champion"]) == ("2", "1", "1")
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "1"
+
+
+@pytest.mark.usefixtures("lineage")
 def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
     roll_back("l", "1", **BY)
 
