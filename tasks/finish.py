@@ -49,12 +49,17 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     Raises:
         StoreError: it was not kept.
     """
-    store = current_store()
-    key = f"{adapter_uri}/{FINDINGS_FILE}"
-    spec = json.loads(store.get_bytes(key)).get("spec") if store.exists(key) else None
+    spec = (_read_findings(adapter_uri) or {}).get("spec")
     if spec is None:
-        raise StoreError(f"{store.uri_of(key)} does not say what its run was asked; adapt its file anew with --again.")
+        address = current_store().uri_of(f"{adapter_uri}/{FINDINGS_FILE}")
+        raise StoreError(f"{address} does not say what its run was asked; adapt its file anew with --again.")
     return dict(spec)
+
+
+def _read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
+    """What `keep_findings` kept; None: the version was registered before runs kept it."""
+    store, key = current_store(), f"{adapter_uri}/{FINDINGS_FILE}"
+    return dict(json.loads(store.get_bytes(key))) if store.exists(key) else None
 
 
 def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> None:
@@ -93,17 +98,23 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
         if open_tracker().run(run.tracking_id).is_finished():
             return
     status: Literal["FINISHED", "FAILED"] = "FAILED"
+    findings = None
     with _logging(version, "write its report"):
-        _report(run, version, reference)
+        findings = _read_findings(version.adapter_uri)
+        if findings is not None:
+            _report(run, version, reference, findings)
         status = "FINISHED"
     with _logging(version, "announce it"):
-        _announce(version, reference)
+        if findings is not None:
+            evaluation = EvaluationReport.from_json(findings["evaluation"])
+            announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
     with _logging(version, "end its MLflow run"):
         end_run(run, status)
     with _logging(version, "remove its work folder"):
         remove_work(run)
     with _logging(version, "delete its training rows"):
-        _drop_rows(version)
+        if findings is not None:
+            drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
 
 
 @contextmanager
@@ -119,31 +130,12 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
         )  # fmt: skip
 
 
-def _findings_of(version: VersionInfo) -> Mapping[str, Any] | None:
-    """What `keep_findings` kept; None: the version was registered before runs kept it."""
-    store, key = current_store(), f"{version.adapter_uri}/{FINDINGS_FILE}"
-    return dict(json.loads(store.get_bytes(key))) if store.exists(key) else None
-
-
-def _report(run: RunRef, version: VersionInfo, reference: VersionRef) -> None:
-    if (findings := _findings_of(version)) is None:
-        return
+def _report(run: RunRef, version: VersionInfo, reference: VersionRef, findings: Mapping[str, Any]) -> None:
     report_run.fn(
         run, reference, _dataset_of(current_store(), findings, version),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
         include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
     )  # fmt: skip
-
-
-def _announce(version: VersionInfo, reference: VersionRef) -> None:
-    if (findings := _findings_of(version)) is not None:
-        evaluation = EvaluationReport.from_json(findings["evaluation"])
-        announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
-
-
-def _drop_rows(version: VersionInfo) -> None:
-    if (findings := _findings_of(version)) is not None:
-        drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
 
 
 def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:

@@ -93,10 +93,9 @@ def ingest_arrival(
             )
         except ArrivalRefusedError as error:
             # by the file: of one without a good row the dataset is empty, and all such have one digest
-            files = [sha256_of_file(path) for path in (source, test_source) if path is not None]
-            _publish_quarantine(store, folder, arrival.task, files[0], files)
-            kept = store.uri_of(quarantine_key(arrival.task, files[0], files))
-            message = str(error).replace(str(folder / QUARANTINE_FILE), kept)
+            files = error.report.manifest.files
+            kept = _publish_quarantine(store, folder, arrival.task, files[0], files)
+            message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
             refuse_forgotten(store, arrival.task, [manifest.sha256])
