@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pandas
-
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
@@ -167,7 +165,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
     finals = [final_scores(cell) for cell in cells]
     lifted = [name for name, is_lifted in protocol.lifted().items() if is_lifted]
     matrices = [matrix_of(cell, protocol.base) for cell in cells]
-    by_cell = [100 * _mean(accuracy(score) for score in final.values()) for final in finals]
+    by_cell = [_average_accuracy(cell) for cell in cells]
     learned = [version for cell in cells for version in cell["versions"] if "rows_per_second" in version]
     return {
         "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
@@ -175,7 +173,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "average_accuracy": _mean(by_cell),
         "average_accuracy_by_cell": by_cell,
         "average_accuracy_lifted": _points(accuracy(final[name]) for final in finals for name in lifted),
-        "accuracy_by_task": {name: 100 * _mean(accuracy(f[name]) for f in finals) for name in finals[0]},
+        "accuracy_by_task": _accuracy_by_task(cells),
         **{
             name: _points(getattr(matrix, name) if matrix else None for matrix in matrices)
             for name in ("forgetting", "backward_transfer", "forward_transfer")
@@ -208,11 +206,12 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str
     if not theirs.keys() <= partners.keys():
         return {}
     ours = [partners[pair] for pair in theirs]
-    by_task = _accuracies(cells) - _accuracies(ours)
-    sign = 1 if by_task.mean() > 0 else -1
-    heaviest = str((sign * by_task).idxmax())
+    before = _accuracy_by_task(ours)
+    by_task = {name: value - before[name] for name, value in _accuracy_by_task(cells).items()}
+    sign = 1 if sum(by_task.values()) > 0 else -1
+    heaviest = max(by_task, key=lambda name: sign * by_task[name])
     by_cell = {
-        f"order {order}, seed {seed}": 100 * float((_accuracies([cell]) - _accuracies([partners[order, seed]])).mean())
+        f"order {order}, seed {seed}": _average_accuracy(cell) - _average_accuracy(partners[order, seed])
         for (order, seed), cell in sorted(theirs.items())
     }
     found = {"difference_points_ci95": _interval(cells, ours), "difference_points_by_cell": by_cell}
@@ -221,9 +220,15 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str
     return found
 
 
-def _accuracies(cells: Sequence[CellJson]) -> pandas.Series[float]:
-    """Per task the mean accuracy over cells in the end."""
-    return pandas.DataFrame([{n: accuracy(s) for n, s in final_scores(cell).items()} for cell in cells]).mean()
+def _average_accuracy(cell: CellJson) -> float:
+    """AA of a cell, in points of a hundred."""
+    return 100 * _mean(accuracy(score) for score in final_scores(cell).values())
+
+
+def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
+    """Per task the mean accuracy over cells in the end, in points of a hundred."""
+    finals = [final_scores(cell) for cell in cells]
+    return {name: 100 * _mean(accuracy(final[name]) for final in finals) for name in finals[0]}
 
 
 def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], without: str | None = None) -> list[float]:
