@@ -18,6 +18,7 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import departures, final_scores, matrix_of, protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.device import describe_machine
 from deal_core.errors import DataValidationError
 from deal_core.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.models import BaseModel
@@ -76,6 +77,12 @@ def test_every_entry_that_the_matrix_needs_is_scored(run):
     last = run("deal", scored="last", max_test_rows=2)
     assert scored(last) == [[], names[:2]]
     assert all(len(score["correct"]) == 2 for score in last["versions"][-1]["scores"].values())
+
+
+def test_every_version_says_on_what_machine_it_was_made(run):
+    versions = run("seq_lora")["versions"]
+    assert [version["machine"] for version in versions] == [describe_machine()] * len(TWO)
+    assert set(describe_machine()["versions"]) == {"torch", "transformers", "peft"}
 
 
 def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
