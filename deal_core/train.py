@@ -139,7 +139,7 @@ def train_adapter(
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train.max_answer_tokens))
+        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train))
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
@@ -158,13 +158,18 @@ def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
         yield f"what {parent.strategy} kept beside the parent's adapter is gone: {state.strategy} cannot use it"
 
 
-def _cut(encoded: Dataset, max_answer_tokens: int) -> Iterator[str]:
-    """Answers of all the length that there is have as a rule lost their end."""
-    num_cut = sum(len(answer_ids) == max_answer_tokens for answer_ids in encoded["answer_ids"])
-    if num_cut:
+def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
+    """What was too long; answers of all the length that there is have as a rule lost their end."""
+    if num_prompts := sum(encoded["is_prompt_cut"]):
         yield (
-            f"{num_cut} of {len(encoded)} training answers fill train.max_answer_tokens ({max_answer_tokens}): what is "
-            "longer was cut"
+            f"{num_prompts} of {len(encoded)} training prompts are longer than train.max_prompt_tokens "
+            f"({train.max_prompt_tokens}): the end of their text, or a chat's oldest turns, was left out"
+        )
+    num_answers = sum(len(answer_ids) == train.max_answer_tokens for answer_ids in encoded["answer_ids"])
+    if num_answers:
+        yield (
+            f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
+            f"({train.max_answer_tokens}): what is longer was cut"
         )
 
 

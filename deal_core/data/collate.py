@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 
 IGNORED = -100
@@ -30,12 +30,13 @@ def encode_rows(
     max_prompt_tokens: int,
     max_answer_tokens: int,
 ) -> Dataset:
-    """Tokenise rows of (input, output) into columns prompt_ids, answer_ids and length."""
+    """Tokenise rows of (input, output) into columns prompt_ids, answer_ids, length and is_prompt_cut."""
 
     def encode(row: Mapping[str, str]) -> dict[str, Any]:
-        prompt_ids = encode_prompt(tokenizer, task, row["input"], max_prompt_tokens)
+        prompt_ids, is_cut = cut_prompt(tokenizer, task, row["input"], max_prompt_tokens)
         answer_ids = encode_answer(tokenizer, task, row["output"], max_answer_tokens)
-        return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "length": len(prompt_ids) + len(answer_ids)}
+        length = len(prompt_ids) + len(answer_ids)
+        return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "length": length, "is_prompt_cut": is_cut}
 
     return rows.map(encode, remove_columns=rows.column_names)
 

@@ -21,6 +21,13 @@ class PromptParts(NamedTuple):
     after: str
 
 
+class CutPrompt(NamedTuple):
+    """A prompt's token ids, and whether the row's text is in them only in part."""
+
+    ids: list[int]
+    is_cut: bool
+
+
 Message = dict[str, str]
 
 
@@ -74,6 +81,13 @@ def encode_prompt(
     Raises:
         ConfigError: The prompt is too long even without any text.
     """
+    return cut_prompt(tokenizer, task, input, max_prompt_tokens).ids
+
+
+def cut_prompt(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int
+) -> CutPrompt:
+    """As `encode_prompt`, and whether the text lost anything."""
     if task.format == "chat":
         return _encode_chat(tokenizer, task, _messages(task, input), max_prompt_tokens)
     before, text, after = render_prompt(task, input, tokenizer)
@@ -119,11 +133,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def _encode_shortened(
     encode: Callable[[str], list[int]], text: str, task: TaskSchema, max_prompt_tokens: int
-) -> list[int]:
+) -> CutPrompt:
     """Ids with the longest beginning of the text that fits, found by bisection."""
     ids = encode(text)
     if len(ids) <= max_prompt_tokens:
-        return ids
+        return CutPrompt(ids, is_cut=False)
     best = encode("")
     if len(best) > max_prompt_tokens:
         raise ConfigError(
@@ -138,7 +152,7 @@ def _encode_shortened(
             fits, best = middle, ids
         else:
             too_long = middle
-    return best
+    return CutPrompt(best, is_cut=True)
 
 
 def _messages(task: TaskSchema, input: str) -> list[Message]:
@@ -168,7 +182,7 @@ def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
 
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, messages: list[Message], max_prompt_tokens: int
-) -> list[int]:
+) -> CutPrompt:
     def encode(messages: list[Message]) -> list[int]:
         # The template writes the beginning token itself.
         rendered = _render_chat(task, messages, tokenizer)
@@ -176,13 +190,14 @@ def _encode_chat(
         return ids
 
     system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
+    whole = turns = messages[len(system) :]
     while len(encode([*system, *turns])) > max_prompt_tokens:
         later_starts = [index for index, turn in enumerate(turns) if index and turn["role"] == "user"]
         if not later_starts:
             break
         turns = turns[later_starts[0] :]
     *earlier, last = [*system, *turns]
-    return _encode_shortened(
+    found = _encode_shortened(
         lambda text: encode([*earlier, {**last, "content": text}]), last["content"], task, max_prompt_tokens
     )
+    return CutPrompt(found.ids, is_cut=found.is_cut or len(turns) < len(whole))

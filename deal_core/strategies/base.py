@@ -60,7 +60,7 @@ class TaskContext:
         base: The base model and its tokenizer.
         task: How a row of the new task becomes a prompt.
         rows: Its training rows, columns input and output.
-        encoded: The same rows as tokens, columns prompt_ids, answer_ids and length.
+        encoded: The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut.
         old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
         adapter: Shape of a lineage's first adapter.
         train: How long and how fast.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from deal_core.data.prompts import encode_answer, encode_prompt, render_prompt
+from deal_core.data.prompts import cut_prompt, encode_answer, encode_prompt, render_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 
@@ -106,13 +106,14 @@ _shared_tokenizer = functools.cache(make_tokenizer)
 @given(text=st.text(max_size=120), max_tokens=st.integers(40, 90))
 def test_a_prompt_loses_the_end_of_its_text_and_no_more_than_it_must(text: str, max_tokens: int) -> None:
     tokenizer = _shared_tokenizer()
-    ids = encode_prompt(tokenizer, TASK, text, max_tokens)
+    ids, is_cut = cut_prompt(tokenizer, TASK, text, max_tokens)
     before, after = "Which animal is it?\nOption: a dog, a cat\n", "\nAnswer:"
     prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     kept = prompt[len(before) : len(prompt) - len(after)]
     assert len(ids) <= max_tokens
     assert prompt == before + kept + after
     assert text.startswith(kept)
+    assert is_cut == (kept != text)
     if kept != text:
         longer = before + text[: len(kept) + 1] + after
         assert len(tokenizer(longer)["input_ids"]) > max_tokens
@@ -130,6 +131,8 @@ def test_a_long_chat_loses_its_oldest_turns_then_the_end_of_the_last(tokenizer: 
     newest = encode_prompt(tokenizer, task, chat(turns[0], turns[3]), 1000)
     assert encode_prompt(tokenizer, task, chat(*turns), len(full)) == full
     assert encode_prompt(tokenizer, task, chat(*turns), len(full) - 1) == newest
+    for length, is_cut in ((len(full), False), (len(full) - 1, True), (len(newest), True), (len(newest) - 10, True)):
+        assert cut_prompt(tokenizer, task, chat(*turns), length).is_cut == is_cut
     cut = tokenizer.decode(encode_prompt(tokenizer, task, chat(*turns), len(newest) - 10))
     assert cut == "<s><|system|>Be kind.</s><|user|>abcdefghijabcdefghij</s><|assistant|>"
 

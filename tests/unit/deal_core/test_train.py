@@ -76,10 +76,14 @@ def test_a_training_that_diverges_ends_at_once_and_leaves_no_checkpoint(parent, 
     assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("checkpoint-*"))
 
 
-def test_answers_that_were_cut_are_counted(train):
-    assert not [note for note in train().result.notes if "was cut" in note]
-    cut = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
-    assert [note for note in cut if "training answers fill train.max_answer_tokens (2): what is longer was cut" in note]
+def test_prompts_and_answers_that_were_cut_are_counted(base, task, rows, train):
+    assert not [note for note in train().result.notes if "train.max_" in note]
+    encoded = encode_rows(rows(24), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    lengths = [len(ids) for ids in encoded["prompt_ids"]]
+    (note,) = train(train=replace(SHORT, max_prompt_tokens=max(lengths) - 1)).result.notes
+    assert f"{lengths.count(max(lengths))} of 24 training prompts are longer than train.max_prompt_tokens" in note
+    (note,) = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
+    assert "training answers fill train.max_answer_tokens (2): what is longer was cut" in note
 
 
 def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
