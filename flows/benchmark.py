@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,16 @@ class BenchmarkSpec(BaseModel):
     base_model: str = DEFAULT_BASE
     out: Path | None = None
     """Folder of the cells; None: benchmark/ in the home folder."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _every_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = [name for name, times in Counter(tasks).items() if times > 1]
+        if repeated:
+            raise ValueError(
+                f"tasks names {', '.join(repeated)} more than once; give every task once, in the order of arrival"
+            )
+        return tasks
 
     @field_validator("train")
     @classmethod

@@ -123,6 +123,7 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ({"part": "test"}, "'part'"),
         ({"suite": "4"}, "either a suite or tasks"),
         ({"tasks": None}, "either a suite or tasks"),
+        ({"tasks": ["sizes", "colours", "sizes"]}, "tasks names sizes more than once; give every task once"),
         ({"strategies": ["dael"]}, "Strategy 'dael' is not known"),
     ],
 )
