@@ -51,6 +51,7 @@ class Follower:
         self._client = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
         self._champion: str | None = None
         self._looked_at = -POLL_SECONDS
+        self._looking: asyncio.Task[None] | None = None
         self._serving: ModelServer | None = None
         self._served: str | None = None
         self._before: str | None = None
@@ -100,8 +101,8 @@ class Follower:
             await asyncio.sleep(TICK_SECONDS)
 
     async def tick(self) -> None:
-        """One look at the alias (every two seconds), the server that answers and the one that starts."""
-        await self._look()
+        """One look at the server that answers and the one that starts, and every two seconds at the alias."""
+        self._look_beside()
         if self._serving and not self._serving.is_alive():
             self._say(f"The server of version {self._serving.version} died; it is started again.")
             self._retire(self._serving)
@@ -118,17 +119,24 @@ class Follower:
 
     async def close(self) -> None:
         """End every server."""
-        for task in self._ending:
+        tasks = [*self._ending, *([self._looking] if self._looking else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         servers = [server for server in (self._serving, self._candidate) if server]
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
         await self._client.aclose()
         self._copies.close()
 
+    def _look_beside(self) -> None:
+        """See that the alias is looked at, beside all else: an MLflow that is away takes minutes to say so."""
+        if self._looking and self._looking.done():
+            looked, self._looking = self._looking, None
+            looked.result()
+        if self._looking is None and time.monotonic() - self._looked_at >= POLL_SECONDS:
+            self._looking = asyncio.create_task(self._look())
+
     async def _look(self) -> None:
-        if time.monotonic() - self._looked_at < POLL_SECONDS:
-            return
         try:
             champion = await asyncio.to_thread(self._registry.champion, self.lineage)
         except RegistryError as error:

@@ -109,7 +109,8 @@ def make_app(
 
 
 async def _ask(backends: Backends, client: httpx.AsyncClient, lineage: str, body: bytes, kind: str) -> Response:
-    for _ in range(MAX_TRIES):
+    num_deaths = 0
+    while num_deaths < MAX_TRIES:
         async with backends.lent() as server:
             headers = {"X-Deal-Lineage": lineage, "X-Deal-Version": server.version}
             try:
@@ -118,8 +119,10 @@ async def _ask(backends: Backends, client: httpx.AsyncClient, lineage: str, body
                 )
             except httpx.ReadTimeout:
                 raise TimeoutError from None
+            except httpx.ConnectError:
+                pass  # it had died already: the request waits for the next one, and is not the reason
             except httpx.TransportError:
-                pass  # it died, or closed a connection that it had kept open
+                num_deaths += 1  # it died, or closed a connection that it had kept open
             else:
                 if answer.is_success:
                     return Response(answer.content, 200, headers, answer.headers.get("content-type"))

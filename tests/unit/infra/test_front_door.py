@@ -112,6 +112,38 @@ def test_a_server_that_dies_is_asked_again_but_not_for_ever(num_deaths: int) -> 
     assert tries == min(num_deaths + 1, 3)
 
 
+@pytest.mark.usefixtures("no_pause")
+def test_a_server_that_has_died_already_is_waited_for_and_the_request_is_not_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries = 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal tries
+        if request.url.port == 2:
+            return await by_port(request)
+        tries += 1
+        raise httpx.ConnectError("refused")
+
+    async def scenario(backends: Backends, client: httpx.AsyncClient) -> None:
+        dead = Server("1", "http://behind:1")
+        await backends.switch(dead)
+        asking = asyncio.create_task(client.post("/invocations", content=b"x"))
+        while tries <= front_door.MAX_TRIES and not asking.done():
+            await asyncio.sleep(0)
+        await backends.switch(Server("1", "http://behind:2"))
+        assert (await asking).json() == {"by": 2, "body": "x"}
+        assert dead.num_in_flight == 0
+
+        monkeypatch.setattr(front_door, "WAIT_SECONDS", 0.05)
+        monkeypatch.setattr(front_door, "ANSWER_SECONDS", 0.0)
+        await backends.switch(dead)
+        late = await client.post("/invocations", content=b"x")
+        assert late.status_code == 503 and "/version" in late.json()["error"]
+
+    run(scenario, answer)
+
+
 def test_a_refusal_is_passed_on_in_one_sentence_and_not_repeated() -> None:
     message = "Failed to predict data '   input\n0  a secret'. \nError: Row 1 names the task 'x'; it knows y."
     tries = 0
