@@ -17,7 +17,7 @@ from prefect.settings.models.server.services import ServerServicesDBVacuumSettin
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
-MANIFESTS = ("deal.yaml", "secrets.example.yaml")
+MANIFESTS = ("deal.yaml", "prefect-home.yaml", "secrets.example.yaml")
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -89,6 +89,35 @@ def test_prefects_server_removes_old_runs(monkeypatch: pytest.MonkeyPatch) -> No
             for name, value in environment.items():
                 patch.setenv(name, value)
             assert {"events", "flow_runs"} <= ServerServicesDBVacuumSettings().enabled_vacuum_types
+
+
+def test_prefects_server_keeps_what_its_pod_may_not_lose() -> None:
+    (values,) = documents("prefect-server-values.yaml")
+    (claim,) = documents("prefect-home.yaml")
+    (volume,), (mount,) = values["server"]["extraVolumes"], values["server"]["extraVolumeMounts"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert (volume["name"], mount["mountPath"]) == (mount["name"], "/home/prefect/.prefect"), "the image's PREFECT_HOME"
+    assert values["server"]["updateStrategy"]["type"] == "Recreate", "a second pod would wait for the volume for ever"
+    assert values["postgresql"]["primary"]["persistence"]["enabled"] is True
+
+
+def test_the_secrets_of_prefects_server_are_shown_with_the_keys_that_its_chart_reads() -> None:
+    (values,) = documents("prefect-server-values.yaml")
+    shown = {each["metadata"]["name"]: each for each in documents("secrets.example.yaml")}
+    wanted = {
+        values["server"]["basicAuth"]["existingSecret"]: {"auth-string"},
+        values["postgresql"]["auth"]["existingSecret"]: {"connection-string", "password"},
+    }
+    assert {name: shown[name]["stringData"].keys() for name in wanted} == wanted
+    namespaces = {shown[name]["metadata"]["namespace"] for name in wanted}
+    assert namespaces == {documents("prefect-home.yaml")[0]["metadata"]["namespace"]} == {"prefect"}
+
+
+def test_no_secret_of_the_example_looks_as_if_it_could_stay() -> None:
+    lines = (INFRA / "docker" / "env.example").read_text().splitlines()
+    values = dict(line.split("=") for line in lines if not line.startswith("#"))
+    assert {name for name, value in values.items() if "change-me" not in value} == {"MLFLOW_ADMIN_USERNAME"}
+    assert len(set(values.values())) == len(values)
 
 
 def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
