@@ -28,7 +28,7 @@ from deal_core.benchmark.summary import (
 )
 from flows.tables import interval, points
 from infra.report.canvas import save_png
-from infra.report.figures import development_figure, kept_figure
+from infra.report.figures import development_figure, kept_figure, over_time_figure
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
@@ -53,11 +53,18 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
     rows = summarise(protocol)
     settings = some_cell(protocol)["settings"]
+    trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
         "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
         "is_judged": bool(protocol.lifted()), "pictures": draw(protocol, rows, images),
         "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
+        "num_trained": sum(row["num_cells"] for row in trained), "core_hours": core_hours(trained),
     }  # fmt: skip
+
+
+def core_hours(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Hours of one core that the cells of these lines took together."""
+    return sum(row["minutes"] * row["num_cells"] for row in rows) / 60
 
 
 def some_cell(protocol: Protocol) -> CellJson:
@@ -68,17 +75,17 @@ def some_cell(protocol: Protocol) -> CellJson:
 
 def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy of every task in the end: by column of the table, one dict per task."""
-    columns = {name_of(row): row["accuracy_by_task"] for row in rows if row["orders"] == widest(rows, row)}
+    columns = {name_of(row): row for row in rows if row["orders"] == widest(rows, row)}
     some = final_scores(some_cell(protocol))
     lifted = protocol.lifted()
     lines = [
         {
             "task": name, "num_rows": len(score["correct"]), "majority": 100 * score["majority_rate"],
-            "lifted": lifted.get(name), "values": [by_task.get(name) for by_task in columns.values()],
+            "lifted": lifted.get(name), "values": [row["accuracy_by_task"].get(name) for row in columns.values()],
         }
         for name, score in sorted(some.items())
     ]  # fmt: skip
-    return {"columns": list(columns), "lines": lines}
+    return {"columns": list(columns), "num_cells": [row["num_cells"] for row in columns.values()], "lines": lines}
 
 
 def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
@@ -118,6 +125,9 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
     curves = {name: curve for name, each in cells.items() if (curve := average_so_far(each))}
     if curves:
+        over_time = {name: accuracies_so_far(each) for name, each in cells.items() if name in curves}
+        save_png(over_time_figure(tasks, over_time), images / f"{stem}-tasks.png")
+        pictures.append((f"{stem}-tasks.png", f"accuracy of every task over the number of tasks learned{on}"))
         figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
         save_png(figure, images / f"{stem}-average.png")
         pictures.append((f"{stem}-average.png", f"average accuracy over the number of tasks learned{on}"))
@@ -166,18 +176,24 @@ def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
     return found
 
 
+def accuracies_so_far(cells: Sequence[CellJson]) -> dict[str, list[float]]:
+    """Per task its mean accuracy over cells, after each task from its own on; nothing where it was not measured."""
+    matrices = [matrix.rows for cell in cells if (matrix := matrix_of(cell))]
+    found = {}
+    for column, task in enumerate(cells[0]["settings"]["tasks"]):
+        values = [[row[column] for row in rows[column:]] for rows in matrices]
+        if any(value is None for each in values for value in each) or len(matrices) < len(cells):
+            return {}
+        found[task] = [100 * sum(each) / len(each) for each in zip(*values, strict=True)]
+    return found
+
+
 def average_so_far(cells: Sequence[CellJson]) -> list[float]:
     """After each task the mean accuracy over the tasks so far and over cells; nothing where it was not measured."""
-    curves = []
-    for cell in cells:
-        matrix = matrix_of(cell)
-        if matrix is None:
-            return []
-        known = [row[: number + 1] for number, row in enumerate(matrix.rows)]
-        if any(value is None for row in known for value in row):
-            return []
-        curves.append([100 * sum(value or 0.0 for value in row) / len(row) for row in known])
-    return [sum(values) / len(values) for values in zip(*curves, strict=True)]
+    found = accuracies_so_far(cells)
+    values = [[curve[number - start] for start, curve in enumerate(found.values()) if start <= number]
+              for number in range(len(found))]  # fmt: skip
+    return [sum(each) / len(each) for each in values]
 
 
 def fill_so_far(cells: Sequence[CellJson]) -> list[float]:

@@ -86,6 +86,8 @@ class Cell:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
         values = {name: self.to_json()[name] for name in names}
+        if (revision := revision_of("seq_lora")) > 1:
+            values["revision"] = revision
         return _digest([self.tasks[0], self.scored_after(0), values])
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, revision_of, settings_read
+from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
 from deal_core.errors import DataValidationError
@@ -19,7 +19,7 @@ from deal_core.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
-KEPT_BY_BOUNDS = (None, "an adapter per task", "all rows")
+KEPT_BY_BOUNDS = {"base": None, "per_task": "an adapter per task", "joint": "all rows"}
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
 Z95 = 1.96
@@ -93,11 +93,15 @@ class Protocol:
             found[name] = share - error > max(accuracy(score), score["majority_rate"])
         return found
 
+    def lifted_tasks(self) -> list[str]:
+        """The tasks that measure something; none where the bounds were not run."""
+        return [name for name, is_lifted in self.lifted().items() if is_lifted]
+
 
 def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
     """Sort cells into tables: same set of tasks, rows, test rows, shape of the adapter, training and base."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
-    for cell in cells:
+    for cell in _most_scored(cells):
         settings = cell["settings"]
         train = {name: value for name, value in settings["train"].items() if name != "seed"}
         names = ("rows", "part", "max_test_rows", "adapter", "base", "data")
@@ -118,20 +122,28 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
     return found
 
 
+def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
+    """Of cells that differ in nothing but how much was scored, the one with the most: they are one training."""
+    found: dict[str, CellJson] = {}
+    for cell in sorted(cells, key=lambda cell: get_args(Scored).index(cell["settings"]["scored"])):
+        key = json.dumps({name: value for name, value in cell["settings"].items() if name != "scored"}, sort_keys=True)
+        found.setdefault(key, cell)
+    return list(found.values())
+
+
 def departures(cell: CellJson) -> str:
     """The settings in which a cell departs from the defaults of today, and a past revision, for people."""
     settings = cell["settings"]
     revision = settings.get("revision", 1)
     is_past = revision < revision_of(settings["strategy"])
-    if settings["strategy"] in BOUNDS:
-        return ""
-    today = json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
+    is_bound = settings["strategy"] in BOUNDS
+    today = {} if is_bound else json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 
 def summarise(protocol: Protocol) -> list[dict[str, Any]]:
-    """One dict per strategy, settings and order, and one over all orders where there are several; bounds first."""
+    """One dict per strategy, settings and order, and one over all orders where there are several; bounds and all orders first."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
@@ -141,13 +153,16 @@ def summarise(protocol: Protocol) -> list[dict[str, Any]]:
         orders = sorted({order_of(cell) for cell in group})
         for chosen in [*([order] for order in orders), *([orders] if len(orders) > 1 else [])]:
             row = _figures(protocol, _of(group, chosen))
-            rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row}
-                        | ({} if group is ours else _difference(_of(group, chosen), _of(ours, chosen))))  # fmt: skip
-    bounds = {"base": [protocol.base] if protocol.base else [], "per_task": protocol.per_task, "joint": protocol.joint}
+            if group is not ours:
+                row |= _difference(_of(group, chosen), _of(ours, chosen), protocol.lifted_tasks())
+            rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row})
+    bounds: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
+    for cell in (*([protocol.base] if protocol.base else []), *protocol.per_task, *protocol.joint):
+        bounds[cell["settings"]["strategy"], departures(cell)].append(cell)
     return [
-        *({"strategy": name, "changes": "", "orders": ["any"], **_figures(protocol, each), "stores": stores}
-          for (name, each), stores in zip(bounds.items(), KEPT_BY_BOUNDS, strict=True) if each),
-        *sorted(rows, key=lambda row: (row["orders"], row["strategy"], row["changes"])),
+        *({"strategy": name, "changes": changes, "orders": ["any"], **_figures(protocol, each),
+           "stores": KEPT_BY_BOUNDS[name]} for (name, changes), each in bounds.items()),
+        *sorted(rows, key=lambda row: (-len(row["orders"]), row["orders"], row["strategy"], row["changes"])),
     ]  # fmt: skip
 
 
@@ -163,7 +178,7 @@ def _of(cells: Sequence[CellJson], orders: Sequence[str]) -> list[CellJson]:
 def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
     """Means over cells, shares as points of a hundred; None where a figure is undefined or was not measured."""
     finals = [final_scores(cell) for cell in cells]
-    lifted = [name for name, is_lifted in protocol.lifted().items() if is_lifted]
+    lifted = protocol.lifted_tasks()
     matrices = [matrix_of(cell, protocol.base) for cell in cells]
     by_cell = [_average_accuracy(cell) for cell in cells]
     learned = [version for cell in cells for version in cell["versions"] if "rows_per_second" in version]
@@ -180,6 +195,8 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         },
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
         "perplexity_ratio": _mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
+        "base_perplexities": sorted({f"{cell['perplexity']['base']:.3f}" for cell in cells
+                                     if cell["perplexity"].get("base")}),
         "rows_per_second": median(version["rows_per_second"] for version in learned) if learned else None,
         "adapter_bytes": _adapter_bytes(cells[0]),
         "stores": cells[0].get("stores"),
@@ -197,26 +214,32 @@ def _adapter_bytes(cell: CellJson) -> list[int] | None:
     return [sizes[0], sum(sizes) if cell["settings"]["strategy"] == "per_task" else sizes[-1]]
 
 
-def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson]) -> dict[str, Any]:
-    """Points of AA by which it is above our default on the same rows, orders and seeds; nothing where a cell lacks.
+def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], lifted: Sequence[str]) -> dict[str, Any]:
+    """Points of AA by which it is above our default on the same rows, over the orders and seeds that both have.
 
-    Beside the mean: by order and seed, and without the task that the mean owes most to.
+    Beside the mean: by order and seed, over the lifted tasks, and without the task that the mean owes most to.
     """
     theirs, partners = ({_pair(cell): cell for cell in each} for each in (cells, ours))
-    if not theirs.keys() <= partners.keys():
+    pairs = sorted(theirs.keys() & partners.keys())
+    if not pairs:
         return {}
-    ours = [partners[pair] for pair in theirs]
+    cells, ours = [theirs[pair] for pair in pairs], [partners[pair] for pair in pairs]
     before = _accuracy_by_task(ours)
     by_task = {name: value - before[name] for name, value in _accuracy_by_task(cells).items()}
     sign = 1 if sum(by_task.values()) > 0 else -1
     heaviest = max(by_task, key=lambda name: sign * by_task[name])
-    by_cell = {
-        f"order {order}, seed {seed}": _average_accuracy(cell) - _average_accuracy(partners[order, seed])
-        for (order, seed), cell in sorted(theirs.items())
+    found: dict[str, Any] = {
+        "difference_points_ci95": _interval(cells, ours, by_task),
+        "difference_num_cells": len(pairs),
+        "difference_points_by_cell": {
+            f"order {order}, seed {seed}": _average_accuracy(cell) - _average_accuracy(partner)
+            for (order, seed), cell, partner in zip(pairs, cells, ours, strict=True)
+        },
     }
-    found = {"difference_points_ci95": _interval(cells, ours), "difference_points_by_cell": by_cell}
-    if len(by_task) > 1:
-        found |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": _interval(cells, ours, heaviest)}
+    if lifted:
+        found |= {"difference_lifted_points_ci95": _interval(cells, ours, lifted)}
+    if others := by_task.keys() - {heaviest}:
+        found |= {"heaviest_task": heaviest, "difference_without_it_points_ci95": _interval(cells, ours, others)}
     return found
 
 
@@ -231,8 +254,8 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
     return {name: 100 * _mean(accuracy(final[name]) for final in finals) for name in finals[0]}
 
 
-def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], without: str | None = None) -> list[float]:
-    interval = paired_interval(_right_per_row(cells, without), _right_per_row(ours, without))
+def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
+    interval = paired_interval(_right_per_row(cells, tasks), _right_per_row(ours, tasks))
     return [100 * value for value in asdict(interval).values()]
 
 
@@ -240,15 +263,15 @@ def _pair(cell: CellJson) -> tuple[str, int]:
     return order_of(cell), cell["settings"]["seed"]
 
 
-def _right_per_row(cells: Sequence[CellJson], without: str | None = None) -> list[float]:
-    """For every test row the share of cells that are right in the end, weighed so that tasks count alike.
+def _right_per_row(cells: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
+    """For every test row of these tasks the share of cells that are right in the end; all tasks weigh alike.
 
-    One task may be left out. A row that stands in several orders and seeds is one unit: its answers depend on it.
+    A row that stands in several orders and seeds is one unit: its answers depend on it.
     """
     shares: dict[str, list[list[int]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
-            if name != without:
+            if name in tasks:
                 shares[name].append([int(bit) for bit in score["correct"]])
     num_rows = sum(len(answers[0]) for answers in shares.values())
     return [

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from infra.report.canvas import COLOURS, MARKERS, MUTED, new_figure, say_empty, tidy
 
+PANELS_A_ROW = 4
 Points = Mapping[str, tuple[float, float]]
 
 
@@ -43,6 +44,39 @@ def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Points]) ->
     axes.set_xlabel("accuracy, %: hollow right after the task was learned, filled in the end", color=MUTED)
     handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6, label=name)
                for colour, name in zip(COLOURS, learned_and_kept, strict=False)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
+    return figure
+
+
+def over_time_figure(tasks: Sequence[str], curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """One panel per task: its accuracy from when it was learned to the end, one line per strategy.
+
+    Args:
+        tasks: in the order in which they arrived.
+        curves: strategy to task to its accuracies after it was learned and after each later task, 0 to 100.
+    """
+    if not curves:
+        figure = new_figure(7.0, 2.4)
+        say_empty(figure.subplots(), "no strategy was scored on all tasks after each task")
+        return figure
+    num_columns = min(len(tasks), PANELS_A_ROW)
+    num_rows = -(-len(tasks) // num_columns)
+    figure = new_figure(0.8 + 2.4 * num_columns, 0.9 + 2.1 * num_rows)
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    for start, (axes, task) in enumerate(zip(panels.flat, tasks, strict=False), start=1):
+        for colour, marker, by_task in zip(COLOURS, MARKERS, curves.values(), strict=False):
+            values = by_task.get(task, ())
+            axes.plot(range(start, start + len(values)), values, color=colour, marker=marker, markersize=5, linewidth=2)
+        tidy(axes)
+        axes.set_title(task, fontsize=10, loc="left")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    panels[0, 0].set(ylim=(0, 100), xlim=(0.7, len(tasks) + 0.3))
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("tasks learned", fontsize=10, color=MUTED)
+    figure.supylabel("accuracy, %", fontsize=10, color=MUTED)
+    handles = [Line2D([], [], color=colour, marker=marker, linewidth=2, label=name)
+               for colour, marker, name in zip(COLOURS, MARKERS, curves, strict=False)]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
     return figure
 

@@ -23,6 +23,7 @@ from infra.report.figures import (
     fill_bars,
     kept_figure,
     loss_curve,
+    over_time_figure,
     result_figure,
 )
 
@@ -163,6 +164,18 @@ def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
 
 
+def test_every_task_has_a_panel_with_a_line_per_strategy_from_when_it_was_learned() -> None:
+    curves = {"deal": {"bank": [80, 70, 75], "clinic": [60, 61], "parcels": [90]}, "plain": {"bank": [82, 50, 40]}}
+    figure = over_time_figure(["bank", "clinic", "parcels"], curves)
+    drawn = {axes.get_title(loc="left"): [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+             for axes in figure.axes}  # fmt: skip
+    assert drawn == {
+        "bank": [([1, 2, 3], [80, 70, 75]), ([1, 2, 3], [82, 50, 40])],
+        "clinic": [([2, 3], [60, 61]), ([], [])], "parcels": [([3], [90]), ([], [])],
+    }  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
+
+
 def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
     (axes,) = development_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}, "AA", "%").axes
     assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
@@ -176,6 +189,8 @@ def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
         kept_figure([], {}),
         kept_figure([f"a-rather-long-task-name-{number}" for number in range(15)], {"deal": {}}),
         development_figure({}, "AA", "%"),
+        over_time_figure([], {}),
+        over_time_figure([f"a-rather-long-task-name-{number}" for number in range(6)], {"deal": {}}),
         accuracy_heatmap(AccuracyMatrix()),
         accuracy_over_versions(AccuracyMatrix()),
         loss_curve([]),
