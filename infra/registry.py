@@ -156,6 +156,19 @@ class Registry:
         """The version that serves, if the lineage has one."""
         return self.with_alias(lineage, "champion")
 
+    def lineages_with(self, alias: Alias) -> tuple[str, ...]:
+        """Names of the lineages of which a version carries an alias, in alphabetical order."""
+        names: list[str] = []
+        token = None
+        with saying("search lineages", self.uri):
+            while True:
+                page = self.client.search_registered_models(max_results=PAGE, order_by=["name"], page_token=token)
+                own = [model for model in page if OWNER.items() <= model.tags.items()]
+                names += [model.name for model in own if alias in model.aliases]
+                token = page.token
+                if not token:
+                    return tuple(names)
+
     def with_alias(self, lineage: str, alias: Alias) -> VersionInfo | None:
         """The version that carries an alias, if one does."""
         aliases = self._aliases(lineage)

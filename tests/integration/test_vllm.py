@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError, DealError, RegistryError
+from flows.serve_vllm import serve_vllm
 from infra import vllm
 from infra.registry import VersionFacts, open_registry
 from infra.settings import VllmSettings
@@ -48,21 +50,21 @@ def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
     return sync
 
 
-def promote(tmp_path: Path, version: str, **config: Any) -> None:
+def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) -> None:
     """Make a version of the lineage, unless it is there, and let it be champion."""
     registry = open_registry()
-    if version not in [info.version for info in registry.versions("l")]:
-        folder = tmp_path / f"adapter-{version}"
+    if version not in [info.version for info in registry.versions(lineage)]:
+        folder = tmp_path / f"adapter-{lineage}-{version}"
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
         (folder / "adapter_model.safetensors").write_bytes(version.encode())
-        uri = f"adapters/l/run-{version}"
+        uri = f"adapters/{lineage}/run-{version}"
         current_store().upload_folder(folder, uri)
-        facts = replace(FACTS, run_key=f"run-{version}", adapter_uri=uri, adapter_sha256=version * 64)
-        with open_tracker().start("l", facts.run_key, name="bank") as run:
+        facts = replace(FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64)
+        with open_tracker().start(lineage, facts.run_key, name="bank") as run:
             model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
-            assert registry.register("l", facts, tracking_id=run.run_id, model_id=model_id).version == version
-    registry.set_alias("l", "champion", version)
+            assert registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id).version == version
+    registry.set_alias(lineage, "champion", version)
 
 
 def test_the_server_follows_the_champion_there_and_back(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
@@ -235,6 +237,30 @@ def test_copies_go_once_their_adapter_is_unloaded_and_come_back_with_it(
         mine = shared / f"l-v{version}-{version * 12}"
         assert set(shared.iterdir()) == {*others, mine}
         assert server.adapters == {f"l-v{version}": str(mine)}
+
+
+def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion(
+    tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEAL_VLLM_URL", server.url)
+    monkeypatch.setattr("flows.serve_vllm.sync_vllm", sync_vllm.fn)  # a task needs a Prefect server
+    scheduled = serve_vllm.validate_parameters({})
+    for lineage, rank in (("a", 8), ("b", 64), ("c", 8)):
+        promote(tmp_path, "1", lineage=lineage, r=rank)
+    client = open_registry().client
+    for name, tags in (("theirs", {}), ("none-yet", {"deal.kind": "lineage"})):
+        client.create_registered_model(name, tags=tags)
+        client.create_model_version(name, source=str(tmp_path))
+    client.set_registered_model_alias("theirs", "champion", "1")
+    with pytest.raises(DealError, match=r"With 1 of 3 lineages the server is not in step\. b: .* its rank is 64"):
+        asyncio.run(serve_vllm.fn(**scheduled))
+    assert list(server.adapters) == ["a-v1", "c-v1"]
+
+    open_registry().drop_alias("b", "champion")
+    routes = asyncio.run(serve_vllm.fn(**scheduled))
+    assert isinstance(routes, list) and [route.model for route in routes] == ["a-v1", "c-v1"]
+    route = asyncio.run(serve_vllm.fn("c"))
+    assert isinstance(route, ServingRoute) and route.model == "c-v1"
 
 
 def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
