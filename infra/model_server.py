@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -108,9 +109,9 @@ def _serve(folder: Path, log: Path, environment: Mapping[str, str], news: Connec
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import uvicorn
-        from mlflow.pyfunc import load_model, scoring_server
+        from mlflow.pyfunc import scoring_server
 
-        app = scoring_server.init(load_model(str(folder)))
+        app = scoring_server.init(_load(folder))
         listener = socket.create_server((LOOPBACK, 0))
     except BaseException as error:
         kind = "" if isinstance(error, DealError) else f"{type(error).__name__}: "
@@ -118,6 +119,31 @@ def _serve(folder: Path, log: Path, environment: Mapping[str, str], news: Connec
         raise
     news.send_bytes(json.dumps({"port": listener.getsockname()[1]}).encode())
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=600)).run(sockets=[listener])
+
+
+def _load(folder: Path) -> Any:
+    """The version that lies in a folder, loaded by this project's code alone.
+
+    MLflow would import whichever module the folder's MLmodel names, and code that lies beside it; whoever may register
+    models would run what they like.
+
+    Raises:
+        ServerError: the MLmodel names another loader, or code.
+    """
+    from mlflow.models import Model
+    from mlflow.pyfunc import FLAVOR_NAME, load_model
+
+    from infra.served_folder import LOADER
+
+    flavor = Model.load(str(folder)).flavors.get(FLAVOR_NAME, {})
+    loader, code = flavor.get("loader_module"), flavor.get("code")
+    if loader != LOADER or code is not None:
+        found = f"the loader {loader}" if loader != LOADER else f"code of its own ({code})"
+        raise ServerError(
+            f"its MLmodel names {found}, and nothing but {LOADER} is run here; this pipeline registers no such "
+            "version. Promote another one."
+        )
+    return load_model(str(folder))
 
 
 def _write_to(log: Path) -> None:
