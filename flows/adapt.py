@@ -17,6 +17,7 @@ from prefect import flow
 from deal_core.base_sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from flows.asked import AskedSpec
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
 from flows.spec import DEFAULT_STRATEGY, AdaptSpec
@@ -41,7 +42,7 @@ from tasks.train import train_version
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
-async def adapt(spec: AdaptSpec, again: bool = False) -> AdaptResult:
+async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
     """Learn one arrival.
 
     Args:

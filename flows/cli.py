@@ -98,11 +98,13 @@ def adapt(
 ) -> None:
     """Adapt the lineage's champion to one file: by a spec, or by --task and --data."""
     with session(home, as_json, debug) as deal:
-        from flows.spec import spec_from_options
+        from flows.asked import spec_from_options
+        from tasks.services import current_store
 
         adapt_spec = spec_from_options(
-            spec, task=task, data=data, test_data=test_data, lineage=lineage, base_model=base, strategy=strategy
-        )
+            current_store(), spec, task=task, data=data, test_data=test_data,
+            lineage=lineage, base_model=base, strategy=strategy,
+        )  # fmt: skip
 
         def start() -> Any:
             from flows.adapt import adapt as adapt_flow
@@ -123,7 +125,8 @@ def watch(
         Path | None, typer.Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", "-t", help="Only this task's files.", show_default="all")
+        list[str] | None,
+        typer.Option("--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"),
     ] = None,
     lineage: SpecLineage = None,
     base: Base = None,
@@ -135,14 +138,17 @@ def watch(
 ) -> None:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
     with session(home, as_json, debug) as deal:
-        from flows.spec import lineage_spec_from_options
+        from flows.asked import watched_from_options
+        from tasks.services import current_store
 
-        lineage_spec = lineage_spec_from_options(spec, lineage=lineage, base_model=base, strategy=strategy)
+        watched = watched_from_options(
+            current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy
+        )
 
         def start() -> Any:
             from flows.watch import watch as watch_flow
 
-            return watch_flow(lineage_spec, tasks=tuple(task or ()), once=once, poll_seconds=poll)
+            return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll)
 
         outcome = deal.run(start)
         from flows.tables import show_watch

@@ -1,16 +1,17 @@
-"""The lineages that a server looks after: one file each in the store, `lineages/<name>.yaml`."""
+"""The settings of lineages: one file each in the store, `lineages/<name>.yaml`. A server looks after those."""
 
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import yaml
 
 from deal_core.errors import ConfigError
 from flows.screens import in_one_line
-from flows.spec import LineageSpec, Name, parse, yaml_mapping
-from infra.object_store import ObjectStore
+from flows.spec import NAME_PATTERN, LineageSpec, Name, parse, yaml_mapping
+from infra.object_store import ObjectNotFoundError, ObjectStore
 
 logger = logging.getLogger(__name__)
 FOLDER = "lineages"
@@ -19,7 +20,7 @@ _logged: dict[str, str] = {}
 
 
 class WatchedLineage(LineageSpec):
-    """A lineage that learns from what lands, without anybody asking."""
+    """A lineage that learns from what lands."""
 
     tasks: tuple[Name, ...] = ()
     """It learns these tasks alone; none: every task of the inbox."""
@@ -36,15 +37,44 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     Raises:
         ConfigError: there is no such lineage, or its file does not fit.
     """
-    key = key_of(lineage)
-    if not store.exists(key):
+    uri = store.uri_of(key_of(lineage))
+    values = _read_values(store, lineage)
+    if values is None:
         if lineage == DEFAULT:
             return WatchedLineage()
-        raise ConfigError(f"There is no {store.uri_of(key)}; add the lineage with: deal lineage add SPEC.")
-    values = yaml_mapping(store.get_bytes(key), store.uri_of(key))
+        raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
+    return parse(WatchedLineage, values, uri)
+
+
+def stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
+    """What a lineage's file says, the lineage's name included; nothing where there is none, or `lineage` is no name.
+
+    Raises:
+        ConfigError: the file does not fit.
+    """
+    if not (isinstance(lineage, str) and re.fullmatch(NAME_PATTERN, lineage)):
+        return {}
+    values = _read_values(store, lineage)
+    if values is None:
+        return {}
+    parse(WatchedLineage, values, store.uri_of(key_of(lineage)))
+    return values
+
+
+def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
+    """The mapping in a lineage's file; None where there is no file.
+
+    Raises:
+        ConfigError: it is no mapping, or about another lineage.
+    """
+    uri = store.uri_of(key_of(lineage))
+    try:
+        values = yaml_mapping(store.get_bytes(key_of(lineage)), uri)
+    except ObjectNotFoundError:
+        return None
     if values.setdefault("lineage", lineage) != lineage:
-        raise ConfigError(f"{store.uri_of(key)} is about lineage {values['lineage']!r}; name the file after it.")
-    return parse(WatchedLineage, values, store.uri_of(key))
+        raise ConfigError(f"{uri} is about lineage {values['lineage']!r}; name the file after it.")
+    return values
 
 
 class Lineages(NamedTuple):

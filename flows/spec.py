@@ -30,7 +30,8 @@ from deal_core.config import (
 )
 from deal_core.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Format = Literal["labelled", "completion", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
@@ -108,14 +109,18 @@ class AdaptSpec(LineageSpec):
 
     def resolved(self, folder: Path) -> Self:
         """The same spec with its relative paths taken from `folder`."""
+        base = self.base_model and resolve_base(self.base_model, folder)
+        return self.with_files_from(folder).model_copy(update={"base_model": base})
+
+    def with_files_from(self, folder: Path) -> Self:
+        """The same spec with the relative paths of its arrival taken from `folder`."""
         task = self.task.model_copy(
             update={
                 "data": _resolve(self.task.data, folder),
                 "test_data": self.task.test_data and _resolve(self.task.test_data, folder),
             }
         )
-        base = self.base_model and _resolve_base(self.base_model, folder)
-        return self.model_copy(update={"task": task, "base_model": base})
+        return self.model_copy(update={"task": task})
 
     def config_sha256(self, adapter: AdapterConfig, strategy: str) -> str:
         """Digest of every setting that can change the run's result; where the files lie is none of them.
@@ -134,7 +139,7 @@ class AdaptSpec(LineageSpec):
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _resolve_base(base: str, folder: Path) -> str:
+def resolve_base(base: str, folder: Path) -> str:
     """A base that is a path, made absolute; a name is left as it is."""
     path = folder / Path(base).expanduser()
     return str(path.resolve()) if path.exists() else base
@@ -153,42 +158,6 @@ def read_spec(path: Path) -> AdaptSpec:
     return parse(AdaptSpec, read_yaml(path), str(path)).resolved(path.resolve().parent)
 
 
-def spec_from_options(
-    path: Path | None, *, task: str | None, data: str | None, test_data: str | None, **lineage_options: str | None
-) -> AdaptSpec:
-    """The spec of one adaptation from a command's options, which win over the file's values.
-
-    Raises:
-        ConfigError: neither a spec nor both of task and data are given, or something does not fit.
-    """
-    options = _given(lineage_options)
-    arrival = _given({"name": task, "data": data, "test_data": test_data})
-    if path is None:
-        if not (task and data):
-            raise ConfigError("Give a spec file, or both --task NAME and --data FILE.")
-        return parse(AdaptSpec, {**options, "task": arrival}, "options").resolved(Path.cwd())
-    if arrival:
-        raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
-    spec = read_spec(path)
-    if base := options.pop("base_model", None):
-        options["base_model"] = _resolve_base(base, Path.cwd())
-    return parse(AdaptSpec, {**spec.model_dump(mode="json"), **options}, "options")
-
-
-def lineage_spec_from_options(path: Path | None, **options: str | None) -> LineageSpec:
-    """What a watch needs to know of its lineage, from a file (a task in it is left out) and the command's options.
-
-    Raises:
-        ConfigError: something does not fit.
-    """
-    values = read_lineage_values(path) if path else {}
-    values.pop("task", None)
-    given = _given(options)
-    if "base_model" in given:
-        given["base_model"] = _resolve_base(given["base_model"], Path.cwd())
-    return parse(LineageSpec, {**values, **given}, str(path or "options"))
-
-
 def read_lineage_values(path: Path) -> dict[str, Any]:
     """The mapping in a file of a lineage's settings; a relative base model in it is relative to its folder.
 
@@ -197,12 +166,8 @@ def read_lineage_values(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     if isinstance(values.get("base_model"), str):
-        values["base_model"] = _resolve_base(values["base_model"], path.resolve().parent)
+        values["base_model"] = resolve_base(values["base_model"], path.resolve().parent)
     return values
-
-
-def _given(options: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

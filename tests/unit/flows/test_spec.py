@@ -8,15 +8,7 @@ import pytest
 
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from flows.spec import (
-    AdaptSpec,
-    LineageSpec,
-    TaskSpec,
-    lineage_spec_from_options,
-    parse,
-    read_spec,
-    spec_from_options,
-)
+from flows.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -88,44 +80,6 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
 def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file"):
         read_spec(tmp_path / "none.yaml")
-
-
-def options(**given: str | None) -> dict[str, str | None]:
-    return {"task": None, "data": None, "test_data": None, **given}
-
-
-def test_options_alone_make_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    spec = spec_from_options(None, **options(task="t", data="x.csv", lineage="l", strategy="seq_lora"))
-    assert (spec.task.name, spec.task.data) == ("t", str(tmp_path / "x.csv"))
-    assert (spec.lineage, spec.strategy) == ("l", "seq_lora")
-
-
-def test_options_win_over_the_file(tmp_path: Path) -> None:
-    text = "lineage: a\nstrategy: deal\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n"
-    path = write(tmp_path / "s.yaml", text)
-    spec = spec_from_options(path, **options(lineage="b", strategy="seq_lora"))
-    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("b", "seq_lora", 3)
-    assert spec.task.data == str(tmp_path / "x.csv")
-
-
-@pytest.mark.parametrize("given", [{}, {"task": "t"}, {"data": "x.csv"}])
-def test_neither_spec_nor_task_and_data_is_wrong_use(given: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="--task NAME and --data FILE"):
-        spec_from_options(None, **options(**given))
-
-
-def test_spec_and_task_together_are_wrong_use(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.yaml", "task: {name: t, data: x.csv}\n")
-    with pytest.raises(ConfigError, match="either"):
-        spec_from_options(path, **options(task="u"))
-
-
-def test_lineage_spec_leaves_the_task_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.yaml", "lineage: a\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n")
-    spec = lineage_spec_from_options(path, lineage=None, base_model=None, strategy="seq_lora")
-    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("a", "seq_lora", 3)
-    assert spec.with_task(TaskSpec(name="t", data="x")).train.max_steps == 3
 
 
 @pytest.mark.parametrize(
