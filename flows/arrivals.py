@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import DataValidationError
+from deal_core.errors import DataValidationError, TrainingDivergedError
 from flows.adapt import adapt_held
 from flows.inbox import TestFiles, look, settle, task_spec
 from flows.lock import hold_lineage
@@ -104,6 +104,7 @@ async def _adapt_to(
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     run: AdaptResult | None = None
     version: str | None = None
+    is_final = False
     outcome: Outcome
     try:
         run = await adapt_held(spec.with_task(task_spec(store, info.key)))
@@ -116,5 +117,14 @@ async def _adapt_to(
     except Exception as error:
         logger.exception("The run for %s failed", info.key)
         outcome, message = "failed", in_one_line(error)
+        if isinstance(error, TrainingDivergedError):  # seed and settings stand, so it would diverge at the same step
+            is_final = True
+            message = (
+                f"{message.rstrip('.')}. It is not tried again by itself: change the settings and try it with deal "
+                f"watch --once --lineage {spec.lineage} --spec SPEC, or change file, task.yaml or test rows."
+            )
         reporter().said(f"Failed: {message}")
-    return state.record(info, outcome, message, now=datetime.now(UTC), beside=beside, version=version), run
+    handled = state.record(
+        info, outcome, message, now=datetime.now(UTC), beside=beside, version=version, is_final=is_final
+    )
+    return handled, run

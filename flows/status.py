@@ -192,6 +192,8 @@ def _lineage(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> L
 
 def _reason(handled: Handled) -> str:
     """Why a file was of no use, and what opens it again."""
+    if handled.is_final:
+        return handled.message  # it says so itself
     due = handled.due()
     opens = (
         f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"

@@ -39,11 +39,14 @@ class Handled(BaseModel):
     num_tries: int = 1
     beside: str = ""
     """Stamp of the task file and the test rows that it was read with."""
+    is_final: bool = False
+    """Of a failed run: it would fail again, so nothing tries it again unasked."""
     at: datetime
 
     def due(self) -> datetime | None:
         """When a watch that goes on tries the file again; None: never, as nothing but a change can help."""
-        return self.at + growing_pause(self.num_tries - 1) if self.outcome == "failed" else None
+        is_hopeful = self.outcome == "failed" and not self.is_final
+        return self.at + growing_pause(self.num_tries - 1) if is_hopeful else None
 
 
 class InboxState(BaseModel):
@@ -68,12 +71,14 @@ class InboxState(BaseModel):
             return True
         if handled.outcome in ("refused", "failed") and handled.beside != beside:
             return True
+        if handled.outcome == "failed" and retry_now:
+            return True
         due = handled.due()
-        return due is not None and (retry_now or now >= due)
+        return due is not None and now >= due
 
     def record(
         self, info: ObjectInfo, outcome: Outcome, message: str, *,
-        now: datetime, beside: str = "", version: str | None = None,
+        now: datetime, beside: str = "", version: str | None = None, is_final: bool = False,
     ) -> Handled:
         """Note what became of a file."""
         before = self.files.get(info.key)
@@ -81,11 +86,10 @@ class InboxState(BaseModel):
         num_tries = before.num_tries + 1 if before and is_retry else 1
         handled = Handled(
             etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
-            at=now,
+            is_final=is_final, at=now,
         )  # fmt: skip
         self.files[info.key] = handled
         return handled
-
 
     def drop_gone(self, store: ObjectStore) -> None:
         """Drop what is noted of files that are gone and that no version came of; the others still have names."""

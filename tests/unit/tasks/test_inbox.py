@@ -80,6 +80,15 @@ def test_a_failed_run_is_tried_again_for_ever_ever_more_seldom() -> None:
     assert minutes == [1, 2, 4, 8, 16, 32, 64, 64, 64]
 
 
+def test_a_run_that_would_fail_again_is_tried_again_only_when_asked() -> None:
+    state = InboxState()
+    assert state.record(info(), "failed", "", now=NOW, beside="1", is_final=True).due() is None
+    assert not state.is_open(info(), NOW + timedelta(days=365), beside="1", retry_now=False)
+    assert state.is_open(info(), NOW, beside="1", retry_now=True)
+    assert state.is_open(info(), NOW, beside="2", retry_now=False)
+    assert state.record(info(), "failed", "", now=NOW, beside="1").due() is not None
+
+
 @pytest.mark.parametrize("outcome", ["refused", "failed"])
 def test_what_was_of_no_use_is_open_again_when_what_lies_beside_it_changes(outcome: str) -> None:
     state = InboxState()

@@ -1,0 +1,45 @@
+"""What becomes of an arrival whose run fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.errors import ConfigError, TrainingDivergedError
+from flows.arrivals import _adapt_to
+from flows.spec import LineageSpec
+from infra.object_store import open_store
+from tasks.inbox import Handled, InboxState, list_arrivals
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Handle one arrival of lineage 'l', whose run ends with an error."""
+
+    def handle(error: Exception) -> Handled:
+        async def fail(*args: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("flows.arrivals.adapt_held", fail)
+        store = open_store(str(tmp_path))
+        store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
+        (info,) = list_arrivals(store.list("inbox"))
+        handled, run = asyncio.run(_adapt_to(store, LineageSpec(lineage="l"), InboxState(), info, ""))
+        assert run is None and handled.outcome == "failed"
+        return handled
+
+    return handle
+
+
+def test_a_training_that_diverged_is_not_tried_again_and_says_what_to_do(failing: Any) -> None:
+    handled = failing(TrainingDivergedError("The training diverged. Lower train.learning_rate."))
+    assert handled.due() is None
+    assert handled.message.startswith("The training diverged. Lower train.learning_rate. It is not tried again")
+    assert "deal watch --once --lineage l --spec SPEC" in handled.message
+
+
+def test_any_other_failure_is_tried_again(failing: Any) -> None:
+    assert failing(ConfigError("train.num_processes is 9.")).due() is not None
