@@ -83,8 +83,8 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
         line = descent(registry.versions(lineage), champion)
         origin = f"version {found.parent_version}" if found.parent_version else "the base model"
         remedy = (
-            f"deal rollback --to {version}" if any(each.version == version for each in line)
-            else f"deal requeue {version}, which learns its arrival again on top of the champion"
+            f"deal rollback --to {version} --lineage {lineage}" if any(each.version == version for each in line)
+            else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
         )  # fmt: skip
         raise RegistryError(
             f"Version {version} of '{lineage}' continues {origin}, but "
@@ -131,7 +131,8 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     line = descent(versions, champion)
     served = {each.version for each in line} | {move.champion for move in log.moves(lineage)}
     if to == number or to not in served:
-        what = "is champion now" if to == number else "was never champion; promote it with deal promote"
+        remedy = f"promote it with deal promote {to} --lineage {lineage}"
+        what = "is champion now" if to == number else f"was never champion; {remedy}"
         raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
     move_champion(registry, log, found, expected=number, action="rolled back", who=who, why=why)
     _tell("rolled-back", found, who, why)
@@ -151,14 +152,19 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     number, last = settle_aliases(registry, log, lineage)
     found = find_version(registry, lineage, version)
     if number == version:
-        raise RegistryError(f"Version {version} of '{lineage}' is its champion; go back first: deal rollback.")
+        raise RegistryError(
+            f"Version {version} of '{lineage}' is its champion; go back first: deal rollback --lineage {lineage}"
+        )
     if not found.accepted or found.approval == "refused":
         raise RegistryError(f"Version {version} of '{lineage}' is rejected already: {' '.join(found.reasons)}")
     added = log.add(
         last, action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )
     if added is None:
-        raise RegistryError(f"The champion of '{lineage}' was moved this moment; look at deal history, and try again.")
+        raise RegistryError(
+            f"The champion of '{lineage}' was moved this moment; look at deal history --lineage {lineage}, and try "
+            "again."
+        )
     settle_aliases(registry, log, lineage)
     _tell("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)

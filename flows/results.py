@@ -54,13 +54,19 @@ class AdaptResult(BaseModel):
     seconds: dict[str, float] = {}
 
 
+def awaits_approval(version: VersionRef) -> str:
+    """What to say of a version that a person has to agree to."""
+    which = f"{version.version} --lineage {version.lineage}"
+    return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
+
+
 def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
     """The result of an arrival that a version has learned from, or was rejected with, already."""
     number, option = version.version, f" --lineage {version.lineage}"
     trained = f"version {number} was trained on this arrival"
     said = {
         "learned": f"version {number} has learned from this arrival; --again trains anew.",
-        "awaiting approval": f"{trained} and awaits approval: deal promote {number}{option}, or deal reject.",
+        "awaiting approval": f"{trained} and {awaits_approval(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
                        f"deal requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
@@ -96,7 +102,7 @@ def adapted(
     if not version.accepted:
         status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
     elif version.approval == "awaiting":
-        status, verdict = "awaiting approval", f"awaits approval: deal promote {version.version}, or deal reject"
+        status, verdict = "awaiting approval", awaits_approval(version)
     return AdaptResult(
         status=status,
         rejected=not version.accepted,

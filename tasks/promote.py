@@ -201,8 +201,8 @@ def _tag(registry: Registry, move: Move) -> None:
 def rejected_by_person(version: VersionInfo) -> str:
     """What to say where a version that a person rejected would become champion."""
     return (
-        f"Version {version.version} of '{version.lineage}' was rejected by a person; learn its arrival again with "
-        "--again."
+        f"Version {version.version} of '{version.lineage}' was rejected by a person; learn its arrival again with: "
+        f"deal requeue {version.version} --lineage {version.lineage}"
     )
 
 

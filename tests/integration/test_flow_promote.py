@@ -103,7 +103,7 @@ def test_a_rollback_moves_champion_and_previous_and_says_what_it_leaves_behind(
 def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, lineage: None) -> None:
     roll_back("l", None, **BY)
     repeat = learn(tiny_base, "parcels")
-    assert repeat.status == "repeat" and "deal requeue 2" in repeat.message
+    assert repeat.status == "repeat" and "deal requeue 2 --lineage l" in repeat.message
     third = learn(tiny_base, "clinic")
     assert (third.version, third.parent_version) == ("3", "1"), "the lineage branches at the rollback"
     assert [left.version for left in find_left_behind("l")] == ["2"]
@@ -145,7 +145,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, l
     assert (waiting.status, waiting.rejected, waiting.version) == ("awaiting approval", False, "3")
     assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
     repeat = learn(tiny_base, "clinic", approval="person")
-    assert repeat.status == "repeat" and "deal promote 3" in repeat.message
+    assert repeat.status == "repeat" and "deal promote 3 --lineage l" in repeat.message
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "2"
 
@@ -172,10 +172,10 @@ def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remed
 ) -> None:
     learn(tiny_base, "clinic", approval="person")
     roll_back("l", "1", **BY)
-    with pytest.raises(RegistryError, match=r"continues version 2, but version 1 is champion.*deal requeue 3"):
+    with pytest.raises(RegistryError, match=r"version 2, but version 1 is champion.*deal requeue 3 --lineage l"):
         promote_to("l", "3", **BY)
     promote_to("l", "2", **BY)
-    with pytest.raises(RegistryError, match=r"deal rollback --to 1"):
+    with pytest.raises(RegistryError, match=r"deal rollback --to 1 --lineage l"):
         promote_to("l", "1", **BY)
     with pytest.raises(RegistryError, match="was never champion"):
         roll_back("l", "3", **BY)

@@ -1,0 +1,73 @@
+"""What a person is told who decides which version serves: remedies can be typed as they stand."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deal_core.errors import RegistryError
+from deal_core.metrics import AccuracyMatrix
+from flows.promote import promote_to, reject_version, roll_back
+from flows.results import adapted, repeated
+from infra.registry import VersionInfo
+from tasks.promote import rejected_by_person
+from tasks.references import DatasetRef, VersionRef
+
+
+def known_version(number: int, parent: int | None, **values: Any) -> VersionInfo:
+    """An accepted version of lineage 'support'."""
+    nothing = {field.name: None for field in fields(VersionInfo)}
+    known = {"accepted": True, "lineage": "support", "version": str(number), "parent_version": parent and str(parent)}
+    return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 is champion and continues 1; so does 3, which never was."""
+    known = {str(number): known_version(number, parent) for number, parent in ((1, None), (2, 1), (3, 1))}
+    registry = SimpleNamespace(versions=lambda lineage: list(known.values()))
+    log = SimpleNamespace(moves=lambda lineage: [])
+    monkeypatch.setattr("flows.promote._look", lambda lineage: (registry, log, "2", known["2"]))
+    monkeypatch.setattr("flows.promote._require_usable", lambda *args: None)
+    monkeypatch.setattr("flows.promote.find_version", lambda registry, lineage, number: known[number])
+    for name in ("open_registry", "PromotionLog", "current_store"):
+        monkeypatch.setattr(f"flows.promote.{name}", lambda *args: None)
+    monkeypatch.setattr("flows.promote.settle_aliases", lambda *args: ("2", None))
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize(
+    ("decide", "version", "remedy"),
+    [
+        (promote_to, "1", "deal rollback --to 1 --lineage support."),
+        (promote_to, "3", "deal requeue 3 --lineage support, which"),
+        (roll_back, "3", "deal promote 3 --lineage support; see: deal history --lineage support"),
+        (reject_version, "2", "deal rollback --lineage support"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any, version: str, remedy: str) -> None:
+    with pytest.raises(RegistryError) as refused:
+        decide("support", version, who="tester", why="a test")
+    assert remedy in str(refused.value)
+
+
+def test_a_version_that_waits_names_the_commands_that_decide() -> None:
+    version = VersionRef(
+        lineage="support", version="3", run_key="k", adapter_uri="a", adapter_sha256="s", accepted=True,
+        approval="awaiting", standing="awaiting approval",
+    )  # fmt: skip
+    dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
+    found: Any = SimpleNamespace(
+        accuracies={}, num_steps=1, resumed_from_step=None,
+        matrix=AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None),
+    )  # fmt: skip
+    for result in (repeated(version, dataset), adapted(version, dataset, found, found, "t", {})):
+        which = "3 --lineage support"
+        assert f"awaits approval: deal promote {which}, or deal reject {which} --why REASON." in result.message
+
+
+def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
+    assert rejected_by_person(known_version(3, 1)).endswith("deal requeue 3 --lineage support")
