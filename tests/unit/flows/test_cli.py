@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,16 @@ def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, t
 def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
     result = deal("validate", "none.csv")
     assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("rejected", "code"), [(True, 3), (False, 0)])
+def test_requeue_exits_3_where_the_gate_rejects(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
+) -> None:
+    runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
+    monkeypatch.setattr("flows.session.Session.run", lambda self, start: runs)
+    monkeypatch.setattr("flows.tables.show_adaptation", lambda run: ["learned"])
+    assert deal("requeue", "2", "3").exit_code == code
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
