@@ -155,8 +155,11 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(
             f"Version {version} of '{lineage}' is its champion; go back first: deal rollback --lineage {lineage}"
         )
-    if not found.accepted or found.approval == "refused":
-        raise RegistryError(f"Version {version} of '{lineage}' is rejected already: {' '.join(found.reasons)}")
+    name = f"Version {version} of '{lineage}'"
+    if not found.accepted:
+        raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
+    if found.approval == "refused":
+        raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
     added = log.add(
         last, action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )
@@ -168,6 +171,14 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     settle_aliases(registry, log, lineage)
     _tell("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
+
+
+def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
+    """By whom and why a version was rejected, where a person did it."""
+    for move in reversed(log.moves(lineage)):
+        if move.action == "rejected" and move.version == version:
+            return f"by {move.who}: {move.why}"
+    return "by a person; the promotion log does not say by whom"
 
 
 def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[Learned, ...]:

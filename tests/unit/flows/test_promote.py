@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from deal_core.errors import RegistryError
 from deal_core.metrics import AccuracyMatrix
 from flows.promote import promote_to, reject_version, roll_back
 from flows.results import adapted, repeated
+from infra.object_store import open_store
+from infra.promotions import PromotionLog
 from infra.registry import VersionInfo
 from tasks.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef
@@ -52,6 +55,29 @@ def test_what_does_not_fit_is_refused_with_a_command_for_its_lineage(decide: Any
     with pytest.raises(RegistryError) as refused:
         decide("support", version, who="tester", why="a test")
     assert remedy in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (known_version(3, 1, accepted=False, reasons=("It forgot bank.",)), "rejected already, by its gate: It forgot"),
+        (known_version(3, 1, approval="refused", reasons=()), "rejected already, by anna: labels look wrong"),
+        (known_version(4, 1, approval="refused", reasons=()), "the promotion log does not say by whom"),
+    ],
+)
+def test_a_version_that_was_rejected_before_tells_by_whom_and_why(
+    versions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: VersionInfo, told: str
+) -> None:
+    log = PromotionLog(open_store(str(tmp_path)))
+    last = None
+    for number, who, why in (("3", "anna", "labels look wrong"), ("2", "ben", "another reason")):
+        last = log.add(
+            last, action="rejected", lineage="support", version=number, before="1", champion="1", who=who, why=why
+        )
+    monkeypatch.setattr("flows.promote.PromotionLog", lambda store: log)
+    monkeypatch.setattr("flows.promote.find_version", lambda *args: version)
+    with pytest.raises(RegistryError, match=told):
+        reject_version("support", version.version, who="tester", why="a test")
 
 
 def test_a_version_that_waits_names_the_commands_that_decide() -> None:
