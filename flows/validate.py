@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.data.arrival import ValidationReport
 from deal_core.data.validate import validate_file
-from flows.spec import AdaptSpec, TaskSpec, read_spec
+from flows.spec import AdaptSpec, parse, read_spec
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
 from tasks.ingest import choose_schema, frozen_test_inputs
@@ -74,9 +74,10 @@ def validate(
 
     Raises:
         DataValidationError: the file cannot be read to its end.
-        ConfigError: the spec says other things of the task than the lineage knows.
+        ConfigError: the task's name does not fit, or the spec says other things of the task than the lineage knows.
     """
-    read = read_spec(spec) if spec else AdaptSpec(task=TaskSpec(name=task, data=str(file)))
+    arrival_values = {"task": {"name": task, "data": str(file)}}
+    read = read_spec(spec) if spec else parse(AdaptSpec, arrival_values, "options")
     test_data = test_data or read.task.test_data
     champion = known_champion(lineage or read.lineage)
     record = read_record(current_store(), champion.adapter_uri) if champion else None
