@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
@@ -73,6 +73,13 @@ class BenchmarkSpec(BaseModel):
             )
         return tasks
 
+    @field_validator("rows", "max_test_rows")
+    @classmethod
+    def _at_least_one(cls, number: int | None, info: ValidationInfo) -> int | None:
+        if number is not None and number < 1:
+            raise ValueError(f"{info.field_name} is {number}; give at least 1")
+        return number
+
     @field_validator("train")
     @classmethod
     def _one_process_per_cell(cls, train: TrainConfig) -> TrainConfig:
@@ -129,7 +136,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
 
     Raises:
         ConfigError: what is asked for is not there.
-        DataValidationError: the tasks cannot be read.
+        DataValidationError: the tasks cannot be read, or one has no test rows in the part to score on.
     """
     stages = Stages()
     base = await stages.run("base", identify_base, spec.base_model, spec.train.quantize)
@@ -153,10 +160,18 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
 
 
 def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:
-    """Every cell once, with the settings it runs with."""
+    """Every cell once, with the settings it runs with.
+
+    Raises:
+        ConfigError: what is asked for is not there.
+        DataValidationError: the tasks cannot be read, or one has no test rows in the part to score on.
+    """
     found: dict[str, tuple[Cell, MethodConfig]] = {}
     for tasks in spec.sequences():
-        data = digest_of(load_suite(spec.data, tasks))
+        suite = load_suite(spec.data, tasks)
+        for task in suite.values():
+            task.part(spec.part)  # an empty one is refused now, and not after the task was learned
+        data = digest_of(suite)
         for seed in spec.seeds:
             for strategy in spec.strategies:
                 for method in spec.methods:

@@ -78,9 +78,18 @@ class SuiteTask:
     test: Rows
 
     def part(self, part: Part, limit: int | None = None) -> Rows:
-        """Return the test rows on which settings are chosen, or those that are reported; the first `limit` of them."""
+        """Return the test rows on which settings are chosen, or those that are reported; the first `limit` of them.
+
+        Raises:
+            DataValidationError: There is none in that part.
+        """
         num_dev = NUM_DEV_ROWS if len(self.test) >= FEW_ROWS else int(DEV_SHARE * len(self.test))
         rows = self.test[:num_dev] if part == "dev" else self.test[num_dev:]
+        if not rows:
+            raise DataValidationError(
+                f"Task {self.schema.name!r} has no row in part {part!r}, having {len(self.test)} test rows; "
+                "give it 3 or more, which leave rows in both parts."
+            )
         return rows[:limit]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
 from tasks.base import identify_base
 
@@ -121,6 +121,8 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ({"train": "[1]"}, "is no JSON object"),
         ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),
         ({"part": "test"}, "'part'"),
+        ({"rows": -1}, "rows is -1; give at least 1"),
+        ({"max_test_rows": 0}, "max_test_rows is 0; give at least 1"),
         ({"suite": "4"}, "either a suite or tasks"),
         ({"tasks": None}, "either a suite or tasks"),
         ({"tasks": ["sizes", "colours", "sizes"]}, "tasks names sizes more than once; give every task once"),
@@ -133,6 +135,14 @@ def test_unknown_settings_are_refused(options: dict[str, Any], message: str, dat
     }  # fmt: skip
     with pytest.raises(ConfigError, match=message):
         cells_of(spec_from_options(**given), identify_base(str(tiny_base)))
+
+
+def test_a_task_without_rows_in_the_part_is_refused_before_another_is_learned(spec: BenchmarkSpec) -> None:
+    rows = (spec.data / "sizes.test.jsonl").read_text().splitlines(keepends=True)
+    (spec.data / "sizes.test.jsonl").write_text("".join(rows[:2]))
+    with pytest.raises(DataValidationError, match="Task 'sizes' has no row in part 'dev', having 2 test rows"):
+        run(spec, part="dev")
+    assert not stamps(spec)
 
 
 @pytest.mark.skipif("DEAL_BENCHMARK_DATA" not in os.environ, reason="DEAL_BENCHMARK_DATA names no folder of tasks")

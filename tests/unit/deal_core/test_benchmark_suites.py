@@ -109,6 +109,17 @@ def test_no_row_is_both_chosen_on_and_reported(num_rows, num_dev):
     assert task.part("reported", 5) == rows[num_dev : num_dev + 5]
 
 
+@pytest.mark.parametrize(("num_rows", "part"), [(2, "dev"), (0, "dev"), (0, "reported")])
+def test_a_part_without_rows_is_refused_by_task_and_part(num_rows, part):
+    row = {"input": "x", "output": "a"}
+    task = SuiteTask(schema=TaskSchema(name="t", labels=("a", "b")), train=(), test=(row,) * num_rows)
+    message = f"Task 't' has no row in part '{part}', having {num_rows} test rows; give it 3 or more"
+    with pytest.raises(DataValidationError, match=message):
+        task.part(part)
+    enough = SuiteTask(schema=task.schema, train=(), test=(row,) * 3)
+    assert enough.part("dev") and enough.part("reported")
+
+
 def test_the_digest_follows_the_rows_and_not_the_order_of_tasks(json_lines):
     tasks = load_suite(json_lines, ("agnews",))
     task = tasks["agnews"]
