@@ -12,7 +12,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
@@ -20,6 +20,7 @@ from deal_core.hub import fetch_snapshot
 
 Rows = tuple[dict[str, str], ...]
 Part = Literal["dev", "reported"]
+Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "3": {"1": ("agnews", "dbpedia", "yahoo")},
@@ -146,7 +147,7 @@ def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
 
     Raises:
         ConfigError: The folder has neither layout.
-        DataValidationError: A task, or a field of a row, is missing.
+        DataValidationError: A task, or a field of a row, is missing, or a file holds something else than it shall.
     """
     if (folder / "tasks.json").is_file():
         return {name: _from_json_lines(folder, name) for name in names}
@@ -168,17 +169,24 @@ def digest_of(tasks: dict[str, SuiteTask]) -> str:
 
 def _from_json_lines(folder: Path, name: str) -> SuiteTask:
     path = folder / "tasks.json"
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = _json(_read(path), path, dict)
     if name not in described:
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {_list(described)}.")
+    task = described[name] if isinstance(described[name], dict) else {}
+    if not isinstance(task.get("instruction"), str) or not _are_labels(task.get("labels")):
+        raise DataValidationError(
+            f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
+            "texts."
+        )
 
     def rows(part: str) -> Rows:
         path = folder / f"{name}.{part}.jsonl"
         lines = _read(path).split("\n")  # not splitlines: a text may hold other line separators
-        return _rows([json.loads(line) for line in lines if line.strip()], "text", path)
+        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        values = [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
+        return _rows(values, "text", path)
 
-    labels, instruction = described[name]["labels"], described[name]["instruction"]
-    return _task(name, labels, instruction, rows("train"), rows("test"))
+    return _task(name, task["labels"], task["instruction"], rows("train"), rows("test"))
 
 
 def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
@@ -192,12 +200,14 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
         raise DataValidationError(f"{home} is of family {family!r}; the families are {_list(FAMILIES)}.")
 
     def rows(path: Path) -> Rows:
-        values = json.loads(_read(path))
+        values = [(f"Row {number}", value) for number, value in enumerate(_json(_read(path), path, list), start=1)]
         random.Random(ORDER_SEED).shuffle(values)
         return _rows(values, "sentence", path)
 
     test = home / "test.json"
-    labels = json.loads(_read(home / "labels.json"))
+    labels = _json(_read(home / "labels.json"), home / "labels.json", list)
+    if not _are_labels(labels):
+        raise DataValidationError(f"{home / 'labels.json'} holds other things than labels; make it a list of texts.")
     return _task(name, labels, FAMILIES[family], rows(found[0]), rows(test if test.is_file() else home / "dev.json"))
 
 
@@ -206,13 +216,41 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataValidationError(f"{path} cannot be read ({error.strerror}); the task needs it.") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataValidationError(f"Line {line} of {path} is not UTF-8; save the file as UTF-8.") from None
 
 
-def _rows(values: list[dict[str, Any]], text: str, path: Path) -> Rows:
-    for number, value in enumerate(values, start=1):
+def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
+    """Read `text`, which stands in `path` from `first_line` on, as a JSON object or list.
+
+    Raises:
+        DataValidationError: It is not JSON, or not of that kind.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataValidationError(
+            f"Line {first_line + error.lineno - 1} of {path} is not JSON ({error.msg} at column {error.colno}); "
+            "correct it there, or write the file again."
+        ) from None
+    if not isinstance(value, kind):
+        raise DataValidationError(
+            f"Line {first_line} of {path} begins no JSON {'object' if kind is dict else 'list'}; put one there."
+        )
+    return value
+
+
+def _rows(values: list[tuple[str, Any]], text: str, path: Path) -> Rows:
+    """Rows from JSON values, each with the place where it stands."""
+    for place, value in values:
         if not isinstance(value, dict) or not {text, "label"} <= value.keys():
-            raise DataValidationError(f"Row {number} of {path} has not both {text!r} and 'label'.")
-    return tuple({"input": str(value[text]).strip(), "output": str(value["label"]).strip()} for value in values)
+            raise DataValidationError(f"{place} of {path} has not both {text!r} and 'label'; give the row both.")
+    return tuple({"input": str(value[text]).strip(), "output": str(value["label"]).strip()} for _, value in values)
+
+
+def _are_labels(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(label, str) for label in value)
 
 
 def _task(name: str, labels: list[str], instruction: str, train: Rows, test: Rows) -> SuiteTask:

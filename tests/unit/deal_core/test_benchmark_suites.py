@@ -84,7 +84,6 @@ def test_cl_benchmark_is_read_shuffled_the_same_way_each_time(cl_benchmark):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "agnews.test.jsonl").unlink(), r"agnews\.test\.jsonl cannot be read"),
-        (lambda folder: (folder / "agnews.train.jsonl").write_text('{"text": "x"}\n'), "Row 1 of .* has not both"),
         (lambda folder: (folder / "tasks.json").write_text("{}"), "does not describe task 'agnews'"),
     ],
 )
@@ -92,6 +91,57 @@ def test_what_a_folder_lacks_is_named(spoil, message, json_lines):
     spoil(json_lines)
     with pytest.raises(DataValidationError, match=message):
         load_suite(json_lines, ("agnews",))
+
+
+GOOD = json.dumps(ROWS[0]).encode()
+NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instruction', a text, and 'labels', a list of"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("agnews.train.jsonl", GOOD + b'\n\n{"text": \n', r"Line 3 of .*train\.jsonl is not JSON \(.*; correct"),
+        ("agnews.train.jsonl", b'\n{"text": "x"}\n', r"Line 2 of .*train\.jsonl has not both 'text' and 'label'; give"),
+        ("agnews.test.jsonl", GOOD + b'\n["x", "a"]\n', r"Line 2 of .*test\.jsonl begins no JSON object; put one"),
+        ("agnews.test.jsonl", GOOD + b'\n{"text": "\xff"}\n', r"Line 2 of .*agnews\.test\.jsonl is not UTF-8; save"),
+        ("tasks.json", b'{\n"agnews": {"labels": ["a"]\n', r"Line 3 of .*tasks\.json is not JSON \(.*; correct it"),
+        ("tasks.json", b"[]", r"Line 1 of .*tasks\.json begins no JSON object"),
+        ("tasks.json", b'{"agnews": {"instruction": "What is it?"}}', NO_TASK),
+        ("tasks.json", b'{"agnews": {"instruction": "What is it?", "labels": "ab"}}', NO_TASK),
+        ("tasks.json", b'{"agnews": {"labels": ["a", "b"]}}', NO_TASK),
+        ("tasks.json", b'{"agnews": ["a", "b"]}', NO_TASK),
+    ],
+)
+def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, message, json_lines):
+    (json_lines / file).write_bytes(content)
+    with pytest.raises(DataValidationError, match=message):
+        load_suite(json_lines, ("agnews",))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.json", '[\n{"sentence": "x", "label": "a"},\n', r"Line 3 of .*train\.json is not JSON \(.*; correct"),
+        ("train.json", '{"sentence": "x"}', r"Line 1 of .*train\.json begins no JSON list; put one there"),
+        ("train.json", '[{"label": "a"}]', r"Row 1 of .*train\.json has not both 'sentence' and 'label'; give"),
+        ("train.json", "[1]", r"Row 1 of .*train\.json has not both"),
+        ("dev.json", "", r"Line 1 of .*dev\.json is not JSON"),
+        ("labels.json", '["a", "b"', r"Line 1 of .*labels\.json is not JSON"),
+        ("labels.json", "[1, 2]", r"labels\.json holds other things than labels; make it a list of texts"),
+    ],
+)
+def test_a_broken_file_of_cl_benchmark_is_named_with_its_line(file, content, message, cl_benchmark):
+    (cl_benchmark / "TC" / "agnews" / file).write_text(content)
+    with pytest.raises(DataValidationError, match=message):
+        load_suite(cl_benchmark, ("agnews",))
+
+
+def test_a_broken_row_of_a_shuffled_file_is_named_by_its_place_in_the_file(cl_benchmark):
+    rows = [{"sentence": row["text"], "label": row["label"]} for row in ROWS]
+    del rows[6]["label"]
+    (cl_benchmark / "TC" / "agnews" / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataValidationError, match="Row 7 of"):
+        load_suite(cl_benchmark, ("agnews",))
 
 
 def test_a_folder_of_neither_layout_and_an_unknown_task_are_refused(tmp_path, cl_benchmark):
