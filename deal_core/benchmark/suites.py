@@ -160,7 +160,11 @@ def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
 
 
 def digest_of(tasks: dict[str, SuiteTask]) -> str:
-    """Digest of what the tasks hold, whatever the layout it was read from and the order of the tasks."""
+    """Digest of what the tasks hold as they were read, whatever the order of the tasks.
+
+    The same tasks in the other layout have another digest: CL_Benchmark's rows are shuffled and its instruction is the
+    family's, while JSON lines keep the order of their rows and the instruction to the last blank or line end.
+    """
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
         digest.update(json.dumps([name, task.schema.to_json(), task.train, task.test], sort_keys=True).encode())

@@ -179,6 +179,19 @@ def test_the_digest_follows_the_rows_and_not_the_order_of_tasks(json_lines):
     assert digest_of({"agnews": changed}) != digest_of(tasks)
 
 
+def test_the_digest_of_what_was_read_stays_since_stored_cells_are_named_by_it(json_lines, cl_benchmark):
+    from_lines, from_lists = (load_suite(folder, ("agnews",)) for folder in (json_lines, cl_benchmark))
+    assert digest_of(from_lines) == "311ad866987286851f98f0b7d2a519a14ac258705424360871fc10a7da30c653"
+    assert digest_of(from_lists) == "8bdf731cecdab8cc67ee95f30ef7beaba7575b60c211a817543b805fd8980e6c"
+
+
+def test_the_digest_follows_an_instructions_last_line_end(json_lines):
+    before = digest_of(load_suite(json_lines, ("agnews",)))
+    described = {"agnews": {"instruction": "What is it?\n", "labels": ["a", "b"]}}
+    (json_lines / "tasks.json").write_text(json.dumps(described))
+    assert digest_of(load_suite(json_lines, ("agnews",))) != before
+
+
 def test_orders_of_a_suite_hold_the_same_tasks():
     for suite, orders in SUITES.items():
         assert len({frozenset(tasks) for tasks in orders.values()}) == 1
