@@ -184,20 +184,26 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
     return list(found.values())
 
 
-def spec_from_options(*, data: str, train: str, methods: Sequence[str], **options: Any) -> BenchmarkSpec:
+def spec_from_options(
+    *, data: str, train: str, methods: Sequence[str], adapter: str = "{}", **options: Any
+) -> BenchmarkSpec:
     """The spec from a command's options; what is None or empty is left to its default.
 
     Args:
         data: a folder of tasks, or hf://datasets/OWNER/NAME, which is fetched.
         train: changes to the training settings, as a JSON object.
         methods: changes to the methods' settings, likewise; one cell for each.
+        adapter: changes to the adapter's shape, likewise.
         options: the other fields.
 
     Raises:
         ConfigError: a text is no JSON object, something does not fit, or the Hub cannot be reached.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    values = {**given, "data": tasks_folder(data), "train": {**PROTOCOL, **_json_object(train)}}
+    values = {
+        **given, "data": tasks_folder(data), "adapter": _json_object(adapter),
+        "train": {**PROTOCOL, **_json_object(train)},
+    }  # fmt: skip
     if methods:
         values["methods"] = [_json_object(text) for text in methods]
     return parse(BenchmarkSpec, values, "options")

@@ -326,6 +326,10 @@ def benchmark(
     scored: Annotated[
         str, typer.Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
+    adapter: Annotated[
+        str,
+        typer.Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules."),
+    ] = "{}",
     train: Annotated[str, typer.Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Changes to the methods' settings, as JSON; a cell for each.")
@@ -350,8 +354,8 @@ def benchmark(
             return benchmark_flow(
                 benchmark_spec(
                     data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
-                    part=part, max_test_rows=max_test_rows, scored=scored, base_model=base, out=out, train=train,
-                    methods=method or [],
+                    part=part, max_test_rows=max_test_rows, scored=scored, base_model=base, out=out,
+                    adapter=adapter, train=train, methods=method or [],
                 )
             )  # fmt: skip
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from typer.testing import CliRunner
 
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
-from flows.benchmark import BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
+from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
+from flows.cli import app
 from tasks.base import identify_base
 
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
@@ -112,6 +116,28 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
     assert {cell.train.seed for cell in cells} == {0, 1}
 
 
+def test_the_commands_adapter_and_training_reach_the_cells(
+    spec: BenchmarkSpec, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[BenchmarkSpec] = []
+
+    async def ask(given: BenchmarkSpec) -> BenchmarkResult:
+        asked.append(given)
+        return BenchmarkResult(cells=(), tables=())
+
+    monkeypatch.setattr("flows.benchmark.benchmark", ask)
+    words = ["benchmark", "--data", str(spec.data), "--base", spec.base_model, "--home", str(home), "--rows", "8"]
+    words += [word for name in LABELS for word in ("--task", name)]
+    for options in ([], ["--adapter", '{"rank": 8}'], ["--train", '{"num_epochs": 2}']):
+        result = CliRunner().invoke(app, [*words, *options])
+        assert result.exit_code == 0, result.output
+    base = identify_base(spec.base_model)
+    plain, narrow, longer = (cells_of(given, base)[0][0] for given in asked)
+    assert plain.adapter == AdapterConfig() and plain.train == TrainConfig(**PROTOCOL)
+    assert narrow == replace(plain, adapter=AdapterConfig(rank=8)) and narrow.file_name != plain.file_name
+    assert longer == replace(plain, train=replace(plain.train, num_epochs=2))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,6 +145,8 @@ def test_every_method_setting_that_a_strategy_reads_has_its_cell(spec: Benchmark
         ({"train": '{"speed": 1}'}, r"unknown key 'train.speed' \(known: learning_rate"),
         ({"train": "core=soft"}, "is not JSON"),
         ({"train": "[1]"}, "is no JSON object"),
+        ({"adapter": '{"rnk": 8}'}, r"unknown key 'adapter.rnk' \(known: rank, alpha, target_modules\)"),
+        ({"adapter": '{"rank": 1}'}, "adapter.rank is 1; give at least 2"),
         ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),
         ({"part": "test"}, "'part'"),
         ({"rows": -1}, "rows is -1; give at least 1"),
