@@ -11,7 +11,7 @@ from deal_core.data.prompts import render_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluate import first_answer_logits, generate_answers
 from flows.history import find_version
-from infra.registry import open_registry
+from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.settings import HomeSettings
 from tasks.base import lend_base
 from tasks.model_card import served_task
@@ -53,10 +53,10 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
 
     Raises:
         ConfigError: the lineage does not know the task, or the text is none that it can be asked with.
-        RegistryError: the lineage has no such version.
+        RegistryError: the lineage has no such version, or no champion that may serve.
     """
     store = current_store()
-    info = find_version(open_registry(), lineage, version)
+    info = choose_version(lineage, version)
     record = read_record(store, info.adapter_uri)
     known = choose_task(record, task)
     text = served_task(known).readable(text, "The question")
@@ -81,6 +81,18 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
         lineage=lineage,
         version=info.version,
     )
+
+
+def choose_version(lineage: str, number: str | None) -> VersionInfo:
+    """The version of that number; None: the champion.
+
+    Raises:
+        RegistryError: there is none, or the alias champion was moved by hand to one that did not come through its gate.
+    """
+    info = find_version(open_registry(), lineage, number)
+    if number is None:
+        require_through_gate(info)
+    return info
 
 
 def choose_task(record: LineageRecord, name: str | None) -> KnownTask:

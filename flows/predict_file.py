@@ -22,9 +22,8 @@ from deal_core.data.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.evaluate import generate_answers
-from flows.history import find_version
-from flows.predict import choose_task
-from infra.registry import VersionInfo, open_registry
+from flows.predict import choose_task, choose_version
+from infra.registry import VersionInfo
 from tasks.base import lend_base
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.services import borrowed_folder, current_store
@@ -85,13 +84,13 @@ def predict_file(
     Raises:
         ConfigError: the lineage does not know the task, or what was begun was begun otherwise.
         DataValidationError: the file cannot be read.
-        RegistryError: the lineage has no such version.
+        RegistryError: the lineage has no such version, or no champion that may serve.
     """
     started = time.perf_counter()
     output = (out or _default_output(data)).resolve()
     output_kind(output)
     survey = survey_rows(data)
-    info = find_version(open_registry(), lineage, version)
+    info = choose_version(lineage, version)
     record = read_record(current_store(), info.adapter_uri)
     asked = _Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)

@@ -22,7 +22,7 @@ from deal_core.errors import ConfigError, DealError, RegistryError
 from flows.history import unknown_lineage
 from infra.front_door import Backends, make_app
 from infra.model_server import ModelServer, ServerError
-from infra.registry import open_registry
+from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.served_copies import ServedCopies
 
 POLL_SECONDS = 2.0
@@ -80,10 +80,10 @@ class Follower:
         """Return when the champion answers.
 
         Raises:
-            RegistryError: there is no champion, or the registry does not answer.
+            RegistryError: there is no champion that may serve, or the registry does not answer.
             ServerError: the champion does not load.
         """
-        champion = await asyncio.to_thread(self._registry.champion, self.lineage)
+        champion = await asyncio.to_thread(self._ask)
         if champion is None:
             raise RegistryError(unknown_lineage(self.lineage))
         self._champion = champion.version
@@ -138,7 +138,7 @@ class Follower:
 
     async def _look(self) -> None:
         try:
-            champion = await asyncio.to_thread(self._registry.champion, self.lineage)
+            champion = await asyncio.to_thread(self._ask)
         except RegistryError as error:
             self._note(f"{error} What serves goes on.")
             return
@@ -152,6 +152,13 @@ class Follower:
             self.problem = None
         elif not self._failed:
             self.problem = None
+
+    def _ask(self) -> VersionInfo | None:
+        """The champion; one that did not come through its gate is an error."""
+        champion = self._registry.champion(self.lineage)
+        if champion is not None:
+            require_through_gate(champion)
+        return champion
 
     def _wanted(self) -> str | None:
         """The version that should serve: the champion, unless it has just failed to load."""
@@ -238,7 +245,7 @@ async def serve(lineage: str, home: Path, *, host: str, port: int, say: Say, rea
 
     Raises:
         ConfigError: the address cannot be listened on.
-        RegistryError: there is no champion, or the registry does not answer.
+        RegistryError: there is no champion that may serve, or the registry does not answer.
         ServerError: the champion does not load.
     """
     listener = _listen(host, port)

@@ -281,6 +281,29 @@ class Registry:
                 return {}
 
 
+def require_through_gate(champion: VersionInfo) -> None:
+    """Refuse to serve a version that has the alias champion by hand alone: in MLflow anybody can move it.
+
+    Raises:
+        RegistryError: the gate or a person rejected the version, or a person has yet to agree to it.
+    """
+    lineage, number = champion.lineage, champion.version
+    remedy = f"Set the alias back to the champion that deal history --moves --lineage {lineage} names"
+    if not champion.accepted:
+        reasons = f" ({' '.join(champion.reasons)})" if champion.reasons else ""
+        found = f"did not pass its gate{reasons}"
+    elif champion.approval == "refused":
+        found = "was rejected by a person"
+    elif champion.approval == "awaiting" and champion.promoted is None:
+        found = "waits for a person's approval"
+        remedy += f", or agree with: deal promote {number} --lineage {lineage}"
+    else:
+        return
+    raise RegistryError(
+        f"Version {number} of '{lineage}' is champion in MLflow but {found}: it is not served. {remedy}."
+    )
+
+
 @contextmanager
 def _addressed(uri: str) -> Iterator[None]:
     """Make `uri` MLflow's global address for a moment: a database store looks a logged model up through that."""

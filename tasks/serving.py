@@ -23,7 +23,7 @@ from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from deal_core.schema_version import require_schema_version
 from infra.file_store import FileStore
 from infra.object_store import ObjectNotFoundError, ObjectStore
-from infra.registry import VersionInfo, open_registry
+from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.settings import VllmSettings, without_password
 from infra.vllm import VllmClient, VllmError
 from tasks.progress import reporter
@@ -63,7 +63,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
 
     Raises:
         ConfigError: no server or no shared folder is named, or the server would not take such an adapter.
-        RegistryError: the lineage has no champion.
+        RegistryError: the lineage has no champion that may serve; what answered before goes on.
         VllmError: the server refuses, or is away; the route says so too and still names what answered before.
     """
     store = current_store()
@@ -73,6 +73,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     client = VllmClient(settings)
     before = read_route(store, lineage)
     try:
+        require_through_gate(champion)
         route = _move(store, client, settings, champion, before)
         _unload_others(client, route, settings.grace_seconds)
         _remove_other_copies(settings, route)

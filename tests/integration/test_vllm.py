@@ -239,6 +239,19 @@ def test_copies_go_once_their_adapter_is_unloaded_and_come_back_with_it(
         assert server.adapters == {f"l-v{version}": str(mine)}
 
 
+def test_an_alias_that_was_moved_past_the_gate_moves_nothing(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    sync()
+    promote(tmp_path, "2")
+    open_registry().tag_version("l", "2", {"gate": "rejected"})
+    server.calls.clear()
+    with pytest.raises(RegistryError, match="Version 2 of 'l' is champion in MLflow but did not pass its gate"):
+        sync()
+    assert server.calls == [] and list(server.adapters) == ["l-v1"]
+    route = read_route(current_store(), "l")
+    assert route is not None and (route.model, route.state, route.champion) == ("l-v1", "behind", "2")
+
+
 def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion(
     tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.version = "1"
+        self.facts = {"accepted": True, "reasons": (), "approval": None, "promoted": None}
         self.is_away = False
         self.was_asked = threading.Event()
         self.may_answer = threading.Event()
@@ -31,7 +32,7 @@ class Registry:
             self.was_asked.set()
             self.may_answer.wait(20)
             raise RegistryError("MLflow is away.")
-        return SimpleNamespace(version=self.version)
+        return SimpleNamespace(lineage=lineage, version=self.version, **self.facts)
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         folder.mkdir()
@@ -104,3 +105,37 @@ def test_a_server_that_dies_is_started_again_though_mlflow_keeps_silent(tmp_path
     said = run(tmp_path, scenario)
     assert "The server of version 1 died; it is started again." in said
     assert said[-1] == "MLflow is away. What serves goes on."
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"accepted": False, "reasons": ("bank lost 12 points.",)}, "did not pass its gate (bank lost 12 points.)"),
+        ({"approval": "refused", "promoted": "1"}, "was rejected by a person"),
+        ({"approval": "awaiting"}, "waits for a person's approval"),
+    ],
+)
+def test_an_alias_that_was_moved_past_the_gate_moves_nothing_and_is_said_once(
+    tmp_path: Path, registry: Registry, facts: dict[str, object], reason: str
+) -> None:
+    async def scenario(follower: Follower) -> None:
+        passed, registry.facts, registry.version = registry.facts, {**registry.facts, **facts}, "2"
+        await wait_for(lambda: follower.problem or follower.state()["version"] == "2")
+        assert reason in str(follower.problem) and "Version 2 of 'l'" in str(follower.problem)
+        await asyncio.sleep(0.2)
+        assert (follower.state()["version"], follower.state()["champion"]) == ("1", "1")
+        registry.facts = {**passed, "approval": "awaiting", "promoted": "7"}
+        await wait_for(lambda: follower.state()["version"] == "2")
+        assert follower.problem is None
+
+    said = run(tmp_path, scenario)
+    assert [reason in line and "What serves goes on." in line for line in said].count(True) == 1
+
+
+def test_nothing_is_served_where_the_champion_did_not_pass_its_gate(tmp_path: Path, registry: Registry) -> None:
+    async def scenario(follower: Follower) -> None:
+        pytest.fail("it serves")
+
+    registry.facts["accepted"] = False
+    with pytest.raises(RegistryError, match="did not pass its gate: it is not served"):
+        run(tmp_path, scenario)
