@@ -11,6 +11,7 @@ import mlflow.pyfunc
 import pytest
 
 from infra.model_server import ServerError, _load
+from infra.served_folder import PEFT_FILES, write_served_folder
 
 
 @pytest.fixture
@@ -45,7 +46,14 @@ def test_code_that_a_folder_names_is_not_run(folder: Path, flavors: dict[str, An
     assert str(folder / "code") not in sys.path
 
 
-def test_a_folder_of_this_project_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_mlmodel(folder, python_function={"loader_module": "infra.served_model", "python_version": "3.11.7"})
+def test_a_folder_as_this_project_writes_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, folder = tmp_path / "adapter", tmp_path / "registered"
+    adapter.mkdir()
+    for name in PEFT_FILES:
+        (adapter / name).write_text("{}")
+    write_served_folder(
+        adapter, folder, card="", served={"base_name": "b", "base_sha256": "0"}, served_file="deal.json",
+        example=[{"input": "x", "task": "bank"}], run_id="r",
+    )  # fmt: skip
     monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda path: f"loaded {path}")
     assert _load(folder) == f"loaded {folder}"
