@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -13,11 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deal_core.errors import StoreError
 from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 
+logger = logging.getLogger(__name__)
+
 INBOX = "inbox"
 TASK_FILE = "task.yaml"
 PAUSE = timedelta(seconds=60)
 """Before the second try of what may succeed later (a server was away, say); see `growing_pause`."""
 MAX_DOUBLINGS = 6
+_warned: set[str] = set()
+"""Misplaced keys that this process has told of."""
 
 Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
 
@@ -139,15 +144,33 @@ def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
 
 
 def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
-    """Files at inbox/<task>/<file>, oldest first.
+    """Files at inbox/<task>/<file>, oldest first; of those that lie elsewhere each is logged once.
 
     Args:
         listing: everything in the inbox.
         companions: keys of files that belong to an arrival and are none of their own, such as test rows.
     """
-    skipped = set(companions)
-    arrivals = [info for info in listing if _is_arrival(info.key) and info.key not in skipped]
+    infos, skipped = list(listing), set(companions)
+    for key, problem in misplaced_keys(infos, skipped).items():
+        if key not in _warned:
+            _warned.add(key)
+            logger.warning("Skipped %r: it %s.", key, problem)
+    arrivals = [info for info in infos if _is_arrival(info.key) and info.key not in skipped]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
+
+
+def misplaced_keys(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> dict[str, str]:
+    """The keys too deep in the inbox, or not deep enough, to be looked at: what is wrong with each, and what to do.
+
+    Hidden files and task files are none of them, wherever they lie.
+
+    Args:
+        listing: everything in the inbox.
+        companions: as for `list_arrivals`.
+    """
+    skipped = set(companions)
+    problems = ((info.key, _misplacement(info.key)) for info in listing if info.key not in skipped)
+    return {key: problem for key, problem in problems if problem is not None}
 
 
 class Beside(NamedTuple):
@@ -219,6 +242,18 @@ def task_file_of(key: str) -> str:
 def _is_arrival(key: str) -> bool:
     parts = key.split("/")
     return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
+
+
+def _misplacement(key: str) -> str | None:
+    folder, *names = key.split("/")
+    if len(names) == 2 or names[-1] == TASK_FILE or any(name.startswith(".") for name in names):
+        return None
+    if len(names) == 1:
+        return f"lies in no task's folder; move it to {folder}/TASK/{names[0]}"
+    return (
+        f"lies in a folder within its task's folder, where nothing is looked for; move it to {folder}/{names[0]}/"
+        f"{'-'.join(names[1:])}"
+    )
 
 
 def _state_key(lineage: str) -> str:
