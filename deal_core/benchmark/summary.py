@@ -143,7 +143,7 @@ def departures(cell: CellJson) -> str:
 
 
 def summarise(protocol: Protocol) -> list[dict[str, Any]]:
-    """One dict per strategy, settings and order, and one over all orders where there are several; bounds and all orders first."""
+    """One dict per strategy, settings and order, and one over all orders where there are several; those first."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
