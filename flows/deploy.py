@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
@@ -24,6 +26,8 @@ from tasks.services import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work_pools"
+LANDED = "deal-arrival-landed"
+"""The automation of prefect.yaml by which what lands starts a run, of whichever lineage."""
 
 
 class DeployError(DealError):
@@ -53,16 +57,29 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
             await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
         await apply_notifications(client)
-    deploy_file(home)
+        is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
+    deploy_file(home, is_paused)
 
 
-def deploy_file(home: Path) -> None:
-    """Deploy what prefect.yaml says, to the server of the settings; for what it raises see `deploy_all`."""
-    command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(prefect_file()))
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
-        env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
-    )  # fmt: skip
+def deploy_file(home: Path, is_paused: bool) -> None:
+    """Deploy what prefect.yaml says, to the server of the settings; for what it raises see `deploy_all`.
+
+    Args:
+        home: as for `deploy_all`.
+        is_paused: what lands starts no run; Prefect makes the automation anew, and switched on unless it is told.
+    """
+    content = yaml.safe_load(prefect_file().read_text(encoding="utf-8"))
+    for deployment in content["deployments"]:
+        for trigger in deployment.get("triggers", []):
+            trigger["enabled"] = not (is_paused and trigger["name"] == LANDED)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
+            env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
+        )  # fmt: skip
     log = home / "logs" / "deploy.log"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
