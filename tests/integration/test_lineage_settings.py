@@ -1,0 +1,125 @@
+"""A lineage's own settings hold for what a person starts: its gate waits, its training counts, unless told else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from flows.adapt import adapt
+from flows.cli import app
+from flows.spec import AdaptSpec
+from infra.registry import open_registry
+from tasks.finish import read_spec_of
+from tasks.services import current_store
+
+ROWS = EXAMPLES / "parcels" / "messages.jsonl"
+Deal = Callable[..., Any]
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def deal(home: Path) -> Iterator[Deal]:
+    """Runs a command in this process and returns what it says to machines; the environment is put back."""
+    before = dict(os.environ)
+
+    def invoke(*words: str) -> Any:
+        result: Result = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    with warnings.catch_warnings():
+        yield invoke
+    logging.captureWarnings(False)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def support(tiny_base: Path) -> dict[str, Any]:
+    """The settings of lineage `support` as they lie in the store: a person approves, two steps, one task."""
+    settings = {
+        "tasks": ["parcels"], "base_model": str(tiny_base), "strategy": "seq_lora",
+        "gate": {**NO_LIMITS, "approval": "person"},
+        "train": {"max_steps": 2, "max_prompt_tokens": 192, "checkpoint_steps": 0},
+    }  # fmt: skip
+    store_settings(settings)
+    return settings
+
+
+def store_settings(settings: dict[str, Any]) -> None:
+    current_store().put_bytes("lineages/support.yaml", yaml.safe_dump(settings).encode())
+
+
+def land(name: str) -> None:
+    current_store().put_bytes(f"inbox/{name}", ROWS.read_bytes())
+
+
+def spec_of(number: int) -> dict[str, Any]:
+    return dict(read_spec_of(open_registry().versions("support")[number - 1].adapter_uri))
+
+
+def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any]) -> None:
+    said = ("adapt", "--task", "parcels", "--data", str(ROWS), "--lineage", "support")
+    assert deal(*said)["status"] == "awaiting approval"
+    assert open_registry().champion("support") is None
+    assert spec_of(1)["train"]["max_steps"] == 2 and spec_of(1)["strategy"] == "seq_lora"
+    assert deal(*said, "--strategy", "deal")["status"] == "awaiting approval"
+    assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
+
+
+def test_a_spec_says_otherwise_only_where_it_says_so(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
+    spec = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "train": {"max_steps": 1}}
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    assert deal("adapt", str(path))["status"] == "awaiting approval"
+    assert spec_of(1)["train"]["max_steps"] == 1 and spec_of(1)["train"]["max_prompt_tokens"] == 192
+    path.write_text(yaml.safe_dump({**spec, "gate": {"approval": "automatic"}}))
+    assert deal("adapt", str(path))["status"] == "promoted"
+
+
+def test_deal_watch_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
+    land("bank/other.jsonl")
+    land("parcels/a.jsonl")
+    (seen,) = deal("watch", "--once", "--poll", "0.1", "--lineage", "support")["files"]
+    assert (seen["key"], seen["outcome"]) == ("inbox/parcels/a.jsonl", "awaiting approval")
+    assert open_registry().champion("support") is None and spec_of(1)["train"]["max_steps"] == 2
+    path = tmp_path / "support.yaml"
+    path.write_text(yaml.safe_dump({"lineage": "support", "tasks": ["bank"], "gate": {"approval": "automatic"}}))
+    (seen,) = deal("watch", "--once", "--poll", "0.1", "--spec", str(path))["files"]
+    assert (seen["key"], seen["outcome"]) == ("inbox/bank/other.jsonl", "promoted")
+
+
+def test_a_run_that_a_server_starts_for_a_person_keeps_to_the_lineage_s_file(support: dict[str, Any]) -> None:
+    given: Any = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "gate": {"confidence": 0.9}}
+    assert asyncio.run(adapt(given)).status == "awaiting approval"
+    assert spec_of(1)["gate"]["confidence"] == 0.9 and spec_of(1)["train"]["max_steps"] == 2
+    complete = AdaptSpec.model_validate({**spec_of(1), "gate": NO_LIMITS})
+    assert asyncio.run(adapt(complete)).status == "promoted", "a spec that code has made is complete"
+
+
+def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_another_name(
+    deal: Deal, support: dict[str, Any]
+) -> None:
+    def watch() -> list[tuple[str, str]]:
+        result = CliRunner().invoke(app, ["watch", "--once", "--poll", "0.1", "-l", "support", "--json"])
+        return [(seen["key"], seen["outcome"]) for seen in json.loads(result.stdout)["files"]]
+
+    store_settings({**support, "gate": {**NO_LIMITS, "min_accuracy": 1.0}})
+    land("parcels/may.jsonl")
+    assert watch() == [("inbox/parcels/may.jsonl", "rejected")]
+    store_settings({**support, "gate": NO_LIMITS})
+    assert watch() == [], "what was decided of a file stands"
+    land("parcels/may-again.jsonl")
+    assert watch() == [("inbox/parcels/may-again.jsonl", "promoted")]
