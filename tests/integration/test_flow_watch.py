@@ -12,7 +12,7 @@ import yaml
 
 import flows.demo
 from benchmarks.tiny_base import NO_LIMITS
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, TrainingDivergedError
 from flows.lineages import WatchedLineage, add_lineage
 from flows.spec import LineageSpec, parse
 from flows.status import read_status
@@ -186,6 +186,24 @@ def test_a_run_that_failed_is_tried_again(tiny_base: Path, home: Path, monkeypat
     assert any("RuntimeError: the server is away" in line for line in said)
     result, _ = look(lineage(tiny_base))
     assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
+
+
+def test_a_training_that_diverged_closes_its_arrival_until_somebody_asks(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: Any, **kwargs: Any) -> None:
+        raise TrainingDivergedError("The training diverged.")
+
+    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr("deal_core.train.train_adapter", diverge)
+        failed, _ = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 0 and "deal watch --once --lineage l --spec SPEC" in status.failed[0]
+    assert "tried again from" not in status.failed[0]
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
 
 
 def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
