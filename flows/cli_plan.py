@@ -34,13 +34,15 @@ def plan(
     """Say what a run will take (memory, steps, time) and whether it fits; fetches no weights and keeps nothing."""
     with session(home, as_json, debug) as deal:
         with deal.screen.working("reading"):
+            from flows.asked import spec_from_options
             from flows.embedded import calm_libraries
             from flows.plan import plan as plan_run
-            from flows.spec import read_spec
+            from tasks.services import current_store
 
             calm_libraries()
+            asked = spec_from_options(current_store(), spec, task=None, data=None, test_data=None)
             found = plan_run(
-                read_spec(spec), device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
+                asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
                 on_progress=deal.screen.stage_started,
             )  # fmt: skip
         from flows.tables_plan import show_plan

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.data.arrival import ValidationReport
 from deal_core.data.validate import validate_file
-from flows.spec import AdaptSpec, parse, read_spec
+from flows.asked import spec_from_options
 from infra.registry import open_registry
 from infra.settings import TrackingSettings
 from tasks.ingest import choose_schema, frozen_test_inputs
@@ -66,7 +66,7 @@ def validate(
 
     Args:
         file: the file.
-        spec: a spec whose task, test file and data settings apply; its own data file is not read.
+        spec: a spec whose task, test file and data settings apply, over the lineage's; its own data file is not read.
         task: name of the task, where there is no spec.
         lineage: instead of the spec's.
         test_data: file of test rows, instead of the spec's.
@@ -76,10 +76,10 @@ def validate(
         DataValidationError: the file cannot be read to its end.
         ConfigError: the task's name does not fit, or the spec says other things of the task than the lineage knows.
     """
-    arrival_values = {"task": {"name": task, "data": str(file)}}
-    read = read_spec(spec) if spec else parse(AdaptSpec, arrival_values, "options")
+    arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": str(file)}
+    read = spec_from_options(current_store(), spec, **arrival_options, test_data=None, lineage=lineage)
     test_data = test_data or read.task.test_data
-    champion = known_champion(lineage or read.lineage)
+    champion = known_champion(read.lineage)
     record = read_record(current_store(), champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
     schema = choose_schema(arrival, record)

@@ -123,3 +123,17 @@ def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_an
     assert watch() == [], "what was decided of a file stands"
     land("parcels/may-again.jsonl")
     assert watch() == [("inbox/parcels/may-again.jsonl", "promoted")]
+
+
+def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
+    deal: Deal, support: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}}))
+    assert deal("plan", str(path), "--no-probe")["num_steps"] == 2
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:30]))
+    checked = ("validate", str(few), "--lineage", "support", "--task", "parcels")
+    assert deal(*checked)["num_rejected"] == 0
+    store_settings({**support, "data": {"max_text_chars": 100, "max_bad_share": 1.0}})
+    assert deal(*checked)["num_rejected"] > 0
