@@ -17,6 +17,7 @@ from tasks.inbox import (
     InboxState,
     list_arrivals,
     list_beside,
+    misplaced_keys,
     split_settled,
     stamp_of,
     task_file_of,
@@ -43,6 +44,8 @@ class InboxLook:
     """Oldest first."""
     beside: Mapping[str, Beside]
     """What lies beside the arrivals of a task."""
+    misplaced: Mapping[str, str]
+    """Keys at which no arrival is looked for, and what is wrong with each."""
 
     def stamp(self, info: ObjectInfo) -> str:
         """Stamp of what lies beside an arrival."""
@@ -62,7 +65,7 @@ class InboxLook:
 
 
 def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
-    """List the inbox once, whichever lineages are looked after.
+    """List the inbox once, whichever lineages are looked after; what is misplaced is logged once.
 
     Args:
         store: holds the inbox.
@@ -76,7 +79,10 @@ def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
     known.clear()
     known.update(found)
     companions = [key for key in found.values() if key]
-    return InboxLook(tuple(list_arrivals(listing, companions)), list_beside(listing, companions))
+    misplaced = misplaced_keys(listing, companions)
+    for key, problem in misplaced.items():
+        store.warn_once(key, f"Skipped {key!r}: it {problem}.")
+    return InboxLook(tuple(list_arrivals(listing, companions)), list_beside(listing, companions), misplaced)
 
 
 class Settled(NamedTuple):

@@ -24,13 +24,13 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
-from flows.inbox import InboxLook, TestFiles, look
+from flows.inbox import InboxLook, look
 from flows.lineages import WatchedLineage, read_lineages
 from flows.screens import in_one_line
 from flows.stack import read_stack
 from infra.object_store import ObjectStore
 from infra.registry import open_registry
-from tasks.inbox import INBOX, Handled, misplaced_keys, read_state
+from tasks.inbox import INBOX, Handled, read_state
 from tasks.services import current_store
 
 DAY = timedelta(days=1)
@@ -150,9 +150,8 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
     """Where each lineage stands; what cannot be looked at becomes a line of `problems`."""
     try:
         store = current_store()
-        test_files: TestFiles = {}
-        lineages, inbox = read_lineages(store), look(store, test_files)
-        problems += _unusable_files(store, test_files)
+        lineages, inbox = read_lineages(store), look(store)
+        problems += _unusable_files(store, inbox)
     except DealError as error:
         problems.append(in_one_line(error))
         return []
@@ -166,11 +165,10 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
     return found
 
 
-def _unusable_files(store: ObjectStore, test_files: TestFiles) -> list[str]:
+def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
     """The first files of the inbox that no watch looks at, since their keys cannot be used."""
     found = {key: f"the key {why}; rename it" for key, why in store.unusable_keys(INBOX).items()}
-    companions = [key for key in test_files.values() if key]
-    found |= {key: f"it {why}" for key, why in misplaced_keys(store.list(INBOX), companions).items()}
+    found |= {key: f"it {why}" for key, why in inbox.misplaced.items()}
     told = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
     more = len(found) - len(told)
     return [*told, f"{more} more files in the inbox are skipped because of their keys."] if more else told

@@ -151,9 +151,14 @@ class ObjectStore(ABC):
             problem = _problem_of(info.key)
             if problem is None:
                 yield info
-            elif (self.uri, info.key) not in _warned:
-                _warned.add((self.uri, info.key))
-                logger.warning("Skipped %r in %s: the key %s; rename it.", info.key, self.uri, problem)
+            else:
+                self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: the key {problem}; rename it.")
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Log what is wrong with a key, unless this process has done so."""
+        if (self.uri, key) not in _warned:
+            _warned.add((self.uri, key))
+            logger.warning("%s", message)
 
     def unusable_keys(self, prefix: str = "") -> dict[str, str]:
         """The keys below `prefix` that `list` skips, and what is wrong with each."""

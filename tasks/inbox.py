@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -14,15 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deal_core.errors import StoreError
 from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 
-logger = logging.getLogger(__name__)
-
 INBOX = "inbox"
 TASK_FILE = "task.yaml"
 PAUSE = timedelta(seconds=60)
 """Before the second try of what may succeed later (a server was away, say); see `growing_pause`."""
 MAX_DOUBLINGS = 6
-_warned: set[str] = set()
-"""Misplaced keys that this process has told of."""
 
 Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
 
@@ -144,18 +139,14 @@ def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
 
 
 def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
-    """Files at inbox/<task>/<file>, oldest first; of those that lie elsewhere each is logged once.
+    """Files at inbox/<task>/<file>, oldest first.
 
     Args:
         listing: everything in the inbox.
         companions: keys of files that belong to an arrival and are none of their own, such as test rows.
     """
-    infos, skipped = list(listing), set(companions)
-    for key, problem in misplaced_keys(infos, skipped).items():
-        if key not in _warned:
-            _warned.add(key)
-            logger.warning("Skipped %r: it %s.", key, problem)
-    arrivals = [info for info in infos if _is_arrival(info.key) and info.key not in skipped]
+    skipped = set(companions)
+    arrivals = [info for info in listing if _is_arrival(info.key) and info.key not in skipped]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from flows.inbox import TestFiles, look
+from flows.inbox import look
 from flows.status import _reason, _unusable_files
 from infra.object_store import ObjectInfo, open_store
 from tasks.inbox import InboxState
@@ -25,12 +25,11 @@ def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None
     store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
     for key in ("may.csv", "bill/2026/may.csv", "bill/may.csv", "bill/held/out.csv", "bill/.tmp/x.csv"):
         store.put_bytes(f"inbox/{key}", b"text,label\na,b\n")
-    test_files: TestFiles = {}
-    assert [info.key for info in look(store, test_files).arrivals] == ["inbox/bill/may.csv"]
-    deep, shallow = _unusable_files(store, test_files)
+    assert [info.key for info in look(store).arrivals] == ["inbox/bill/may.csv"]
+    deep, shallow = _unusable_files(store, look(store))
     assert deep.startswith(f"'inbox/bill/2026/may.csv' in {store.uri} is skipped: it lies in a folder within its task")
     assert deep.endswith("move it to inbox/bill/2026-may.csv.")
     assert shallow.endswith("is skipped: it lies in no task's folder; move it to inbox/TASK/may.csv.")
     for number in range(100):
         store.put_bytes(f"inbox/{number}.csv", b"x")
-    assert _unusable_files(store, test_files)[20:] == ["82 more files in the inbox are skipped because of their keys."]
+    assert _unusable_files(store, look(store))[20:] == ["82 more files in the inbox are skipped because of their keys."]

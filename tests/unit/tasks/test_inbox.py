@@ -45,23 +45,6 @@ def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> N
     assert task_of(found[0]) == "clinic"
 
 
-def test_what_lies_too_deep_or_not_deep_enough_is_told_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.inbox._warned", set())  # another test may have told of the same key
-    keys = ["may.csv", "bill/2026/11/may.csv", "bill/a.csv", "bill/held/out.csv", "bill/.tmp/x.csv", ".DS_Store",
-            "task.yaml", "bill/2026/task.yaml", "bill/2026/.x"]  # fmt: skip
-    listing = [info(f"inbox/{key}") for key in keys]
-    for _ in range(2):
-        arrivals = list_arrivals(listing, companions=["inbox/bill/held/out.csv"])
-        assert [arrival.key for arrival in arrivals] == ["inbox/bill/a.csv"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Skipped 'inbox/may.csv': it lies in no task's folder; move it to inbox/TASK/may.csv.",
-        "Skipped 'inbox/bill/2026/11/may.csv': it lies in a folder within its task's folder, where nothing is looked "
-        "for; move it to inbox/bill/2026-11-may.csv.",
-    ]
-
-
 def test_a_file_that_changed_since_the_last_look_is_left_alone() -> None:
     fresh = info(age=0.5)
     assert split_settled([fresh], {}, NOW, 2.0) == ([], [fresh])

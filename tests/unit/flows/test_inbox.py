@@ -1,0 +1,25 @@
+"""A look at the inbox: what counts, and what is told of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.inbox import look
+from infra.object_store import open_store
+
+
+def test_what_lies_too_deep_or_not_deep_enough_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("inbox/bill/task.yaml", b"test_data: held/out.csv\n")
+    for key in ("may.csv", "bill/2026/11/may.csv", "bill/a.csv", "bill/held/out.csv", "bill/.tmp/x.csv", ".DS_Store",
+                "task.yaml", "bill/2026/task.yaml", "bill/2026/.x"):  # fmt: skip
+        store.put_bytes(f"inbox/{key}", b"x")
+    for _ in range(2):
+        assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Skipped 'inbox/bill/2026/11/may.csv': it lies in a folder within its task's folder, where nothing is looked "
+        "for; move it to inbox/bill/2026-11-may.csv.",
+        "Skipped 'inbox/may.csv': it lies in no task's folder; move it to inbox/TASK/may.csv.",
+    ]
