@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError
 from flows.history import find_version
-from flows.lineages import list_lineages
-from flows.screens import in_one_line
+from flows.lineages import for_each, list_lineages
 from flows.stages import Stages
 from infra.registry import open_registry
 from tasks.evaluate import score_version
 from tasks.lineage import version_ref
-from tasks.progress import Interrupted, reporter
+from tasks.progress import reporter
 from tasks.services import current_store
-
-logger = logging.getLogger(__name__)
 
 
 class EvaluateResult(BaseModel):
@@ -82,16 +77,11 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     """
     registry = open_registry()
     names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
-    found, failed = [], []
-    for name in names:
-        try:
-            if lineages or registry.champion(name):
-                found.append(await evaluate(name))
-        except Interrupted:
-            raise
-        except Exception as error:
-            logger.exception("The champion of lineage %s could not be scored", name)
-            failed.append(f"{name}: {in_one_line(error)}")
+
+    async def score(name: str) -> EvaluateResult | None:
+        return await evaluate(name) if lineages or registry.champion(name) else None
+
+    found, failed = await for_each(names, score, "The champion of lineage %s could not be scored")
     if failed:
         raise DealError(f"Of {len(names)} lineages {len(failed)} could not be scored. {' '.join(failed)}")
-    return found
+    return [each for each in found if each is not None]

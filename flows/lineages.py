@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -12,11 +13,14 @@ from deal_core.errors import ConfigError
 from flows.screens import in_one_line
 from flows.spec import NAME_PATTERN, LineageSpec, Name, parse, yaml_mapping
 from infra.object_store import ObjectNotFoundError, ObjectStore
+from tasks.progress import Interrupted
 
 logger = logging.getLogger(__name__)
 FOLDER = "lineages"
 DEFAULT = "default"
 _logged: dict[str, str] = {}
+
+Found = TypeVar("Found")
 
 
 class WatchedLineage(LineageSpec):
@@ -106,6 +110,31 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
             logger.error("Lineage %s is not looked after: %s", name, problem)
         _logged[name] = problem
     return found.good
+
+
+async def for_each(
+    names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str
+) -> tuple[list[Found], list[str]]:
+    """Act on several lineages, one after another; one that fails holds up none of the others.
+
+    Args:
+        names: the lineages.
+        act: what is done with each.
+        failure: logged with the traceback where it fails; its %s is the lineage.
+
+    Returns:
+        What `act` gave, and one line for each lineage that it failed with.
+    """
+    found, failed = [], []
+    for name in names:
+        try:
+            found.append(await act(name))
+        except Interrupted:
+            raise
+        except Exception as error:
+            logger.exception(failure, name)
+            failed.append(f"{name}: {in_one_line(error)}")
+    return found, failed
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:

@@ -7,19 +7,14 @@ Example:
 
 from __future__ import annotations
 
-import logging
-
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.screens import in_one_line
+from flows.lineages import for_each
 from flows.stages import Stages
 from infra.registry import open_registry
 from infra.settings import VllmSettings
-from tasks.progress import Interrupted
 from tasks.serving import ServingRoute, sync_vllm
-
-logger = logging.getLogger(__name__)
 
 
 def _run_name() -> str:
@@ -55,15 +50,8 @@ async def _sync(lineage: str, settings: VllmSettings) -> ServingRoute:
 
 async def _sync_all(settings: VllmSettings) -> list[ServingRoute]:
     lineages = open_registry().lineages_with("champion")
-    routes, failed = [], []
-    for lineage in lineages:
-        try:
-            routes.append(await _sync(lineage, settings))
-        except Interrupted:
-            raise
-        except Exception as error:
-            logger.exception("The server is not in step with lineage %s", lineage)
-            failed.append(f"{lineage}: {in_one_line(error)}")
+    failure = "The server is not in step with lineage %s"
+    routes, failed = await for_each(lineages, lambda lineage: _sync(lineage, settings), failure)
     if failed:
         raise DealError(
             f"With {len(failed)} of {len(lineages)} lineages the server is not in step. {' '.join(failed)}"
