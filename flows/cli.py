@@ -16,7 +16,7 @@ from flows.cli_promotion import promotion_app
 from flows.cli_report import report_app
 from flows.cli_serve import serve_app, vllm_app
 from flows.cli_server import lineage_app, server_app
-from flows.session import FAILED, REJECTED, Debug, Home, Json, Session, session
+from flows.session import FAILED, Debug, Home, Json, Session, exit_if_rejected, session
 
 app = typer.Typer(
     name="deal",
@@ -77,7 +77,7 @@ def demo(
         deal.screen.result(outcome.model_dump(mode="json"), *show_demo(outcome, deal.home))
         if outcome.failed:
             raise typer.Exit(FAILED)
-        _exit_if_rejected(outcome.rejected)
+        exit_if_rejected(outcome.rejected)
 
 
 @app.command()
@@ -115,7 +115,7 @@ def adapt(
         from flows.tables import show_adaptation
 
         deal.screen.result(outcome.model_dump(mode="json"), *show_adaptation(outcome))
-        _exit_if_rejected(outcome.rejected)
+        exit_if_rejected(outcome.rejected)
 
 
 @app.command()
@@ -156,7 +156,7 @@ def watch(
         deal.screen.result(outcome.model_dump(mode="json"), *show_watch(outcome))
         if outcome.num_refused:
             raise typer.Exit(FAILED)
-        _exit_if_rejected(outcome.num_rejected > 0)
+        exit_if_rejected(outcome.num_rejected > 0)
 
 
 @app.command()
@@ -428,8 +428,3 @@ def _show_ui(deal: Session, open_: bool, port: int) -> None:
     deal.screen.result(safe.model_dump(mode="json"), *map(escape, shown))
     if open_:
         raise typer.Exit(open_ui(address))
-
-
-def _exit_if_rejected(rejected: bool) -> None:
-    if rejected:
-        raise typer.Exit(REJECTED)

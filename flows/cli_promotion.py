@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.session import REJECTED, Debug, Home, Json, session
+from flows.session import Debug, Home, Json, exit_if_rejected, session
 
 promotion_app = typer.Typer()
 
@@ -91,8 +91,7 @@ def requeue(
         runs = deal.run(start)
         shown = [line for run in runs for line in show_adaptation(run)] or show_left_behind(lineage, ())
         deal.screen.result([run.model_dump(mode="json") for run in runs], *shown)
-        if any(run.rejected for run in runs):
-            raise typer.Exit(REJECTED)
+        exit_if_rejected(any(run.rejected for run in runs))
 
 
 def _show(deal: Any, done: Any) -> None:

@@ -97,3 +97,9 @@ def _explain(error: Exception, home: Path | None) -> str:
         return in_one_line(error)
     where = f"{home / 'logs' / 'deal.log'} and --debug show" if home else "--debug shows"
     return f"{in_one_line(error)}. This was not expected; {where} where it happened."
+
+
+def exit_if_rejected(rejected: bool) -> None:
+    """End with the code that tells scripts of a gate's veto."""
+    if rejected:
+        raise typer.Exit(REJECTED)
