@@ -123,11 +123,11 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    curves = {name: curve for name, each in cells.items() if (curve := average_so_far(each))}
-    if curves:
-        over_time = {name: accuracies_so_far(each) for name, each in cells.items() if name in curves}
+    over_time = {name: found for name, each in cells.items() if (found := accuracies_so_far(each))}
+    if over_time:
         save_png(over_time_figure(tasks, over_time), images / f"{stem}-tasks.png")
         pictures.append((f"{stem}-tasks.png", f"accuracy of every task over the number of tasks learned{on}"))
+        curves = {name: average_so_far(found) for name, found in over_time.items()}
         figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
         save_png(figure, images / f"{stem}-average.png")
         pictures.append((f"{stem}-average.png", f"average accuracy over the number of tasks learned{on}"))
@@ -188,11 +188,10 @@ def accuracies_so_far(cells: Sequence[CellJson]) -> dict[str, list[float]]:
     return found
 
 
-def average_so_far(cells: Sequence[CellJson]) -> list[float]:
-    """After each task the mean accuracy over the tasks so far and over cells; nothing where it was not measured."""
-    found = accuracies_so_far(cells)
-    values = [[curve[number - start] for start, curve in enumerate(found.values()) if start <= number]
-              for number in range(len(found))]  # fmt: skip
+def average_so_far(accuracies: Mapping[str, Sequence[float]]) -> list[float]:
+    """After each task the mean accuracy over the tasks so far, of `accuracies_so_far`."""
+    values = [[curve[number - start] for start, curve in enumerate(accuracies.values()) if start <= number]
+              for number in range(len(accuracies))]  # fmt: skip
     return [sum(each) / len(each) for each in values]
 
 

@@ -56,9 +56,8 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """The cell as a dict of JSON types, its strategy's revision among them where that is not the first one."""
-        revision = revision_of(self.strategy)
         values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
-        return dict(json.loads(json.dumps(values | ({"revision": revision} if revision > 1 else {}))))
+        return dict(json.loads(json.dumps(values | _later_revision(self.strategy))))
 
     def digest(self) -> str:
         """Twelve hexadecimal digits over all fields."""
@@ -85,9 +84,8 @@ class Cell:
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
-        values = {name: self.to_json()[name] for name in names}
-        if (revision := revision_of("seq_lora")) > 1:
-            values["revision"] = revision
+        cell = self.to_json()
+        values = {name: cell[name] for name in names} | _later_revision("seq_lora")
         return _digest([self.tasks[0], self.scored_after(0), values])
 
 
@@ -115,6 +113,12 @@ def make_cell(
 def revision_of(strategy: str) -> int:
     """Return the revision of what trains a strategy or a bound."""
     return strategy_class("seq_lora" if strategy in BOUNDS else strategy).revision
+
+
+def _later_revision(strategy: str) -> dict[str, int]:
+    """The revision as a field of what is digested; the first one has none, so that its digests stay what they were."""
+    revision = revision_of(strategy)
+    return {"revision": revision} if revision > 1 else {}
 
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:

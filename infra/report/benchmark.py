@@ -64,9 +64,10 @@ def over_time_figure(tasks: Sequence[str], curves: Mapping[str, Mapping[str, Seq
     figure = new_figure(0.8 + 2.4 * num_columns, 0.9 + 2.1 * num_rows)
     panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     for start, (axes, task) in enumerate(zip(panels.flat, tasks, strict=False), start=1):
-        for colour, marker, by_task in zip(COLOURS, MARKERS, curves.values(), strict=False):
+        for colour, marker, (name, by_task) in zip(COLOURS, MARKERS, curves.items(), strict=False):
             values = by_task.get(task, ())
-            axes.plot(range(start, start + len(values)), values, color=colour, marker=marker, markersize=5, linewidth=2)
+            axes.plot(range(start, start + len(values)), values, color=colour, marker=marker, markersize=5, linewidth=2,
+                      label=name)  # fmt: skip
         tidy(axes)
         axes.set_title(task, fontsize=10, loc="left")
     for axes in panels.flat[len(tasks) :]:
@@ -75,8 +76,7 @@ def over_time_figure(tasks: Sequence[str], curves: Mapping[str, Mapping[str, Seq
     panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("tasks learned", fontsize=10, color=MUTED)
     figure.supylabel("accuracy, %", fontsize=10, color=MUTED)
-    handles = [Line2D([], [], color=colour, marker=marker, linewidth=2, label=name)
-               for colour, marker, name in zip(COLOURS, MARKERS, curves, strict=False)]  # fmt: skip
+    handles = panels[0, 0].lines
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
     return figure
 
