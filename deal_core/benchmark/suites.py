@@ -247,6 +247,8 @@ def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
 
 def _rows(values: list[tuple[str, Any]], text: str, path: Path) -> Rows:
     """Rows from JSON values, each with the place where it stands."""
+    if not values:
+        raise DataValidationError(f"{path} holds no row; give it one at least.")
     for place, value in values:
         if not isinstance(value, dict) or not {text, "label"} <= value.keys():
             raise DataValidationError(f"{place} of {path} has not both {text!r} and 'label'; give the row both.")

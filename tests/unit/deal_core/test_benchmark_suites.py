@@ -110,6 +110,7 @@ NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instru
         ("tasks.json", b'{"agnews": {"instruction": "What is it?", "labels": "ab"}}', NO_TASK),
         ("tasks.json", b'{"agnews": {"labels": ["a", "b"]}}', NO_TASK),
         ("tasks.json", b'{"agnews": ["a", "b"]}', NO_TASK),
+        ("agnews.train.jsonl", b"\n\n", r"agnews\.train\.jsonl holds no row; give it one at least"),
     ],
 )
 def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, message, json_lines):
@@ -126,6 +127,7 @@ def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, messa
         ("train.json", '[{"label": "a"}]', r"Row 1 of .*train\.json has not both 'sentence' and 'label'; give"),
         ("train.json", "[1]", r"Row 1 of .*train\.json has not both"),
         ("dev.json", "", r"Line 1 of .*dev\.json is not JSON"),
+        ("train.json", "[]", r"train\.json holds no row; give it one at least"),
         ("labels.json", '["a", "b"', r"Line 1 of .*labels\.json is not JSON"),
         ("labels.json", "[1, 2]", r"labels\.json holds other things than labels; make it a list of texts"),
     ],
