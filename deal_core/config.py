@@ -314,7 +314,7 @@ class DealConfig:
         _require(self.tolerance > 0, f"deal.tolerance is {self.tolerance}; give a positive number.")
 
 
-Texts = Literal["none", "arrival", "stored"]
+Texts = Literal["none", "arrival", "stored", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,9 +325,9 @@ class RehearsalConfig:
 
     texts: Texts = "arrival"
     """What the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; nothing is
-    kept of old data. stored: rows of the old tasks, kept with the adapter."""
+    kept of old data. stored: rows of the old tasks, kept with the adapter. both: half and half."""
     stored_share: float = 0.02
-    """Share of a task's training rows that `stored` keeps."""
+    """Share of a task's training rows that `stored` and `both` keep."""
     num_texts: int = 256
     """Questions made when the texts are the arrival's, shared out among the old tasks; fewer if the steps put fewer."""
     rows_per_step: int = 4
@@ -347,6 +347,16 @@ class RehearsalConfig:
             _require(getattr(self, name) >= 1, f"rehearsal.{name} is {getattr(self, name)}; give at least 1.")
         _require(self.weight > 0, f"rehearsal.weight is {self.weight}; give a positive number.")
         _require(self.temperature > 0, f"rehearsal.temperature is {self.temperature}; give a positive number.")
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows of old tasks are stored."""
+        return self.texts in ("stored", "both")
+
+    @property
+    def asks_about_arrival(self) -> bool:
+        """Whether the new task's texts are asked about."""
+        return self.texts in ("arrival", "both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,16 +38,16 @@ class Question:
 
 
 class Rehearsal:
-    """Puts a few questions at every step, every old task as often as any other, and gives their loss.
+    """Puts a few questions at every step, as many of each set as of any other, and gives their loss.
 
     Args:
-        tasks: Questions of each old task; a task without any is passed over.
+        tasks: Sets of questions: one for each old task, or one of each kind; an empty one is passed over.
         collate: Pads them to a batch.
         num_rows: Questions of one step.
         weight: Of their loss.
         temperature: T: both distributions are softened by it, and the loss is multiplied by T².
         seed: Decides the order. Which are put at a step follows from the step's number, so that a resumed run puts the
-            same; a task's questions come round again once all of them were put.
+            same; a set's questions come round again once all of them were put.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Rehearsal:
         self._temperature = temperature
 
     def describe(self) -> str:
-        """Return what a person should know: how much is asked, about how many tasks."""
+        """Return what a person should know: how much is asked."""
         num_questions = sum(len(questions) for questions in self.tasks)
-        return f"rehearsed {num_questions} questions about old tasks ({len(self.tasks)}), {self._num_rows} a step"
+        return f"rehearsed {num_questions} questions about old tasks (sets: {len(self.tasks)}), {self._num_rows} a step"
 
     def draw(self, step: int) -> list[Question]:
         """Return the questions of a step, counted from 0."""

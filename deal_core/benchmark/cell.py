@@ -80,7 +80,7 @@ class Cell:
         Cells with the same digest share it: it is trained and scored once.
         """
         method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
-        is_plain = method["deal.sides"] == "both" and method["rehearsal.texts"] != "stored"
+        is_plain = method["deal.sides"] == "both" and method["rehearsal.texts"] not in ("stored", "both")
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")

@@ -30,7 +30,7 @@ class Deal(Strategy):
     @property
     def stores(self) -> Stores:
         """Nothing, unless the rehearsal keeps rows."""
-        return "data" if self.config.rehearsal.texts == "stored" else "nothing"
+        return "data" if self.config.rehearsal.keeps_rows else "nothing"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Ask the parent about the old tasks; with a core, decompose its adapter and write what to start from."""
@@ -106,7 +106,7 @@ class Deal(Strategy):
     def notes(self) -> tuple[str, ...]:
         """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
         found = list(super().notes())
-        if self.config.rehearsal.texts == "arrival" and (names := not_asked(self.context.old_tasks, self.context.task)):
+        if self.config.rehearsal.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
             found.append(f"not rehearsed, as it cannot be asked about these texts apart from the new task: {names}")
         if self.network is None or not self.network.num_core_slots:
             return tuple(found)

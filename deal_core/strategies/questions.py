@@ -33,22 +33,12 @@ def make_rehearsal(
         rows: The stored rows of the parent's method state.
         seed: Decides what is drawn.
     """
-    if config.texts == "stored":
-        tasks = [unpack(value) for _, value in sorted(rows.items())]
+    tasks: list[list[Question]] = []
+    if config.keeps_rows:
+        tasks += [unpack(value) for _, value in sorted(rows.items())]
         seed += SEED_STRIDE * len(tasks)  # another order with every arrival, or the same few rows would always be put
-    elif config.texts == "arrival":
-        olds = tasks_to_ask(context.old_tasks, context.task)
-        num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
-        num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
-        groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
-        seeds = iter(range(seed, seed + len(olds)))
-        tasks = [
-            questions
-            for group in groups
-            for questions in _on_new_texts(config, model, context, [(old, next(seeds)) for old in group], num_each)
-        ]
-    else:
-        return None
+    if config.asks_about_arrival:
+        tasks += _about_arrival(config, model, context, seed, num_others=len(tasks))
     rehearsal = Rehearsal(
         tasks, context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
@@ -60,7 +50,7 @@ def keep_rows(
     config: RehearsalConfig, context: TaskContext, rows: Mapping[str, Tensor], seed: int
 ) -> dict[str, Tensor]:
     """Return the stored rows of all tasks, the new one's sample among them; empty where none are kept."""
-    if config.texts != "stored":
+    if not config.keeps_rows:
         return {}
     new = list(context.encoded)
     sample = random.Random(seed).sample(new, max(1, round(config.stored_share * len(new))))
@@ -90,6 +80,26 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
     """What a prompt says beside its text, whatever the order of the options."""
     shows_labels = task.template is None or "{options}" in task.template
     return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template
+
+
+def _about_arrival(
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, *, num_others: int
+) -> list[list[Question]]:
+    """Questions of every old task that can be asked about the new one's texts, no more than the steps put.
+
+    The steps put as many to each of `num_others` lists of stored rows.
+    """
+    olds = tasks_to_ask(context.old_tasks, context.task)
+    num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
+    num_lists = max(1, len(olds))
+    num_each = math.ceil(min(config.num_texts / num_lists, num_put / (num_lists + num_others)))
+    groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
+    seeds = iter(range(seed, seed + len(olds)))
+    return [
+        questions
+        for group in groups
+        for questions in _on_new_texts(config, model, context, [(old, next(seeds)) for old in group], num_each)
+    ]
 
 
 def _on_new_texts(

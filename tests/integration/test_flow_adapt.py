@@ -137,7 +137,7 @@ def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_b
     assert None not in matrix.base
     assert record.tasks[0].dataset_uri == first.dataset.uri
     findings = json.loads(current_store().get_bytes(f"adapters/l/{second.run_key[:16]}/findings.json"))
-    assert "questions about old tasks (1)" in findings["evaluation"]["notes"][0], "the first task was rehearsed"
+    assert "questions about old tasks (sets: 1)" in findings["evaluation"]["notes"][0], "the first task was rehearsed"
     assert second.scores is not None and second.scores.forgetting is not None
 
 

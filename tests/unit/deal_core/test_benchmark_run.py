@@ -99,8 +99,8 @@ def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
 def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
     run("seq_lora")  # replay must not take its first version, which keeps no rows
     deal, replay = run("deal"), run("replay")
-    assert "rehearsed 16 questions about old tasks (1)" in deal["versions"][1]["notes"][0]
-    assert "rehearsed 1 questions about old tasks (1)" in replay["versions"][1]["notes"][0]
+    assert "rehearsed 16 questions about old tasks (sets: 1)" in deal["versions"][1]["notes"][0]
+    assert "rehearsed 1 questions about old tasks (sets: 1)" in replay["versions"][1]["notes"][0]
     assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
     assert replay["stores"] == "data" and replay["state_bytes"] > 0
     assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1

@@ -138,7 +138,7 @@ def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expec
     """Four steps of four: what an arrival costs does not grow with the number of old tasks."""
     olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction=f"How big? {i}") for i in range(num_old)]
     done = train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
-    note = f"rehearsed {expected * num_old} questions about old tasks ({num_old}), 4 a step"
+    note = f"rehearsed {expected * num_old} questions about old tasks (sets: {num_old}), 4 a step"
     assert done.result.notes[0] == note
 
 
@@ -158,14 +158,15 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
 def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, task):
     alike = TaskSchema(name="alike", labels=task.labels[::-1], instruction=task.instruction + " ")
     notes = train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD, alike)).result.notes
-    assert "about old tasks (1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
+    assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
     assert len(train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD,)).result.notes) == 1
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
     assert load_method_state(train("deal", parent).folder).stores == "nothing"
-    state = load_method_state(train("deal", rehearsal=RehearsalConfig(texts="stored", stored_share=0.5)).folder)
-    assert state.stores == "data" and [len(unpack(value)) for value in state.tensors.values()] == [12]
+    for texts in ("stored", "both"):
+        state = load_method_state(train("deal", rehearsal=RehearsalConfig(texts=texts, stored_share=0.5)).folder)
+        assert state.stores == "data" and [len(unpack(value)) for value in state.tensors.values()] == [12]
 
 
 def test_rehearsed_run_resumes(train, parent, tmp_path):
@@ -198,6 +199,20 @@ def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, row
             first = [question.prompt_ids for questions in tasks for question in questions[:10]]
             put.append({row for task, row in first if task == 0})
     assert len({frozenset(rows) for rows in put}) == 3
+
+
+def test_both_asks_about_stored_rows_by_their_labels_and_about_the_arrival_by_the_parents_answers(base, parent, rows):
+    stored = {"rows.0000": pack([Question([1, row], [row]) for row in range(40)])}
+    with adapter_on(base.model, parent) as model:
+        context = TaskContext(
+            base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
+            adapter=AdapterConfig(), train=LONG,
+        )  # fmt: skip
+        rehearsal = make_rehearsal(RehearsalConfig(texts="both"), model, context, stored, seed=0)
+    by_label, by_parent = sorted(rehearsal.tasks, key=lambda questions: questions[0].tokens_KN is not None)
+    assert sorted(q.answer_ids[0] for q in by_label) == list(range(40))
+    assert len(by_parent) == 6 and all(q.tokens_KN is not None for q in by_parent)
+    assert sum(q.tokens_KN is None for q in rehearsal.draw(0)) == 2
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
