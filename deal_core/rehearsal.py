@@ -38,10 +38,12 @@ class Question:
 
 
 class Rehearsal:
-    """Puts a few questions at every step, as many of each set as of any other, and gives their loss.
+    """Puts a few questions at every step and gives their loss.
+
+    The kinds of questions take turns, and of each kind the old tasks, so that a step asks as much of one as of another.
 
     Args:
-        tasks: Sets of questions: one for each old task, or one of each kind; an empty one is passed over.
+        kinds: Of each kind the sets of questions, one for an old task; what is empty is passed over.
         collate: Pads them to a batch.
         num_rows: Questions of one step.
         weight: Of their loss.
@@ -52,7 +54,7 @@ class Rehearsal:
 
     def __init__(
         self,
-        tasks: Sequence[Sequence[Question]],
+        kinds: Sequence[Sequence[Sequence[Question]]],
         collate: AnswerCollator,
         *,
         num_rows: int,
@@ -61,8 +63,12 @@ class Rehearsal:
         seed: int,
     ) -> None:
         generator = random.Random(seed)
-        self.tasks = [generator.sample(questions, len(questions)) for questions in tasks if questions]
-        generator.shuffle(self.tasks)
+        self.kinds: list[list[list[Question]]] = []
+        for sets in kinds:
+            shuffled = [generator.sample(questions, len(questions)) for questions in sets if questions]
+            generator.shuffle(shuffled)
+            if shuffled:
+                self.kinds.append(shuffled)
         self._collate = collate
         self._num_rows = num_rows
         self._weight = weight
@@ -70,16 +76,21 @@ class Rehearsal:
 
     def describe(self) -> str:
         """Return what a person should know: how much is asked."""
-        num_questions = sum(len(questions) for questions in self.tasks)
-        return f"rehearsed {num_questions} questions about old tasks (sets: {len(self.tasks)}), {self._num_rows} a step"
+        sets = [questions for kind in self.kinds for questions in kind]
+        num_questions = sum(len(questions) for questions in sets)
+        return f"rehearsed {num_questions} questions about old tasks (sets: {len(sets)}), {self._num_rows} a step"
 
     def draw(self, step: int) -> list[Question]:
         """Return the questions of a step, counted from 0."""
-        if not self.tasks:
+        if not self.kinds:
             return []
-        places = range(step * self._num_rows, (step + 1) * self._num_rows)
-        turns = ((place // len(self.tasks), self.tasks[place % len(self.tasks)]) for place in places)
-        return [questions[turn % len(questions)] for turn, questions in turns]
+        return [self._at(place) for place in range(step * self._num_rows, (step + 1) * self._num_rows)]
+
+    def _at(self, place: int) -> Question:
+        turn, kind = divmod(place, len(self.kinds))
+        sets = self.kinds[kind]
+        again, task = divmod(turn, len(sets))
+        return sets[task][again % len(sets[task])]
 
     def loss(self, model: nn.Module, step: int, *, rank: int = 0, num_processes: int = 1) -> Tensor | None:
         """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known.

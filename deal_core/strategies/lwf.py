@@ -24,7 +24,7 @@ class Lwf(Strategy):
         rows = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
         questions = ask(model, context.collator(), rows, temperature=rivals.lwf_temperature)
         self._rehearsal = Rehearsal(
-            [questions], context.collator(), num_rows=rehearsal.rows_per_step, weight=rivals.lwf_weight,
+            [[questions]], context.collator(), num_rows=rehearsal.rows_per_step, weight=rivals.lwf_weight,
             temperature=rivals.lwf_temperature, seed=self.seed,
         )  # fmt: skip
 

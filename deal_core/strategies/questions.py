@@ -33,17 +33,18 @@ def make_rehearsal(
         rows: The stored rows of the parent's method state.
         seed: Decides what is drawn.
     """
-    tasks: list[list[Question]] = []
-    if config.keeps_rows:
-        tasks += [unpack(value) for _, value in sorted(rows.items())]
-        seed += SEED_STRIDE * len(tasks)  # another order with every arrival, or the same few rows would always be put
+    stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
+    stored = [questions for questions in stored if questions]  # those of a task that was forgotten are gone
+    seed += SEED_STRIDE * len(stored)  # another order with every arrival, or the same few rows would always be put
+    asked: list[list[Question]] = []
     if config.asks_about_arrival:
-        tasks += _about_arrival(config, model, context, seed, num_others=len(tasks))
+        num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if stored else 1)
+        asked = _about_arrival(config, model, context, seed, num_put)
     rehearsal = Rehearsal(
-        tasks, context.collator(), num_rows=config.rows_per_step, weight=config.weight,
+        [stored, asked], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
     )  # fmt: skip
-    return rehearsal if rehearsal.tasks else None
+    return rehearsal if rehearsal.kinds else None
 
 
 def keep_rows(
@@ -83,16 +84,11 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
 
 
 def _about_arrival(
-    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, *, num_others: int
+    config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
 ) -> list[list[Question]]:
-    """Questions of every old task that can be asked about the new one's texts, no more than the steps put.
-
-    The steps put as many to each of `num_others` lists of stored rows.
-    """
+    """Questions about the new one's texts for every old task that can be asked so, no more than the steps put."""
     olds = tasks_to_ask(context.old_tasks, context.task)
-    num_put = config.rows_per_step * context.train.num_steps(len(context.encoded))
-    num_lists = max(1, len(olds))
-    num_each = math.ceil(min(config.num_texts / num_lists, num_put / (num_lists + num_others)))
+    num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
     groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
     seeds = iter(range(seed, seed + len(olds)))
     return [

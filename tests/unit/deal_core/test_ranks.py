@@ -172,7 +172,7 @@ def test_a_batch_of_blank_rows_has_no_loss_and_no_gradient(base, task, rows):
 def test_the_mean_of_the_ranks_rehearsals_is_that_of_one(base, num_processes):
     questions = [Question(list(range(10, 13 + i)), [20 + i] * (1 + i % 3)) for i in range(8)]
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
-    rehearsal = Rehearsal([questions], collate, num_rows=4, weight=0.7, temperature=2.0, seed=0)
+    rehearsal = Rehearsal([[questions]], collate, num_rows=4, weight=0.7, temperature=2.0, seed=0)
     alone = rehearsal.loss(base.model, 1)
     shares = [
         rehearsal.loss(base.model, 1, rank=rank, num_processes=num_processes) for rank in range(num_processes)

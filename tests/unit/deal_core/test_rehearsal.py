@@ -34,7 +34,7 @@ def question(base, prompt: str, answer: str) -> Question:
 
 def rehearsal(tasks, collate, **changes) -> Rehearsal:
     given = {"num_rows": 4, "weight": 1.0, "temperature": 1.0, "seed": 0, **changes}
-    return Rehearsal(tasks, collate, **given)
+    return Rehearsal([tasks], collate, **given)
 
 
 def test_every_task_is_asked_as_often_as_any_other_whatever_it_holds(collate):
@@ -195,24 +195,28 @@ def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, row
         )  # fmt: skip
         for num_tasks in (1, 2, 3):
             stored = {f"rows.{number:04d}": kept[number] for number in range(num_tasks)}
-            tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).tasks
+            tasks = make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).kinds[0]
             first = [question.prompt_ids for questions in tasks for question in questions[:10]]
             put.append({row for task, row in first if task == 0})
     assert len({frozenset(rows) for rows in put}) == 3
 
 
-def test_both_asks_about_stored_rows_by_their_labels_and_about_the_arrival_by_the_parents_answers(base, parent, rows):
-    stored = {"rows.0000": pack([Question([1, row], [row]) for row in range(40)])}
+@pytest.mark.parametrize("num_stored", [1, 3])
+def test_both_asks_half_by_labels_of_stored_rows_and_half_by_the_parents_answers(num_stored, base, parent, rows):
+    """However many old tasks have rows, and however few can be asked about the arrival's texts."""
+    stored = {f"rows.{n:04d}": pack([Question([1, row], [row]) for row in range(40)]) for n in range(num_stored)}
+    stored["rows.0003"] = pack([])  # of a task that was forgotten
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
             base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(OLD,),
-            adapter=AdapterConfig(), train=LONG,
+            adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
         )  # fmt: skip
         rehearsal = make_rehearsal(RehearsalConfig(texts="both"), model, context, stored, seed=0)
-    by_label, by_parent = sorted(rehearsal.tasks, key=lambda questions: questions[0].tokens_KN is not None)
-    assert sorted(q.answer_ids[0] for q in by_label) == list(range(40))
-    assert len(by_parent) == 6 and all(q.tokens_KN is not None for q in by_parent)
-    assert sum(q.tokens_KN is None for q in rehearsal.draw(0)) == 2
+    by_label, (by_parent,) = rehearsal.kinds
+    assert [sorted(q.answer_ids[0] for q in questions) for questions in by_label] == [list(range(40))] * num_stored
+    assert len(by_parent) == 4, "as many as two steps put"
+    drawn = [q.tokens_KN is None for step in range(6) for q in rehearsal.draw(step)]
+    assert sum(drawn) == len(drawn) / 2 == 12
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -224,7 +228,7 @@ def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, bas
             adapter=AdapterConfig(), train=replace(LONG, max_steps=2),
         )  # fmt: skip
         config = RehearsalConfig(temperature=temperature)
-        (questions,) = make_rehearsal(config, model, context, {}, seed=0).tasks
+        ((questions,),) = make_rehearsal(config, model, context, {}, seed=0).kinds
         plain = [Question(q.prompt_ids, q.answer_ids) for q in questions]
         again = ask(model, context.collator(), plain, temperature=temperature)
     assert len(questions) == 6 and all(base.tokenizer.eos_token_id not in q.answer_ids[:-1] for q in questions)
@@ -247,7 +251,7 @@ def test_old_tasks_that_are_asked_together_answer_as_each_alone(base, parent, ro
         )  # fmt: skip
         for min_sharing in (0, 1000):
             monkeypatch.setattr("deal_core.strategies.questions.MIN_SHARING", min_sharing)
-            found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).tasks)
+            found.append(make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).kinds[0])
     alone, together = found
     assert [len(task) for task in together] == [6, 6, 6]
     assert len({len(question.answer_ids) for task in alone for question in task}) > 1, "limits differ"
