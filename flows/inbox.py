@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from deal_core.errors import ConfigError
+from pydantic import field_validator
+
+from deal_core.errors import ConfigError, StoreError
 from flows.spec import TaskFields, TaskSpec, parse, yaml_mapping
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore, check_key
 from tasks.inbox import (
     INBOX,
     Beside,
@@ -34,6 +36,14 @@ class TaskFile(TaskFields):
 
     test_data: str | None = None
     """Name of the file beside it whose rows are all test rows; it is no arrival of its own."""
+
+    @field_validator("test_data")
+    @classmethod
+    def _lies_beside(cls, name: str | None) -> str | None:
+        try:
+            return name if name is None else check_key(name)
+        except StoreError:
+            raise ValueError("no file in the task's folder has this name; give one such as test.jsonl") from None
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path)
         ({"bank/x.txt": b"text"}, "x.txt"),
         ({"bank/task.yaml": b"instructions: typo\n", "bank/x.csv": b"text,label\na,b\n"}, "unknown key 'instructions'"),
         ({"bank/task.yaml": b"template: no text\n", "bank/x.csv": b"text,label\na,b\n"}, "{text}"),
+        ({"bank/task.yaml": b"test_data: ../test.csv\n", "bank/x.csv": b"text,label\na,b\n"}, "'test_data': no file"),
         ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
     ],
 )

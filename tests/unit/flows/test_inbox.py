@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.inbox import look
+from flows.inbox import look, task_spec
 from infra.object_store import open_store
+from tasks.ingest import TaskFieldsError
 
 
 def test_what_lies_too_deep_or_not_deep_enough_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -23,3 +24,13 @@ def test_what_lies_too_deep_or_not_deep_enough_is_told_once(tmp_path: Path, capl
         "for; move it to inbox/bill/2026-11-may.csv.",
         "Skipped 'inbox/may.csv': it lies in no task's folder; move it to inbox/TASK/may.csv.",
     ]
+
+
+@pytest.mark.parametrize("name", ["../test.csv", "/data/test.csv", "held//test.csv", "s3://bucket/test.csv", "''"])
+def test_test_rows_lie_in_the_folder_of_their_task(tmp_path: Path, name: str) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("inbox/bill/task.yaml", f"test_data: {name}\n".encode())
+    store.put_bytes("inbox/bill/a.csv", b"x")
+    assert [arrival.key for arrival in look(store).arrivals] == ["inbox/bill/a.csv"]
+    with pytest.raises(TaskFieldsError, match=r"task\.yaml: 'test_data': no file in the task's folder .* such as test"):
+        task_spec(store, "inbox/bill/a.csv")
