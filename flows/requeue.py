@@ -76,7 +76,7 @@ def _spec_of(version: VersionInfo) -> AdaptSpec:
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
-    require_same_files(store, arrival_of(spec), version)
+    refuse_forgotten(store, version.task, require_same_files(store, arrival_of(spec), version))
     return spec
 
 

@@ -62,21 +62,24 @@ def _read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
     return dict(json.loads(store.get_bytes(key))) if store.exists(key) else None
 
 
-def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> None:
-    """Refuse an arrival in whose place other bytes lie than those that a version was trained on.
+def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> tuple[str, ...]:
+    """The digests of an arrival's files, which have to be those that a version was trained on.
 
     Raises:
         DataValidationError: they do, or nothing is there.
     """
     findings = json.loads(store.get_bytes(f"{version.adapter_uri}/{FINDINGS_FILE}"))
     files = read_manifest(store, _dataset_of(store, findings, version).uri).files
+    found = []
     for address in filter(None, (arrival.data, arrival.test_data)):
         with local_file(store, address) as path:
-            if files and sha256_of_file(path) not in files:  # older manifests do not have them
-                raise DataValidationError(
-                    f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
-                    "land the old file again, or adapt to the new one with deal adapt."
-                )
+            found.append(sha256_of_file(path))
+        if files and found[-1] not in files:  # older manifests do not have them
+            raise DataValidationError(
+                f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
+                "land the old file again, or adapt to the new one with deal adapt."
+            )
+    return tuple(found)
 
 
 def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:

@@ -81,6 +81,8 @@ def ingest_arrival(
         folder = temporary / "dataset"
         if not again:
             refuse_forgotten(store, arrival.task, [sha256_of_file(source)])
+            if test_source is not None:
+                refuse_forgotten(store, arrival.task, [sha256_of_file(test_source)], "test rows")
         try:
             manifest = build_dataset(
                 source,

@@ -87,8 +87,14 @@ def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
         store.put_bytes(_key(tombstone.task, sha256), data)
 
 
-def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str]) -> None:
+def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows: str = "rows") -> None:
     """Refuse rows that were forgotten.
+
+    Args:
+        store: holds the tombstones.
+        task: whose rows they are.
+        sha256s: digests of the rows, or of the files they lie in.
+        rows: what to call them.
 
     Raises:
         ForgottenRowsError: there is a tombstone under one of the digests.
@@ -96,8 +102,8 @@ def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str]) -> N
     found = find_tombstone(store, task, sha256s)
     if found is not None:
         raise ForgottenRowsError(
-            f"These rows of '{task}' were {found.said}; they are not learned again. Land a file without the rows that "
-            "had to go, or give --again to deal adapt if they may be learned after all."
+            f"These {rows} of '{task}' were {found.said}; they are not learned again. Land a file without the rows "
+            "that had to go, or give --again to deal adapt if they may be learned after all."
         )
 
 

@@ -23,6 +23,8 @@ from flows.gc import GcResult, gc
 from flows.history import find_version
 from flows.predict import predict
 from flows.predict_file import FileAnswers, predict_file
+from flows.promote import roll_back
+from flows.requeue import requeue
 from flows.results import AdaptResult
 from flows.validate import validate
 from infra.file_store import FileStore
@@ -32,7 +34,7 @@ from tasks.arrivals_known import find_arrival
 from tasks.ingest import read_manifest
 from tasks.record import read_record
 from tasks.services import current_store
-from tasks.tombstones import TestRowsForgottenError
+from tasks.tombstones import ForgottenRowsError, TestRowsForgottenError
 from tests.adapting import BANK, CLINIC, FAIL, run
 
 SECRET = "Zanzibar-4711"
@@ -297,6 +299,22 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
     learned = run(tiny_base, land(), again=True)
     assert (learned.status, learned.dataset.uri) == ("promoted", first.dataset.uri)
     assert asyncio.run(evaluate("l")).unjudged == {}
+
+
+@pytest.mark.usefixtures("first")
+def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path, tmp_path: Path) -> None:
+    june, july = tmp_path / "june.jsonl", tmp_path / "july.jsonl"
+    for path in (june, july):
+        path.write_text("".join(f'{{"text": "{path.name} {number}", "label": "lost card"}}\n' for number in range(9)))
+    task = {**land(), "data": str(june)}
+    assert run(tiny_base, task).version == "2"
+    roll_back("l", "1", who="tester", why="a test")
+    asyncio.run(forget("inbox/bank/may.jsonl"))
+    land()
+    with pytest.raises(ForgottenRowsError, match="These test rows of 'bank' were forgotten on"):
+        run(tiny_base, {**task, "data": str(july)})
+    with pytest.raises(ForgottenRowsError, match="forgotten on"):
+        asyncio.run(requeue("l", ["2"]))
 
 
 @pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
