@@ -183,10 +183,10 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
 
 def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[Learned, ...]:
     """What one line of versions has learned and another has not, oldest first."""
-    known = {version.dataset_sha256 for version in now}
+    known = {digest for version in now for digest in version.digests}
     return tuple(
         Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
-        for version in reversed(before) if version.dataset_sha256 not in known
+        for version in reversed(before) if not version.digests & known
     )  # fmt: skip
 
 

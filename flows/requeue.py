@@ -35,14 +35,13 @@ def find_left_behind(lineage: str) -> tuple[Learned, ...]:
     line = descent(versions, registry.champion(lineage))
     standings = {version.version: standing_of(version, line) for version in versions}
     waiting = [version for version in versions if standings[version.version] == "awaiting approval"]
-    known = {version.dataset_sha256 for version in (*line, *waiting)}
-    found: dict[str, Learned] = {}
-    for version in versions:
-        if standings[version.version] == "left behind" and version.dataset_sha256 not in known:
-            found[version.dataset_sha256] = Learned(
-                version=version.version, task=version.task, dataset_sha256=version.dataset_sha256
-            )
-    return tuple(found.values())
+    known = {digest for version in (*line, *waiting) for digest in version.digests}
+    found: list[Learned] = []
+    for version in reversed(versions):
+        if standings[version.version] == "left behind" and not version.digests & known:
+            known |= version.digests
+            found.append(Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256))
+    return tuple(reversed(found))
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
@@ -82,4 +81,4 @@ def _spec_of(version: VersionInfo) -> AdaptSpec:
 
 def _is_learned(registry: Registry, version: VersionInfo) -> bool:
     line = descent(registry.versions(version.lineage), registry.champion(version.lineage))
-    return any(each.dataset_sha256 == version.dataset_sha256 for each in line)
+    return any(each.digests & version.digests for each in line)

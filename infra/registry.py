@@ -59,10 +59,17 @@ class VersionFacts:
     """Whether a person has to agree, or has; None: nobody was asked."""
     flow_run: str | None = None
     """Id of the flow run that trained it, which a run that is started again keeps."""
+    landed_sha256: str | None = None
+    """Digest of the arrival's rows whichever test rows the lineage knew; None of older versions."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
     forward_transfer: float | None
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Two versions of a lineage learned the same arrival if they share one of these."""
+        return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256)))
 
     def tags(self) -> dict[str, str]:
         """The facts as registry tags; what is undefined is left out."""
@@ -338,6 +345,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
         "approval": tags.get("approval"),
         "flow_run": tags.get("flow_run"),
+        "landed_sha256": tags.get("landed_sha256"),
         **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
     }
     values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}

@@ -171,6 +171,7 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineag
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
         quarantine=quarantine,
+        landed_sha256=manifest.landed_sha256,
     )
 
 

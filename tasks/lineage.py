@@ -43,12 +43,20 @@ def find_parent(lineage: str) -> VersionRef | None:
 
 @task(name="repeat", cache_policy=NO_CACHE)
 def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
-    """The accepted version that has learned from this dataset, if there is one."""
-    entry = Ledger(current_store()).find(lineage, dataset.sha256)
+    """The accepted version that has learned from this dataset, if there is one.
+
+    Outside the champion's descent also one that has learned these rows split otherwise, by test rows that the lineage
+    knew then. In it that is no repeat: the test rows were forgotten since, and the arrival brings new ones.
+    """
+    registry, ledger = open_registry(), Ledger(current_store())
+    versions = registry.versions(lineage)
+    line = descent(versions, registry.champion(lineage))
+    entry = ledger.find(lineage, dataset.sha256)
+    if entry is None and not any(dataset.landed_sha256 in version.digests for version in line):
+        same = [version.dataset_sha256 for version in versions if dataset.landed_sha256 in version.digests]
+        entry = next(filter(None, (ledger.find(lineage, sha256) for sha256 in same)), None)
     if entry is None:
         return None
-    registry = open_registry()
-    line = descent(registry.versions(lineage), registry.champion(lineage))
     learned = [version for version in line if version.dataset_sha256 == dataset.sha256]
     known = learned[0] if learned else registry.find_version(entry.run_key)
     return version_ref(known, standing_of(known, line)) if known else None

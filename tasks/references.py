@@ -55,6 +55,8 @@ class DatasetRef(Reference):
     num_rejected: int
     quarantine: str | None = None
     """Key of the file's bad rows; None if it had none."""
+    landed_sha256: str | None = None
+    """As in the manifest."""
 
 
 def dataset_sha256(dataset_uri: str) -> str:

@@ -69,6 +69,7 @@ def register_version(
         strategy=strategy,
         base_sha256=base.sha256,
         dataset_sha256=dataset.sha256,
+        landed_sha256=dataset.landed_sha256,
         config_sha256=config_sha256,
         adapter_uri=adapter.uri,
         adapter_sha256=adapter.sha256,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from deal_core.config import DataConfig
 from deal_core.data.batches import RowBatch
 from deal_core.data.check_batch import BadInBatch, BatchChecker, GoodRows
 from deal_core.data.columns import Columns, resolve_columns
-from deal_core.data.digest_set import DigestSet, as_digests, first_words, hex_array
+from deal_core.data.digest_set import DigestSet, as_digests, first_words, hex_array, merged
 from deal_core.data.lines import sha256_of_file
 from deal_core.data.readers import file_kind, read_batches, read_columns
 from deal_core.data.rows import BadRow, Problem, Reason, shorten
@@ -84,6 +84,7 @@ class Arrival:
         self._test_inputs.add(as_digests(b"".join(frozen_test_inputs)))
         self._has_frozen_rows = bool(frozen_test_inputs)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
+        self._leaks = DigestSet()
 
     def validate(
         self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
@@ -168,6 +169,7 @@ class Arrival:
             else:
                 is_leak = self._test_inputs.contains(good.input_digests[rows])
                 reasons |= dict.fromkeys(rows[is_leak].tolist(), "text of a test row")
+                self._leaks.add(good.digests[rows[is_leak]])
                 rows = rows[~is_leak]
             is_new = self._kept[split].add(good.digests[rows])
             reasons |= dict.fromkeys(rows[~is_new].tolist(), "duplicate row")
@@ -180,13 +182,13 @@ class Arrival:
         ]
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
-        content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
-        for split in ("train", "test"):
-            content.update(f"/{split}/".encode())
-            content.update(self._kept[split].in_order())
+        train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
+        landed = {"landed": [train, test]}
+        if self._is_split_given:
+            landed = {"landed train": [train, leaks], "landed test": [test]}
         return DatasetManifest(
             task=self._task,
-            sha256=content.hexdigest(),
+            sha256=self._digest({"train": [train], "test": [test]}),
             source=self._source.name,
             num_read=self._num_read,
             num_train=len(self._kept["train"]),
@@ -196,7 +198,17 @@ class Arrival:
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
             files=tuple(sha256_of_file(path) for path in self._landed),
+            landed_sha256=self._digest(landed),
         )
+
+    def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:
+        """Digest of the task's name and of row digests in order, by the part that they are in."""
+        content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
+        for name, digests in parts.items():
+            content.update(f"/{name}/".encode())
+            for piece in merged(*digests):
+                content.update(piece)
+        return content.hexdigest()
 
     def _refusal(self, manifest: DatasetManifest, examples: Sequence[BadRow]) -> str | None:
         name, num_good = manifest.source, manifest.num_train + manifest.num_test

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -86,6 +88,14 @@ class DigestSet:
 
     def _next(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return (slots + np.uint64(1)) & np.uint64(len(self._table) - 1)
+
+
+def merged(*ordered: memoryview) -> Iterator[bytes]:
+    """Digests that several sets hold in order, in one common order; piece by piece, as memory is for them alone."""
+    bounds = np.arange(1, 256, dtype=np.uint8).view("S1").astype("S32")
+    sets = [np.frombuffer(each, "S32") for each in ordered]
+    for pieces in zip(*(np.split(each, np.searchsorted(each, bounds)) for each in sets), strict=True):
+        yield np.sort(np.concatenate(pieces), kind="stable").tobytes()
 
 
 def as_digests(digests: bytes) -> Digests:

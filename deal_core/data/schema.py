@@ -162,6 +162,9 @@ class DatasetManifest:
     """Whether the training rows stay once they are learned."""
     files: tuple[str, ...] = ()
     """SHA-256 of the bytes of each file that these rows came in, with its test file if it had one."""
+    landed_sha256: str | None = None
+    """Digest of the task's name and the good rows with the split that the user gave, if any: other than `sha256`, the
+    same whichever test rows the lineage knew. None in older manifests."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -35,6 +35,8 @@ TASKS = {
     "parcels": {"name": "parcels", "data": str(EXAMPLES / "parcels" / "messages.jsonl")},
     "clinic": {"name": "clinic", "data": str(EXAMPLES / "clinic" / "train.csv"),
                "columns": {"text": "note", "label": "finding"}},
+    "clinic, more": {"name": "clinic", "data": str(EXAMPLES / "clinic" / "test.csv"),
+                     "columns": {"text": "note", "label": "finding"}},
 }  # fmt: skip
 BY = {"who": "tester", "why": "a test"}
 
@@ -118,6 +120,21 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
     (named,) = asyncio.run(requeue("l", ["2"]))
     for repeat in (named, learn(tiny_base, "parcels")):
         assert repeat.message.startswith("Nothing to do: version 4 has learned")
+
+
+def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny_base: Path, lineage: None) -> None:
+    learn(tiny_base, "clinic")
+    before = learn(tiny_base, "clinic, more")
+    assert (before.version, before.dataset.num_test) == ("4", 0), "the file before it brought the test rows"
+    roll_back("l", "2", **BY)
+    assert "deal requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
+    (after,) = asyncio.run(requeue("l", ["4"]))
+    assert (after.status, after.version, after.parent_version) == ("promoted", "5", "2")
+    assert after.dataset.num_test > 0 and after.dataset.sha256 != before.dataset.sha256
+    assert [left.version for left in find_left_behind("l")] == ["3"]
+    (named,) = asyncio.run(requeue("l", ["4"]))
+    for repeat in (named, learn(tiny_base, "clinic, more")):
+        assert repeat.message.startswith("Nothing to do: version 5 has learned")
 
 
 @pytest.mark.usefixtures("lineage")

@@ -317,6 +317,20 @@ def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path,
         asyncio.run(requeue("l", ["2"]))
 
 
+@pytest.mark.usefixtures("first")
+def test_rows_that_were_learned_can_judge_a_task_whose_test_rows_were_forgotten(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    june = tmp_path / "june.jsonl"
+    june.write_text("".join(f'{{"text": "My card {number}", "label": "lost card"}}\n' for number in range(40)))
+    task = {"name": "bank", "data": str(june)}
+    assert run(tiny_base, task).dataset.num_test == 0
+    asyncio.run(forget("inbox/bank/may.jsonl"))
+    judged = run(tiny_base, task)
+    assert (judged.status, judged.parent_version) == ("promoted", "2") and judged.dataset.num_test > 0
+    assert asyncio.run(evaluate("l")).unjudged == {}
+
+
 @pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
 def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
     with pytest.raises(ConfigError):

@@ -65,6 +65,7 @@ def test_schema_and_manifest_come_back_from_json() -> None:
     manifest = DatasetManifest(
         task=task, sha256="00", source="f.csv", num_read=4, num_train=1, num_test=1, num_rejected=2,
         problems={"duplicate row": 2}, split="hash", retain_training_rows=True, files=("aa", "bb"),
+        landed_sha256="11",
     )  # fmt: skip
     assert TaskSchema.from_json(json.loads(json.dumps(task.to_json()))) == task
     assert DatasetManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -76,9 +77,9 @@ def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
         task=TaskSchema(name="t"), sha256="00", source="f.csv", num_read=1, num_train=1, num_test=0, num_rejected=0,
         problems={}, split="hash",
     ).to_json()  # fmt: skip
-    del values["retain_training_rows"], values["files"]
+    del values["retain_training_rows"], values["files"], values["landed_sha256"]
     read = DatasetManifest.from_json(values)
-    assert (read.retain_training_rows, read.files) == (False, ())
+    assert (read.retain_training_rows, read.files, read.landed_sha256) == (False, (), None)
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,27 @@ def test_a_dataset_is_another_with_another_row_task_or_split(tmp_path: Path) -> 
     assert len({same, *others}) == 5
 
 
+def test_how_an_arrival_landed_does_not_hang_on_the_test_rows_that_the_lineage_knows(tmp_path: Path) -> None:
+    frozen = [row_digest(row["text"]) for row in GOOD[::9]]
+    halves = [{**row, "split": "test" if index >= 50 else "train"} for index, row in enumerate(GOOD)]
+    moved = [{**halves[0], "split": "test"}, *halves[1:]]
+    known: set[str | None] = set()
+    for rows in (GOOD, GOOD[1:], halves, moved):
+        source = write_jsonl(tmp_path / "pets.jsonl", rows)
+        alone, after_others = build(source), build(source, frozen_test_inputs=frozen)
+        assert alone.landed_sha256 == after_others.landed_sha256 and alone.sha256 != after_others.sha256
+        known.add(alone.landed_sha256)
+    assert len(known - {None}) == 4, "other rows, or another split that the user gives, are another arrival"
+    train, test = write_jsonl(tmp_path / "a.jsonl", GOOD[:50]), write_jsonl(tmp_path / "b.jsonl", GOOD[50:])
+    assert build(train, test_source=test, frozen_test_inputs=frozen).landed_sha256 in known
+
+
+def test_the_digest_of_a_dataset_is_the_one_of_earlier_releases(tmp_path: Path) -> None:
+    halves = [{**row, "split": "test" if index >= 60 else "train"} for index, row in enumerate(GOOD)]
+    found = [build(write_jsonl(tmp_path / "pets.jsonl", rows)).sha256[:16] for rows in (GOOD, halves)]
+    assert found == ["9704166713b739d1", "ad3bdafce7fe0107"]
+
+
 def test_the_same_arrival_again_is_the_same_dataset_against_its_own_test_rows(tmp_path: Path) -> None:
     for name, rows in (
         ("hash", GOOD),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows.promote import left_behind as left_behind_by
 from flows.requeue import find_left_behind
 from infra.registry import VersionInfo
 
@@ -34,3 +35,13 @@ def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind
     assert left_behind(monkeypatch, 3, first, second, third) == ["2"]
     again = known_version(4, parent_version="3", approval="awaiting", dataset_sha256=second.dataset_sha256)
     assert left_behind(monkeypatch, 3, first, second, third, again) == [], "it can be promoted"
+
+
+def test_the_same_rows_under_another_split_are_left_behind_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="1", landed_sha256="x")
+    assert left_behind(monkeypatch, 1, first, second, third) == ["3"], "each arrival once"
+    assert left_behind(monkeypatch, 3, first, second, third) == []
+    assert left_behind_by([second, first], [third, first]) == ()
+    old = known_version(4, parent_version="1")
+    assert left_behind(monkeypatch, 3, first, second, third, old) == ["4"], "it does not say how its rows landed"
