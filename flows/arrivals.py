@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from flows.inbox import TestFiles, look, settle, task_spec
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from flows.screens import in_one_line
-from flows.spec import LineageSpec
+from flows.spec import AdaptSpec, LineageSpec
 from infra.object_store import ObjectInfo, ObjectStore
 from tasks.announcements import drop_announcement
-from tasks.inbox import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, write_state
+from tasks.inbox import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, task_of, write_state
+from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ async def _adapt_to(
     is_final = False
     outcome: Outcome
     try:
-        run = await adapt_held(spec.with_task(task_spec(store, info.key)))
+        run = await adapt_held(await _spec_of(store, spec, info.key))
         outcome, message, version = run.status, run.message, run.version
     except DataValidationError as error:
         outcome, message = "refused", in_one_line(error)
@@ -128,3 +130,12 @@ async def _adapt_to(
         info, outcome, message, now=datetime.now(UTC), beside=beside, version=version, is_final=is_final
     )
     return handled, run
+
+
+async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec:
+    """The spec of one arrival; what is wrong with it is announced here, as no adaptation begins that could do it."""
+    try:
+        return spec.with_task(task_spec(store, key))
+    except Exception as error:
+        await asyncio.to_thread(announce_failure, spec.lineage, task_of(key), error)
+        raise

@@ -16,6 +16,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 
+from tests.receiver import Receiver
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that no worker begins one when the others have run out of work."""
@@ -74,6 +76,15 @@ def home(
     monkeypatch.setenv("DEAL_HOME", str(folder))
     monkeypatch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
     return folder
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """Gets the webhook's notices."""
+    with Receiver() as found:
+        monkeypatch.setenv("DEAL_WEBHOOK_URL", found.url)
+        monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
+        yield found
 
 
 @pytest.fixture

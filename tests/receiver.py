@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -41,6 +42,10 @@ class Receiver:
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def told(self) -> list[dict[str, Any]]:
+        """What the requests say, as JSON."""
+        return [json.loads(body) for _, body in self.requests]
 
     def wait_for(self, number: int, seconds: float = 60) -> list[tuple[dict[str, str], bytes]]:
         """The requests, once so many have come."""

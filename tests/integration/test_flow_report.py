@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,6 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
     return asyncio.run(adapt(parse(AdaptSpec, values, "test")))
 
 
-@pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    """Gets the webhook's notices."""
-    with Receiver() as found:
-        monkeypatch.setenv("DEAL_WEBHOOK_URL", found.url)
-        monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
-        yield found
-
-
 def deal(*arguments: str) -> Any:
     """What a command prints as JSON; what it sets in this process is undone."""
     before = dict(os.environ)
@@ -83,10 +73,6 @@ def deal(*arguments: str) -> Any:
         os.environ.update(before)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
-
-
-def told(receiver: Receiver) -> list[dict[str, Any]]:
-    return [json.loads(body) for _, body in receiver.requests]
 
 
 def ask(path: str, body: Any) -> Any:
@@ -147,7 +133,7 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
     deal("report", "1", "--lineage", "pages", "--json")
     assert b"Version 1 of pages" in (home / "reports" / "pages-1.html").read_bytes()
 
-    first, second = told(receiver)
+    first, second = receiver.told()
     assert first["event"] == second["event"] == "deal.version.promoted" and first["id"] != second["id"]
     assert second["payload"]["version"] == "2" and second["payload"]["accuracies"] == results[1].accuracies
     assert second["payload"]["tracking_id"] == run_id
@@ -185,7 +171,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     file = write_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest alone"
 
-    notices = told(receiver)
+    notices = receiver.told()
     assert [each["event"].rpartition(".")[2] for each in notices] == ["promoted", "promoted", "failed"]
     assert "9 of 9 rows cannot be used" in notices[2]["payload"]["error"] and PLANTED not in json.dumps(notices)
     assert PLANTED not in caplog.text

@@ -20,6 +20,7 @@ from flows.watch import WatchResult, watch
 from infra.registry import Registry, open_registry
 from tasks.progress import ask_to_stop, reporting_to
 from tasks.services import current_store
+from tests.receiver import Receiver
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -139,7 +140,9 @@ def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path)
         ({"-odd name/x.csv": b"text,label\na,b\n"}, "name"),
     ],
 )
-def test_what_cannot_be_used_is_said_once(tiny_base: Path, home: Path, files: dict[str, bytes], message: str) -> None:
+def test_what_cannot_be_used_is_said_once(
+    tiny_base: Path, home: Path, receiver: Receiver, files: dict[str, bytes], message: str
+) -> None:
     for name, content in files.items():
         land(home, name, content)
     result, said = look(lineage(tiny_base))
@@ -148,6 +151,10 @@ def test_what_cannot_be_used_is_said_once(tiny_base: Path, home: Path, files: di
     again, said = look(lineage(tiny_base))
     assert again.files == () and said == []
     assert result.num_refused == 1
+    (notice,) = receiver.told()
+    task = next(iter(files)).partition("/")[0]
+    assert (notice["event"], notice["payload"]["task"]) == ("deal.adaptation.failed", task)
+    assert message in notice["payload"]["error"]
 
 
 def test_a_corrected_file_is_looked_at_again(tiny_base: Path, home: Path) -> None:

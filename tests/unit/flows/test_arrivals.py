@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 
-from deal_core.errors import ConfigError, TrainingDivergedError
+from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.arrivals import _adapt_to
 from flows.spec import LineageSpec
 from infra.object_store import open_store
 from tasks.inbox import Handled, InboxState, list_arrivals
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is announced of arrivals that no adaptation began for."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("flows.arrivals.announce_failure", lambda *given: found.append(given))
+    return found
 
 
 @pytest.fixture
@@ -41,5 +49,20 @@ def test_a_training_that_diverged_is_not_tried_again_and_says_what_to_do(failing
     assert "deal watch --once --lineage l --spec SPEC" in handled.message
 
 
-def test_any_other_failure_is_tried_again(failing: Any) -> None:
+def test_any_other_failure_is_tried_again(failing: Any, told: list[tuple[Any, ...]]) -> None:
     assert failing(ConfigError("train.num_processes is 9.")).due() is not None
+    assert told == [], "the adaptation itself has announced it"
+
+
+def test_a_task_file_that_cannot_be_read_is_announced(
+    failing: Any, told: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = StoreError("The store does not answer.")
+
+    def away(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("flows.arrivals.task_spec", away)
+    handled = failing(AssertionError("no adaptation begins"))
+    assert handled.message == str(error) and handled.due() is not None
+    assert told == [("l", "bank", error)]
