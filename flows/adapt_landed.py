@@ -34,10 +34,10 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
     try:
         while await taken.take(
             store, spec, spec.tasks, settle_seconds=settle_seconds, retry_now=False, wait=is_rerun
-        ) or taken.num_growing:
+        ) or taken.num_left:
             if is_stopped():
                 break
-            if taken.num_growing:
+            if taken.num_left:
                 await asyncio.sleep(settle_seconds)
     except LineageBusyError as busy:
         reporter().said(f"{busy} What has landed is learned after it.")

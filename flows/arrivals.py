@@ -45,8 +45,8 @@ class Taken:
     """A watch that goes on for ever has no use for them, and each holds its whole accuracy matrix."""
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
-    num_growing: int = 0
-    """Open files that may still be written."""
+    num_left: int = 0
+    """Open files that were not handled: those that may still be written and, once asked to stop, those not reached."""
     _stamps: dict[str, str] = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
     _states: KnownStates = field(default_factory=KnownStates)
@@ -73,13 +73,14 @@ class Taken:
             inbox, self._states.read(store, spec.lineage), tasks, self._stamps,
             settle_seconds=settle_seconds, retry_now=retry_now,
         )
-        self.num_growing = len(growing)
+        self.num_left = len(settled) + len(growing)
         if settled:
             async with hold_lineage(spec.lineage, wait=wait):
                 for info in settled:
                     if is_stopped():
                         break
                     await self._handle(store, spec, info, inbox.stamp(info), retry_now)
+                    self.num_left -= 1
         return len(settled)
 
     async def _handle(

@@ -11,7 +11,7 @@ from flows.arrivals import Seen, Taken
 from flows.results import AdaptResult
 from flows.spec import LineageSpec
 from tasks.inbox import INBOX
-from tasks.progress import is_stopped, reporter
+from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.services import current_store
 
 
@@ -47,6 +47,9 @@ async def watch(
         tasks: look at these tasks' files only; none: at all.
         once: end when everything that is there has been handled.
         poll_seconds: pause between two looks; a file that changes between two looks is left alone.
+
+    Raises:
+        Interrupted: with `once`, the user asked it to stop before everything was handled.
     """
     store = current_store()
     taken = Taken(keeps_runs=once)
@@ -56,7 +59,9 @@ async def watch(
         num_taken = await taken.take(
             store, spec, tasks, settle_seconds=poll_seconds, retry_now=once, wait=True
         )
-        if is_stopped() or (once and not taken.num_growing):
+        if once and taken.num_left and is_stopped():
+            raise Interrupted
+        if is_stopped() or (once and not taken.num_left):
             return WatchResult(lineage=spec.lineage, files=tuple(taken.files), runs=tuple(taken.runs))
         if num_taken or not taken.files:
             reporter().stage_started("waiting")

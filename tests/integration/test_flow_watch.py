@@ -18,7 +18,7 @@ from flows.spec import LineageSpec, parse
 from flows.status import read_status
 from flows.watch import WatchResult, watch
 from infra.registry import Registry, open_registry
-from tasks.progress import ask_to_stop, reporting_to
+from tasks.progress import Interrupted, ask_to_stop, reporting_to
 from tasks.services import current_store
 from tests.receiver import Receiver
 
@@ -97,6 +97,24 @@ def test_a_watch_that_goes_on_keeps_no_accuracy_matrix_of_each_run(tiny_base: Pa
     with reporting_to(Impatient()):
         result = asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
     assert outcomes(result) == [("parcels/a.jsonl", "promoted")] and result.runs == ()
+
+
+def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base: Path, home: Path) -> None:
+    class Stopping(Said):
+        def said(self, message: str) -> None:
+            if message.startswith("Refused:"):
+                ask_to_stop()
+
+    for name in "abc":
+        land(home, f"parcels/{name}.jsonl", b"nonsense\n")
+    with reporting_to(Stopping()):
+        result = asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
+    assert outcomes(result) == [("parcels/a.jsonl", "refused")]
+    with reporting_to(Stopping()), pytest.raises(Interrupted):
+        asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
+    with reporting_to(Stopping()):
+        result = asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
+    assert outcomes(result) == [("parcels/c.jsonl", "refused")], "nothing was left to do"
 
 
 def test_a_later_arrival_needs_no_task_file(tiny_base: Path, home: Path) -> None:

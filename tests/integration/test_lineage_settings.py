@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from typer.testing import CliRunner, Result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.cli import app
+from flows.session import FAILED, STOPPED
 from flows.spec import AdaptSpec
 from infra.registry import open_registry
 from tasks.finish import read_spec_of
+from tasks.inbox import read_state, write_state
 from tasks.services import current_store
 
 ROWS = EXAMPLES / "parcels" / "messages.jsonl"
@@ -123,6 +126,26 @@ def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_an
     assert watch() == [], "what was decided of a file stands"
     land("parcels/may-again.jsonl")
     assert watch() == [("inbox/parcels/may-again.jsonl", "promoted")]
+
+
+@pytest.mark.parametrize(("num_files", "code"), [(2, STOPPED), (1, FAILED)])
+def test_ctrl_c_between_two_files_is_told_by_the_exit_code(
+    deal: Deal, support: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_files: int, code: int
+) -> None:
+    def write(*given: Any) -> None:
+        write_state(*given)
+        signal.raise_signal(signal.SIGINT)
+
+    for number in range(num_files):
+        current_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
+    words = ["watch", "--once", "--poll", "0.1", "-l", "support"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.arrivals.write_state", write)
+        stopped = CliRunner().invoke(app, words)
+    assert stopped.exit_code == code, stopped.output
+    assert len(read_state(current_store(), "support").files) == 1
+    CliRunner().invoke(app, words)
+    assert len(read_state(current_store(), "support").files) == num_files
 
 
 def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
