@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
 import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
 from flows.arrivals import Taken
+from flows.deploy import deploy_all
 from flows.inbox import TestFiles
 from flows.inbox import look as look_at_inbox
 from flows.lineages import WatchedLineage, add_lineage, list_lineages, read_lineage
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.spec import parse
+from flows.stack import CPU_POOL, GPU_POOL
 from flows.watch_inbox import announce_open, watch_inbox
 from infra.file_store import FileStore
 from infra.registry import open_registry
-from tasks.announcements import Announcement, announce_again, read_announcement
+from tasks.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.inbox import InboxState, list_arrivals, read_state, write_state
 from tasks.services import current_store
 
@@ -265,3 +270,41 @@ def test_the_server_carries_the_automations_once() -> None:
             return sorted(each.name for each in await client.read_automations())
 
     assert asyncio.run(twice()) == sorted(each.name for each in automations(PROCESS_NEVER_BEGAN))
+
+
+def test_an_event_of_others_starts_a_run_with_or_without_a_payload(home: Path) -> None:
+    (home / "logs").mkdir()
+    payloads: dict[str, dict[str, str]] = {"bare": {}, "said": {"lineage": "said"}}
+    events = [
+        {"event": ARRIVAL_LANDED, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4()),
+         "resource": {"prefect.resource.id": f"deal.lineage.{name}"}, "payload": payload}
+        for name, payload in payloads.items()
+    ]  # fmt: skip
+
+    async def started() -> list[dict[str, Any]]:
+        async with get_client() as client:
+            adapt = await client.read_deployment_by_name("adapt-landed/adapt")
+            wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[adapt.id]))
+            await client.request("POST", "/events", json=events)
+            async for attempt in tenacity.AsyncRetrying(
+                wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(180), reraise=True
+            ):
+                with attempt:
+                    runs = await client.read_flow_runs(flow_run_filter=wanted)
+                    assert len(runs) == len(events)
+            return sorted((run.parameters for run in runs), key=str)
+
+    async def clear() -> None:
+        async with get_client() as client:
+            for automation in await client.read_automations():
+                await client.delete_automation(automation.id)
+            for deployment in await client.read_deployments():
+                await client.delete_deployment(deployment.id)
+            for pool in (CPU_POOL, GPU_POOL):
+                await client.delete_work_pool(pool)
+
+    asyncio.run(deploy_all(home))
+    try:
+        assert asyncio.run(started()) == [{"lineage": "bare"}, {"lineage": "said"}]
+    finally:
+        asyncio.run(clear())  # the server serves other tests as well
