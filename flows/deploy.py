@@ -22,12 +22,11 @@ from deal_core.errors import ConfigError, DealError
 from flows.notifying import apply_notifications
 from flows.recovery import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations
 from flows.stack import CPU_POOL, GPU_POOL
+from tasks.announcements import LANDED
 from tasks.services import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]
 TEMPLATES = Path(__file__).parents[1] / "infra" / "work_pools"
-LANDED = "deal-arrival-landed"
-"""The automation of prefect.yaml by which what lands starts a run, of whichever lineage."""
 
 
 class DeployError(DealError):

@@ -1,6 +1,7 @@
 """Automations that tell people what became of an adaptation: carried by the Prefect server, switched on by a person.
 
-Each waits for one event of `tasks.notices` and hands it to a notification block of Prefect (Slack, e-mail, Teams, …).
+Each waits for one event of `tasks.notices`, and one for an automation of ours that failed, so that a run did not begin,
+say; they hand it to a notification block of Prefect (Slack, e-mail, Teams, …).
 Such an action needs the id of a block, so the block must be there first: DEAL_NOTIFICATION_BLOCK names it. Without one
 the automations are there all the same, off and with nothing to do, so that the server shows what can be told.
 """
@@ -16,7 +17,9 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectNotFound
 
 from deal_core.errors import ConfigError
+from flows.recovery import NEVER_BEGAN, Resources, automations
 from infra.settings import NoticeSettings
+from tasks.announcements import LANDED
 from tasks.notices import EVENTS, Kind
 
 TITLES: dict[Kind, str] = {
@@ -32,6 +35,8 @@ Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
 {% endfor %}{% if event.payload.error %}{{ event.payload.error }}
 {% endif %}{% if event.payload.version %}deal report {{ event.payload.version }} --lineage {{ event.payload.lineage }}
 {% endif %}"""
+ACTION_FAILED = "prefect.automation.action.failed"
+"""Prefect's own; its resource is the automation, and its payload has the reason."""
 
 
 def notifications(block_id: UUID | None) -> list[AutomationCore]:
@@ -40,25 +45,40 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
     Args:
         block_id: the notification block that is used; None: there is none as yet.
     """
+    lineages: Resources = {"prefect.resource.id": "deal.lineage.*"}
+    # none of those that tell: one whose block is broken would tell of itself without end
+    working: Resources = {
+        "prefect.resource.id": "prefect.automation.*",
+        "prefect.resource.name": [LANDED, *(each.name for each in automations(NEVER_BEGAN))],
+    }
     return [
-        AutomationCore(
-            name=f"deal: tell of {kind}",
-            description=f"Sends what {event} says through a notification block; docs/notifications.md says how.",
-            enabled=False,
-            trigger=EventTrigger(
-                match={"prefect.resource.id": "deal.lineage.*"}, expect={event}, posture=Posture.Reactive, threshold=1,
-                within=timedelta(0),
-            ),
-            actions=[
-                SendNotification(
-                    block_document_id=block_id, subject=f"{{{{ event.payload.lineage }}}}: {TITLES[kind]}", body=BODY
-                )
-                if block_id
-                else DoNothing()
-            ],
-        )
-        for kind, event in EVENTS.items()
+        *(
+            _telling(kind, event, lineages, f"{{{{ event.payload.lineage }}}}: {TITLES[kind]}", BODY, block_id)
+            for kind, event in EVENTS.items()
+        ),
+        _telling(
+            "automations that failed", ACTION_FAILED, working, "The automation {{ event.resource.name }} failed",
+            "{{ event.payload.reason }}\nA run did not begin or did not come back; deal status shows what is open.",
+            block_id,
+        ),
     ]  # fmt: skip
+
+
+def _telling(
+    what: str, event: str, match: Resources, subject: str, body: str, block_id: UUID | None
+) -> AutomationCore:
+    """The automation that sends one event through the block; without a block it does nothing."""
+    return AutomationCore(
+        name=f"deal: tell of {what}",
+        description=f"Sends what {event} says through a notification block; docs/notifications.md says how.",
+        enabled=False,
+        trigger=EventTrigger(
+            match=match, expect={event}, posture=Posture.Reactive, threshold=1, within=timedelta(0),
+        ),
+        actions=[
+            SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing()
+        ],
+    )  # fmt: skip
 
 
 async def apply_notifications(client: PrefectClient) -> None:

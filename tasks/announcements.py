@@ -14,6 +14,8 @@ from tasks.inbox import growing_pause, task_of
 
 ARRIVAL_LANDED = "deal.arrival.landed"
 """The event; its resource is `deal.lineage.<name>`, its payload lineage, task, uri and etag."""
+LANDED = "deal-arrival-landed"
+"""The automation of prefect.yaml by which the event starts a run, of whichever lineage."""
 
 
 class Announcement(BaseModel):

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import uuid
 import warnings
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import tenacity
 from mlflow import MlflowClient
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.settings import get_current_settings
 from typer.testing import CliRunner
 
@@ -25,11 +30,12 @@ from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.cli import app
-from flows.notifying import apply_notifications
+from flows.notifying import apply_notifications, notifications
 from flows.report import write_report
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
 from infra.report.run_report import RunReport
+from tasks.announcements import LANDED
 from tasks.answers import ANSWERS_FILE
 from tasks.notices import Notice, announce, announce_failure
 from tasks.services import current_store
@@ -79,14 +85,28 @@ def ask(path: str, body: Any) -> Any:
     return httpx.post(f"{get_current_settings().api.url}/{path}", json=body).raise_for_status().json()
 
 
-def events_of(name: str, lineage: str, number: int) -> list[dict[str, Any]]:
+def events_of(name: str, resource: str, number: int) -> list[dict[str, Any]]:
     """Events that the server has written down, which it does in batches."""
-    wanted = {"event": {"name": [name]}, "resource": {"id": [f"deal.lineage.{lineage}"]}}
+    wanted = {"event": {"name": [name]}, "resource": {"id": [resource]}}
     for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(60)):
         with attempt:
             found: list[dict[str, Any]] = ask("events/filter", {"filter": wanted})["events"]
             assert len(found) == number
     return found
+
+
+def block_of(receiver: Receiver) -> CustomWebhookNotificationBlock:
+    """A notification block that sends to the receiver."""
+    return CustomWebhookNotificationBlock(
+        name="test", url=receiver.url, json_data={"text": "{{subject}}\n{{body}}"}, allow_private_urls=True
+    )
+
+
+async def clear_automations() -> None:
+    """The server serves other tests as well."""
+    async with get_client() as server:
+        for each in await server.read_automations():
+            await server.delete_automation(each.id)
 
 
 def client(home: Path) -> MlflowClient:
@@ -137,7 +157,7 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
     assert first["event"] == second["event"] == "deal.version.promoted" and first["id"] != second["id"]
     assert second["payload"]["version"] == "2" and second["payload"]["accuracies"] == results[1].accuracies
     assert second["payload"]["tracking_id"] == run_id
-    events = events_of("deal.version.promoted", "pages", 2)
+    events = events_of("deal.version.promoted", "deal.lineage.pages", 2)
     assert {each["id"]: each["payload"] for each in events} == {each["id"]: each["payload"] for each in (first, second)}
     assert all(event["related"][0]["prefect.resource.role"] == "flow-run" for event in events)
 
@@ -201,10 +221,8 @@ def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base
 def test_an_automation_that_is_switched_on_tells_through_a_block(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"deal: tell of {kind}" for kind in ("promoted", "rejected", "awaiting-approval", "rolled-back", "failed")]
-    block = CustomWebhookNotificationBlock(
-        name="test", url=receiver.url, json_data={"text": "{{subject}}\n{{body}}"}, allow_private_urls=True
-    )
+    names = [each.name for each in notifications(None)]
+    block = block_of(receiver)
 
     async def switch_on() -> None:
         async with get_client() as server:
@@ -222,25 +240,60 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
             await apply_notifications(server)
             await apply_notifications(server)
             assert [each.actions[0].type for each in await found()] == ["send-notification"] * len(names)
-            kept = [False, True, False, False, False]
+            kept = [False, True, False, False, False, False]
             assert [each.enabled for each in await found()] == kept, "as a person left them"
-
-    async def clear() -> None:
-        async with get_client() as server:
-            for name in names:
-                for each in await server.read_automations_by_name(name):
-                    await server.delete_automation(each.id)
 
     try:
         asyncio.run(switch_on())
         monkeypatch.delenv("DEAL_WEBHOOK_URL")  # what comes now comes from the server
         announce("promoted", Notice(lineage="blocks", task="a", version="6"))
         announce("rejected", Notice(lineage="blocks", task="a", version="7", reasons=("too low",)), once="x")
-        ((_, body), *_) = receiver.wait_for(1)
+        receiver.wait_for(1)
     finally:
-        asyncio.run(clear())  # the server serves other tests as well
-    text = json.loads(body)["text"]
+        asyncio.run(clear_automations())
+    text = receiver.told()[0]["text"]
     assert text.startswith("blocks: version 7 was rejected\nLineage blocks, task a\n- too low\n")
+
+
+def test_an_automation_that_failed_is_told_of_unless_it_is_one_that_tells(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tells, told_of = notifications(None)[-1].name, LANDED
+    monkeypatch.setenv("DEAL_NOTIFICATION_BLOCK", "custom-webhook/watchers")
+    monkeypatch.delenv("DEAL_WEBHOOK_URL")
+
+    async def prepare() -> list[str]:
+        async with get_client() as server:
+            await block_of(receiver).save("watchers")
+            await apply_notifications(server)
+            await server.resume_automation((await server.read_automations_by_name(tells))[0].id)
+            failing = [
+                AutomationCore(
+                    name=name,
+                    trigger=EventTrigger(
+                        match={"prefect.resource.id": name}, expect={"deal.test"}, posture=Posture.Reactive,
+                        threshold=1, within=timedelta(0),
+                    ),
+                    actions=[ChangeFlowRunState(state=StateType.CRASHED)],  # of no run
+                )
+                for name in (tells, "somebody else's", told_of)
+            ]  # fmt: skip
+            return [str(await server.create_automation(each)) for each in failing]
+
+    try:
+        ids = asyncio.run(prepare())
+        for name, automation_id in zip((tells, "somebody else's", told_of), ids, strict=True):
+            event = {"event": "deal.test", "resource": {"prefect.resource.id": name},
+                     "occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4())}  # fmt: skip
+            with get_client(sync_client=True) as server:
+                server.request("POST", "/events", json=[event])
+            events_of("prefect.automation.action.failed", f"prefect.automation.{automation_id}", 1)
+        receiver.wait_for(1)
+    finally:
+        asyncio.run(clear_automations())
+    assert [each["text"].split("\n")[:2] for each in receiver.told()] == [
+        [f"The automation {told_of} failed", "No flow run could be inferred"]
+    ]
 
 
 def test_a_failing_announcement_is_logged_and_nothing_else(
@@ -250,5 +303,5 @@ def test_a_failing_announcement_is_logged_and_nothing_else(
     monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "a-secret")
     announce_failure("blocks", "a", RuntimeError("a text of a row"))
     assert "neither https" in caplog.text and "a-token" not in caplog.text
-    (event,) = events_of("deal.adaptation.failed", "blocks", 1)
+    (event,) = events_of("deal.adaptation.failed", "deal.lineage.blocks", 1)
     assert event["payload"]["error"] == "RuntimeError: see the run's log"

@@ -15,7 +15,8 @@ from prefect.events.actions import DoNothing
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 from flows import deploy
-from flows.deploy import LANDED, deploy_all, prefect_file
+from flows.deploy import deploy_all, prefect_file
+from tasks.announcements import LANDED
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
