@@ -217,7 +217,8 @@ def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[
 def describe(dataset: DatasetRef) -> str:
     """A dataset in a few words."""
     rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
-    return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}"
+    gained = f", new labels: {', '.join(dataset.new_labels)}" if dataset.new_labels else ""
+    return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
 
 
 def describe_training(summary: TrainSummary) -> str:

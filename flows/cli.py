@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from deal_core.errors import ConfigError
 from flows.cli_keeping import answer_file, keeping_app
+from flows.cli_labels import labels_app
 from flows.cli_plan import plan_app
 from flows.cli_promotion import promotion_app
 from flows.cli_report import report_app
@@ -405,6 +406,7 @@ def ui(
 
 app.add_typer(plan_app)
 app.add_typer(report_app)
+app.add_typer(labels_app)
 app.add_typer(promotion_app)
 app.add_typer(keeping_app)
 app.add_typer(serve_app)

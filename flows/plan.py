@@ -169,7 +169,7 @@ def _check_rows(run: _Run, folder: Path) -> DatasetManifest:
         source = stack.enter_context(local_file(store, arrival.data))
         test_source = stack.enter_context(local_file(store, arrival.test_data)) if arrival.test_data else None
         return build_dataset(
-            source, choose_schema(arrival, run.record), folder, run.spec.data, test_source=test_source,
+            source, choose_schema(store, arrival, run.record), folder, run.spec.data, test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(store, run.record, arrival.task),
         )  # fmt: skip
 

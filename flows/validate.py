@@ -82,7 +82,7 @@ def validate(
     champion = known_champion(read.lineage)
     record = read_record(current_store(), champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
-    schema = choose_schema(arrival, record)
+    schema = choose_schema(current_store(), arrival, record)
     with _local(test_data) as test_source:
         report = validate_file(
             file,

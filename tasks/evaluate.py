@@ -45,7 +45,8 @@ def evaluate_version(
 
     On tasks that the lineage knows, the base's accuracies stand in the record, and the parent's answers beside its
     adapter: the rows are frozen. The parent is asked now what it was not asked then, as its share of a task's rows was
-    smaller. Of a task whose rows were forgotten, the arrival's own test rows take their place.
+    smaller. Of a task whose rows were forgotten, the arrival's own test rows take their place. Of a task that gains
+    labels, the new version is asked its frozen rows with them and the parent without: each as it serves.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
@@ -54,27 +55,28 @@ def evaluate_version(
     sets = within_budget(sets, dataset.task, config.max_old_rows)
     new = []
     if renewed is not None:
-        new = load_test_sets(store, [renewed.judged_by(dataset)])
+        new = [_widened(each, dataset) for each in load_test_sets(store, [renewed.judged_by(dataset)])]
     elif record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     else:
-        notes = (*notes, *_unused_test_rows(store, record, dataset))
+        notes = (*notes, *_unused_test_rows(store, record, dataset), *_unjudged_labels(dataset))
     kept = read_answers(store, parent.adapter_uri) if parent else None
     answered = kept.now if kept else {}
     open_rows = _unanswered(sets, answered)
+    all_sets = [*(_widened(each, dataset) for each in sets), *new]
     scorer = Scorer(base, config)
-    scorer.expect(new, [*new, *open_rows] if parent else [], [*sets, *new])
+    scorer.expect(new, [*new, *open_rows] if parent else [], all_sets)
     with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
         on_base = scorer.score(None, new, general=True)
         on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
         if open_rows:
             asked = scorer.score(parent_folder, open_rows).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
-        now = scorer.score(folder, [*sets, *new], general=True)
+        now = scorer.score(folder, all_sets, general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     learned = now.evaluations[dataset.task]
-    num_too_long = sum(map(scorer.count_too_long, (each for each in (*sets, *new) if each.schema.name == dataset.task)))
+    num_too_long = sum(map(scorer.count_too_long, (each for each in all_sets if each.schema.name == dataset.task)))
     if num_too_long:
         notes = (*notes, f"{num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
                          "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
@@ -200,6 +202,16 @@ def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: Datase
         return ()
     return (f"{dataset.task} stays judged on the {known.num_test} test rows it came with first; the {dataset.num_test} "
             "of this arrival are neither learned nor asked",) if dataset.num_test else ()  # fmt: skip
+
+
+def _unjudged_labels(dataset: DatasetRef) -> tuple[str, ...]:
+    """What to say of labels that a task gains after its test rows were frozen."""
+    return (f"{dataset.task} gains the labels {', '.join(dataset.new_labels)}: its test rows came before and have none "
+            "of them, so that no figure tells how well they are learned",) if dataset.new_labels else ()  # fmt: skip
+
+
+def _widened(test_set: TestSet, dataset: DatasetRef) -> TestSet:
+    return replace(test_set, schema=dataset.widen(test_set.schema))
 
 
 def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:

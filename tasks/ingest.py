@@ -20,6 +20,7 @@ from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
 from infra.object_store import ObjectNotFoundError, ObjectStore
 from infra.temporary import temporary_folder
+from tasks.labels import added_labels
 from tasks.progress import advance
 from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival, DatasetRef, VersionRef
@@ -69,7 +70,7 @@ def ingest_arrival(
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
     with reading_the_task():
-        schema = choose_schema(arrival, record)
+        schema = choose_schema(store, arrival, record)
     for known in record.tasks if record else ():  # said now rather than after the training
         if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)
@@ -101,28 +102,35 @@ def ingest_arrival(
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
             refuse_forgotten(store, arrival.task, [manifest.sha256])
-        dataset = _publish(store, folder, manifest, lineage)
+        before = record.task(arrival.task) if record else None
+        new_labels = schema.labels[len(before.schema.labels) :] if before else ()
+        dataset = _publish(store, folder, manifest, lineage, new_labels)
         if not again:
             _withdraw_forgotten(store, dataset)
         return dataset
 
 
-def choose_schema(arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
+def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
     """What the user says of the task, else what the lineage knows of it, else what the file will show.
+
+    A task that the lineage knows has the labels too that it has gained by command. Who names the labels of before says
+    nothing against them.
 
     Raises:
         ConfigError: the lineage knows the task otherwise.
     """
     known = record.task(arrival.task) if record else None
-    if known is None:
+    if record is None or known is None:
         return TaskSchema(name=arrival.task, **{"format": "auto", **arrival.given})
-    asked = replace(known.schema, **arrival.given)
+    added = added_labels(store, record.lineage, arrival.task)
+    asked, widened = replace(known.schema, **arrival.given).with_labels(added), known.schema.with_labels(added)
     for name in ("format", "labels", "instruction", "template"):
-        said, stands = getattr(asked, name), getattr(known.schema, name)
+        said, stands = getattr(asked, name), getattr(widened, name)
         if said != stands:
+            adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
             raise ConfigError(
                 f"task.{name} of '{arrival.task}' is {said!r}, but the lineage learned it as {stands!r}; leave it out, "
-                "or start a new lineage."
+                f"{f'add labels with: {adding}, ' if name == 'labels' else ''}or start a new lineage."
             )
     return asked
 
@@ -144,7 +152,9 @@ def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_na
     return frozenset(stored_input_digest(kind, stored) for stored in inputs)
 
 
-def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineage: str) -> DatasetRef:
+def _publish(
+    store: ObjectStore, folder: Path, manifest: DatasetManifest, lineage: str, new_labels: tuple[str, ...]
+) -> DatasetRef:
     """Put the dataset where it belongs to one lineage and one way of asking.
 
     Test rows that are there stay to the byte: they judge the task for good, and a digest is blind to blanks.
@@ -172,6 +182,7 @@ def _publish(store: ObjectStore, folder: Path, manifest: DatasetManifest, lineag
         num_rejected=manifest.num_rejected,
         quarantine=quarantine,
         landed_sha256=manifest.landed_sha256,
+        new_labels=new_labels,
     )
 
 

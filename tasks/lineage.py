@@ -97,7 +97,7 @@ def make_run_key(
 ) -> str:
     """Identity of a run: the same arrival on the same parent with the same settings has the same key."""
     origin = parent.version if parent else "base"
-    parts = [lineage, base.sha256, dataset.task, dataset.sha256, origin, config_sha256, attempt]
+    parts = [lineage, base.sha256, dataset.task, dataset.sha256, origin, config_sha256, attempt, *dataset.new_labels]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

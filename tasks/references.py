@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import Quantize
+from deal_core.data.schema import TaskSchema
 
 Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
 """left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it.
@@ -57,6 +58,12 @@ class DatasetRef(Reference):
     """Key of the file's bad rows; None if it had none."""
     landed_sha256: str | None = None
     """As in the manifest."""
+    new_labels: tuple[str, ...] = ()
+    """Labels, added by command, that its task lacks in the version that the run continues."""
+
+    def widen(self, schema: TaskSchema) -> TaskSchema:
+        """How a task is asked once the dataset is learned: its own has the new labels too."""
+        return schema.with_labels(self.new_labels) if schema.name == self.task else schema
 
 
 def dataset_sha256(dataset_uri: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -54,6 +55,7 @@ def register_version(
         known = (*known, new)
     elif renewed := renewed_task(store, before, dataset):
         known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
+    known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
     record = LineageRecord(
         lineage=run.lineage,
         base=base,

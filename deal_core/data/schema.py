@@ -7,8 +7,8 @@ import json
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -93,6 +93,21 @@ class TaskSchema:
         """Digest of what decides how rows are stored and asked; names of columns in a file are no part of it."""
         parts = [self.format, list(self.labels), self.instruction, self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def with_labels(self, labels: Iterable[str]) -> TaskSchema:
+        """The same task with those of `labels` that it lacks, in their order after its own.
+
+        Example:
+            >>> TaskSchema(name="t", labels=("b", "a")).with_labels(["c", " A "]).labels
+            ('b', 'a', 'c')
+
+        Raises:
+            ConfigError: One of them can be no label, or the task is of a format that has none.
+        """
+        spelled: dict[str, str] = {}
+        for label in (*self.labels, *labels):
+            spelled.setdefault(label_key(label), label)
+        return replace(self, labels=tuple(spelled.values()))
 
     def to_json(self) -> dict[str, Any]:
         """The schema as a dict of JSON types."""

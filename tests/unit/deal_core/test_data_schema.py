@@ -97,6 +97,17 @@ def test_a_manifest_of_another_version_is_refused() -> None:
         DatasetManifest.from_json({"schema_version": 99})
 
 
+def test_labels_are_added_after_those_that_there_are_and_once() -> None:
+    task = TaskSchema(name="t", labels=("b", "a"), instruction="Which?")
+    assert task.with_labels([" c ", "B", "c", "0"]) == replace(task, labels=("b", "a", "c", "0"))
+    assert task.with_labels([]) == task
+    for wrong in ("", " ", "one\ntwo"):
+        with pytest.raises(ConfigError, match="a label is one line and not empty"):
+            task.with_labels([wrong])
+    with pytest.raises(ConfigError, match="only labelled tasks have labels"):
+        TaskSchema(name="t", format="completion").with_labels(["c"])
+
+
 def test_labels_are_the_same_across_case_blanks_and_unicode_forms() -> None:
     assert label_key(" Caf\u00e9  au LAIT ") == label_key("cafe\u0301 au lait")
     assert label_key("STRASSE") == label_key("straße")

@@ -53,6 +53,7 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     assert done.returncode == 0, done.stderr
     for name in (
         "demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "plan", "model", "ui", "report",
+        "labels",
     ):  # fmt: skip
         assert name in done.stdout
 
@@ -87,6 +88,7 @@ def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: 
         (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
         (["validate", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),
+        (["labels", "bank"], "--add"),
         (["adapt", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
     ],
@@ -159,7 +161,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
     assert "\x1b" not in result.output and "\r" not in result.output
 
 
-@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"]])
+@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"], ["labels", "bank", "--add", "late"]])
 def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
     result = deal(*arguments, "--lineage", "nobody")
     assert result.exit_code == 1

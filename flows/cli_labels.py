@@ -1,0 +1,35 @@
+"""The command by which a task gains labels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flows.session import Debug, Home, Json, session
+
+labels_app = typer.Typer()
+
+
+@labels_app.command()
+def labels(
+    task: Annotated[str, typer.Argument(help="Task that the lineage knows.")],
+    add: Annotated[list[str], typer.Option("--add", help="Label that its next arrivals may bring; several times.")],
+    lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give a task labels beside those that it was learned with."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("reading"):
+            from flows.labels import add_labels
+
+            found = add_labels(lineage, task, add)
+        shown = [f"There already: {', '.join(found.present)}."] if found.present else []
+        if found.added:
+            gained = f"{task} of lineage {lineage} gains: {', '.join(found.added)}."
+            shown += [gained, "Land the file again that had rows with them; in an inbox, under another name."]
+        shown.append(f"Its labels: {', '.join(found.labels)}.")
+        deal.screen.result(found.model_dump(mode="json"), *map(escape, shown))

@@ -1,0 +1,147 @@
+"""A task gains a label by command: rows that were bad for it are learned, and every version is judged as it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import deal_core.evaluate
+from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
+from flows.cli import app
+from flows.forget import forget
+from flows.predict import predict
+from infra.registry import open_registry
+from tasks.ingest import read_manifest
+from tasks.record import read_record
+from tasks.services import current_store
+from tests.adapting import BANK, CLINIC, run
+
+LABELS = yaml.safe_load((EXAMPLES / "bank" / "spec.yaml").read_text())["task"]["labels"]
+NEW = "swallowed card"
+ROWS = [
+    *({"text": f"A new message number {number} about my card.", "label": "lost card"} for number in range(20)),
+    *({"text": f"Machine {number} has kept my card.", "label": NEW} for number in range(3)),
+]
+SPLITS = ["test"] * 7 + ["train"] * 15 + ["test"]
+Deal = Callable[..., Any]
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def deal() -> Iterator[Deal]:
+    """Runs a command on lineage `l` and returns what it says to machines; the environment is put back."""
+    before = dict(os.environ)
+
+    def invoke(*words: str) -> Any:
+        result = CliRunner().invoke(app, [*words, "--lineage", "l", "--json"])
+        return json.loads(result.stdout if result.exit_code == 0 else result.stderr)
+
+    with warnings.catch_warnings():
+        yield invoke
+    logging.captureWarnings(False)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def more(tmp_path: Path) -> Path:
+    """A file for the known task, with rows of a label that it has not."""
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
+    """Of each test set that a model answers from now on: its task, whether the new label is offered, how many rows."""
+    asked: list[tuple[str, bool, int]] = []
+    evaluate_task = deal_core.evaluate.evaluate_task
+
+    def evaluate(model: Any, tokenizer: Any, task: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        asked.append((task.name, NEW in task.labels, len(rows)))
+        return evaluate_task(model, tokenizer, task, rows, *args, **options)
+
+    patch.setattr(deal_core.evaluate, "evaluate_task", evaluate)
+    return asked
+
+
+def labels_of(version: int) -> list[str]:
+    adapter = open_registry().versions("l")[version - 1].adapter_uri
+    known = read_record(current_store(), adapter).task("bank")
+    assert known is not None
+    return list(known.schema.labels)
+
+
+def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_base: Path, more: Path) -> None:
+    run(tiny_base, {**BANK, "labels": LABELS})
+    without = run(tiny_base, {"name": "bank", "data": str(more)})
+    assert (without.status, without.dataset.num_train, without.dataset.num_rejected) == ("promoted", 20, 3)
+
+    added = deal("labels", "bank", "--add", NEW, "--add", "Lost  card")
+    assert (added["added"], added["present"], added["labels"]) == ([NEW], ["Lost  card"], [*LABELS, NEW])
+    assert deal("labels", "bank", "--add", NEW)["added"] == [], "said again it is there"
+    assert labels_of(2) == LABELS, "a version stays as it is"
+    assert deal("validate", str(more), "--task", "bank")["num_rejected"] == 0
+
+    store = current_store()
+    settings = {"base_model": str(tiny_base), "gate": NO_LIMITS, "train": {"max_steps": 2, "max_prompt_tokens": 192}}
+    store.put_bytes("lineages/l.yaml", yaml.safe_dump(settings).encode())
+    store.put_bytes("inbox/bank/task.yaml", yaml.safe_dump({"labels": LABELS}).encode())
+    store.put_bytes("inbox/bank/more.jsonl", more.read_bytes())
+    (seen,) = deal("watch", "--once", "--poll", "0.1")["files"]
+    assert seen["outcome"] == "promoted", seen
+
+    version = open_registry().versions("l")[2]
+    assert (labels_of(1), labels_of(2), labels_of(3)) == (LABELS, LABELS, [*LABELS, NEW])
+    findings = json.loads(store.get_bytes(f"{version.adapter_uri}/findings.json"))
+    manifest = read_manifest(store, findings["dataset"]["uri"])
+    assert (manifest.num_train, manifest.num_rejected, list(manifest.task.labels)) == (23, 0, [*LABELS, NEW])
+    assert any(f"bank gains the labels {NEW}" in note for note in findings["evaluation"]["notes"])
+    assert findings["evaluation"]["parent_accuracies"]["bank"] == without.accuracies["bank"]
+    asked = [predict("It kept my card.", lineage="l", task="bank", version=number).prompt for number in ("2", None)]
+    assert [NEW in prompt for prompt in asked] == [False, True]
+    assert deal("adapt", "--task", "bank", "--data", str(more))["status"] == "repeat"
+
+
+def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
+    deal: Deal, tiny_base: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_base, {**BANK, "labels": LABELS})
+    run(tiny_base, CLINIC, evaluate={"max_old_rows": 5})
+    deal("labels", "bank", "--add", NEW)
+    asked = keep_what_is_asked(monkeypatch)
+    third = run(tiny_base, {"name": "bank", "data": str(more)})
+    assert third.status == "promoted" and third.dataset.new_labels == (NEW,)
+    assert asked == [("bank", False, 31), ("bank", True, 36), ("clinic", False, 36)]
+
+
+def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
+    deal: Deal, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tiny_base, {**BANK, "labels": LABELS})
+    asyncio.run(forget(first.dataset.sha256))
+    deal("labels", "bank", "--add", NEW)
+    path = tmp_path / "anew.jsonl"
+    rows = [{**row, "split": split} for row, split in zip(ROWS, SPLITS, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = keep_what_is_asked(monkeypatch)
+    second = run(tiny_base, {"name": "bank", "data": str(path)})
+    assert (second.status, second.dataset.num_test, labels_of(2)) == ("promoted", 8, [*LABELS, NEW])
+    assert asked == [("bank", True, 8)] * 3, "the base model, the parent and the new version, on the same questions"
+
+
+def test_a_task_that_the_lineage_does_not_know_gains_nothing(deal: Deal, tiny_base: Path) -> None:
+    run(tiny_base, BANK)
+    assert "knows no task 'bnak'; it knows bank." in deal("labels", "bnak", "--add", NEW)["error"]
+    assert "a label is one line and not empty" in deal("labels", "bank", "--add", " ")["error"]
+    assert not list(current_store().list("labels"))
