@@ -17,6 +17,8 @@ from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits
 
 NUM_KEPT = 64
 """Most likely tokens of a target distribution that are kept; the rest of its mass counts as one more token."""
+NUM_DRIFT_STEPS = 4
+"""Steps whose questions tell what an arrival's start does to old answers."""
 TINY = 1e-6
 
 
@@ -103,6 +105,21 @@ class Rehearsal:
         # with fewer questions than processes some put the first one for nothing: all have to take part in the step
         questions = drawn[rank::num_processes] or drawn[:1]
         share = num_processes if rank < len(drawn) else 0
+        num_tokens = sum(len(question.answer_ids) for question in drawn)
+        return self._weight * self._summed(model, questions) / num_tokens * share
+
+    @torch.no_grad()
+    def drift(self, model: nn.Module) -> float | None:
+        """Return KL(target ‖ model) per answer token over the first steps' questions; None where no target is known."""
+        drawn = (question for step in range(NUM_DRIFT_STEPS) for question in self.draw(step))
+        questions = [question for question in drawn if question.tokens_KN is not None]
+        if not questions:
+            return None
+        model.eval()
+        num_tokens = sum(len(question.answer_ids) for question in questions)
+        return float(self._summed(model, questions)) / self._temperature**2 / num_tokens
+
+    def _summed(self, model: nn.Module, questions: Sequence[Question]) -> Tensor:
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in self._collate([vars(q) for q in questions]).items()}
         logits_BKV = answer_logits(model, inputs).float()
@@ -112,8 +129,7 @@ class Rehearsal:
             length = len(question.answer_ids)
             part = slice(-length, None) if is_right else slice(0, length)
             losses.append(self._question_loss(logits_KV[part], labels_K[part], question))
-        num_tokens = sum(len(question.answer_ids) for question in drawn)
-        return self._weight * torch.stack(losses).sum() / num_tokens * share
+        return torch.stack(losses).sum()
 
     def _question_loss(self, logits_KV: Tensor, labels_K: Tensor, question: Question) -> Tensor:
         if question.tokens_KN is None or question.shares_KN is None:

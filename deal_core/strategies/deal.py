@@ -51,6 +51,7 @@ class Deal(Strategy):
         self.network = Reparametrization(self.stacks, self.deal, generator)
         self.network.synchronise()
         self.network.materialise()
+        self._drift = self._rehearsal.drift(model) if self._rehearsal and self.deal.recycle else None
 
     def _start_first_task(self, generator: torch.Generator) -> None:
         """With one side trained, the other must not be the zero one, or no gradient ever flows."""
@@ -107,16 +108,18 @@ class Deal(Strategy):
         """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
         found = list(super().notes())
         if self.config.rehearsal.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
-            found.append(f"not rehearsed, as it cannot be asked about these texts apart from the new task: {names}")
+            how = "rehearsed by its stored rows alone, if it has any" if self._rows else "not rehearsed"
+            found.append(f"{how}, as it cannot be asked about these texts apart from the new task: {names}")
         if self.network is None or not self.network.num_core_slots:
             return tuple(found)
         counts = self.network.num_core_slots
         mean = sum(counts.values()) / len(counts)
         found.append(f"core slots when the task arrived: {mean:.1f} per module on average")
         if self.network.recycled_share > 0:
-            found.append(
-                f"recycling the free slots removed {100 * self.network.recycled_share:.1f} % of the adapter's norm"
-            )
+            share = f"{100 * self.network.recycled_share:.1f} %"
+            found.append(f"recycling the free slots removed {share} of the adapter's norm")
+            if self._drift is not None:
+                found[-1] += f"; the old answers' KL to what they were: {self._drift:.3f} a token"
         if self.network.is_full:
             found.append(
                 f"the adapter is full in {len(self.network.is_full)} of {len(counts)} modules: their core was cut to "

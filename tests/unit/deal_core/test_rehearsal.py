@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -160,6 +161,9 @@ def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, tas
     notes = train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD, alike)).result.notes
     assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
     assert len(train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD,)).result.notes) == 1
+    both = RehearsalConfig(texts="both")
+    second = train("deal", train("deal", rehearsal=both).folder, rehearsal=both, old_tasks=(alike,))
+    assert second.result.notes[1].startswith("rehearsed by its stored rows alone, if it has any")
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
@@ -167,6 +171,21 @@ def test_deal_keeps_rows_only_when_asked_to(parent, train):
     for texts in ("stored", "both"):
         state = load_method_state(train("deal", rehearsal=RehearsalConfig(texts=texts, stored_share=0.5)).folder)
         assert state.stores == "data" and [len(unpack(value)) for value in state.tensors.values()] == [12]
+
+
+def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent, train, base, task, rows):
+    """The parent has not moved at all, an adapter whose slots were emptied has."""
+    recycled, kept = (train("deal", parent, deal=DealConfig(recycle=on), old_tasks=(OLD,)) for on in (True, False))
+    (said,) = (note for note in recycled.result.notes if "recycling" in note)
+    assert float(re.search(r"KL to what they were: ([0-9.]+) a token", said)[1]) > 0
+    assert not any("recycling" in note for note in kept.result.notes)
+    with adapter_on(base.model, parent) as model:
+        context = TaskContext(
+            base=base, task=task, rows=rows(6), encoded=rows(6), old_tasks=(OLD,), adapter=AdapterConfig(), train=LONG,
+        )  # fmt: skip
+        assert make_rehearsal(RehearsalConfig(), model, context, {}, seed=0).drift(model) == pytest.approx(0, abs=1e-4)
+        stored = {"rows.0000": pack([Question([1], [2])])}
+        assert make_rehearsal(RehearsalConfig(texts="stored"), model, context, stored, seed=0).drift(model) is None
 
 
 def test_rehearsed_run_resumes(train, parent, tmp_path):
