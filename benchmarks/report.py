@@ -56,7 +56,8 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
         "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
-        "is_judged": bool(protocol.lifted()), "pictures": draw(protocol, rows, images),
+        "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
+        "pictures": draw(protocol, rows, images),
         "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
         "num_trained": sum(row["num_cells"] for row in trained), "core_hours": core_hours(trained),
     }  # fmt: skip

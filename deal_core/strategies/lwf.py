@@ -9,7 +9,7 @@ from deal_core.strategies.base import MethodState, Strategy, TaskContext
 
 
 class Lwf(Strategy):
-    """SeqLoRA with T²·KL(parent ‖ model) on rows of the new task, at the positions of their answers."""
+    """SeqLoRA with T²·KL(parent ‖ model) on new rows, a few of them a step, at the positions of their answers."""
 
     name = "lwf"
     reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")
