@@ -16,7 +16,7 @@ from flows.history import find_version, unknown_lineage
 from infra.ledger import Ledger
 from infra.promotions import Action, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
-from tasks.lineage import descent
+from tasks.lineage import arrival_digests, descent
 from tasks.notices import Kind, Notice, announce
 from tasks.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.services import current_store
@@ -186,7 +186,7 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
     known = {digest for version in now for digest in version.digests}
     return tuple(
         Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
-        for version in reversed(before) if not version.digests & known
+        for version in reversed(before) if not arrival_digests(version, before) & known
     )  # fmt: skip
 
 

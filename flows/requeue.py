@@ -15,7 +15,7 @@ from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.finish import read_spec_of, require_same_files
-from tasks.lineage import descent, standing_of
+from tasks.lineage import arrival_digests, descent, standing_of
 from tasks.services import current_store
 from tasks.tombstones import refuse_forgotten
 
@@ -38,7 +38,7 @@ def find_left_behind(lineage: str) -> tuple[Learned, ...]:
     known = {digest for version in (*line, *waiting) for digest in version.digests}
     found: list[Learned] = []
     for version in reversed(versions):
-        if standings[version.version] == "left behind" and not version.digests & known:
+        if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
             found.append(Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256))
     return tuple(reversed(found))
@@ -64,10 +64,14 @@ async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResul
         numbers = versions or [each.version for each in find_left_behind(lineage)]
         found = [find_version(registry, lineage, number) for number in numbers]
         specs = [_spec_of(version) for version in found]
-        return [
-            await learn_arrival(spec, again=not _is_learned(registry, version))
-            for spec, version in zip(specs, found, strict=True)
-        ]
+        return [await _learn(registry, spec, version) for spec, version in zip(specs, found, strict=True)]
+
+
+async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> AdaptResult:
+    run = await learn_arrival(spec, again=not _is_learned(registry, version))
+    if run.version and run.status != "repeat":  # its dataset may be another one: of labels that the task has gained
+        registry.tag_version(version.lineage, run.version, {"requeued_sha256": version.dataset_sha256})
+    return run
 
 
 def _spec_of(version: VersionInfo) -> AdaptSpec:
@@ -80,5 +84,6 @@ def _spec_of(version: VersionInfo) -> AdaptSpec:
 
 
 def _is_learned(registry: Registry, version: VersionInfo) -> bool:
-    line = descent(registry.versions(version.lineage), registry.champion(version.lineage))
-    return any(each.digests & version.digests for each in line)
+    versions = registry.versions(version.lineage)
+    wanted = arrival_digests(version, versions)
+    return any(each.digests & wanted for each in descent(versions, registry.champion(version.lineage)))

@@ -61,6 +61,8 @@ class VersionFacts:
     """Id of the flow run that trained it, which a run that is started again keeps."""
     landed_sha256: str | None = None
     """Digest of the arrival's rows whichever test rows the lineage knew; None of older versions."""
+    requeued_sha256: str | None = None
+    """Digest of the dataset of the version in whose place it was learned by a requeue."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -69,7 +71,7 @@ class VersionFacts:
     @property
     def digests(self) -> frozenset[str]:
         """Two versions of a lineage learned the same arrival if they share one of these."""
-        return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256)))
+        return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256, self.requeued_sha256)))
 
     def tags(self) -> dict[str, str]:
         """The facts as registry tags; what is undefined is left out."""
@@ -346,6 +348,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "approval": tags.get("approval"),
         "flow_run": tags.get("flow_run"),
         "landed_sha256": tags.get("landed_sha256"),
+        "requeued_sha256": tags.get("requeued_sha256"),
         **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
     }
     values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}

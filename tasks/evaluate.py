@@ -21,7 +21,7 @@ from tasks.frozen_rows import TestSet, answered_rows, load_test_set, load_test_s
 from tasks.ingest import read_manifest
 from tasks.progress import advance
 from tasks.record import KnownTask, LineageRecord, read_record
-from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
+from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores, dataset_sha256
 from tasks.services import borrowed_folder, borrowed_parent, current_store
 from tasks.tombstones import TestRowsForgottenError, forgotten_tests
 
@@ -198,7 +198,8 @@ class Scorer:
 def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> tuple[str, ...]:
     """What to say of test rows that an arrival of a known task was given."""
     known = record.task(dataset.task)
-    if known is None or known.dataset_uri == dataset.uri or read_manifest(store, dataset.uri).split != "given":
+    is_frozen = known is not None and dataset_sha256(known.dataset_uri) == dataset.sha256
+    if known is None or is_frozen or read_manifest(store, dataset.uri).split != "given":
         return ()
     return (f"{dataset.task} stays judged on the {known.num_test} test rows it came with first; the {dataset.num_test} "
             "of this arrival are neither learned nor asked",) if dataset.num_test else ()  # fmt: skip

@@ -88,6 +88,12 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
     return tuple(found.values())
 
 
+def same_rows(versions: Sequence[VersionInfo], sha256: str) -> set[str]:
+    """The dataset's digest, and those of the same rows split otherwise, by test rows that the lineage knew then."""
+    landed = {version.landed_sha256 for version in versions if version.dataset_sha256 == sha256} - {None}
+    return {sha256} | {version.dataset_sha256 for version in versions if version.landed_sha256 in landed}
+
+
 def plan_forgetting(
     store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
 ) -> ForgetPlan:
@@ -105,7 +111,7 @@ def plan_forgetting(
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
         versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
-        affected = affected_versions(versions, {arrival.sha256})
+        affected = affected_versions(versions, same_rows(versions, arrival.sha256))
         learned += affected
         judged = _judged_by(store, versions, arrival)
         if any("champion" in version.aliases for version in judged):

@@ -122,7 +122,7 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     known = record.task(arrival.task) if record else None
     if record is None or known is None:
         return TaskSchema(name=arrival.task, **{"format": "auto", **arrival.given})
-    added = added_labels(store, record.lineage, arrival.task)
+    added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
     asked, widened = replace(known.schema, **arrival.given).with_labels(added), known.schema.with_labels(added)
     for name in ("format", "labels", "instruction", "template"):
         said, stands = getattr(asked, name), getattr(widened, name)

@@ -111,6 +111,15 @@ def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tup
     return tuple(line)
 
 
+def arrival_digests(version: VersionInfo, versions: Sequence[VersionInfo]) -> frozenset[str]:
+    """By what the arrival that a version learned is known again among `versions`.
+
+    Not by its rows alone where the version continues one that had learned them: they landed again to bring test rows.
+    """
+    is_renewal = any(older.landed_sha256 == version.landed_sha256 for older in descent(versions, version)[1:])
+    return version.digests - {version.landed_sha256} if is_renewal else version.digests
+
+
 def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
     """What has become of a version, given the champion's descent."""
     if not version.accepted:

@@ -107,8 +107,10 @@ class Deal(Strategy):
     def notes(self) -> tuple[str, ...]:
         """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
         found = list(super().notes())
-        if self.config.rehearsal.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
-            how = "rehearsed by its stored rows alone, if it has any" if self._rows else "not rehearsed"
+        config = self.config.rehearsal
+        if config.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
+            has_rows = config.keeps_rows and self._rows
+            how = "rehearsed by its stored rows alone, if it has any" if has_rows else "not rehearsed"
             found.append(f"{how}, as it cannot be asked about these texts apart from the new task: {names}")
         if self.network is None or not self.network.num_core_slots:
             return tuple(found)

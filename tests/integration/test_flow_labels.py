@@ -20,6 +20,8 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli import app
 from flows.forget import forget
 from flows.predict import predict
+from flows.promote import roll_back
+from flows.requeue import find_left_behind, requeue
 from infra.registry import open_registry
 from tasks.ingest import read_manifest
 from tasks.record import read_record
@@ -138,6 +140,19 @@ def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
     second = run(tiny_base, {"name": "bank", "data": str(path)})
     assert (second.status, second.dataset.num_test, labels_of(2)) == ("promoted", 8, [*LABELS, NEW])
     assert asked == [("bank", True, 8)] * 3, "the base model, the parent and the new version, on the same questions"
+
+
+def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, tiny_base: Path, more: Path) -> None:
+    """The dataset is another one than that of the version left behind, whose place the new version takes."""
+    run(tiny_base, {**BANK, "labels": LABELS})
+    assert run(tiny_base, {"name": "bank", "data": str(more)}).dataset.num_rejected == 3
+    roll_back("l", "1", who="someone", why="test")
+    deal("labels", "bank", "--add", NEW)
+    (third,) = asyncio.run(requeue("l"))
+    assert (third.status, third.version, third.dataset.num_rejected) == ("promoted", "3", 0)
+    assert find_left_behind("l") == ()
+    (again,) = asyncio.run(requeue("l", ["2"]))
+    assert again.message.startswith("Nothing to do: version 3 has learned")
 
 
 def test_a_task_that_the_lineage_does_not_know_gains_nothing(deal: Deal, tiny_base: Path) -> None:

@@ -45,3 +45,18 @@ def test_the_same_rows_under_another_split_are_left_behind_no_more(monkeypatch: 
     assert left_behind_by([second, first], [third, first]) == ()
     old = known_version(4, parent_version="1")
     assert left_behind(monkeypatch, 3, first, second, third, old) == ["4"], "it does not say how its rows landed"
+
+
+def test_rows_that_landed_again_to_judge_the_task_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version rolled back to has learned the rows, and cannot be judged by them."""
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="2", landed_sha256="x")
+    assert left_behind(monkeypatch, 2, first, second, third) == ["3"]
+    assert [each.version for each in left_behind_by([third, second, first], [second, first])] == ["3"]
+
+
+def test_what_a_requeue_learned_stands_for_the_version_that_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows may be others: some were bad until their label was added."""
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="1", landed_sha256="y", requeued_sha256=second.dataset_sha256)
+    assert left_behind(monkeypatch, 3, first, second, third) == []

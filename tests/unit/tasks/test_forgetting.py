@@ -9,7 +9,7 @@ import pytest
 
 from infra.file_store import FileStore
 from infra.row_artifacts import artifacts_with_rows
-from tasks.forgetting import affected_versions
+from tasks.forgetting import affected_versions, same_rows
 from tasks.tombstones import (
     ForgottenRowsError,
     TestRowsForgottenError,
@@ -38,6 +38,14 @@ def test_a_version_learned_from_what_it_or_one_before_it_was_trained_on() -> Non
     assert [(each.version, each.is_direct) for each in found] == [("2", True), ("3", False), ("5", False)]
     assert found[0].aliases == ("champion",)
     assert not affected_versions(chain, {"x"})
+
+
+def test_versions_that_learned_the_same_rows_under_another_split_are_named_too() -> None:
+    versions = (
+        version(1, dataset_sha256="a", landed_sha256="x"), version(2, dataset_sha256="b", landed_sha256="x"),
+        version(3, dataset_sha256="c", landed_sha256=None), version(4, dataset_sha256="d", landed_sha256=None),
+    )  # fmt: skip
+    assert (same_rows(versions, "a"), same_rows(versions, "c")) == ({"a", "b"}, {"c"})
 
 
 def test_a_tombstone_refuses_its_dataset_and_its_files_and_no_others(tmp_path: Path) -> None:
