@@ -76,10 +76,14 @@ def evaluate_version(
         now = scorer.score(folder, all_sets, general=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     learned = now.evaluations[dataset.task]
-    num_too_long = sum(map(scorer.count_too_long, (each for each in all_sets if each.schema.name == dataset.task)))
+    own = [each for each in all_sets if each.schema.name == dataset.task]
+    num_too_long = sum(scorer.count_too_long(each, each.rows["output"]) for each in own)
     if num_too_long:
         notes = (*notes, f"{num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
                          "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
+    if any(scorer.count_too_long(each, dataset.new_labels) for each in own):
+        notes = (*notes, f"new labels of {dataset.task} are longer than an answer may be since its first arrival "
+                         "(evaluate.max_new_tokens), so that no version can give them")  # fmt: skip
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
     keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
@@ -183,11 +187,10 @@ class Scorer:
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
             return Scored(found, answers, perplexity(model, self._base.tokenizer) if general else None)
 
-    def count_too_long(self, test_set: TestSet) -> int:
-        """Test rows whose reference no answer can match."""
+    def count_too_long(self, test_set: TestSet, references: Sequence[str]) -> int:
+        """References that no answer to the test set's rows can match."""
         from deal_core.evaluate import count_too_long
 
-        references = test_set.rows["output"]
         return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
 
     def _advance(self, name: str, num_rows: int) -> None:

@@ -118,13 +118,16 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
 def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     deal: Deal, tiny_base: Path, more: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tiny_base, {**BANK, "labels": LABELS})
+    run(tiny_base, {**BANK, "labels": LABELS}, evaluate={"max_new_tokens": 3})
     run(tiny_base, CLINIC, evaluate={"max_old_rows": 5})
     deal("labels", "bank", "--add", NEW)
     asked = keep_what_is_asked(monkeypatch)
     third = run(tiny_base, {"name": "bank", "data": str(more)})
     assert third.status == "promoted" and third.dataset.new_labels == (NEW,)
     assert asked == [("bank", False, 31), ("bank", True, 36), ("clinic", False, 36)]
+    findings = json.loads(current_store().get_bytes(f"{open_registry().versions('l')[2].adapter_uri}/findings.json"))
+    notes = findings["evaluation"]["notes"]
+    assert any("new labels of bank are longer than an answer may be" in note for note in notes)
 
 
 def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
