@@ -23,7 +23,7 @@ demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter lear
 
 # Two processes of one thread each: on two cores faster than one process of two, and no sum depends on the number of cores.
 test: $(VENV)/.stamp-dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
 
 nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(ARGS)
