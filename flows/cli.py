@@ -17,7 +17,7 @@ from flows.cli_promotion import promotion_app
 from flows.cli_report import report_app
 from flows.cli_serve import serve_app, vllm_app
 from flows.cli_server import lineage_app, server_app
-from flows.session import FAILED, Debug, Home, Json, Session, exit_if_rejected, session
+from flows.session import FAILED, Debug, Home, Json, Lineage, Session, exit_if_rejected, session
 
 app = typer.Typer(
     name="deal",
@@ -32,7 +32,6 @@ model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(lineage_app, name="lineage")
 
-Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Base = Annotated[
     str | None,
     typer.Option("--base", help="Hub id, local folder or GGUF file.",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flows.session import Debug, Home, Json, session
+from flows.session import Debug, Home, Json, Lineage, session
 
 labels_app = typer.Typer()
 
@@ -16,7 +16,7 @@ labels_app = typer.Typer()
 def labels(
     task: Annotated[str, typer.Argument(help="Task that the lineage knows.")],
     add: Annotated[list[str], typer.Option("--add", help="Label that its next arrivals may bring; several times.")],
-    lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
+    lineage: Lineage = "default",
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,

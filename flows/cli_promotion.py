@@ -6,12 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.session import Debug, Home, Json, exit_if_rejected, session
+from flows.session import Debug, Home, Json, Lineage, exit_if_rejected, session
 
 promotion_app = typer.Typer()
 
 Version = Annotated[str, typer.Argument(help="Number of the version.")]
-Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Why = Annotated[str, typer.Option("--why", help="Reason, for the promotion log.")]
 
 

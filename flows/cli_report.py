@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flows.session import Debug, Home, Json, session
+from flows.session import Debug, Home, Json, Lineage, session
 
 report_app = typer.Typer()
 
@@ -16,7 +16,7 @@ report_app = typer.Typer()
 @report_app.command()
 def report(
     version: Annotated[str, typer.Argument(help="Number of the version.")],
-    lineage: Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")] = "default",
+    lineage: Lineage = "default",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html"),

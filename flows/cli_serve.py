@@ -9,12 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flows.session import Debug, Home, Json, session
+from flows.session import Debug, Home, Json, Lineage, session
 
 serve_app = typer.Typer()
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
 
-Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 
 
 @serve_app.command()

@@ -25,6 +25,7 @@ Home = Annotated[
     typer.Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
                  show_default=False, rich_help_panel="Common"),
 ]  # fmt: skip
+Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
 

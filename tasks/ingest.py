@@ -128,9 +128,10 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
         said, stands = getattr(asked, name), getattr(widened, name)
         if said != stands:
             adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
+            remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
                 f"task.{name} of '{arrival.task}' is {said!r}, but the lineage learned it as {stands!r}; leave it out, "
-                f"{f'add labels with: {adding}, ' if name == 'labels' else ''}or start a new lineage."
+                f"{remedy} a new lineage."
             )
     return asked
 

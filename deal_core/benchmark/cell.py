@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.strategies import STRATEGIES, strategy_class
 
@@ -80,7 +80,7 @@ class Cell:
         Cells with the same digest share it: it is trained and scored once.
         """
         method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
-        is_plain = method["deal.sides"] == "both" and method["rehearsal.texts"] not in ("stored", "both")
+        is_plain = method["deal.sides"] == "both" and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")

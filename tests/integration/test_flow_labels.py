@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from tasks.ingest import read_manifest
 from tasks.record import read_record
 from tasks.services import current_store
 from tests.adapting import BANK, CLINIC, run
+from tests.in_process import put_back
 
 LABELS = yaml.safe_load((EXAMPLES / "bank" / "spec.yaml").read_text())["task"]["labels"]
 NEW = "swallowed card"
@@ -43,17 +41,13 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 @pytest.fixture
 def deal() -> Iterator[Deal]:
     """Runs a command on lineage `l` and returns what it says to machines; the environment is put back."""
-    before = dict(os.environ)
 
     def invoke(*words: str) -> Any:
         result = CliRunner().invoke(app, [*words, "--lineage", "l", "--json"])
         return json.loads(result.stdout if result.exit_code == 0 else result.stderr)
 
-    with warnings.catch_warnings():
+    with put_back():
         yield invoke
-    logging.captureWarnings(False)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
 import shutil
 import uuid
-import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from tasks.announcements import LANDED
 from tasks.answers import ANSWERS_FILE
 from tasks.notices import Notice, announce, announce_failure
 from tasks.services import current_store
+from tests.in_process import put_back
 from tests.receiver import Receiver
 
 PLANTED = "xylophone-4711"
@@ -69,14 +67,8 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
 
 def deal(*arguments: str) -> Any:
     """What a command prints as JSON; what it sets in this process is undone."""
-    before = dict(os.environ)
-    try:
-        with warnings.catch_warnings():
-            result = CliRunner().invoke(app, list(arguments))
-    finally:
-        logging.captureWarnings(False)
-        os.environ.clear()
-        os.environ.update(before)
+    with put_back():
+        result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from infra.registry import open_registry
 from tasks.finish import read_spec_of
 from tasks.inbox import read_state, write_state
 from tasks.services import current_store
+from tests.in_process import put_back
 
 ROWS = EXAMPLES / "parcels" / "messages.jsonl"
 Deal = Callable[..., Any]
@@ -35,18 +33,14 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 @pytest.fixture
 def deal(home: Path) -> Iterator[Deal]:
     """Runs a command in this process and returns what it says to machines; the environment is put back."""
-    before = dict(os.environ)
 
     def invoke(*words: str) -> Any:
         result: Result = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
-    with warnings.catch_warnings():
+    with put_back():
         yield invoke
-    logging.captureWarnings(False)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

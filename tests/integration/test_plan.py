@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.errors import ConfigError
 from flows.cli import app
 from tasks.sizing import refuse_what_cannot_fit
+from tests.in_process import put_back
 
 BANK = Path(__file__).parents[2] / "examples" / "bank"
 Plan = Callable[..., Result]
@@ -24,7 +24,6 @@ Plan = Callable[..., Result]
 @pytest.fixture
 def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
     """Runs deal plan on the bank example with the tiny base model."""
-    before = dict(os.environ)
 
     def invoke(*options: str, base: Path = tiny_base, **train: object) -> Result:
         spec = yaml.safe_load((BANK / "spec.yaml").read_text())
@@ -35,9 +34,8 @@ def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
         file.write_text(yaml.safe_dump(spec))
         return CliRunner().invoke(app, ["plan", str(file), "--home", str(tmp_path / "home"), *options])
 
-    yield invoke
-    os.environ.clear()
-    os.environ.update(before)
+    with put_back():
+        yield invoke
 
 
 def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from deal_core.errors import RegistryError
 from flows.cli import app
+from tests.in_process import put_back
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples"
@@ -29,16 +27,12 @@ Deal = Callable[..., Result]
 @pytest.fixture
 def deal(home: Path) -> Iterator[Deal]:
     """Runs the command in this process; what it sets in the environment is undone."""
-    before = dict(os.environ)
 
     def invoke(*arguments: str) -> Result:
         return CliRunner().invoke(app, list(arguments))
 
-    with warnings.catch_warnings():
+    with put_back():
         yield invoke
-    logging.captureWarnings(False)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_help_loads_nothing_heavy_and_names_every_command() -> None:
