@@ -12,7 +12,7 @@ from pydantic import field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from flows.spec import TaskFields, TaskSpec, parse, yaml_mapping
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore, check_key
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, check_key
 from tasks.inbox import (
     INBOX,
     Beside,

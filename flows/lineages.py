@@ -12,7 +12,7 @@ import yaml
 from deal_core.errors import ConfigError
 from flows.screens import in_one_line
 from flows.spec import NAME_PATTERN, LineageSpec, Name, parse, yaml_mapping
-from infra.object_store import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectNotFoundError, ObjectStore
 from tasks.progress import Interrupted
 
 logger = logging.getLogger(__name__)

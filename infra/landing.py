@@ -11,8 +11,8 @@ import logging
 from botocore.exceptions import BotoCoreError, ClientError
 
 from deal_core.errors import ConfigError
-from infra.s3_store import make_client
 from infra.settings import LandingSettings
+from infra.store.s3 import make_client
 
 logger = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 20

@@ -20,9 +20,10 @@ from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
 from deal_core.errors import ConfigError, StoreError
-from infra.object_store import ObjectNotFoundError, ObjectStore, open_store
-from infra.s3_store import S3Store, make_client
 from infra.settings import StoreSettings
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.open import open_store
+from infra.store.s3 import S3Store, make_client
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra import object_store
-from infra.file_store import FileStore
-from infra.object_store import open_store
+from infra.store import base
+from infra.store.local import FileStore
+from infra.store.open import open_store
 
 
 def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_an_upload_that_breaks_leaves_the_old_object_and_no_litter(tmp_path: Pat
         store.upload_file(unreadable, "k")
     assert store.get_bytes("k") == b"old"
     assert [info.key for info in store.list()] == ["k"]
-    assert list((tmp_path / "store" / object_store.RESERVED).iterdir()) == []
+    assert list((tmp_path / "store" / base.RESERVED).iterdir()) == []
 
 
 @pytest.mark.parametrize("if_absent", [False, True])
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
 
 def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="keeps for itself"):
-        FileStore(tmp_path).put_bytes(f"{object_store.RESERVED}/x", b"x")
+        FileStore(tmp_path).put_bytes(f"{base.RESERVED}/x", b"x")
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

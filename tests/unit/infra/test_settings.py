@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.object_store import open_store
 from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment, without_password
+from infra.store.open import open_store
 
 NAMES = (
     "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",

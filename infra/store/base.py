@@ -1,12 +1,7 @@
-"""One protocol over a folder and an S3 bucket: bytes and files under keys, with a conditional put.
+"""The interface of every store: bytes and files under keys, with a conditional put.
 
 Keys are relative paths with `/` between their parts. A prefix names a folder: `adapters/base` holds
 `adapters/base/x`, not `adapters/base2/x`; the empty prefix holds everything. No key may be the folder of another one.
-
-Example:
-    >>> store = open_store("file:///srv/deal/store")
-    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
-    True
 """
 
 from __future__ import annotations
@@ -22,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from deal_core.errors import ConfigError, StoreError
-from infra.settings import StoreSettings
+from deal_core.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -241,27 +234,3 @@ class ObjectStore(ABC):
             if folder != local:
                 folder.rename(local)
         return num_files
-
-
-def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
-    """Open the store at `uri`; nothing is written or asked for yet.
-
-    Args:
-        uri: file:///folder, s3://bucket or s3://bucket/prefix, or the plain path of a folder.
-        settings: address and keys of the S3 server; read from the environment when None.
-
-    Raises:
-        ConfigError: the uri has another form.
-    """
-    from infra.file_store import FileStore
-
-    if "://" not in uri:
-        return FileStore(Path(uri))
-    parts = urlsplit(uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path and not parts.query:
-        return FileStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc and not parts.query:
-        from infra.s3_store import S3Store
-
-        return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
-    raise ConfigError(f"The store {uri!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one.")

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deal_core.errors import StoreError
-from infra.object_store import (
+from infra.store.base import (
     RESERVED,
     ObjectInfo,
     ObjectNotFoundError,

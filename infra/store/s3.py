@@ -14,7 +14,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
-from infra.object_store import (
+from infra.settings import StoreSettings
+from infra.store.base import (
     RESERVED,
     ObjectInfo,
     ObjectNotFoundError,
@@ -24,7 +25,6 @@ from infra.object_store import (
     complete_file,
     folder_of,
 )
-from infra.settings import StoreSettings
 
 PROBE = f"{RESERVED}/if-none-match"
 _probed: set[tuple[str, str]] = set()
