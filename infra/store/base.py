@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
-"""First part of no key: a folder store keeps files there until they are complete, an S3 store what it tries out."""
+"""No key may start with it: a folder store writes unfinished files there, and an S3 store its test object."""
 _warned: set[tuple[str, str]] = set()
-"""Stores and unusable keys in them that this process has told of."""
+"""Pairs of a store and an unsafe key that this process has logged."""
 
 
 class ObjectNotFoundError(StoreError):
@@ -36,7 +36,7 @@ class ObjectNotFoundError(StoreError):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectInfo:
-    """What a listing tells of an object; `etag` changes when the content does."""
+    """One entry of a listing; `etag` changes when the content does."""
 
     key: str
     size: int
@@ -99,7 +99,7 @@ def complete_file(target: Path) -> Iterator[Path]:
 
 
 class ObjectStore(ABC):
-    """What every store does. Each method raises StoreError for a bad key or a store that does not answer."""
+    """A store of objects under keys. Each method raises StoreError for a bad key or a store that does not answer."""
 
     uri: str
 
@@ -114,31 +114,31 @@ class ObjectStore(ABC):
         Args:
             key: where to.
             data: the content.
-            if_absent: leave an object that is already there untouched. Of several writers at once exactly one wins.
+            if_absent: keep an object that is already there. Of several concurrent writers exactly one wins.
 
         Returns:
-            Whether it was stored; False only with `if_absent`: somebody was first.
+            Whether `data` was stored. False only with `if_absent`, when the key was taken.
         """
 
-    def check(self) -> None:  # noqa: B027 - a folder's hard links hold
-        """Try out whether a conditional put holds, if that is not certain.
+    def check(self) -> None:  # noqa: B027 - a folder needs no check: hard links are atomic
+        """Test whether the server honours a conditional put.
 
         Raises:
-            StoreError: it does not, and several writers would overwrite each other.
+            StoreError: the server ignores the condition, so concurrent writers would overwrite each other.
         """
 
     @abstractmethod
     def find(self, key: str) -> ObjectInfo | None:
-        """What a listing tells of the object under exactly this key; None when there is none."""
+        """The entry of the object under exactly this key; None when there is none."""
 
     def exists(self, key: str) -> bool:
         """Whether an object is stored under exactly this key."""
         return self.find(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects below `prefix`, in the order of their keys' bytes, however many they are.
+        """Objects below `prefix`, sorted by the bytes of their keys.
 
-        Others may have stored some under keys that cannot be addressed: these are skipped, and each is logged once.
+        Objects that other programs stored under unsafe keys are skipped. Each skipped key is logged once.
         """
         for info in self._list_all(prefix):
             problem = _problem_of(info.key)
@@ -148,7 +148,7 @@ class ObjectStore(ABC):
                 self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: the key {problem}; rename it.")
 
     def warn_once(self, key: str, message: str) -> None:
-        """Log what is wrong with a key, unless this process has done so."""
+        """Log a problem with a key, once in a process."""
         if (self.uri, key) not in _warned:
             _warned.add((self.uri, key))
             logger.warning("%s", message)
@@ -160,7 +160,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
-        """What `list` gives, and what it skips."""
+        """All entries below `prefix`, those with unsafe keys included."""
 
     @abstractmethod
     def upload_file(self, local: Path, key: str) -> None:
@@ -174,13 +174,21 @@ class ObjectStore(ABC):
             ObjectNotFoundError: nothing is stored under `key`.
         """
 
-    @abstractmethod
     def delete(self, prefix: str) -> int:
-        """Delete the object `prefix` and everything below it; return how many objects that were.
+        """Delete the object `prefix` and all objects below it; return the number of deleted objects.
 
         Raises:
             StoreError: the prefix is empty, which would delete the whole store.
         """
+        whole = check_key(prefix.removesuffix("/"))
+        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
+        for key in keys:
+            self._delete_one(key)
+        return len(keys)
+
+    @abstractmethod
+    def _delete_one(self, key: str) -> None:
+        """Delete the object under exactly this key, if there is one."""
 
     def uri_of(self, key: str) -> str:
         """Full address of a key or prefix, for people and other programs."""

@@ -315,6 +315,28 @@ def test_a_missing_bucket_and_a_dead_server_are_told_apart(s3_settings: StoreSet
         open_store("s3://bucket", nowhere).get_bytes("a")
 
 
+def test_a_denied_access_is_told_apart_and_shows_no_key(
+    s3_store: S3Store, s3_settings: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.put_bytes("a", b"1")
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on, moto looks at the keys
+    keys = settings_for(s3_settings.s3_endpoint_url or "", "nobody-known", "top-secret")
+    stranger = S3Store(s3_store.bucket, s3_store.root, keys)
+    for attempt in (
+        lambda: stranger.get_bytes("a"),
+        lambda: stranger.find("a"),
+        lambda: stranger.put_bytes("b", b"x"),
+        lambda: stranger.upload_file(Path(__file__), "b"),
+        lambda: stranger.download_file("a", tmp_path / "a"),
+        lambda: list(stranger.list()),
+        lambda: stranger.delete("a"),
+    ):
+        with pytest.raises(StoreError, match="check the keys and what they are allowed to do") as refused:
+            attempt()
+        assert not isinstance(refused.value, ObjectNotFoundError)
+        assert "nobody-known" not in str(refused.value) and "top-secret" not in str(refused.value)
+
+
 def test_two_prefixes_of_one_bucket_are_two_stores(s3_store: S3Store, s3_settings: StoreSettings) -> None:
     other = open_store(f"s3://{s3_store.bucket}/team/store2", s3_settings)
     s3_store.put_bytes("a", b"1")

@@ -97,6 +97,30 @@ def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
         open_store(uri)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://KEY:hunter2@bucket/x", "s3://me:hun/ter2@bucket", "https://me:hunter2@host/x", "s3://bucket/x?key=hunter2",
+     "file://me:hunter2@host/folder"],
+)  # fmt: skip
+def test_an_address_with_a_password_is_refused_and_the_password_not_shown(uri: str) -> None:
+    with pytest.raises(ConfigError, match="DEAL_S3_SECRET_ACCESS_KEY") as refused:
+        open_store(uri)
+    assert "ter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["DEAL_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"])
+@pytest.mark.parametrize("host", ["hunter2@host:9000", "hunter2@ho st", "12/hunter2@host", "hun/ter2@host"])
+def test_a_server_with_a_password_is_refused_and_the_password_not_shown(
+    name: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, f"http://me:{host}")
+    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "somebody")  # so that boto3 asks no metadata server for keys
+    monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(ConfigError, match="DEAL_S3_") as refused:
+        open_store("s3://bucket")
+    assert "ter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])
 def test_a_home_that_no_database_uri_can_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set DEAL_HOME"):
