@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -33,7 +34,7 @@ def spec_from_options(
         raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
     said = {"task": arrival} if path is None else read_lineage_values(path)
     spec = _parse_over_stored(AdaptSpec, store, said, lineage_options, path)
-    return spec.with_files_from(path.resolve().parent if path else Path.cwd())
+    return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
 
 
 def watched_from_options(

@@ -55,8 +55,8 @@ def enter_home(home: Path | None) -> Path:
     from infra.settings import HomeSettings, embedded_environment
 
     if home is not None:
-        os.environ["DEAL_HOME"] = str(home.expanduser().resolve())
-    folder = HomeSettings().home.expanduser().resolve()
+        os.environ["DEAL_HOME"] = os.path.realpath(home.expanduser())
+    folder = HomeSettings().home
     os.environ["DEAL_HOME"] = str(folder)
     log_file = folder / "logs" / "deal.log"
     logging_file = log_file.with_name("logging.yml")

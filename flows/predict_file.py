@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,7 @@ def predict_file(
         RegistryError: the lineage has no such version, or no champion that may serve.
     """
     started = time.perf_counter()
-    output = (out or _default_output(data)).resolve()
+    output = Path(os.path.realpath(out or _default_output(data)))
     output_kind(output)
     survey = survey_rows(data)
     info = choose_version(lineage, version)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from deal_core.config import (
     AdapterConfig,
@@ -36,6 +38,17 @@ Format = Literal["labelled", "completion", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _require_utf8(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the file's name is not UTF-8; rename the file") from None
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_require_utf8)]
 
 
 class TaskFields(BaseModel):
@@ -64,9 +77,9 @@ class TaskSpec(TaskFields):
     """One arrival: the task it belongs to, and its file."""
 
     name: Name
-    data: str
+    data: FileName
     """Path or store uri of the file with training rows (and test rows, unless test_data is given)."""
-    test_data: str | None = None
+    test_data: FileName | None = None
     """Path of a file whose rows are all test rows."""
 
 
@@ -142,11 +155,11 @@ class AdaptSpec(LineageSpec):
 def resolve_base(base: str, folder: Path) -> str:
     """A base that is a path, made absolute; a name is left as it is."""
     path = folder / Path(base).expanduser()
-    return str(path.resolve()) if path.exists() else base
+    return os.path.realpath(path) if path.exists() else base
 
 
 def _resolve(path: str, folder: Path) -> str:
-    return path if "://" in path else str((folder / Path(path).expanduser()).resolve())
+    return path if "://" in path else os.path.realpath(folder / Path(path).expanduser())
 
 
 def read_spec(path: Path) -> AdaptSpec:
@@ -155,7 +168,7 @@ def read_spec(path: Path) -> AdaptSpec:
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or a key or value does not fit.
     """
-    return parse(AdaptSpec, read_yaml(path), str(path)).resolved(path.resolve().parent)
+    return parse(AdaptSpec, read_yaml(path), str(path)).resolved(Path(os.path.realpath(path)).parent)
 
 
 def read_lineage_values(path: Path) -> dict[str, Any]:
@@ -166,7 +179,7 @@ def read_lineage_values(path: Path) -> dict[str, Any]:
     """
     values = read_yaml(path)
     if isinstance(values.get("base_model"), str):
-        values["base_model"] = resolve_base(values["base_model"], path.resolve().parent)
+        values["base_model"] = resolve_base(values["base_model"], Path(os.path.realpath(path)).parent)
     return values
 
 
@@ -193,7 +206,9 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
     """
     try:
         loaded = yaml.safe_load(content.decode("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ConfigError(f"{origin} is nested too deeply; no settings are.") from None
+    except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no number or date of YAML
         raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{origin} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
@@ -223,7 +238,15 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "string_pattern_mismatch":
         return f"'{where}' is {problem['input']!r}; use letters, digits, '.', '_' and '-', at most 64"
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    return message if message.startswith(where) else f"'{where}': {message} (got {problem['input']!r})"
+    return message if message.startswith(where) else f"'{where}': {message} (got {_brief(problem['input'])})"
+
+
+def _brief(value: object) -> str:
+    """The value in a few characters; Python does not write an integer of thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number that is too large"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from deal_core.errors import ConfigError
 
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(path.expanduser())))]
 """A path made absolute, so that it means the same after a change of directory; it need not exist."""
 
 QUIET = {

@@ -50,10 +50,11 @@ def text_array(cells: list[Any]) -> pa.Array:
     try:
         return pa.array(cells, pa.string())
     except UnicodeEncodeError:
-        return pa.array([cell if cell is not None and _is_utf8(cell) else None for cell in cells], pa.string())
+        return pa.array([cell if cell is not None and is_utf8(cell) else None for cell in cells], pa.string())
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8: it has no lone surrogate, as bytes that were no UTF-8 leave."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 

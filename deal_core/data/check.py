@@ -50,10 +50,14 @@ class RowChecker:
         elif self._columns.format == "completion":
             prompt = self._text(raw.values, "prompt", problems)
             completion = self._text(raw.values, "completion", problems)
+            if problems:  # the digest of a text that is far too long would take long, too
+                return problems
             row = Row(prompt, completion, row_digest(prompt, completion), row_digest(prompt), split)
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
             label = self.label(raw.values, problems)
+            if problems:
+                return problems
             row = Row(text, label, row_digest(text, label_key(label)), row_digest(text), split)
         return problems or row
 
@@ -144,6 +148,8 @@ class RowChecker:
             problems.append(Problem("empty text", f"a message in {column} is empty"))
         else:
             self._check_length("".join(contents), column, problems)
+        if problems:
+            return _NO_ROW
         input = json.dumps([{"role": role, "content": content} for role, content in earlier], ensure_ascii=False)
         parts = [part for message in earlier for part in message]
         return Row(input, answer, row_digest(*parts, answer), row_digest(*parts), split)

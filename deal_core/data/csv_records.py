@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,10 @@ class CsvFile:
         self._stream = open_text(path, newline="")
         self._feed = _Feed(numbered_lines(self._stream))
         try:
-            delimiter = _find_delimiter(self._feed.peek())
-            self._reader = csv.reader(self._feed, delimiter=delimiter, strict=True, skipinitialspace=True)
+            self._feed.delimiter = _find_delimiter(self._feed.peek())
+            self._reader = csv.reader(
+                self._feed, delimiter=self._feed.delimiter, strict=True, skipinitialspace=True
+            )
             self.header = self._read_header()
         except BaseException:
             self._stream.close()
@@ -72,7 +74,7 @@ class CsvFile:
             except StopIteration:
                 return
             except csv.Error as error:
-                self._feed.give_back_all_but_first()
+                self._feed.give_back_all_but_first(error)
                 record = error
             if isinstance(record, csv.Error) or any(field.strip() for field in record) or len(record) > 1:
                 yield self._feed.taken, record
@@ -94,40 +96,119 @@ class CsvFile:
 
 
 class _Feed:
-    """Gives lines to csv.reader, and takes back those that it should not have swallowed."""
+    """Gives lines to csv.reader, and takes back those that a record without an end has swallowed.
+
+    What such a record shows of the lines after it holds for every record that is still open when it comes to them:
+    they are not read once more for each of those. So each line is read a fixed number of times.
+    """
 
     def __init__(self, lines: Iterator[Line]) -> None:
-        self._lines = lines
-        self._waiting: deque[Line] = deque()
-        self._num_chars = 0
-        self.taken: list[Line] = []
+        self.delimiter = _DELIMITERS[0]
+        self._source = lines
+        self._buffer: list[Line] = []
+        self._base = 0
+        """Places are counted from the first line of the file; this is the place of the buffer's first line."""
+        self._start = self._place = 0
+        """Places of the record's first line and of the next line."""
+        self._start_chars = self._first_chars = self._chars = 0
+        """Characters of the file before the record, up to the end of its first line, and up to the next line."""
+        self._open_end = self._open_chars = 0
+        """The lines before this place, from the record's second one on, leave open a quoted field that is open before
+        them; and the characters of the file up to there."""
+        self._fate: csv.Error | Line | None = None
+        """What the line at that place does to the field: why it cannot be read on, or the line if it closes the
+        field; None where that is not known."""
 
     def __iter__(self) -> _Feed:
         return self
 
     def __next__(self) -> str:
-        line = self._waiting.popleft() if self._waiting else next(self._lines)
-        self.taken.append(line)
-        self._num_chars += len(line.text)
-        if not line.is_whole or self._num_chars > MAX_LINE_CHARS:
-            raise csv.Error(f"more than {MAX_LINE_CHARS} characters in a row")
+        if self._start < self._place < self._open_end:
+            self._raise_if_never_closed()
+        line = self._line_at(self._place)
+        if line is None:
+            raise StopIteration
+        self._place += 1
+        self._chars += len(line.text)
+        if self._place == self._start + 1:
+            self._first_chars = self._chars
+        if not line.is_whole or self._is_too_long(self._chars):
+            raise _too_long()
         return line.text
 
-    def start_record(self) -> None:
-        self.taken = []
-        self._num_chars = 0
+    @property
+    def taken(self) -> list[Line]:
+        """The lines of the record."""
+        return self._buffer[self._start - self._base : self._place - self._base]
 
-    def give_back_all_but_first(self) -> None:
-        self._waiting.extendleft(reversed(self.taken[1:]))
-        del self.taken[1:]
+    def start_record(self) -> None:
+        """The next line begins a record."""
+        self._start, self._start_chars = self._place, self._chars
+        num_done = self._place - self._base
+        if 2 * num_done > len(self._buffer):
+            del self._buffer[:num_done]
+            self._base = self._place
+
+    def give_back_all_but_first(self, error: csv.Error) -> None:
+        """Only the first line of the record belongs to it, for reading on has failed with this error."""
+        last = self._place - 1
+        if last > self._open_end:
+            line = self._buffer[last - self._base]
+            self._open_end, self._open_chars = last, self._chars - len(line.text)
+            self._fate = None if line.is_whole and self._is_too_long(self._chars) else error
+        self._place, self._chars = self._start + 1, self._first_chars
 
     def peek(self) -> str:
         """The first line that is not blank; the blank ones before it are dropped."""
-        for line in self._lines:
-            if line.text.strip():
-                self._waiting.append(line)
-                return line.text
-        return ""
+        while (line := self._line_at(self._place)) and not line.text.strip():
+            self._place += 1
+            self.start_record()
+        return line.text if line else ""
+
+    def _line_at(self, place: int) -> Line | None:
+        """The line at a place that is at most one beyond the buffer; None at the end of the file."""
+        if place == self._base + len(self._buffer):
+            line = next(self._source, None)
+            if line is None:
+                return None
+            self._buffer.append(line)
+        return self._buffer[place - self._base]
+
+    def _raise_if_never_closed(self) -> None:
+        """Raise what reading on would come to, if the field that is open never ends within the record's bound."""
+        while self._fate is None and not self._is_too_long(self._open_chars):
+            line = self._line_at(self._open_end)
+            if line is None:
+                self._fate = csv.Error("unexpected end of data")
+            elif not line.is_whole:
+                self._fate = _too_long()
+            else:
+                self._fate = self._closed_by(line)
+                if self._fate is None:
+                    self._open_end += 1
+                    self._open_chars += len(line.text)
+        closing = len(self._fate.text) if isinstance(self._fate, Line) else 0
+        if self._is_too_long(self._open_chars + closing):
+            raise _too_long()
+        if isinstance(self._fate, csv.Error):
+            raise csv.Error(*self._fate.args)
+
+    def _closed_by(self, line: Line) -> csv.Error | Line | None:
+        """The line if it closes a field that is open before it, why it cannot be read; None if the field stays open."""
+        lines = iter([f'"{line.text}', '"'])
+        try:
+            next(csv.reader(lines, delimiter=self.delimiter, strict=True, skipinitialspace=True))
+        except csv.Error as error:
+            return error
+        return line if next(lines, None) else None
+
+    def _is_too_long(self, chars: int) -> bool:
+        """Whether a record that ends after so many characters of the file is longer than a record may be."""
+        return chars - self._start_chars > MAX_LINE_CHARS
+
+
+def _too_long() -> csv.Error:
+    return csv.Error(f"more than {MAX_LINE_CHARS} characters in a row")
 
 
 def _find_delimiter(header: str) -> str:

@@ -17,10 +17,13 @@ MAX_SKIPPED_CHARS = 256 * 2**20
 """A file with a line longer still is refused: it holds no rows of text."""
 MAX_EMPTY_LINES = 1_000_000
 """A file with more empty lines in a row is refused: a small gzip file can hold billions of them."""
-MAX_UNPACKED_BYTES = 2**30
+MAX_UNPACKED_BYTES = 2**28
 MAX_UNPACKED_RATIO = 200
 """A gzip file may unpack to MAX_UNPACKED_BYTES or to this many times its size, whichever is more. Text packs 2 to 20
 times, a gzip bomb 1000 times."""
+FREE_ROWS = 100_000
+"""A packed file may have as many rows, and more where it has a byte for each. Rows that repeat others are bad, and
+different ones take more."""
 
 
 class Line(NamedTuple):
@@ -97,13 +100,25 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
                 )
 
 
+def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | None:
+    """What is said of a packed file with more rows than its size has room for; None where it is as it should be."""
+    if num_rows <= max(FREE_ROWS, size):
+        return None
+    return DataValidationError(
+        f"{name} has {num_rows:,} rows in {size:,} bytes, and texts that differ do not pack so small; if that is "
+        "meant, land them as JSON lines, unpacked."
+    )
+
+
 class _UnpackGuard(io.RawIOBase):
     """The content of a gzip file, up to a limit: a small file must not unpack for ever."""
 
     def __init__(self, path: Path) -> None:
         self._unpacked = gzip.GzipFile(path, "rb")
         self._name = path.name
-        self._left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size)
+        self._size = path.stat().st_size
+        self._left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self._size)
+        self._num_lines = 0
 
     def readable(self) -> bool:
         return True
@@ -116,6 +131,9 @@ class _UnpackGuard(io.RawIOBase):
                 f"{self._name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not; "
                 "if that is meant, land it unpacked."
             )
+        self._num_lines += bytes(buffer[:count]).count(b"\n")
+        if problem := too_many_rows(self._name, self._num_lines, self._size):
+            raise problem
         return count
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ name says, damaged, cut off) is a DataValidationError.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import re
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped
+from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped, is_utf8
 from deal_core.data.csv_records import CsvFile
 from deal_core.data.lines import (
     MAX_LINE_CHARS,
@@ -32,6 +33,7 @@ from deal_core.data.rows import Problem, RawRow, Reason, shorten
 from deal_core.errors import DataValidationError
 
 _SURVEYED_ROWS = 1000
+_WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 Kind = Literal["csv", "jsonl", "parquet"]
 _KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -41,8 +43,10 @@ def file_kind(path: Path) -> Kind:
     """What the file's name says it is.
 
     Raises:
-        DataValidationError: The name ends in nothing that can be read.
+        DataValidationError: The name ends in nothing that can be read, or is not UTF-8.
     """
+    if not is_utf8(str(path)):
+        raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
     suffixes = [suffix.casefold() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -114,11 +118,15 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataValidationError(f"There is no file {path}; check the path.") from error
+    except RecursionError as error:
+        raise DataValidationError(f"{path.name} is nested too deeply; write its rows with fewer levels.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataValidationError(
             f"{path.name} is a damaged gzip file or was cut off ({error}); compress or upload it again."
         ) from error
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _WRONG_PATH:
+            raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataValidationError(
             f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload "

@@ -37,6 +37,7 @@ list of the messages before the last one, output the last one's content. sha256:
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def label_key(label: str) -> str:
@@ -79,6 +80,8 @@ class TaskSchema:
             )
         if self.format not in (*COLUMNS_OF_FORMAT, "auto"):
             raise ConfigError(f"task.format is {self.format!r}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
+        _check_characters({"labels": self.labels, "instruction": self.instruction, "template": self.template or "",
+                           "columns": tuple(self.columns.values())})  # fmt: skip
         _check_labels(self.labels, self.format)
         _check_template(self.template, self.format)
         known = {*(name for names in COLUMNS_OF_FORMAT.values() for name in names), "split"}
@@ -117,6 +120,14 @@ class TaskSchema:
     def from_json(cls, data: Mapping[str, Any]) -> TaskSchema:
         """The inverse of `to_json`."""
         return cls(**{**data, "labels": tuple(data.get("labels", ()))})
+
+
+def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
+    """No part of a lone surrogate pair, which no file and no tokenizer can hold."""
+    for name, value in texts.items():
+        for text in (value,) if isinstance(value, str) else value:
+            if _SURROGATE.search(text):
+                raise ConfigError(f"task.{name} holds {text[:80]!r}, which is not UTF-8; correct it.")
 
 
 def _check_labels(labels: tuple[str, ...], task_format: str) -> None:

@@ -1,0 +1,142 @@
+"""What cannot be a file, a name or a text is refused in one line by the commands that are given it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from tests.in_process import put_back
+
+TEXTS = [f"The parcel number {number} is late" for number in range(40)]
+LABELS = ["late", "lost"] * 20
+SURROGATE = '"\\ud800"'
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    rows = "".join(f"{text},{label}\n" for text, label in zip(TEXTS, LABELS, strict=True))
+    for name in ("good.csv", os.fsdecode(b"caf\xe9.csv")):
+        (folder / name).write_text(f"text,label\n{rows}")
+    for name in ("loop.csv", "loop.yaml"):
+        (folder / name).symlink_to(name)
+    (folder / "good.yaml").write_text("task: {name: t, data: good.csv}\n")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    from flows.cli import app
+
+    with put_back():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def spec(folder: Path, content: str) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(content)
+    return path
+
+
+def not_utf8(folder: Path) -> Path:
+    return folder / os.fsdecode(b"caf\xe9.csv")
+
+
+CASES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "a symlink loop": (lambda files: ["validate", files / "loop.csv"], "symbolic links"),
+    "a symlink loop as test rows": (
+        lambda files: ["validate", files / "good.csv", "--test-data", files / "loop.csv"], "symbolic links"
+    ),
+    "a symlink loop as spec": (
+        lambda files: ["validate", files / "good.csv", "--spec", files / "loop.yaml"], "symbolic links"
+    ),
+    "a symlink loop as home": (
+        lambda files: ["validate", files / "good.csv", "--home", files / "loop.csv"], "symbolic links"
+    ),
+    "a name that is not UTF-8": (lambda files: ["validate", not_utf8(files)], "not UTF-8"),
+    "a name that is not UTF-8, with a spec": (
+        lambda files: ["validate", not_utf8(files), "--spec", files / "good.yaml"], "not UTF-8"
+    ),
+    "a name that is not UTF-8, as test rows": (
+        lambda files: ["validate", files / "good.csv", "--test-data", not_utf8(files)], "not UTF-8"
+    ),
+    "a name that is not UTF-8, to adapt": (
+        lambda files: ["adapt", "--task", "t", "--data", not_utf8(files)], "not UTF-8"
+    ),
+    "a label with a lone surrogate": (
+        lambda files: [
+            "validate", files / "good.csv", "--spec",
+            spec(files, f"task: {{name: t, data: good.csv, labels: [late, lost, {SURROGATE}]}}"),
+        ],
+        "",
+    ),
+    "an instruction with a lone surrogate": (
+        lambda files: [
+            "validate", files / "good.csv", "--spec",
+            spec(files, f"task: {{name: t, data: good.csv, instruction: {SURROGATE}}}"),
+        ],
+        "",
+    ),
+    "lists nested deeply": (
+        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"task: {'[' * 9999}{']' * 9999}")],
+        "nested",
+    ),
+    "mappings nested deeply": (
+        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"task: {'{a: ' * 9999}1{'}' * 9999}")],
+        "nested",
+    ),
+    "an integer of 5,000 digits": (
+        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: {'9' * 5000}}}")],
+        "digits",
+    ),
+    "an integer of 5,000 hexadecimal digits": (
+        lambda files: ["validate", files / "good.csv", "--spec", spec(files, f"train: {{seed: 0x{'f' * 5000}}}")], ""
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_in_one_line(case: str, as_json: bool, files: Path, home: Path) -> None:
+    arguments, said = CASES[case]
+    result = run(*arguments(files), *["--json"] * as_json)
+    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit)
+    message = json.loads(result.stderr)["error"] if as_json else result.stderr
+    assert "not expected" not in message and said in message
+    assert 30 < len(message) < 500
+    assert message.strip().isprintable(), "the terminal can show it"
+
+
+def test_no_text_of_a_task_holds_a_lone_surrogate() -> None:
+    """Those of a command's options included, where bytes that are not UTF-8 become surrogates."""
+    fields: list[dict[str, Any]] = [
+        {"labels": ("late", "\udcff")}, {"instruction": "\udcff"}, {"template": "\udcff {text}"},
+        {"columns": {"text": "\udcff"}},
+    ]  # fmt: skip
+    for field in fields:
+        with pytest.raises(ConfigError, match=rf"task\.{next(iter(field))} holds .*not UTF-8"):
+            TaskSchema(name="t", **field)
+
+
+def test_an_unknown_time_zone_costs_no_row(files: Path, home: Path) -> None:
+    """A bad row that has one is listed; of the others nobody asks for it."""
+    moments = pa.array([datetime.datetime(2026, 1, 1)] * 40, pa.timestamp("us"))
+    zoned = moments.view(pa.timestamp("us", "Mars/Base"))
+    table = pa.table({"text": [*TEXTS[:-1], ""], "label": LABELS, "when": zoned})
+    pq.write_table(table, files / "rows.parquet")
+    result = run("validate", files / "rows.parquet", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["num_read"], found["num_rejected"]) == (40, 1)
