@@ -49,7 +49,7 @@ def checkout(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
     for file in folder.glob("examples/*/spec.yaml"):
         spec = yaml.safe_load(file.read_text())
         spec |= {"base_model": str(tiny_base), "gate": {"min_gain_points": -100}}
-        spec["train"] |= {"max_steps": 2, "max_prompt_tokens": 64}
+        spec["train"]["max_steps"] = 2
         file.write_text(yaml.safe_dump(spec))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("DEAL_", "PREFECT_API", "MLFLOW_TRACKING"))]:
