@@ -1,4 +1,4 @@
-"""Write docs/benchmark.md, its pictures and benchmarks/cells.md from the stored results: `python -m benchmarks.report`."""
+"""Write docs/benchmark.md, its pictures and benchmarks/cells.md from stored results: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 

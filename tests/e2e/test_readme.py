@@ -65,7 +65,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_commands_run_in_the_order_of_the_page(checkout: Path) -> None:
-    """All but those that download (`model fetch`) and those that run until they are ended, which have their own tests."""
+    """Left out are `model fetch`, which downloads, and the servers, which have tests of their own."""
     for command in COMMANDS:
         program, *arguments = shlex.split(command) or [""]
         if program == "cp":

@@ -1,4 +1,4 @@
-"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md are what their commands write: every figure is stored."""
+"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md are what their commands write from stored results."""
 
 from __future__ import annotations
 

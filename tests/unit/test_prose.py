@@ -50,7 +50,7 @@ def sentences(page: str) -> list[str]:
 
 
 def test_the_counter_counts_what_a_reader_reads() -> None:
-    page = "# Head\n\nOne `a b c` two. **Three!** See\n[the page](x.md)[^1].\n\n- item\n\n| a | 1 |\n\n```sh\nrun it\n```\n"
+    page = "# Head\n\nOne `a b c` two. **Three!** See\n[the page](x.md)[^1].\n\n- item\n\n| a | 1 |\n\n```sh\nrun\n```\n"
     assert sentences(page) == ["One CODE two.", "**Three!", "See the page.", "item"]
     assert len(words(text_of(page))) == 10
 
