@@ -27,9 +27,7 @@ FOOTNOTE = re.compile(r"\[\^\w+\]")
 CODE_SPAN = re.compile(r"`[^`]*`")
 LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 END = re.compile(r"(?<=[.!?])[*_)\"”]*\s+")
-IDIOMS = re.compile(
-    r"\b(?:beside|whichever|so many|for good|is none|nobody|whoever|anew|somebody)\b", re.IGNORECASE
-)
+IDIOMS = re.compile(r"\b(?:beside|whichever|so many|for good|is none|nobody|whoever|anew|somebody)\b", re.IGNORECASE)
 
 
 def text_of(page: str) -> str:
@@ -50,7 +48,9 @@ def sentences(page: str) -> list[str]:
 
 
 def test_the_counter_counts_what_a_reader_reads() -> None:
-    page = "# Head\n\nOne `a b c` two. **Three!** See\n[the page](x.md)[^1].\n\n- item\n\n| a | 1 |\n\n```sh\nrun\n```\n"
+    page = (
+        "# Head\n\nOne `a b c` two. **Three!** See\n[the page](x.md)[^1].\n\n- item\n\n| a | 1 |\n\n```sh\nrun\n```\n"
+    )
     assert sentences(page) == ["One CODE two.", "**Three!", "See the page.", "item"]
     assert len(words(text_of(page))) == 10
 
