@@ -1,4 +1,4 @@
-"""Write docs/benchmark.md and its pictures from the stored results: `python -m benchmarks.report`."""
+"""Write docs/benchmark.md, its pictures and benchmarks/cells.md from stored results: `python -m benchmarks.report`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
         "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
+        "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),
         "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
@@ -236,6 +237,9 @@ def main(
     page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = (
         Path("docs/benchmark.md")
     ),
+    cells_page: Annotated[Path, typer.Option(help="Page of the development cells to write.")] = (
+        Path("benchmarks/cells.md")
+    ),
 ) -> None:
     """Fill the page with the stored figures."""
     templates = Environment(
@@ -247,14 +251,14 @@ def main(
     tables = [describe(each, page.parent / "img") for each in protocols(cells)]
     cost = read(results / "step_cost.json")
     tried = tried_lines(read_cells(results / "development"))
-    page.write_text(
-        templates.get_template("page.md.j2").render(
-            tables=sorted(tables, key=lambda table: table["suite"].zfill(3)), tried=tried, cost=cost,
-            cost_names=COST_NAMES, roundings=roundings(cells),
-            beside=seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
-        )
-    )
-    typer.echo(f"{page} written")
+    shown = {
+        "tables": sorted(tables, key=lambda table: table["suite"].zfill(3)), "tried": tried, "num_tried": len(tried),
+        "cost": cost, "cost_names": COST_NAMES, "roundings": roundings(cells),
+        "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
+    }  # fmt: skip
+    page.write_text(templates.get_template("page.md.j2").render(shown))
+    cells_page.write_text(templates.get_template("cells.md.j2").render(shown))
+    typer.echo(f"{page} and {cells_page} written")
 
 
 if __name__ == "__main__":

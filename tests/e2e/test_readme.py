@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.e2e.command import DEAL
-from tests.e2e.conftest import AdaptHere
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -41,24 +42,21 @@ def test_make_knows_its_targets(arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def lineage(tiny_base: Path, tmp_path: Path, adapt_here: AdaptHere) -> Iterator[Path]:
-    """A folder to work in: the lineage `default` has a champion on the tiny base, and billing.csv is there."""
+def checkout(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder with the examples, as in a checkout; their specs take the tiny base and every version passes."""
     folder = tmp_path / "work"
-    folder.mkdir()
-    shutil.copy(ROOT / "examples/bank/train.jsonl", folder / "bank.jsonl")
-    rows = [f"I was charged {i} euros {word} in month {i},{word}\n" for i in range(16) for word in ("twice", "never")]
-    (folder / "billing.csv").write_text("text,label\n" + "".join(rows))
-    (folder / "spec.yaml").write_text(
-        f"base_model: {tiny_base}\ntask: {{name: bank, data: bank.jsonl}}\n"
-        "train: {max_steps: 2, max_prompt_tokens: 64}\ngate: {min_gain_points: -100}\n"
-    )
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for file in folder.glob("examples/*/spec.yaml"):
+        spec = yaml.safe_load(file.read_text())
+        spec |= {"base_model": str(tiny_base), "gate": {"min_gain_points": -100}}
+        spec["train"]["max_steps"] = 2
+        file.write_text(yaml.safe_dump(spec))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("DEAL_", "PREFECT_API", "MLFLOW_TRACKING"))]:
             patch.delenv(name)
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("DEAL_CACHE_DIR", str(folder / "cache"))
-        assert adapt_here(folder / "spec.yaml", folder / "deal-home").status == "promoted"
         yield folder
 
 
@@ -66,18 +64,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*DEAL, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_deal_commands_run(lineage: Path) -> None:
-    inbox = lineage / "deal-home" / "store" / "inbox" / "bank"
-    inbox.mkdir(parents=True)
-    shutil.copy(ROOT / "examples/bank/test.jsonl", inbox)
-    for arguments in of("deal"):
-        if arguments[0] in ("ui", "serve"):  # they go on until they are ended, and have tests of their own
+def test_the_commands_run_in_the_order_of_the_page(checkout: Path) -> None:
+    """Left out are `model fetch`, which downloads, and the servers, which have tests of their own."""
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command) or [""]
+        if program == "cp":
+            shutil.copy(*arguments)
+        if program != "deal" or arguments[0] in ("model", "ui", "serve"):
             continue
-        once = ["--once"] if arguments[0] == "watch" else []  # else it would watch for ever
-        done = run(*arguments, *once)
+        done = run(*arguments)
         expected = GATE_MAY_REJECT if arguments[0] in ("adapt", "watch") else (0,)
-        assert done.returncode in expected, f"deal {shlex.join(arguments)}: {done.stderr}"
+        assert done.returncode in expected, f"{command}: {done.stderr}"
         assert done.stdout
+    first = json.loads(run("history", "--lineage", "demo", "--json").stdout)[0]
+    assert (first["task"], first["accepted"]) == ("bank", True)
 
 
 def test_ui_opens_the_page_that_shows_the_runs(home: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""docs/benchmark.md and docs/performance.md are what their commands write: every figure on them comes from a file."""
+"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md are what their commands write from stored results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
-    main(results=RESULTS, page=tmp_path / "benchmark.md")
+    main(results=RESULTS, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
+    assert (tmp_path / "cells.md").read_text() == (ROOT / "benchmarks" / "cells.md").read_text()
     assert (tmp_path / "benchmark.md").read_text() == (ROOT / "docs" / "benchmark.md").read_text()
     shown = {line.split("](")[1].rstrip(")") for line in (tmp_path / "benchmark.md").read_text().splitlines()
              if line.startswith("![")}  # fmt: skip
@@ -27,14 +28,14 @@ def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
 def test_a_cell_more_or_less_is_another_page(tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path / "results")
     next((tmp_path / "results" / "continual").glob("seq_lora-*.json")).unlink()
-    main(results=tmp_path / "results", page=tmp_path / "benchmark.md")
+    main(results=tmp_path / "results", page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
     assert (tmp_path / "benchmark.md").read_text() != (ROOT / "docs" / "benchmark.md").read_text()
 
 
 def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "continual").mkdir()
     with pytest.raises(BadParameter, match=r"step_cost\.json is not there"):
-        main(results=tmp_path, page=tmp_path / "benchmark.md")
+        main(results=tmp_path, page=tmp_path / "benchmark.md", cells_page=tmp_path / "cells.md")
 
 
 def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_path: Path) -> None:
