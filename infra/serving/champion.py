@@ -107,16 +107,15 @@ class Champion:
         while not stopped.wait(pause):
             try:
                 champion = self._registry.champion(self.lineage)
-            except RegistryError as error:
-                self._note(f"{error} What serves goes on.")
-                pause = min(2 * pause, MAX_POLL_SECONDS)
-                continue
-            pause = POLL_SECONDS
-            try:
-                self._keep_up_with(champion)
             except Exception as error:  # the thread must not end
-                LOG.exception("Following the alias failed")
-                self._note(f"{type(error).__name__}: {error}. What serves goes on.")
+                if not isinstance(error, RegistryError):
+                    LOG.exception("The alias could not be read")
+                problem = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}."
+                self._note(f"{problem} What serves goes on.")
+                pause = min(2 * pause, MAX_POLL_SECONDS)
+            else:
+                self._keep_up_with(champion)
+                pause = POLL_SECONDS
 
     def stop(self) -> None:
         """Give up what is computed."""

@@ -92,12 +92,12 @@ class HeldModel:
     """`generate_answers` that waits, the first time it is called, until it is let go on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
+        self.batches: list[list[str]] = []
         self.is_inside, self.may_go_on = threading.Event(), threading.Event()
         monkeypatch.setattr(answering, "generate_answers", self._generate)
 
     def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> list[str]:
-        self.sizes.append(len(inputs))
+        self.batches.append(inputs)
         self.is_inside.set()
         assert self.may_go_on.wait(WAIT_SECONDS)
         return generate_answers(model, tokenizer, task, inputs, config, **limits)
@@ -122,29 +122,23 @@ def test_callers_that_come_together_are_answered_in_one_batch(
         wait_until_waiting(answerer, len(TEXTS))
         held.may_go_on.set()
         assert [future.result()[0] for future in futures] == list(alone.values())
-    assert held.sizes == [1, len(TEXTS) - 1]
+    assert [len(batch) for batch in held.batches] == [1, len(TEXTS) - 1]
     assert len(set(alone.values())) > 1, "answers that are all the same cannot be mixed up"
 
 
 def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches are bounded, and a caller whose rows are not all answered waits behind the others."""
     held = HeldModel(monkeypatch)
-    ended: list[str] = []
     many = [Row(text) for text in TEXTS * 3]
-
-    def ask(name: str, rows: list[Row]) -> list[str]:
-        answers = answerer.answer(rows)
-        ended.append(name)
-        return answers
-
     with ThreadPoolExecutor(2) as pool:
-        large = pool.submit(ask, "large", many)
+        large = pool.submit(answerer.answer, many)
         assert held.is_inside.wait(WAIT_SECONDS)
-        small = pool.submit(ask, "small", [Row(TEXTS[1])])
+        small = pool.submit(answerer.answer, [Row("a short message")])
         wait_until_waiting(answerer, 2)
         held.may_go_on.set()
         assert large.result() == answerer.answer(many[: len(TEXTS)]) * 3 and len(small.result()) == 1
-    assert held.sizes[:4] == [MAX_ROWS_CPU, MAX_ROWS_CPU, MAX_ROWS_CPU, 1], "the second batch had a row of the small one"
+    assert [len(batch) for batch in held.batches[:4]] == [MAX_ROWS_CPU, MAX_ROWS_CPU, MAX_ROWS_CPU, 1]
+    assert "a short message" in held.batches[1]
 
 
 def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +278,7 @@ def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
         with pytest.raises(GivenUpError):
             gone.result(WAIT_SECONDS)
         first.result(WAIT_SECONDS)
-        assert held.sizes == [1]
+        assert len(held.batches) == 1
         held.may_go_on.clear()
         held.is_inside.clear()
         last = pool.submit(answerer.answer, [Row(TEXTS[0])])
