@@ -3,10 +3,11 @@
     python -m benchmarks.serving --out benchmarks/results/serving.json
 
 Two versions are learned from examples/, `deal serve` is started, and clients ask it for two minutes while the alias
-moves back (a rollback) and forth. Memory is that of the server and its children, shared pages counted once. An answer is right when it is what the version that it names gives
-when it is asked alone, and when no request that was sent after a version took over is answered by the one before. How
-long a move took is counted from the alias to the first answer of the new version. Served is in fp32: in bf16 the
-rounding of a batch tips answers that hang in the balance, so that "what it gives alone" is no exact measure.
+moves back (a rollback) and forth. An answer is right when it is what the version that it names gives when it is asked
+alone, and when no request that was sent after a version took over is answered by the one before. How long a move took
+is counted from the alias to the first answer of the new version. Memory is that of the server and its children, with
+shared pages counted once. Served is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so
+that "what it gives alone" is no exact measure.
 """
 
 from __future__ import annotations

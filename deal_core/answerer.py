@@ -164,7 +164,8 @@ class Answerer:
         base_sha256 = self._base_sha256 if base is None else base.sha256
         if served.base_sha256 != base_sha256:
             raise ConfigError(
-                f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), not {base_sha256[:12]}."
+                f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but another one is "
+                f"loaded ({base_sha256[:12]})."
             )
         saved = read_adapter(folder)
         model = None if base is None else load_adapter(base.model, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 
 from deal_core.adapter.state import ADAPTER_NAME, SavedAdapter, require_fit

@@ -92,8 +92,8 @@ class Champion:
         champion = self._registry.champion(self.lineage)
         if champion is None:
             raise RegistryError(
-                f"Lineage '{self.lineage}' has no champion here. Adapt it first (deal adapt), or promote a version that "
-                f"was accepted (deal history --lineage {self.lineage}), or name another home with --home."
+                f"Lineage '{self.lineage}' has no champion here. Adapt it first (deal adapt), promote an accepted one "
+                f"(see deal history --lineage {self.lineage}), or name another home with --home."
             )
         require_through_gate(champion)
         self._champion = champion.version

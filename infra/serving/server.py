@@ -60,7 +60,7 @@ class Serving(Protocol):
         """What answers one request."""
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """A request that is not answered."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -90,11 +90,11 @@ def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) ->
         try:
             _require_json(request)
             if places.locked():
-                raise Refusal(503, f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment.",
+                raise RefusalError(503, f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment.",
                               {"Retry-After": str(RETRY_SECONDS), **CLOSE})  # fmt: skip
             async with places:
                 found = await _answer(serving, pool, request, await _read(request))
-        except Refusal as refusal:
+        except RefusalError as refusal:
             named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
             return _error(refusal.status, str(refusal), {**named, **refusal.headers})
         except ClientDisconnect:  # there is no client to tell
@@ -125,14 +125,15 @@ def _require_json(request: Request) -> None:
     kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "")
     if kind.strip() != "application/json" or charset not in ("", "charset=utf-8"):
-        raise Refusal(415, "The body must be JSON in UTF-8; send the header Content-Type: application/json.", CLOSE)
+        message = "The body must be JSON in UTF-8; send the header Content-Type: application/json."
+        raise RefusalError(415, message, CLOSE)
     size = request.headers.get("content-length", "0")
     if size.isdecimal() and int(size) > MAX_BODY_BYTES:
         raise _too_large()
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, f"The request is larger than {MAX_BODY_BYTES >> 20} MB; send fewer rows at once.", CLOSE)
+def _too_large() -> RefusalError:
+    return RefusalError(413, f"The request is larger than {MAX_BODY_BYTES >> 20} MB; send fewer rows at once.", CLOSE)
 
 
 async def _read(request: Request) -> bytes:
@@ -144,7 +145,7 @@ async def _read(request: Request) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
     except TimeoutError:
-        raise Refusal(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
+        raise RefusalError(408, f"The request was not sent within {BODY_SECONDS:.0f} s.", CLOSE) from None
     return bytes(body)
 
 
@@ -153,7 +154,7 @@ async def _answer(serving: Serving, pool: ThreadPoolExecutor, request: Request, 
 
     Raises:
         ClientDisconnect: the client has gone.
-        Refusal: it cannot be answered.
+        RefusalError: it cannot be answered.
     """
     given_up = threading.Event()
     work = asyncio.get_running_loop().run_in_executor(pool, predict, serving, body, given_up.is_set)
@@ -164,7 +165,7 @@ async def _answer(serving: Serving, pool: ThreadPoolExecutor, request: Request, 
             return work.result()
         if gone.done():
             raise ClientDisconnect
-        raise Refusal(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.",
+        raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.",
                       {"Retry-After": str(RETRY_SECONDS)})  # fmt: skip
     finally:
         given_up.set()
@@ -182,25 +183,25 @@ def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> P
         is_given_up: whether the client has gone.
 
     Raises:
-        Refusal: 400 where the body is no table of rows that can be asked, 500 where the model breaks.
+        RefusalError: 400 where the body is no table of rows that can be asked, 500 where the model breaks.
     """
     model = serving.model(is_given_up)
     values = _decode(body)
     try:
         table = infer_and_parse_data(values, model.metadata.get_input_schema())
     except MlflowException as error:
-        raise Refusal(400, _reason(error)) from None
-    except (Exception, RecursionError) as error:  # pandas has many ways to refuse what is no table
-        raise Refusal(400, f"The body is no table of rows ({type(error).__name__}).") from None
+        raise RefusalError(400, _reason(error)) from None
+    except Exception as error:  # pandas has many ways to refuse what is no table
+        raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
     try:
         predictions = model.predict(table)
     except MlflowException as error:
-        raise Refusal(400, _reason(error)) from None
+        raise RefusalError(400, _reason(error)) from None
     except GivenUpError as error:
-        raise Refusal(503, str(error), {"Retry-After": str(RETRY_SECONDS)}) from None
+        raise RefusalError(503, str(error), {"Retry-After": str(RETRY_SECONDS)}) from None
     except Exception:
         LOG.exception("A request could not be answered")
-        raise Refusal(500, "The model broke on this request; the server's log says how.") from None
+        raise RefusalError(500, "The model broke on this request; the server's log says how.") from None
     written = io.StringIO()
     predictions_to_json(predictions, written)
     return Predictions(written.getvalue(), predictions.attrs[VERSION])
@@ -211,13 +212,13 @@ def _decode(body: bytes) -> dict[str, Any]:
         values = json.loads(body)
         json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate is no text
     except RecursionError:
-        raise Refusal(400, "The body is nested too deeply; send a table of rows.") from None
+        raise RefusalError(400, "The body is nested too deeply; send a table of rows.") from None
     except UnicodeEncodeError:
-        raise Refusal(400, "The body has half of a surrogate pair, which is no character.") from None
+        raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
     except ValueError as error:
-        raise Refusal(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
+        raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
     if not isinstance(values, dict):
-        raise Refusal(400, 'The body is no JSON object; send {"dataframe_records": [{"input": "the text"}]}.')
+        raise RefusalError(400, 'The body is no JSON object; send {"dataframe_records": [{"input": "the text"}]}.')
     values.pop("params", None)  # MLflow's clients may send it; there are none
     return values
 

@@ -123,11 +123,14 @@ def register_again(version: str, run_key: str) -> str:
     return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
 
 
-def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected) -> None:
+def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, home = open_registry(), HomeSettings().home
+    monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")
     third = register_again("1", "third")
     registry.set_alias(LINEAGE, "champion", third)
     with served() as (url, process):
+        for host, status in (("b.example", 200), ("evil.example", 400)):
+            assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == status
         temporary = home / "tmp"
         assert list(temporary.iterdir()) == [], "the version is in memory"
         temporary.rmdir()
@@ -227,7 +230,7 @@ def test_what_is_set_for_this_machine_counts(
 ) -> None:
     folder = registered_folder("2", tmp_path)
     model = _load_pyfunc(str(folder))
-    assert (model.version, model.answerer._model.dtype) == ("2", torch.float32)
+    assert (model.answerer.version, model.answerer._model.dtype) == ("2", torch.float32)
     monkeypatch.setenv("DEAL_SERVED_VERSION", "7")
     monkeypatch.setenv("DEAL_SERVING_PRECISION", "bf16")
     moved = json.loads((folder / "deal.json").read_text())
@@ -236,12 +239,12 @@ def test_what_is_set_for_this_machine_counts(
         _load_pyfunc(str(folder))
     monkeypatch.setenv("DEAL_BASE_MODEL", str(tiny_base))
     model = _load_pyfunc(str(folder))
-    assert (model.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
+    assert (model.answerer.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
     monkeypatch.delenv("DEAL_SERVED_VERSION")
     (folder / "registered_model_meta").write_text("model_name: copy\nmodel_version: 4\n")
-    assert _load_pyfunc(str(folder)).version == "copy/4", "a copy's number would name another version of the lineage"
+    assert _load_pyfunc(str(folder)).answerer.version == "copy/4", "a copy's number would name another version of the lineage"
     (folder / "registered_model_meta").unlink()
-    assert _load_pyfunc(str(folder)).version == "unknown"
+    assert _load_pyfunc(str(folder)).answerer.version == "unknown"
 
 
 def registered_folder(version: str, tmp_path: Path) -> Path:

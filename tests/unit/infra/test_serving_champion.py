@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -52,7 +52,7 @@ class Registry:
 class Answerer:
     """Takes every version but those that are named."""
 
-    damaged: set[str] = set()
+    damaged: ClassVar[set[str]] = set()
 
     def __init__(self, folder: Path, *_: Any, version: str, **__: Any) -> None:
         self.version, self.base_sha256, self.swaps = version, "the base", list[tuple[str, Any]]()
