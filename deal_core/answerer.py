@@ -29,7 +29,7 @@ from deal_core.models import BaseModel, Precision, load_base
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
 """Rows of a batch on an accelerator."""
-MAX_ROWS_CPU = 8
+MAX_ROWS_CPU = 6
 """Rows of a batch on a CPU, where larger batches save little time, and let everybody wait for the longest one."""
 
 

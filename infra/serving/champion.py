@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Champion:
 
     def __init__(self, lineage: str, say: Say) -> None:
         self.lineage = lineage
-        self._say = say
+        self._print = say
         self._answerer: Answerer | None = None
         self._meta: Model | None = None
         self._champion: str | None = None
@@ -106,15 +107,14 @@ class Champion:
         pause = POLL_SECONDS
         while not stopped.wait(pause):
             try:
-                champion = self._registry.champion(self.lineage)
+                self._keep_up_with(self._registry.champion(self.lineage))
             except Exception as error:  # the thread must not end
                 if not isinstance(error, RegistryError):
-                    LOG.exception("The alias could not be read")
+                    LOG.exception("Following the alias failed")
                 problem = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}."
                 self._note(f"{problem} What serves goes on.")
                 pause = min(2 * pause, MAX_POLL_SECONDS)
             else:
-                self._keep_up_with(champion)
                 pause = POLL_SECONDS
 
     def stop(self) -> None:
@@ -174,6 +174,10 @@ class Champion:
             gc.collect()
             torch.cuda.empty_cache()
         self._meta = meta
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # nobody reads the command's output any more
+            self._print(text)
 
     def _note(self, problem: str) -> None:
         if problem != self._problem:

@@ -186,6 +186,15 @@ def test_the_pause_grows_while_mlflow_is_away(registry: Registry, monkeypatch: p
     assert pauses == [0.01, 0.02, 0.04, 0.08, 0.1, 0.1, 0.1, 0.01]
 
 
+def test_an_output_that_was_closed_ends_nothing(registry: Registry) -> None:
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    champion = Champion("l", closed)
+    champion.begin()
+    assert champion.version == "1"
+
+
 def test_the_thread_outlives_what_nobody_expects(registry: Registry, following: Following) -> None:
     registry.is_broken = True
     following.wait_for("KeyError")
