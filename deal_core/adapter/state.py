@@ -116,8 +116,9 @@ def load_adapter(
     config, tensors = saved.config, saved.tensors
     config.inference_mode = not is_trainable
     if num_new_slots:
-        config.lora_alpha = config.lora_alpha * (config.r + num_new_slots) / config.r  # α/r, the scale, stays
-        config.r += num_new_slots
+        rank = config.r + num_new_slots
+        config.lora_alpha = config.lora_alpha * rank / config.r  # type: ignore[assignment]  # α/r, the scale, stays
+        config.r = rank
         tensors = {name: _widen(name, tensor, num_new_slots) for name, tensor in tensors.items()}
     peft_model = cast(PeftModel, get_peft_model(model, config))
     config.base_model_name_or_path = None

@@ -39,13 +39,18 @@ def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
     except (ValueError, AdapterStateError) as error:
         if new in model.peft_config:
             model.delete_adapter(new)
-        model.set_adapter(old, inference_mode=True)
+        _activate(model, old)
         if isinstance(error, AdapterStateError):
             raise
         raise AdapterStateError(f"{saved.path.parent} does not fit the model: {error}") from error
     set_peft_model_state_dict(model, saved.tensors, adapter_name=new)
-    model.set_adapter(new, inference_mode=True)
+    _activate(model, new)
     model.delete_adapter(old)
+
+
+def _activate(model: PeftModel, name: str) -> None:
+    model.set_adapter(name)
+    model.requires_grad_(False)  # PEFT makes what is active trainable
 
 
 def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:

@@ -79,7 +79,7 @@ class Champion:
         Args:
             is_given_up: whether the client has gone.
         """
-        assert self._answerer is not None, "requests are taken once the champion is loaded"
+        assert self._answerer is not None and self._meta is not None, "requests are taken once the champion is loaded"
         return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(self._answerer, is_given_up))
 
     def begin(self) -> None:

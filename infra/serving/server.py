@@ -40,7 +40,7 @@ BODY_SECONDS = 30.0
 """A client has this long to send its rows."""
 ANSWER_SECONDS = 300.0
 """A request that takes longer is given up."""
-RETRY_SECONDS = 2
+RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
 
 
@@ -90,8 +90,8 @@ def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) ->
         try:
             _require_json(request)
             if places.locked():
-                raise RefusalError(503, f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment.",
-                              {"Retry-After": str(RETRY_SECONDS), **CLOSE})  # fmt: skip
+                message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
+                raise RefusalError(503, message, {**RETRY, **CLOSE})
             async with places:
                 found = await _answer(serving, pool, request, await _read(request))
         except RefusalError as refusal:
@@ -159,14 +159,14 @@ async def _answer(serving: Serving, pool: ThreadPoolExecutor, request: Request, 
     given_up = threading.Event()
     work = asyncio.get_running_loop().run_in_executor(pool, predict, serving, body, given_up.is_set)
     gone = asyncio.ensure_future(request.receive())  # after the body there is nothing but the client's leaving
+    waited: list[asyncio.Future[Any]] = [work, gone]
     try:
-        await asyncio.wait([work, gone], timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
         if gone.done():
             raise ClientDisconnect
-        raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.",
-                      {"Retry-After": str(RETRY_SECONDS)})  # fmt: skip
+        raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
     finally:
         given_up.set()
         gone.cancel()
@@ -188,22 +188,23 @@ def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> P
     model = serving.model(is_given_up)
     values = _decode(body)
     try:
-        table = infer_and_parse_data(values, model.metadata.get_input_schema())
+        schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
+        table = infer_and_parse_data(values, schema)
     except MlflowException as error:
         raise RefusalError(400, _reason(error)) from None
     except Exception as error:  # pandas has many ways to refuse what is no table
         raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
     try:
-        predictions = model.predict(table)
+        predictions: Any = model.predict(table)
     except MlflowException as error:
         raise RefusalError(400, _reason(error)) from None
     except GivenUpError as error:
-        raise RefusalError(503, str(error), {"Retry-After": str(RETRY_SECONDS)}) from None
+        raise RefusalError(503, str(error), RETRY) from None
     except Exception:
         LOG.exception("A request could not be answered")
         raise RefusalError(500, "The model broke on this request; the server's log says how.") from None
     written = io.StringIO()
-    predictions_to_json(predictions, written)
+    predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
     return Predictions(written.getvalue(), predictions.attrs[VERSION])
 
 

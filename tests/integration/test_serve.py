@@ -242,7 +242,8 @@ def test_what_is_set_for_this_machine_counts(
     assert (model.answerer.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
     monkeypatch.delenv("DEAL_SERVED_VERSION")
     (folder / "registered_model_meta").write_text("model_name: copy\nmodel_version: 4\n")
-    assert _load_pyfunc(str(folder)).answerer.version == "copy/4", "a copy's number would name another version of the lineage"
+    copied = _load_pyfunc(str(folder)).answerer.version
+    assert copied == "copy/4", "a copy's number would name another version of the lineage"
     (folder / "registered_model_meta").unlink()
     assert _load_pyfunc(str(folder)).answerer.version == "unknown"
 
