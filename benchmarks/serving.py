@@ -3,10 +3,11 @@
     python -m benchmarks.serving --out benchmarks/results/serving.json
 
 Two versions are learned from examples/, `deal serve` is started, and clients ask it for two minutes while the alias
-moves back and forth, which is a rollback each time. An answer is right when it is what the version that it names gives
-when it is asked alone, and when no request that was sent after a version took over is answered by the one before. How
-long a move took is counted from the alias to the first answer of the new version. Served is in fp32: in bf16 the
-rounding of a batch tips answers that hang in the balance, so that "what it gives alone" is no exact measure.
+moves back (a rollback) and forth. An answer is right when it is what the version that it names gives when it is asked
+alone, and when no request that was sent after a version took over is answered by the one before. How long a move took
+is counted from the alias to the first answer of the new version. Memory is that of the server and its children, with
+shared pages counted once. Served is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so
+that "what it gives alone" is no exact measure.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.output import DEAL, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
@@ -39,8 +41,10 @@ TASKS: tuple[Mapping[str, Any], ...] = (
     {"name": "clinic", "data": str(EXAMPLES / "clinic/train.csv"), "test_data": str(EXAMPLES / "clinic/test.csv"),
      "columns": {"text": "note", "label": "finding"}},
 )  # fmt: skip
-MOVE_SECONDS = 120.0
+MOVE_SECONDS = 300.0
 """A move that takes longer is given up."""
+MEMORY_SECONDS = 0.25
+"""Between two looks at the memory."""
 
 Expected = Mapping[str, Sequence[str]]
 """What each version answers to each of the texts."""
@@ -80,10 +84,11 @@ class Clients:
             for thread in threads:
                 thread.join()
 
-    def first_of(self, version: str, since: float) -> float:
-        """Seconds from `since` to the first answer of a version, waited for."""
+    def first_of(self, version: str, since: float, sent_since: float = 0.0) -> float:
+        """Seconds from `since` to the first answer of a version, waited for, to a request sent after `sent_since`."""
         while time.monotonic() - since < MOVE_SECONDS:
-            times = [each.answered for each in list(self.answers) if each.version == version and each.answered > since]
+            times = [each.answered for each in list(self.answers)
+                     if each.version == version and each.answered > since and each.sent > sent_since]  # fmt: skip
             if times:
                 return min(times) - since
             time.sleep(0.02)
@@ -121,7 +126,8 @@ def stale(answers: Sequence[Answered], moves: Sequence[tuple[float, str]]) -> in
     count = 0
     for number, (moved, version) in enumerate(moves):
         until = moves[number + 1][0] if number + 1 < len(moves) else float("inf")
-        first = min(each.answered for each in answers if each.version == version and each.answered > moved)
+        # one sent before may be an answer that the version gave when it served the last time, noted late
+        first = min(each.answered for each in answers if each.version == version and each.sent > moved)
         count += sum(first < each.sent and each.answered < until and each.version != version for each in answers)
     return count
 
@@ -146,7 +152,8 @@ def texts_to_ask() -> list[str]:
 
 def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage: str = LINEAGE) -> Expected:
     """What each version answers to each text, asked alone and without a server."""
-    from deal_core.answering import Row, load_answerer
+    from deal_core.answerer import load_answerer
+    from deal_core.answering import Row
     from infra.settings import HomeSettings, ServingSettings
 
     found, precision = {}, ServingSettings().serving_precision
@@ -177,6 +184,34 @@ def served(lineage: str = LINEAGE) -> Iterator[tuple[str, subprocess.Popen[str]]
         process.wait(60)
 
 
+@dataclass
+class Memory:
+    """The memory of a process and its children, looked at again and again in a thread."""
+
+    process: psutil.Process
+    bytes_seen: list[int] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look while the block runs."""
+        thread = threading.Thread(target=self._look)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(MEMORY_SECONDS):
+            total = 0
+            for each in (self.process, *self.process.children(recursive=True)):
+                with suppress(psutil.Error):
+                    total += each.memory_full_info().pss  # shared pages are shared out
+            self.bytes_seen.append(total)
+
+
 def measure(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     """Serve, ask and move; the figures."""
     registry, texts = open_registry(), texts_to_ask()
@@ -184,10 +219,10 @@ def measure(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     expected = answers_of(versions, texts, "bank")
     registry.set_alias(LINEAGE, "champion", versions[-1])
     moves, took = [], []
-    with served() as (url, _):
-        clients = Clients(url, texts, "bank", expected)
+    with served() as (url, process):
+        clients, memory = Clients(url, texts, "bank", expected), Memory(psutil.Process(process.pid))
         started = time.monotonic()
-        with clients.asking(num_clients):
+        with memory.watched(), clients.asking(num_clients):
             for number in range(num_moves):
                 time.sleep(max(0.0, started + seconds * (number + 1) / (num_moves + 1) - time.monotonic()))
                 version = versions[number % 2]
@@ -207,6 +242,8 @@ def measure(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
         ),
         "answered_by": {version: sum(each.version == version for each in answers) for version in versions},
         "seconds_from_alias_to_first_answer": [round(value, 1) for value in took],
+        "memory_gb": {"median": round(statistics.median(memory.bytes_seen) / 1e9, 2),
+                      "max": round(max(memory.bytes_seen) / 1e9, 2)},
         "requests_per_second": round(len(answers) / (answers[-1].answered - started), 1),
         "latency_seconds": {"median": round(statistics.median(latencies), 3),
                             "p99": round(latencies[int(0.99 * len(latencies))], 3), "max": round(latencies[-1], 3)},
@@ -219,7 +256,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m-instruct", help="base model, or tiny")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--moves", type=int, default=3)
+    parser.add_argument("--moves", type=int, default=4, help="of the alias; every other one is a rollback")
     parser.add_argument("--precision", default="fp32", help="of the base model when it serves: fp32, bf16 or auto")
     parser.add_argument("--steps", type=int, default=None, help="training steps of each version [one epoch]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))

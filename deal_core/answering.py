@@ -1,30 +1,20 @@
-"""A version that answers: what it needs beside its adapter (`deal.json`), and one queue for all who ask.
+"""What a version needs beside its adapter in order to answer (`deal.json`).
 
 Everything needed to serve lies in one folder: the PEFT files, and `deal.json` with the base model's name and digest and
 with how each task is asked. The base model itself is not in it; it is found when the folder is loaded.
-
-Example:
-    >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
-    >>> answerer.answer([Row("I lost my card.", "bank")])  # doctest: +SKIP
-    ['lost card']
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deal_core.adapter.state import load_adapter
-from deal_core.config import EvaluateConfig
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.evaluate import generate_answers
-from deal_core.models import BaseModel, Precision, load_base
 from deal_core.schema_version import require_schema_version
 
 SERVED_FILE = "deal.json"
@@ -125,97 +115,6 @@ def read_served(folder: Path) -> ServedVersion:
             "is a plain PEFT folder; to serve it, learn an arrival again, which registers a new version."
         )
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-def load_answerer(
-    folder: Path, cache_folder: Path, base_source: str | None = None, *, precision: Precision = "auto"
-) -> Answerer:
-    """Load a version for answering: its base model, found by name and checked by digest, with the adapter on.
-
-    Args:
-        folder: the PEFT files and `deal.json`.
-        cache_folder: where base models are kept.
-        base_source: where the base model is on this machine; None: where the version says.
-        precision: of the base model's weights. In fp32 an answer does not depend on what is asked beside it.
-
-    Raises:
-        AdapterStateError: the folder cannot be served.
-        ConfigError: the base model is not found, or is another one.
-    """
-    served = read_served(folder)
-    source = base_source or served.base_source
-    base = load_base(source, cache_folder, precision=precision)
-    if base.sha256 != served.base_sha256:
-        raise ConfigError(
-            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is another "
-            f"one ({base.sha256[:12]}); set DEAL_BASE_MODEL to where the right one is."
-        )
-    return Answerer(served, base, folder)
-
-
-class Answerer:
-    """Answers rows with one version. Threads share its one model: what waits is answered as one batch."""
-
-    def __init__(self, served: ServedVersion, base: BaseModel, folder: Path) -> None:
-        self.served = served
-        self._tokenizer = base.tokenizer
-        self._model = load_adapter(base.model, folder)
-        self._turn, self._guard = threading.Lock(), threading.Lock()
-        self._waiting: list[_Request] = []
-
-    def answer(self, rows: Sequence[Row]) -> list[str]:
-        """One answer per row, in the rows' order.
-
-        Raises:
-            ConfigError: a row cannot be asked; no row is answered then.
-        """
-        request = _Request([self.served.asked(row, number) for number, row in enumerate(rows, 1)])
-        with self._guard:
-            self._waiting.append(request)
-        with self._turn:  # whoever gets it first answers for all who wait
-            if not request.is_done:
-                with self._guard:
-                    requests, self._waiting = self._waiting, []
-                self._answer_together(requests)
-        if request.error is not None:
-            raise request.error
-        return request.answers
-
-    def _answer_together(self, requests: Sequence[_Request]) -> None:
-        try:
-            self._generate(requests)
-        except Exception as error:
-            if len(requests) > 1:  # one that cannot be answered must not fail the others
-                for request in requests:
-                    self._answer_together([request])
-                return
-            requests[0].error = error
-        for request in requests:
-            request.is_done = True
-
-    def _generate(self, requests: Sequence[_Request]) -> None:
-        asked: dict[ServedTask, list[tuple[_Request, int]]] = {}
-        for request in requests:
-            request.answers = [""] * len(request.rows)
-            for place, (task, _) in enumerate(request.rows):
-                asked.setdefault(task, []).append((request, place))
-        for task, places in asked.items():
-            answers = generate_answers(
-                self._model, self._tokenizer, task.schema, [request.rows[place][1] for request, place in places],
-                EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
-            )  # fmt: skip
-            for (request, place), answer in zip(places, answers, strict=True):
-                request.answers[place] = answer
-
-
-@dataclass
-class _Request:
-    """The rows of one caller, and what became of them."""
-
-    rows: Sequence[tuple[ServedTask, str]]
-    answers: list[str] = field(default_factory=list)
-    is_done: bool = False
-    error: Exception | None = None
 
 
 def _is_chat(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -21,15 +22,20 @@ def serve(
     lineage: Lineage = "default",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; there is no password.")] = "127.0.0.1",
+    trusted_host: Annotated[
+        list[str] | None,
+        typer.Option("--trusted-host", envvar="DEAL_TRUSTED_HOSTS", show_default=False,
+                     help="Name under which clients ask for it, besides localhost; repeat it for several, * for all."),
+    ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer requests with the lineage's champion, whichever version it is; Ctrl-C ends it."""
+    """Answer requests with the lineage's champion, always the version that has the alias now; Ctrl-C ends it."""
     with session(home, as_json, debug) as deal:
         import asyncio
 
-        from flows.serve import serve as serve_champion
+        from infra.serving.run import serve as serve_champion
 
         def tell(event: dict[str, Any], text: str) -> None:
             if as_json:  # one line for each event, as this command goes on
@@ -45,7 +51,12 @@ def serve(
             told = {"url": url, "lineage": lineage, "version": version}
             tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
-        asyncio.run(serve_champion(lineage, deal.home, host=host, port=port, say=say, ready=ready))
+        has_ended = asyncio.run(serve_champion(
+            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
+        ))  # fmt: skip
+        if not has_ended:  # Python would wait at its exit for the thread that asks MLflow
+            sys.stdout.flush()
+            os._exit(0)
 
 
 @vllm_app.command("sync")

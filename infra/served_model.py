@@ -8,6 +8,7 @@ The model takes rows of `input` and, if wanted, `task`, and gives rows of `outpu
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,24 @@ import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 
-from deal_core.answering import Answerer, Row, load_answerer
+from deal_core.answerer import UNKNOWN_VERSION, Answerer, load_answerer
+from deal_core.answering import Row, read_served
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings, ServingSettings
 
 REGISTERED_FILE = "registered_model_meta"
 """MLflow writes it beside a model that it fetches by the name of a version: the number is not known before."""
 SERVED_VERSION = "DEAL_SERVED_VERSION"
-UNKNOWN_VERSION = "unknown"
+VERSION = "version"
+"""Where a table of answers names the version that gave them: among its attributes."""
 
 
 class ServedModel:
     """A version that MLflow asks for predictions."""
 
-    def __init__(self, answerer: Answerer, version: str) -> None:
+    def __init__(self, answerer: Answerer, is_given_up: Callable[[], bool] = lambda: False) -> None:
         self.answerer = answerer
-        self.version = version
+        self._is_given_up = is_given_up
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answer a table of rows.
@@ -44,31 +47,32 @@ class ServedModel:
         """
         inputs = model_input["input"].tolist()
         tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
-        served = self.answerer.served
         try:
             if any(not isinstance(text, str) for text in inputs):
                 raise ConfigError(f"Row {_first_missing(inputs)} has no text as its input; give the text to answer.")
             named = [task if isinstance(task, str) else None for task in tasks]  # a missing one comes as NaN
             rows = [Row(text, task) for text, task in zip(inputs, named, strict=True)]
-            outputs = self.answerer.answer(rows)
+            found = self.answerer.ask(rows, self._is_given_up)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.DataFrame({
-            "output": outputs,
-            "task": [row.task or served.newest_task for row in rows],
-            "version": self.version,
-            "lineage": served.lineage,
+        table = pd.DataFrame({
+            "output": found.answers,
+            "task": [row.task or found.served.newest_task for row in rows],
+            "version": found.version,
+            "lineage": found.served.lineage,
         })  # fmt: skip
+        table.attrs[VERSION] = found.version  # a table without rows names it too
+        return table
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:
     """MLflow's entry point: load the version whose folder this is."""
     folder = Path(data_path)
     settings = ServingSettings()
-    answerer = load_answerer(
-        folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision
-    )
-    return ServedModel(answerer, _version_of(folder, answerer.served.lineage))
+    version = _version_of(folder, read_served(folder).lineage)
+    return ServedModel(load_answerer(
+        folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision, version=version
+    ))  # fmt: skip
 
 
 def _version_of(folder: Path, lineage: str) -> str:

@@ -8,21 +8,20 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from infra.served_copies import SERVE, lock_of
 from infra.settings import HomeSettings
 from infra.store.base import RESERVED, ObjectStore
 from infra.store.local import FileStore
 from infra.temporary import TEMPORARY
 from tasks.garbage import Folder
 
+SERVE = "serve"
+"""Where `deal serve` of earlier releases kept the versions that it had fetched."""
 AGE = timedelta(days=1)
 """What nobody has written to for so long has lost its process: all that is needed later is read at once."""
 
 
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
-    """Temporary folders, files that a folder store was taking in, and versions that a `deal serve` had fetched."""
+    """Temporary folders, files that a folder store was taking in, and what earlier releases left in HOME/serve."""
     home = HomeSettings().home
     places = [home / TEMPORARY, home / SERVE]
     if isinstance(store, FileStore):
@@ -31,7 +30,7 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
         with suppress(FileNotFoundError):  # its process has just done with it
             folder = local_folder(path)
-            if folder.modified < now - AGE and not _is_served(path):
+            if folder.modified < now - AGE:
                 found.append(folder)
     return found
 
@@ -55,14 +54,3 @@ def local_folder(path: Path) -> Folder:
     stats = [each.lstat() for each in (path, *path.rglob("*"))]
     num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
     return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
-
-
-def _is_served(path: Path) -> bool:
-    """Whether it is of a `deal serve` that runs, for months perhaps, and holds its lock."""
-    if not lock_of(path).exists():
-        return False
-    try:
-        with FileLock(lock_of(path), timeout=0):
-            return False
-    except Timeout:
-        return True

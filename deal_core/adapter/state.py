@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -112,41 +112,75 @@ def load_adapter(
     Raises:
         AdapterStateError: The folder holds no adapter, or its keys are not exactly those that the model expects.
     """
-    weights_path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not (folder / "adapter_config.json").is_file() or not weights_path.is_file():
+    saved = read_adapter(folder)
+    config, tensors = saved.config, saved.tensors
+    config.inference_mode = not is_trainable
+    if num_new_slots:
+        rank = config.r + num_new_slots
+        config.lora_alpha = config.lora_alpha * rank / config.r  # type: ignore[assignment]  # α/r, the scale, stays
+        config.r = rank
+        tensors = {name: _widen(name, tensor, num_new_slots) for name, tensor in tensors.items()}
+    peft_model = cast(PeftModel, get_peft_model(model, config))
+    config.base_model_name_or_path = None
+    try:
+        require_fit(peft_model, ADAPTER_NAME, replace(saved, tensors=tensors))
+    except AdapterStateError:
+        peft_model.unload()
+        raise
+    set_peft_model_state_dict(peft_model, tensors)
+    return peft_model
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A PEFT folder that was read."""
+
+    path: Path
+    """The file of the tensors, for messages."""
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    """By the names that PEFT writes: without the adapter's own name."""
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Read a PEFT folder; no model is needed.
+
+    Raises:
+        AdapterStateError: The folder holds no adapter.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not (folder / "adapter_config.json").is_file() or not path.is_file():
         raise AdapterStateError(
             f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}); "
             "give the folder of a version."
         )
     config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = not is_trainable
+    config.inference_mode = True
     config.base_model_name_or_path = None
-    tensors = load_file(weights_path)
-    if num_new_slots:
-        config.lora_alpha = config.lora_alpha * (config.r + num_new_slots) / config.r  # α/r, the scale, stays
-        config.r += num_new_slots
-        tensors = {name: _widen(name, tensor, num_new_slots) for name, tensor in tensors.items()}
-    peft_model = cast(PeftModel, get_peft_model(model, config))
-    config.base_model_name_or_path = None
-    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    expected, found = set(own), set(tensors)
-    misshapen = sorted(name for name in expected & found if own[name].shape != tensors[name].shape)
+    return SavedAdapter(path, config, load_file(path))
+
+
+def require_fit(model: PeftModel, name: str, saved: SavedAdapter) -> None:
+    """Refuse tensors that are not exactly those of the model's adapter of that name.
+
+    Raises:
+        AdapterStateError: A shape differs, or a key is missing or unexpected.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected, found = set(own), set(saved.tensors)
+    misshapen = sorted(key for key in expected & found if own[key].shape != saved.tensors[key].shape)
     if misshapen:
-        peft_model.unload()
-        name = misshapen[0]
+        key = misshapen[0]
         raise AdapterStateError(
-            f"{weights_path} does not fit the model: {name} has shape {list(tensors[name].shape)}, the model expects "
-            f"{list(own[name].shape)}. Load it onto the base model it was trained on."
+            f"{saved.path} does not fit the model: {key} has shape {list(saved.tensors[key].shape)}, the model expects "
+            f"{list(own[key].shape)}. Load it onto the base model it was trained on."
         )
     if expected != found:
-        peft_model.unload()
         raise AdapterStateError(
-            f"{weights_path} does not fit the model: {len(expected - found)} keys are missing "
+            f"{saved.path} does not fit the model: {len(expected - found)} keys are missing "
             f"{sorted(expected - found)[:3]}, {len(found - expected)} are unexpected {sorted(found - expected)[:3]}. "
             "Load it onto the base model it was trained on."
         )
-    set_peft_model_state_dict(peft_model, tensors)
-    return peft_model
 
 
 def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
@@ -234,12 +268,15 @@ def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
 
 __all__ = [
     "ADAPTER_NAME",
+    "SavedAdapter",
     "adapter_fill",
     "adapter_on",
     "attach_adapter",
     "empty_stored_rows",
     "load_adapter",
     "load_method_state",
+    "read_adapter",
+    "require_fit",
     "save_adapter",
     "stored_rows",
 ]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from mlflow.models import Model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.output import DEAL
 from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
 from deal_core.adapter.state import adapter_on
 from deal_core.errors import ConfigError
@@ -33,8 +35,7 @@ from infra.tracking import open_tracker
 from tasks.record import read_record
 from tasks.services import borrowed_folder, current_store
 
-WAIT_SECONDS = 120.0
-ROLLBACK_SECONDS = 30.0
+WAIT_SECONDS = 300.0
 TEXTS = texts_to_ask()[:12]
 
 
@@ -63,12 +64,6 @@ def wait_for(check: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
         time.sleep(0.05)
 
 
-def model_servers(front_door: psutil.Process) -> list[psutil.Process]:
-    """Processes that serve a version: children of the fork server."""
-    (fork_server,) = (child for child in front_door.children() if "forkserver" in " ".join(child.cmdline()))
-    return list(fork_server.children())
-
-
 def state(url: str) -> dict[str, str | None]:
     found: dict[str, str | None] = httpx.get(f"{url}/version").json()
     return found
@@ -87,43 +82,37 @@ def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
 
 
 def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expected, tmp_path: Path) -> None:
+    """No limit in seconds: a client waits for the first answer of the new version, however long this machine takes."""
     registry = open_registry()
     registry.set_alias(LINEAGE, "champion", "2")
     moves: list[tuple[float, str]] = []
     with served() as (url, process):
-        front_door = psutil.Process(process.pid)
         clients = Clients(url, TEXTS, "bank", versions)
         with clients.asking(4):
-            for version in ("1", "2"):
+
+            def move_to(version: str) -> None:
                 moves.append((time.monotonic(), version))
                 registry.set_alias(LINEAGE, "champion", version)
-                assert clients.first_of(version, moves[-1][0]) < ROLLBACK_SECONDS
-            wait_for(lambda: len(model_servers(front_door)) == 1)  # the old one has answered what it had, and ended
+                clients.first_of(version, moves[-1][0], sent_since=moves[-1][0])
 
-            (victim,) = model_servers(front_door)
-            victim.kill()
-            victim.wait(WAIT_SECONDS)
-            wait_for(lambda: [each.pid for each in model_servers(front_door)] not in ([], [victim.pid]))
-            wait_for(lambda: state(url)["version"] == "2" and state(url)["starting"] is None)
-            clients.first_of("2", time.monotonic())
-
+            for version in ("1", "2"):
+                move_to(version)
             old = register_what_mlflow_cannot_serve(tmp_path)
             registry.set_alias(LINEAGE, "champion", old)
             wait_for(lambda: state(url)["problem"] is not None)
             assert (state(url)["version"], state(url)["champion"]) == ("2", old)
             assert "registered before versions could be served" in str(state(url)["problem"])
-            moves.append((time.monotonic(), "1"))
-            registry.set_alias(LINEAGE, "champion", "1")
-            assert clients.first_of("1", moves[-1][0]) < ROLLBACK_SECONDS
-            assert state(url)["problem"] is None
+            now = time.monotonic()
+            clients.first_of("2", now, sent_since=now)
+            move_to("1")
+            wait_for(lambda: state(url)["problem"] is None)
         assert [each.problem for each in clients.answers if each.problem] == []
         assert stale(clients.answers, moves) == 0
+        assert psutil.Process(process.pid).children() == [], "one process holds the one base model"
 
         check_requests(url)
-        family = front_door.children(recursive=True)
         process.terminate()
         assert process.wait(WAIT_SECONDS) == 0
-        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
 
 
 def register_again(version: str, run_key: str) -> str:
@@ -134,36 +123,45 @@ def register_again(version: str, run_key: str) -> str:
     return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
 
 
-def test_copies_and_logs_of_versions_that_served_go_and_a_full_disk_ends_nothing(versions: Expected) -> None:
+def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, home = open_registry(), HomeSettings().home
+    monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")
     third = register_again("1", "third")
-    registry.set_alias(LINEAGE, "champion", "1")
+    registry.set_alias(LINEAGE, "champion", third)
     with served() as (url, process):
-        (lock,) = home.glob(f"serve/{LINEAGE}-*/lock")
-        copies = lock.parent
-
-        def kept() -> tuple[set[str], set[str]]:
-            logs = {path.name for path in home.glob(f"logs/serve-{LINEAGE}-v*.log")}
-            return {path.name for path in copies.glob("v*")}, logs
-
-        for version in ("2", third):
-            registry.set_alias(LINEAGE, "champion", version)
-            wait_for(lambda version=version: state(url)["version"] == version)  # type: ignore[misc]
-        left = {"v2", f"v{third}"}
-        wait_for(lambda: kept() == (left, {f"serve-{LINEAGE}-{name}.log" for name in left}))
-
-        shutil.rmtree(copies)
-        copies.touch()  # no folder can be made there, as on a disk that is full
-        registry.set_alias(LINEAGE, "champion", "1")
+        for host, status in (("b.example", 200), ("evil.example", 400)):
+            assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == status
+        temporary = home / "tmp"
+        assert list(temporary.iterdir()) == [], "the version is in memory"
+        temporary.rmdir()
+        temporary.touch()  # no folder can be made there, as on a disk that is full
+        registry.set_alias(LINEAGE, "champion", "2")
         wait_for(lambda: state(url)["problem"] is not None)
-        assert f"version {third} goes on serving" in str(state(url)["problem"]) and str(copies) in str(state(url))
+        assert f"version {third} goes on serving" in str(state(url)["problem"]) and str(temporary) in str(state(url))
         row = {"input": TEXTS[0], "task": "bank"}
         answer = httpx.post(f"{url}/invocations", json={"dataframe_records": [row]}, timeout=60)
         assert answer.headers["X-Deal-Version"] == third
-        copies.unlink()
-        registry.set_alias(LINEAGE, "champion", "2")
-        wait_for(lambda: state(url)["version"] == "2")
-        assert process.poll() is None
+        temporary.unlink()
+        registry.set_alias(LINEAGE, "champion", "1")
+        wait_for(lambda: state(url)["version"] == "1")
+        assert process.poll() is None and list(temporary.iterdir()) == []
+
+
+def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracking server that takes connections and never answers holds a call of MLflow's client for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        process = subprocess.Popen(
+            [*DEAL, "serve", "--lineage", LINEAGE, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            silent.settimeout(WAIT_SECONDS)
+            with silent.accept()[0]:
+                process.send_signal(signal.SIGINT)
+                said, _ = process.communicate(timeout=60)  # it is over in one or two; MLflow gives up after ten minutes
+        finally:
+            process.kill()
+        assert (process.returncode, said) == (0, b"")
 
 
 def check_requests(url: str) -> None:
@@ -189,16 +187,6 @@ def check_requests(url: str) -> None:
         assert (refused.status_code, refused.json()) == (400, {"error": sentence})
     refused = ask({"secret": "a secret"})
     assert refused.status_code == 400 and "a secret" not in refused.text and "IMPORTANT" not in refused.text
-
-
-@pytest.mark.nightly
-def test_a_front_door_that_is_killed_leaves_no_process(versions: Expected) -> None:
-    open_registry().set_alias(LINEAGE, "champion", "1")
-    with served() as (_, process):
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) == 3, "resource tracker, fork server, model server"
-        process.kill()
-        assert psutil.wait_procs(family, timeout=WAIT_SECONDS)[1] == []
 
 
 def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_port: int, tmp_path: Path) -> None:
@@ -242,7 +230,7 @@ def test_what_is_set_for_this_machine_counts(
 ) -> None:
     folder = registered_folder("2", tmp_path)
     model = _load_pyfunc(str(folder))
-    assert (model.version, model.answerer._model.dtype) == ("2", torch.float32)
+    assert (model.answerer.version, model.answerer._model.dtype) == ("2", torch.float32)
     monkeypatch.setenv("DEAL_SERVED_VERSION", "7")
     monkeypatch.setenv("DEAL_SERVING_PRECISION", "bf16")
     moved = json.loads((folder / "deal.json").read_text())
@@ -251,12 +239,13 @@ def test_what_is_set_for_this_machine_counts(
         _load_pyfunc(str(folder))
     monkeypatch.setenv("DEAL_BASE_MODEL", str(tiny_base))
     model = _load_pyfunc(str(folder))
-    assert (model.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
+    assert (model.answerer.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
     monkeypatch.delenv("DEAL_SERVED_VERSION")
     (folder / "registered_model_meta").write_text("model_name: copy\nmodel_version: 4\n")
-    assert _load_pyfunc(str(folder)).version == "copy/4", "a copy's number would name another version of the lineage"
+    copied = _load_pyfunc(str(folder)).answerer.version
+    assert copied == "copy/4", "a copy's number would name another version of the lineage"
     (folder / "registered_model_meta").unlink()
-    assert _load_pyfunc(str(folder)).version == "unknown"
+    assert _load_pyfunc(str(folder)).answerer.version == "unknown"
 
 
 def registered_folder(version: str, tmp_path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
+from deal_core.answering import SERVED_FILE, ServedTask, ServedVersion
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.models import BaseModel, load_base
@@ -104,3 +106,20 @@ def parent(train: Train) -> Path:
     """Folder of an adapter that has learned one task."""
     first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
     return train("seq_lora", rows=make_rows(24, first=100), train=first).folder
+
+
+@pytest.fixture
+def served_version(base: BaseModel, tiny_base: Path) -> ServedVersion:
+    """A version that knows a chat and a task with labels."""
+    return ServedVersion(
+        lineage="l", base_source=str(tiny_base), base_name=base.name, base_sha256=base.sha256, newest_task="colours",
+        tasks=(ServedTask(schema=TaskSchema(name="help", format="chat"), max_prompt_tokens=64, max_new_tokens=3),
+               ServedTask(schema=TASK, max_prompt_tokens=64, max_new_tokens=5)),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def served_folder(parent: Path, served_version: ServedVersion) -> Path:
+    """The folder of such a version."""
+    (parent / SERVED_FILE).write_text(json.dumps(served_version.to_json()))
+    return parent

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.served_copies import ServedCopies
 from infra.store.local import FileStore
 from infra.temporary import temporary_folder
 from tasks.leftovers import find_leftovers, remove_local
@@ -58,14 +57,10 @@ def test_what_is_still_written_to_is_not_left(store: FileStore, tmp_path: Path) 
     assert len(find_leftovers(store, later(0))) == 1
 
 
-def test_copies_of_a_server_are_left_once_it_is_gone_however_old(store: FileStore, tmp_path: Path) -> None:
-    alive, gone = ServedCopies(tmp_path / "home", "l"), ServedCopies(tmp_path / "home", "l")
-    for each in (alive, gone):
-        each.open()
-        each.folder_of("1").mkdir()
-    gone._lock.release()  # as the system does when the process is killed
-    (found,) = find_leftovers(store, later(9999))
-    assert found.address == str(gone.folder_of("1").parent)
-    alive.close()
+def test_what_servers_of_earlier_releases_fetched_is_left(store: FileStore, tmp_path: Path) -> None:
+    copy = tmp_path / "home" / "serve" / "l-0123"
+    (copy / "v1").mkdir(parents=True)
+    (found,) = find_leftovers(store, later())
+    assert found.address == str(copy)
     remove_local(found.address)
     assert list((tmp_path / "home" / "serve").iterdir()) == []

@@ -1,0 +1,68 @@
+"""Another adapter on a loaded model: its tensors are copied into the place of the old one's."""
+
+from __future__ import annotations
+
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+
+from deal_core.adapter.state import ADAPTER_NAME, SavedAdapter, require_fit
+from deal_core.errors import AdapterStateError
+
+OTHER_NAME = "deal_other"
+"""The name of every second adapter that could not be copied into the place of the one before."""
+
+
+def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
+    """Replace the adapter on a model by one that was read from its folder.
+
+    Tensors of the same names and shapes are copied into the place of the old ones. An adapter of another rank or of
+    other target modules is added under another name, and the old one is deleted.
+
+    Args:
+        model: a base model with one adapter on, which nothing computes with meanwhile. It is for inference afterwards.
+        saved: the new adapter.
+
+    Raises:
+        AdapterStateError: the adapter does not fit the model. The old one is still on.
+    """
+    old = model.active_adapter
+    if _has_same_form(model, old, saved):
+        tensors = {_name_in_model(key, old): tensor for key, tensor in saved.tensors.items()}
+        hotswap_adapter_from_state_dict(model, tensors, old, saved.config)
+        model.peft_config[old] = saved.config
+        return
+    new = OTHER_NAME if old == ADAPTER_NAME else ADAPTER_NAME
+    try:
+        model.add_adapter(new, saved.config)
+        saved.config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub
+        require_fit(model, new, saved)
+    except (ValueError, AdapterStateError) as error:
+        if new in model.peft_config:
+            model.delete_adapter(new)
+        _activate(model, old)
+        if isinstance(error, AdapterStateError):
+            raise
+        raise AdapterStateError(f"{saved.path.parent} does not fit the model: {error}") from error
+    set_peft_model_state_dict(model, saved.tensors, adapter_name=new)
+    _activate(model, new)
+    model.delete_adapter(old)
+
+
+def _activate(model: PeftModel, name: str) -> None:
+    model.set_adapter(name)
+    model.requires_grad_(False)  # PEFT makes what is active trainable
+
+
+def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:
+    try:
+        check_hotswap_configs_compatible(model.peft_config[name], saved.config)
+        require_fit(model, name, saved)
+    except (ValueError, AdapterStateError):
+        return False
+    return all(".lora_A." in key or ".lora_B." in key for key in saved.tensors)  # not of an embedding, nor of DoRA
+
+
+def _name_in_model(key: str, adapter: str) -> str:
+    """A tensor's name in the model: PEFT writes …lora_A.weight, the model has …lora_A.NAME.weight."""
+    module, _, parameter = key.rpartition(".")
+    return f"{module}.{adapter}.{parameter}"
