@@ -43,7 +43,7 @@ def brief(value: object, width: int = 80) -> str:
     """`repr`, at most about `width` characters long, whatever the value's size and depth."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = width
-    short.maxlevel = 3
+    short.maxlevel = 2
     try:
         return short.repr(value)
     except ValueError:  # an integer of more digits than Python writes

@@ -14,7 +14,7 @@ from deal_core.shown import printable, shorten
 
 MAX_BYTES = 2**18
 """Of a file. Thousands of labels are less."""
-MAX_VALUES = 100_000
+MAX_VALUES = 10_000
 """Keys and values, each counted as often as aliases repeat it."""
 MAX_DEPTH = 32
 
@@ -26,10 +26,44 @@ _FRACTION = re.compile(
     r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted; no settings do."
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep; no settings are."
+
+
+class _RefusedError(Exception):
+    """What is wrong with YAML that is valid."""
 
 
 class _Loader(yaml.SafeLoader):
     """Numbers as YAML 1.2 writes them: 1e-3 is one; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
+
+    num_values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next value; too many are refused before the rest is read."""
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _RefusedError(_TOO_MANY)
+        return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """A bracket; the work on each grows with the number of open ones."""
+        if self.flow_level > MAX_DEPTH:
+            raise _RefusedError(_TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in place of merge keys what they name: a mapping's own keys win, then those of the first one named."""
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        found = {key.value: (key, value) for key, value in own}
+        for key, value in node.value:
+            for each in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ():
+                if not isinstance(each, yaml.MappingNode):
+                    raise _RefusedError(f"merges what is no mapping{_place(key)}; name one there.")
+                self.flatten_mapping(each)
+                for pair in each.value:
+                    found.setdefault(pair[0].value, pair)
+        node.value = list(found.values())
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -82,13 +116,6 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
     return loaded or {}
 
 
-_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep; no settings are."
-
-
-class _RefusedError(Exception):
-    """What is wrong with YAML that is valid."""
-
-
 def _load(text: str) -> Any:
     loader = _Loader(text)
     try:
@@ -109,7 +136,7 @@ def _check(loader: _Loader, root: yaml.Node) -> None:
         node, depth = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES:
-            raise _RefusedError(f"holds more than {MAX_VALUES:,} values, aliases counted; no settings do.")
+            raise _RefusedError(_TOO_MANY)
         if depth > MAX_DEPTH:
             raise _RefusedError(_TOO_DEEP)
         if isinstance(node, yaml.ScalarNode):

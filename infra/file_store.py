@@ -162,6 +162,9 @@ class FileStore(ObjectStore):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
             if isinstance(error, IrregularFileError):
                 raise UnusableObjectError(f"Cannot {doing} {key!r} in {self.uri}: {error.strerror}.") from error
+            if error.errno == errno.ELOOP:
+                problem = f"{key!r} in {self.uri} is a link that leads to itself; remove it."
+                raise UnusableObjectError(problem) from error
             reason = error.strerror or str(error)
             raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check the folder.") from error
 
