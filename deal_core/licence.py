@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deal_core.base_sources import DEFAULT_BASE
+from deal_core.errors import ConfigError
+from deal_core.outside import read_start
+from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 """A GGUF file that was converted brings no model card along."""
@@ -25,7 +26,8 @@ def licence_of_base(source: str, folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    stated = _front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
+    text = read_start(card, MAX_BYTES).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    stated = _front_matter(text).get("license")
     return stated if isinstance(stated, str) else None
 
 
@@ -33,7 +35,6 @@ def _front_matter(text: str) -> dict[str, Any]:
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:
-        values = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+        return yaml_mapping(text[4:].split("\n---", 1)[0].encode(), "The model card")
+    except ConfigError:
         return {}
-    return values if isinstance(values, dict) else {}

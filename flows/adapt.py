@@ -17,6 +17,7 @@ from prefect import flow
 from deal_core.base_sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from deal_core.shown import listed
 from flows.asked import AskedSpec
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
@@ -217,7 +218,7 @@ def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[
 def describe(dataset: DatasetRef) -> str:
     """A dataset in a few words."""
     rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
-    gained = f", new labels: {', '.join(dataset.new_labels)}" if dataset.new_labels else ""
+    gained = f", new labels: {listed(dataset.new_labels)}" if dataset.new_labels else ""
     return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.readers import unique_keys
 from deal_core.errors import ConfigError
+from deal_core.limits import Count, Seed
 from deal_core.models import DEFAULT_BASE
+from deal_core.shown import brief
 from flows.screens import in_one_line
 from flows.spec import parse
 from flows.stages import Stages
@@ -52,10 +55,10 @@ class BenchmarkSpec(BaseModel):
     strategies: tuple[str, ...] = ("deal", "seq_lora")
     methods: tuple[MethodConfig, ...] = (MethodConfig(),)
     """Settings; a strategy that reads none of what differs has one cell for all of them."""
-    seeds: tuple[int, ...] = (0,)
-    rows: int = 300
+    seeds: tuple[Seed, ...] = (0,)
+    rows: Count = 300
     part: Part = "reported"
-    max_test_rows: int | None = None
+    max_test_rows: Count | None = None
     scored: Scored = "all"
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig(**PROTOCOL)
@@ -72,13 +75,6 @@ class BenchmarkSpec(BaseModel):
                 f"tasks names {', '.join(repeated)} more than once; give every task once, in the order of arrival"
             )
         return tasks
-
-    @field_validator("rows", "max_test_rows")
-    @classmethod
-    def _at_least_one(cls, number: int | None, info: ValidationInfo) -> int | None:
-        if number is not None and number < 1:
-            raise ValueError(f"{info.field_name} is {number}; give at least 1")
-        return number
 
     @field_validator("train")
     @classmethod
@@ -211,11 +207,11 @@ def spec_from_options(
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{text!r} is not JSON: {error}") from error
+        values = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{brief(text)} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{text!r} is no JSON object; give one such as {{}}.")
+        raise ConfigError(f"{brief(text)} is no JSON object; give one such as {{}}.")
     return values
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from deal_core.shown import listed
 from flows.session import Debug, Home, Json, Lineage, session
 
 labels_app = typer.Typer()
@@ -27,9 +28,9 @@ def labels(
             from flows.labels import add_labels
 
             found = add_labels(lineage, task, add)
-        shown = [f"There already: {', '.join(found.present)}."] if found.present else []
+        shown = [f"There already: {listed(found.present)}."] if found.present else []
         if found.added:
-            gained = f"{task} of lineage {lineage} gains: {', '.join(found.added)}."
+            gained = f"{task} of lineage {lineage} gains: {listed(found.added)}."
             shown += [gained, "Land the file again that had rows with them; in an inbox, under another name."]
-        shown.append(f"Its labels: {', '.join(found.labels)}.")
+        shown.append(f"Its labels: {listed(found.labels)}.")
         deal.screen.result(found.model_dump(mode="json"), *map(escape, shown))

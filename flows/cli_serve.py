@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from deal_core.shown import printable_json
 from flows.session import Debug, Home, Json, Lineage, session
 
 serve_app = typer.Typer()
@@ -39,7 +40,7 @@ def serve(
 
         def tell(event: dict[str, Any], text: str) -> None:
             if as_json:  # one line for each event, as this command goes on
-                sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+                sys.stdout.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
                 sys.stdout.flush()
             else:
                 deal.screen.out.print(text, soft_wrap=True)

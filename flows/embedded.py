@@ -17,7 +17,7 @@ LOGGING_YAML = """\
 version: 1
 disable_existing_loggers: false
 formatters:
-  plain: {{format: "%(asctime)s %(levelname)s %(name)s: %(message)s"}}
+  plain: {{class: infra.logs.PlainFormatter, format: "%(asctime)s %(levelname)s %(name)s: %(message)s"}}
 handlers:
   file: {{class: logging.FileHandler, filename: {filename}, formatter: plain, delay: true}}
   api: {{class: prefect.logging.handlers.APILogHandler}}
@@ -90,8 +90,10 @@ def _servers(home: Path) -> dict[str, str]:
 
 def _log_failures_to(log_file: Path) -> None:
     """Commands that import no Prefect have no other handler, and Python's own would print to the screen."""
+    from infra.logs import PlainFormatter
+
     handler = logging.FileHandler(log_file, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     FAILURES.handlers, FAILURES.propagate = [handler], False
 
 

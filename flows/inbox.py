@@ -11,8 +11,9 @@ from typing import NamedTuple
 from pydantic import field_validator
 
 from deal_core.errors import ConfigError, StoreError
-from flows.spec import TaskFields, TaskSpec, parse, yaml_mapping
-from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, check_key
+from deal_core.yaml_file import MAX_BYTES, yaml_mapping
+from flows.spec import TaskFields, TaskSpec, parse
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from tasks.inbox import (
     INBOX,
     Beside,
@@ -148,8 +149,10 @@ def _test_file(store: ObjectStore, key: str) -> str | None:
 
 def _read_task_file(store: ObjectStore, key: str) -> TaskFile:
     try:
-        content = store.get_bytes(key)
+        content = store.get_bytes(key, at_most=MAX_BYTES + 1)
     except ObjectNotFoundError:
         return TaskFile()
+    except UnusableObjectError as error:
+        raise ConfigError(str(error)) from None
     origin = store.uri_of(key)
     return parse(TaskFile, yaml_mapping(content, origin), origin)

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from deal_core.errors import ConfigError
+from deal_core.shown import brief
+from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from flows.screens import in_one_line
-from flows.spec import NAME_PATTERN, LineageSpec, Name, parse, yaml_mapping
-from infra.store.base import ObjectNotFoundError, ObjectStore
+from flows.spec import NAME_PATTERN, LineageSpec, Name, parse
+from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.progress import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -73,11 +75,13 @@ def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
     """
     uri = store.uri_of(key_of(lineage))
     try:
-        values = yaml_mapping(store.get_bytes(key_of(lineage)), uri)
+        values = yaml_mapping(store.get_bytes(key_of(lineage), at_most=MAX_BYTES + 1), uri)
     except ObjectNotFoundError:
         return None
+    except UnusableObjectError as error:
+        raise ConfigError(str(error)) from None
     if values.setdefault("lineage", lineage) != lineage:
-        raise ConfigError(f"{uri} is about lineage {values['lineage']!r}; name the file after it.")
+        raise ConfigError(f"{uri} is about lineage {brief(values['lineage'])}; name the file after it.")
     return values
 
 

@@ -11,11 +11,25 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from deal_core.errors import DealError
+from deal_core.shown import printable, printable_json
 
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
+
+
+MAX_ERROR_CHARS = 2000
+"""Of an error on one line: what a library says can hold a whole file."""
+
+
+class _Terminal(Console):
+    """A console on which what is shown has no effect but to be read."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text for the screen: cells of tables too come this way."""
+        return super().render_str(printable(text), **options)
 
 
 class Screen:
@@ -27,8 +41,8 @@ class Screen:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
-        self.err = Console(stderr=True, highlight=False, emoji=False)
+        self.out = _Terminal(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+        self.err = _Terminal(stderr=True, highlight=False, emoji=False)
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
@@ -41,12 +55,14 @@ class Screen:
             return
         if self._bar is not None:
             self._progress.remove_task(self._bar)
-        self._bar = self._progress.add_task(stage, total=None, detail="")
+        self._bar = self._progress.add_task(printable(stage), total=None, detail="")
 
     def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
         """Move the bar."""
         if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, description=stage, completed=done, total=total, detail=detail)
+            self._progress.update(
+                self._bar, description=printable(stage), completed=done, total=total, detail=printable(detail)
+            )
 
     def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
         """Replace the bar by a line."""
@@ -87,7 +103,8 @@ class Screen:
     def result(self, value: Any, *shown: RenderableType) -> None:
         """Print a command's result: `value` as JSON for machines, else what is `shown` for people."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+            text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+            sys.stdout.write(printable_json(text) + "\n")
             return
         for renderable in shown:
             self.out.print(renderable, soft_wrap=isinstance(renderable, str))
@@ -95,7 +112,7 @@ class Screen:
     def error(self, message: str) -> None:
         """One line on stderr that says what went wrong and what to do."""
         if self.as_json:
-            sys.stderr.write(json.dumps({"error": message}, ensure_ascii=False) + "\n")
+            sys.stderr.write(printable_json(json.dumps({"error": message}, ensure_ascii=False)) + "\n")
         else:
             self.err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
 
@@ -108,5 +125,7 @@ class Screen:
 
 def in_one_line(error: Exception) -> str:
     """What an error says, on one line; one that is not ours with its kind."""
-    message = " ".join(str(error).split())
+    message = " ".join(printable(str(error)).split())
+    if len(message) > MAX_ERROR_CHARS:
+        message = f"{message[: MAX_ERROR_CHARS - 1]}…"
     return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.shown import printable
 from flows.screens import Screen, in_one_line
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
@@ -86,7 +87,7 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
         raise typer.Exit(STOPPED) from None
     except Exception as error:
         if debug:
-            traceback.print_exc(file=sys.stderr)
+            sys.stderr.write(printable(traceback.format_exc()))
         if not isinstance(error, DealError):
             FAILURES.exception("The command failed")
         screen.error(_explain(error, folder))

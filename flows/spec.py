@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deal_core.config import (
     AdapterConfig,
@@ -31,12 +29,17 @@ from deal_core.config import (
     TrainConfig,
 )
 from deal_core.errors import ConfigError
+from deal_core.limits import describe
+from deal_core.shown import brief, shorten
+from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Format = Literal["labelled", "completion", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
+MAX_PROBLEMS = 20
+"""Of those that a file has; the others are counted."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -49,6 +52,15 @@ def _require_utf8(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_require_utf8)]
+
+
+def _one(value: object) -> object:
+    if type(value) is not int:  # true and 1.0 are equal to 1
+        raise ValueError("give 1")
+    return value
+
+
+SchemaVersion = Annotated[Literal[1], BeforeValidator(_one)]
 
 
 class TaskFields(BaseModel):
@@ -88,7 +100,7 @@ class LineageSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = 1
     lineage: Name = "default"
     base_model: str | None = None
     """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
@@ -153,13 +165,24 @@ class AdaptSpec(LineageSpec):
 
 
 def resolve_base(base: str, folder: Path) -> str:
-    """A base that is a path, made absolute; a name is left as it is."""
-    path = folder / Path(base).expanduser()
-    return os.path.realpath(path) if path.exists() else base
+    """A base that is a path, made absolute; a name is left as it is.
+
+    Raises:
+        ConfigError: it can be no path.
+    """
+    path = _from(folder, base)
+    return str(path) if os.path.exists(path) else base
 
 
 def _resolve(path: str, folder: Path) -> str:
-    return path if "://" in path else os.path.realpath(folder / Path(path).expanduser())
+    return path if "://" in path else str(_from(folder, path))
+
+
+def _from(folder: Path, path: str) -> Path:
+    try:
+        return Path(os.path.realpath(folder / os.path.expanduser(path)))
+    except ValueError as error:
+        raise ConfigError(f"{shorten(path)!r} is no path of a file: {error}.") from None
 
 
 def read_spec(path: Path) -> AdaptSpec:
@@ -183,38 +206,6 @@ def read_lineage_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that must be a mapping.
-
-    Raises:
-        ConfigError: the file is missing or holds something else.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}; check the path.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
-    return yaml_mapping(content, str(path))
-
-
-def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty file holds an empty one.
-
-    Raises:
-        ConfigError: it holds something else; the message begins with `origin`.
-    """
-    try:
-        loaded = yaml.safe_load(content.decode("utf-8"))
-    except RecursionError:
-        raise ConfigError(f"{origin} is nested too deeply; no settings are.") from None
-    except (ValueError, yaml.YAMLError) as error:  # no UTF-8, or no number or date of YAML
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if loaded is not None and not isinstance(loaded, dict):
-        raise ConfigError(f"{origin} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
-    return loaded or {}
-
-
 def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
     """Check `values` against `model`, and say in one line per problem what is wrong.
 
@@ -224,29 +215,22 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = "; ".join(_describe(problem, model) for problem in error.errors())
-        raise ConfigError(f"{origin}: {problems}") from None
+        found = error.errors()
+        problems = "; ".join(dict.fromkeys(_describe(problem, model) for problem in found[:MAX_PROBLEMS]))
+        more = f"; and {len(found) - MAX_PROBLEMS} more problems" if len(found) > MAX_PROBLEMS else ""
+        raise ConfigError(f"{origin}: {problems}{more}") from None
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "spec"
+    where = ".".join(shorten(str(part)) for part in problem["loc"]) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(model, problem["loc"][:-1])
         return f"unknown key '{where}'" + (f" (known: {', '.join(known)})" if known else "; remove it")
     if problem["type"] == "missing":
         return f"key '{where}' is missing; add it"
     if problem["type"] == "string_pattern_mismatch":
-        return f"'{where}' is {problem['input']!r}; use letters, digits, '.', '_' and '-', at most 64"
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    return message if message.startswith(where) else f"'{where}': {message} (got {_brief(problem['input'])})"
-
-
-def _brief(value: object) -> str:
-    """The value in a few characters; Python does not write an integer of thousands of digits."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:
-        return "a number that is too large"
+        return f"'{where}' is {brief(problem['input'])}; use letters, digits, '.', '_' and '-', at most 64"
+    return describe(problem, where).rstrip(".")
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -167,11 +167,11 @@ def _lineages(problems: list[str]) -> list[LineageStatus]:
 
 def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
     """The first files of the inbox that no watch looks at, since their keys cannot be used."""
-    found = {key: f"the key {why}; rename it" for key, why in store.unusable_keys(INBOX).items()}
+    found = store.unusable_keys(INBOX)
     found |= {key: f"it {why}" for key, why in inbox.misplaced.items()}
     told = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
     more = len(found) - len(told)
-    return [*told, f"{more} more files in the inbox are skipped because of their keys."] if more else told
+    return [*told, f"{more} more files in the inbox are skipped."] if more else told
 
 
 def _lineage(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> LineageStatus:

@@ -15,6 +15,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from deal_core.shown import listed
+
 if TYPE_CHECKING:
     from flows.benchmark import BenchmarkResult
     from flows.demo import DemoResult
@@ -106,7 +108,7 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     shown: list[RenderableType] = [
         f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
         f"{result.num_test} test, {result.num_rejected} bad",
-        f"format {result.format}" + (f", labels {escape(', '.join(result.labels))}" if result.labels else ""),
+        f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
     ]
     if result.bad_rows:
         table = new_table("row", "line", "reason", right=["row", "line"])

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from deal_core.shown import printable
+
 MAX_BYTES = 10 << 20
+
+
+class PlainFormatter(logging.Formatter):
+    """Lines in which nothing is left that a terminal acts on: people look at logs with `cat`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return printable(super().format(record))
 
 
 def ready_log(log: Path) -> Path:

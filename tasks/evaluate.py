@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix, outcomes_of
+from deal_core.shown import listed
 from infra.store.base import ObjectStore
 from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
@@ -210,7 +211,7 @@ def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: Datase
 
 def _unjudged_labels(dataset: DatasetRef) -> tuple[str, ...]:
     """What to say of labels that a task gains after its test rows were frozen."""
-    return (f"{dataset.task} gains the labels {', '.join(dataset.new_labels)}: its test rows came before and have none "
+    return (f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its test rows came before and have none "
             "of them, so that no figure tells how well they are learned",) if dataset.new_labels else ()  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.shown import brief
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.temporary import temporary_folder
 from tasks.labels import added_labels
@@ -130,7 +131,8 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
             adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
-                f"task.{name} of '{arrival.task}' is {said!r}, but the lineage learned it as {stands!r}; leave it out, "
+                f"task.{name} of '{arrival.task}' is {brief(said)}, but the lineage learned it as "
+                f"{brief(stands)}; leave it out, "
                 f"{remedy} a new lineage."
             )
     return asked

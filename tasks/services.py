@@ -51,7 +51,7 @@ def local_file(store: ObjectStore, address: str) -> Iterator[Path]:
     """A local path of a file that is given by path, by a file:// uri, or by its full uri in the store.
 
     Raises:
-        StoreError: the uri is of another store, or nothing is there.
+        StoreError: the uri is of another store, nothing is there, or a link leads out of its top folder.
     """
     root = store.uri.rstrip("/") + "/"
     if not address.startswith(root):
@@ -59,7 +59,7 @@ def local_file(store: ObjectStore, address: str) -> Iterator[Path]:
         return
     key = address.removeprefix(root)
     if isinstance(store, FileStore):  # a file of gigabytes need not be copied
-        yield store.root / key
+        yield store.path_of(key)
         return
     with temporary_folder() as temporary:
         path = temporary / key.rsplit("/", 1)[-1]

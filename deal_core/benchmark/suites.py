@@ -7,6 +7,7 @@ reports on.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from deal_core.data.readers import unique_keys
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.hub import fetch_snapshot
+from deal_core.outside import open_regular
 
 Rows = tuple[dict[str, str], ...]
 Part = Literal["dev", "reported"]
@@ -217,7 +220,8 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            return file.read()
     except OSError as error:
         raise DataValidationError(f"{path} cannot be read ({error.strerror}); the task needs it.") from None
     except UnicodeDecodeError as error:
@@ -232,12 +236,15 @@ def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
         DataValidationError: It is not JSON, or not of that kind.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise DataValidationError(
             f"Line {first_line + error.lineno - 1} of {path} is not JSON ({error.msg} at column {error.colno}); "
             "correct it there, or write the file again."
         ) from None
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
+        raise DataValidationError(f"Line {first_line} of {path} cannot be used ({reason}); correct it.") from None
     if not isinstance(value, kind):
         raise DataValidationError(
             f"Line {first_line} of {path} begins no JSON {'object' if kind is dict else 'list'}; put one there."

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from deal_core.errors import DataValidationError
+from deal_core.outside import IrregularFileError, open_regular
 
 MAX_LINE_CHARS = 4 * 2**20
 """The rest of a longer line is skipped."""
@@ -35,22 +37,29 @@ class Line(NamedTuple):
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """The file's bytes, unpacked where its first bytes are those of gzip, whatever its name."""
-    file = path.open("rb")
+    """The file's bytes, unpacked where its first bytes are those of gzip, whatever its name.
+
+    Raises:
+        DataValidationError: It is no regular file.
+        OSError: It cannot be opened.
+    """
+    try:
+        file = open_regular(path)
+    except IrregularFileError as error:
+        raise DataValidationError(f"{path} cannot be read: {error.strerror}; write its rows to a file.") from None
     if file.peek(2)[:2] != b"\x1f\x8b":
         return file
-    file.close()
-    return io.BufferedReader(_UnpackGuard(path), buffer_size=2**17)
+    return io.BufferedReader(_UnpackGuard(file, path.name), buffer_size=2**17)
 
 
 def sha256_of_file(path: Path) -> str:
     """Digest of a file's bytes as they lie there, packed or not.
 
     Raises:
-        DataValidationError: There is no such file.
+        DataValidationError: There is no such file, or it is no regular one.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
@@ -113,10 +122,11 @@ def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | 
 class _UnpackGuard(io.RawIOBase):
     """The content of a gzip file, up to a limit: a small file must not unpack for ever."""
 
-    def __init__(self, path: Path) -> None:
-        self._unpacked = gzip.GzipFile(path, "rb")
-        self._name = path.name
-        self._size = path.stat().st_size
+    def __init__(self, packed: io.BufferedReader, name: str) -> None:
+        self._packed = packed
+        self._unpacked = gzip.GzipFile(fileobj=packed)
+        self._name = name
+        self._size = os.fstat(packed.fileno()).st_size
         self._left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * self._size)
         self._num_lines = 0
 
@@ -138,4 +148,5 @@ class _UnpackGuard(io.RawIOBase):
 
     def close(self) -> None:
         self._unpacked.close()
+        self._packed.close()
         super().close()

@@ -181,10 +181,15 @@ def _parse(text: str) -> Any:
             return values
     except ValueError:
         pass
-    return json.loads(text, object_pairs_hook=_unique_keys)  # what is wrong, in its own words
+    return json.loads(text, object_pairs_hook=unique_keys)  # what is wrong, in its own words
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: A key stands there twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -192,4 +197,4 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deal_core.data.schema import Format, Split
+from deal_core.shown import shorten as shorten
 
 Reason = Literal[
     "malformed line",
@@ -81,17 +82,6 @@ class BadRow:
         line = f" (line {self.line})" if self.line not in (None, self.row) else ""
         found = (f"{reason}: {value!r}" if include_texts else reason for reason, value in self.problems)
         return f"row {self.row}{line} {', '.join(found)}"
-
-
-def shorten(value: object, width: int = 80) -> str:
-    """The value on one line, at most `width` characters long, with unprintable characters escaped."""
-    if not isinstance(value, str):
-        value = repr(value)
-    line = value[: width + 1]
-    if not line.isprintable():
-        cut = line.encode("utf-8", "backslashreplace").decode("utf-8")
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 _quote = json.JSONEncoder(ensure_ascii=False).encode

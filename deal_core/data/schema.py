@@ -16,6 +16,7 @@ import pyarrow as pa
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.schema_version import require_schema_version
+from deal_core.shown import brief, listed
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
@@ -75,11 +76,11 @@ class TaskSchema:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(
-                f"task.name is {self.name!r}; use 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter "
-                "or a digit."
+                f"task.name is {brief(self.name)}; use 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
+                "letter or a digit."
             )
         if self.format not in (*COLUMNS_OF_FORMAT, "auto"):
-            raise ConfigError(f"task.format is {self.format!r}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
+            raise ConfigError(f"task.format is {brief(self.format)}; use one of {', '.join(COLUMNS_OF_FORMAT)}, auto.")
         _check_characters({"labels": self.labels, "instruction": self.instruction, "template": self.template or "",
                            "columns": tuple(self.columns.values())})  # fmt: skip
         _check_labels(self.labels, self.format)
@@ -87,7 +88,7 @@ class TaskSchema:
         known = {*(name for names in COLUMNS_OF_FORMAT.values() for name in names), "split"}
         unknown = sorted(set(self.columns) - known)
         if unknown:
-            raise ConfigError(f"task.columns names {', '.join(unknown)}; the columns are {', '.join(sorted(known))}.")
+            raise ConfigError(f"task.columns names {listed(unknown)}; the columns are {', '.join(sorted(known))}.")
         object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
         object.__setattr__(self, "columns", dict(self.columns))
 
@@ -136,11 +137,11 @@ def _check_labels(labels: tuple[str, ...], task_format: str) -> None:
     seen: dict[str, str] = {}
     for label in labels:
         if not label.strip() or "\n" in label.strip():
-            raise ConfigError(f"task.labels holds {label!r}; a label is one line and not empty.")
+            raise ConfigError(f"task.labels holds {brief(label)}; a label is one line and not empty.")
         if label_key(label) in seen:
             raise ConfigError(
-                f"task.labels holds {seen[label_key(label)]!r} and {label!r}, which differ in case or blanks only; "
-                "keep one of them."
+                f"task.labels holds {brief(seen[label_key(label)])} and {brief(label)}, which differ in case "
+                "or blanks only; keep one of them."
             )
         seen[label_key(label)] = label
 
@@ -159,7 +160,7 @@ def _check_template(template: str | None, task_format: str) -> None:
     if unknown or any(spec or conversion for _, _, spec, conversion in pieces):
         raise ConfigError(
             f"task.template may hold {', '.join('{' + name + '}' for name in _TEMPLATE_FIELDS)} and nothing else in "
-            f"braces; it is {template!r}. Write a literal brace twice."
+            f"braces; it is {brief(template)}. Write a literal brace twice."
         )
     if fields.count("text") != 1:
         raise ConfigError(f"task.template holds {{text}} {fields.count('text')} times; it must hold it once.")

@@ -34,6 +34,10 @@ class ObjectNotFoundError(StoreError):
     """Nothing is stored under the key or prefix asked for."""
 
 
+class UnusableObjectError(StoreError):
+    """What lies under the key is not read: no regular file, or a link that leads elsewhere."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectInfo:
     """One entry of a listing; `etag` changes when the content does."""
@@ -42,6 +46,8 @@ class ObjectInfo:
     size: int
     etag: str
     modified: datetime
+    problem: str | None = None
+    """Why what lies there is not read."""
 
 
 def check_key(key: str) -> str:
@@ -67,6 +73,12 @@ def _problem_of(key: str) -> str | None:
     if len(key.encode()) > MAX_KEY_BYTES or max(len(part.encode()) for part in parts) > MAX_PART_BYTES:
         return f"is longer than {MAX_KEY_BYTES} bytes, or a part of it than {MAX_PART_BYTES}"
     return None
+
+
+def _skipped_for(info: ObjectInfo) -> str | None:
+    """Why a listing leaves an object out, and what to do."""
+    problem = _problem_of(info.key)
+    return f"the key {problem}; rename it" if problem else info.problem
 
 
 def folder_of(prefix: str) -> str:
@@ -104,8 +116,17 @@ class ObjectStore(ABC):
     uri: str
 
     @abstractmethod
-    def get_bytes(self, key: str) -> bytes:
-        """The object's content. Raises ObjectNotFoundError when there is none."""
+    def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
+        """The object's content.
+
+        Args:
+            key: where it lies.
+            at_most: give only this many of its first bytes: somebody else may have stored more than memory holds.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            UnusableObjectError: it is no regular file, or a link that leads elsewhere.
+        """
 
     @abstractmethod
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
@@ -138,14 +159,15 @@ class ObjectStore(ABC):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below `prefix`, sorted by the bytes of their keys.
 
-        Objects that other programs stored under unsafe keys are skipped. Each skipped key is logged once.
+        Objects that other programs stored under unsafe keys, and objects that cannot be read, are skipped. Each skipped
+        key is logged once.
         """
         for info in self._list_all(prefix):
-            problem = _problem_of(info.key)
+            problem = _skipped_for(info)
             if problem is None:
                 yield info
             else:
-                self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: the key {problem}; rename it.")
+                self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: {problem}.")
 
     def warn_once(self, key: str, message: str) -> None:
         """Log a problem with a key, once in a process."""
@@ -154,8 +176,8 @@ class ObjectStore(ABC):
             logger.warning("%s", message)
 
     def unusable_keys(self, prefix: str = "") -> dict[str, str]:
-        """The keys below `prefix` that `list` skips, and what is wrong with each."""
-        problems = ((info.key, _problem_of(info.key)) for info in self._list_all(prefix))
+        """The keys below `prefix` that `list` skips: what is wrong with each, and what to do."""
+        problems = ((info.key, _skipped_for(info)) for info in self._list_all(prefix))
         return {key: problem for key, problem in problems if problem is not None}
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,12 @@ class S3Store(ObjectStore):
         self.client = make_client(settings)
         self._encryption = _encryption_of(settings)
 
-    def get_bytes(self, key: str) -> bytes:
+    def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
         """Read the object."""
         with self._saying("read", key):
             answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
-            return bytes(answer["Body"].read())
+            with closing(answer["Body"]) as body:  # what is left of it is not fetched
+                return bytes(body.read(at_most))
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write the object; with `If-None-Match: *` exactly one of several concurrent writers wins."""

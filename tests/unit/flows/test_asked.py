@@ -149,7 +149,7 @@ def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
         ("deal: {core: free}", "deal: {energy: 0.5}", "support.yaml: deal.core is free"),
         ("{}", "lineage: a/b\nx: 1", "s.yaml: 'lineage' is 'a/b'"),
         ("{}", "lineage: ../b", "s.yaml: 'lineage' is '../b'"),
-        ("{}", "lineage: 5", "s.yaml: 'lineage'"),
+        ("{}", "lineage: 5", "s.yaml: lineage is 5; give a text"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_place(

@@ -33,4 +33,4 @@ def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None
     assert shallow.endswith("is skipped: it lies in no task's folder; move it to inbox/TASK/may.csv.")
     for number in range(100):
         store.put_bytes(f"inbox/{number}.csv", b"x")
-    assert _unusable_files(store, look(store))[20:] == ["82 more files in the inbox are skipped because of their keys."]
+    assert _unusable_files(store, look(store))[20:] == ["82 more files in the inbox are skipped."]

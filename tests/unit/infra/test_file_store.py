@@ -13,8 +13,9 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.store import base
+from infra.store.base import UnusableObjectError, open_store
 from infra.store.local import FileStore
-from infra.store.open import open_store
+from tasks.services import local_file
 
 
 def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
@@ -188,3 +189,57 @@ def test_downloaded_files_have_the_users_usual_permissions(tmp_path: Path) -> No
     (tmp_path / "plain").write_bytes(b"x")
     assert (tmp_path / "mine").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "store" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_no_regular_file_is_skipped_said_and_never_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/t/a.csv", b"x")
+    os.mkfifo(tmp_path / "inbox" / "t" / "fifo.csv")
+    (tmp_path / "inbox" / "t" / "zero.csv").symlink_to("/dev/zero")
+    (tmp_path / "inbox" / "t" / "loop.csv").symlink_to("loop.csv")
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv"]
+    assert caplog.text.count("Skipped") == 3
+    problems = store.unusable_keys("inbox")
+    assert problems["inbox/t/fifo.csv"] == "it is a FIFO, and only regular files are read; remove it"
+    for read in (store.get_bytes, lambda key: store.download_file(key, tmp_path / "copy"), store.path_of):
+        for key in ("inbox/t/fifo.csv", "inbox/t/zero.csv"):
+            if read == store.path_of and "fifo" in key:
+                continue  # who opens the path says so
+            with pytest.raises(UnusableObjectError, match=r"is a FIFO|leads out"):
+                read(key)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_link_in_a_store_does_not_leave_its_top_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_bytes(b"secret")
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("inbox/t/a.csv", b"x")
+    store.put_bytes("adapters/l/weights", b"private")
+    inbox = tmp_path / "store" / "inbox"
+    (inbox / "t" / "within.csv").symlink_to("a.csv")
+    (inbox / "t" / "absolute.csv").symlink_to(secret)
+    (inbox / "t" / "upwards.csv").symlink_to("../../../secret.csv")
+    (inbox / "t" / "sideways.csv").symlink_to("../../adapters/l/weights")
+    (inbox / "folder").symlink_to(tmp_path)
+    out = ["absolute", "sideways", "upwards"]
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv", "inbox/t/within.csv"]
+    assert sorted(store.unusable_keys("inbox")) == [f"inbox/t/{name}.csv" for name in out]
+    assert store.get_bytes("inbox/t/within.csv") == b"x"
+    for key in (*(f"inbox/t/{name}.csv" for name in out), "inbox/folder/secret.csv"):
+        with pytest.raises(UnusableObjectError, match=r"a link that leads out of inbox/; put the file there"):
+            store.get_bytes(key)
+        with pytest.raises(UnusableObjectError), local_file(store, store.uri_of(key)):
+            pass
+
+
+def test_a_top_folder_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "inbox").symlink_to(tmp_path / "disk")
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("inbox/t/a.csv", b"x")
+    assert store.get_bytes("inbox/t/a.csv") == b"x"
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv"]

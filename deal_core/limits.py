@@ -1,0 +1,94 @@
+"""Limits that settings declare on their fields, and what is said of a value that does not keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from deal_core.errors import ConfigError
+from deal_core.shown import brief
+
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**53
+
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(strict=True, ge=-MAX_SEED, le=MAX_SEED)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+AtLeastZero = Annotated[Number, Field(ge=0)]
+AtLeastOne = Annotated[Number, Field(ge=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+ShareAboveZero = Annotated[Number, Field(gt=0, le=1)]
+ShareBelowOne = Annotated[Number, Field(ge=0, lt=1)]
+
+Settings = TypeVar("Settings", bound=type)
+
+_WANTED = {
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number that is not as large",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys",
+    "dataclass_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "literal_error": "{expected}",
+    "unexpected_keyword_argument": "a field that there is",
+}
+"""Pydantic's kind of problem, and what to give instead."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def settings(section: str) -> Callable[[Settings], Settings]:
+    """Make a class a frozen dataclass whose fields are checked when it is made, in Python as in a spec.
+
+    Args:
+        section: where a spec has these settings; it begins the name of a field in an error.
+
+    Raises:
+        ConfigError: from the class that is made, where a field does not fit; every such field is named.
+    """
+
+    def decorate(cls: Settings) -> Settings:
+        made: Any = dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+        check = made.__init__
+
+        def __init__(self: Any, **values: Any) -> None:  # noqa: N807
+            try:
+                check(self, **values)
+            except ValidationError as error:
+                found = [describe(each, ".".join(map(str, (section, *each["loc"])))) for each in error.errors()]
+                raise ConfigError(" ".join(dict.fromkeys(found))) from None
+
+        made.__init__ = __init__
+        return made  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def describe(problem: Mapping[str, Any], where: str) -> str:
+    """One of pydantic's problems as a sentence: the field, the value found, and what to give instead.
+
+    Args:
+        problem: an item of `ValidationError.errors()`.
+        where: the field's full name.
+    """
+    limits, found = problem.get("ctx", {}), brief(problem["input"])
+    if isinstance(limits.get("error"), ConfigError):
+        return str(limits["error"])
+    wanted = _WANTED.get(problem["type"])
+    if wanted is None:
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+        return f"{message}." if message.startswith(where) else f"'{where}': {message} (got {found})."
+    return f"{where} is {found}; give {wanted.format(**limits)}."

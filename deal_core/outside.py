@@ -1,0 +1,58 @@
+"""Files that others have made: only regular ones are read, so that none blocks a reader or never ends."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class IrregularFileError(OSError):
+    """What stands under a file's name is a FIFO, a socket or a device."""
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes; it never waits, whatever takes the file's place meanwhile.
+
+    Raises:
+        IrregularFileError: it is a FIFO, a socket or a device.
+        OSError: there is no such file, it is a folder, or it may not be read.
+    """
+    _require_regular(os.stat(path), path)  # to open some devices does something already
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_start(path: Path, limit: int) -> bytes:
+    """The first `limit` bytes of a file, or all of a shorter one; raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read(limit)
+
+
+def irregularity(mode: int) -> str | None:
+    """What a file of this mode (of `os.stat`) is instead of a regular one; None where it is regular, or a folder."""
+    return _KINDS.get(stat.S_IFMT(mode))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _require_regular(status: os.stat_result, path: str | Path) -> None:
+    kind = irregularity(status.st_mode)
+    if kind is not None:
+        raise IrregularFileError(errno.EINVAL, f"it is {kind}, and only regular files are read", str(path))

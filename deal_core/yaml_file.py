@@ -1,0 +1,175 @@
+"""The one way in which YAML is read: every key once, every value with one meaning, and a bound on all of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deal_core.errors import ConfigError
+from deal_core.outside import read_start
+from deal_core.shown import printable, shorten
+
+MAX_BYTES = 2**18
+"""Of a file. Thousands of labels are less."""
+MAX_VALUES = 10_000
+"""Keys and values, each counted as often as aliases repeat it."""
+MAX_DEPTH = 32
+
+_PREFIX = "tag:yaml.org,2002:"
+_MERGE, _TEXT = _PREFIX + "merge", _PREFIX + "str"
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_FRACTION = re.compile(
+    r"[-+]?(?:0|[1-9][0-9_]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
+    r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted; no settings do."
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep; no settings are."
+
+
+class _RefusedError(Exception):
+    """What is wrong with YAML that is valid."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers as YAML 1.2 writes them: 1e-3 is one; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
+
+    num_values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next value; too many are refused before the rest is read."""
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _RefusedError(_TOO_MANY)
+        return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """A bracket; the work on each grows with the number of open ones."""
+        if self.flow_level > MAX_DEPTH:
+            raise _RefusedError(_TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in place of merge keys what they name: a mapping's own keys win, then those of the first one named."""
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        found = {key.value: (key, value) for key, value in own}
+        for key, value in node.value:
+            for each in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ():
+                if not isinstance(each, yaml.MappingNode):
+                    raise _RefusedError(f"merges what is no mapping{_place(key)}; name one there.")
+                self.flatten_mapping(each)
+                for pair in each.value:
+                    found.setdefault(pair[0].value, pair)
+        node.value = list(found.values())
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_PREFIX + "int", re.compile(f"^(?:{_WHOLE.pattern})$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_PREFIX + "float", re.compile(f"^(?:{_FRACTION.pattern})$"), list("-+.0123456789"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that must be a mapping.
+
+    Raises:
+        ConfigError: the file is missing, is no regular file, or holds something else.
+    """
+    try:
+        content = read_start(path, MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"There is no file {path}; check the path.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is no path of a file: {error}.") from None
+    return yaml_mapping(content, str(path))
+
+
+def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty file holds an empty one.
+
+    Args:
+        content: what the file holds; of a larger one than MAX_BYTES one byte more is enough.
+        origin: the file, for messages.
+
+    Raises:
+        ConfigError: it holds something else, a key twice, or more than the bounds; the message begins with `origin`.
+    """
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{origin} is larger than {MAX_BYTES // 2**10} KiB, which no settings are; check the file.")
+    try:
+        loaded = _load(content.decode("utf-8"))
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
+        raise ConfigError(f"{origin} is not valid YAML: {printable(' '.join(str(error).split()))}.") from None
+    except RecursionError:
+        raise ConfigError(f"{origin} {_TOO_DEEP}") from None
+    except _RefusedError as error:
+        raise ConfigError(f"{origin} {error}") from None
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{origin} holds {type(loaded).__name__}, not a mapping of keys; see examples/ for a spec.")
+    return loaded or {}
+
+
+def _load(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(loader, node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check(loader: _Loader, root: yaml.Node) -> None:
+    """Walk all values before any is made, an alias as often as it stands, so that no alias multiplies the work."""
+    waiting = [(root, 1)]
+    num_values = 0
+    while waiting:
+        node, depth = waiting.pop()
+        num_values += 1
+        if num_values > MAX_VALUES:
+            raise _RefusedError(_TOO_MANY)
+        if depth > MAX_DEPTH:
+            raise _RefusedError(_TOO_DEEP)
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(loader, node)
+        elif isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            waiting += [(each, depth + 1) for pair in node.value for each in pair]
+        else:
+            waiting += [(each, depth + 1) for each in node.value]
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in (_PREFIX + "map", _PREFIX + "seq"):
+            raise _RefusedError(f"has the tag {shorten(node.tag)!r}{_place(node)}; leave tags out.")
+
+
+def _check_scalar(loader: _Loader, node: yaml.ScalarNode) -> None:
+    plain: str = loader.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+    if node.tag not in (_TEXT, plain):
+        raise _RefusedError(f"has the tag {shorten(node.tag)!r}{_place(node)}; leave tags out.")
+    if _NO_TEXT.search(node.value):
+        raise _RefusedError(f"holds a NUL or half a surrogate pair{_place(node)}; write a text there.")
+    if node.tag == _PREFIX + "int" and len(node.value) > 400:
+        raise _RefusedError(f"holds a number of {len(node.value)} digits{_place(node)}; write a smaller one.")
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
+            found = f" {shorten(key.value)}" if isinstance(key, yaml.ScalarNode) else ""
+            raise _RefusedError(f"has a key{found}{_place(key)} that is no text; write it in quotes.")
+        if key.value in seen:
+            raise _RefusedError(f"has the key {shorten(key.value)!r} twice, again{_place(key)}; keep one of them.")
+        seen.add(key.value)
+
+
+def _place(node: yaml.Node) -> str:
+    return f" in line {node.start_mark.line + 1}"

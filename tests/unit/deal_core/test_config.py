@@ -1,0 +1,125 @@
+"""Settings: each field's limits hold in Python and in a spec, are shown in its schema, and change no digest."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import pytest
+
+from deal_core import config
+from deal_core.benchmark.cell import make_cell
+from deal_core.config import AdapterConfig, DealConfig, GateConfig, MethodConfig, TrainConfig
+from deal_core.errors import ConfigError
+from flows.benchmark import BenchmarkSpec
+from flows.spec import AdaptSpec, parse
+
+TASK = {"name": "t", "data": "x"}
+SECTIONS = {
+    "adapter": config.AdapterConfig, "train": config.TrainConfig, "evaluate": config.EvaluateConfig,
+    "data": config.DataConfig, "gate": config.GateConfig, "deal": config.DealConfig,
+    "rehearsal": config.RehearsalConfig, "rivals": config.RivalConfig,
+}  # fmt: skip
+OPTIONAL = {"adapter.alpha": 32.0, "train.max_steps": 3, "gate.min_accuracy": 0.5}
+WRONG: dict[type, list[Any]] = {
+    float: [math.nan, math.inf, -math.inf, True, "3", [1.0], {}, 10**400],
+    int: [True, "3", 1.5, 3.0, math.nan, math.inf, [1], 10**400],
+    bool: [1, 0, "true", "yes", None, 1.0],
+    str: [1, True, None, ["none"], "nonesuch"],
+    tuple: ["q", 1, {"q": 1}, [None], [["q"]]],
+}
+VALUES = [
+    (section, each.name, OPTIONAL.get(f"{section}.{each.name}", each.default))
+    for section, cls in SECTIONS.items()
+    for each in fields(cls)
+    if f"{section}.{each.name}" != "adapter.target_modules"
+] + [("adapter", "target_modules", ("q",))]
+
+
+@pytest.mark.parametrize(("section", "name", "good"), VALUES, ids=lambda value: str(value)[:30])
+def test_a_value_of_another_type_or_without_end_is_refused(section: str, name: str, good: Any) -> None:
+    kind = type(good)
+    assert kind in WRONG, "every field has a default of a known type"
+    for wrong in WRONG[kind]:
+        with pytest.raises(ConfigError, match=rf"{section}\.{name}") as caught:
+            SECTIONS[section](**{name: wrong})
+        assert len(str(caught.value)) < 400
+        with pytest.raises(ConfigError, match=rf"a\.yaml: .*{section}\.{name}") as caught:
+            parse(AdaptSpec, {"task": TASK, section: {name: wrong}}, "a.yaml")
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(("section", "name", "good"), VALUES, ids=lambda value: str(value)[:30])
+def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, good: Any) -> None:
+    if type(good) not in (int, float):
+        return
+    schema = AdaptSpec.model_json_schema()["$defs"][SECTIONS[section].__name__]["properties"][name]
+    shown = next(each for each in (schema, *schema.get("anyOf", ())) if each.get("type") in ("integer", "number"))
+    if shown["type"] == "integer":
+        assert {"minimum", "maximum"} <= shown.keys()
+    else:
+        unbounded = ("min_gain_points", "min_gain_over_champion_points")
+        assert name in unbounded or {"minimum", "exclusiveMinimum"} & shown.keys()
+    for bound, outside in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0), ("exclusiveMaximum", 0)):
+        if bound in shown:
+            with pytest.raises(ConfigError, match=rf"{section}\.{name} is .*; give "):
+                SECTIONS[section](**{name: type(good)(shown[bound] + outside)})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdapterConfig(rank=1), "adapter.rank is 1; give at least 2."),
+        (lambda: TrainConfig(learning_rate=math.inf), "train.learning_rate is inf; give a finite number."),
+        (lambda: GateConfig(confidence=1), "gate.confidence is 1; give less than 1."),
+        (lambda: DealConfig(core="hot"), "deal.core is 'hot'; give 'frozen', 'soft' or 'free'."),  # type: ignore[arg-type]
+        (lambda: DealConfig(widths=()), "deal.widths is (); give one width at least."),
+        (lambda: DealConfig(widths=(0.5, -1.0)), "deal.widths.1 is -1.0; give more than 0."),
+        (lambda: DealConfig(a=1.0, b=2.0), "deal.a is 1.0 and deal.b is 2.0; the method needs a >= b."),
+        (lambda: replace(TrainConfig(), batch_size=0), "train.batch_size is 0; give at least 1."),
+    ],
+)
+def test_a_refusal_names_the_field_the_value_and_the_limit(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+def test_every_field_that_does_not_fit_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"train\.num_epochs is 0.* train\.batch_size is '8'"):
+        TrainConfig(num_epochs=0, batch_size="8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": True}, "rows is True; give a whole number"),
+        ({"rows": 0}, "rows is 0; give at least 1"),
+        ({"seeds": ["1"]}, "seeds.0 is '1'; give a whole number"),
+        ({"max_test_rows": 1.5}, "max_test_rows is 1.5; give a whole number"),
+    ],
+)
+def test_a_benchmarks_numbers_are_numbers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(BenchmarkSpec, {"data": "x", **values}, "options")
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", 2])
+def test_a_schema_version_is_a_whole_number(value: Any) -> None:
+    with pytest.raises(ConfigError, match="schema_version"):
+        parse(AdaptSpec, {"task": TASK, "schema_version": value}, "a")
+
+
+def test_settings_stay_what_they_were_in_digests_and_json() -> None:
+    """The values are those of the release before settings had declared limits: runs and cells are found by them."""
+    changed = {"train": {"learning_rate": 1, "quantize": "4bit"}, "deal": {"widths": [1, 2], "a": 6}}
+    spec = parse(AdaptSpec, {"task": TASK, **changed}, "a")
+    assert spec.config_sha256(AdapterConfig(), "deal")[:16] == "454911db7d0c4422"
+    assert parse(AdaptSpec, {"task": TASK}, "a").config_sha256(AdapterConfig(), "deal")[:16] == "da604f5ff5d3485c"
+    cell = make_cell("deal", ("x", "y"), method=MethodConfig(), seed=1, train=TrainConfig(), rows=3, part="dev",
+                     max_test_rows=None, scored="all", adapter=AdapterConfig(), base="b", data="d")  # fmt: skip
+    assert (cell.digest(), cell.shared_digest()) == ("906b85b1e7c6", "1d25796542a8")
+    assert json.loads(json.dumps(asdict(spec.deal))) == spec.model_dump(mode="json")["deal"]
+    assert spec.deal == DealConfig(widths=(1.0, 2.0), a=6.0) and hash(spec.deal) == hash(replace(spec.deal))

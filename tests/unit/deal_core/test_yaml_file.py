@@ -1,0 +1,109 @@
+"""YAML: every key once, numbers that look like numbers, and a bound on size, depth and what aliases repeat."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.errors import ConfigError
+from deal_core.yaml_file import MAX_BYTES, read_yaml, yaml_mapping
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-4", 5e-4), ("1e-3", 1e-3), ("1E5", 1e5), ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("-3", -3), ("+3", 3),
+        ("0", 0), ("1_000", 1000), ("true", True), ("yes", True), ("~", None), ("null", None),
+        ("010", "010"), ("0o10", "0o10"), ("0x1F", "0x1F"), ("0b11", "0b11"), ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("2026-11-01", "2026-11-01"), ("'3'", "3"), ("!!str 3", "3"), ("=", "="), ("1.2.3", "1.2.3"), ("00.5", "00.5"),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_it_looks_like(text: str, value: Any) -> None:
+    found = yaml_mapping(f"a: {text}".encode(), "f")["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "has the key 'a' twice, again in line 3; keep one of them"),
+        ("a: {b: 1, c: 2, b: 3}", "has the key 'b' twice"),
+        ("a: [{b: 1, b: 1}]", "has the key 'b' twice"),
+        ("x: &x {c: 1}\na:\n  <<: *x\n  <<: *x", "has the key '<<' twice"),
+        ('a: 1\n"a": 2', "has the key 'a' twice"),
+        ("1: x", "has a key 1 in line 1 that is no text; write it in quotes"),
+        ("yes: x", "has a key yes in line 1 that is no text"),
+        ("? [a, b]\n: x", "has a key in line 1 that is no text"),
+        ("a: !!set {b}", "has the tag"),
+        ("a: !!binary aGVsbG8=", "has the tag"),
+        ("a: !!python/object/apply:os.system [x]", "has the tag"),
+        ("a: !!int abc", "has the tag"),
+        ("a: !!int 010", "has the tag"),
+        ("a: !!bool maybe", "has the tag"),
+        ("!!omap\n- a: 1", "has the tag"),
+        ('a: "\\0"', "holds a NUL or half a surrogate pair in line 1"),
+        ('a: "\\ud800"', "holds a NUL or half a surrogate pair"),
+        ('a: "\\UFFFFFFFF"', "is not valid YAML"),
+        ("a: " + "9" * 5000, "holds a number of 5000 digits"),
+        ("a: " + "[" * 100_000, "is nested more than 32 deep"),
+        ("a: " + "[" * 40 + "]" * 40, "is nested more than 32 deep"),
+        ("- " * 100_000, "is nested more than 32 deep"),
+        ("a: &a [*a]", "is nested more than 32 deep"),
+        (LAUGHS, "holds more than 10,000 values"),
+        (MERGES, "holds more than 10,000 values"),
+        ("a: [" + "b," * 120_000 + "]", "holds more than 10,000 values"),
+        ("a: " + "x" * MAX_BYTES, "is larger than 256 KiB"),
+        ("a: \x1b[31m", "is not valid YAML"),
+        ("a: 1\n---\na: 2", "is not valid YAML"),
+        ("<<: 3", "merges what is no mapping in line 1"),
+        ("<<: [{a: 1}, b]", "merges what is no mapping in line 1"),
+        ("a: <<", "is not valid YAML"),
+    ],
+)
+def test_what_has_no_one_meaning_is_refused(text: str, message: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        yaml_mapping(text.encode(), "f.yaml")
+    assert time.process_time() - started < 10
+    assert str(caught.value).startswith(f"f.yaml {message}")
+    assert len(str(caught.value)) < 500 and "\x1b" not in str(caught.value)
+
+
+def test_aliases_and_merge_keys_say_what_yaml_says_they_do() -> None:
+    text = "one: &one {x: 1, y: 1}\ntwo: &two\n  <<: *one\n  y: 2\nlist: [*one, *one]\n"
+    text += "three: {<<: *two, z: 3}\nfour: {<<: [*two, *one], z: 4}\nfive: {<<: [*one, *two]}\n"
+    found = yaml_mapping(text.encode(), "f")
+    assert found["two"] == {"x": 1, "y": 2}
+    assert found["three"] == {"x": 1, "y": 2, "z": 3}
+    assert found["four"] == {"x": 1, "y": 2, "z": 4}, "the first one named wins"
+    assert found["five"] == {"x": 1, "y": 1}
+    assert found["list"] == [{"x": 1, "y": 1}] * 2
+
+
+def test_a_device_that_never_ends_is_no_spec() -> None:
+    with pytest.raises(ConfigError, match=r"/dev/zero cannot be read: it is a device"):
+        read_yaml(Path("/dev/zero"))
+
+
+def test_a_large_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse: it takes no room, and no memory would hold it
+    with pytest.raises(ConfigError, match="is larger than 256 KiB"):
+        read_yaml(path)
+
+
+def test_a_name_that_can_be_no_file_is_said_to_be_none() -> None:
+    with pytest.raises(ConfigError, match="no path of a file"):
+        read_yaml(Path("a\0b"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(Path("x" * 5000))
