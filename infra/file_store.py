@@ -42,6 +42,11 @@ class FileStore(ObjectStore):
         with self._saying("read", key):
             return self._path(key).read_bytes()
 
+    def get_start(self, key: str, num_bytes: int) -> bytes:
+        """Read the beginning of the file."""
+        with self._saying("read", key), self._path(key).open("rb") as reader:
+            return reader.read(num_bytes)
+
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write the file; a hard link decides between writers that come together."""
         target = self._path(key)

@@ -115,6 +115,10 @@ class ObjectStore(ABC):
         """The object's content. Raises ObjectNotFoundError when there is none."""
 
     @abstractmethod
+    def get_start(self, key: str, num_bytes: int) -> bytes:
+        """The first bytes of the object, at least one; fewer where it is shorter. Raises as `get_bytes` does."""
+
+    @abstractmethod
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store `data` under `key`, whole or not at all.
 

@@ -13,6 +13,7 @@ from infra.object_store import ObjectStore, open_store
 from infra.settings import HomeSettings, StoreSettings
 from infra.temporary import temporary_folder
 from tasks.references import VersionRef
+from tasks.version_files import CONFIG, reading_beside, require_readable
 
 
 def current_store() -> ObjectStore:
@@ -28,10 +29,17 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """A local copy of a folder of the store, gone afterwards."""
+    """A local copy of an adapter's folder in the store, gone afterwards.
+
+    Raises:
+        ObjectNotFoundError: a file of it is missing.
+        StoreError: a file of it is damaged.
+    """
     with temporary_folder() as temporary:
         folder = temporary / "folder"
-        store.download_folder(uri, folder)
+        with reading_beside(store, uri, CONFIG):
+            store.download_folder(uri, folder)
+        require_readable(store, uri, folder)
         yield folder
 
 

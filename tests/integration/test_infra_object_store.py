@@ -73,6 +73,16 @@ def test_bytes_come_back_and_the_last_put_wins(store: ObjectStore) -> None:
     assert not store.exists("a/b.bin2")
 
 
+def test_the_beginning_comes_without_the_rest(store: ObjectStore) -> None:
+    store.put_bytes("a/b.bin", b"0123456789")
+    store.put_bytes("a/empty", b"")
+    assert store.get_start("a/b.bin", 4) == b"0123"
+    assert store.get_start("a/b.bin", 99) == b"0123456789"
+    assert store.get_start("a/empty", 4) == b""
+    with pytest.raises(ObjectNotFoundError, match="'a/c'"):
+        store.get_start("a/c", 4)
+
+
 def test_what_is_missing_is_said_with_its_key(store: ObjectStore, tmp_path: Path) -> None:
     target = tmp_path / "target"
     with pytest.raises(ObjectNotFoundError, match=r"no object 'a/b'.*check the name"):
