@@ -150,7 +150,6 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         RegistryError: it is champion, or was refused already.
     """
     registry, log = open_registry(), PromotionLog(current_store())
-    require_in_registry(registry, log.store, lineage)
     number, last = settle_aliases(registry, log, lineage)
     found = find_version(registry, lineage, version)
     if number == version:

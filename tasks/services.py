@@ -13,7 +13,7 @@ from infra.object_store import ObjectStore, open_store
 from infra.settings import HomeSettings, StoreSettings
 from infra.temporary import temporary_folder
 from tasks.references import VersionRef
-from tasks.version_files import CONFIG, reading_beside, require_readable
+from tasks.version_files import CONFIG, reading_beside, require_readable, require_readable_method
 
 
 def current_store() -> ObjectStore:
@@ -32,8 +32,8 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
     """A local copy of an adapter's folder in the store, gone afterwards.
 
     Raises:
-        ObjectNotFoundError: a file of it is missing.
-        StoreError: a file of it is damaged.
+        ObjectNotFoundError: its configuration or weights are missing.
+        StoreError: they are damaged.
     """
     with temporary_folder() as temporary:
         folder = temporary / "folder"
@@ -50,6 +50,7 @@ def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[P
         yield None
         return
     with borrowed_folder(store, parent.adapter_uri) as folder:
+        require_readable_method(store, parent.adapter_uri, folder)
         yield folder
 
 

@@ -18,7 +18,8 @@ from infra.temporary import temporary_folder
 from infra.version_log import VersionLog
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NEEDED_IN_CONFIG = ("peft_type", "r", "lora_alpha", "target_modules")
+METHOD, METHOD_TENSORS = "method.json", "method.safetensors"
+NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """safetensors reads no longer ones."""
 BREAK_READERS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -69,7 +70,7 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
 
 
 def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Refuse the local copy of an adapter's folder where a file of it is missing or damaged.
+    """Refuse the local copy of an adapter's folder where its configuration or weights are missing or damaged.
 
     Args:
         store: where the copy is from.
@@ -84,14 +85,24 @@ def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None
         with reading_beside(store, adapter_uri, name):
             if not (folder / name).is_file():
                 raise ObjectNotFoundError(name)
-    for path in sorted(folder.glob("*.safetensors")):
-        with reading_beside(store, adapter_uri, path.name):
-            _open_weights(path)
-    for path in sorted(folder.glob("*.json")):
-        with reading_beside(store, adapter_uri, path.name):
-            values = json.loads(path.read_bytes())
-            if path.name == CONFIG:
-                _check_config(values)
+    with reading_beside(store, adapter_uri, CONFIG):
+        _check_config(json.loads((folder / CONFIG).read_bytes()))
+    with reading_beside(store, adapter_uri, WEIGHTS):
+        _open_weights(folder / WEIGHTS)
+
+
+def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
+    """Refuse the local copy of an adapter's folder where its method's state is damaged, which training goes on from.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    if (folder / METHOD).is_file():
+        with reading_beside(store, adapter_uri, METHOD):
+            _require_object(json.loads((folder / METHOD).read_bytes()))
+    if (folder / METHOD_TENSORS).is_file():
+        with reading_beside(store, adapter_uri, METHOD_TENSORS):
+            _open_weights(folder / METHOD_TENSORS)
 
 
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
@@ -109,12 +120,16 @@ def require_stored(store: ObjectStore, adapter_uri: str) -> None:
         _check_header(store, f"{adapter_uri}/{WEIGHTS}")
 
 
-def _check_config(values: object) -> None:
+def _require_object(values: object) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
-    missing = [name for name in NEEDED_IN_CONFIG if name not in values]
+    return values
+
+
+def _check_config(values: object) -> None:
+    missing = NEEDED_IN_CONFIG - _require_object(values).keys()
     if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
 
 
 def _check_header(store: ObjectStore, key: str) -> None:

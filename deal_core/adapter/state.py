@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -110,7 +110,8 @@ def load_adapter(
         num_new_slots: Slots to add behind the adapter's own, zero in both factors; the function stays the same.
 
     Raises:
-        AdapterStateError: The folder holds no adapter, or its keys are not exactly those that the model expects.
+        AdapterStateError: The folder holds no adapter, its weights are damaged, or its keys are not exactly those that
+            the model expects.
     """
     weights_path = folder / SAFETENSORS_WEIGHTS_NAME
     if not (folder / "adapter_config.json").is_file() or not weights_path.is_file():
@@ -121,7 +122,7 @@ def load_adapter(
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = None
-    tensors = load_file(weights_path)
+    tensors = _read_tensors(weights_path)
     if num_new_slots:
         config.lora_alpha = config.lora_alpha * (config.r + num_new_slots) / config.r  # α/r, the scale, stays
         config.r += num_new_slots
@@ -147,6 +148,15 @@ def load_adapter(
         )
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterStateError(
+            f"{path} is damaged ({error}); restore it from a backup, or use another version."
+        ) from None
 
 
 def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
@@ -197,7 +207,7 @@ def load_method_state(folder: Path) -> MethodState:
     header = json.loads(path.read_text())
     require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
     tensors_path = folder / METHOD_TENSORS
-    tensors = load_file(tensors_path) if tensors_path.is_file() else {}
+    tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
     num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
     return MethodState(
         strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals

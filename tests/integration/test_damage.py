@@ -79,7 +79,7 @@ def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
     path = adapters["3"] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert exit_code_of_status() == 1
-    with pytest.raises(DealError, match=r"adapter_model\.safetensors, a file of version 3, champion of 'l', is damaged"):
+    with pytest.raises(DealError, match=r"adapter_model\.safetensors, a file of version 3.* is damaged"):
         run(tiny_base, BANK, again=True)
     assert roll_back("l", "1", **BY).champion == "1"
     assert ask() == "1" and look(home).damaged == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from infra.rebuilding import LineageRebuild
 from infra.registry import VersionInfo, open_registry
 from infra.settings import TrackingSettings
 from infra.tracking import open_tracker
+from tasks.progress import LogReporter, reporting_to
 from tasks.rebuild import RebuildResult
 from tasks.report import read_page
 from tests.adapting import BANK, CLINIC, run
@@ -139,6 +141,34 @@ def test_a_rebuild_that_was_cut_short_is_given_again(
     assert what_is_known() == known
     runs = open_tracker().client.search_runs([open_tracker().client.get_experiment_by_name("deal/l").experiment_id])
     assert sorted(each.info.status for each in runs) == ["FINISHED"] * 3, "runs are not doubled"
+
+
+def test_a_rebuild_that_is_cancelled_ends_at_the_next_version_and_leaves_the_lineage(
+    known: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, begun, go = LineageRebuild.make, Event(), Event()
+
+    def wait(self: LineageRebuild, number: int, *args: Any, **options: Any) -> None:
+        begun.set()
+        go.wait(60)
+        make(self, number, *args, **options)
+
+    async def cancel() -> None:
+        with reporting_to(LogReporter()) as stop:
+            working = asyncio.create_task(rebuild("l"))
+            await asyncio.to_thread(begun.wait, 60)
+            working.cancel()
+            while not stop.is_set():
+                await asyncio.sleep(0.01)
+            go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await working
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineageRebuild, "make", wait)
+        asyncio.run(cancel())
+    assert [info.version for info in open_registry().versions("l")] == ["1"]
+    assert rebuilt().versions == ("1", "2", "3"), "nobody holds the lineage"
 
 
 def test_a_registered_model_of_somebody_else_is_left_alone(known: list[dict[str, Any]]) -> None:

@@ -26,7 +26,8 @@ from tasks.inbox import read_state
 from tasks.ingest import read_manifest
 from tasks.labels import added_labels
 from tasks.record import read_record
-from tasks.services import borrowed_folder
+from tasks.references import VersionRef
+from tasks.services import borrowed_folder, borrowed_parent
 from tasks.serving import read_route
 from tasks.version_files import require_stored
 
@@ -127,6 +128,19 @@ def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, nam
     for use in (lambda: require_stored(store, ADAPTER), lambda: borrowed_folder(store, ADAPTER).__enter__()):
         with pytest.raises(ObjectNotFoundError, match=rf"{name}, a file of version 3 of 'l', is missing"):
             use()
+
+
+@pytest.mark.parametrize("name", ["method.json", "method.safetensors"])
+def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: ObjectStore, name: str) -> None:
+    store.put_bytes(f"{ADAPTER}/{name}", b"[]")
+    parent = VersionRef(
+        lineage="l", version="3", run_key="k", adapter_uri=ADAPTER, adapter_sha256="a" * 64, accepted=True
+    )
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"), \
+            borrowed_parent(store, parent):  # fmt: skip
+        pytest.fail("it was lent")
+    with borrowed_folder(store, ADAPTER) as folder:
+        assert (folder / name).is_file()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"r": 8}'])
