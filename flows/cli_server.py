@@ -79,7 +79,7 @@ def deploy(
 
 @server_app.command()
 def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Say what runs, what waits, and what failed and why."""
+    """Say what runs, what waits, what failed and why, and what is damaged; exit code 1: a part is gone or damaged."""
     with session(home, as_json, debug) as deal:
         import asyncio
 
@@ -90,7 +90,7 @@ def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> No
         from flows.tables_server import show_status
 
         deal.screen.result(found.model_dump(mode="json"), *show_status(found))
-        if any(not part.is_alive for part in found.parts):
+        if found.damaged or any(not part.is_alive for part in found.parts):
             raise typer.Exit(FAILED)
 
 
@@ -110,6 +110,30 @@ def add(
         lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
         address = add_lineage(current_store(), lineage)
         deal.screen.result({"lineage": lineage.lineage, "file": address}, escape(f"{lineage.lineage} is in {address}"))
+
+
+@lineage_app.command("rebuild")
+def rebuild(
+    lineage: Annotated[str, typer.Argument(help="Name of the lineage.")],
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Register a lineage's versions again from the store, after MLflow's database was lost."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        from tasks.progress import reporting_to
+
+        with deal.screen.working("rebuild"), reporting_to(deal.screen):
+            from flows.rebuild import rebuild as rebuild_held
+
+            found = asyncio.run(rebuild_held(lineage))
+        from flows.tables_server import show_rebuild
+
+        deal.screen.result(found.model_dump(mode="json"), *show_rebuild(found))
+        if found.problems:
+            raise typer.Exit(FAILED)
 
 
 @lineage_app.command("list")

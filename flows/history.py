@@ -10,6 +10,7 @@ from deal_core.errors import RegistryError
 from infra.promotions import Move, PromotionLog
 from infra.registry import Registry, VersionInfo, open_registry
 from tasks.services import current_store
+from tasks.stored_lineage import lost_in_registry
 
 
 class HistoryEntry(BaseModel):
@@ -77,7 +78,10 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
         return champion
     found = next((info for info in registry.versions(lineage) if info.version == version), None)
     if found is None:
-        raise RegistryError(f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}")
+        raise RegistryError(
+            lost_in_registry(registry, current_store(), lineage)
+            or f"Lineage '{lineage}' has no version {version}; see: deal history --lineage {lineage}"
+        )
     if found.adapter_removed:
         raise RegistryError(
             f"The adapter of version {version} of '{lineage}' was removed on {found.adapter_removed} (deal gc); its "
@@ -87,13 +91,14 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
 
 
 def unknown_lineage(lineage: str) -> str:
-    """What to say where a lineage has no champion: another thing where it has versions than where it has none."""
-    if open_registry().versions(lineage, newest=1):
+    """What to say where a lineage has no champion: whether the registry has versions of it, or the store alone."""
+    registry = open_registry()
+    if registry.versions(lineage, newest=1):
         return (
             f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
             f"deal promote N --lineage {lineage} for one that was accepted, or adapt again."
         )
-    return (
+    return lost_in_registry(registry, current_store(), lineage) or (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         "or name another home with --home or lineage with --lineage."
     )

@@ -20,6 +20,7 @@ from tasks.lineage import arrival_digests, descent
 from tasks.notices import Kind, Notice, announce
 from tasks.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.services import current_store
+from tasks.stored_lineage import require_in_registry
 
 
 class Learned(BaseModel):
@@ -209,6 +210,7 @@ def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
 def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, VersionInfo | None]:
     """Registry, log, the champion's number, and the champion; a number without one: it was deleted in MLflow."""
     registry, log = open_registry(), PromotionLog(current_store())
+    require_in_registry(registry, log.store, lineage)
     number, _ = settle_aliases(registry, log, lineage)
     return registry, log, number, registry.champion(lineage)
 

@@ -14,6 +14,7 @@ from flows.promote import Learned
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
 from infra.registry import Registry, VersionInfo, open_registry
+from infra.version_log import VersionLog
 from tasks.finish import read_spec_of, require_same_files
 from tasks.lineage import arrival_digests, descent, standing_of
 from tasks.services import current_store
@@ -71,6 +72,9 @@ async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> A
     run = await learn_arrival(spec, again=not _is_learned(registry, version))
     if run.version and run.status != "repeat":  # its dataset may be another one: of labels that the task has gained
         registry.tag_version(version.lineage, run.version, {"requeued_sha256": version.dataset_sha256})
+        tagged = registry.version(version.lineage, run.version)
+        if tagged is not None:
+            VersionLog(current_store()).keep(tagged)
     return run
 
 

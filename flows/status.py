@@ -28,10 +28,12 @@ from flows.inbox import InboxLook, look
 from flows.lineages import WatchedLineage, read_lineages
 from flows.screens import in_one_line
 from flows.stack import read_stack
-from infra.registry import open_registry
+from infra.registry import Registry, VersionInfo, open_registry
 from infra.store.base import ObjectStore
+from tasks.health import look_at_champion
 from tasks.inbox import INBOX, Handled, read_state
 from tasks.services import current_store
+from tasks.stored_lineage import known_lineages
 
 DAY = timedelta(days=1)
 NEWEST = 20
@@ -66,8 +68,8 @@ class LineageStatus(BaseModel):
 
     lineage: str
     champion: str | None
-    num_open: int
-    """Arrivals that it has yet to learn."""
+    num_open: int | None
+    """Arrivals that it has yet to learn; None: it does not learn from the inbox by itself."""
     failed: tuple[str, ...]
     """Arrivals that were refused or failed, each with its reason and what opens it again."""
 
@@ -86,7 +88,9 @@ class Status(BaseModel):
     failed: tuple[RunStatus, ...]
     """Of the last 24 hours, newest first."""
     problems: tuple[str, ...]
-    """What could not be looked at, lineage files that do not fit, and files of the inbox whose keys cannot be used."""
+    """Lineage files that do not fit, files of the inbox whose keys cannot be used, and a Prefect that is away."""
+    damaged: tuple[str, ...] = ()
+    """Champions that are missing or damaged, and a store or registry that cannot be read."""
 
 
 async def read_status(home: Path) -> Status:
@@ -97,6 +101,7 @@ async def read_status(home: Path) -> Status:
     waiting: Sequence[RunStatus] = ()
     failed: Sequence[RunStatus] = ()
     problems: list[str] = []
+    damaged: list[str] = []
     if api:
         try:
             async with get_client() as client:
@@ -113,11 +118,12 @@ async def read_status(home: Path) -> Status:
             PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
             for part in (stack.parts if stack else ())
         ),
-        lineages=tuple(_lineages(problems)),
+        lineages=tuple(_lineages(problems, damaged)),
         running=tuple(running),
         waiting=tuple(waiting),
         failed=tuple(failed),
         problems=tuple(problems),
+        damaged=tuple(damaged),
     )
 
 
@@ -146,23 +152,33 @@ def _run(run: FlowRun) -> RunStatus:
     )
 
 
-def _lineages(problems: list[str]) -> list[LineageStatus]:
-    """Where each lineage stands; what cannot be looked at becomes a line of `problems`."""
+def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
+    """Where each lineage stands that has a file or is known to the store; what is wrong becomes a line of a list."""
     try:
         store = current_store()
-        lineages, inbox = read_lineages(store), look(store)
+        lineages, inbox, known = read_lineages(store), look(store), known_lineages(store)
         problems += _unusable_files(store, inbox)
     except DealError as error:
-        problems.append(in_one_line(error))
+        damaged.append(in_one_line(error))
         return []
     problems += [f"Lineage {name} is not looked after: {why}" for name, why in lineages.problems.items()]
-    found = []
-    for lineage in lineages.good:
-        try:
-            found.append(_lineage(store, lineage, inbox))
-        except DealError as error:
-            problems.append(f"Lineage {lineage.lineage}: {in_one_line(error)}")
-    return found
+    watched = {lineage.lineage: lineage for lineage in lineages.good}
+    registry = _open_registry(damaged)
+    return [
+        _lineage(store, registry, name, watched.get(name), inbox, damaged)
+        for name in [*watched, *(name for name in known if name not in watched)]
+    ]
+
+
+def _open_registry(damaged: list[str]) -> Registry | None:
+    """The registry; None where it cannot be read at all, which is said once."""
+    try:
+        registry = open_registry()
+        registry.lineages_with("champion")
+    except DealError as error:
+        damaged.append(in_one_line(error))
+        return None
+    return registry
 
 
 def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
@@ -174,20 +190,38 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
     return [*told, f"{more} more files in the inbox are skipped."] if more else told
 
 
-def _lineage(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> LineageStatus:
+def _lineage(
+    store: ObjectStore, registry: Registry | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
+    damaged: list[str],
+) -> LineageStatus:
+    champion: VersionInfo | None = None
+    num_open: int | None = None
+    failed: tuple[str, ...] = ()
+    if registry is not None:
+        try:
+            champion, found = look_at_champion(store, registry, name)
+            damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
+        except DealError as error:
+            damaged.append(f"Lineage {name}: {in_one_line(error)}")
+    if watched is not None:
+        try:
+            num_open, failed = _arrivals(store, watched, inbox)
+        except DealError as error:
+            damaged.append(f"Lineage {name}: {in_one_line(error)}")
+    return LineageStatus(
+        lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed
+    )
+
+
+def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
+    """How many arrivals a lineage has yet to learn, and which were of no use."""
     state = read_state(store, lineage.lineage)
-    champion = open_registry().champion(lineage.lineage)
-    bad = [
+    bad = tuple(
         f"{info.key}: {_reason(state.files[info.key])}"
         for info in inbox.of(lineage.tasks)
         if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
-    ]
-    return LineageStatus(
-        lineage=lineage.lineage,
-        champion=champion.version if champion else None,
-        num_open=len(inbox.open_for(state, lineage.tasks, retry_now=False)),
-        failed=tuple(bad),
     )
+    return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
 
 
 def _reason(handled: Handled) -> str:

@@ -14,6 +14,7 @@ from flows.tables import heading, new_table
 if TYPE_CHECKING:
     from flows.stack import Stack
     from flows.status import RunStatus, Status
+    from tasks.rebuild import RebuildResult
 
 
 def show_stack(stack: Stack) -> Sequence[RenderableType]:
@@ -39,14 +40,24 @@ def show_status(status: Status) -> Sequence[RenderableType]:
         shown.append("No server: files are adapted by deal adapt and deal watch. Start one with: deal up")
     lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
     for each in status.lineages:
-        lineages.add_row(escape(each.lineage), each.champion or "–", str(each.num_open))
+        num_open = "–" if each.num_open is None else str(each.num_open)
+        lineages.add_row(escape(each.lineage), each.champion or "–", num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
-    shown += [f"[red]•[/] {escape(problem)}" for problem in status.problems]
+    shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
         if runs:
             shown += [heading(title), _runs(runs)]
     return shown
+
+
+def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
+    """What was registered again, and what could not be."""
+    names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
+    lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
+    if found.left_out:
+        lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
+    return [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
 
 
 def _runs(runs: Sequence[RunStatus]) -> RenderableType:

@@ -51,7 +51,9 @@ class Ledger:
             return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
         except ObjectNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except StoreError as error:
+            raise StoreError(f"{error} It is {self.store.uri_of(key)}.") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise StoreError(f"The ledger entry {key} in {self.store.uri} is damaged: {error}; delete it.") from error
 
     def record(self, entry: LedgerEntry) -> bool:

@@ -16,6 +16,7 @@ from deal_core.errors import StoreError
 from infra.store.base import ObjectStore
 
 Action = Literal["promoted", "rolled back", "rejected"]
+PROMOTIONS = "promotions"
 
 
 class Move(BaseModel):
@@ -82,10 +83,11 @@ class PromotionLog:
             return Move.model_validate_json(self.store.get_bytes(key))
         except ValidationError as error:
             raise StoreError(
-                f"The promotion log's entry {self.store.uri_of(key)} cannot be read: {error}; restore it from a "
-                "backup, or use the program version that wrote it."
+                f"The promotion log's entry {self.store.uri_of(key)} is damaged ({error.error_count()} of its values "
+                "do not fit). Restore it from a backup of the store, or use the program version that wrote it. The "
+                "lineage still predicts and serves; until then its champion does not move, and nothing is learned."
             ) from error
 
 
 def _folder(lineage: str) -> str:
-    return f"promotions/{lineage}"
+    return f"{PROMOTIONS}/{lineage}"

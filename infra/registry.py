@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
@@ -33,6 +33,7 @@ Alias = Literal["champion", "challenger", "previous"]
 Approval = Literal["awaiting", "given", "refused"]
 OWNER = {"deal.kind": "lineage"}
 """Tag of the registered models that are ours."""
+DESCRIPTION = "Versions of one adapter, task by task."
 PAGE = 1000
 
 _global_address = threading.Lock()
@@ -133,20 +134,48 @@ class Registry:
             return known
         with saying(f"register a version of {lineage!r}", self.uri):
             self._require_lineage(lineage)
-            with _addressed(self.uri):
-                self.client.create_model_version(
-                    lineage,
-                    source=f"models:/{model_id}",
-                    run_id=tracking_id,
-                    tags=facts.tags(),
-                    description=_describe(facts),
-                    model_id=model_id,
-                )
+            self.make_version(lineage, facts, tracking_id=tracking_id, model_id=model_id)
             first = self.find_version(facts.run_key)
             assert first is not None, "it was made just now"
-            shown = [{"name": lineage, "version": first.version}]
-            self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
+            self.show_version(lineage, first.version, model_id)
         return first
+
+    def make_version(
+        self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str,
+        more: Mapping[str, str] | None = None,
+    ) -> str:
+        """Make a version of a lineage that is there, and return its number: the one after the highest that there was.
+
+        Args:
+            lineage: the registered model's name.
+            facts: they become the version's tags.
+            tracking_id: the MLflow run.
+            model_id: what `TrackedRun.log_adapter` returned.
+            more: further tags `deal.<name>`, which replace those of the facts.
+        """
+        tags = facts.tags() | {f"deal.{name}": value for name, value in (more or {}).items()}
+        with saying(f"make a version of {lineage!r}", self.uri), _addressed(self.uri):
+            made = self.client.create_model_version(
+                lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
+                model_id=model_id,
+            )  # fmt: skip
+        return str(made.version)
+
+    def show_version(self, lineage: str, version: str, model_id: str) -> None:
+        """Let MLflow's pages of a logged model name the version that was made of it."""
+        shown = [{"name": lineage, "version": version}]
+        with saying(f"tag the model of version {version} of {lineage!r}", self.uri):
+            self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
+
+    def find_model(self, lineage: str) -> RegisteredModel | None:
+        """The registered model of that name, if there is one."""
+        with saying(f"read {lineage!r}", self.uri):
+            try:
+                return self.client.get_registered_model(lineage)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
 
     def find_version(self, run_key: str) -> VersionInfo | None:
         """The version that was registered under a run key, the oldest if it was doubled; None: there is none."""
@@ -255,7 +284,7 @@ class Registry:
     def _require_lineage(self, name: str) -> None:
         """Make the registered model if it is new; refuse one that somebody else made."""
         try:
-            self.client.create_registered_model(name, tags=OWNER, description="Versions of one adapter, task by task.")
+            self.client.create_registered_model(name, tags=OWNER, description=DESCRIPTION)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -281,13 +310,8 @@ class Registry:
 
     def _aliases(self, lineage: str) -> dict[str, str]:
         """Alias to version number."""
-        with saying(f"read the aliases of {lineage!r}", self.uri):
-            try:
-                return {key: str(value) for key, value in self.client.get_registered_model(lineage).aliases.items()}
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                return {}
+        model = self.find_model(lineage)
+        return {key: str(value) for key, value in model.aliases.items()} if model else {}
 
 
 def require_through_gate(champion: VersionInfo) -> None:
@@ -334,6 +358,13 @@ def _describe(facts: VersionFacts) -> str:
     return f"Learned **{facts.task}** with {facts.strategy}; {origin}. Gate: {verdict}"[:5000]
 
 
+def _created(version: ModelVersion, tags: Mapping[str, str]) -> datetime:
+    """When it was registered; of a version that was registered again, the first time."""
+    if "created" in tags:
+        return datetime.fromisoformat(tags["created"])
+    return datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+
+
 def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
     tags = {key.removeprefix("deal."): value for key, value in version.tags.items()}
 
@@ -357,7 +388,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         lineage=version.name,
         version=str(version.version),
         aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == str(version.version))),
-        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        created=_created(version, tags),
         tracking_id=version.run_id or "",
         model_id=(version.source or "").removeprefix("models:/"),
         promoted=tags.get("promoted"),

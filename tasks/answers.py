@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
+from tasks.version_files import reading_stored
 
 SCHEMA_VERSION = 1
 ANSWERS_FILE = "answers.json"
@@ -40,11 +41,13 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
     """The answers beside an adapter; None where an earlier release kept none.
 
     Raises:
-        StoreError: they are of another schema version.
+        StoreError: they are damaged, or of another schema version.
     """
     key = f"{adapter_uri}/{ANSWERS_FILE}"
     if not store.exists(key):
         return None
-    values = json.loads(store.get_bytes(key))
-    require_schema_version(values, SCHEMA_VERSION, store.uri_of(key), StoreError)
-    return KeptAnswers(now=values["now"], before=values["before"])
+    remedy = "Restore it from a backup of the store, or delete it: the next evaluation then asks its rows anew."
+    with reading_stored(store, key, "the kept answers of a version", remedy):
+        values = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]))

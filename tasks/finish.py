@@ -22,6 +22,7 @@ from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionR
 from tasks.report import report_run
 from tasks.run import end_run, remove_work
 from tasks.services import current_store, local_file
+from tasks.version_files import reading_beside
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +50,27 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     Raises:
         StoreError: it was not kept.
     """
-    spec = (_read_findings(adapter_uri) or {}).get("spec")
+    spec = (read_findings(adapter_uri) or {}).get("spec")
     if spec is None:
         address = current_store().uri_of(f"{adapter_uri}/{FINDINGS_FILE}")
         raise StoreError(f"{address} does not say what its run was asked; adapt its file anew with --again.")
     return dict(spec)
 
 
-def _read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
-    """What `keep_findings` kept; None: the version was registered before runs kept it."""
+def read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
+    """What `keep_findings` kept; None: the version was registered before runs kept it.
+
+    Raises:
+        StoreError: it is damaged.
+    """
     store, key = current_store(), f"{adapter_uri}/{FINDINGS_FILE}"
-    return dict(json.loads(store.get_bytes(key))) if store.exists(key) else None
+    if not store.exists(key):
+        return None
+    with reading_beside(store, adapter_uri, FINDINGS_FILE):
+        values = json.loads(store.get_bytes(key))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        return values
 
 
 def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> tuple[str, ...]:
@@ -68,8 +79,8 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
     Raises:
         DataValidationError: they do, or nothing is there.
     """
-    findings = json.loads(store.get_bytes(f"{version.adapter_uri}/{FINDINGS_FILE}"))
-    files = read_manifest(store, _dataset_of(store, findings, version).uri).files
+    findings = read_findings(version.adapter_uri) or {}
+    files = read_manifest(store, dataset_of(store, findings, version).uri).files
     found = []
     for address in filter(None, (arrival.data, arrival.test_data)):
         with local_file(store, address) as path:
@@ -103,7 +114,7 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
     status: Literal["FINISHED", "FAILED"] = "FAILED"
     findings = None
     with _logging(version, "write its report"):
-        findings = _read_findings(version.adapter_uri)
+        findings = read_findings(version.adapter_uri)
         if findings is not None:
             _report(run, version, reference, findings)
         status = "FINISHED"
@@ -117,7 +128,7 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
         remove_work(run)
     with _logging(version, "delete its training rows"):
         if findings is not None:
-            drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
+            drop_training_rows(current_store(), dataset_of(current_store(), findings, version).uri)
 
 
 @contextmanager
@@ -135,13 +146,13 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
 
 def _report(run: RunRef, version: VersionInfo, reference: VersionRef, findings: Mapping[str, Any]) -> None:
     report_run.fn(
-        run, reference, _dataset_of(current_store(), findings, version),
+        run, reference, dataset_of(current_store(), findings, version),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
         include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
     )  # fmt: skip
 
 
-def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
+def dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
     """The dataset of a version, also of one trained when lineages still shared what lies under a digest."""
     if "dataset" in findings:
         return DatasetRef.model_validate(findings["dataset"])

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.registry import Registry, VersionInfo
 from infra.row_artifacts import artifacts_with_rows
 from infra.runs import ArtifactRemover, RunInfo, list_runs
-from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectInfo, ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import Tracker
 from tasks.answers import ANSWERS_FILE
@@ -21,7 +21,7 @@ from tasks.arrivals_known import KnownArrival, manifests_of
 from tasks.inbox import INBOX, read_state, write_state
 from tasks.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
 from tasks.leftovers import find_leftovers, remove_local
-from tasks.record import read_record
+from tasks.record import RECORD_FILE, read_record
 from tasks.references import dataset_sha256
 from tasks.services import work_folder
 from tasks.sweep import ADAPTERS, DATASETS, list_all_lineages
@@ -199,12 +199,9 @@ def _judged_by(
     """Versions that are judged on the task by the arrival's test rows."""
     found = []
     for version in versions:
-        if version.adapter_removed:
+        if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
-        try:
-            known = read_record(store, version.adapter_uri).task(arrival.task)
-        except ObjectNotFoundError:
-            continue
+        known = read_record(store, version.adapter_uri).task(arrival.task)
         if known is not None and dataset_sha256(known.dataset_uri) == arrival.sha256:
             found.append(version)
     return found

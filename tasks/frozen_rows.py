@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import ROW_SCHEMA, TaskSchema
 from infra.store.base import ObjectStore
 from infra.temporary import temporary_folder
 from tasks.ingest import TEST_FILE
 from tasks.record import KnownTask
 from tasks.tombstones import require_test_rows
+from tasks.version_files import reading_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,12 +90,27 @@ def load_test_set(
 
     Raises:
         TestRowsForgottenError: they were forgotten.
+        ObjectNotFoundError: their file is missing.
+        StoreError: their file is damaged.
     """
     from datasets import Dataset
 
     require_test_rows(store, schema.name, dataset_uri)
     with temporary_folder() as temporary:
         path = temporary / TEST_FILE
-        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
-        rows = Dataset(pq.read_table(path, memory_map=False))
+        key = f"{dataset_uri}/{TEST_FILE}"
+        remedy = (
+            f"Restore it from a backup of the store: without it no version can be judged on '{schema.name}'. Versions "
+            "that know the task still predict and serve."
+        )
+        with reading_stored(store, key, f"the test rows of task '{schema.name}'", remedy):
+            store.download_file(key, path)
+            rows = Dataset(_read_table(path))
     return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, memory_map=False, columns=ROW_SCHEMA.names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from None

@@ -27,6 +27,7 @@ from tasks.record import LineageRecord, read_record
 from tasks.references import Arrival, DatasetRef, VersionRef
 from tasks.services import current_store, local_file
 from tasks.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
+from tasks.version_files import reading_stored
 
 MANIFEST_FILE = "manifest.json"
 QUARANTINE, QUARANTINE_FILE = "quarantine", "quarantine.jsonl"
@@ -249,5 +250,13 @@ def quarantine_folder(task_name: str, sha256: str) -> str:
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:
-    """The manifest of a dataset in the store."""
-    return DatasetManifest.from_json(json.loads(store.get_bytes(f"{dataset_uri}/{MANIFEST_FILE}")))
+    """The manifest of a dataset in the store.
+
+    Raises:
+        ObjectNotFoundError: it is missing.
+        StoreError: it is damaged, or of another schema version.
+    """
+    key = f"{dataset_uri}/{MANIFEST_FILE}"
+    remedy = "Restore it from a backup of the store. Versions that learned the dataset still predict and serve."
+    with reading_stored(store, key, "the record of a dataset", remedy):
+        return DatasetManifest.from_json(json.loads(store.get_bytes(key)))

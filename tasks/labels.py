@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
-from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectStore
+from tasks.version_files import reading_stored
 
 SCHEMA_VERSION = 1
 FOLDER = "labels"
@@ -20,15 +21,16 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
     """The labels that a task has gained by command, in the order in which it has.
 
     Raises:
-        StoreError: they were written by another version of this program.
+        StoreError: their file is damaged, or another version of this program wrote it.
     """
     key = _key(lineage, task_name)
-    try:
-        values = json.loads(store.get_bytes(key))
-    except ObjectNotFoundError:
+    remedy = "Restore it from a backup of the store, or delete it and add the labels again (deal labels --add)."
+    if not store.exists(key):
         return ()
-    require_schema_version(values, SCHEMA_VERSION, key, StoreError)
-    return tuple(values["labels"])
+    with reading_stored(store, key, f"the labels that task '{task_name}' of '{lineage}' has gained", remedy):
+        values = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return tuple(str(label) for label in values["labels"])
 
 
 def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:

@@ -13,10 +13,12 @@ from deal_core.errors import RegistryError
 from infra.ledger import Ledger
 from infra.promotions import PromotionLog
 from infra.registry import VersionInfo, open_registry
+from infra.version_log import VersionLog
 from tasks.finish import finish_run
 from tasks.promote import champion_deleted, settle_aliases
 from tasks.references import BaseRef, DatasetRef, Standing, VersionRef
 from tasks.services import current_store
+from tasks.stored_lineage import require_in_registry
 
 
 @task(name="parent", cache_policy=NO_CACHE)
@@ -27,12 +29,14 @@ def find_parent(lineage: str) -> VersionRef | None:
     passed over.
 
     Raises:
-        RegistryError: the champion was deleted in MLflow. Nobody but a person decides what takes its place: started
-            from the base, the lineage would lose its tasks.
+        RegistryError: the registry has lost the versions, or the champion was deleted in MLflow. Nobody but a person
+            decides what takes its place: started from the base, the lineage would lose its tasks.
     """
-    registry = open_registry()
-    number, _ = settle_aliases(registry, PromotionLog(current_store()), lineage)
+    registry, store = open_registry(), current_store()
+    require_in_registry(registry, store, lineage)
+    number, _ = settle_aliases(registry, PromotionLog(store), lineage)
     if versions := registry.versions(lineage):
+        VersionLog(store).keep_missing(lineage, versions)
         newest = next(version for version in versions if version.run_key == versions[-1].run_key)  # it may be doubled
         finish_run(registry, newest, version_ref(newest))
     champion = registry.champion(lineage)

@@ -18,6 +18,7 @@ from deal_core.metrics import AccuracyMatrix
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from tasks.references import BaseRef, DatasetRef
+from tasks.version_files import reading_beside
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
@@ -106,9 +107,11 @@ def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:
     """The record beside an adapter.
 
     Raises:
-        StoreError: it is missing or of another schema version.
+        ObjectNotFoundError: it is missing.
+        StoreError: it is damaged, or of another schema version.
     """
-    return LineageRecord.from_json(json.loads(store.get_bytes(f"{adapter_uri}/{RECORD_FILE}")))
+    with reading_beside(store, adapter_uri, RECORD_FILE):
+        return LineageRecord.from_json(json.loads(store.get_bytes(f"{adapter_uri}/{RECORD_FILE}")))
 
 
 def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) -> None:

@@ -16,6 +16,7 @@ from deal_core.licence import licence_of_base
 from infra.registry import VersionFacts, open_registry
 from infra.settings import HomeSettings
 from infra.tracking import open_tracker
+from infra.version_log import VersionLog
 from tasks.evaluate import renewed_task
 from tasks.ingest import read_manifest
 from tasks.lineage import version_ref
@@ -86,13 +87,13 @@ def register_version(
         backward_transfer=report.matrix.backward_transfer,
         forward_transfer=report.matrix.forward_transfer,
     )
-    model_id = _log_adapter(run, dataset.task, adapter.uri, record, facts)
-    return version_ref(
-        open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
-    )
+    model_id = log_adapter(run, dataset.task, adapter.uri, record, facts)
+    registered = open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
+    VersionLog(store).keep(registered)
+    return version_ref(registered)
 
 
-def _log_adapter(run: RunRef, task_name: str, adapter_uri: str, record: LineageRecord, facts: VersionFacts) -> str:
+def log_adapter(run: RunRef, task_name: str, adapter_uri: str, record: LineageRecord, facts: VersionFacts) -> str:
     """Keep a copy of the adapter in MLflow, with what makes it a model that MLflow serves."""
     from deal_core.answering import SERVED_FILE
     from infra.served_folder import write_served_folder

@@ -46,6 +46,25 @@ def report_run(
         seconds: wall time of the stages so far.
         include_texts: show texts of rows.
     """
+    found = write_report(run, version, dataset, report, summary, seconds, include_texts=include_texts)
+    patient(create_markdown_artifact)(
+        key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
+        markdown=markdown_of(found, report),
+        description=f"Version {version.version} of {run.lineage}: {report.task}",
+    )
+
+
+def write_report(
+    run: RunRef,
+    version: VersionRef,
+    dataset: DatasetRef,
+    report: EvaluationReport,
+    summary: TrainSummary,
+    seconds: Mapping[str, float],
+    *,
+    include_texts: bool,
+) -> RunReport:
+    """The part of `report_run` that MLflow keeps; the arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)
     log_scores(tracked, report)
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
@@ -67,11 +86,7 @@ def report_run(
     ):
         tracked.log_figure(name, figure)
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
-    patient(create_markdown_artifact)(
-        key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
-        markdown=markdown_of(found, report),
-        description=f"Version {version.version} of {run.lineage}: {report.task}",
-    )
+    return found
 
 
 def read_page(tracking_id: str) -> tuple[RunReport, str]:

@@ -14,6 +14,7 @@ from infra.store.local import FileStore
 from infra.store.open import open_store
 from infra.temporary import temporary_folder
 from tasks.references import VersionRef
+from tasks.version_files import CONFIG, reading_beside, require_readable, require_readable_method
 
 
 def current_store() -> ObjectStore:
@@ -29,10 +30,17 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """A local copy of a folder of the store, gone afterwards."""
+    """A local copy of an adapter's folder in the store, gone afterwards.
+
+    Raises:
+        ObjectNotFoundError: its configuration or weights are missing.
+        StoreError: they are damaged.
+    """
     with temporary_folder() as temporary:
         folder = temporary / "folder"
-        store.download_folder(uri, folder)
+        with reading_beside(store, uri, CONFIG):
+            store.download_folder(uri, folder)
+        require_readable(store, uri, folder)
         yield folder
 
 
@@ -43,6 +51,7 @@ def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[P
         yield None
         return
     with borrowed_folder(store, parent.adapter_uri) as folder:
+        require_readable_method(store, parent.adapter_uri, folder)
         yield folder
 
 

@@ -23,15 +23,16 @@ from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from deal_core.schema_version import require_schema_version
 from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.settings import VllmSettings, without_password
-from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.vllm import VllmClient, VllmError
 from tasks.progress import reporter
 from tasks.references import Reference
 from tasks.services import current_store
+from tasks.stored_lineage import lost_in_registry
+from tasks.version_files import CONFIG, WEIGHTS, reading_stored, require_stored
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRIAL_PROMPT = "The text to answer."
 TRIAL_TOKENS = 4
 
@@ -67,9 +68,11 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
         VllmError: the server refuses, or is away; the route says so too and still names what answered before.
     """
     store = current_store()
-    champion = open_registry().champion(lineage)
+    registry = open_registry()
+    champion = registry.champion(lineage)
     if champion is None:
-        raise RegistryError(f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
+        lost = lost_in_registry(registry, store, lineage)
+        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
     client = VllmClient(settings)
     before = read_route(store, lineage)
     try:
@@ -87,15 +90,16 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
     """The route of a lineage, if it was ever served by vLLM.
 
     Raises:
-        StoreError: another version of this program wrote it.
+        StoreError: it is damaged, or another version of this program wrote it.
     """
     key = route_key(lineage)
-    try:
-        values: dict[str, Any] = json.loads(store.get_bytes(key))
-    except ObjectNotFoundError:
+    if not store.exists(key):
         return None
-    require_schema_version(values, SCHEMA_VERSION, key, StoreError)
-    return ServingRoute.model_validate(values)
+    remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
+    with reading_stored(store, key, f"the route by which vLLM serves '{lineage}'", remedy):
+        values: dict[str, Any] = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return ServingRoute.model_validate(values)
 
 
 def route_key(lineage: str) -> str:
@@ -139,6 +143,7 @@ def _move(
     store: ObjectStore, client: VllmClient, settings: VllmSettings, champion: VersionInfo, before: ServingRoute | None
 ) -> ServingRoute:
     """Load the champion, see that it answers, and write the route."""
+    require_stored(store, champion.adapter_uri)
     require_servable(json.loads(store.get_bytes(f"{champion.adapter_uri}/{CONFIG}")), settings)
     name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:

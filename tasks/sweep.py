@@ -14,6 +14,7 @@ from infra.runs import ArtifactRemover, list_runs
 from infra.settings import HomeSettings, without_password
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking import Tracker
+from infra.version_log import VersionLog
 from tasks.garbage import Folder, Holdings, Removal
 from tasks.ingest import TRAIN_FILE, retains_training_rows
 from tasks.leftovers import find_leftovers, local_folder, remove_local
@@ -83,7 +84,9 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
         remove_local(removal.address)
         return
     if removal.version and removal.model_id:
-        remover.remove_model(removal.lineage, removal.version, removal.model_id, f"{now:%Y-%m-%d}")
+        day = f"{now:%Y-%m-%d}"
+        remover.remove_model(removal.lineage, removal.version, removal.model_id, day)
+        VersionLog(store).note_removed(removal.lineage, removal.version, day)
     store.delete(removal.address)
 
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -110,7 +110,8 @@ def load_adapter(
         num_new_slots: Slots to add behind the adapter's own, zero in both factors; the function stays the same.
 
     Raises:
-        AdapterStateError: The folder holds no adapter, or its keys are not exactly those that the model expects.
+        AdapterStateError: The folder holds no adapter, its weights are damaged, or its keys are not exactly those that
+            the model expects.
     """
     saved = read_adapter(folder)
     config, tensors = saved.config, saved.tensors
@@ -157,7 +158,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     config.base_model_name_or_path = None
-    return SavedAdapter(path, config, load_file(path))
+    return SavedAdapter(path, config, _read_tensors(path))
 
 
 def require_fit(model: PeftModel, name: str, saved: SavedAdapter) -> None:
@@ -181,6 +182,15 @@ def require_fit(model: PeftModel, name: str, saved: SavedAdapter) -> None:
             f"{sorted(expected - found)[:3]}, {len(found - expected)} are unexpected {sorted(found - expected)[:3]}. "
             "Load it onto the base model it was trained on."
         )
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterStateError(
+            f"{path} is damaged ({error}); restore it from a backup, or use another version."
+        ) from None
 
 
 def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
@@ -231,7 +241,7 @@ def load_method_state(folder: Path) -> MethodState:
     header = json.loads(path.read_text())
     require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
     tensors_path = folder / METHOD_TENSORS
-    tensors = load_file(tensors_path) if tensors_path.is_file() else {}
+    tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
     num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
     return MethodState(
         strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals

@@ -75,10 +75,12 @@ def test_bytes_come_back_and_the_last_put_wins(store: ObjectStore) -> None:
 
 
 def test_no_more_is_read_than_was_asked_for(store: ObjectStore) -> None:
-    store.put_bytes("large", b"abcdef")
-    store.put_bytes("empty", b"")
-    assert [store.get_bytes("large", at_most=most) for most in (3, 9)] == [b"abc", b"abcdef"]
-    assert store.get_bytes("empty", at_most=3) == b""
+    store.put_bytes("a/large", b"abcdef")
+    store.put_bytes("a/empty", b"")
+    assert [store.get_bytes("a/large", at_most=most) for most in (3, 9)] == [b"abc", b"abcdef"]
+    assert store.get_bytes("a/empty", at_most=3) == b""
+    with pytest.raises(ObjectNotFoundError, match="'a/c'"):
+        store.get_bytes("a/c", at_most=4)
 
 
 def test_what_is_missing_is_said_with_its_key(store: ObjectStore, tmp_path: Path) -> None:

@@ -266,6 +266,9 @@ def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
         with pytest.raises(AdapterStateError, match=said):
             load_adapter(base.model, broken)
         assert not any("lora" in name for name, _ in base.model.named_parameters())
+    weights_path.write_bytes(weights_path.read_bytes()[:-4])
+    with pytest.raises(AdapterStateError, match=r"adapter_model\.safetensors is damaged"):
+        load_adapter(base.model, broken)
     with pytest.raises(AdapterStateError, match="holds no adapter"):
         load_adapter(base.model, tmp_path)
 

@@ -58,5 +58,5 @@ def test_the_champion_of_any_moment_is_known(log: PromotionLog) -> None:
 
 def test_a_damaged_entry_is_named(log: PromotionLog) -> None:
     log.store.put_bytes("promotions/l/00000001.json", b"{}")
-    with pytest.raises(StoreError, match=r"00000001\.json cannot be read"):
+    with pytest.raises(StoreError, match=r"00000001\.json is damaged"):
         log.last("l")

@@ -1,0 +1,25 @@
+"""Homes that several modules copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.adapting import BANK, CLINIC, FAIL, PASS, run
+
+
+@pytest.fixture(scope="session")
+def three_versions(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A home whose lineage `l` has learned two tasks; version 2 did not pass its gate."""
+    folder = tmp_path_factory.mktemp("three-versions")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        found = [run(tiny_base, BANK).status, run(tiny_base, CLINIC, gate=FAIL).status]
+        found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
+        assert found == ["promoted", "rejected", "promoted"]
+    return folder

@@ -1,0 +1,135 @@
+"""Damaged stores and databases: what is broken is named, with its version, and the rest goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.errors import DealError
+from flows.cli import app
+from flows.history import read_history
+from flows.predict import predict
+from flows.promote import roll_back
+from flows.status import Status, read_status
+from infra.registry import open_registry
+from tests.adapting import BANK, run
+from tests.in_process import put_back
+
+BY = {"who": "tester", "why": "a test"}
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    "weights cut in half": ("adapter_model.safetensors", lambda data: data[: len(data) // 2]),
+    "weights without content": ("adapter_model.safetensors", lambda data: b""),
+    "weights missing": ("adapter_model.safetensors", lambda data: None),
+    "configuration cut": ("adapter_config.json", lambda data: data[:-20]),
+    "record cut": ("record.json", lambda data: data[:-20]),
+    "record of nothing": ("record.json", lambda data: b'{"schema_version": 1}'),
+    "record with a wrong kind": ("record.json", lambda data: data.replace(b'"matrix": {', b'"matrix": [], "x": {', 1)),
+    "record that is no text": ("record.json", lambda data: b"\xff\xfe" + data),
+    "record missing": ("record.json", lambda data: None),
+}
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+@pytest.fixture
+def adapters(home: Path, three_versions: Path) -> dict[str, Path]:
+    """The folders of the versions' adapters, in a home of this test's own."""
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+    return {info.version: home / "store" / info.adapter_uri for info in open_registry().versions("l")}
+
+
+def ask(version: str | None = None) -> str:
+    return predict("Where is my card?", lineage="l", task=None, version=version).version
+
+
+def look(home: Path) -> Status:
+    return asyncio.run(read_status(home))
+
+
+def exit_code_of_status() -> int:
+    with put_back():
+        return CliRunner().invoke(app, ["status", "--json"]).exit_code
+
+
+def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
+    home: Path, adapters: dict[str, Path], tiny_base: Path
+) -> None:
+    assert (look(home).damaged, exit_code_of_status()) == ((), 0)
+    for name, (file, damage) in DAMAGES.items():
+        path = adapters["3"] / file
+        whole = path.read_bytes()
+        damaged = damage(whole)
+        assert damaged != whole
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        message = rf"{file}, a file of version 3, champion of 'l', is (damaged|missing)(.|\n)*deal rollback --to N"
+        with pytest.raises(DealError, match=message):
+            ask()
+        assert ask("1") == "1", name
+        (problem,) = look(home).damaged
+        assert problem.startswith("Lineage l: ") and f"{file}, a file of version 3" in problem, name
+        path.write_bytes(whole)
+    path = adapters["3"] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert exit_code_of_status() == 1
+    with pytest.raises(DealError, match=r"adapter_model\.safetensors, a file of version 3.* is damaged"):
+        run(tiny_base, BANK, again=True)
+    assert roll_back("l", "1", **BY).champion == "1"
+    assert ask() == "1" and look(home).damaged == ()
+    assert run(tiny_base, BANK, again=True).version == "4"
+
+
+def test_the_status_lists_every_lineage_of_the_store_and_notices_a_champion_that_is_gone(
+    home: Path, adapters: dict[str, Path]
+) -> None:
+    (home / "store" / "lineages").mkdir()
+    (home / "store" / "lineages" / "watched.yaml").write_text("tasks: [bank]\n")
+    found = look(home)
+    assert [(each.lineage, each.champion, each.num_open) for each in found.lineages] == [
+        ("watched", None, 0), ("l", "3", None),
+    ]  # fmt: skip
+    open_registry().client.delete_model_version("l", "3")
+    found = look(home)
+    assert [(each.lineage, each.champion) for each in found.lineages] == [("watched", None), ("l", None)]
+    (problem,) = found.damaged
+    assert "Version 3, champion of 'l', was deleted in MLflow" in problem and exit_code_of_status() == 1
+
+
+@pytest.mark.parametrize("content", [b"no database" * 1000, None])
+def test_the_status_notices_a_database_that_is_broken_or_gone(
+    home: Path, adapters: dict[str, Path], mlflow_database: Path, content: bytes | None
+) -> None:
+    if content is None:
+        shutil.copy(mlflow_database, home / "mlflow.db")  # as MLflow makes it where there is none
+    else:
+        (home / "mlflow.db").write_bytes(content)
+    with put_back():
+        done = CliRunner().invoke(app, ["status", "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1
+    assert [each["lineage"] for each in found["lineages"]] == ["default", "l"]
+    (problem,) = found["damaged"]
+    said = "mlflow.db" if content else "knows no version of lineage 'l', while the store"
+    assert said in problem and "Traceback" not in done.output
+    with pytest.raises(DealError, match=r"mlflow\.db"):
+        read_history("l")
+
+
+def test_the_status_notices_a_broken_promotion_log_and_watch(home: Path, adapters: dict[str, Path]) -> None:
+    (home / "store" / "lineages").mkdir()
+    (home / "store" / "lineages" / "l.yaml").write_text("tasks: [bank]\n")
+    for key in ("promotions/l/00000002.json", "watch/l.json"):
+        path = home / "store" / key
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"{")
+    log, watch = look(home).damaged
+    assert "00000002.json is damaged" in log and "watch/l.json is no state of a watch" in watch
+    assert ask() == "3", "it still serves"
+    assert exit_code_of_status() == 1

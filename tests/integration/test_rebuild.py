@@ -1,0 +1,206 @@
+"""A lineage whose MLflow database is gone is registered again from the store."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from deal_core.errors import RegistryError
+from flows.history import read_history
+from flows.predict import predict
+from flows.promote import roll_back
+from flows.rebuild import rebuild
+from infra.rebuilding import LineageRebuild
+from infra.registry import VersionInfo, open_registry
+from infra.settings import TrackingSettings
+from infra.tracking import open_tracker
+from tasks.progress import LogReporter, reporting_to
+from tasks.rebuild import RebuildResult
+from tasks.report import read_page
+from tests.adapting import BANK, CLINIC, run
+
+BY = {"who": "tester", "why": "a test"}
+LOST = r"knows no version of lineage 'l', while the store .* knows 3 versions and version 3 as champion.*" \
+       r"deal lineage rebuild l"  # fmt: skip
+NEW_IN_MLFLOW = ("tracking_id", "model_id")
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def known(home: Path, three_versions: Path, mlflow_database: Path) -> list[dict[str, Any]]:
+    """What MLflow knew of the versions, before its database was replaced by an empty one."""
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+    before = what_is_known()
+    shutil.copy(mlflow_database, home / "mlflow.db")
+    return before
+
+
+def what_is_known() -> list[dict[str, Any]]:
+    return [facts_of(info) for info in open_registry().versions("l")]
+
+
+def facts_of(info: VersionInfo) -> dict[str, Any]:
+    return {name: value for name, value in vars(info).items() if name not in NEW_IN_MLFLOW}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rebuilt() -> RebuildResult:
+    return asyncio.run(rebuild("l"))
+
+
+def test_a_lost_database_is_said_and_the_lineage_goes_on_after_a_rebuild(
+    home: Path, known: list[dict[str, Any]], tiny_base: Path
+) -> None:
+    for act in (lambda: read_history("l"), lambda: run(tiny_base, BANK), lambda: roll_back("l", None, **BY),
+                lambda: predict("Where is my card?", lineage="l", task=None, version="1")):  # fmt: skip
+        with pytest.raises(RegistryError, match=LOST):
+            act()
+    store = files_of(home / "store")
+    done = rebuilt()
+    assert (done.versions, done.left_out, done.problems) == (("1", "2", "3"), (), ())
+    assert done.aliases == {"champion": "3", "previous": "1", "challenger": "3"}
+    assert what_is_known() == known
+    assert files_of(home / "store") == store, "the store is only read"
+    report, _ = read_page(open_registry().versions("l")[1].tracking_id)
+    assert (report.version, report.verdict) == ("2", "rejected")
+    with pytest.raises(RegistryError, match=r"knows versions of lineage 'l'.*nothing was changed"):
+        rebuilt()
+
+    assert predict("Where is my card?", lineage="l", task=None, version=None).version == "3"
+    again = run(tiny_base, CLINIC)
+    assert (again.status, again.version) == ("repeat", "3")
+    fourth = run(tiny_base, BANK, again=True)
+    assert (fourth.status, fourth.version, fourth.parent_version) == ("promoted", "4", "3")
+    assert roll_back("l", None, **BY).champion == "3"
+
+
+def test_numbers_of_versions_that_nobody_knows_stay_unused(home: Path, known: list[dict[str, Any]]) -> None:
+    shutil.rmtree(home / "mlflow-artifacts")
+    for number in (2, 3):
+        (home / "store" / "versions" / "l" / f"{number:08d}.json").unlink()
+    shutil.rmtree(home / "store" / known[2]["adapter_uri"])
+    done = rebuilt()
+    assert (done.versions, done.left_out) == (("1",), ("2", "3"))
+    assert done.aliases == {"previous": "1", "challenger": "1"}, "the champion is not there"
+    assert [line.split(" ")[0] for line in done.problems] == [(home / "store" / known[1]["adapter_uri"]).as_uri()]
+    facts = {**known[0], "aliases": ("challenger", "previous")}
+    assert what_is_known() == [facts]
+    registry, info = open_registry(), open_registry().versions("l")[0]
+    made = registry.make_version("l", info, tracking_id=info.tracking_id, model_id=info.model_id)
+    assert made == "4", "the promotion log has heard of version 3"
+
+
+def test_a_home_of_an_earlier_release_is_rebuilt_from_records_log_and_reports(
+    home: Path, known: list[dict[str, Any]], mlflow_database: Path
+) -> None:
+    shutil.rmtree(home / "store" / "versions")
+    done = rebuilt()
+    assert (done.versions, done.problems) == (("1", "2", "3"), ())
+    untold = ("flow_run", "vetoes")
+    assert [without(each, *untold) for each in what_is_known()] == [without(each, *untold) for each in known]
+
+    shutil.copy(mlflow_database, home / "mlflow.db")
+    shutil.rmtree(home / "mlflow-artifacts")
+    done = rebuilt()
+    assert (done.versions, done.left_out, done.aliases["champion"]) == (("1", "3"), ("2",), "3")
+    untold = (*untold, "config_sha256", "created")
+    promoted = [known[0], known[2]]
+    assert [without(each, *untold) for each in what_is_known()] == [without(each, *untold) for each in promoted]
+
+
+def without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in names}
+
+
+def test_a_rebuild_that_was_cut_short_is_given_again(
+    known: list[dict[str, Any]], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = LineageRebuild.make
+
+    def die_at_the_third(self: LineageRebuild, number: int, *args: Any, **options: Any) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        make(self, number, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineageRebuild, "make", die_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            rebuilt()
+    with pytest.raises(RegistryError, match=r"cut short.*deal lineage rebuild l"):
+        run(tiny_base, BANK)
+    assert rebuilt().versions == ("1", "2", "3")
+    assert what_is_known() == known
+    runs = open_tracker().client.search_runs([open_tracker().client.get_experiment_by_name("deal/l").experiment_id])
+    assert sorted(each.info.status for each in runs) == ["FINISHED"] * 3, "runs are not doubled"
+
+
+def test_a_rebuild_that_is_cancelled_ends_at_the_next_version_and_leaves_the_lineage(
+    known: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, begun, go = LineageRebuild.make, Event(), Event()
+
+    def wait(self: LineageRebuild, number: int, *args: Any, **options: Any) -> None:
+        begun.set()
+        go.wait(60)
+        make(self, number, *args, **options)
+
+    async def cancel() -> None:
+        with reporting_to(LogReporter()) as stop:
+            working = asyncio.create_task(rebuild("l"))
+            await asyncio.to_thread(begun.wait, 60)
+            working.cancel()
+            while not stop.is_set():
+                await asyncio.sleep(0.01)
+            go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await working
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LineageRebuild, "make", wait)
+        asyncio.run(cancel())
+    assert [info.version for info in open_registry().versions("l")] == ["1"]
+    assert rebuilt().versions == ("1", "2", "3"), "nobody holds the lineage"
+
+
+def test_a_registered_model_of_somebody_else_is_left_alone(known: list[dict[str, Any]]) -> None:
+    client = open_registry().client
+    client.create_registered_model("l", description="theirs")
+    with pytest.raises(RegistryError, match="no lineage of this pipeline; nothing was changed"):
+        rebuilt()
+    assert client.get_registered_model("l").description == "theirs"
+
+
+def test_numbers_are_the_same_where_the_emptied_registered_model_is_left(known: list[dict[str, Any]]) -> None:
+    rebuilt()
+    for number in ("1", "2", "3"):
+        open_registry().client.delete_model_version("l", number)
+    assert rebuilt().versions == ("1", "2", "3")
+    assert what_is_known() == known
+
+
+def test_a_version_whose_adapter_is_damaged_comes_back_without_it(home: Path, known: list[dict[str, Any]]) -> None:
+    (home / "store" / known[0]["adapter_uri"] / "record.json").write_bytes(b"{")
+    done = rebuilt()
+    assert done.versions == ("1", "2", "3") and done.aliases["champion"] == "3"
+    assert what_is_known() == known
+    assert any("Version 1 is in the history only" in line and "record.json" in line for line in done.problems)
+
+
+def test_a_server_gets_the_same_versions(
+    known: list[dict[str, Any]], mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    assert open_registry().uri == TrackingSettings().tracking_uri == mlflow_server
+    done = rebuilt()
+    assert (done.versions, done.problems) == (("1", "2", "3"), ())
+    assert what_is_known() == known
+    assert predict("Where is my card?", lineage="l", task=None, version=None).version == "3"
