@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from deal_core.errors import DealError
+from deal_core.masking import without_known_secrets_inside, without_secrets
 
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
@@ -53,11 +54,11 @@ class Screen:
         if self._progress is not None and self._bar is not None:
             self._progress.remove_task(self._bar)
             self._bar = None
-        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(detail)}")
+        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(without_secrets(detail))}")
 
     def said(self, message: str) -> None:
         """Print a line."""
-        self._line(escape(message))
+        self._line(escape(without_secrets(message)))
 
     # --- what commands call ---
 
@@ -87,13 +88,15 @@ class Screen:
     def result(self, value: Any, *shown: RenderableType) -> None:
         """Print a command's result: `value` as JSON for machines, else what is `shown` for people."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+            masked = without_known_secrets_inside(value)
+            sys.stdout.write(json.dumps(masked, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
             return
         for renderable in shown:
             self.out.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def error(self, message: str) -> None:
         """One line on stderr that says what went wrong and what to do."""
+        message = without_secrets(message)
         if self.as_json:
             sys.stderr.write(json.dumps({"error": message}, ensure_ascii=False) + "\n")
         else:
@@ -107,6 +110,6 @@ class Screen:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, on one line; one that is not ours with its kind."""
-    message = " ".join(str(error).split())
+    """What an error says, on one line and without secrets; one that is not ours with its kind."""
+    message = without_secrets(" ".join(str(error).split()))
     return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

@@ -29,6 +29,7 @@ from deal_core.config import (
     TrainConfig,
 )
 from deal_core.errors import ConfigError
+from flows.addresses import Address
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -64,9 +65,9 @@ class TaskSpec(TaskFields):
     """One arrival: the task it belongs to, and its file."""
 
     name: Name
-    data: str
+    data: Address
     """Path or store uri of the file with training rows (and test rows, unless test_data is given)."""
-    test_data: str | None = None
+    test_data: Address | None = None
     """Path of a file whose rows are all test rows."""
 
 
@@ -77,7 +78,7 @@ class LineageSpec(BaseModel):
 
     schema_version: Literal[1] = 1
     lineage: Name = "default"
-    base_model: str | None = None
+    base_model: Address | None = None
     """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
     strategy: Strategy | None = None
     """How a task is learned; None: as the lineage's champion was, else `deal`."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError, StoreError
+from deal_core.masking import holds_secret
 from infra.settings import StoreSettings
 
 logger = logging.getLogger(__name__)
@@ -251,10 +252,15 @@ def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
         settings: address and keys of the S3 server; read from the environment when None.
 
     Raises:
-        ConfigError: the uri has another form.
+        ConfigError: the uri has another form, or holds a password.
     """
     from infra.file_store import FileStore
 
+    if holds_secret(uri):
+        raise ConfigError(
+            f"The store {uri!r} has a user, password or token in its address, which would be kept with every run; set "
+            "DEAL_STORE_URI without it, and DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY to the keys."
+        )
     if "://" not in uri:
         return FileStore(Path(uri))
     parts = urlsplit(uri)
