@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from deal_core.masking import without_secrets
+
 
 class DealError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose. Its text holds no secret: it masks what it is given."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(DealError, ValueError):
@@ -33,3 +38,7 @@ class RegistryError(DealError):
 
 class StoreError(DealError):
     """The object store could not do what was asked."""
+
+
+class DiskFullError(DealError):
+    """No room is left on a disk that a run writes to."""

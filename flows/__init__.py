@@ -1,0 +1,5 @@
+"""The flows and the commands. Importing any of them masks secrets in what the process logs, on a worker too."""
+
+from infra.logs import mask_logs
+
+mask_logs()

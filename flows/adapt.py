@@ -23,6 +23,7 @@ from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
 from flows.spec import DEFAULT_STRATEGY, AdaptSpec
 from flows.stages import Stages
+from infra.disk import disk_full
 from tasks.base import identify_base
 from tasks.evaluate import evaluate_version
 from tasks.finish import keep_findings
@@ -71,7 +72,10 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     except Interrupted:
         raise
     except Exception as error:
-        await asyncio.to_thread(announce_failure, spec.lineage, spec.task.name, error)
+        full = disk_full(error)
+        await asyncio.to_thread(announce_failure, spec.lineage, spec.task.name, full or error)
+        if full is not None and full is not error:
+            raise full from error
         raise
 
 

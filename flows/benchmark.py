@@ -23,6 +23,7 @@ from deal_core.errors import ConfigError
 from deal_core.limits import Count, Seed
 from deal_core.models import DEFAULT_BASE
 from deal_core.shown import brief
+from flows.addresses import Address
 from flows.screens import in_one_line
 from flows.spec import parse
 from flows.stages import Stages
@@ -62,7 +63,7 @@ class BenchmarkSpec(BaseModel):
     scored: Scored = "all"
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig(**PROTOCOL)
-    base_model: str = DEFAULT_BASE
+    base_model: Address = DEFAULT_BASE
     out: Path | None = None
     """Folder of the cells; None: benchmark/ in the home folder."""
 

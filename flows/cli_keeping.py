@@ -35,7 +35,7 @@ def gc(
 
             return gc_flow(lineage, older_than, dry_run)
 
-        outcome = deal.run(start, "looking")
+        outcome = deal.run(start, "looking", makes_room=True)
         from flows.tables_keeping import show_gc
 
         deal.screen.result(outcome.model_dump(mode="json"), *show_gc(outcome))
@@ -74,7 +74,7 @@ def forget(
 
             return forget_flow(arrival, reason)
 
-        outcome = deal.run(start, "forgetting")
+        outcome = deal.run(start, "forgetting", makes_room=True)
         deal.screen.result(outcome.model_dump(mode="json"), *show_forgotten(outcome))
 
 

@@ -72,6 +72,10 @@ def sync(
 ) -> None:
     """Bring a vLLM server in step with the lineage's champion, once; what is in step already stays."""
     with session(home, as_json, debug) as deal:
+        from flows.addresses import refuse_secrets
+
+        if url:
+            refuse_secrets(url)
 
         def start() -> Any:
             from flows.serve_vllm import serve_vllm

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.errors import ConfigError
 from deal_core.metrics import AccuracyMatrix
 from flows.results import AdaptResult, Scores
-from flows.spec import AdaptSpec, LineageSpec, TaskFields, read_spec
+from flows.spec import AdaptSpec, LineageSpec, TaskFields, parse, read_spec
 from flows.watch import WatchResult, watch
 from infra.registry import open_registry
 from infra.report.canvas import save_png
@@ -121,7 +121,7 @@ def _read_example(folder: Path) -> AdaptSpec:
 def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | None) -> LineageSpec:
     values = {name: getattr(spec, name) for name in LineageSpec.model_fields}
     changed = {"lineage": lineage, "strategy": strategy, "base_model": base_model or spec.base_model}
-    return LineageSpec(**{**values, **changed})
+    return parse(LineageSpec, {**values, **changed}, "options")
 
 
 def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:

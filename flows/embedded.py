@@ -51,6 +51,7 @@ def enter_home(home: Path | None) -> Path:
     Args:
         home: the folder; None leaves it to DEAL_HOME and its default.
     """
+    from infra.disk import disk_full
     from infra.logs import ready_log
     from infra.settings import HomeSettings, embedded_environment
 
@@ -65,6 +66,8 @@ def enter_home(home: Path | None) -> Path:
         ready_log(log_file)
         logging_file.write_text(LOGGING_YAML.format(filename=quoted), encoding="utf-8")
     except OSError as error:
+        if full := disk_full(error):
+            raise full from None
         reason = error.strerror
         raise ConfigError(f"The home folder {folder} cannot be used ({reason}); give one with --home.") from None
     servers = _servers(folder)
@@ -73,6 +76,7 @@ def enter_home(home: Path | None) -> Path:
     for name, value in {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}.items():
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no matter for the screen
     warnings.simplefilter("ignore")
     _log_failures_to(log_file)
     return folder

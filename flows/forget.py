@@ -42,7 +42,7 @@ def plan_forget(named: str) -> ForgetPlan:
 
 @flow(name="forget")
 async def forget(named: str, reason: str = "") -> ForgetResult:
-    """Remove an arrival's rows wherever they lie.
+    """Remove an arrival's rows wherever they lie, however they were split.
 
     The tombstone comes first, so that a run which begins meanwhile refuses the rows; then the lineages that have to do
     with them are held, one that is at work is waited for. A call that was cut short is repeated with the same argument.
@@ -63,6 +63,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
         for lineage in _concerned(plan):
             await stack.enter_async_context(hold_lineage(lineage))
         plan = plan_forgetting(store, registry, tracker, arrival)  # a run that was waited for may have added to it
+        put_tombstone(store, tombstone := _tombstone(plan, reason))
         keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}
         forget_held(store, ArtifactRemover(tracker), plan, registry)
         silence_watches(store, {key for key in keys if key}, f"Its rows were {tombstone.said}.")
@@ -71,8 +72,8 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
 def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
     return Tombstone(
-        task=plan.task, sha256=plan.sha256, files=plan.files, reason=reason, at=datetime.now(UTC),
-        versions=tuple(f"{each.lineage}/{each.version}" for each in plan.learned),
+        task=plan.task, sha256=plan.sha256, files=plan.files, splits=plan.splits, landed=plan.landed, reason=reason,
+        at=datetime.now(UTC), versions=tuple(f"{each.lineage}/{each.version}" for each in plan.learned),
     )  # fmt: skip
 
 

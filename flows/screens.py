@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.text import Text
 
 from deal_core.errors import DealError
+from deal_core.masking import without_known_secrets_inside, without_secrets
 from deal_core.shown import printable, printable_json
 
 WIDTH = 120
@@ -69,11 +70,11 @@ class Screen:
         if self._progress is not None and self._bar is not None:
             self._progress.remove_task(self._bar)
             self._bar = None
-        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(detail)}")
+        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(without_secrets(detail))}")
 
     def said(self, message: str) -> None:
         """Print a line."""
-        self._line(escape(message))
+        self._line(escape(without_secrets(message)))
 
     # --- what commands call ---
 
@@ -103,7 +104,7 @@ class Screen:
     def result(self, value: Any, *shown: RenderableType) -> None:
         """Print a command's result: `value` as JSON for machines, else what is `shown` for people."""
         if self.as_json:
-            text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+            text = json.dumps(without_known_secrets_inside(value), ensure_ascii=False, indent=2, allow_nan=False)
             sys.stdout.write(printable_json(text) + "\n")
             return
         for renderable in shown:
@@ -111,6 +112,7 @@ class Screen:
 
     def error(self, message: str) -> None:
         """One line on stderr that says what went wrong and what to do."""
+        message = without_secrets(message)
         if self.as_json:
             sys.stderr.write(printable_json(json.dumps({"error": message}, ensure_ascii=False)) + "\n")
         else:
@@ -124,8 +126,8 @@ class Screen:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, on one line; one that is not ours with its kind."""
-    message = " ".join(printable(str(error)).split())
+    """What an error says, on one line and without secrets; one that is not ours with its kind."""
+    message = without_secrets(" ".join(printable(str(error)).split()))
     if len(message) > MAX_ERROR_CHARS:
         message = f"{message[: MAX_ERROR_CHARS - 1]}…"
     return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

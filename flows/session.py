@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.masking import without_secrets
 from deal_core.shown import printable
 from flows.screens import Screen, in_one_line
 
@@ -40,12 +41,25 @@ class Session:
     home: Path
     screen: Screen
 
-    def run(self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting") -> Result:
-        """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once."""
+    def run(
+        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *, makes_room: bool = False
+    ) -> Result:
+        """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once.
+
+        Args:
+            start: gives the flow's coroutine.
+            doing: shown until the first stage begins.
+            makes_room: it removes more than it writes, so that it may begin on a disk that is nearly full.
+
+        Raises:
+            DiskFullError: the home folder has no room to begin with.
+        """
         from flows.embedded import calm_libraries
         from flows.prefect_api import end_orphans, start_api
+        from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
         from tasks.progress import Interrupted, reporting_to
 
+        require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
         end_orphans(self.home)
         with self.screen.working(doing), reporting_to(self.screen) as stop:
             from prefect.exceptions import TerminationSignal
@@ -87,8 +101,13 @@ def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
         raise typer.Exit(STOPPED) from None
     except Exception as error:
         if debug:
-            sys.stderr.write(printable(traceback.format_exc()))
-        if not isinstance(error, DealError):
+            sys.stderr.write(printable(without_secrets(traceback.format_exc())))
+        from infra.disk import disk_full, disk_full_unexpected
+
+        is_ours = isinstance(error, DealError)
+        if full := disk_full(error) if is_ours else disk_full_unexpected(error):
+            error, is_ours = full, True
+        if not is_ours:
             FAILURES.exception("The command failed")
         screen.error(_explain(error, folder))
         raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None

@@ -32,6 +32,7 @@ from deal_core.errors import ConfigError
 from deal_core.limits import describe
 from deal_core.shown import brief, shorten
 from deal_core.yaml_file import read_yaml
+from flows.addresses import Address
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -51,7 +52,7 @@ def _require_utf8(name: str) -> str:
     return name
 
 
-FileName = Annotated[str, AfterValidator(_require_utf8)]
+FileAddress = Annotated[Address, AfterValidator(_require_utf8)]
 
 
 def _one(value: object) -> object:
@@ -89,9 +90,9 @@ class TaskSpec(TaskFields):
     """One arrival: the task it belongs to, and its file."""
 
     name: Name
-    data: FileName
+    data: FileAddress
     """Path or store uri of the file with training rows (and test rows, unless test_data is given)."""
-    test_data: FileName | None = None
+    test_data: FileAddress | None = None
     """Path of a file whose rows are all test rows."""
 
 
@@ -102,7 +103,7 @@ class LineageSpec(BaseModel):
 
     schema_version: SchemaVersion = 1
     lineage: Name = "default"
-    base_model: str | None = None
+    base_model: Address | None = None
     """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
     strategy: Strategy | None = None
     """How a task is learned; None: as the lineage's champion was, else `deal`."""

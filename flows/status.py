@@ -24,6 +24,7 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
+from deal_core.masking import without_secrets
 from flows.inbox import InboxLook, look
 from flows.lineages import WatchedLineage, read_lineages
 from flows.screens import in_one_line
@@ -110,9 +111,9 @@ async def read_status(home: Path) -> Status:
                 waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
                 failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
         except (httpx.HTTPError, PrefectException, RuntimeError) as error:
-            problems.append(f"Prefect at {api} does not answer: {in_one_line(error)}")
+            problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
     return Status(
-        prefect_url=api and api.removesuffix("/api"),
+        prefect_url=api and without_secrets(api.removesuffix("/api")),
         mlflow_url=stack.mlflow_url if stack else None,
         parts=tuple(
             PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
@@ -147,7 +148,7 @@ def _run(run: FlowRun) -> RunStatus:
         name=run.name,
         state=state.name or state.type.value if state else "unknown",
         since=since,
-        message=(state.message or "") if state else "",
+        message=without_secrets(state.message or "") if state else "",
         run_id=str(run.id),
     )
 

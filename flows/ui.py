@@ -14,7 +14,8 @@ import webbrowser
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.settings import TrackingSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import TrackingSettings
 
 START_SECONDS = 60
 
@@ -34,10 +35,10 @@ class UiAddress(BaseModel):
     def shown(self) -> UiAddress:
         """The same for other eyes: without passwords."""
         return UiAddress(
-            tracking_uri=without_password(self.tracking_uri),
-            url=without_password(self.url),
+            tracking_uri=without_secrets(self.tracking_uri),
+            url=without_secrets(self.url),
             command=self.command,
-            environment={name: without_password(value) for name, value in self.environment.items()},
+            environment={name: without_secrets(value) for name, value in self.environment.items()},
         )
 
     def line(self) -> str:

@@ -11,7 +11,8 @@ import logging
 from botocore.exceptions import BotoCoreError, ClientError
 
 from deal_core.errors import ConfigError
-from infra.settings import LandingSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import LandingSettings
 from infra.store.s3 import make_client
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class LandingQueue:
     def __init__(self, settings: LandingSettings) -> None:
         assert settings.landing_queue_url is not None
         self._url = settings.landing_queue_url
-        self._shown = without_password(self._url)
+        self._shown = without_secrets(self._url)
         self._client = make_client(settings, "sqs")
         self._received: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Log files that many processes append to, one after another."""
+"""Logs: no secret in what is logged, and files that many processes append to, one after another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from deal_core.masking import without_secrets
 from deal_core.shown import printable
 
 MAX_BYTES = 10 << 20
@@ -19,6 +21,36 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         return printable(super().format(record))
+
+
+def mask_logs() -> None:
+    """Mask secrets in every record that this process logs, whichever library logs it and wherever it goes.
+
+    A handler's filter would not do: Prefect has handlers of its own, which a worker sets up. Can be repeated.
+    """
+    make_record = logging.getLogRecordFactory()
+    if isinstance(make_record, _Masked):
+        return
+    logging.setLogRecordFactory(_Masked(make_record))
+
+
+class _Masked:
+    """A factory of log records whose message, arguments and traceback hold no secret."""
+
+    def __init__(self, make_record: Any) -> None:
+        self._make_record = make_record
+        self._formatter = logging.Formatter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record: logging.LogRecord = self._make_record(*args, **kwargs)
+        with suppress(TypeError, ValueError, KeyError):  # arguments that do not fit are logging's own to complain of
+            message = record.getMessage()
+            masked = without_secrets(message)
+            if masked != message:  # else the arguments stay, which some formatters read
+                record.msg, record.args = masked, ()
+        if record.exc_info and record.exc_info[0]:
+            record.exc_text = without_secrets(self._formatter.formatException(record.exc_info))
+        return record
 
 
 def ready_log(log: Path) -> Path:

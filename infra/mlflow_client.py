@@ -12,7 +12,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
-from infra.settings import TrackingSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import TrackingSettings
 
 RUN_KEY = "deal.run_key"
 """Tag that says which adaptation a run, a model and a version belong to."""
@@ -40,10 +41,10 @@ def saying(doing: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        reason = without_password(str(error).strip().split("\n")[0].rstrip("."))
-        where = without_password(uri)
+        reason = without_secrets(str(error).strip().split("\n")[0].rstrip("."))
+        where = without_secrets(uri)
         quoted = f"{uri} {error}"
-        cause = error if without_password(quoted) == quoted else None
+        cause = error if without_secrets(quoted) == quoted else None
         raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from cause
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deal_core.errors import RegistryError
+from deal_core.masking import without_secrets
 from infra.mlflow_client import saying
 from infra.registry import DESCRIPTION, OWNER, Alias, Registry, VersionFacts
-from infra.settings import without_password
 
 REBUILDING = "deal.rebuilding"
 """Tag of a registered model from the beginning of its rebuild to the end."""
@@ -37,7 +37,7 @@ class LineageRebuild:
         Raises:
             RegistryError: the registry has versions of the lineage, or a registered model of that name is no lineage.
         """
-        where = without_password(self._registry.uri)
+        where = without_secrets(self._registry.uri)
         model = self._registry.find_model(self._lineage)
         if model is None or REBUILDING in model.tags:
             return

@@ -25,8 +25,9 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
+from deal_core.masking import without_secrets
 from infra.mlflow_client import RUN_KEY, again_if_overtaken, open_client, saying
-from infra.settings import TrackingSettings, without_password
+from infra.settings import TrackingSettings
 
 Alias = Literal["champion", "challenger", "previous"]
 """champion serves, previous did before it, challenger is the newest version that passed its run."""
@@ -291,7 +292,7 @@ class Registry:
             tags = self.client.get_registered_model(name).tags
             if not OWNER.items() <= tags.items():
                 raise RegistryError(
-                    f"MLflow at {without_password(self.uri)} has a registered model {name!r} that is no lineage of "
+                    f"MLflow at {without_secrets(self.uri)} has a registered model {name!r} that is no lineage of "
                     "this pipeline; give the lineage another name."
                 ) from None
 

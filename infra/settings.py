@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -184,8 +183,3 @@ def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ
         values["PREFECT_HOME"] = str(folder)
         values["PREFECT_API_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{folder / 'prefect.db'}"
     return {name: value for name, value in values.items() if name not in environment}
-
-
-def without_password(text: str) -> str:
-    """The text with user and password of every address in it replaced; a password ends at the last @ before a space."""
-    return re.sub(r"://([^/\s]*|[^/:\s]*:\S*)@", "://***@", text)

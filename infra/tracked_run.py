@@ -20,8 +20,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
 from deal_core.errors import RegistryError
+from deal_core.masking import without_secrets
 from infra.mlflow_client import RUN_KEY, saying
-from infra.settings import without_password
 from infra.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class TrackedRun:
             where, reason = self.client.tracking_uri, str(error).split("\n")[0]
             logger.warning(
                 "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
-                without_password(where), self._pause, without_password(reason),
+                without_secrets(where), self._pause, without_secrets(reason),
             )  # fmt: skip
         self._next_send = monotonic() + self._pause
 

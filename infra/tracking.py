@@ -16,9 +16,10 @@ from typing import Any
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
-from deal_core.errors import RegistryError
+from deal_core.errors import ConfigError, RegistryError
+from deal_core.masking import holds_secret, without_secrets
 from infra.mlflow_client import RUN_KEY, open_client, saying
-from infra.settings import TrackingSettings, without_password
+from infra.settings import TrackingSettings
 from infra.tracked_run import TrackedRun
 
 __all__ = ["TrackedRun", "Tracker", "open_tracker"]
@@ -30,9 +31,18 @@ def open_tracker(settings: TrackingSettings | None = None) -> Tracker:
 
 
 class Tracker:
-    """Finds and starts the runs of lineages; each lineage has one experiment, `deal/<lineage>`."""
+    """Finds and starts the runs of lineages; each lineage has one experiment, `deal/<lineage>`.
+
+    Raises:
+        ConfigError: the address of the artifacts holds a password.
+    """
 
     def __init__(self, settings: TrackingSettings) -> None:
+        if holds_secret(settings.artifact_uri):
+            raise ConfigError(
+                f"DEAL_ARTIFACT_URI is {settings.artifact_uri}: its user, password or token would be kept in MLflow's "
+                "database; leave it out, and give credentials as the variables of that kind of store, such as AWS_*."
+            )
         self.uri = settings.tracking_uri
         self.artifact_uri = settings.artifact_uri
         self.client = open_client(settings)
@@ -87,7 +97,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was first
                     raise
-        where = without_password(self.uri)
+        where = without_secrets(self.uri)
         raise RegistryError(f"MLflow at {where} neither finds nor makes the experiment {name!r}; look into its UI.")
 
     def _artifact_location(self, lineage: str) -> str | None:

@@ -15,7 +15,8 @@ import httpx
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from deal_core.errors import ConfigError, DealError
-from infra.settings import VllmSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import VllmSettings
 
 ANSWER_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.5
@@ -125,7 +126,7 @@ class VllmClient:
         raise VllmError(f"The vLLM server at {self._where()} did not {doing}: {_reason(answer, path)}")
 
     def _where(self) -> str:
-        return without_password(self.url)
+        return without_secrets(self.url)
 
 
 def _reason(answer: httpx.Response, path: str) -> str:

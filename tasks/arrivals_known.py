@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deal_core.data.lines import sha256_of_file
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
-from infra.registry import Registry
+from infra.registry import Registry, VersionInfo
 from infra.store.base import ObjectStore
 from tasks.inbox import INBOX, TASK_FILE, read_state, task_of
 from tasks.ingest import MANIFEST_FILE, QUARANTINE, quarantine_folder, read_manifest
@@ -33,6 +33,15 @@ class KnownArrival:
     """Digests of the files it came in, its test file among them."""
     key: str | None = None
     """Where it landed in the inbox, if it was named by that."""
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets that hold the same landed rows, split otherwise; `with_every_split` finds them."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, however they are split; likewise."""
+
+    @property
+    def sha256s(self) -> tuple[str, ...]:
+        """Digests of every dataset that holds its rows; the one that was named comes first."""
+        return (self.sha256, *self.splits)
 
     def inbox_keys(self, store: ObjectStore, registry: Registry) -> list[str]:
         """Files of the inbox that are this arrival: by their bytes, or as a watch has handled them."""
@@ -40,7 +49,7 @@ class KnownArrival:
         etags = {info.key: info.etag for info in listing}
         handled = {
             each.key for each in _handled(store, registry, self.task)
-            if each.sha256 == self.sha256 and each.etag == etags.get(each.key)
+            if each.sha256 in self.sha256s and each.etag == etags.get(each.key)
         }  # fmt: skip
         return [
             info.key for info in listing
@@ -77,6 +86,24 @@ def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArr
     return _known(store, *found[0], key=None)
 
 
+def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> KnownArrival:
+    """The arrival with every dataset of its landed rows, however a lineage or a setting split them.
+
+    A dataset is known by its manifest, by the versions that learned from it, and by what a tombstone kept of it.
+    """
+    known = [(sha256, manifest.landed_sha256, manifest.files) for sha256, manifest in manifests_of(store, arrival.task)]
+    known += [(version.dataset_sha256, version.landed_sha256, ()) for version in _versions(store, registry, arrival)]
+    tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
+    landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
+    landed |= set(tombstone.landed if tombstone else ())
+    same = [(sha256, files) for sha256, found, files in known if found in landed]
+    splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
+    files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))
+    return replace(
+        arrival, files=tuple(files), splits=tuple(sorted(splits - {arrival.sha256})), landed=tuple(sorted(landed))
+    )
+
+
 def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
     """The digest and the manifest of every dataset of a task, once for each lineage that has it."""
     for info in store.list(f"{DATASETS}/{task}"):
@@ -90,15 +117,26 @@ def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
     landed = {_digest_of(store, key)} if store.exists(key) else set()
     found = {sha256 for sha256, manifest in manifests_of(store, task) if landed & set(manifest.files)}
     found |= {each.sha256 for each in _handled(store, registry, task) if each.key == key}
-    if len(found) > 1:
+    if len(found) > 1 and not _is_one_arrival(store, registry, task, found):
         raise ConfigError(
             f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; name the one that is meant by digest."
         )
     if found:
-        return _known(store, task, found.pop(), key=key)
+        return _known(store, task, min(found), key=key)
     if not landed:
         raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")
     return _known(store, task, landed.pop(), key=key)
+
+
+def _is_one_arrival(store: ObjectStore, registry: Registry, task: str, sha256s: Collection[str]) -> bool:
+    """Whether the datasets hold the same landed rows, split otherwise."""
+    known = with_every_split(store, registry, _known(store, task, min(sha256s), key=None))
+    return set(sha256s) <= set(known.sha256s)
+
+
+def _versions(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> Iterator[VersionInfo]:
+    for lineage in list_all_lineages(store):
+        yield from (version for version in registry.versions(lineage) if version.task == arrival.task)
 
 
 def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> KnownArrival:

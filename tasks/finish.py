@@ -11,8 +11,8 @@ from typing import Any, Literal
 from deal_core.data.lines import sha256_of_file
 from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation import EvaluationReport
+from deal_core.masking import without_secrets
 from infra.registry import Registry, VersionInfo
-from infra.settings import without_password
 from infra.store.base import ObjectStore
 from infra.tracking import open_tracker
 from tasks.ingest import drop_training_rows, read_manifest
@@ -137,7 +137,7 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is: a lineage must not stand still for a page
-        reason = without_password(str(error).split("\n")[0])
+        reason = without_secrets(str(error).split("\n")[0])
         logger.error(
             "Cannot %s, version %s of '%s': %s: %s; the lineage learns on without.",
             doing, version.version, version.lineage, type(error).__name__, reason,

@@ -17,7 +17,7 @@ from infra.store.base import ObjectInfo, ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import Tracker
 from tasks.answers import ANSWERS_FILE
-from tasks.arrivals_known import KnownArrival, manifests_of
+from tasks.arrivals_known import KnownArrival, manifests_of, with_every_split
 from tasks.inbox import INBOX, read_state, write_state
 from tasks.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
 from tasks.leftovers import find_leftovers, remove_local
@@ -66,6 +66,10 @@ class ForgetPlan(BaseModel):
 
     task: str
     sha256: str
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets that hold the same landed rows, split otherwise: they are removed with it."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, however they are split."""
     files: tuple[str, ...]
     held: tuple[Held, ...]
     learned: tuple[Learned, ...]
@@ -88,12 +92,6 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
     return tuple(found.values())
 
 
-def same_rows(versions: Sequence[VersionInfo], sha256: str) -> set[str]:
-    """The dataset's digest, and those of the same rows split otherwise, by test rows that the lineage knew then."""
-    landed = {version.landed_sha256 for version in versions if version.dataset_sha256 == sha256} - {None}
-    return {sha256} | {version.dataset_sha256 for version in versions if version.landed_sha256 in landed}
-
-
 def plan_forgetting(
     store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
 ) -> ForgetPlan:
@@ -105,13 +103,14 @@ def plan_forgetting(
         tracker: knows the runs.
         arrival: as `tasks.arrivals_known.find_arrival` found it.
     """
+    arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
     held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival), *_temporaries(store)]
     learned: list[Learned] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
         versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
-        affected = affected_versions(versions, same_rows(versions, arrival.sha256))
+        affected = affected_versions(versions, arrival.sha256s)
         learned += affected
         judged = _judged_by(store, versions, arrival)
         if any("champion" in version.aliases for version in judged):
@@ -119,19 +118,19 @@ def plan_forgetting(
         numbers = {each.version for each in affected}
         unfinished = _unregistered(versions, runs, numbers, arrival)
         held += _work_folders(lineage, unfinished | {run.short_key for run in runs
-                                                     if run.dataset_sha256 == arrival.sha256})
+                                                     if run.dataset_sha256 in arrival.sha256s})
         held += _orphans(store, lineage, unfinished)
         held += _answers(store, judged)
-        own = {run.run_id for run in runs if run.dataset_sha256 == arrival.sha256}
+        own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
         held += _artifacts(remover, own | {version.tracking_id for version in judged})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
         sha256 for sha256, manifest in manifests_of(store, arrival.task)
-        if sha256 != arrival.sha256 and set(manifest.files) & set(arrival.files)
+        if sha256 not in arrival.sha256s and set(manifest.files) & set(arrival.files)
     }  # fmt: skip
     return ForgetPlan(
-        task=arrival.task, sha256=arrival.sha256, files=arrival.files, held=tuple(held), learned=tuple(learned),
-        unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
+        task=arrival.task, sha256=arrival.sha256, splits=arrival.splits, landed=arrival.landed, files=arrival.files,
+        held=tuple(held), learned=tuple(learned), unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
     )  # fmt: skip
 
 
@@ -144,7 +143,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
         assert each.run_id is not None
         remover.remove_run_files(each.run_id, each.address.split(", "))
     for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
-        _empty_method_rows(store, remover, registry.versions(lineage), plan.sha256)
+        _empty_method_rows(store, remover, registry.versions(lineage), (plan.sha256, *plan.splits))
     for each in by_kind.get("work folder", ()):
         shutil.rmtree(each.address, ignore_errors=True)
     for each in by_kind.get("temporary files", ()):
@@ -152,7 +151,8 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
     for kind in ("adapter of no version", "answers", "inbox file", "quarantine", "training rows", "test rows"):
         for each in by_kind.get(kind, ()):
             store.delete(each.address)
-    store.delete(f"{DATASETS}/{plan.task}/{plan.sha256}")
+    for sha256 in (*plan.splits, plan.sha256):  # the named one last: while it is there, its manifest finds the others
+        store.delete(f"{DATASETS}/{plan.task}/{sha256}")
 
 
 def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> None:
@@ -170,10 +170,11 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     found = [
         Held(kind=kinds[info.key.rsplit("/", 1)[1]], address=info.key, num_bytes=info.size)
-        for info in store.list(f"{DATASETS}/{arrival.task}/{arrival.sha256}")
+        for digest in arrival.sha256s
+        for info in store.list(f"{DATASETS}/{arrival.task}/{digest}")
         if info.key.rsplit("/", 1)[1] in kinds
     ]
-    for sha256 in (arrival.sha256, *arrival.files):
+    for sha256 in (*arrival.sha256s, *arrival.files):
         found += [
             Held(kind="quarantine", address=info.key, num_bytes=info.size)
             for info in store.list(quarantine_folder(arrival.task, sha256))
@@ -202,7 +203,7 @@ def _judged_by(
         if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
         known = read_record(store, version.adapter_uri).task(arrival.task)
-        if known is not None and dataset_sha256(known.dataset_uri) == arrival.sha256:
+        if known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s:
             found.append(version)
     return found
 
@@ -215,7 +216,7 @@ def _unregistered(
     return {
         run.short_key for run in runs
         if run.run_key not in registered
-        and (run.dataset_sha256 == arrival.sha256 or run.parent_version in affected)
+        and (run.dataset_sha256 in arrival.sha256s or run.parent_version in affected)
     }  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def _kept_by_method(
     store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
 ) -> list[Held]:
     concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
-    names = _method_rows(store, versions, arrival.sha256) if concerned else {}
+    names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
     return [
         Held(kind="rows kept by the method", address=f"{version.adapter_uri}/method.safetensors",
              lineage=version.lineage, version=version.version)
@@ -270,8 +271,10 @@ def _kept_by_method(
     ]  # fmt: skip
 
 
-def _method_rows(store: ObjectStore, versions: Sequence[VersionInfo], sha256: str) -> dict[str, set[str]]:
-    """By version, the tensors of its method state that hold rows of the dataset: what it added itself, or took over."""
+def _method_rows(
+    store: ObjectStore, versions: Sequence[VersionInfo], sha256s: Collection[str]
+) -> dict[str, set[str]]:
+    """By version, the tensors of its method state that hold rows of the datasets: own ones, and those taken over."""
     from deal_core.adapter.state import stored_rows
 
     sizes: dict[str, dict[str, int]] = {}
@@ -281,17 +284,17 @@ def _method_rows(store: ObjectStore, versions: Sequence[VersionInfo], sha256: st
         with temporary_folder() as folder:
             _download_method(store, version.adapter_uri, folder)
             names = sizes.setdefault(version.version, stored_rows(folder)).keys()
-        own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 == sha256 else set()
+        own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 in sha256s else set()
         wanted[version.version] = own | (wanted.get(parent, set()) & names)
     return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
 
 
 def _empty_method_rows(
-    store: ObjectStore, remover: ArtifactRemover, versions: Sequence[VersionInfo], sha256: str
+    store: ObjectStore, remover: ArtifactRemover, versions: Sequence[VersionInfo], sha256s: Collection[str]
 ) -> None:
     from deal_core.adapter.state import empty_stored_rows
 
-    for version, names in _method_rows(store, versions, sha256).items():
+    for version, names in _method_rows(store, versions, sha256s).items():
         if not names:
             continue
         info = next(each for each in versions if each.version == version)

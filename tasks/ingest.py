@@ -103,7 +103,7 @@ def ingest_arrival(
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
             raise ArrivalRefusedError(message, error.report) from None
         if not again:
-            refuse_forgotten(store, arrival.task, [manifest.sha256])
+            refuse_forgotten(store, arrival.task, _digests_of(manifest))
         before = record.task(arrival.task) if record else None
         new_labels = schema.labels[len(before.schema.labels) :] if before else ()
         dataset = _publish(store, folder, manifest, lineage, new_labels)
@@ -209,11 +209,16 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
         ForgottenRowsError: they were forgotten while they were stored.
     """
     try:
-        refuse_forgotten(store, dataset.task, [dataset.sha256])
+        refuse_forgotten(store, dataset.task, _digests_of(dataset))
     except ForgottenRowsError:
         store.delete(dataset.uri)
         store.delete(quarantine_folder(dataset.task, dataset.sha256))
         raise
+
+
+def _digests_of(rows: DatasetManifest | DatasetRef) -> list[str]:
+    """What a tombstone of these rows lies under: as they are split here, and as they landed."""
+    return [digest for digest in (rows.sha256, rows.landed_sha256) if digest]
 
 
 def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:

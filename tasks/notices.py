@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
 from deal_core.evaluation import EvaluationReport
-from infra.settings import without_password
+from deal_core.masking import without_secrets
 from infra.webhook import open_webhook
 from tasks.patience import patient
 from tasks.references import VersionRef
@@ -87,7 +87,7 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
         try:
             tell(event, identity, occurred, notice)
         except Exception as error:  # a version is promoted whether or not anybody hears of it
-            reason = without_password(str(error).split("\n")[0])
+            reason = without_secrets(str(error).split("\n")[0])
             logger.error("Nobody was told of %s by %s: %s: %s", event, tell.__name__, type(error).__name__, reason)
 
 
@@ -115,7 +115,7 @@ def announce_failure(lineage: str, task: str, error: Exception) -> None:
     Of an error that is not ours only the kind is told, as nobody knows what it quotes.
     """
     words = " ".join(str(error).split()) if isinstance(error, DealError) else "see the run's log"
-    message = without_password(f"{type(error).__name__}: {words}")[:MAX_MESSAGE_CHARS]
+    message = without_secrets(f"{type(error).__name__}: {words}")[:MAX_MESSAGE_CHARS]
     announce("failed", Notice(lineage=lineage, task=task, error=message))
 
 

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.base_sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.evaluation import EvaluationReport
+from deal_core.masking import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.rebuilding import LineageRebuild
 from infra.registry import Alias, Registry, open_registry
-from infra.settings import HomeSettings, without_password
+from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import open_tracker
@@ -161,7 +162,7 @@ def aliases_after(versions: Sequence[StoredVersion], moves: Sequence[Move]) -> d
 
 
 def _nothing_known(store: ObjectStore, lineage: str, plan: RebuildPlan) -> str:
-    where = without_password(store.uri)
+    where = without_secrets(store.uri)
     if not plan.last:
         return f"The store {where} knows no version of lineage '{lineage}'; check the name and DEAL_STORE_URI."
     why = f" {' '.join(plan.problems)}" if plan.problems else ""
@@ -232,7 +233,7 @@ def _end_run(
                 include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
             )  # fmt: skip
     except Exception as error:  # whatever it is: a page must not cost the lineage its versions
-        reason = without_password(str(error).split("\n")[0])
+        reason = without_secrets(str(error).split("\n")[0])
         logger.error("Cannot write the report of version %s again: %s", stored.version, reason)
         problems.append(f"Version {stored.version} has no report: {reason}")
     tracked.end("FINISHED")

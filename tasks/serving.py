@@ -20,9 +20,10 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
+from deal_core.masking import without_secrets
 from deal_core.schema_version import require_schema_version
 from infra.registry import VersionInfo, open_registry, require_through_gate
-from infra.settings import VllmSettings, without_password
+from infra.settings import VllmSettings
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.vllm import VllmClient, VllmError
@@ -167,9 +168,9 @@ def _move(
         if before is None or before.model != name:
             client.unload(name)
         raise
-    is_same = before is not None and before.model == name and before.url == without_password(client.url)
+    is_same = before is not None and before.model == name and before.url == without_secrets(client.url)
     route = ServingRoute(
-        lineage=champion.lineage, url=without_password(client.url), model=name, version=champion.version,
+        lineage=champion.lineage, url=without_secrets(client.url), model=name, version=champion.version,
         adapter_sha256=champion.adapter_sha256, champion=champion.version, state="in step", names=names,
         since=before.since if before and is_same else datetime.now(UTC),
     )  # fmt: skip
@@ -236,7 +237,7 @@ def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionIn
     """What the route says when the server could not be brought in step: what answered before, and why."""
     problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
     if before is None:
-        return ServingRoute(lineage=champion.lineage, url=without_password(client.url), state="behind", **problem)
+        return ServingRoute(lineage=champion.lineage, url=without_secrets(client.url), state="behind", **problem)
     state = "in step" if before.version == champion.version else "behind"
     return before.model_copy(update={**problem, "state": state})
 

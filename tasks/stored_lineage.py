@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from deal_core.errors import RegistryError, StoreError
+from deal_core.masking import without_secrets
 from infra.promotions import PROMOTIONS, PromotionLog
 from infra.rebuilding import is_being_rebuilt
 from infra.registry import Registry
-from infra.settings import without_password
 from infra.store.base import ObjectStore
 from infra.version_log import VERSIONS, VersionLog
 
@@ -46,8 +46,8 @@ def lost_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> st
     champion = _champion_by_log(store, lineage)
     serves = f" and version {champion} as champion" if champion else ""
     return (
-        f"MLflow at {without_password(registry.uri)} knows no version of lineage '{lineage}', while the store "
-        f"{without_password(store.uri)} knows {what}{serves}: the database was lost, or it is the wrong one. Check "
+        f"MLflow at {without_secrets(registry.uri)} knows no version of lineage '{lineage}', while the store "
+        f"{without_secrets(store.uri)} knows {what}{serves}: the database was lost, or it is the wrong one. Check "
         "MLFLOW_TRACKING_URI; if the database was lost, register the versions again with: "
         f"deal lineage rebuild {lineage}"
     )

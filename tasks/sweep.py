@@ -9,9 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from deal_core.errors import RegistryError, StoreError
+from deal_core.masking import without_secrets
 from infra.registry import Registry, VersionInfo
 from infra.runs import ArtifactRemover, list_runs
-from infra.settings import HomeSettings, without_password
+from infra.settings import HomeSettings
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking import Tracker
 from infra.version_log import VersionLog
@@ -103,7 +104,7 @@ def _require_registry_of(
         if run_key not in known:
             raise RegistryError(
                 f"The store has a ledger entry of version {version} of '{lineage}', which MLflow at "
-                f"{without_password(registry.uri)} does not know; nothing of the lineage was removed. "
+                f"{without_secrets(registry.uri)} does not know; nothing of the lineage was removed. "
                 "Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the version was deleted in MLflow, delete "
                 f"{store.uri_of(info.key)} too."
             )

@@ -1,6 +1,7 @@
 """Tombstones: what was forgotten, when and why, so that a lineage's history stays explicable without the rows.
 
-They lie at `forgotten/<task>/<sha256>.json`, under the digest of the dataset and under those of the files it came in.
+They lie at `forgotten/<task>/<sha256>.json`: under the digest of every dataset of the landed rows, under the digests of
+the rows as they landed, and under those of the files.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Tombstone(BaseModel):
     """Digest of the dataset, or of the file where no dataset was made of it."""
     files: tuple[str, ...] = ()
     """Digests of the files it came in."""
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets that held the same landed rows, split otherwise."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, however they are split."""
     reason: str
     at: datetime
     versions: tuple[str, ...] = ()
@@ -77,13 +82,15 @@ def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
     if before is not None:
         tombstone = tombstone.model_copy(
             update={
-                "files": tuple(dict.fromkeys((*before.files, *tombstone.files))),
-                "versions": tuple(dict.fromkeys((*before.versions, *tombstone.versions))),
+                **{
+                    name: tuple(dict.fromkeys((*getattr(before, name), *getattr(tombstone, name))))
+                    for name in ("files", "splits", "landed", "versions")
+                },
                 "reason": tombstone.reason or before.reason,
             }
         )
     data = (tombstone.model_dump_json(indent=2) + "\n").encode()
-    for sha256 in (tombstone.sha256, *tombstone.files):
+    for sha256 in dict.fromkeys((tombstone.sha256, *tombstone.files, *tombstone.splits, *tombstone.landed)):
         store.put_bytes(_key(tombstone.task, sha256), data)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from deal_core.errors import DataValidationError, DealError, StoreError
+from deal_core.masking import without_secrets
 from infra.promotions import PromotionLog
 from infra.registry import open_registry
-from infra.settings import without_password
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.temporary import temporary_folder
 from infra.version_log import VersionLog
@@ -40,7 +40,7 @@ def reading_stored(store: ObjectStore, key: str, what: str, remedy: str) -> Iter
         ObjectNotFoundError: it is missing.
         StoreError: it is damaged, or another release wrote it.
     """
-    address = without_password(store.uri_of(key))
+    address = without_secrets(store.uri_of(key))
     try:
         yield
     except ObjectNotFoundError:

@@ -12,7 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError
-from infra.settings import StoreSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import StoreSettings
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 
@@ -36,7 +37,7 @@ def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
         from infra.store.s3 import S3Store  # imported here: boto3 takes a quarter of a second
 
         return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
-    shown = without_password(uri).partition("?")[0]  # a query may hold a token
+    shown = without_secrets(uri).partition("?")[0]  # a query may hold a token
     raise ConfigError(
         f"The store {shown!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one, without '?' "
         "and without keys: those of S3 go into DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."

@@ -14,7 +14,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
-from infra.settings import StoreSettings, without_password
+from deal_core.masking import without_secrets
+from infra.settings import StoreSettings
 from infra.store.base import (
     RESERVED,
     ObjectInfo,
@@ -59,12 +60,12 @@ def make_client(settings: StoreSettings, service: str = "s3") -> Any:
             config=config,
         )
     except (BotoCoreError, ValueError) as error:
-        reason = without_password(str(error)).rstrip(".")
+        reason = without_secrets(str(error)).rstrip(".")
         raise ConfigError(f"The S3 settings do not fit: {reason}; check DEAL_S3_* and AWS_*.") from None
     address = client.meta.endpoint_url
     if "@" in address:  # S3 makes no use of it, and every error would show it
         raise ConfigError(
-            f"The address {without_password(address)} has a user or a password in it; take it out of "
+            f"The address {without_secrets(address)} has a user or a password in it; take it out of "
             "DEAL_S3_ENDPOINT_URL (or AWS_ENDPOINT_URL), and set DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."
         )
     return client

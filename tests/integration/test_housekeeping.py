@@ -331,6 +331,40 @@ def test_rows_that_were_learned_can_judge_a_task_whose_test_rows_were_forgotten(
     assert asyncio.run(evaluate("l")).unjudged == {}
 
 
+def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
+    tiny_base: Path, home: Path, tmp_path: Path
+) -> None:
+    june, other = tmp_path / "june.jsonl", tmp_path / "other.jsonl"
+    texts = [f"My card {number} {SECRET}" for number in range(20)]
+    june.write_text("".join(json.dumps({"text": text, "label": "lost card"}) + "\n" for text in texts))
+    other.write_text("".join(f'{{"text": "My card {number}", "label": "lost card"}}\n' for number in range(20)))
+    retained, replay = {"retain_training_rows": True}, {"strategy": "replay", "rehearsal": {"stored_share": 0.5}}
+    named = run(tiny_base, {"name": "bank", "data": str(june)}, data=retained)
+    stays = run(tiny_base, {"name": "bank", "data": str(other)}, lineage="m", data=retained)
+    split = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="m", data=retained, **replay)
+    shares = run(tiny_base, {"name": "bank", "data": str(june)}, lineage="n", data={**retained, "test_share": 0.5})
+    digests = {each.dataset.sha256 for each in (named, split, shares)}
+    assert len(digests) == 3 and split.dataset.num_test == 0, "the same rows, split in three ways"
+    assert len(holding(home, SECRET)) >= 5
+
+    plan = plan_forget(named.dataset.sha256)
+    assert {(each.lineage, each.version) for each in plan.learned} == {("l", "1"), ("m", "2"), ("n", "1")}
+    assert plan.unjudged == ("l", "n") and plan.shared_with == ()
+    done = asyncio.run(forget(named.dataset.sha256))
+    assert holding(home, SECRET) == []
+    kept = keys("datasets/bank")
+    assert kept and all(key.startswith(stays.dataset.uri) for key in kept), "other rows of the task stay"
+    assert done.tombstone.versions == ("l/1", "m/2", "n/1")
+    for digest in digests:
+        assert asyncio.run(forget(digest)).plan.held == (), "by none of its digests is anything left"
+
+    again = tmp_path / "again.csv"
+    again.write_text("text,label\n" + "".join(f"{text},lost card\n" for text in texts))
+    with pytest.raises(ForgottenRowsError, match="forgotten on"):  # other bytes, and a split that was never made
+        run(tiny_base, {"name": "bank", "data": str(again)}, lineage="o", data={**retained, "test_share": 0.4})
+    assert keys("datasets/bank") == kept
+
+
 @pytest.mark.parametrize("named", ["0123456789", "inbox/bank/june.jsonl", "may.jsonl", "abc"])
 def test_what_names_no_arrival_is_refused(first: AdaptResult, named: str) -> None:
     with pytest.raises(ConfigError):

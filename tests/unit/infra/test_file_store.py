@@ -13,8 +13,9 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.store import base
-from infra.store.base import UnusableObjectError, open_store
+from infra.store.base import UnusableObjectError
 from infra.store.local import FileStore
+from infra.store.open import open_store
 from tasks.services import local_file
 
 

@@ -1,14 +1,17 @@
-"""Log files do not grow for ever."""
+"""Logs hold no secret, and log files do not grow for ever."""
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from infra import logs
+from infra.logs import mask_logs
 from tests.in_process import put_back
 
 
@@ -41,3 +44,37 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         text = (tmp_path / "logs" / "logging.yml").read_text()
     assert (tmp_path / "logs" / "deal.log").read_text().endswith(r"label \x1b[31m" + "\n")
     assert yaml.safe_load(text)["formatters"]["plain"]["class"] == "infra.logs.PlainFormatter"
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[[], str]]:
+    """What a handler has written since, of a logger whose records are masked."""
+    before, stream = logging.getLogRecordFactory(), io.StringIO()
+    handler, logger = logging.StreamHandler(stream), logging.getLogger("a library")
+    logger.addHandler(handler)
+    mask_logs()
+    yield stream.getvalue
+    logger.removeHandler(handler)
+    logging.setLogRecordFactory(before)
+
+
+def test_a_record_holds_no_secret_in_message_arguments_or_traceback(logged: Callable[[], str]) -> None:
+    logger = logging.getLogger("a library")
+    logger.error("Cannot reach http://me:first-swordfish@host")
+    logger.error("Cannot reach %s after %d tries", "http://me:second-swordfish@host", 3)
+    try:
+        try:
+            raise OSError("no http://me:third-swordfish@host")
+        except OSError as error:
+            raise ValueError("no http://me:fourth-swordfish@host") from error
+    except ValueError:
+        logger.exception("It failed")
+    assert "swordfish" not in logged()
+    assert "http://***@host after 3 tries" in logged() and "OSError: no http://***@host" in logged()
+
+
+@pytest.mark.usefixtures("logged")
+def test_arguments_without_a_secret_stay_for_formatters_that_read_them(caplog: pytest.LogCaptureFixture) -> None:
+    mask_logs()
+    logging.getLogger("a library").warning("%s %d", "GET", 200)
+    assert caplog.records[-1].args == ("GET", 200)

@@ -9,7 +9,7 @@ import pytest
 
 from infra.row_artifacts import artifacts_with_rows
 from infra.store.local import FileStore
-from tasks.forgetting import affected_versions, same_rows
+from tasks.forgetting import affected_versions
 from tasks.tombstones import (
     ForgottenRowsError,
     TestRowsForgottenError,
@@ -40,18 +40,10 @@ def test_a_version_learned_from_what_it_or_one_before_it_was_trained_on() -> Non
     assert not affected_versions(chain, {"x"})
 
 
-def test_versions_that_learned_the_same_rows_under_another_split_are_named_too() -> None:
-    versions = (
-        version(1, dataset_sha256="a", landed_sha256="x"), version(2, dataset_sha256="b", landed_sha256="x"),
-        version(3, dataset_sha256="c", landed_sha256=None), version(4, dataset_sha256="d", landed_sha256=None),
-    )  # fmt: skip
-    assert (same_rows(versions, "a"), same_rows(versions, "c")) == ({"a", "b"}, {"c"})
-
-
 def test_a_tombstone_refuses_its_dataset_and_its_files_and_no_others(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    put_tombstone(store, tombstone())
-    for sha256 in ("d" * 64, "f" * 64):
+    put_tombstone(store, tombstone(splits=("5" * 64,), landed=("1" * 64,)))
+    for sha256 in ("d" * 64, "f" * 64, "5" * 64, "1" * 64):
         with pytest.raises(ForgottenRowsError, match=r"forgotten on 2026-06-01 \(asked\).*--again"):
             refuse_forgotten(store, "t", [sha256])
     refuse_forgotten(store, "t", ["e" * 64])
@@ -61,10 +53,12 @@ def test_a_tombstone_refuses_its_dataset_and_its_files_and_no_others(tmp_path: P
 def test_forgetting_again_adds_to_what_is_known(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     put_tombstone(store, tombstone(versions=("l/1",)))
-    put_tombstone(store, tombstone(files=("0" * 64,), versions=("l/2",), reason=""))
+    put_tombstone(store, tombstone(files=("0" * 64,), splits=("5" * 64,), versions=("l/2",), reason=""))
+    put_tombstone(store, tombstone())
     found = find_tombstone(store, "t", ["0" * 64])
     assert found is not None
     assert (found.versions, found.files, found.reason) == (("l/1", "l/2"), ("f" * 64, "0" * 64), "asked")
+    assert found.splits == ("5" * 64,)
 
 
 def test_only_forgotten_test_rows_are_said_to_be_forgotten(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Secrets are masked wherever a text leaves: passwords of addresses, and the secrets that the environment holds.
+
+Every DealError masks its own text, so that what a library said of an address cannot pass a password on.
+
+Example:
+    >>> without_secrets("Cannot open postgresql://me:secret@host/mlflow")
+    'Cannot open postgresql://***@host/mlflow'
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+MASK = "***"
+MIN_CHARS = 8
+"""A shorter secret is masked in addresses alone: elsewhere it would take common words with it."""
+_SECRET_NAME = re.compile(
+    r"(?:SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY|ACCESS_KEY_ID|AUTH_STRING|WEBHOOK_URL)$", re.IGNORECASE
+)
+"""What the names of variables that hold a secret end with."""
+_SECRET_PARAMETER = re.compile(
+    r"([?&][^=&\s]{0,64}?(?:token|secret|passw|pwd|key|sig|credential|auth)[^=&\s]{0,64}=)[^&\s'\"]+", re.IGNORECASE
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with its secrets replaced by ***.
+
+    Replaced are user and password of every address (a password ends at the last @ before a space), address parameters
+    such as token=, and every secret that a variable of the environment holds.
+    """
+    return without_known_secrets(_without_parameters(_without_passwords(text)))
+
+
+def without_known_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The text with the secrets that variables of `environment` hold replaced, and everything else as it is."""
+    for secret in sorted(_known_secrets(environment), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def without_known_secrets_inside(value: Any) -> Any:
+    """A JSON-able value with the known secrets in its texts replaced; see `without_known_secrets`."""
+    if isinstance(value, str):
+        return without_known_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: without_known_secrets_inside(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_known_secrets_inside(each) for each in value]
+    return value
+
+
+def holds_secret(address: str) -> bool:
+    """Whether an address has a user, a password or a token in it."""
+    return "://" in address and _without_parameters(_without_passwords(address)) != address
+
+
+def _without_passwords(text: str) -> str:
+    if "://" not in text or "@" not in text:
+        return text
+    return "".join(_hide_password(word) for word in re.split(r"(\s+)", text))
+
+
+def _hide_password(word: str) -> str:
+    """A word without user and password of the addresses in it."""
+    kept, position, last_at = [], 0, word.rfind("@")
+    while (start := word.find("://", position)) >= 0 and start < last_at:
+        start += 3
+        slash = word.find("/", start)
+        end_of_host = len(word) if slash < 0 else slash
+        # a password may have a slash or an @ in it, so that it ends at the last @; a user alone ends before the host
+        at = last_at if word.find(":", start, end_of_host) >= 0 else word.rfind("@", start, end_of_host)
+        kept.append(word[position:start])
+        position = start
+        if at >= 0:
+            kept.append(MASK)
+            position = at
+    return "".join(kept) + word[position:]
+
+
+def _without_parameters(text: str) -> str:
+    return _SECRET_PARAMETER.sub(rf"\1{MASK}", text) if "=" in text else text
+
+
+def _known_secrets(environment: Mapping[str, str]) -> set[str]:
+    """The secrets of an environment, each as it is and as it stands in an address."""
+    found: set[str] = set()
+    for name, value in environment.items():
+        found.update(_secrets_of(name, value))
+    spelled = {form for secret in found for form in (secret, unquote(secret), quote(secret, safe=""), quote(secret))}
+    return {secret for secret in spelled if len(secret) >= MIN_CHARS}
+
+
+def _secrets_of(name: str, value: str) -> Iterator[str]:
+    if _SECRET_NAME.search(name):
+        yield value
+        yield value.partition(":")[2] if name.upper().endswith("AUTH_STRING") else ""
+        if "://" in value:
+            path = urlsplit(value).path.strip("/")
+            yield path if len(path) >= 2 * MIN_CHARS else ""  # a receiver's token; a short path is none
+    if "://" in value and "@" in value:
+        user_and_password = value.partition("://")[2].rpartition("@")[0]
+        yield user_and_password.partition(":")[2]

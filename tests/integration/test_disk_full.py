@@ -1,0 +1,150 @@
+"""A disk that fills up during an adaptation: one message, nothing half registered, and the next run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.tiny_base import NO_LIMITS
+from flows.cli import app
+from infra.registry import open_registry
+from tests.adapting import BANK
+from tests.in_process import put_back
+
+LARGEST = 4 << 20
+"""Bytes of the largest file that may be written; databases are smaller."""
+
+
+def spec_of(folder: Path, base: Path, **changes: Any) -> Path:
+    path = folder / "spec.json"  # JSON is YAML
+    train = {"max_steps": 2, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 1}
+    path.write_text(json.dumps({"base_model": str(base), "task": BANK, "gate": NO_LIMITS, "train": train, **changes}))
+    return path
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file grows past a limit: the system's answer is the error of a full disk, on every machine."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_rows_that_find_no_room_leave_one_message_and_the_next_run_learns_them(
+    tiny_base: Path, home: Path, tmp_path: Path
+) -> None:
+    words = random.Random(1)
+    data = tmp_path / "large.jsonl"
+    with data.open("w") as file:
+        for number in range(3000):
+            text = f"My card {number} " + words.randbytes(1500).hex()
+            file.write(json.dumps({"text": text, "label": "lost card" if number % 2 else "card fee"}) + "\n")
+    spec = spec_of(tmp_path, tiny_base, task={**BANK, "data": str(data)})
+    command = ["adapt", str(spec), "--home", str(home)]
+    with put_back(), small_files():
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code == 1, found.output
+    told = [line for line in found.stderr.splitlines() if "✓" not in line]
+    assert len(told) == 1 and "is full" in told[0] and "MB are free" in told[0], found.stderr
+    assert str(home) in told[0] and "not expected" not in told[0]
+    assert open_registry().versions("default") == () and not list(home.joinpath("store").rglob("*.parquet"))
+    assert not [path for path in home.joinpath("tmp").iterdir() if path.is_dir()]
+    with put_back():
+        again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert [version.accepted for version in open_registry().versions("default")] == [True]
+
+
+IN_NAMESPACE = """
+import io, json, os, subprocess, sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from flows.cli import app
+
+given = json.load(sys.stdin)
+place = Path(given["place"])
+
+def size(text):
+    subprocess.run(["mount", "-o", f"remount,size={text}", str(place)], check=True)
+
+def deal(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = app([*words, "--json"], standalone_mode=False)
+    return {"code": code or 0, "out": out.getvalue(), "err": err.getvalue()}
+
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
+for name, (variables, kilobytes) in given["cases"].items():
+    os.environ.update(variables)
+    lineage = ["--lineage", name]
+    size(f"{kilobytes}k")
+    full = deal("adapt", given["spec"], *lineage)
+    size("64m")
+    before = deal("history", *lineage)
+    again = deal("adapt", given["spec"], *lineage)
+    print(json.dumps([name, full, before, again, deal("history", *lineage), deal("report", "1", *lineage)]), flush=True)
+    for variable in variables:
+        del os.environ[variable]
+    for path in place.iterdir():
+        subprocess.run(["rm", "-rf", str(path)], check=True)
+"""
+
+
+def namespace() -> list[str]:
+    """How to start a command whose mounts are its own; the test is skipped where the machine allows none."""
+    for words in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        if shutil.which("unshare"):
+            probe = [*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+            if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+                return words
+    pytest.skip("this machine allows no mounts of one's own")
+
+
+def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
+    tiny_base: Path, home: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    store, artifacts = {"DEAL_STORE_URI": place.as_uri()}, {"DEAL_ARTIFACT_URI": place.as_uri()}
+    database = {"MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+    cases = {
+        "rows": (store, 4), "adapter": (store, 48), "model": (artifacts, 4), "report": (artifacts, 64),
+        "database": (database, 400),
+    }  # fmt: skip
+    given = {"place": str(place), "spec": str(spec_of(tmp_path, tiny_base)), "cases": cases}
+    done = subprocess.run(
+        [*namespace(), sys.executable, "-c", IN_NAMESPACE],
+        input=json.dumps(given), capture_output=True, text=True, check=False, env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr + done.stdout
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each[0] for each in found] == list(cases)
+    for name, full, before, again, after, report in found:
+        is_registered = name == "report"  # of a version that is champion already the next run writes the report
+        assert full["code"] == 1 and full["err"].count("\n") == 1, (name, full)
+        message = json.loads(full["err"])["error"]
+        assert f"The disk of {place}" in message and "MB are free" in message, (name, message)
+        assert "not expected" not in message
+        known = json.loads(before["out"]) if before["code"] == 0 else []
+        assert [each["version"] for each in known] == ["1"] * is_registered, (name, before)
+        assert again["code"] == 0, (name, again)
+        assert json.loads(again["out"])["status"] == ("repeat" if is_registered else "promoted"), (name, again)
+        assert [each["version"] for each in json.loads(after["out"])] == ["1"], (name, after)
+        assert report["code"] == 0, (name, report)

@@ -1,0 +1,73 @@
+"""What is masked in a text, and what stays."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.masking import holds_secret, without_known_secrets, without_known_secrets_inside, without_secrets
+
+PASSWORDS = ["secret", "se/cret", "se@cret", "se:cret/5", "s@/cret", ""]
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_an_address_is_shown_without_its_password(password: str) -> None:
+    shown = without_secrets(f"Cannot open postgresql://me:{password}@host:5432/mlflow; is it up?")
+    assert shown == "Cannot open postgresql://***@host:5432/mlflow; is it up?"
+
+
+@pytest.mark.parametrize(
+    "address", ["https://host/a@b", "sqlite:////srv/a@b/mlflow.db", "http://host:5000: a@b", "https://host/x?page=2"]
+)
+def test_what_is_no_secret_stays(address: str) -> None:
+    assert without_secrets(address) == address and not holds_secret(address)
+
+
+@pytest.mark.parametrize("name", ["token", "access_token", "X-Amz-Signature", "sig", "password", "api_key"])
+def test_a_secret_parameter_of_an_address_is_masked(name: str) -> None:
+    address = f"https://host/x?page=2&{name}=abc%2Fdef&last=1"
+    assert without_secrets(f"GET '{address}'") == f"GET 'https://host/x?page=2&{name}=***&last=1'"
+    assert holds_secret(address)
+
+
+def test_each_of_several_addresses_is_masked() -> None:
+    text = "s3://a:first@b, then http://token@h/x and postgresql+asyncpg://u:second@h:1/d"
+    assert without_secrets(text) == "s3://***@b, then http://***@h/x and postgresql+asyncpg://***@h:1/d"
+    assert "first" not in without_secrets("s3://a:first@b,http://c:first@d")
+
+
+def test_secrets_of_the_environment_are_masked_in_every_spelling() -> None:
+    environment = {
+        "DEAL_S3_SECRET_ACCESS_KEY": "a/secret+key", "PREFECT_API_AUTH_STRING": "admin:auth-secret",
+        "DEAL_WEBHOOK_URL": "https://hooks.example/services/T0123456/abcdef", "DEAL_VLLM_API_KEY": "short",
+        "HTTPS_PROXY": "http://me:proxy%20secret@proxy:3128", "HF_TOKEN_PATH": "/home/me/token-file",
+        "TOKENIZERS_PARALLELISM": "disabled",
+    }  # fmt: skip
+    text = (
+        "a/secret+key a%2Fsecret%2Bkey auth-secret services/T0123456/abcdef proxy secret proxy%20secret short "
+        "/home/me/token-file disabled"
+    )
+    assert without_known_secrets(text, environment) == "*** *** *** *** *** *** short /home/me/token-file disabled"
+
+
+def test_known_secrets_inside_a_value_are_masked_and_its_shape_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_WEBHOOK_SECRET", "the-secret")
+    value = {"a": ["x the-secret", {"b": "the-secret"}], "n": 1, "none": None, "url": "http://u:p@h"}
+    assert without_known_secrets_inside(value) == {
+        "a": ["x ***", {"b": "***"}], "n": 1, "none": None, "url": "http://u:p@h"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [ConfigError, StoreError, DataValidationError])
+def test_an_error_of_ours_holds_no_secret(kind: type[Exception]) -> None:
+    error = kind("Cannot reach http://me:the-secret@host: down")
+    assert str(error) == "Cannot reach http://***@host: down" and "the-secret" not in repr(error)
+
+
+@pytest.mark.parametrize("text", ["://" * 100_000, "://:" * 100_000 + "@", "a@" * 100_000 + "://", "?key" * 100_000])
+def test_a_hostile_text_is_masked_in_linear_time(text: str) -> None:
+    began = time.process_time()
+    without_secrets(text)
+    assert time.process_time() - began < 5

@@ -1,0 +1,68 @@
+"""A full disk is told from other failures, and said with its place and what is free."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import typer
+
+from deal_core.errors import DiskFullError, RegistryError, StoreError
+from flows.session import FAILED, session
+from infra.disk import disk_full, disk_full_unexpected, require_room
+from tests.in_process import put_back
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/srv/store/x")
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL, OSError(errno.EDQUOT, "quota"), OSError(errno.EFBIG, "too large"),
+        RuntimeError("Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: '...' })"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+        OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),
+    ],
+)
+def test_a_full_disk_is_known_in_every_form(error: Exception) -> None:
+    outer = StoreError("Cannot write")
+    outer.__cause__ = error
+    for each in (error, outer):
+        found = disk_full(each)
+        assert found is not None
+        assert "is full" in str(found) and "MB are free" in str(found) and "same command again" in str(found)
+
+
+@pytest.mark.usefixtures("home")
+def test_the_place_is_the_file_that_could_not_be_written() -> None:
+    assert "/srv/store/x" in str(disk_full(FULL))
+
+
+@pytest.mark.usefixtures("home")
+def test_other_failures_stay_what_they_are() -> None:
+    for error in (OSError(errno.EACCES, "Permission denied"), RegistryError("MLflow is away"), ValueError("28")):
+        assert disk_full(error) is None and disk_full_unexpected(error) is None
+
+
+def test_a_folder_without_room_is_said_before_anything_begins(tmp_path: Path) -> None:
+    require_room(tmp_path / "not yet there", 1)
+    with pytest.raises(DiskFullError, match=r"The disk of .* is full: [\d.]+ MB are free; at least \d+ MB"):
+        require_room(tmp_path, 1 << 60)
+
+
+def fail_like_a_library() -> None:
+    try:
+        raise FULL
+    except OSError as error:
+        raise RuntimeError("a library's own words") from error
+
+
+def test_a_command_ends_with_one_line_and_code_one(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with put_back(), pytest.raises(typer.Exit) as ended, session(home, as_json=False, debug=False):
+        fail_like_a_library()
+    shown = capsys.readouterr().err
+    assert ended.value.exit_code == FAILED
+    assert shown.count("\n") == 1 and "/srv/store/x is full" in shown and "not expected" not in shown
