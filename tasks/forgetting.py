@@ -16,6 +16,7 @@ from infra.row_artifacts import artifacts_with_rows
 from infra.runs import ArtifactRemover, RunInfo, list_runs
 from infra.temporary import temporary_folder
 from infra.tracking import Tracker
+from tasks.adapters import replacing
 from tasks.answers import ANSWERS_FILE
 from tasks.arrivals_known import KnownArrival, manifests_of
 from tasks.inbox import INBOX, read_state, write_state
@@ -144,7 +145,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
         assert each.run_id is not None
         remover.remove_run_files(each.run_id, each.address.split(", "))
     for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
-        _empty_method_rows(store, remover, registry.versions(lineage), plan.sha256)
+        _empty_method_rows(store, remover, registry, registry.versions(lineage), plan.sha256)
     for each in by_kind.get("work folder", ()):
         shutil.rmtree(each.address, ignore_errors=True)
     for each in by_kind.get("temporary files", ()):
@@ -290,7 +291,7 @@ def _method_rows(store: ObjectStore, versions: Sequence[VersionInfo], sha256: st
 
 
 def _empty_method_rows(
-    store: ObjectStore, remover: ArtifactRemover, versions: Sequence[VersionInfo], sha256: str
+    store: ObjectStore, remover: ArtifactRemover, registry: Registry, versions: Sequence[VersionInfo], sha256: str
 ) -> None:
     from deal_core.adapter.state import empty_stored_rows
 
@@ -301,7 +302,8 @@ def _empty_method_rows(
         with temporary_folder() as folder:
             _download_method(store, info.adapter_uri, folder)
             empty_stored_rows(folder, names)
-            store.upload_folder(folder, info.adapter_uri)
+            with replacing(store, registry, info, folder):
+                store.upload_folder(folder, info.adapter_uri)
             remover.replace_in_model(info.model_id, folder)
 
 

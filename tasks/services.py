@@ -12,7 +12,6 @@ from infra.file_store import FileStore
 from infra.object_store import ObjectStore, open_store
 from infra.settings import HomeSettings, StoreSettings
 from infra.temporary import temporary_folder
-from tasks.references import VersionRef
 
 
 def current_store() -> ObjectStore:
@@ -28,20 +27,10 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """A local copy of a folder of the store, gone afterwards."""
+    """A local copy of a folder of the store, gone afterwards. An adapter goes by `tasks.adapters`, which checks it."""
     with temporary_folder() as temporary:
         folder = temporary / "folder"
         store.download_folder(uri, folder)
-        yield folder
-
-
-@contextmanager
-def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
-    """A local copy of the parent's adapter; None where the run starts from the base."""
-    if parent is None:
-        yield None
-        return
-    with borrowed_folder(store, parent.adapter_uri) as folder:
         yield folder
 
 
