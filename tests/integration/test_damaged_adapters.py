@@ -107,18 +107,22 @@ def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, hom
 
 @pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
 def test_what_is_fetched_to_be_served_is_compared_too(
-    champion: VersionInfo, home: Path, tmp_path: Path, name: str
+    champion: VersionInfo, tmp_path: Path, name: str
 ) -> None:
     registry = open_registry()
     registry.download("l", "2", tmp_path / "whole")
-    (path,) = [each for each in (home / "mlflow-artifacts").rglob(name) if champion.model_id in str(each)]
-    recorded = digests_of(path.parent, [name])[name]
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"l", b"L", 1) if name != WEIGHTS else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(IntegrityError) as caught:
-        registry.download("l", "2", tmp_path / "served")
+    location = registry.client.get_logged_model(champion.model_id).artifact_location  # in the home that was copied
+    path = Path(location.removeprefix("file://")) / name
+    recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(IntegrityError) as caught:
+            registry.download("l", "2", tmp_path / "served")
+        found = digests_of(path.parent, [name])[name]
+    finally:
+        path.write_bytes(content)
     message = str(caught.value)
-    for part in ("Version 2 of 'l'", name, recorded, digests_of(path.parent, [name])[name], "deal rollback"):
+    for part in ("Version 2 of 'l'", name, recorded, found, "deal rollback"):
         assert part in message
     assert not (tmp_path / "served").exists()
 
