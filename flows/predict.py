@@ -13,10 +13,11 @@ from deal_core.evaluate import first_answer_logits, generate_answers
 from flows.history import find_version
 from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.settings import HomeSettings
+from tasks.adapters import borrowed_adapter
 from tasks.base import lend_base
 from tasks.model_card import served_task
 from tasks.record import KnownTask, LineageRecord, read_record
-from tasks.services import borrowed_folder, current_store
+from tasks.services import current_store
 
 NUM_TOKENS = 5
 
@@ -53,6 +54,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
 
     Raises:
         ConfigError: the lineage does not know the task, or the text is none that it can be asked with.
+        IntegrityError: the version's adapter is damaged.
         RegistryError: the lineage has no such version, or no champion that may serve.
     """
     store = current_store()
@@ -61,7 +63,7 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     known = choose_task(record, task)
     text = served_task(known).readable(text, "The question")
     base = lend_base(record.base)
-    with borrowed_folder(store, info.adapter_uri) as folder, adapter_on(base.model, folder) as model:
+    with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens
         answers = generate_answers(
             model, base.tokenizer, known.schema, [text], EvaluateConfig(max_new_tokens=known.max_new_tokens),

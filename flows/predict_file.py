@@ -25,9 +25,10 @@ from deal_core.errors import ConfigError
 from deal_core.evaluate import generate_answers
 from flows.predict import choose_task, choose_version
 from infra.registry import VersionInfo
+from tasks.adapters import borrowed_adapter
 from tasks.base import lend_base
 from tasks.record import KnownTask, LineageRecord, read_record
-from tasks.services import borrowed_folder, current_store
+from tasks.services import current_store
 
 SCHEMA_VERSION = 1
 CHUNK_ROWS = 1024
@@ -85,6 +86,7 @@ def predict_file(
     Raises:
         ConfigError: the lineage does not know the task, or what was begun was begun otherwise.
         DataValidationError: the file cannot be read.
+        IntegrityError: the version's adapter is damaged.
         RegistryError: the lineage has no such version, or no champion that may serve.
     """
     started = time.perf_counter()
@@ -153,7 +155,7 @@ def _answerer(asked: _Asked) -> Iterator[Callable[[Sequence[str], Callable[[int]
     base, known = lend_base(asked.record.base), asked.known
     config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
     with (
-        borrowed_folder(current_store(), asked.info.adapter_uri) as folder,
+        borrowed_adapter(current_store(), asked.info) as folder,
         adapter_on(base.model, folder) as model,
     ):
         yield lambda inputs, on_rows: generate_answers(

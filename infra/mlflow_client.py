@@ -17,6 +17,8 @@ from infra.settings import TrackingSettings
 
 RUN_KEY = "deal.run_key"
 """Tag that says which adaptation a run, a model and a version belong to."""
+FILES_SHA256 = "deal.files_sha256"
+"""Tag of a logged model: SHA-256 of each of its files, as JSON."""
 
 
 def open_client(settings: TrackingSettings) -> MlflowClient:

@@ -24,9 +24,10 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from deal_core.adapter_files import Recorded, as_recorded, digests_of, require_undamaged
 from deal_core.errors import RegistryError
 from deal_core.masking import without_secrets
-from infra.mlflow_client import RUN_KEY, again_if_overtaken, open_client, saying
+from infra.mlflow_client import FILES_SHA256, RUN_KEY, again_if_overtaken, open_client, saying
 from infra.settings import TrackingSettings
 
 Alias = Literal["champion", "challenger", "previous"]
@@ -52,6 +53,9 @@ class VersionFacts:
     config_sha256: str
     adapter_uri: str
     adapter_sha256: str
+    """Digest of all files of the adapter together, as it was trained; see `sha256_together`."""
+    files_sha256: Recorded | None = None
+    """The digests that the adapter's files may have, by name; None of versions of earlier releases."""
     parent_version: str | None
     accepted: bool
     reasons: tuple[str, ...]
@@ -81,6 +85,7 @@ class VersionFacts:
             "gate": "accepted" if self.accepted else "rejected",
             "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
             "gate_vetoes": json.dumps(self.vetoes, ensure_ascii=False),
+            "files_sha256": None if self.files_sha256 is None else files_tag(self.files_sha256),
         }
         plain = {field.name: getattr(self, field.name) for field in fields(VersionFacts)}
         del plain["accepted"], plain["reasons"], plain["vetoes"]
@@ -233,7 +238,11 @@ class Registry:
     def download(self, lineage: str, version: str, folder: Path) -> None:
         """Fetch a version's logged model into a folder, which appears complete or not at all.
 
+        The files are compared with the digests that the logged model had when it was made. A model that an earlier
+        release made has none; its files are taken as they are.
+
         Raises:
+            IntegrityError: the bytes of a file are not the recorded ones.
             RegistryError: MLflow does not give it, or it is no model that MLflow can serve.
         """
         from mlflow.artifacts import download_artifacts
@@ -250,7 +259,20 @@ class Registry:
                     "plain PEFT folder of it. Learn an arrival again (deal adapt … --again), which registers a new "
                     "version, or promote another one."
                 )
+            self._require_recorded(lineage, version, fetched)
             fetched.rename(folder)
+
+    def _require_recorded(self, lineage: str, version: str, folder: Path) -> None:
+        with saying(f"read the digests of version {version} of {lineage!r}", self.uri):
+            source = self.client.get_model_version(lineage, version).source or ""
+            model = self.client.get_logged_model(source.removeprefix("models:/"))
+        recorded = as_recorded(json.loads(model.tags.get(FILES_SHA256, "{}")))
+        require_undamaged(
+            digests_of(folder, recorded), recorded, recorded, what=f"Version {version} of '{lineage}'",
+            where=without_secrets(str(model.artifact_location)),
+            remedy="Restore the folder from a backup, or go back to an earlier version: "
+                   f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
+        )  # fmt: skip
 
     @again_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
@@ -338,6 +360,11 @@ def require_through_gate(champion: VersionInfo) -> None:
     )
 
 
+def files_tag(recorded: Recorded) -> str:
+    """The value of the tag `deal.files_sha256`."""
+    return json.dumps(recorded)
+
+
 @contextmanager
 def _addressed(uri: str) -> Iterator[None]:
     """Make `uri` MLflow's global address for a moment: a database store looks a logged model up through that."""
@@ -377,6 +404,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "accepted": tags.get("gate") == "accepted",
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
         "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
+        "files_sha256": _files_of(tags),
         "approval": tags.get("approval"),
         "flow_run": tags.get("flow_run"),
         "landed_sha256": tags.get("landed_sha256"),
@@ -395,3 +423,9 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         promoted=tags.get("promoted"),
         adapter_removed=tags.get("adapter_removed"),
     )
+
+
+def _files_of(tags: Mapping[str, str]) -> Recorded | None:
+    if "files_sha256" not in tags:
+        return None
+    return {name: tuple(digests) for name, digests in json.loads(tags["files_sha256"]).items()}

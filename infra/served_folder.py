@@ -14,11 +14,11 @@ import pandas as pd
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
+from deal_core.adapter_files import PEFT_FILES
 from infra.temporary import temporary_folder
 
 LOADER = "infra.served_model"
 PROJECT = "deal-pipeline"
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MLFLOW_FILES = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
                 "serving_input_example.json")  # fmt: skip
 REQUIREMENTS = ("accelerate", "mlflow", "pandas", "peft", "safetensors", "torch", "transformers")

@@ -19,9 +19,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Logged
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
+from deal_core.adapter_files import digests_of
 from deal_core.errors import RegistryError
 from deal_core.masking import without_secrets
-from infra.mlflow_client import RUN_KEY, saying
+from infra.mlflow_client import FILES_SHA256, RUN_KEY, saying
 from infra.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,9 @@ class TrackedRun:
                 )
             model_id = str(model.model_id)
             if str(model.status) != "READY":
+                names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+                digests = json.dumps(digests_of(folder, names))
+                self.client.set_logged_model_tags(model_id, {FILES_SHA256: digests})
                 self.client.log_model_artifacts(model_id, str(folder))
                 self.client.finalize_logged_model(model_id, "READY")
             outputs = run.outputs.model_outputs if run.outputs else []

@@ -16,6 +16,7 @@ from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix, outcomes_of
 from deal_core.shown import listed
 from infra.store.base import ObjectStore
+from tasks.adapters import borrowed_adapter, borrowed_parent
 from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
 from tasks.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
@@ -23,7 +24,7 @@ from tasks.ingest import read_manifest
 from tasks.progress import advance
 from tasks.record import KnownTask, LineageRecord, read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores, dataset_sha256
-from tasks.services import borrowed_folder, borrowed_parent, current_store
+from tasks.services import current_store
 from tasks.tombstones import TestRowsForgottenError, forgotten_tests
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def evaluate_version(
     all_sets = [*(_widened(each, dataset) for each in sets), *new]
     scorer = Scorer(base, config)
     scorer.expect(new, [*new, *open_rows] if parent else [], all_sets)
-    with borrowed_parent(store, parent) as parent_folder, borrowed_folder(store, adapter.uri) as folder:
+    with borrowed_parent(store, parent) as parent_folder, borrowed_adapter(store, adapter) as folder:
         on_base = scorer.score(None, new, general=True)
         on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
         if open_rows:
@@ -265,7 +266,7 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
-    with borrowed_folder(store, version.adapter_uri) as folder:
+    with borrowed_adapter(store, version) as folder:
         accuracies = scorer.score(folder, sets).accuracies
     return VersionScores(
         accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged

@@ -16,6 +16,7 @@ from infra.runs import ArtifactRemover, RunInfo, list_runs
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import Tracker
+from tasks.adapters import replacing
 from tasks.answers import ANSWERS_FILE
 from tasks.arrivals_known import KnownArrival, manifests_of, with_every_split
 from tasks.inbox import INBOX, read_state, write_state
@@ -143,7 +144,7 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
         assert each.run_id is not None
         remover.remove_run_files(each.run_id, each.address.split(", "))
     for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
-        _empty_method_rows(store, remover, registry.versions(lineage), (plan.sha256, *plan.splits))
+        _empty_method_rows(store, remover, registry, lineage, (plan.sha256, *plan.splits))
     for each in by_kind.get("work folder", ()):
         shutil.rmtree(each.address, ignore_errors=True)
     for each in by_kind.get("temporary files", ()):
@@ -290,10 +291,11 @@ def _method_rows(
 
 
 def _empty_method_rows(
-    store: ObjectStore, remover: ArtifactRemover, versions: Sequence[VersionInfo], sha256s: Collection[str]
+    store: ObjectStore, remover: ArtifactRemover, registry: Registry, lineage: str, sha256s: Collection[str]
 ) -> None:
     from deal_core.adapter.state import empty_stored_rows
 
+    versions = registry.versions(lineage)
     for version, names in _method_rows(store, versions, sha256s).items():
         if not names:
             continue
@@ -301,7 +303,8 @@ def _empty_method_rows(
         with temporary_folder() as folder:
             _download_method(store, info.adapter_uri, folder)
             empty_stored_rows(folder, names)
-            store.upload_folder(folder, info.adapter_uri)
+            with replacing(store, registry, info, folder):
+                store.upload_folder(folder, info.adapter_uri)
             remover.replace_in_model(info.model_id, folder)
 
 

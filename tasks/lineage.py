@@ -144,6 +144,7 @@ def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionR
         run_key=info.run_key,
         adapter_uri=info.adapter_uri,
         adapter_sha256=info.adapter_sha256,
+        files_sha256=dict(info.files_sha256) if info.files_sha256 is not None else None,
         accepted=info.accepted,
         reasons=info.reasons,
         parent_version=info.parent_version,

@@ -34,7 +34,7 @@ from tasks.record import read_record
 from tasks.references import RunRef, TrainSummary
 from tasks.register import log_adapter
 from tasks.report import write_report
-from tasks.services import current_store
+from tasks.services import borrowed_folder, current_store
 from tasks.stored_lineage import stored_numbers
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,8 @@ def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> 
     run = RunRef(lineage=stored.lineage, task=facts.task, run_key=facts.run_key, tracking_id=tracked.run_id)
     if stored.adapter_removed is None:
         try:
-            return run, log_adapter(run, facts.task, facts.adapter_uri, read_record(store, facts.adapter_uri), facts)
+            with borrowed_folder(store, facts.adapter_uri) as folder:
+                return run, log_adapter(run, facts.task, folder, read_record(store, facts.adapter_uri), facts)
         except DealError as error:
             problems.append(f"Version {stored.version} is in the history only: {error}")
     with temporary_folder() as folder:

@@ -94,6 +94,8 @@ class VersionRef(Reference):
     run_key: str
     adapter_uri: str
     adapter_sha256: str
+    files_sha256: dict[str, tuple[str, ...]] | None = None
+    """As `VersionFacts.files_sha256`."""
     accepted: bool
     reasons: tuple[str, ...] = ()
     parent_version: str | None = None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.adapter_files import as_recorded, digests_of
 from deal_core.base_sources import resolve_base
 from deal_core.config import AdapterConfig, Approval
 from deal_core.evaluation import EvaluationReport
@@ -17,12 +19,13 @@ from infra.registry import VersionFacts, open_registry
 from infra.settings import HomeSettings
 from infra.tracking import open_tracker
 from infra.version_log import VersionLog
+from tasks.adapters import borrowed_adapter
 from tasks.evaluate import renewed_task
 from tasks.ingest import read_manifest
 from tasks.lineage import version_ref
 from tasks.record import KnownTask, LineageRecord, read_record, write_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
-from tasks.services import borrowed_folder, current_store
+from tasks.services import current_store
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
 
@@ -87,28 +90,28 @@ def register_version(
         backward_transfer=report.matrix.backward_transfer,
         forward_transfer=report.matrix.forward_transfer,
     )
-    model_id = log_adapter(run, dataset.task, adapter.uri, record, facts)
+    with borrowed_adapter(store, adapter, with_method=True) as folder:
+        facts = replace(facts, files_sha256=as_recorded(digests_of(folder)))
+        model_id = log_adapter(run, dataset.task, folder, record, facts)
     registered = open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
     VersionLog(store).keep(registered)
     return version_ref(registered)
 
 
-def log_adapter(run: RunRef, task_name: str, adapter_uri: str, record: LineageRecord, facts: VersionFacts) -> str:
-    """Keep a copy of the adapter in MLflow, with what makes it a model that MLflow serves."""
+def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord, facts: VersionFacts) -> str:
+    """Keep a copy of the adapter's folder in MLflow, with what makes it a model that MLflow serves."""
     from deal_core.answering import SERVED_FILE
     from infra.served_folder import write_served_folder
     from tasks.model_card import example_rows, served_version, write_card
 
     base_folder = resolve_base(record.base.source, HomeSettings().cache_dir)
-    with borrowed_folder(current_store(), adapter_uri) as folder:
-        model = folder.with_name("model")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        licence = licence_of_base(record.base.source, base_folder)
-        write_served_folder(
-            folder, model, card=write_card(record, facts, licence, config["task_type"]),
-            served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
-            run_id=run.tracking_id,
-        )  # fmt: skip
-        return open_tracker().run(run.tracking_id).log_adapter(
-            model, f"{run.lineage}-{task_name}", sha256=facts.adapter_sha256
-        )
+    model = folder.with_name("model")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    licence = licence_of_base(record.base.source, base_folder)
+    write_served_folder(
+        folder, model, card=write_card(record, facts, licence, config["task_type"]),
+        served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
+        run_id=run.tracking_id,
+    )  # fmt: skip
+    tracked = open_tracker().run(run.tracking_id)
+    return tracked.log_adapter(model, f"{run.lineage}-{task_name}", sha256=facts.adapter_sha256)

@@ -13,8 +13,7 @@ from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.store.open import open_store
 from infra.temporary import temporary_folder
-from tasks.references import VersionRef
-from tasks.version_files import CONFIG, reading_beside, require_readable, require_readable_method
+from tasks.version_files import CONFIG, reading_beside, require_readable
 
 
 def current_store() -> ObjectStore:
@@ -30,7 +29,7 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """A local copy of an adapter's folder in the store, gone afterwards.
+    """A local copy of an adapter's folder in the store, gone afterwards; `tasks.adapters` compares it with its digests.
 
     Raises:
         ObjectNotFoundError: its configuration or weights are missing.
@@ -41,17 +40,6 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
         with reading_beside(store, uri, CONFIG):
             store.download_folder(uri, folder)
         require_readable(store, uri, folder)
-        yield folder
-
-
-@contextmanager
-def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
-    """A local copy of the parent's adapter; None where the run starts from the base."""
-    if parent is None:
-        yield None
-        return
-    with borrowed_folder(store, parent.adapter_uri) as folder:
-        require_readable_method(store, parent.adapter_uri, folder)
         yield folder
 
 

@@ -19,7 +19,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
-from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
+from deal_core.adapter_files import PEFT_FILES, digests_of, require_undamaged
+from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from deal_core.masking import without_secrets
 from deal_core.schema_version import require_schema_version
 from infra.registry import VersionInfo, open_registry, require_through_gate
@@ -27,11 +28,12 @@ from infra.settings import VllmSettings
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.vllm import VllmClient, VllmError
+from tasks.adapters import borrowed_adapter, remedy_for, require_recorded
 from tasks.progress import reporter
 from tasks.references import Reference
 from tasks.services import current_store
 from tasks.stored_lineage import lost_in_registry
-from tasks.version_files import CONFIG, WEIGHTS, reading_stored, require_stored
+from tasks.version_files import CONFIG, reading_stored, require_stored
 
 SCHEMA_VERSION = 1
 TRIAL_PROMPT = "The text to answer."
@@ -145,7 +147,7 @@ def _move(
 ) -> ServingRoute:
     """Load the champion, see that it answers, and write the route."""
     require_stored(store, champion.adapter_uri)
-    require_servable(json.loads(store.get_bytes(f"{champion.adapter_uri}/{CONFIG}")), settings)
+    require_servable(_config_of(store, champion), settings)
     name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
         raise ConfigError(
@@ -155,6 +157,7 @@ def _move(
     path = _published(store, champion, name, settings)
     loaded = client.models()
     if name not in loaded:
+        _require_recorded(store, champion, name, settings)
         client.load(name, path)
         reporter().said(f"{name} is loaded from {path}")
     elif loaded[name].root != path:
@@ -179,6 +182,17 @@ def _move(
     return route
 
 
+def _config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
+    key = f"{champion.adapter_uri}/{CONFIG}"
+    try:
+        return dict(json.loads(store.get_bytes(key)))
+    except ValueError:
+        raise IntegrityError(
+            f"Version {champion.version} of '{champion.lineage}' is damaged: {store.uri_of(key)} is no JSON. "
+            f"{remedy_for(champion)}"
+        ) from None
+
+
 def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> str:
     """The path at which the server sees the adapter; it is copied there unless it is there already."""
     if settings.adapter_dir is None:
@@ -192,13 +206,35 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
     target = settings.adapter_dir / folder
     if not target.exists():
         settings.adapter_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=settings.adapter_dir) as temporary:
+        with (
+            borrowed_adapter(store, champion) as adapter,
+            tempfile.TemporaryDirectory(prefix=".", dir=settings.adapter_dir) as temporary,
+        ):
             part = Path(temporary) / folder
-            for file in (CONFIG, WEIGHTS):
-                store.download_file(f"{champion.adapter_uri}/{file}", part / file)
+            part.mkdir()
+            for file in PEFT_FILES:
+                shutil.copyfile(adapter / file, part / file)
             part.chmod(0o755)
             part.rename(target)
     return f"{settings.server_adapter_dir or settings.adapter_dir}/{folder}"
+
+
+def _require_recorded(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> None:
+    """Compare the files that the server is about to load with what is recorded of the version.
+
+    The files of the store were compared when they were copied. A copy is compared again, unless an earlier release
+    registered the version: one digest of all files of the adapter tells nothing of the two that are copied.
+    """
+    if settings.adapter_dir is None:
+        assert isinstance(store, FileStore), "else it was refused"
+        require_recorded(store, champion, store.root / champion.adapter_uri)
+        return
+    target = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
+    require_undamaged(
+        digests_of(target), champion.files_sha256 or {}, PEFT_FILES,
+        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(target),
+        remedy="Remove that folder and run this again: the adapter is copied anew.",
+    )  # fmt: skip
 
 
 def _copy_name(name: str, adapter_sha256: str) -> str:

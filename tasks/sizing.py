@@ -12,9 +12,10 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings
 from infra.temporary import temporary_folder
+from tasks.adapters import borrowed_parent
 from tasks.base import is_loaded
 from tasks.references import VersionRef
-from tasks.services import borrowed_parent, current_store
+from tasks.services import current_store
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.adapter_files import digests_of, sha256_together
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
+from tasks.adapters import borrowed_parent
 from tasks.base import lend_base, release_base
 from tasks.ingest import read_manifest
 from tasks.progress import advance
 from tasks.record import read_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAdapter, TrainSummary, VersionRef
-from tasks.services import borrowed_parent, current_store, work_folder
+from tasks.services import current_store, work_folder
 
 if TYPE_CHECKING:
     from deal_core.train import OnLog, TrainingResult
@@ -44,6 +45,7 @@ def train_version(
 
     Raises:
         AdapterStateError: the parent's adapter does not fit the base model.
+        IntegrityError: the parent's adapter is damaged; nothing is trained.
         RankError: one of several training processes died.
     """
     store = current_store()
@@ -80,14 +82,6 @@ def train_version(
         parent_version=parent.version if parent else None,
     )
     return TrainedAdapter(adapter=reference, summary=summary)
-
-
-def sha256_of_folder(folder: Path) -> str:
-    """Digest of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _in_this_process(
@@ -138,6 +132,6 @@ def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, floa
 
 def _write_summary(folder: Path, result: TrainingResult) -> None:
     """Say, last of all, that the adapter in the work folder is complete."""
-    summary = TrainSummary(adapter_sha256=sha256_of_folder(folder / "adapter"), **asdict(result))
+    summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
     with complete_file(folder / SUMMARY_FILE) as part:
         part.write_text(summary.model_dump_json(), encoding="utf-8")

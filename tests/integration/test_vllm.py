@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from deal_core.errors import ConfigError, DealError, RegistryError
+from deal_core.adapter_files import as_recorded, digests_of
+from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
 from flows.serve_vllm import serve_vllm
 from infra import vllm
 from infra.registry import VersionFacts, open_registry
@@ -60,7 +61,10 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         (folder / "adapter_model.safetensors").write_bytes(version.encode())
         uri = f"adapters/{lineage}/run-{version}"
         current_store().upload_folder(folder, uri)
-        facts = replace(FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64)
+        files = as_recorded(digests_of(folder))
+        facts = replace(
+            FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64, files_sha256=files
+        )
         with open_tracker().start(lineage, facts.run_key, name="bank") as run:
             model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
             assert registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id).version == version
@@ -209,6 +213,49 @@ def test_a_load_whose_answer_got_lost_counts(tmp_path: Path, server: FakeVllm) -
     client.load("l-v1", path)  # as its second attempt would: the server says 400, already loaded
     with pytest.raises(VllmError, match="already been loaded"):
         client.load("l-v1", "/another/path")
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_never_handed_over(
+    tmp_path: Path, server: FakeVllm, sync: Sync, name: str, is_shared: bool
+) -> None:
+    settings: dict[str, Any] = {"adapter_dir": tmp_path / "shared"} if is_shared else {}
+    promote(tmp_path, "1")
+    sync(**settings)
+    promote(tmp_path, "2")
+    file = tmp_path / "home" / "store" / "adapters" / "l" / "run-2" / name
+    recorded, whole = digests_of(file.parent)[name], file.read_bytes()
+    file.write_bytes(whole + b" ")
+    server.calls.clear()
+    with pytest.raises(IntegrityError, match=rf"Version 2 of 'l' is damaged.*{name} has sha256 .*{recorded}"):
+        sync(**settings)
+    assert server.calls == [] and list(server.adapters) == ["l-v1"]
+    assert not list(tmp_path.glob("shared/*l-v2*"))
+    route = read_route(current_store(), "l")
+    assert route is not None and (route.model, route.state) == ("l-v1", "behind")
+    assert route.problem and "is damaged" in route.problem
+    file.write_bytes(b"\xff" if name == "adapter_config.json" else b"")
+    with pytest.raises(IntegrityError, match="Version 2 of 'l' is damaged"):
+        sync(**settings)
+    file.write_bytes(whole)
+    assert sync(**settings).model == "l-v2"
+
+
+def test_a_damaged_copy_is_not_loaded_again(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:
+    promote(tmp_path, "1")
+    sync(adapter_dir=tmp_path / "shared")
+    (copy,) = (tmp_path / "shared").iterdir()
+    (copy / "adapter_model.safetensors").write_bytes(b"flipped")
+    assert sync(adapter_dir=tmp_path / "shared").state == "in step", "what the server has in memory goes on"
+    server.adapters.clear()
+    with pytest.raises(IntegrityError, match=r"copy of version 1 of 'l' is damaged.*Remove that folder"):
+        sync(adapter_dir=tmp_path / "shared")
+    assert server.adapters == {}
+    for file in copy.iterdir():
+        file.unlink()
+    copy.rmdir()
+    assert sync(adapter_dir=tmp_path / "shared").state == "in step" and list(server.adapters) == ["l-v1"]
 
 
 def test_a_folder_that_the_server_shares_gets_a_copy_under_the_servers_path(

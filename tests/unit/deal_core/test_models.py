@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.device import bf16_instructions
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, IntegrityError
+from deal_core.fingerprint import sha256_of_model
 from deal_core.models import DEFAULT_BASE, choose_dtype, load_base, resolve_base
 from deal_core.quantization import quantization
 from tests.unit.deal_core.tiny_gguf import write_gguf
@@ -58,6 +59,54 @@ def test_a_converted_folder_is_plain_safetensors(gguf_file: Path, tmp_path: Path
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     given = load_base(str(folder), tmp_path)  # what resolve_base gave is a source too, and the same base
     assert (given.sha256, given.name) == (load_base(str(gguf_file), tmp_path).sha256, "Tiny model")
+
+
+def test_a_folder_that_states_its_own_digest_is_believed_in_the_cache_alone(
+    gguf_file: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    entry = resolve_base(str(gguf_file), cache)
+    mine = load_base(str(gguf_file), cache)
+    told = copy_of(tiny_base, tmp_path / "told")
+    shutil.copy(entry / "deal_source.json", told)
+    hashed = load_base(str(tiny_base), cache).sha256
+    for place in (cache, told.parent, told):  # whatever folder is the cache, `told` does not lie in its models/
+        found = load_base(str(told), place)
+        assert (found.sha256, found.name) == (hashed, "told"), "a folder passed for another base model"
+    moved = copy_of(entry, tmp_path / "moved")
+    assert load_base(str(moved), cache).sha256 != mine.sha256, "a copy elsewhere is hashed as any folder is"
+    for entry_path in (str(entry), f"{cache}/models/../models/{entry.name}"):
+        assert load_base(entry_path, cache).sha256 == mine.sha256
+
+
+def test_a_converted_model_that_was_changed_afterwards_is_refused(gguf_file: Path, tmp_path: Path) -> None:
+    entry = resolve_base(str(gguf_file), tmp_path)
+    source, weights = entry / "deal_source.json", entry / "model.safetensors"
+    known = load_base(str(gguf_file), tmp_path).sha256
+    content = bytearray(weights.read_bytes())
+    content[-10] ^= 64
+    weights.write_bytes(content)
+    recorded = json.loads(source.read_text())["content_sha256"]
+    for given in (str(gguf_file), str(entry)):
+        with pytest.raises(IntegrityError) as caught:
+            load_base(given, tmp_path)
+        message = str(caught.value)
+        assert recorded in message and sha256_of_model(entry, None) in message and f"Remove {entry}" in message
+    shutil.rmtree(entry)
+    assert load_base(str(gguf_file), tmp_path).sha256 == known
+    source.write_text("{")
+    with pytest.raises(IntegrityError, match=r"deal_source\.json .* cannot be read"):
+        load_base(str(gguf_file), tmp_path)
+
+
+def test_a_model_that_an_earlier_release_converted_keeps_its_identity(gguf_file: Path, tmp_path: Path) -> None:
+    source = resolve_base(str(gguf_file), tmp_path) / "deal_source.json"
+    known = load_base(str(gguf_file), tmp_path)
+    origin = json.loads(source.read_text())
+    del origin["content_sha256"]
+    source.write_text(json.dumps(origin))
+    found = load_base(str(gguf_file), tmp_path)
+    assert (found.sha256, found.name) == (known.sha256, known.name)
 
 
 def test_a_gguf_file_is_converted_once_whatever_its_place(gguf_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""A champion with flipped bytes neither answers, nor is judged, served or continued; a version that is whole is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.adapter_files import digests_of
+from deal_core.errors import IntegrityError
+from flows.cli import app
+from flows.evaluate import evaluate
+from flows.predict import predict
+from flows.predict_file import predict_file
+from flows.promote import roll_back
+from flows.results import AdaptResult
+from infra.registry import VersionInfo, open_registry
+from tasks.services import current_store
+from tests.adapting import BANK, CLINIC, run
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def learned_home(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, AdaptResult]:
+    """A home whose lineage has learned two tasks, and how that ended."""
+    folder = tmp_path_factory.mktemp("learned-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        run(tiny_base, BANK)
+        return folder, run(tiny_base, CLINIC)
+
+
+@pytest.fixture
+def champion(home: Path, learned_home: tuple[Path, AdaptResult]) -> VersionInfo:
+    """The champion, version 2, in a copy of that home."""
+    shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
+    info = open_registry().champion("l")
+    assert info is not None and info.version == "2"
+    return info
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 64
+    path.write_bytes(content)
+
+
+def folder_of(home: Path, info: VersionInfo) -> Path:
+    return home / "store" / info.adapter_uri
+
+
+def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
+    champion: VersionInfo, home: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = folder_of(home, champion)
+    recorded = digests_of(folder)[WEIGHTS]
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+    flip(folder / WEIGHTS)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"text": "I lost my card"}\n')
+    before = [(info.version, info.aliases) for info in open_registry().versions("l")]
+
+    loads: dict[str, Callable[[], object]] = {
+        "predict": lambda: predict("I lost my card", lineage="l", task="bank", version=None),
+        "predict a file": lambda: predict_file(
+            questions, lineage="l", task="bank", version=None, out=tmp_path / "answers.jsonl", column=None
+        ),
+        "evaluate": lambda: asyncio.run(evaluate("l")),
+        "adapt": lambda: run(tiny_base, {**BANK, "name": "again"}),
+    }
+    for name, load in loads.items():
+        with pytest.raises(IntegrityError) as caught:
+            load()
+        message = str(caught.value)
+        for part in ("Version 2 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal rollback --to 1"):
+            assert part in message, (name, message)
+    assert [(info.version, info.aliases) for info in open_registry().versions("l")] == before, "nothing was learned"
+
+    said = CliRunner().invoke(app, ["predict", "I lost my card", "--lineage", "l", "--home", str(home)])
+    assert said.exit_code == 1 and "Traceback" not in said.output and "is damaged" in " ".join(said.output.split())
+
+    roll_back("l", None, who="me", why="damaged")
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "1"
+    assert run(tiny_base, {**BANK, "name": "again"}).parent_version == "1"
+
+
+def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, home: Path) -> None:
+    path = folder_of(home, champion) / WEIGHTS
+    whole = path.read_bytes()
+    flip(path)
+    with pytest.raises(IntegrityError):
+        predict("I lost my card", lineage="l", task="bank", version=None)
+    path.write_bytes(whole)
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+
+
+@pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
+def test_what_is_fetched_to_be_served_is_compared_too(
+    champion: VersionInfo, tmp_path: Path, name: str
+) -> None:
+    registry = open_registry()
+    registry.download("l", "2", tmp_path / "whole")
+    location = registry.client.get_logged_model(champion.model_id).artifact_location  # in the home that was copied
+    path = Path(location.removeprefix("file://")) / name
+    recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(IntegrityError) as caught:
+            registry.download("l", "2", tmp_path / "served")
+        found = digests_of(path.parent, [name])[name]
+    finally:
+        path.write_bytes(content)
+    message = str(caught.value)
+    for part in ("Version 2 of 'l'", name, recorded, found, "deal rollback"):
+        assert part in message
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_version_of_an_earlier_release_is_loaded_and_compared_by_the_digest_it_has(
+    champion: VersionInfo, home: Path, tmp_path: Path
+) -> None:
+    registry = open_registry()
+    registry.client.delete_model_version_tag("l", "2", "deal.files_sha256")
+    registry.client.delete_logged_model_tag(champion.model_id, "deal.files_sha256")
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+    registry.download("l", "2", tmp_path / "served")
+    flip(folder_of(home, champion) / WEIGHTS)
+    with pytest.raises(IntegrityError, match=champion.adapter_sha256):
+        predict("I lost my card", lineage="l", task="bank", version=None)
+    registry.client.delete_model_version_tag("l", "2", "deal.adapter_sha256")
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+
+
+def test_the_registry_knows_the_digest_of_each_file(champion: VersionInfo, home: Path) -> None:
+    found = digests_of(folder_of(home, champion))
+    assert set(found) >= {"adapter_config.json", WEIGHTS, "method.json"}
+    assert champion.files_sha256 == {name: (digest,) for name, digest in found.items()}
+    model = open_registry().client.get_logged_model(champion.model_id)
+    assert json.loads(model.tags["deal.files_sha256"])[WEIGHTS] == found[WEIGHTS]
+    assert current_store().exists(f"{champion.adapter_uri}/{WEIGHTS}")
