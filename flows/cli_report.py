@@ -28,9 +28,9 @@ def report(
     """Write a version's page again, from MLflow alone: verdict, accuracy, what it gained and lost, data, timings."""
     with session(home, as_json, debug) as deal:
         with deal.screen.working("reading"):
-            from flows.report import write_report
+            from flows.report import save_report
 
-            written = write_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
+            written = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
         reasons = [f"  • {reason}" for reason in written.reasons]
         shown = [written.summary, *reasons, f"Page: {written.file}"]
         deal.screen.result(written.model_dump(mode="json"), *map(escape, shown))

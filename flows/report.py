@@ -28,7 +28,7 @@ class WrittenReport(BaseModel):
     file: Path
 
 
-def write_report(lineage: str, version: str, file: Path) -> WrittenReport:
+def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
     """Write the page of a version.
 
     Args:

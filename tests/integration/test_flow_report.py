@@ -28,7 +28,7 @@ from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.cli import app
 from flows.notifying import apply_notifications, notifications
-from flows.report import write_report
+from flows.report import save_report
 from flows.results import AdaptResult
 from flows.spec import AdaptSpec, parse
 from infra.report.run_report import RunReport
@@ -180,7 +180,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()
     assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "the store alone has them"
     assert set(known["now"]) == {"first", "second"}
-    file = write_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
+    file = save_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
     assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest alone"
 
     notices = receiver.told()
@@ -199,15 +199,15 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
 def test_a_version_without_report_data_is_refused_in_words(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     result = learn(tiny_base, write_rows(tmp_path / "a.jsonl", "a"), "old", "a", gate={"min_accuracy": 1.0})
     assert result.status == "rejected"
-    written = write_report("old", "1", tmp_path / "page.html")
+    written = save_report("old", "1", tmp_path / "page.html")
     assert written.verdict == "rejected" and written.reasons == result.reasons
     with pytest.raises(ConfigError, match="--out"):
-        write_report("old", "1", tmp_path / "a.jsonl" / "page.html")
+        save_report("old", "1", tmp_path / "a.jsonl" / "page.html")
     next((home / "mlflow-artifacts").rglob("report.json")).unlink()
     with pytest.raises(RegistryError, match=r"has no report\.json"):
-        write_report("old", "1", tmp_path / "page.html")
+        save_report("old", "1", tmp_path / "page.html")
     with pytest.raises(RegistryError, match="no version 7"):
-        write_report("old", "7", tmp_path / "page.html")
+        save_report("old", "7", tmp_path / "page.html")
 
 
 def test_an_automation_that_is_switched_on_tells_through_a_block(
