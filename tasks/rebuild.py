@@ -26,15 +26,16 @@ from infra.store.base import ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import open_tracker
 from infra.version_log import StoredVersion, VersionLog
+from tasks.adapters import borrowed_adapter
 from tasks.finish import dataset_of, read_findings
 from tasks.lineage import version_ref
 from tasks.older_versions import find_older
 from tasks.progress import advance, raise_if_stopped
 from tasks.record import read_record
-from tasks.references import RunRef, TrainSummary
+from tasks.references import RunRef, TrainSummary, VersionRef
 from tasks.register import log_adapter
 from tasks.report import write_report
-from tasks.services import borrowed_folder, current_store
+from tasks.services import current_store
 from tasks.stored_lineage import stored_numbers
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,12 @@ def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> 
     run = RunRef(lineage=stored.lineage, task=facts.task, run_key=facts.run_key, tracking_id=tracked.run_id)
     if stored.adapter_removed is None:
         try:
-            with borrowed_folder(store, facts.adapter_uri) as folder:
+            version = VersionRef(
+                lineage=stored.lineage, version=stored.version, run_key=facts.run_key, adapter_uri=facts.adapter_uri,
+                adapter_sha256=facts.adapter_sha256, accepted=facts.accepted, parent_version=facts.parent_version,
+                files_sha256=dict(facts.files_sha256) if facts.files_sha256 is not None else None,
+            )  # fmt: skip
+            with borrowed_adapter(store, version, with_method=True) as folder:
                 return run, log_adapter(run, facts.task, folder, read_record(store, facts.adapter_uri), facts)
         except DealError as error:
             problems.append(f"Version {stored.version} is in the history only: {error}")

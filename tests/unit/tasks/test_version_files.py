@@ -20,6 +20,7 @@ from infra.registry import VersionFacts
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.open import open_store
 from infra.version_log import StoredVersion, VersionLog
+from tasks.adapters import borrowed_parent
 from tasks.answers import read_answers
 from tasks.finish import read_findings
 from tasks.frozen_rows import load_test_set
@@ -28,7 +29,7 @@ from tasks.ingest import read_manifest
 from tasks.labels import added_labels
 from tasks.record import read_record
 from tasks.references import VersionRef
-from tasks.services import borrowed_folder, borrowed_parent
+from tasks.services import borrowed_folder
 from tasks.serving import read_route
 from tasks.version_files import require_stored
 
