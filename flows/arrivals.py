@@ -17,7 +17,7 @@ from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from flows.screens import in_one_line
 from flows.spec import AdaptSpec, LineageSpec
-from infra.object_store import ObjectInfo, ObjectStore
+from infra.store.base import ObjectInfo, ObjectStore
 from tasks.announcements import drop_announcement
 from tasks.inbox import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, task_of, write_state
 from tasks.notices import announce_failure

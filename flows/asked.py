@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from deal_core.errors import ConfigError
 from flows.lineages import DEFAULT, WatchedLineage, key_of, stored_values
 from flows.spec import AdaptSpec, LineageSpec, parse, read_lineage_values, resolve_base
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from tasks.services import current_store
 
 Asked = TypeVar("Asked", bound=LineageSpec)

@@ -26,8 +26,8 @@ from deal_core.shown import brief
 from flows.screens import in_one_line
 from flows.spec import parse
 from flows.stages import Stages
-from infra.object_store import complete_file
 from infra.settings import HomeSettings
+from infra.store.base import complete_file
 from tasks.base import identify_base
 from tasks.benchmark import make_cell_file
 from tasks.progress import Interrupted, is_stopped, raise_if_stopped, reporter

@@ -15,10 +15,10 @@ from deal_core.metrics import AccuracyMatrix
 from flows.results import AdaptResult, Scores
 from flows.spec import AdaptSpec, LineageSpec, TaskFields, read_spec
 from flows.watch import WatchResult, watch
-from infra.object_store import ObjectStore
 from infra.registry import open_registry
 from infra.report.canvas import save_png
 from infra.report.result import result_figure
+from infra.store.base import ObjectStore
 from tasks.inbox import INBOX, TASK_FILE
 from tasks.progress import reporter
 from tasks.record import read_record

@@ -13,7 +13,7 @@ from pydantic import field_validator
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from flows.spec import TaskFields, TaskSpec, parse
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from tasks.inbox import (
     INBOX,
     Beside,

@@ -14,7 +14,7 @@ from deal_core.shown import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from flows.screens import in_one_line
 from flows.spec import NAME_PATTERN, LineageSpec, Name, parse
-from infra.object_store import ObjectNotFoundError, ObjectStore, UnusableObjectError
+from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.progress import Interrupted
 
 logger = logging.getLogger(__name__)

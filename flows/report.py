@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
 from flows.history import find_version
-from infra.object_store import complete_file
 from infra.registry import open_registry
 from infra.report.words import verdict_of
+from infra.store.base import complete_file
 from tasks.report import read_page
 
 

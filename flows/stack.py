@@ -23,8 +23,8 @@ from pydantic import BaseModel, Field, ValidationError
 from deal_core.errors import ConfigError, DealError
 from flows.parts import Part, end_parts, kill_left_by, kill_left_runs, start_of
 from infra.logs import ready_log
-from infra.object_store import complete_file
 from infra.settings import QUIET, TrackingSettings
+from infra.store.base import complete_file
 
 STACK_FILE = "stack.json"
 KEEPER = "keeper"

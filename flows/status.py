@@ -28,8 +28,8 @@ from flows.inbox import InboxLook, look
 from flows.lineages import WatchedLineage, read_lineages
 from flows.screens import in_one_line
 from flows.stack import read_stack
-from infra.object_store import ObjectStore
 from infra.registry import open_registry
+from infra.store.base import ObjectStore
 from tasks.inbox import INBOX, Handled, read_state
 from tasks.services import current_store
 

@@ -14,7 +14,7 @@ from flows.inbox import InboxLook, TestFiles, look, settle
 from flows.lineages import WatchedLineage, list_lineages
 from flows.lock import is_held_on_server
 from infra.landing import open_landing_queue
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from tasks.announcements import announce, announce_again, read_announcement
 from tasks.inbox import InboxState, KnownStates
 from tasks.progress import is_stopped, reporter

@@ -11,8 +11,8 @@ import logging
 from botocore.exceptions import BotoCoreError, ClientError
 
 from deal_core.errors import ConfigError
-from infra.s3_store import make_client
-from infra.settings import LandingSettings
+from infra.settings import LandingSettings, without_password
+from infra.store.s3 import make_client
 
 logger = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 20
@@ -25,6 +25,7 @@ class LandingQueue:
     def __init__(self, settings: LandingSettings) -> None:
         assert settings.landing_queue_url is not None
         self._url = settings.landing_queue_url
+        self._shown = without_password(self._url)
         self._client = make_client(settings, "sqs")
         self._received: list[str] = []
 
@@ -40,7 +41,7 @@ class LandingQueue:
                 WaitTimeSeconds=max(0, min(MAX_WAIT_SECONDS, int(seconds))),
             )
         except (ClientError, BotoCoreError) as error:
-            logger.warning("The queue %s does not answer: %s; the inbox is looked at without it.", self._url, error)
+            logger.warning("The queue %s does not answer: %s; the inbox is looked at without it.", self._shown, error)
             return False
         self._received += [message["ReceiptHandle"] for message in answer.get("Messages", ())]
         return bool(self._received)
@@ -52,7 +53,7 @@ class LandingQueue:
             try:
                 self._client.delete_message(QueueUrl=self._url, ReceiptHandle=handle)
             except (ClientError, BotoCoreError) as error:
-                logger.warning("The queue %s keeps a notification: %s; it will come again.", self._url, error)
+                logger.warning("The queue %s keeps a notification: %s; it will come again.", self._shown, error)
 
 
 def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue | None:

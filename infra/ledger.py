@@ -9,7 +9,7 @@ from typing import Any
 
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
-from infra.object_store import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectNotFoundError, ObjectStore
 
 SCHEMA_VERSION = 1
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deal_core.errors import StoreError
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 
 Action = Literal["promoted", "rolled back", "rejected"]
 

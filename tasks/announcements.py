@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
 from tasks.inbox import growing_pause, task_of
 
 ARRIVAL_LANDED = "deal.arrival.landed"

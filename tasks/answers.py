@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 
 SCHEMA_VERSION = 1
 ANSWERS_FILE = "answers.json"

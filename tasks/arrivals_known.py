@@ -10,8 +10,8 @@ from typing import NamedTuple
 from deal_core.data.lines import sha256_of_file
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
-from infra.object_store import ObjectStore
 from infra.registry import Registry
+from infra.store.base import ObjectStore
 from tasks.inbox import INBOX, TASK_FILE, read_state, task_of
 from tasks.ingest import MANIFEST_FILE, QUARANTINE, quarantine_folder, read_manifest
 from tasks.references import dataset_sha256

@@ -15,7 +15,7 @@ from deal_core.benchmark.cell import Cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import MethodConfig
-from infra.object_store import complete_file
+from infra.store.base import complete_file
 from tasks.base import lend_base
 from tasks.progress import advance
 from tasks.references import BaseRef

@@ -15,7 +15,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.evaluation import AdapterFacts, EvaluationReport
 from deal_core.metrics import AccuracyMatrix, outcomes_of
 from deal_core.shown import listed
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from tasks.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
 from tasks.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget

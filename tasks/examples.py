@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from deal_core.metrics import exact_match
-from infra.object_store import ObjectStore
 from infra.report.run_report import Changed, Example
+from infra.store.base import ObjectStore
 from infra.temporary import temporary_folder
 from tasks.answers import read_answers
 from tasks.record import KnownTask, read_record

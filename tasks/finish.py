@@ -11,9 +11,9 @@ from typing import Any, Literal
 from deal_core.data.lines import sha256_of_file
 from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation import EvaluationReport
-from infra.object_store import ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.settings import without_password
+from infra.store.base import ObjectStore
 from infra.tracking import open_tracker
 from tasks.ingest import drop_training_rows, read_manifest
 from tasks.notices import announce_version

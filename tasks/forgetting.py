@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.row_artifacts import artifacts_with_rows
 from infra.runs import ArtifactRemover, RunInfo, list_runs
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
 from infra.temporary import temporary_folder
 from infra.tracking import Tracker
 from tasks.answers import ANSWERS_FILE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from deal_core.data.schema import TaskSchema
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from infra.temporary import temporary_folder
 from tasks.ingest import TEST_FILE
 from tasks.record import KnownTask

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
-from infra.object_store import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
 
 INBOX = "inbox"
 TASK_FILE = "task.yaml"

@@ -19,7 +19,7 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.shown import brief
-from infra.object_store import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.temporary import temporary_folder
 from tasks.labels import added_labels
 from tasks.progress import advance

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from infra.file_store import FileStore
-from infra.object_store import RESERVED, ObjectStore
 from infra.served_copies import SERVE, lock_of
 from infra.settings import HomeSettings
+from infra.store.base import RESERVED, ObjectStore
+from infra.store.local import FileStore
 from infra.temporary import TEMPORARY
 from tasks.garbage import Folder
 

@@ -16,7 +16,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.metrics import AccuracyMatrix
 from deal_core.schema_version import require_schema_version
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from tasks.references import BaseRef, DatasetRef
 
 SCHEMA_VERSION = 1

@@ -10,10 +10,10 @@ from importlib import metadata
 from itertools import islice
 from typing import Any
 
-from infra.object_store import ObjectNotFoundError, ObjectStore
 from infra.registry import VersionInfo, open_registry
 from infra.report.charts import thin
 from infra.report.run_report import BadRow, Link, Origin, Quality, RunReport, Training, Verdict
+from infra.store.base import ObjectNotFoundError, ObjectStore
 from tasks.examples import MAX_EXAMPLES, compare_answers, cut
 from tasks.ingest import read_manifest
 from tasks.record import read_record

@@ -8,9 +8,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import StoreError
-from infra.file_store import FileStore
-from infra.object_store import ObjectStore, open_store
 from infra.settings import HomeSettings, StoreSettings
+from infra.store.base import ObjectStore
+from infra.store.local import FileStore
+from infra.store.open import open_store
 from infra.temporary import temporary_folder
 from tasks.references import VersionRef
 

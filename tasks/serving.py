@@ -21,10 +21,10 @@ from pydantic import Field
 
 from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
 from deal_core.schema_version import require_schema_version
-from infra.file_store import FileStore
-from infra.object_store import ObjectNotFoundError, ObjectStore
 from infra.registry import VersionInfo, open_registry, require_through_gate
 from infra.settings import VllmSettings, without_password
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.local import FileStore
 from infra.vllm import VllmClient, VllmError
 from tasks.progress import reporter
 from tasks.references import Reference

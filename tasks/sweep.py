@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from deal_core.errors import RegistryError, StoreError
-from infra.object_store import ObjectInfo, ObjectStore
 from infra.registry import Registry, VersionInfo
 from infra.runs import ArtifactRemover, list_runs
 from infra.settings import HomeSettings, without_password
+from infra.store.base import ObjectInfo, ObjectStore
 from infra.tracking import Tracker
 from tasks.garbage import Folder, Holdings, Removal
 from tasks.ingest import TRAIN_FILE, retains_training_rows

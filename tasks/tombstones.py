@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import DataValidationError, StoreError
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
 from tasks.references import dataset_sha256
 
 FORGOTTEN = "forgotten"

@@ -13,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from infra.object_store import ObjectStore, complete_file
 from infra.settings import HomeSettings
+from infra.store.base import ObjectStore, complete_file
 from infra.tracking import TrackedRun, open_tracker
 from tasks.base import lend_base, release_base
 from tasks.ingest import read_manifest

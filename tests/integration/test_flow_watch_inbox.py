@@ -28,8 +28,8 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.spec import parse
 from flows.stack import CPU_POOL, GPU_POOL
 from flows.watch_inbox import announce_open, watch_inbox
-from infra.file_store import FileStore
 from infra.registry import open_registry
+from infra.store.local import FileStore
 from tasks.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.inbox import InboxState, list_arrivals, read_state, write_state
 from tasks.services import current_store

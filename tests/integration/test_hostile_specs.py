@@ -31,7 +31,8 @@ from flows.inbox import look, task_spec
 from flows.lineages import read_lineages
 from flows.spec import AdaptSpec, read_spec
 from flows.status import _unusable_files
-from infra.object_store import ObjectStore, open_store
+from infra.store.base import ObjectStore
+from infra.store.open import open_store
 from tasks.ingest import TaskFieldsError
 from tasks.services import local_file
 from tests.in_process import put_back

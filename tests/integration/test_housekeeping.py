@@ -27,8 +27,8 @@ from flows.promote import roll_back
 from flows.requeue import requeue
 from flows.results import AdaptResult
 from flows.validate import validate
-from infra.file_store import FileStore
 from infra.registry import open_registry
+from infra.store.local import FileStore
 from infra.tracking import open_tracker
 from tasks.arrivals_known import find_arrival
 from tasks.ingest import read_manifest

@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from flows.forget import forget
 from flows.gc import gc
-from infra.s3_store import S3Store
+from infra.store.s3 import S3Store
 from tasks.services import current_store
 from tests.adapting import BANK, CLINIC, FAIL, run
 

@@ -20,9 +20,10 @@ from botocore.httpsession import URLLib3Session
 from moto.server import ThreadedMotoServer
 
 from deal_core.errors import ConfigError, StoreError
-from infra.object_store import ObjectNotFoundError, ObjectStore, open_store
-from infra.s3_store import S3Store, make_client
 from infra.settings import StoreSettings
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.open import open_store
+from infra.store.s3 import S3Store, make_client
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +320,28 @@ def test_a_missing_bucket_and_a_dead_server_are_told_apart(s3_settings: StoreSet
     nowhere = s3_settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9.*check address and network"):
         open_store("s3://bucket", nowhere).get_bytes("a")
+
+
+def test_a_denied_access_is_told_apart_and_shows_no_key(
+    s3_store: S3Store, s3_settings: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_store.put_bytes("a", b"1")
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on, moto looks at the keys
+    keys = settings_for(s3_settings.s3_endpoint_url or "", "nobody-known", "top-secret")
+    stranger = S3Store(s3_store.bucket, s3_store.root, keys)
+    for attempt in (
+        lambda: stranger.get_bytes("a"),
+        lambda: stranger.find("a"),
+        lambda: stranger.put_bytes("b", b"x"),
+        lambda: stranger.upload_file(Path(__file__), "b"),
+        lambda: stranger.download_file("a", tmp_path / "a"),
+        lambda: list(stranger.list()),
+        lambda: stranger.delete("a"),
+    ):
+        with pytest.raises(StoreError, match="check the keys and what they are allowed to do") as refused:
+            attempt()
+        assert not isinstance(refused.value, ObjectNotFoundError)
+        assert "nobody-known" not in str(refused.value) and "top-secret" not in str(refused.value)
 
 
 def test_two_prefixes_of_one_bucket_are_two_stores(s3_store: S3Store, s3_settings: StoreSettings) -> None:

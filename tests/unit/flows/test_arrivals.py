@@ -11,7 +11,7 @@ import pytest
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.arrivals import _adapt_to
 from flows.spec import LineageSpec
-from infra.object_store import open_store
+from infra.store.open import open_store
 from tasks.inbox import Handled, InboxState, list_arrivals
 
 

@@ -19,8 +19,8 @@ from flows.asked import AskedSpec, spec_from_options, watched_from_options
 from flows.cli import app
 from flows.session import Session
 from flows.spec import AdaptSpec, TaskSpec
-from infra.file_store import FileStore
-from infra.object_store import ObjectStore
+from infra.store.base import ObjectStore
+from infra.store.local import FileStore
 
 STORED = """\
 tasks: [billing, returns]

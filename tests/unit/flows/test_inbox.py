@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.inbox import look, task_spec
-from infra.object_store import open_store
+from infra.store.open import open_store
 from tasks.ingest import TaskFieldsError
 
 

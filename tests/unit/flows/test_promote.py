@@ -13,9 +13,9 @@ from deal_core.errors import RegistryError
 from deal_core.metrics import AccuracyMatrix
 from flows.promote import promote_to, reject_version, roll_back
 from flows.results import adapted, repeated
-from infra.object_store import open_store
 from infra.promotions import PromotionLog
 from infra.registry import VersionInfo
+from infra.store.open import open_store
 from tasks.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef
 

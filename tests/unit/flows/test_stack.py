@@ -150,7 +150,7 @@ def test_a_process_that_cannot_be_recorded_is_ended(home: Path, monkeypatch: pyt
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infra.object_store.os.replace", full)
+    monkeypatch.setattr("infra.store.base.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         start_part(home, stack(), "worker", SLEEP)
     monkeypatch.undo()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flows.inbox import look
 from flows.status import _reason, _unusable_files
-from infra.object_store import ObjectInfo, open_store
+from infra.store.base import ObjectInfo
+from infra.store.open import open_store
 from tasks.inbox import InboxState
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from deal_core.errors import StoreError
-from infra import object_store
-from infra.file_store import FileStore
-from infra.object_store import UnusableObjectError, open_store
+from infra.store import base
+from infra.store.base import UnusableObjectError
+from infra.store.local import FileStore
+from infra.store.open import open_store
 from tasks.services import local_file
 
 
@@ -59,7 +63,25 @@ def test_an_upload_that_breaks_leaves_the_old_object_and_no_litter(tmp_path: Pat
         store.upload_file(unreadable, "k")
     assert store.get_bytes("k") == b"old"
     assert [info.key for info in store.list()] == ["k"]
-    assert list((tmp_path / "store" / object_store.RESERVED).iterdir()) == []
+    assert list((tmp_path / "store" / base.RESERVED).iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["put_bytes('inbox/b', b'rows')", "upload_file(Path(__file__), 'inbox/b')"])
+def test_a_killed_writer_leaves_its_unfinished_file_in_one_place_alone(tmp_path: Path, write: str) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/a", b"old")
+    script = tmp_path.parent / "writer.py"
+    script.write_text(
+        "import os, signal\nfrom pathlib import Path\nfrom infra.store.local import FileStore\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # all is written, and has no name yet
+        f"FileStore(Path({str(tmp_path)!r})).{write}\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, str(script)], env=paths, check=False).returncode == -signal.SIGKILL
+    assert [info.key for info in store.list()] == ["inbox/a"] and not store.exists("inbox/b")
+    (left,) = (path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "inbox" / "a")
+    assert left.parent == tmp_path / base.RESERVED, "where gc and forget look for it"
+    assert store.put_bytes("inbox/b", b"new", if_absent=True)
 
 
 @pytest.mark.parametrize("if_absent", [False, True])
@@ -152,7 +174,7 @@ def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
 
 def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="keeps for itself"):
-        FileStore(tmp_path).put_bytes(f"{object_store.RESERVED}/x", b"x")
+        FileStore(tmp_path).put_bytes(f"{base.RESERVED}/x", b"x")
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.file_store import FileStore
 from infra.ledger import Ledger, LedgerEntry
+from infra.store.local import FileStore
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from deal_core.errors import StoreError
-from infra.object_store import open_store
 from infra.promotions import Move, PromotionLog
+from infra.store.open import open_store
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.object_store import open_store
 from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment, without_password
+from infra.store.open import open_store
 
 NAMES = (
     "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",
@@ -95,6 +95,30 @@ def test_an_at_sign_that_ends_no_password_is_kept(address: str) -> None:
 def test_other_stores_are_refused_with_a_remedy(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"neither file:///folder nor s3://.*DEAL_STORE_URI"):
         open_store(uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://KEY:hunter2@bucket/x", "s3://me:hun/ter2@bucket", "https://me:hunter2@host/x", "s3://bucket/x?key=hunter2",
+     "file://me:hunter2@host/folder"],
+)  # fmt: skip
+def test_an_address_with_a_password_is_refused_and_the_password_not_shown(uri: str) -> None:
+    with pytest.raises(ConfigError, match="DEAL_S3_SECRET_ACCESS_KEY") as refused:
+        open_store(uri)
+    assert "ter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["DEAL_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"])
+@pytest.mark.parametrize("host", ["hunter2@host:9000", "hunter2@ho st", "12/hunter2@host", "hun/ter2@host"])
+def test_a_server_with_a_password_is_refused_and_the_password_not_shown(
+    name: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, f"http://me:{host}")
+    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "somebody")  # so that boto3 asks no metadata server for keys
+    monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(ConfigError, match="DEAL_S3_") as refused:
+        open_store("s3://bucket")
+    assert "ter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])

@@ -14,7 +14,8 @@ from deal_core.config import AdapterConfig
 from deal_core.data.schema import ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.metrics import AccuracyMatrix
-from infra.object_store import ObjectStore, open_store
+from infra.store.base import ObjectStore
+from infra.store.open import open_store
 from tasks.answers import ANSWERS_FILE, KeptAnswers, keep_answers, read_answers
 from tasks.examples import MAX_CHARS, MAX_EXAMPLES, compare_answers
 from tasks.record import KnownTask, LineageRecord, write_record

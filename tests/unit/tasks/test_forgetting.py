@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.file_store import FileStore
 from infra.row_artifacts import artifacts_with_rows
+from infra.store.local import FileStore
 from tasks.forgetting import affected_versions, same_rows
 from tasks.tombstones import (
     ForgottenRowsError,

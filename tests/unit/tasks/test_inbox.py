@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from infra.file_store import FileStore
-from infra.object_store import ObjectInfo, open_store
+from infra.store.base import ObjectInfo
+from infra.store.local import FileStore
+from infra.store.open import open_store
 from tasks.inbox import (
     INBOX,
     PAUSE,

@@ -13,7 +13,7 @@ from deal_core.config import AdapterConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.metrics import AccuracyMatrix
-from infra.file_store import FileStore
+from infra.store.local import FileStore
 from tasks.ingest import choose_schema
 from tasks.labels import added_labels, keep_labels
 from tasks.lineage import make_run_key

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.file_store import FileStore
 from infra.served_copies import ServedCopies
+from infra.store.local import FileStore
 from infra.temporary import temporary_folder
 from tasks.leftovers import find_leftovers, remove_local
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from infra.ledger import Ledger
-from infra.object_store import open_store
 from infra.registry import VersionInfo
+from infra.store.open import open_store
 from tasks.lineage import find_repeat
 from tasks.promote import note_learned
 from tasks.references import DatasetRef

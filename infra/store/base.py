@@ -1,12 +1,7 @@
-"""One protocol over a folder and an S3 bucket: bytes and files under keys, with a conditional put.
+"""The interface of every store: bytes and files under keys, with a conditional put.
 
 Keys are relative paths with `/` between their parts. A prefix names a folder: `adapters/base` holds
 `adapters/base/x`, not `adapters/base2/x`; the empty prefix holds everything. No key may be the folder of another one.
-
-Example:
-    >>> store = open_store("file:///srv/deal/store")
-    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
-    True
 """
 
 from __future__ import annotations
@@ -22,19 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from deal_core.errors import ConfigError, StoreError
-from infra.settings import StoreSettings
+from deal_core.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
-"""First part of no key: a folder store keeps files there until they are complete, an S3 store what it tries out."""
+"""No key may start with it: a folder store writes unfinished files there, and an S3 store its test object."""
 _warned: set[tuple[str, str]] = set()
-"""Stores and unusable keys in them that this process has told of."""
+"""Pairs of a store and an unsafe key that this process has logged."""
 
 
 class ObjectNotFoundError(StoreError):
@@ -47,7 +40,7 @@ class UnusableObjectError(StoreError):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectInfo:
-    """What a listing tells of an object; `etag` changes when the content does."""
+    """One entry of a listing; `etag` changes when the content does."""
 
     key: str
     size: int
@@ -118,7 +111,7 @@ def complete_file(target: Path) -> Iterator[Path]:
 
 
 class ObjectStore(ABC):
-    """What every store does. Each method raises StoreError for a bad key or a store that does not answer."""
+    """A store of objects under keys. Each method raises StoreError for a bad key or a store that does not answer."""
 
     uri: str
 
@@ -142,32 +135,32 @@ class ObjectStore(ABC):
         Args:
             key: where to.
             data: the content.
-            if_absent: leave an object that is already there untouched. Of several writers at once exactly one wins.
+            if_absent: keep an object that is already there. Of several concurrent writers exactly one wins.
 
         Returns:
-            Whether it was stored; False only with `if_absent`: somebody was first.
+            Whether `data` was stored. False only with `if_absent`, when the key was taken.
         """
 
-    def check(self) -> None:  # noqa: B027 - a folder's hard links hold
-        """Try out whether a conditional put holds, if that is not certain.
+    def check(self) -> None:  # noqa: B027 - a folder needs no check: hard links are atomic
+        """Test whether the server honours a conditional put.
 
         Raises:
-            StoreError: it does not, and several writers would overwrite each other.
+            StoreError: the server ignores the condition, so concurrent writers would overwrite each other.
         """
 
     @abstractmethod
     def find(self, key: str) -> ObjectInfo | None:
-        """What a listing tells of the object under exactly this key; None when there is none."""
+        """The entry of the object under exactly this key; None when there is none."""
 
     def exists(self, key: str) -> bool:
         """Whether an object is stored under exactly this key."""
         return self.find(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects below `prefix`, in the order of their keys' bytes, however many they are.
+        """Objects below `prefix`, sorted by the bytes of their keys.
 
-        Others may have stored some under keys that cannot be addressed, or that cannot be read: these are skipped, and
-        each is logged once.
+        Objects that other programs stored under unsafe keys are skipped, and so is what is no regular file. Each skipped
+        key is logged once.
         """
         for info in self._list_all(prefix):
             problem = _skipped_for(info)
@@ -177,7 +170,7 @@ class ObjectStore(ABC):
                 self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: {problem}.")
 
     def warn_once(self, key: str, message: str) -> None:
-        """Log what is wrong with a key, unless this process has done so."""
+        """Log a problem with a key, once in a process."""
         if (self.uri, key) not in _warned:
             _warned.add((self.uri, key))
             logger.warning("%s", message)
@@ -189,7 +182,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
-        """What `list` gives, and what it skips."""
+        """All entries below `prefix`, those with unsafe keys included."""
 
     @abstractmethod
     def upload_file(self, local: Path, key: str) -> None:
@@ -203,13 +196,21 @@ class ObjectStore(ABC):
             ObjectNotFoundError: nothing is stored under `key`.
         """
 
-    @abstractmethod
     def delete(self, prefix: str) -> int:
-        """Delete the object `prefix` and everything below it; return how many objects that were.
+        """Delete the object `prefix` and all objects below it; return the number of deleted objects.
 
         Raises:
             StoreError: the prefix is empty, which would delete the whole store.
         """
+        whole = check_key(prefix.removesuffix("/"))
+        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
+        for key in keys:
+            self._delete_one(key)
+        return len(keys)
+
+    @abstractmethod
+    def _delete_one(self, key: str) -> None:
+        """Delete the object under exactly this key, if there is one."""
 
     def uri_of(self, key: str) -> str:
         """Full address of a key or prefix, for people and other programs."""
@@ -263,27 +264,3 @@ class ObjectStore(ABC):
             if folder != local:
                 folder.rename(local)
         return num_files
-
-
-def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
-    """Open the store at `uri`; nothing is written or asked for yet.
-
-    Args:
-        uri: file:///folder, s3://bucket or s3://bucket/prefix, or the plain path of a folder.
-        settings: address and keys of the S3 server; read from the environment when None.
-
-    Raises:
-        ConfigError: the uri has another form.
-    """
-    from infra.file_store import FileStore
-
-    if "://" not in uri:
-        return FileStore(Path(uri))
-    parts = urlsplit(uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path and not parts.query:
-        return FileStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc and not parts.query:
-        from infra.s3_store import S3Store
-
-        return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
-    raise ConfigError(f"The store {uri!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one.")

@@ -14,7 +14,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
-from infra.object_store import (
+from infra.settings import StoreSettings, without_password
+from infra.store.base import (
     RESERVED,
     ObjectInfo,
     ObjectNotFoundError,
@@ -24,33 +25,32 @@ from infra.object_store import (
     complete_file,
     folder_of,
 )
-from infra.settings import StoreSettings
 
 PROBE = f"{RESERVED}/if-none-match"
 _probed: set[tuple[str, str]] = set()
-"""Servers and buckets that this process has seen refuse a second conditional put."""
+"""Pairs of a server and a bucket that refused a second conditional put in this process."""
 
 NUM_TRIES = 20
-"""How often a conditional put is sent while the server answers that another one is under way."""
+"""How often a conditional put is sent again while the server reports another one in progress."""
 
 
 def make_client(settings: StoreSettings, service: str = "s3") -> Any:
-    """A boto3 client of S3, or of a service beside it; what the settings leave open comes from boto3's own sources.
+    """A boto3 client of S3 or another service. boto3's own sources give what the settings leave open.
 
     Raises:
-        ConfigError: only one of the two keys is set.
+        ConfigError: only one of the two keys is set, or the server's address is not usable or holds a password.
     """
     key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
     if (key is None) != (secret is None):
         raise ConfigError("Only one of DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY is set; set both or none.")
-    # Servers other than Amazon's do not all know the checksums that boto3 adds of its own accord. For one that AWS_*
-    # variables name, such variables say that, too.
+    # Some servers other than Amazon's do not know the checksums that boto3 adds by default. AWS_* variables turn them
+    # off for a server that AWS_ENDPOINT_URL names.
     names = ("request_checksum_calculation", "response_checksum_validation") if settings.s3_endpoint_url else ()
     config = Config(
         retries={"mode": "standard", "max_attempts": settings.s3_max_attempts}, **dict.fromkeys(names, "when_required")
     )
     try:
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             service,
             endpoint_url=settings.s3_endpoint_url,
             region_name=settings.s3_region,
@@ -59,7 +59,15 @@ def make_client(settings: StoreSettings, service: str = "s3") -> Any:
             config=config,
         )
     except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"The S3 settings do not fit: {error}; check DEAL_S3_* and AWS_*.") from None
+        reason = without_password(str(error)).rstrip(".")
+        raise ConfigError(f"The S3 settings do not fit: {reason}; check DEAL_S3_* and AWS_*.") from None
+    address = client.meta.endpoint_url
+    if "@" in address:  # S3 makes no use of it, and every error would show it
+        raise ConfigError(
+            f"The address {without_password(address)} has a user or a password in it; take it out of "
+            "DEAL_S3_ENDPOINT_URL (or AWS_ENDPOINT_URL), and set DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."
+        )
+    return client
 
 
 class S3Store(ObjectStore):
@@ -80,7 +88,7 @@ class S3Store(ObjectStore):
                 return bytes(body.read(at_most))
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write the object; `If-None-Match: *` decides between writers that come together."""
+        """Write the object; with `If-None-Match: *` exactly one of several concurrent writers wins."""
         name = self._name(key)
         with self._saying("write", key):
             if if_absent:
@@ -90,7 +98,7 @@ class S3Store(ObjectStore):
             return True
 
     def check(self) -> None:
-        """Put one key twice; asked once in a process, and with one request where the key is there already."""
+        """Put one test object twice, once in a process; one request is enough when the object is there already."""
         place = (self.client.meta.endpoint_url, self.bucket)
         if place in _probed:
             return
@@ -136,20 +144,16 @@ class S3Store(ObjectStore):
         with self._saying("read", key), complete_file(local) as part:
             self.client.download_file(self.bucket, self._name(key), str(part))
 
-    def delete(self, prefix: str) -> int:
-        """Delete objects, listed first."""
-        whole = check_key(prefix.removesuffix("/"))
-        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
-        with self._saying("delete", prefix):
-            for key in keys:  # one by one: some servers refuse the checksum of the call for many
-                self.client.delete_object(Bucket=self.bucket, Key=self._name(key))
-        return len(keys)
+    def _delete_one(self, key: str) -> None:
+        """Delete the object by a request of its own: some servers refuse the checksum of the call for many."""
+        with self._saying("delete", key):
+            self.client.delete_object(Bucket=self.bucket, Key=self._name(key))
 
     def _name(self, key: str) -> str:
         return self.root + check_key(key)
 
     def _put_if_absent(self, name: str, data: bytes) -> bool:
-        """Store unless something is there. A put whose answer got lost is sent again and then finds itself."""
+        """Store unless the key is taken. A put whose answer got lost is sent again and then finds its own object."""
         writer = uuid.uuid4().hex
         for remaining in reversed(range(NUM_TRIES)):
             try:
@@ -169,7 +173,7 @@ class S3Store(ObjectStore):
 
     @contextmanager
     def _saying(self, doing: str, key: str) -> Iterator[None]:
-        """Turn boto3's errors into one that says what failed, where, and what to do."""
+        """Turn an error of boto3 into a StoreError that says what failed, where, and what to do."""
         try:
             yield
         except (ClientError, BotoCoreError, Boto3Error, OSError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deal_core.errors import StoreError
 from deal_core.outside import IrregularFileError, irregularity, open_regular
-from infra.object_store import (
+from infra.store.base import (
     RESERVED,
     ObjectInfo,
     ObjectNotFoundError,
@@ -28,14 +28,15 @@ from infra.object_store import (
 )
 
 NUM_TRIES = 20
-"""How often a writer makes a folder again that a deleter, working beside it, found empty and removed."""
+"""How often a writer creates its folder again. A concurrent deleter removes folders that it finds empty."""
 
 
 class FileStore(ObjectStore):
-    """Objects are files below `root`, which is made by the first write.
+    """Objects are files below `root`. The first write creates `root`.
 
-    A file is written under another name and then linked or renamed, so a reader never sees half of one, and a hard
-    link decides between writers that must not overwrite each other.
+    Each file is written in the folder `.incoming` and then linked or renamed to its key. So a reader never sees half
+    a file, and a killed writer leaves its unfinished file in `.incoming` alone. Of several writers that must not
+    overwrite each other, the first hard link wins.
     """
 
     def __init__(self, root: Path) -> None:
@@ -48,7 +49,7 @@ class FileStore(ObjectStore):
             return file.read(at_most)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write the file; a hard link decides between writers that come together."""
+        """Write the file; of several concurrent writers the first hard link wins."""
         target = self._path(key)
         with self._saying("write", key), self._incoming() as part:
             with part.open("wb") as writer:
@@ -89,18 +90,14 @@ class FileStore(ObjectStore):
         with self._saying("read", key), open_regular(self.path_of(key)) as source, complete_file(local) as part:
             _copy(source, part)
 
-    def delete(self, prefix: str) -> int:
-        """Delete files, and the folders that this leaves empty."""
-        whole = check_key(prefix.removesuffix("/"))
-        keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
-        with self._saying("delete", prefix):
-            for key in keys:
-                path = self._path(key)
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # the folder is not empty, or gone already
-                    while (path := path.parent) != self.root:
-                        path.rmdir()
-        return len(keys)
+    def _delete_one(self, key: str) -> None:
+        """Delete the file, and the folders that are empty then."""
+        path = self._path(key)
+        with self._saying("delete", key):
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is not empty, or gone already
+                while (path := path.parent) != self.root:
+                    path.rmdir()
 
     def path_of(self, key: str) -> Path:
         """Where an object lies that is about to be read.
@@ -154,7 +151,7 @@ class FileStore(ObjectStore):
 
     @contextmanager
     def _saying(self, doing: str, key: str) -> Iterator[None]:
-        """Turn the system's errors into one that says what failed, and where."""
+        """Turn an error of the system into a StoreError that says what failed and where."""
         try:
             yield
         except OSError as error:
@@ -170,13 +167,13 @@ class FileStore(ObjectStore):
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """Leave out a folder that is not there, or is a file; one that cannot be read would be taken for empty."""
+    """Raise the error, unless the folder is missing or is a file: an unreadable folder must not look empty."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
 def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
-    """Give a complete file its name; False when the name is taken and must not be taken over."""
+    """Give a complete file its name; return False when `if_absent` is set and the name is taken."""
     for remaining in reversed(range(NUM_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +204,7 @@ def _info_of(key: str, status: os.stat_result, problem: str | None = None) -> Ob
 
 
 def _copy(reader: io.BufferedReader, target: Path) -> None:
-    """Copy a file's content in pieces and wait until it is on the disk."""
+    """Copy a file in pieces of 1 MiB and wait until it is on the disk."""
     with target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
         writer.flush()

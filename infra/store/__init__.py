@@ -1,0 +1,1 @@
+"""One object store over a folder or an S3 bucket."""
