@@ -159,7 +159,7 @@ class ObjectStore(ABC):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below `prefix`, sorted by the bytes of their keys.
 
-        Objects that other programs stored under unsafe keys, and objects that cannot be read, are skipped. Each skipped
+        Objects that other programs stored under unsafe keys are skipped, and so is what is no regular file. Each skipped
         key is logged once.
         """
         for info in self._list_all(prefix):

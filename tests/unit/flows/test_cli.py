@@ -78,7 +78,7 @@ def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: 
         (["adapt"], "--task NAME and --data FILE"),
         (["adapt", "none.yaml"], "There is no file none.yaml"),
         (["adapt", "--task", "t"], "--task NAME and --data FILE"),
-        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "'strategy'"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "strategy is 'magic'; give 'deal'"),
         (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
         (["validate", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),
