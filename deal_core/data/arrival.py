@@ -100,7 +100,8 @@ class Arrival:
             repeated = self._keep_new(batch, good, keep)
             for _, raw, problems in sorted([*bad, *repeated], key=lambda each: each.place):
                 num_rejected += 1
-                counts.update(problem.reason for problem in problems)
+                for problem in problems:
+                    counts[problem.reason] += 1
                 row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 reject(row, raw.raw())
                 if len(examples) < MAX_EXAMPLES:

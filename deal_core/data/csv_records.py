@@ -53,7 +53,7 @@ class CsvFile:
         names = _distinct(self.header)
         for number, (lines, record) in enumerate(self._records(), start=1):
             if isinstance(record, csv.Error) or len(record) != len(names):
-                text = "".join(line.text for line in lines).rstrip("\r\n")
+                text = "".join([line.text for line in lines]).rstrip("\r\n")
                 row = RawRow(
                     number=number,
                     line=lines[0].number,
@@ -63,7 +63,7 @@ class CsvFile:
                 )
             else:
                 row = RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
-            yield row, sum(len(line.text) for line in lines)
+            yield row, sum([len(line.text) for line in lines])
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
         """Each record, or why there is none, with the lines it was read from."""
@@ -76,7 +76,7 @@ class CsvFile:
             except csv.Error as error:
                 self._feed.give_back_all_but_first(error)
                 record = error
-            if isinstance(record, csv.Error) or any(field.strip() for field in record) or len(record) > 1:
+            if isinstance(record, csv.Error) or len(record) > 1 or any(field.strip() for field in record):
                 yield self._feed.taken, record
 
     def _read_header(self) -> tuple[str, ...]:
@@ -123,18 +123,20 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        if self._start < self._place < self._open_end:
+        place = self._place
+        if self._start < place < self._open_end:
             self._raise_if_never_closed()
-        line = self._line_at(self._place)
+        line = self._line_at(place)
         if line is None:
             raise StopIteration
-        self._place += 1
-        self._chars += len(line.text)
-        if self._place == self._start + 1:
+        text = line.text
+        self._place = place + 1
+        self._chars += len(text)
+        if place == self._start:
             self._first_chars = self._chars
-        if not line.is_whole or self._is_too_long(self._chars):
+        if not line.is_whole or self._chars - self._start_chars > MAX_LINE_CHARS:
             raise _too_long()
-        return line.text
+        return text
 
     @property
     def taken(self) -> list[Line]:

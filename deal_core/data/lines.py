@@ -24,7 +24,7 @@ MAX_UNPACKED_RATIO = 200
 """A gzip file may unpack to MAX_UNPACKED_BYTES or to this many times its size, whichever is more. Text packs 2 to 20
 times, a gzip bomb 1000 times."""
 FREE_ROWS = 100_000
-"""A packed file may have as many rows, and more where it has a byte for each. Rows that repeat others are bad, and
+"""A packed file may have as many rows, and more where it has two bytes for each. Rows that repeat others are bad, and
 different ones take more."""
 
 
@@ -111,7 +111,7 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
 
 def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | None:
     """What is said of a packed file with more rows than its size has room for; None where it is as it should be."""
-    if num_rows <= max(FREE_ROWS, size):
+    if num_rows <= max(FREE_ROWS, size // 2):
         return None
     return DataValidationError(
         f"{name} has {num_rows:,} rows in {size:,} bytes, and texts that differ do not pack so small; if that is "

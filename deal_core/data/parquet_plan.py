@@ -25,6 +25,8 @@ _MAX_DELTA_BYTES = 2**28
 _FREE_VALUES, _VALUES_PER_BYTE = 2**24, 8
 """A list column may have so many values, or so many for each byte of the file: all may stand in one row."""
 
+_OFFSET_BYTES = 8
+
 
 class DecodingPlan(NamedTuple):
     """How a file is decoded."""
@@ -131,7 +133,7 @@ def decoded_size(cells: Any) -> int:
     if pa.types.is_nested(cells.type) and _holds_dictionary(cells.type):
         if pa.types.is_struct(cells.type):
             return sum(decoded_size(field) for field in cells.flatten())
-        return int(cells.nbytes) + decoded_size(cells.flatten())
+        return _OFFSET_BYTES * len(cells) + decoded_size(cells.flatten())  # its nbytes have the whole dictionary
     return int(cells.nbytes)
 
 

@@ -147,6 +147,9 @@ def test_a_text_that_a_list_repeats_is_counted_as_often_and_never_decoded(tmp_pa
         nested.offsets, pa.StructArray.from_arrays([nested.values.field(0).dictionary_encode()], ["a"])
     )
     assert decoded_size(packed.slice(1, 1)) < 20 < decoded_size(packed) < 60
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array(["short", LONG]))
+    both = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts)
+    assert decoded_size(both.slice(0, 1)) < 30 < 10_000 < decoded_size(both.slice(1, 1)) < 10_100
 
 
 @pytest.mark.parametrize(

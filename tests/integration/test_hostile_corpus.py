@@ -1,0 +1,50 @@
+"""Hundreds of hostile data files, as `deal validate` reads them: none hangs or fills memory, and good rows stay.
+
+To add families, write a module like `tests.hostile_texts` and name it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import hostile_parquet, hostile_texts
+from tests.hostile import MAX_BYTES, MAX_SECONDS, Case, Found, run_cases
+
+FAMILIES = {"texts": hostile_texts.FAMILIES, "parquet": hostile_parquet.FAMILIES}
+MIN_CASES = {"texts": 200, "parquet": 220}
+
+
+def cases_of(families: tuple[Callable[[], Iterator[Case]], ...]) -> list[Case]:
+    cases = [case for family in families for case in family()]
+    names = [case.name for case in cases]
+    assert [name for name in names if names.count(name) > 1] == [], "a failure names one case"
+    return cases
+
+
+def shown(found: Found) -> str:
+    return f"{found.name}: {found.error} {found.message[:300]}"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_hostile_files_do_no_harm(kind: str, tmp_path: Path, home: Path) -> None:
+    cases = cases_of(FAMILIES[kind])
+    assert len(cases) >= MIN_CASES[kind]
+    found = run_cases(cases, tmp_path)
+    slow = [f"{each.name}: {each.seconds:.1f} s" for each in found if each.seconds > MAX_SECONDS]
+    assert not slow
+    large = next((each for each in found if each.peak_bytes > MAX_BYTES), None)
+    assert large is None, f"{large.name}: {large.peak_bytes / 2**20:.0f} MiB" if large else ""
+    unexpected = [shown(each) for each in found if each.error and not each.is_ours]
+    assert not unexpected, "\n".join(unexpected)
+    lost = [
+        f"{shown(each)}: {each.num_good} of {case.num_good} good rows"
+        for case, each in zip(cases, found, strict=True) if each.num_good < case.num_good
+    ]  # fmt: skip
+    assert not lost, "\n".join(lost)
+    said = [shown(each) for each in found if each.error and not (20 < len(each.message) < 2000)]
+    assert not said, "\n".join(said)
+    unsafe = [shown(each) for each in found if each.error and {"\0", "\x1b"} & set(each.message)]
+    assert not unsafe, "\n".join(unsafe)
