@@ -159,8 +159,8 @@ class ObjectStore(ABC):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below `prefix`, sorted by the bytes of their keys.
 
-        Objects that other programs stored under unsafe keys are skipped, and so is what is no regular file. Each skipped
-        key is logged once.
+        Objects that other programs stored under unsafe keys are skipped, and so is what is no regular file. Each key is
+        logged once.
         """
         for info in self._list_all(prefix):
             problem = _skipped_for(info)
