@@ -128,8 +128,8 @@ def decoded_size(cells: Any) -> int:
     if isinstance(cells, pa.RecordBatch):
         return sum(decoded_size(column) for column in cells.columns)
     if pa.types.is_dictionary(cells.type):
-        texts = pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py() or 0
-        return int(texts) + int(cells.indices.nbytes)
+        texts = pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py()  # Arrow reads only texts so
+        return int(texts or 0) + int(cells.indices.nbytes)
     if pa.types.is_nested(cells.type) and _holds_dictionary(cells.type):
         if pa.types.is_struct(cells.type):
             return sum(decoded_size(field) for field in cells.flatten())

@@ -29,7 +29,7 @@ def shown(found: Found) -> str:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_hostile_files_do_no_harm(kind: str, tmp_path: Path, home: Path) -> None:
+def test_hostile_files_do_no_harm(kind: str, tmp_path: Path) -> None:
     cases = cases_of(FAMILIES[kind])
     assert len(cases) >= MIN_CASES[kind]
     found = run_cases(cases, tmp_path)
