@@ -293,7 +293,10 @@ def test_an_address_that_does_not_answer_is_said_without_its_password(monkeypatc
 def test_versions_are_read_back_as_they_were_registered(tracker: Tracker, registry: Registry, adapter: Path) -> None:
     all_of_them = (
         FACTS,
-        replace(FACTS, run_key="key-2", task="clinic", parent_version="1", forgetting=0.0, forward_transfer=-0.125),
+        replace(
+            FACTS, run_key="key-2", task="clinic", parent_version="1", forgetting=0.0, forward_transfer=-0.125,
+            files_sha256={"adapter_model.safetensors": ("a" * 64,), "method.json": ("b" * 64, "c" * 64)},
+        ),
         replace(
             FACTS, run_key="key-3", accepted=False, reasons=('billing: −12 points; "limit" 10', "new: 40 % < 50 %")
         ),
