@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from deal_core.errors import DiskFullError
 from infra.settings import StoreSettings, TrackingSettings
@@ -20,7 +21,7 @@ SAID = (
 LITTLE_BYTES = 1 << 20
 """A disk with less is taken for the reason of a failure that nobody expected."""
 ROOM_BYTES = 32 << 20
-"""What the home folder needs to begin a run: Prefect's and MLflow's databases grow by about half of it."""
+"""What the home folder needs to begin a run: its databases and logs grow by 7 MB in a small one."""
 ROOM_TO_REMOVE_BYTES = 4 << 20
 """What a command needs that makes room."""
 
@@ -63,11 +64,15 @@ def require_room(folder: Path, num_bytes: int) -> None:
 
 def fullest_place() -> Path:
     """Of the folders that a run writes to, the one on the disk with the least room."""
-    settings, tracking = StoreSettings(), TrackingSettings()
+    temporary = Path(tempfile.gettempdir())
+    try:
+        settings, tracking = StoreSettings(), TrackingSettings()
+    except ValueError:  # settings that do not fit, which may be the very error that is looked into
+        return temporary
     addresses = [settings.store_uri, tracking.artifact_uri, tracking.tracking_uri]
     local = [address for address in addresses if address.startswith(("file:///", "sqlite:///"))]
-    places = [Path(address.partition("://")[2].replace("//", "/")) for address in local]
-    return min([settings.home, settings.cache_dir, Path(tempfile.gettempdir()), *places], key=_free)
+    places = [Path(unquote(address.partition("://")[2]).replace("//", "/")) for address in local]
+    return min([settings.home, settings.cache_dir, temporary, *places], key=_free)
 
 
 def _full(place: Path, why: str = "") -> DiskFullError:

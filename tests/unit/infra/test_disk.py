@@ -47,6 +47,13 @@ def test_other_failures_stay_what_they_are() -> None:
         assert disk_full(error) is None and disk_full_unexpected(error) is None
 
 
+@pytest.mark.usefixtures("home")
+def test_settings_that_do_not_fit_are_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_S3_MAX_ATTEMPTS", "many")
+    assert disk_full_unexpected(ValueError("of the settings")) is None
+    assert disk_full(FULL) is not None
+
+
 def test_a_folder_without_room_is_said_before_anything_begins(tmp_path: Path) -> None:
     require_room(tmp_path / "not yet there", 1)
     with pytest.raises(DiskFullError, match=r"The disk of .* is full: [\d.]+ MB are free; at least \d+ MB"):
