@@ -20,9 +20,9 @@ from typing import Annotated
 import typer
 
 from benchmarks.output import DEAL, bare_environment, write_result
-from infra.registry import Registry, VersionFacts
 from infra.settings import TrackingSettings
-from infra.tracking import open_tracker
+from infra.tracking.registry import Registry, VersionFacts
+from infra.tracking.tracking import open_tracker
 
 LINEAGE = "long"
 FACTS = VersionFacts(

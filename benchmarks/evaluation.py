@@ -28,13 +28,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.output import write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
-from deal_core.base_sources import resolve_base
+from deal_core.base_model.load import DEFAULT_BASE, BaseModel, load_base
+from deal_core.base_model.sources import resolve_base
 from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import answer_limit, generate_answers
-from deal_core.models import DEFAULT_BASE, BaseModel, load_base
-from deal_core.train import train_adapter
+from deal_core.evaluation.score import answer_limit, generate_answers
+from deal_core.training.train import train_adapter
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512

@@ -25,9 +25,9 @@ from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.output import DEAL, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
-from infra.registry import open_registry
 from infra.settings import TrackingSettings
-from tasks.announcements import ARRIVAL_LANDED
+from infra.tracking.registry import open_registry
+from tasks.inbox.announcements import ARRIVAL_LANDED
 
 LINEAGE, TASK = "landing", "parcels"
 RUNNING, DONE = "prefect.flow-run.Running", "prefect.flow-run.Completed"

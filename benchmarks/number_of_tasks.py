@@ -25,11 +25,11 @@ from datasets import Dataset, disable_progress_bars
 from benchmarks.output import alone, write_result
 from benchmarks.step_cost import make_parent
 from benchmarks.tiny_base import EXAMPLES
+from deal_core.base_model.load import DEFAULT_BASE, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.metrics import paired_interval
-from deal_core.models import DEFAULT_BASE, load_base
-from deal_core.train import train_adapter
+from deal_core.evaluation.metrics import paired_interval
+from deal_core.training.train import train_adapter
 from infra.settings import HomeSettings
 
 SECOND, FIFTIETH = 1, 49

@@ -13,9 +13,9 @@ from typing import Any
 
 import typer
 
-from deal_core.device import describe_machine
+from deal_core.base_model.device import describe_machine
 
-DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
+DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 """`deal` without being installed: what this checkout says."""
 
 

@@ -23,14 +23,14 @@ from datasets import Dataset, disable_progress_bars
 
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.adapter.state import load_method_state
-from deal_core.base_config import find_config
-from deal_core.batch_shape import longest_of
+from deal_core.base_model.config import find_config
+from deal_core.base_model.load import DEFAULT_BASE, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.meta_model import measure_activations, measure_model
-from deal_core.models import DEFAULT_BASE, load_base
-from deal_core.sizing import largest_batch, plan_memory
-from deal_core.train import train_adapter
+from deal_core.planning.batch_shape import longest_of
+from deal_core.planning.memory import largest_batch, plan_memory
+from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.training.train import train_adapter
 from infra.settings import HomeSettings
 
 TASK = TaskSchema(name="new", labels=("first", "second"), instruction="Which of the two is it?")

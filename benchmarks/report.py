@@ -26,9 +26,9 @@ from deal_core.benchmark.summary import (
     read_cells,
     summarise,
 )
-from flows.tables import interval, points
-from infra.report.canvas import save_png
+from flows.cli.tables import interval, points
 from infra.report.figures import development_figure, kept_figure, over_time_figure
+from infra.report.style import save_png
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip

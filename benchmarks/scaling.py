@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling
 
-Memory comes from the functions of `deal plan`, time from `deal_core.roofline`.
+Memory comes from the functions of `deal plan`, time from `benchmarks.roofline`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import LlamaConfig
 
+from benchmarks.roofline import Hardware, row_flops, step_cost, step_time
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.meta_model import measure_activations, measure_model
-from deal_core.roofline import Hardware, row_flops, step_cost, step_time
-from deal_core.sizing import HEADROOM, BatchShape, ModelSize, plan_memory
+from deal_core.planning.memory import HEADROOM, BatchShape, ModelSize, plan_memory
+from deal_core.planning.meta_model import measure_activations, measure_model
 
 H100 = Hardware(
     name="H100 SXM5 80 GB", flops=989.4e12, memory_bandwidth=3.35e12, link_bandwidth=450e9, memory_bytes=80 * 10**9

@@ -33,7 +33,7 @@ import psutil
 
 from benchmarks.output import DEAL, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
-from infra.registry import open_registry
+from infra.tracking.registry import open_registry
 
 LINEAGE = "served"
 TASKS: tuple[Mapping[str, Any], ...] = (
@@ -135,7 +135,7 @@ def stale(answers: Sequence[Answered], moves: Sequence[tuple[float, str]]) -> in
 def learn_versions(base: str, **train: Any) -> None:
     """Two versions of the lineage, one task each, in the home of the environment; `train` changes the settings."""
     from flows.adapt import adapt
-    from flows.spec import AdaptSpec, parse
+    from tasks.spec import AdaptSpec, parse
 
     train = {"max_prompt_tokens": 192, "checkpoint_steps": 0, **train}
     for task in TASKS:
@@ -152,8 +152,8 @@ def texts_to_ask() -> list[str]:
 
 def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage: str = LINEAGE) -> Expected:
     """What each version answers to each text, asked alone and without a server."""
-    from deal_core.answerer import load_answerer
-    from deal_core.answering import Row
+    from deal_core.evaluation.answerer import load_answerer
+    from deal_core.evaluation.answering import Row
     from infra.settings import HomeSettings, ServingSettings
 
     found, precision = {}, ServingSettings().serving_precision
@@ -264,7 +264,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="deal-serving-") as folder:
         for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DEAL_STORE_URI"):
             os.environ.pop(name, None)
-        from flows.embedded import calm_libraries, enter_home
+        from flows.server.embedded import calm_libraries, enter_home
 
         enter_home(Path(folder) / "home")
         os.environ["DEAL_SERVING_PRECISION"] = given.precision

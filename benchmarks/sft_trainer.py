@@ -26,14 +26,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.output import alone, write_result
 from benchmarks.sft_variants import VARIANTS, Setup, count_tokens, make_parent, measure
 from benchmarks.tiny_base import EXAMPLES
+from deal_core.base_model.load import DEFAULT_BASE, resolve_base
 from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
-from deal_core.data.readers import read_rows
+from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError
-from deal_core.metrics import paired_interval
-from deal_core.models import DEFAULT_BASE, resolve_base
+from deal_core.evaluation.metrics import paired_interval
 from infra.settings import HomeSettings
 
 REFERENCE = "trl_defaults"

@@ -24,13 +24,13 @@ from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback
 
 from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.suites import Rows
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss, encode_rows
 from deal_core.data.prompts import render_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.models import BaseModel, load_base
-from deal_core.train import train_adapter
+from deal_core.training.train import train_adapter
 from infra.settings import HomeSettings
 
 OURS = {"deal": "deal", "seq_lora": "seq_lora"}

@@ -1,6 +1,6 @@
 """What DEAL costs over plain LoRA, by its rehearsal and by its core alone: step time and peak memory, interleaved.
 
-Plain LoRA also with PyTorch's own backward pass of attention, which deal_core.attention replaces on a CPU.
+Plain LoRA also with PyTorch's own backward pass of attention, which deal_core.base_model.cpu_attention replaces on a CPU.
 
     python -m benchmarks.step_cost
 
@@ -26,11 +26,11 @@ from datasets import Dataset, disable_progress_bars
 
 from benchmarks.output import write_result
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.base_model.load import DEFAULT_BASE, BaseModel, load_base
 from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
-from deal_core.metrics import paired_interval
-from deal_core.models import DEFAULT_BASE, BaseModel, load_base
+from deal_core.evaluation.metrics import paired_interval
 from deal_core.strategies import MethodState, Strategy, TaskContext, make_strategy
 from infra.settings import HomeSettings
 

@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 
 from benchmarks.output import DEAL
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
-from infra.registry import open_registry
 from infra.settings import TrackingSettings
 from infra.store.open import open_store
+from infra.tracking.registry import open_registry
 
 ARRIVALS = {"a": 3, "b": 2}
 SETTINGS = {

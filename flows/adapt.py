@@ -14,33 +14,33 @@ from typing import Any
 
 from prefect import flow
 
-from deal_core.base_sources import DEFAULT_BASE
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
-from deal_core.shown import listed
-from flows.asked import AskedSpec
+from deal_core.printable import listed
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
-from flows.spec import DEFAULT_STRATEGY, AdaptSpec
 from flows.stages import Stages
 from infra.disk import disk_full
+from tasks.adaptation.begin import count_attempts, find_own, find_parent, find_registered, find_repeat, make_run_key
+from tasks.adaptation.evaluate import evaluate_version
+from tasks.adaptation.gate import decide_gate
+from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
+from tasks.adaptation.promote import promote_version
+from tasks.adaptation.register import register_version
+from tasks.adaptation.report import report_run
+from tasks.adaptation.resume import keep_findings
+from tasks.adaptation.train import train_version
 from tasks.base import identify_base
-from tasks.evaluate import evaluate_version
-from tasks.finish import keep_findings
-from tasks.gate import decide_gate
-from tasks.ingest import drop_training_rows, ingest_arrival
-from tasks.lineage import count_attempts, find_own, find_parent, find_registered, find_repeat, make_run_key
+from tasks.context import current_store
+from tasks.lineage.record import LineageRecord, read_record, require_same_base
+from tasks.lineage.resolve_spec import AskedSpec
+from tasks.memory_check import refuse_what_cannot_fit
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, reporter
-from tasks.promote import promote_version
-from tasks.record import LineageRecord, read_record, require_same_base
 from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
-from tasks.register import register_version
-from tasks.report import report_run
 from tasks.run import end_run, fail_run, remove_work, start_run
-from tasks.services import current_store
-from tasks.sizing import refuse_what_cannot_fit
-from tasks.train import train_version
+from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")

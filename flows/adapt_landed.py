@@ -7,11 +7,11 @@ import asyncio
 from prefect import flow, runtime
 
 from flows.arrivals import Taken
-from flows.lineages import read_lineage
 from flows.lock import LineageBusyError
 from flows.watch import WatchResult
+from tasks.context import current_store
+from tasks.lineage.settings import read_lineage
 from tasks.progress import is_stopped, reporter
-from tasks.services import current_store
 
 
 @flow(name="adapt-landed", flow_run_name="adapt-landed-{lineage}")
@@ -24,7 +24,7 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
     the lineage may not be over yet.
 
     Args:
-        lineage: its name; how it learns stands in the store, see `flows.lineages`.
+        lineage: its name; how it learns stands in the store, see `tasks.lineage.settings`.
         settle_seconds: how long a file must have been left alone.
     """
     store = current_store()

@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DataValidationError, TrainingDivergedError
 from flows.adapt import adapt_held
-from flows.inbox import TestFiles, look, settle, task_spec
+from flows.cli.console import in_one_line
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
-from flows.screens import in_one_line
-from flows.spec import AdaptSpec, LineageSpec
 from infra.store.base import ObjectInfo, ObjectStore
-from tasks.announcements import drop_announcement
-from tasks.inbox import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, task_of, write_state
+from tasks.inbox.announcements import drop_announcement
+from tasks.inbox.listing import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, task_of, write_state
+from tasks.inbox.state import TestFiles, look, settle, task_spec
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
+from tasks.spec import AdaptSpec, LineageSpec
 
 logger = logging.getLogger(__name__)
 

@@ -14,25 +14,25 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from deal_core.base_model.load import DEFAULT_BASE
 from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.data.readers import unique_keys
+from deal_core.data.reading.readers import unique_keys
 from deal_core.errors import ConfigError
 from deal_core.limits import Count, Seed
-from deal_core.models import DEFAULT_BASE
-from deal_core.shown import brief
-from flows.addresses import Address
-from flows.screens import in_one_line
-from flows.spec import parse
+from deal_core.printable import brief
+from flows.cli.console import in_one_line
 from flows.stages import Stages
 from infra.settings import HomeSettings
 from infra.store.base import complete_file
+from tasks.addresses import Address
 from tasks.base import identify_base
 from tasks.benchmark import make_cell_file
 from tasks.progress import Interrupted, is_stopped, raise_if_stopped, reporter
 from tasks.references import BaseRef
+from tasks.spec import parse
 
 logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"

@@ -7,14 +7,14 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError
-from flows.history import find_version
-from flows.lineages import for_each, list_lineages
 from flows.stages import Stages
-from infra.registry import open_registry
-from tasks.evaluate import score_version
-from tasks.lineage import version_ref
+from infra.tracking.registry import open_registry
+from tasks.adaptation.begin import version_ref
+from tasks.adaptation.evaluate import score_version
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.settings import for_each, list_lineages
 from tasks.progress import reporter
-from tasks.services import current_store
 
 
 class EvaluateResult(BaseModel):

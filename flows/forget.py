@@ -9,13 +9,13 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.lock import hold_lineage
-from infra.registry import open_registry
-from infra.runs import ArtifactRemover
-from infra.tracking import open_tracker
-from tasks.arrivals_known import find_arrival
-from tasks.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
-from tasks.services import current_store
-from tasks.tombstones import Tombstone, put_tombstone
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import ArtifactRemover
+from infra.tracking.tracking import open_tracker
+from tasks.context import current_store
+from tasks.housekeeping.arrivals_known import find_arrival
+from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
+from tasks.lineage.tombstones import Tombstone, put_tombstone
 
 
 class ForgetResult(BaseModel):

@@ -10,13 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, hold_lineage
-from infra.registry import open_registry
-from infra.runs import ArtifactRemover
-from infra.tracking import open_tracker
-from tasks.garbage import Removal, plan_removals
-from tasks.progress import raise_if_stopped, reporter
-from tasks.services import current_store
-from tasks.sweep import (
+from infra.tracking.registry import open_registry
+from infra.tracking.runs import ArtifactRemover
+from infra.tracking.tracking import open_tracker
+from tasks.context import current_store
+from tasks.housekeeping.garbage import Removal, plan_removals
+from tasks.housekeeping.inventory import (
     list_all_lineages,
     look_at_lineage,
     old_temporaries,
@@ -24,6 +23,7 @@ from tasks.sweep import (
     remove,
     with_model_bytes,
 )
+from tasks.progress import raise_if_stopped, reporter
 
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 

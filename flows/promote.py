@@ -12,15 +12,15 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import RegistryError
-from flows.history import find_version, unknown_lineage
 from infra.ledger import Ledger
 from infra.promotions import Action, PromotionLog
-from infra.registry import Registry, VersionInfo, open_registry
-from tasks.lineage import arrival_digests, descent
+from infra.tracking.registry import Registry, VersionInfo, open_registry
+from tasks.adaptation.begin import arrival_digests, descent
+from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
+from tasks.context import current_store
+from tasks.lineage.history import find_version, unknown_lineage
+from tasks.lineage.stored_lineage import require_in_registry
 from tasks.notices import Kind, Notice, announce
-from tasks.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
-from tasks.services import current_store
-from tasks.stored_lineage import require_in_registry
 
 
 class Learned(BaseModel):

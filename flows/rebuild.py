@@ -6,12 +6,12 @@ import asyncio
 from contextlib import suppress
 
 from flows.lock import hold_lineage
+from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
-from tasks.rebuild import RebuildResult, rebuild_lineage
 
 
 async def rebuild(lineage: str) -> RebuildResult:
-    """Register a lineage's versions again; see `tasks.rebuild.rebuild_lineage`. Cancelled, it ends at the next version.
+    """Register a lineage's versions again; see `tasks.lineage.rebuild.rebuild_lineage`. Cancelled, it ends at the next version.
 
     Raises:
         LineageBusyError: a run works on the lineage.

@@ -8,17 +8,17 @@ from prefect import flow
 
 from deal_core.errors import RegistryError
 from flows.adapt import arrival_of, learn_arrival
-from flows.history import find_version, unknown_lineage
 from flows.lock import hold_lineage
 from flows.promote import Learned
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
-from infra.registry import Registry, VersionInfo, open_registry
+from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
-from tasks.finish import read_spec_of, require_same_files
-from tasks.lineage import arrival_digests, descent, standing_of
-from tasks.services import current_store
-from tasks.tombstones import refuse_forgotten
+from tasks.adaptation.begin import arrival_digests, descent, standing_of
+from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.context import current_store
+from tasks.lineage.history import find_version, unknown_lineage
+from tasks.lineage.tombstones import refuse_forgotten
+from tasks.spec import AdaptSpec, parse
 
 
 def find_left_behind(lineage: str) -> tuple[Learned, ...]:

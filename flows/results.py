@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.evaluation import EvaluationReport
-from deal_core.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import EvaluationReport
 from tasks.references import DatasetRef, TrainSummary, VersionRef
 
 Status = Literal["promoted", "awaiting approval", "rejected", "repeat"]

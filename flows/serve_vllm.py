@@ -10,11 +10,11 @@ from __future__ import annotations
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.lineages import for_each
 from flows.stages import Stages
-from infra.registry import open_registry
 from infra.settings import VllmSettings
-from tasks.serving import ServingRoute, sync_vllm
+from infra.tracking.registry import open_registry
+from tasks.lineage.settings import for_each
+from tasks.serving.registered import ServingRoute, sync_vllm
 
 
 def _run_name() -> str:

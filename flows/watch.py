@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.arrivals import Seen, Taken
 from flows.results import AdaptResult
-from flows.spec import LineageSpec
-from tasks.inbox import INBOX
+from tasks.context import current_store
+from tasks.inbox.listing import INBOX
 from tasks.progress import Interrupted, is_stopped, reporter
-from tasks.services import current_store
+from tasks.spec import LineageSpec
 
 
 class WatchResult(BaseModel):

@@ -10,15 +10,15 @@ from typing import NamedTuple
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.inbox import InboxLook, TestFiles, look, settle
-from flows.lineages import WatchedLineage, list_lineages
 from flows.lock import is_held_on_server
 from infra.landing import open_landing_queue
 from infra.store.base import ObjectStore
-from tasks.announcements import announce, announce_again, read_announcement
-from tasks.inbox import InboxState, KnownStates
+from tasks.context import current_store
+from tasks.inbox.announcements import announce, announce_again, read_announcement
+from tasks.inbox.listing import InboxState, KnownStates
+from tasks.inbox.state import InboxLook, TestFiles, look, settle
+from tasks.lineage.settings import WatchedLineage, list_lineages
 from tasks.progress import is_stopped, reporter
-from tasks.services import current_store
 
 logger = logging.getLogger(__name__)
 QUEUE_SECONDS = 20.0

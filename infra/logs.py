@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deal_core.masking import without_secrets
-from deal_core.shown import printable
+from deal_core.printable import printable
 
 MAX_BYTES = 10 << 20
 

@@ -16,9 +16,9 @@ import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 
-from deal_core.answerer import UNKNOWN_VERSION, Answerer, load_answerer
-from deal_core.answering import Row, read_served
 from deal_core.errors import ConfigError
+from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answerer, load_answerer
+from deal_core.evaluation.answering import Row, read_served
 from infra.settings import HomeSettings, ServingSettings
 
 REGISTERED_FILE = "registered_model_meta"

@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
-from infra.registry import VersionFacts, VersionInfo
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.tracking.registry import VersionFacts, VersionInfo
 
 VERSIONS = "versions"
 

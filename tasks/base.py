@@ -19,7 +19,7 @@ from tasks.progress import advance
 from tasks.references import BaseRef
 
 if TYPE_CHECKING:
-    from deal_core.models import BaseModel
+    from deal_core.base_model.load import BaseModel
 
 _loaded: dict[tuple[str, Quantize], BaseModel] = {}
 
@@ -56,7 +56,7 @@ def is_loaded(source: str) -> bool:
 def _load(source: str, quantize: Quantize) -> BaseModel:
     key = source, quantize
     if key not in _loaded:
-        from deal_core.models import load_base
+        from deal_core.base_model.load import load_base
 
         _loaded.clear()  # one at a time: base models are large
         report = advance("base")
@@ -74,7 +74,7 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
     """Load a base model and say which one it is.
 
     Raises:
-        ConfigError: it cannot be loaded, or not quantized; see `deal_core.models.load_base`.
+        ConfigError: it cannot be loaded, or not quantized; see `deal_core.base_model.load.load_base`.
     """
     base = _load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)

@@ -24,7 +24,7 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
-from deal_core.evaluation import EvaluationReport
+from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.webhook import open_webhook
 from tasks.patience import patient

@@ -11,9 +11,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import RegistryError
-from infra.tracking import open_tracker
+from infra.tracking.tracking import open_tracker
+from tasks.context import current_store, work_folder
 from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
-from tasks.services import current_store, work_folder
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
+from tasks.spec import AdaptSpec, parse
 
 BANK = {
     "name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl"),

@@ -90,8 +90,8 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 
 def _validate(file: str, spec: str | None, task: str) -> int:
-    from flows.tables import show_validation
-    from flows.validate import validate
+    from flows.cli.tables import show_validation
+    from tasks.validate import validate
 
     outcome = validate(Path(file), spec=Path(spec) if spec else None, task=task)
     json.dumps(outcome.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)

@@ -6,8 +6,8 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from deal_core.evaluation import EvaluationReport
-from deal_core.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import EvaluationReport
 from infra.report.run_report import BadRow, Changed, Example, Link, Origin, Quality, RunReport, Training
 
 TASKS = ("bank", "clinic", "a-task-with-quite-a-long-name.v2")

@@ -21,7 +21,7 @@ from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
-from deal_core.strategies.base import STORED_ROWS, MethodState
+from deal_core.strategies.strategy import STORED_ROWS, MethodState
 
 METHOD_JSON = "method.json"
 METHOD_TENSORS = "method.safetensors"

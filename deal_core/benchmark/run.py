@@ -15,14 +15,14 @@ from datasets import Dataset
 from filelock import FileLock
 
 from deal_core.adapter.state import adapter_on, load_method_state
+from deal_core.base_model.device import describe_machine
+from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.cell import BOUNDS, Cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
-from deal_core.device import describe_machine
-from deal_core.evaluate import LanguageModel, evaluate_task
-from deal_core.general_ability import perplexity
-from deal_core.models import BaseModel
-from deal_core.train import train_adapter
+from deal_core.evaluation.general_ability import perplexity
+from deal_core.evaluation.score import LanguageModel, evaluate_task
+from deal_core.training.train import train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"

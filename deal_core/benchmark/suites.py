@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from deal_core.data.readers import unique_keys
+from deal_core.base_model.hub import fetch_snapshot
+from deal_core.data.reading.readers import unique_keys
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.hub import fetch_snapshot
-from deal_core.outside import open_regular
+from deal_core.regular_file import open_regular
 
 Rows = tuple[dict[str, str], ...]
 Part = Literal["dev", "reported"]

@@ -15,7 +15,7 @@ from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of
 from deal_core.benchmark.suites import name_of
 from deal_core.config import MethodConfig
 from deal_core.errors import DataValidationError
-from deal_core.metrics import AccuracyMatrix, paired_interval
+from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"

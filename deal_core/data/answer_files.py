@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.parquet_rows import open_parquet
-from deal_core.data.readers import file_kind, read_rows
+from deal_core.data.reading.parquet_rows import open_parquet
+from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.errors import ConfigError, DataValidationError
 
 OutputKind = Literal["jsonl", "parquet"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deal_core.data.readers import file_kind
+from deal_core.data.reading.readers import file_kind
 from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, TaskSchema
 from deal_core.errors import DataValidationError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deal_core.data.schema import Format, Split
-from deal_core.shown import shorten as shorten
+from deal_core.printable import shorten as shorten
 
 Reason = Literal[
     "malformed line",

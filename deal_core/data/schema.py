@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.printable import brief, listed
 from deal_core.schema_version import require_schema_version
-from deal_core.shown import brief, listed
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]

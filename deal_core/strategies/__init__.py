@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from deal_core.config import MethodConfig
 from deal_core.errors import ConfigError
-from deal_core.strategies.base import MethodState, Strategy, TaskContext
 from deal_core.strategies.deal import Deal
 from deal_core.strategies.ella import Ella
 from deal_core.strategies.ewc import Ewc
@@ -14,6 +13,7 @@ from deal_core.strategies.o_lora import OLora
 from deal_core.strategies.replay import Replay
 from deal_core.strategies.seq_lora import SeqLora
 from deal_core.strategies.slao import Slao
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls for cls in (Deal, SeqLora, IncLora, OLora, Ella, Ewc, Lwf, Replay, Slao)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import check_rank, draw_seeds
-from deal_core.rehearsal import Rehearsal
-from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
+from deal_core.strategies.rehearsal import Rehearsal
+from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
 
 
 class Deal(Strategy):
     """The first task of a lineage is plain LoRA.
 
-    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.rehearsal`. With a
+    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.strategies.rehearsal`. With a
     soft or frozen core it trains the parameters of the retention network instead of A and B.
     """
 

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.strategies.base import MethodState, TaskContext
 from deal_core.strategies.inc_lora import IncLora
+from deal_core.strategies.strategy import MethodState, TaskContext
 
 
 class Ella(IncLora):

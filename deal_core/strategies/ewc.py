@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from deal_core.data.collate import answer_loss
-from deal_core.strategies.base import MethodState, Strategy, TaskContext
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 NUM_FISHER_ROWS = 64
 """Rows over which the Fisher information is averaged, one gradient each."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deal_core.adapter.stack import draw_seeds
 from deal_core.config import AdapterConfig
-from deal_core.strategies.base import MethodState, Strategy, TaskContext
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 
 class IncLora(Strategy):

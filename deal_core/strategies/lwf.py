@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from deal_core.rehearsal import Question, Rehearsal, ask
-from deal_core.strategies.base import MethodState, Strategy, TaskContext
+from deal_core.strategies.rehearsal import Question, Rehearsal, ask
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 
 class Lwf(Strategy):

@@ -13,9 +13,9 @@ from torch import Tensor
 from deal_core.config import EvaluateConfig, RehearsalConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import answer_limit, generate
-from deal_core.rehearsal import Question, Rehearsal, pack, unpack, with_target
-from deal_core.strategies.base import SEED_STRIDE, STORED_ROWS, TaskContext
+from deal_core.evaluation.score import answer_limit, generate
+from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, with_target
+from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
 
 MIN_SHARING = 8
 """With fewer questions for each old task, those of all tasks go together: a batch for each would be nearly empty."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from peft import PeftModel
 
-from deal_core.rehearsal import Rehearsal
-from deal_core.strategies.base import MethodState, Stores, Strategy, TaskContext
 from deal_core.strategies.questions import keep_rows, make_rehearsal
+from deal_core.strategies.rehearsal import Rehearsal
+from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
 
 
 class Replay(Strategy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deal_core.strategies.base import Strategy
+from deal_core.strategies.strategy import Strategy
 
 
 class SeqLora(Strategy):

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.strategies.base import MethodState, Strategy, TaskContext
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 
 class Slao(Strategy):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from deal_core.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.report.training import by_projection
 
 MAX_POINTS = 400

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra.report.benchmark import development_figure, kept_figure, over_time_figure
+from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
 from infra.report.matrix import accuracy_heatmap, accuracy_over_versions
 from infra.report.result import result_figure
 from infra.report.training import fill_bars, loss_curve

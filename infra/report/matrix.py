@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from deal_core.metrics import AccuracyMatrix
-from infra.report.canvas import COLOURS, MARKERS, MUTED, new_figure, say_empty, spread, tidy
+from deal_core.evaluation.metrics import AccuracyMatrix
+from infra.report.style import COLOURS, MARKERS, MUTED, new_figure, say_empty, spread, tidy
 
 COLOUR_MAP = colormaps["YlGnBu"]
 """Light to dark in one direction, also in grey."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from deal_core.evaluation import EvaluationReport
-from deal_core.metrics import AccuracyMatrix
-from infra.report import words
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import EvaluationReport
+from infra.report import formatting as words
 from infra.report.charts import fill_bars, loss_chart, task_lines
 from infra.report.run_report import RunReport
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deal_core.metrics import AccuracyMatrix
-from infra.report.canvas import COLOURS, MUTED, new_figure, tidy
+from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.report.matrix import describe, draw_heatmap, name_columns
+from infra.report.style import COLOURS, MUTED, new_figure, tidy
 
 
 def result_figure(

@@ -10,7 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from infra.report.canvas import COLOURS, MUTED, new_figure, say_empty, tidy
+from infra.report.style import COLOURS, MUTED, new_figure, say_empty, tidy
 
 
 def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:

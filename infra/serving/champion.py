@@ -19,14 +19,14 @@ import torch
 from mlflow.models import Model
 from mlflow.pyfunc import FLAVOR_NAME, PyFuncModel
 
-from deal_core.answerer import Answerer, load_answerer, load_base_of
-from deal_core.answering import read_served
 from deal_core.errors import DealError, RegistryError
-from infra.registry import VersionInfo, open_registry, require_through_gate
-from infra.served_folder import LOADER
+from deal_core.evaluation.answerer import Answerer, load_answerer, load_base_of
+from deal_core.evaluation.answering import read_served
 from infra.served_model import ServedModel
+from infra.serving.served_folder import LOADER
 from infra.settings import HomeSettings, ServingSettings
 from infra.temporary import temporary_folder
+from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 
 POLL_SECONDS = 0.5
 """Between two looks at the alias."""

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deal_core.answerer import GivenUpError
+from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
 from infra.serving.champion import LOG
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deal_core.errors import StoreError
-from deal_core.outside import IrregularFileError, irregularity, open_regular
+from deal_core.regular_file import IrregularFileError, irregularity, open_regular
 from infra.store.base import (
     RESERVED,
     ObjectInfo,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-DEAL = (sys.executable, "-c", "from flows.cli import main; main()")
+DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 
 
 def deal(home: Path, *arguments: str, expect: int = 0) -> Any:

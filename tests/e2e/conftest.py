@@ -21,7 +21,7 @@ def adapt_here(prefect_api: None, mlflow_database: Path, tmp_path: Path) -> Adap
 
     def adapt_here(spec: Path, home: Path) -> AdaptResult:
         from flows.adapt import adapt
-        from flows.spec import read_spec
+        from tasks.spec import read_spec
 
         home.mkdir()
         shutil.copy(mlflow_database, home / "mlflow.db")

@@ -23,8 +23,8 @@ from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import NO_LIMITS
-from infra.registry import VersionInfo, open_registry
 from infra.settings import TrackingSettings
+from infra.tracking.registry import VersionInfo, open_registry
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 

@@ -10,12 +10,12 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.models import load_base
-from deal_core.ranks.job import TrainingJob
-from deal_core.ranks.parent import train_in_processes
-from deal_core.train import TrainingResult, train_adapter
+from deal_core.training.ranks import train_in_processes
+from deal_core.training.ranks_job import TrainingJob
+from deal_core.training.train import TrainingResult, train_adapter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from deal_core.errors import DealError
-from flows.cli import app
-from flows.history import read_history
-from flows.predict import predict
+from flows.cli.app import app
 from flows.promote import roll_back
-from flows.status import Status, read_status
-from infra.registry import open_registry
+from flows.server.status import Status, read_status
+from infra.tracking.registry import open_registry
+from tasks.lineage.history import read_history
+from tasks.serving.predict import predict
 from tests.adapting import BANK, run
 from tests.in_process import put_back
 

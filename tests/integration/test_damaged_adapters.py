@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.adapter_files import digests_of
+from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
-from flows.cli import app
+from flows.cli.app import app
 from flows.evaluate import evaluate
-from flows.predict import predict
-from flows.predict_file import predict_file
 from flows.promote import roll_back
 from flows.results import AdaptResult
-from infra.registry import VersionInfo, open_registry
-from tasks.services import current_store
+from infra.tracking.registry import VersionInfo, open_registry
+from tasks.context import current_store
+from tasks.serving.predict import predict
+from tasks.serving.predict_file import predict_file
 from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")

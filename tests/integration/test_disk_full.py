@@ -18,8 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
-from flows.cli import app
-from infra.registry import open_registry
+from flows.cli.app import app
+from infra.tracking.registry import open_registry
 from tests.adapting import BANK
 from tests.in_process import put_back
 
@@ -76,7 +76,7 @@ import io, json, os, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from flows.cli import app
+from flows.cli.app import app
 
 given = json.load(sys.stdin)
 place = Path(given["place"])

@@ -18,14 +18,14 @@ from mlflow.exceptions import MlflowException
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.evaluate import evaluate
 from flows.forget import forget
-from flows.predict import predict
 from flows.results import AdaptResult
 from infra.ledger import Ledger
-from infra.registry import Registry, open_registry
-from tasks.lineage import find_parent
-from tasks.record import read_record
-from tasks.report import read_page
-from tasks.services import current_store
+from infra.tracking.registry import Registry, open_registry
+from tasks.adaptation.begin import find_parent
+from tasks.adaptation.report import read_page
+from tasks.context import current_store
+from tasks.lineage.record import read_record
+from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")

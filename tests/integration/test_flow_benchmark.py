@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
-from flows.cli import app
+from flows.cli.app import app
 from tasks.base import identify_base
 
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}

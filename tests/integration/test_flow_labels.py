@@ -12,17 +12,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import deal_core.evaluate
+import deal_core.evaluation.score
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from flows.cli import app
+from flows.cli.app import app
 from flows.forget import forget
-from flows.predict import predict
 from flows.promote import roll_back
 from flows.requeue import find_left_behind, requeue
-from infra.registry import open_registry
-from tasks.ingest import read_manifest
-from tasks.record import read_record
-from tasks.services import current_store
+from infra.tracking.registry import open_registry
+from tasks.adaptation.ingest import read_manifest
+from tasks.context import current_store
+from tasks.lineage.record import read_record
+from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, run
 from tests.in_process import put_back
 
@@ -61,13 +61,13 @@ def more(tmp_path: Path) -> Path:
 def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
     """Of each test set that a model answers from now on: its task, whether the new label is offered, how many rows."""
     asked: list[tuple[str, bool, int]] = []
-    evaluate_task = deal_core.evaluate.evaluate_task
+    evaluate_task = deal_core.evaluation.score.evaluate_task
 
     def evaluate(model: Any, tokenizer: Any, task: Any, rows: Any, *args: Any, **options: Any) -> Any:
         asked.append((task.name, NEW in task.labels, len(rows)))
         return evaluate_task(model, tokenizer, task, rows, *args, **options)
 
-    patch.setattr(deal_core.evaluate, "evaluate_task", evaluate)
+    patch.setattr(deal_core.evaluation.score, "evaluate_task", evaluate)
     return asked
 
 

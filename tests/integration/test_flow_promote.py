@@ -18,17 +18,17 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import adapt
-from flows.cli import app
-from flows.history import find_version, read_champion_at, read_history, read_moves
+from flows.cli.app import app
 from flows.promote import promote_to, reject_version, roll_back
 from flows.requeue import find_left_behind, requeue
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
 from infra.promotions import PromotionLog
-from infra.registry import Registry, VersionInfo, open_registry
-from tasks.lineage import find_parent
-from tasks.promote import complete_version, move_champion
-from tasks.services import current_store
+from infra.tracking.registry import Registry, VersionInfo, open_registry
+from tasks.adaptation.begin import find_parent
+from tasks.adaptation.promote import complete_version, move_champion
+from tasks.context import current_store
+from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
+from tasks.spec import AdaptSpec, parse
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -325,7 +325,7 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
 
 
-@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.registry.Registry.tag_version"])
+@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

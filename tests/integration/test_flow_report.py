@@ -26,16 +26,16 @@ from typer.testing import CliRunner
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
-from flows.cli import app
-from flows.notifying import apply_notifications, notifications
-from flows.report import save_report
+from flows.cli.app import app
 from flows.results import AdaptResult
-from flows.spec import AdaptSpec, parse
+from flows.server.notifications import apply_notifications, notifications
 from infra.report.run_report import RunReport
-from tasks.announcements import LANDED
-from tasks.answers import ANSWERS_FILE
+from tasks.adaptation.kept_answers import ANSWERS_FILE
+from tasks.adaptation.report_again import save_report
+from tasks.context import current_store
+from tasks.inbox.announcements import LANDED
 from tasks.notices import Notice, announce, announce_failure
-from tasks.services import current_store
+from tasks.spec import AdaptSpec, parse
 from tests.in_process import put_back
 from tests.receiver import Receiver
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from flows.stack import Stack, _answers, _server_commands, _wait, start_part, stop
+from flows.server.stack import Stack, _answers, _server_commands, _wait, start_part, stop
 from infra.settings import TrackingSettings
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-import flows.demo
+import flows.cli.demo
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, TrainingDivergedError
-from flows.lineages import WatchedLineage, add_lineage
-from flows.spec import LineageSpec, parse
-from flows.status import read_status
+from flows.server.status import read_status
 from flows.watch import WatchResult, watch
-from infra.registry import Registry, open_registry
+from infra.tracking.registry import Registry, open_registry
+from tasks.context import current_store
+from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.progress import Interrupted, ask_to_stop, reporting_to
-from tasks.services import current_store
+from tasks.spec import LineageSpec, parse
 from tests.receiver import Receiver
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -222,7 +222,7 @@ def test_a_training_that_diverged_closes_its_arrival_until_somebody_asks(
 
     land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr("deal_core.train.train_adapter", diverge)
+        patch.setattr("deal_core.training.train.train_adapter", diverge)
         failed, _ = look(lineage(tiny_base))
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
     add_lineage(current_store(), WatchedLineage(lineage="l"))
@@ -275,7 +275,7 @@ def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: P
     mine = land(home, name, b"mine")
     leftover = land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())
     with pytest.raises(ConfigError, match=rf"{name} is not the demo's own file"):
-        asyncio.run(flows.demo.run_demo(picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base)))
+        asyncio.run(flows.cli.demo.run_demo(picture=tmp_path / "demo.png", compare=False, base_model=str(tiny_base)))
     assert mine.read_bytes() == b"mine" and leftover.is_file()
     assert open_registry().versions("demo") == ()
 
@@ -286,7 +286,7 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     picture = tmp_path / "pictures" / "demo.png"
     mine = land(home, "other/other.jsonl", b"mine")
     land(home, "bank/test.jsonl", (EXAMPLES / "bank" / "test.jsonl").read_bytes())  # left by a demo that was stopped
-    for name in flows.demo.ORDER:
+    for name in flows.cli.demo.ORDER:
         folder = tmp_path / "examples" / name
         folder.mkdir(parents=True)
         for path in (EXAMPLES / name).iterdir():
@@ -296,9 +296,9 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
         spec["train"] |= {"max_steps": 2, "checkpoint_steps": 0}
         (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
 
-    def demo() -> flows.demo.DemoResult:
+    def demo() -> flows.cli.demo.DemoResult:
         return asyncio.run(
-            flows.demo.run_demo(
+            flows.cli.demo.run_demo(
                 picture=picture, compare=True, base_model=str(tiny_base), examples=tmp_path / "examples"
             )
         )

@@ -15,24 +15,24 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
-import tasks.inbox
+import tasks.inbox.listing
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
 from flows.arrivals import Taken
-from flows.deploy import deploy_all
-from flows.inbox import TestFiles
-from flows.inbox import look as look_at_inbox
-from flows.lineages import WatchedLineage, add_lineage, list_lineages, read_lineage
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
-from flows.spec import parse
-from flows.stack import CPU_POOL, GPU_POOL
+from flows.server.deploy import deploy_all
+from flows.server.stack import CPU_POOL, GPU_POOL
 from flows.watch_inbox import announce_open, watch_inbox
-from infra.registry import open_registry
 from infra.store.local import FileStore
-from tasks.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
-from tasks.inbox import InboxState, list_arrivals, read_state, write_state
-from tasks.services import current_store
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.inbox.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
+from tasks.inbox.listing import InboxState, list_arrivals, read_state, write_state
+from tasks.inbox.state import TestFiles
+from tasks.inbox.state import look as look_at_inbox
+from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, read_lineage
+from tasks.spec import parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
@@ -151,7 +151,7 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     land(home, "parcels/a.jsonl")
     land(home, "parcels/b.jsonl")
     assert look() == 2
-    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
+    monkeypatch.setattr(tasks.inbox.listing, "PAUSE", timedelta(0))
 
     async def look_while_held() -> int:
         async with hold_lineage("lost"):
@@ -261,7 +261,7 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
 
 
 def test_the_server_carries_the_automations_once() -> None:
-    from flows.recovery import PROCESS_NEVER_BEGAN, apply_automations, automations
+    from flows.server.automations import PROCESS_NEVER_BEGAN, apply_automations, automations
 
     async def twice() -> list[str]:
         async with get_client() as client:

@@ -26,15 +26,15 @@ import yaml
 from typer.testing import CliRunner
 
 from deal_core.errors import ConfigError, DealError
-from flows.cli import app
-from flows.inbox import look, task_spec
-from flows.lineages import read_lineages
-from flows.spec import AdaptSpec, read_spec
-from flows.status import _unusable_files
+from flows.cli.app import app
+from flows.server.status import _unusable_files
 from infra.store.base import ObjectStore
 from infra.store.open import open_store
-from tasks.ingest import TaskFieldsError
-from tasks.services import local_file
+from tasks.adaptation.ingest import TaskFieldsError
+from tasks.context import local_file
+from tasks.inbox.state import look, task_spec
+from tasks.lineage.settings import read_lineages
+from tasks.spec import AdaptSpec, read_spec
 from tests.in_process import put_back
 
 MAX_SECONDS, MAX_BYTES = 10, 2**30

@@ -16,25 +16,25 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
-from flows.cli import app
+from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
-from flows.history import find_version
-from flows.predict import predict
-from flows.predict_file import FileAnswers, predict_file
 from flows.promote import roll_back
 from flows.requeue import requeue
 from flows.results import AdaptResult
-from flows.validate import validate
-from infra.registry import open_registry
 from infra.store.local import FileStore
-from infra.tracking import open_tracker
-from tasks.arrivals_known import find_arrival
-from tasks.ingest import read_manifest
-from tasks.record import read_record
-from tasks.services import current_store
-from tasks.tombstones import ForgottenRowsError, TestRowsForgottenError
+from infra.tracking.registry import open_registry
+from infra.tracking.tracking import open_tracker
+from tasks.adaptation.ingest import read_manifest
+from tasks.context import current_store
+from tasks.housekeeping.arrivals_known import find_arrival
+from tasks.lineage.history import find_version
+from tasks.lineage.record import read_record
+from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
+from tasks.serving.predict import predict
+from tasks.serving.predict_file import FileAnswers, predict_file
+from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, FAIL, run
 
 SECRET = "Zanzibar-4711"

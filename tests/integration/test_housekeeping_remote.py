@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from flows.forget import forget
 from flows.gc import gc
 from infra.store.s3 import S3Store
-from tasks.services import current_store
+from tasks.context import current_store
 from tests.adapting import BANK, CLINIC, FAIL, run
 
 SECRET = "Zanzibar-4711"

@@ -18,11 +18,11 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
-from infra import registry as registry_module
-from infra.registry import Registry, VersionFacts, VersionInfo, open_registry
 from infra.report.figures import loss_curve
 from infra.settings import TrackingSettings
-from infra.tracking import TrackedRun, Tracker, open_tracker
+from infra.tracking import registry as registry_module
+from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
+from infra.tracking.tracking import TrackedRun, Tracker, open_tracker
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_a_dead_mlflow_takes_ever_less_of_the_training_and_no_point_is_lost(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, sends = 0.0, []
-    monkeypatch.setattr("infra.tracked_run.monotonic", lambda: now)
+    monkeypatch.setattr("infra.tracking.tracked_run.monotonic", lambda: now)
     run = tracker.start("dead", "k", name="x")
 
     def give_up_late(*_: object, **__: object) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.registry import VersionFacts, open_registry
 from infra.settings import TrackingSettings
-from infra.tracking import open_tracker
+from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.tracking import open_tracker
 
 
 def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
-from flows.cli import app
-from flows.session import FAILED, STOPPED
-from flows.spec import AdaptSpec
-from infra.registry import open_registry
-from tasks.finish import read_spec_of
-from tasks.inbox import read_state, write_state
-from tasks.services import current_store
+from flows.cli.app import app
+from flows.cli.session import FAILED, STOPPED
+from infra.tracking.registry import open_registry
+from tasks.adaptation.resume import read_spec_of
+from tasks.context import current_store
+from tasks.inbox.listing import read_state, write_state
+from tasks.spec import AdaptSpec
 from tests.in_process import put_back
 
 ROWS = EXAMPLES / "parcels" / "messages.jsonl"

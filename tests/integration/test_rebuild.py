@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from deal_core.errors import RegistryError
-from flows.history import read_history
-from flows.predict import predict
 from flows.promote import roll_back
 from flows.rebuild import rebuild
-from infra.rebuilding import LineageRebuild
-from infra.registry import VersionInfo, open_registry
 from infra.settings import TrackingSettings
-from infra.tracking import open_tracker
+from infra.tracking.rebuilding import LineageRebuild
+from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.tracking import open_tracker
+from tasks.adaptation.report import read_page
+from tasks.lineage.history import read_history
+from tasks.lineage.rebuild import RebuildResult
 from tasks.progress import LogReporter, reporting_to
-from tasks.rebuild import RebuildResult
-from tasks.report import read_page
+from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, run
 
 BY = {"who": "tester", "why": "a test"}

@@ -36,7 +36,7 @@ HARMLESS = {
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
 import json, os, sys
-from flows.cli import app
+from flows.cli.app import app
 
 for step in json.load(sys.stdin):
     os.environ.update(step["environment"])

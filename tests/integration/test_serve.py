@@ -26,14 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.output import DEAL
 from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, stale, texts_to_ask
 from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
-from deal_core.models import load_base
-from infra.registry import VersionFacts, open_registry
 from infra.served_model import _load_pyfunc
 from infra.settings import HomeSettings
-from infra.tracking import open_tracker
-from tasks.record import read_record
-from tasks.services import borrowed_folder, current_store
+from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.tracking import open_tracker
+from tasks.context import borrowed_folder, current_store
+from tasks.lineage.record import read_record
 
 WAIT_SECONDS = 300.0
 TEXTS = texts_to_ask()[:12]

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from deal_core.adapter_files import as_recorded, digests_of
+from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
 from flows.serve_vllm import serve_vllm
-from infra import vllm
-from infra.registry import VersionFacts, open_registry
+from infra.serving import vllm
+from infra.serving.vllm import VllmAwayError, VllmError
 from infra.settings import VllmSettings
-from infra.tracking import open_tracker
-from infra.vllm import VllmAwayError, VllmError
-from tasks.services import current_store
-from tasks.serving import ServingRoute, _published, read_route, require_servable, sync_vllm
+from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.tracking import open_tracker
+from tasks.context import current_store
+from tasks.serving.registered import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
 CONFIG = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none", "peft_type": "LORA"}
@@ -117,7 +117,7 @@ def test_what_served_before_stays_for_the_time_of_grace(
         assert route is not None and route.model == "l-v2", "the route moves before the wait"
         waited.append(seconds)
 
-    monkeypatch.setattr("tasks.serving.time.sleep", wait)
+    monkeypatch.setattr("tasks.serving.registered.time.sleep", wait)
     sync(grace_seconds=20.0)
     assert len(waited) == 1 and 15 < waited[0] <= 20
     assert list(server.adapters) == ["l-v2"]

@@ -123,7 +123,7 @@ def test_imports_go_one_way(package: str) -> None:
         ("infra", "import tasks"),
         ("infra", "import prefect"),
         ("tasks", "import boto3"),
-        ("tasks", "from flows.spec import AdaptSpec"),
+        ("tasks", "from tasks.spec import AdaptSpec"),
         ("flows", "import mlflow as anything"),
     ],
 )

@@ -12,11 +12,11 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from deal_core.answering import SERVED_FILE, ServedTask, ServedVersion
+from deal_core.base_model.load import BaseModel, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.models import BaseModel, load_base
-from deal_core.train import TrainingResult, train_adapter
+from deal_core.evaluation.answering import SERVED_FILE, ServedTask, ServedVersion
+from deal_core.training.train import TrainingResult, train_adapter
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}

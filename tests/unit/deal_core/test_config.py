@@ -14,7 +14,7 @@ from deal_core.benchmark.cell import make_cell
 from deal_core.config import AdapterConfig, DealConfig, GateConfig, MethodConfig, TrainConfig
 from deal_core.errors import ConfigError
 from flows.benchmark import BenchmarkSpec
-from flows.spec import AdaptSpec, parse
+from tasks.spec import AdaptSpec, parse
 
 TASK = {"name": "t", "data": "x"}
 SECTIONS = {

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.cell import BOUNDS, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluate import evaluate_task, first_answer_logits
-from deal_core.models import BaseModel, load_base
+from deal_core.evaluation.score import evaluate_task, first_answer_logits
 from deal_core.strategies import STRATEGIES
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)

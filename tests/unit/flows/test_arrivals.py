@@ -10,9 +10,9 @@ import pytest
 
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.arrivals import _adapt_to
-from flows.spec import LineageSpec
 from infra.store.open import open_store
-from tasks.inbox import Handled, InboxState, list_arrivals
+from tasks.inbox.listing import Handled, InboxState, list_arrivals
+from tasks.spec import LineageSpec
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from flows.promote import left_behind as left_behind_by
 from flows.requeue import find_left_behind
-from infra.registry import VersionInfo
+from infra.tracking.registry import VersionInfo
 
 
 def known_version(number: int, **values: Any) -> VersionInfo:

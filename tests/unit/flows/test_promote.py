@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from deal_core.errors import RegistryError
-from deal_core.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.promote import promote_to, reject_version, roll_back
 from flows.results import adapted, repeated
 from infra.promotions import PromotionLog
-from infra.registry import VersionInfo
 from infra.store.open import open_store
-from tasks.promote import rejected_by_person
+from infra.tracking.registry import VersionInfo
+from tasks.adaptation.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef
 
 

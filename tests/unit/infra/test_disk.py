@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from deal_core.errors import DiskFullError, RegistryError, StoreError
-from flows.session import FAILED, session
+from flows.cli.session import FAILED, session
 from infra.disk import disk_full, disk_full_unexpected, require_room
 from tests.in_process import put_back
 

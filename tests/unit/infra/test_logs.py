@@ -35,7 +35,7 @@ def test_a_log_holds_nothing_that_a_terminal_acts_on(tmp_path: Path) -> None:
 
 
 def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.embedded import FAILURES, enter_home
+    from flows.server.embedded import FAILURES, enter_home
 
     with put_back():
         monkeypatch.delenv("DEAL_HOME", raising=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.registry import VersionFacts, VersionInfo
 from infra.store.base import ObjectNotFoundError
 from infra.store.open import open_store
+from infra.tracking.registry import VersionFacts, VersionInfo
 from infra.version_log import VersionLog
 
 FACTS = VersionFacts(

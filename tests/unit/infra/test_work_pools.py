@@ -17,7 +17,7 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows.deploy import with_defaults_of
+from flows.server.deploy import with_defaults_of
 
 FOLDER = Path(__file__).parents[3] / "infra" / "work_pools"
 CONFIGURATIONS: dict[str, Any] = {

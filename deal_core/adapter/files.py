@@ -1,0 +1,91 @@
+"""The files that make an adapter, and whether their bytes are those that were recorded of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from deal_core.base_model.fingerprint import sha256_of_file
+from deal_core.errors import IntegrityError
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What answering reads."""
+METHOD_FILES = ("method.json", "method.safetensors")
+"""What continuing the adapter reads besides; an adapter may lack them."""
+ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
+TOGETHER = "adapter"
+"""In the place of a file's name: all files of the adapter together, see `sha256_together`."""
+
+Recorded = Mapping[str, tuple[str, ...]]
+"""The digests that a file may have, by the file's name.
+
+A file has one. It has two while `deal forget` replaces it, so that a process that is killed damages nothing.
+"""
+
+
+def digests_of(folder: Path, names: Collection[str] = ADAPTER_FILES) -> dict[str, str]:
+    """SHA-256 of each of these files that the folder has, by name, in the order of the names."""
+    return {name: sha256_of_file(folder / name) for name in sorted(names) if (folder / name).is_file()}
+
+
+def sha256_together(digests: Mapping[str, str]) -> str:
+    """One digest of the names and contents of several files: a version's `adapter_sha256`."""
+    together = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        together.update(f"{name}\0{digest}\n".encode())
+    return together.hexdigest()
+
+
+def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """These digests, and no others."""
+    return {name: (digest,) for name, digest in digests.items()}
+
+
+def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> list[str]:
+    """Say of each file whose bytes are not the recorded ones what was found and what was recorded.
+
+    Args:
+        found: what `digests_of` gave for all files of the adapter.
+        recorded: the digests that the files may have. Nothing is compared where nothing is recorded.
+        names: the files that matter. All of them count where one digest is recorded of all together.
+    """
+    if not recorded:
+        return []
+    if TOGETHER in recorded:
+        found, names = {TOGETHER: sha256_together(found)}, {TOGETHER}
+    return [
+        _difference(name, found.get(name), recorded.get(name, ())) for name in sorted(names)
+        if (name in found or name in recorded) and found.get(name) not in recorded.get(name, ())
+    ]  # fmt: skip
+
+
+def require_undamaged(
+    found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES, *, what: str, where: str,
+    remedy: str,
+) -> None:
+    """Refuse files whose bytes are not the recorded ones.
+
+    Args:
+        found: as for `find_damage`.
+        recorded: as for `find_damage`.
+        names: as for `find_damage`.
+        what: whose files they are, such as "Version 2 of 'support'".
+        where: the address of their folder.
+        remedy: what to do, as whole sentences.
+
+    Raises:
+        IntegrityError: a file differs, is missing, or was not recorded. The message has both digests.
+    """
+    damage = find_damage(found, recorded, names)
+    if damage:
+        raise IntegrityError(f"{what} is damaged and was not loaded: in {where} {'; '.join(damage)}. {remedy}")
+
+
+def _difference(name: str, found: str | None, recorded: tuple[str, ...]) -> str:
+    subject = "the files of the adapter together have" if name == TOGETHER else f"{name} has"
+    if found is None:
+        return f"{name} is missing, recorded is sha256 {' or '.join(recorded)}"
+    if not recorded:
+        return f"{name} has sha256 {found}, and no such file is recorded"
+    return f"{subject} sha256 {found}, recorded is {' or '.join(recorded)}"

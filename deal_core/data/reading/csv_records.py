@@ -1,0 +1,232 @@
+"""CSV records one at a time, and back on its feet after a record that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
+from deal_core.data.rows import Problem, RawRow, Reason, shorten
+from deal_core.errors import DataValidationError
+
+_DELIMITERS = ",;\t"
+
+
+class CsvFile:
+    """An open CSV file: its header is read, its rows can be read once.
+
+    Quoted fields may hold line ends. A quote that is never closed would swallow the good rows after it: then only the
+    line with the quote is a bad row, and reading goes on with the line after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # The limit belongs to the process and is never lowered, so that two readers do not disturb each other.
+        csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_CHARS))
+        self._name = path.name
+        self._stream = open_text(path, newline="")
+        self._feed = _Feed(numbered_lines(self._stream))
+        try:
+            self._feed.delimiter = _find_delimiter(self._feed.peek())
+            self._reader = csv.reader(
+                self._feed, delimiter=self._feed.delimiter, strict=True, skipinitialspace=True
+            )
+            self.header = self._read_header()
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def rows(self) -> Iterator[tuple[RawRow, int]]:
+        """The rows under the header, and how many characters each takes; blank lines are no rows."""
+        names = _distinct(self.header)
+        for number, (lines, record) in enumerate(self._records(), start=1):
+            if isinstance(record, csv.Error) or len(record) != len(names):
+                text = "".join([line.text for line in lines]).rstrip("\r\n")
+                row = RawRow(
+                    number=number,
+                    line=lines[0].number,
+                    values={},
+                    fault=self._problem(record, lines[0], text),
+                    whole=partial(str, text),
+                )
+            else:
+                row = RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
+            yield row, sum([len(line.text) for line in lines])
+
+    def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
+        """Each record, or why there is none, with the lines it was read from."""
+        while True:
+            self._feed.start_record()
+            try:
+                record: list[str] | csv.Error = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._feed.give_back_all_but_first(error)
+                record = error
+            if isinstance(record, csv.Error) or len(record) > 1 or any(field.strip() for field in record):
+                yield self._feed.taken, record
+
+    def _read_header(self) -> tuple[str, ...]:
+        lines, record = next(self._records(), ([], csv.Error("the file is empty")))
+        if isinstance(record, csv.Error):  # said without the line, which is a row's text where there is no header
+            where = f"line {lines[0].number}: " if lines else ""
+            raise DataValidationError(
+                f"{self._name} does not begin with a line that names its columns ({where}{record}); give it one."
+            )
+        return tuple(name.strip() for name in record)
+
+    def _problem(self, record: list[str] | csv.Error, first: Line, text: str) -> Problem:
+        if isinstance(record, csv.Error):
+            reason: Reason = "malformed line" if first.is_whole else "over-long text"
+            return Problem(reason, f"{record}: {shorten(text.rstrip())}")
+        return Problem("malformed line", f"{len(record)} fields under {len(self.header)} columns: {shorten(text)}")
+
+
+class _Feed:
+    """Gives lines to csv.reader, and takes back those that a record without an end has swallowed.
+
+    What such a record shows of the lines after it holds for every record that is still open when it comes to them:
+    they are not read once more for each of those. So each line is read a fixed number of times.
+    """
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self.delimiter = _DELIMITERS[0]
+        self._source = lines
+        self._buffer: list[Line] = []
+        self._base = 0
+        """Places are counted from the first line of the file; this is the place of the buffer's first line."""
+        self._start = self._place = 0
+        """Places of the record's first line and of the next line."""
+        self._start_chars = self._first_chars = self._chars = 0
+        """Characters of the file before the record, up to the end of its first line, and up to the next line."""
+        self._open_end = self._open_chars = 0
+        """The lines before this place, from the record's second one on, leave open a quoted field that is open before
+        them; and the characters of the file up to there."""
+        self._fate: csv.Error | Line | None = None
+        """What the line at that place does to the field: why it cannot be read on, or the line if it closes the
+        field; None where that is not known."""
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        place = self._place
+        if self._start < place < self._open_end:
+            self._raise_if_never_closed()
+        line = self._line_at(place)
+        if line is None:
+            raise StopIteration
+        text = line.text
+        self._place = place + 1
+        self._chars += len(text)
+        if place == self._start:
+            self._first_chars = self._chars
+        if not line.is_whole or self._chars - self._start_chars > MAX_LINE_CHARS:
+            raise _too_long()
+        return text
+
+    @property
+    def taken(self) -> list[Line]:
+        """The lines of the record."""
+        return self._buffer[self._start - self._base : self._place - self._base]
+
+    def start_record(self) -> None:
+        """The next line begins a record."""
+        self._start, self._start_chars = self._place, self._chars
+        num_done = self._place - self._base
+        if 2 * num_done > len(self._buffer):
+            del self._buffer[:num_done]
+            self._base = self._place
+
+    def give_back_all_but_first(self, error: csv.Error) -> None:
+        """Only the first line of the record belongs to it, for reading on has failed with this error."""
+        last = self._place - 1
+        if last > self._open_end:
+            line = self._buffer[last - self._base]
+            self._open_end, self._open_chars = last, self._chars - len(line.text)
+            self._fate = None if line.is_whole and self._is_too_long(self._chars) else error
+        self._place, self._chars = self._start + 1, self._first_chars
+
+    def peek(self) -> str:
+        """The first line that is not blank; the blank ones before it are dropped."""
+        while (line := self._line_at(self._place)) and not line.text.strip():
+            self._place += 1
+            self.start_record()
+        return line.text if line else ""
+
+    def _line_at(self, place: int) -> Line | None:
+        """The line at a place that is at most one beyond the buffer; None at the end of the file."""
+        if place == self._base + len(self._buffer):
+            line = next(self._source, None)
+            if line is None:
+                return None
+            self._buffer.append(line)
+        return self._buffer[place - self._base]
+
+    def _raise_if_never_closed(self) -> None:
+        """Raise what reading on would come to, if the field that is open never ends within the record's bound."""
+        while self._fate is None and not self._is_too_long(self._open_chars):
+            line = self._line_at(self._open_end)
+            if line is None:
+                self._fate = csv.Error("unexpected end of data")
+            elif not line.is_whole:
+                self._fate = _too_long()
+            else:
+                self._fate = self._closed_by(line)
+                if self._fate is None:
+                    self._open_end += 1
+                    self._open_chars += len(line.text)
+        closing = len(self._fate.text) if isinstance(self._fate, Line) else 0
+        if self._is_too_long(self._open_chars + closing):
+            raise _too_long()
+        if isinstance(self._fate, csv.Error):
+            raise csv.Error(*self._fate.args)
+
+    def _closed_by(self, line: Line) -> csv.Error | Line | None:
+        """The line if it closes a field that is open before it, why it cannot be read; None if the field stays open."""
+        lines = iter([f'"{line.text}', '"'])
+        try:
+            next(csv.reader(lines, delimiter=self.delimiter, strict=True, skipinitialspace=True))
+        except csv.Error as error:
+            return error
+        return line if next(lines, None) else None
+
+    def _is_too_long(self, chars: int) -> bool:
+        """Whether a record that ends after so many characters of the file is longer than a record may be."""
+        return chars - self._start_chars > MAX_LINE_CHARS
+
+
+def _too_long() -> csv.Error:
+    return csv.Error(f"more than {MAX_LINE_CHARS} characters in a row")
+
+
+def _find_delimiter(header: str) -> str:
+    """The one of comma, semicolon and tab that gives the header the most columns."""
+
+    def count_columns(delimiter: str) -> int:
+        return len(next(csv.reader([header], delimiter=delimiter), []))
+
+    return max(_DELIMITERS, key=count_columns)
+
+
+def _distinct(header: tuple[str, ...]) -> list[str]:
+    """Names to keep every field under: a doubled name is numbered from its second occurrence on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in header:
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names

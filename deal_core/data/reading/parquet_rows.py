@@ -1,0 +1,202 @@
+"""Rows of a Parquet file, a batch at a time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deal_core.data.batches import BATCH_ROWS, grouped, text_array
+from deal_core.data.reading.lines import MAX_LINE_CHARS, MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_bytes
+from deal_core.data.reading.parquet_plan import DecodingPlan, decoded_size, plan_decoding, too_much
+from deal_core.data.rows import Problem, RawRow
+
+_PIECE_ROWS = 256
+_PART_BYTES = 2**24
+"""Rows of no more than this, or one row, become Python's objects at a time."""
+MAX_DECODED_RATIO = 1000
+"""All cells of a file may take this many times its size, or MAX_UNPACKED_BYTES. Texts that repeat are stored once."""
+_NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError, RecursionError)
+"""A text that is not UTF-8 (UnicodeDecodeError), a date beyond Python's, an unknown time zone, too deep a nesting."""
+_KINDS_OF_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """The file, read page by page; one in a gzip wrapper is unpacked to disk first, for it is read from its end."""
+    with _open_source(path) as source:
+        yield _parquet_file(source, path)
+
+
+def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[ParquetBatch]:
+    """The file's rows; `values` holds the wanted columns, `raw` all of them."""
+    with _open_source(path) as source:
+        file = _parquet_file(source, path)
+        plan = plan_decoding(file, source, path, _PIECE_ROWS)
+        if plan.as_dictionary:
+            file = _parquet_file(source, path, read_dictionary=plan.as_dictionary)
+        names = file.schema_arrow.names
+        wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
+        first = 1
+        for group in grouped(_sized_pieces(file, plan, path), BATCH_ROWS // _PIECE_ROWS):
+            batch = ParquetBatch(group, wanted, first)
+            yield batch
+            first += batch.num_rows
+
+
+@contextmanager
+def _open_source(path: Path) -> Iterator[Any]:
+    with ExitStack() as stack:
+        source: Any = stack.enter_context(open_bytes(path))
+        if not source.seekable():
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, unpacked, 2**20)
+            unpacked.seek(0)
+            source = unpacked
+        yield source
+
+
+def _parquet_file(source: Any, path: Path, **options: Any) -> pq.ParquetFile:
+    file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, **options)
+    groups = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
+    if sum(groups) > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size):
+        raise too_much(path, MAX_UNPACKED_RATIO)
+    return file
+
+
+def _sized_pieces(file: pq.ParquetFile, plan: DecodingPlan, path: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Few rows at a time, and their bytes: how large they are is known only once they are unpacked."""
+    left = max(MAX_UNPACKED_BYTES, MAX_DECODED_RATIO * path.stat().st_size)
+    for num_rows, groups in plan.runs:
+        for piece in file.iter_batches(batch_size=num_rows, row_groups=groups, use_threads=False):
+            size = decoded_size(piece)
+            left -= size
+            if left < 0:
+                raise too_much(path, MAX_DECODED_RATIO)
+            yield from _split(piece, size)
+
+
+def _split(piece: pa.RecordBatch, size: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The piece in parts of few bytes, unless one row has more."""
+    if size <= _PART_BYTES or piece.num_rows == 1:
+        yield piece, size
+        return
+    middle = piece.num_rows // 2
+    for part in (piece.slice(0, middle), piece.slice(middle)):
+        yield from _split(part, decoded_size(part))
+
+
+class ParquetBatch:
+    """A batch of a Parquet file's rows, see `RowBatch`."""
+
+    def __init__(self, pieces: Sequence[pa.RecordBatch], wanted: Sequence[int], first: int) -> None:
+        self._pieces = pieces
+        self._wanted = wanted
+        self._first = first
+        self._over_long = [_over_long_rows(piece) for piece in pieces]
+        self.num_rows: int = sum(piece.num_rows for piece in pieces)
+
+    def rows(self, places: Sequence[int]) -> list[RawRow]:
+        """See `RowBatch.rows`. A row of more than MAX_LINE_CHARS bytes is bad, as one of a text file is."""
+        found: dict[int, RawRow] = {}
+        start = 0
+        for piece, over_long in zip(self._pieces, self._over_long, strict=True):
+            here = [place - start for place in places if start <= place < start + piece.num_rows]
+            first = self._first + start
+            if over_long:
+                for index in over_long & set(here):
+                    found[start + index] = _over_long_row(piece, index, first + index)
+                here = [index for index in here if index not in over_long]
+            for index, values in zip(here, _pick_rows(piece.select(self._wanted), here), strict=True):
+                whole = partial(_parquet_raw, piece, index)
+                found[start + index] = RawRow(number=first + index, values=values, whole=whole)
+            start += piece.num_rows
+        return [found[place] for place in places]
+
+    def column(self, name: str) -> pa.Array:
+        """See `RowBatch.column`; null in a row that is too long, too."""
+        index = self._pieces[0].schema.get_all_field_indices(name)[-1]
+        return pa.concat_arrays(
+            [_short_texts(piece.column(index), rows) for piece, rows in zip(self._pieces, self._over_long, strict=True)]
+        )
+
+
+def _over_long_rows(piece: pa.RecordBatch) -> set[int]:
+    """Places of the rows of more than MAX_LINE_CHARS bytes."""
+    if decoded_size(piece) <= MAX_LINE_CHARS:
+        return set()
+    return {row for row in range(piece.num_rows) if decoded_size(piece.slice(row, 1)) > MAX_LINE_CHARS}
+
+
+def _over_long_row(piece: pa.RecordBatch, index: int, number: int) -> RawRow:
+    """A row whose cells are not even made Python's objects; quarantine keeps how large each is."""
+    sizes = {
+        f"bytes of {name}": decoded_size(column.slice(index, 1))
+        for name, column in zip(piece.schema.names, piece.columns, strict=True)
+    }
+    fault = Problem("over-long text", f"more than {MAX_LINE_CHARS} bytes in a row")
+    return RawRow(number=number, values={}, fault=fault, whole=partial(dict, sizes))
+
+
+def _short_texts(cells: pa.Array, over_long: Set[int]) -> pa.Array:
+    """The cells as `text_array` gives them; null in a row that is too long, whose text is not even looked at."""
+    if not over_long:
+        return _texts(cells)
+    nothing = pa.nulls(1, pa.string())
+    return pa.concat_arrays(
+        [nothing if row in over_long else _texts(cells.slice(row, 1)) for row in range(len(cells))]
+    )
+
+
+def _texts(cells: pa.Array) -> pa.Array:
+    """The cells as `text_array` gives them."""
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    if not any(is_kind(cells.type) for is_kind in _KINDS_OF_TEXT):
+        return pa.nulls(len(cells), pa.string())
+    try:
+        cells.validate(full=True)
+    except pa.ArrowInvalid:  # a text that is not UTF-8
+        return text_array(_cells(cells))
+    return cells.cast(pa.string())
+
+
+def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:
+    return _batch_rows(batch.slice(index, 1))[0]
+
+
+def _pick_rows(batch: pa.RecordBatch, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Some of the batch's rows; Arrow's own `take` does not know every type."""
+    if len(places) < batch.num_rows // 4:
+        return [_batch_rows(batch.slice(place, 1))[0] for place in places]
+    rows = _batch_rows(batch)
+    return [rows[place] for place in places]
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The batch's rows. A text that is not UTF-8 keeps its bytes, for the row's check to find."""
+    cells = [_cells(column) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except _NO_PYTHON_VALUE:
+        return [_cell(column, index) for index in range(len(column))]
+
+
+def _cell(column: pa.Array, index: int) -> Any:
+    try:
+        return column[index].as_py()
+    except UnicodeDecodeError as error:
+        return bytes(error.object)
+    except _NO_PYTHON_VALUE:
+        return str(column.slice(index, 1))

@@ -1,0 +1,200 @@
+"""Raw rows from CSV, JSON lines and Parquet, plain or gzip, a batch at a time: memory does not grow with the file.
+
+A row that cannot be read is a row with a fault, not an exception; what makes the whole file unreadable (not what its
+name says, damaged, cut off) is a DataValidationError.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped, is_utf8
+from deal_core.data.reading.csv_records import CsvFile
+from deal_core.data.reading.lines import (
+    MAX_LINE_CHARS,
+    Line,
+    numbered_lines,
+    open_text,
+)
+from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
+from deal_core.data.rows import Problem, RawRow, Reason, shorten
+from deal_core.errors import DataValidationError
+
+_SURVEYED_ROWS = 1000
+_WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+Kind = Literal["csv", "jsonl", "parquet"]
+_KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+
+
+def file_kind(path: Path) -> Kind:
+    """What the file's name says it is.
+
+    Raises:
+        DataValidationError: The name ends in nothing that can be read, or is not UTF-8.
+    """
+    if not is_utf8(str(path)):
+        raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
+    suffixes = [suffix.casefold() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in _KINDS:
+        raise DataValidationError(
+            f"{path.name} is not named like a file of rows; it must end in {', '.join(_KINDS)}, or in these with .gz."
+        )
+    return _KINDS[suffixes[-1]]
+
+
+def read_columns(path: Path) -> tuple[str, ...]:
+    """Names of the file's columns, a doubled one twice; of JSON lines the keys in its first thousand readable rows.
+
+    Raises:
+        DataValidationError: The file cannot be read.
+    """
+    kind = file_kind(path)
+    with _whole_file_faults(path):
+        if kind == "parquet":
+            with open_parquet(path) as file:
+                return tuple(file.schema_arrow.names)
+        if kind == "csv":
+            with CsvFile(path) as file:
+                return file.header
+        names: dict[str, None] = {}
+        num_readable = 0
+        for row, _ in _read_json_lines(path):
+            names.update(dict.fromkeys(row.values))
+            num_readable += row.fault is None
+            if num_readable == _SURVEYED_ROWS:
+                break
+        return tuple(names)
+
+
+def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
+    """The file's rows in order, streamed.
+
+    Args:
+        path: A UTF-8 file whose name ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header
+            and may use semicolons or tabs.
+        columns: The columns that `values` must hold, None for all of them; only Parquet makes use of it.
+
+    Raises:
+        DataValidationError: The file as a whole cannot be read, or not to its end.
+
+    Example:
+        >>> [row.values["label"] for row in read_rows(Path("tickets.csv"))]
+    """
+    for batch in read_batches(path, columns):
+        yield from batch.rows(range(batch.num_rows))
+
+
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+    """The rows of `read_rows`, in batches."""
+    kind = file_kind(path)
+    with _whole_file_faults(path):
+        if kind == "jsonl":
+            yield from map(RowList, grouped(_read_json_lines(path), BATCH_ROWS))
+        elif kind == "parquet":
+            yield from read_parquet(path, columns)
+        else:
+            with CsvFile(path) as file:
+                yield from map(RowList, grouped(file.rows(), BATCH_ROWS))
+
+
+@contextmanager
+def _whole_file_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataValidationError(f"There is no file {path}; check the path.") from error
+    except RecursionError as error:
+        raise DataValidationError(f"{path.name} is nested too deeply; write its rows with fewer levels.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataValidationError(
+            f"{path.name} is a damaged gzip file or was cut off ({error}); compress or upload it again."
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _WRONG_PATH:
+            raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataValidationError(
+            f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload "
+            "it again."
+        ) from error
+
+
+# --- JSON lines
+
+_ARRAY_OF_ROWS = re.compile(r"\[\s*(\{|$)")
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
+    """The rows, and how many characters each takes."""
+    with open_text(path, newline="\n") as stream:
+        is_first = True
+        for line in numbered_lines(stream):
+            text = line.text.strip()
+            if not text:
+                continue
+            if is_first and _ARRAY_OF_ROWS.match(line.text):
+                raise DataValidationError(
+                    f"{path.name} holds a JSON array, not JSON lines; write one object a line (jq -c '.[]')."
+                )
+            is_first = False
+            yield _json_row(line, text), len(line.text)
+
+
+def _json_row(line: Line, text: str) -> RawRow:
+    if not line.is_whole:
+        return _unreadable(line, text, "over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
+    try:
+        values = _parse(text)
+    except RecursionError:
+        return _unreadable(line, text, "malformed line", "nested too deeply")
+    except ValueError as error:
+        return _unreadable(line, text, "malformed line", shorten(str(error)))
+    if not isinstance(values, dict):
+        return _unreadable(line, text, "malformed line", "not an object of columns")
+    return RawRow(line.number, values, line.number)
+
+
+def _unreadable(line: Line, text: str, reason: Reason, why: str) -> RawRow:
+    fault = Problem(reason, f"{why}: {shorten(text)}")
+    return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
+
+
+def _parse(text: str) -> Any:
+    try:
+        values, end = _DECODER.raw_decode(text)
+        if end == len(text):
+            return values
+    except ValueError:
+        pass
+    return json.loads(text, object_pairs_hook=unique_keys)  # what is wrong, in its own words
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: A key stands there twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {shorten(name, 40)!r} {count} times")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)

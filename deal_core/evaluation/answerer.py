@@ -1,0 +1,329 @@
+"""A version that answers, on one base model, and one queue for all who ask; another version can take its place.
+
+Example:
+    >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
+    >>> answerer.answer([Row("I lost my card.", "bank")])  # doctest: +SKIP
+    ['lost card']
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+
+from deal_core.adapter.state import load_adapter, read_adapter
+from deal_core.adapter.swap import swap_adapter
+from deal_core.base_model.load import BaseModel, Precision, load_base
+from deal_core.config import EvaluateConfig
+from deal_core.errors import ConfigError, DealError
+from deal_core.evaluation.answering import Row, ServedTask, ServedVersion, read_served
+from deal_core.evaluation.score import generate_answers
+
+UNKNOWN_VERSION = "unknown"
+MAX_ROWS = 64
+"""Rows of a batch on an accelerator."""
+MAX_ROWS_CPU = 6
+"""Rows of a batch on a CPU, where larger batches save little time, and let everybody wait for the longest one."""
+
+
+class GivenUpError(DealError):
+    """Rows were not answered, as nobody waits for them any more."""
+
+
+class Answered(NamedTuple):
+    """Answers to rows, and who gave them."""
+
+    answers: list[str]
+    served: ServedVersion
+    version: str
+    """Its number."""
+
+
+def load_answerer(
+    folder: Path,
+    cache_folder: Path,
+    base_source: str | None = None,
+    *,
+    precision: Precision = "auto",
+    version: str = UNKNOWN_VERSION,
+) -> Answerer:
+    """Load a version for answering: its base model, found by name and checked by digest, with the adapter on.
+
+    Args:
+        folder: the PEFT files and `deal.json`.
+        cache_folder: where base models are kept.
+        base_source: where the base model is on this machine; None: where the version says.
+        precision: of the base model's weights. In fp32 an answer does not depend on what is asked beside it.
+        version: its number, which answers name.
+
+    Raises:
+        AdapterStateError: the folder cannot be served.
+        ConfigError: the base model is not found, or is another one.
+    """
+    served = read_served(folder)
+    return Answerer(served, load_base_of(served, cache_folder, base_source, precision=precision), folder, version)
+
+
+def load_base_of(
+    served: ServedVersion, cache_folder: Path, base_source: str | None = None, *, precision: Precision = "auto"
+) -> BaseModel:
+    """Load the base model of a version; arguments and errors are those of `load_answerer`."""
+    source = base_source or served.base_source
+    base = load_base(source, cache_folder, precision=precision)
+    if base.sha256 != served.base_sha256:
+        raise ConfigError(
+            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but {source} is another "
+            f"one ({base.sha256[:12]}); set DEAL_BASE_MODEL to where the right one is."
+        )
+    return base
+
+
+class Answerer:
+    """Answers rows with one version at a time. Threads share its one model: rows that wait are answered as one batch.
+
+    A thread that asks computes the next batch if no other thread computes; it goes on until its own rows are answered.
+    A swap comes before every batch. A swap interrupts the batch that is computed; its rows are answered by the new
+    version.
+    """
+
+    def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
+        self._served, self._version = served, version
+        self._base_sha256 = base.sha256
+        self._changed = threading.Condition()
+        self._holder: int | None = None
+        """The thread that computes with the model, or changes it."""
+        self._num_swaps = 0
+        """Swaps that wait or are under way."""
+        self._is_stopped = False
+        self._waiting: list[_Request] = []
+        self._put_on(base, load_adapter(base.model, folder))
+
+    @property
+    def served(self) -> ServedVersion:
+        """What is known of the version that answers now."""
+        return self._served
+
+    @property
+    def version(self) -> str:
+        """Number of the version that answers now."""
+        return self._version
+
+    @property
+    def base_sha256(self) -> str:
+        """Digest of the base model that is loaded."""
+        return self._base_sha256
+
+    def answer(self, rows: Sequence[Row]) -> list[str]:
+        """One answer per row, in the rows' order; errors are those of `ask`."""
+        return self.ask(rows).answers
+
+    def ask(self, rows: Sequence[Row], is_given_up: Callable[[], bool] = lambda: False) -> Answered:
+        """Answer rows, all by one version.
+
+        Args:
+            rows: what to answer.
+            is_given_up: whether the one who asked has gone; the rows that are left are not answered then.
+
+        Raises:
+            ConfigError: a row cannot be asked; no row is answered then.
+            GivenUpError: the one who asked has gone, or `stop` was called.
+        """
+        request = _Request(list(rows), is_given_up)
+        with self._changed:
+            self._waiting.append(request)
+        while not self._is_done(request):
+            try:
+                self._answer_next()
+            finally:
+                self._give_back()
+        if request.error is not None:
+            raise request.error
+        assert request.served is not None
+        return Answered(request.answers, request.served, request.version)
+
+    def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
+        """Let another version answer from now on. Its files are read before; then the model is held for a moment.
+
+        Args:
+            folder: the PEFT files and `deal.json`.
+            version: its number.
+            base: another base model to put the adapter on; None: the version has the one that is loaded.
+
+        Raises:
+            AdapterStateError: the folder cannot be served, or does not fit the base model; the version before goes on.
+            ConfigError: the version has another base model than the one that is loaded, or given.
+        """
+        served = read_served(folder)
+        base_sha256 = self._base_sha256 if base is None else base.sha256
+        if served.base_sha256 != base_sha256:
+            raise ConfigError(
+                f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but another one is "
+                f"loaded ({base_sha256[:12]})."
+            )
+        saved = read_adapter(folder)
+        model = None if base is None else load_adapter(base.model, folder)
+        with self._alone():
+            if base is None or model is None:
+                swap_adapter(self._model, saved)
+            else:
+                self._put_on(base, model)
+            self._served, self._version, self._base_sha256 = served, version, base_sha256
+            for request in self._waiting:
+                request.begin_again()
+
+    def stop(self) -> None:
+        """Answer nothing more: whoever waits gets an error, within one step of the model."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+
+    def _put_on(self, base: BaseModel, model: PeftModel) -> None:
+        self._tokenizer, self._model = base.tokenizer, model
+        for blocks in base.model.modules():
+            if isinstance(blocks, torch.nn.ModuleList):  # the layers, in every model that transformers has
+                for block in blocks:
+                    block.register_forward_pre_hook(self._interrupt_for_swap)
+        self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
+
+    def _interrupt_for_swap(self, *_: Any) -> None:
+        if self._holder == threading.get_ident() and (self._num_swaps or self._is_stopped):
+            raise _InterruptedError
+
+    def _is_free(self) -> bool:
+        return self._holder is None and not self._num_swaps
+
+    def _is_done(self, request: _Request) -> bool:
+        """Wait until the request is done, or the model is free: it is this thread's then, to be given back."""
+        with self._changed:
+            self._changed.wait_for(lambda: request.is_done or self._is_free())
+            if not request.is_done:
+                self._holder = threading.get_ident()
+            return request.is_done
+
+    def _give_back(self) -> None:
+        with self._changed:
+            self._waiting = [request for request in self._waiting if not request.is_done]
+            self._holder = None
+            self._changed.notify_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the model while nothing is computed, before everything that waits."""
+        with self._changed:
+            self._num_swaps += 1
+            self._changed.wait_for(lambda: self._holder is None)
+            self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_swaps -= 1
+            self._give_back()
+
+    def _answer_next(self) -> None:
+        """Answer a batch of the rows that wait; those who asked first come first, and each gets its share in turn."""
+        with self._changed:
+            waiting = list(self._waiting)
+        batch: list[_Part] = []
+        num_left = self._max_rows
+        for request in waiting:
+            if self._is_stopped or request.is_given_up():
+                request.end(GivenUpError("The server is stopping, or the client has gone; ask again."))
+            elif num_left > 0 and request.prepare(self._served, self._version):
+                batch.append(_Part(request, request.asked[len(request.answers) :][:num_left]))
+                num_left -= len(batch[-1].rows)
+        try:
+            self._answer_together(batch)
+        except _InterruptedError:
+            return
+        with self._changed:  # what has rows left goes to the end
+            served = {id(part.request) for part in batch}
+            self._waiting.sort(key=lambda request: id(request) in served)
+
+    def _answer_together(self, batch: Sequence[_Part]) -> None:
+        try:
+            self._generate(batch)
+        except _InterruptedError:
+            raise
+        except Exception as error:
+            if len(batch) > 1:  # one that cannot be answered must not fail the others
+                for part in batch:
+                    self._answer_together([part])
+            else:
+                batch[0].request.end(error)
+
+    def _generate(self, batch: Sequence[_Part]) -> None:
+        asked: dict[ServedTask, list[tuple[int, int]]] = {}
+        found = [[""] * len(part.rows) for part in batch]
+        for number, part in enumerate(batch):
+            for place, (task, _) in enumerate(part.rows):
+                asked.setdefault(task, []).append((number, place))
+        for task, places in asked.items():
+            answers = generate_answers(
+                self._model, self._tokenizer, task.schema, [batch[number].rows[place][1] for number, place in places],
+                EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
+            )  # fmt: skip
+            for (number, place), answer in zip(places, answers, strict=True):
+                found[number][place] = answer
+        for part, answers in zip(batch, found, strict=True):
+            part.request.take(answers)
+
+
+class _InterruptedError(Exception):
+    """A batch is given up, as a swap waits: it is computed again."""
+
+
+@dataclass
+class _Request:
+    """The rows of one caller, and what became of them."""
+
+    rows: Sequence[Row]
+    is_given_up: Callable[[], bool]
+    asked: list[tuple[ServedTask, str]] = field(default_factory=list)
+    """The rows as the version `served` is asked them; none until it is their turn."""
+    answers: list[str] = field(default_factory=list)
+    """To the first rows."""
+    served: ServedVersion | None = None
+    version: str = ""
+    error: Exception | None = None
+    is_done: bool = False
+
+    def prepare(self, served: ServedVersion, version: str) -> bool:
+        """See that the rows fit the version; False: they do not, or there are none, so that the request is done."""
+        if self.served is None:
+            self.served, self.version = served, version
+            try:
+                self.asked = [served.asked(row, number) for number, row in enumerate(self.rows, 1)]
+            except ConfigError as error:
+                self.error = error
+            self.is_done = self.error is not None or not self.asked
+        return not self.is_done
+
+    def take(self, answers: Sequence[str]) -> None:
+        """Answers to the next rows."""
+        self.answers += answers
+        self.is_done = len(self.answers) == len(self.asked)
+
+    def end(self, error: Exception) -> None:
+        """It cannot be answered."""
+        self.error, self.is_done = error, True
+
+    def begin_again(self) -> None:
+        """Another version answers now."""
+        if not self.is_done:
+            self.asked, self.answers, self.served = [], [], None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a request that go into one batch."""
+
+    request: _Request
+    rows: Sequence[tuple[ServedTask, str]]

@@ -1,0 +1,213 @@
+"""The gate: may a new version become champion? A pure function of an evaluation and of limits, each with a veto."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+from deal_core.config import GateConfig
+from deal_core.evaluation.report import EvaluationReport
+from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
+
+_SLACK = 1e-9
+"""Accuracies are quotients of counts: 0.6 − 0.5 must not miss a floor of 10 points by a rounding error."""
+
+
+VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Veto:
+    """One limit that a version breaks."""
+
+    kind: VetoKind
+    task: str | None
+    """None: it is about the version as a whole."""
+    value: float | None
+    """What was measured, in the limit's unit: percent for a floor, points for a gain or drop, else a ratio."""
+    limit: float | None
+    message: str
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """Whether a version may become champion, and if not, every reason why."""
+
+    vetoes: tuple[Veto, ...]
+    notes: tuple[str, ...] = ()
+    """What the test rows were too few to tell, and losses beyond a limit that noise explains."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether nothing speaks against the version."""
+        return not self.vetoes
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Each veto in a sentence."""
+        return tuple(veto.message for veto in self.vetoes)
+
+
+def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
+    """Hold a version against its limits. All of them are checked, so that one run tells every reason.
+
+    Example:
+        >>> matrix = AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.45, parent_accuracy=None)
+        >>> report = EvaluationReport(task="a", accuracies={"a": 0.5}, parent_accuracies={}, base_accuracy=0.45,
+        ...                           parent_accuracy_new_task=None, num_rows={"a": 100}, matrix=matrix)
+        >>> decide(report, GateConfig(min_gain_points=10)).reasons
+        ("a: accuracy 50.0 % is below the floor of 55.0 % (base model's 45.0 % + 10.0 points).",)
+    """
+    drops = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
+    vetoes = [
+        *_below_floors(report, config), *_no_gain(report, config), *_drops(drops, config), *_mean_drop(drops, config),
+        *_general_ability(report, config), *_adapter(report, config),
+    ]  # fmt: skip
+    return GateDecision(tuple(vetoes), tuple(_notes(drops, config)))
+
+
+def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+    task, accuracy = report.task, report.accuracies[report.task]
+    known, whose = report.base_accuracy, "base model's"
+    if report.majority_rate is not None and report.majority_rate > known:  # a model that guesses has learned nothing
+        known, whose = report.majority_rate, "the commonest answer's"
+    gain, reachable = config.min_gain_points, 50 * (1 - known)  # of what is nearly all right, all cannot be asked
+    asked = f"{gain:.1f} points" if gain <= reachable else f"{reachable:.1f} points, half of what it lacks"
+    floors = {known + min(gain, reachable) / 100: f" ({whose} {_percent(known)} + {asked})"}
+    if config.min_accuracy is not None:
+        floors.setdefault(config.min_accuracy, "")
+    for floor, origin in floors.items():
+        if accuracy < floor - _SLACK:
+            message = f"{task}: accuracy {_percent(accuracy)} is below the floor of {_percent(floor)}{origin}."
+            yield Veto(kind="floor", task=task, value=100 * accuracy, limit=100 * floor, message=message)
+
+
+def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+    wanted, before, task = config.min_gain_over_champion_points, report.parent_accuracy_new_task, report.task
+    if wanted is None or before is None:
+        return
+    gain = 100 * (report.accuracies[task] - before)
+    paired = report.paired_drop(task)
+    shortfall = wanted - gain
+    noise = _noise(config.confidence, paired.standard_error) if paired else 0.0
+    if shortfall > noise + 100 * _SLACK:
+        yield Veto(
+            kind="gain", task=task, value=gain, limit=wanted,
+            message=f"{task}: accuracy {_percent(report.accuracies[task])} is {gain:+.1f} points from the champion's "
+                    f"{_percent(before)}, beyond noise; at least {wanted:+.1f} is asked.",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drop:
+    """An old task's loss against the champion, in points."""
+
+    task: str
+    before: float
+    after: float
+    num_rows: int
+    paired: PairedDrop | None
+    is_clear: bool
+    """It is more than noise explains; without the parent's outcomes it is taken as measured."""
+
+    @classmethod
+    def of(cls, report: EvaluationReport, task: str, confidence: float) -> _Drop:
+        paired = report.paired_drop(task)
+        return cls(
+            task=task, before=report.parent_accuracies[task], after=report.accuracies[task],
+            num_rows=report.num_rows.get(task, 0), paired=paired,
+            is_clear=paired is None or paired.lower_bound(confidence) > 0,
+        )  # fmt: skip
+
+    @property
+    def points(self) -> float:
+        return 100 * (self.before - self.after)
+
+    @property
+    def said(self) -> str:
+        return f"{self.task}: accuracy fell by {self.points:.1f} points, from {_percent(self.before)} to " \
+               f"{_percent(self.after)}"
+
+
+def _drops(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
+    for drop in drops:
+        if drop.points > config.max_drop_points + 100 * _SLACK and drop.is_clear:
+            yield Veto(
+                kind="drop", task=drop.task, value=drop.points, limit=config.max_drop_points,
+                message=f"{drop.said}; the limit is {config.max_drop_points:.1f} points.",
+            )  # fmt: skip
+
+
+def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
+    limit = config.max_mean_drop_points
+    if limit is None or len(drops) < 2:
+        return
+    mean = sum(drop.points for drop in drops) / len(drops)
+    variance = sum(drop.paired.standard_error ** 2 for drop in drops if drop.paired)
+    noise = _noise(config.confidence, variance ** 0.5 / len(drops))
+    if mean > limit + 100 * _SLACK and mean > noise:
+        yield Veto(
+            kind="mean_drop", task=None, value=mean, limit=limit,
+            message=f"The {len(drops)} old tasks fell by {mean:.1f} points on average; the limit is {limit:.1f}.",
+        )  # fmt: skip
+
+
+def _general_ability(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+    limit, now, before = config.max_perplexity_ratio, report.perplexity, report.base_perplexity
+    if limit is None or now is None or not before:
+        return
+    ratio = now / before
+    if not ratio <= limit:
+        yield Veto(
+            kind="general_ability", task=None, value=ratio, limit=limit,
+            message=f"General ability: perplexity of plain English is {now:.1f}, {ratio:.2f} times the base model's "
+                    f"{before:.1f}; the limit is {limit:.2f} times.",
+        )  # fmt: skip
+
+
+def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
+    facts = report.adapter
+    if facts is None:
+        return
+    if not facts.is_changed:
+        yield _of_adapter("The adapter is byte for byte that of the version it continues: nothing was learned.")
+    if facts.norm is None or not math.isfinite(facts.norm):
+        yield _of_adapter("The adapter holds numbers that are not finite.")
+    elif facts.norm == 0:
+        yield _of_adapter("The adapter is empty: it changes nothing of the base model.", 0.0)
+    elif config.max_norm_ratio is not None and facts.parent_norm:
+        ratio = facts.norm / facts.parent_norm
+        if not 1 / config.max_norm_ratio <= ratio <= config.max_norm_ratio:
+            yield _of_adapter(
+                f"The adapter's norm {facts.norm:.3g} is {ratio:.2f} times that of the version it continues; it may be "
+                f"{1 / config.max_norm_ratio:.2f} to {config.max_norm_ratio:.2f} times.", ratio, config.max_norm_ratio,
+            )  # fmt: skip
+
+
+def _of_adapter(message: str, value: float | None = None, limit: float | None = None) -> Veto:
+    return Veto(kind="adapter", task=None, value=value, limit=limit, message=message)
+
+
+def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
+    for drop in drops:
+        if drop.paired is None:
+            yield f"{drop.task}: the champion's answers were not kept; its drop is judged as measured, noise and all."
+            continue
+        clear = smallest_clear_drop(drop.num_rows, config.confidence)
+        if clear is None or clear > max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK:
+            told = "no drop" if clear is None else f"a drop only from {clear:.1f} points on"
+            yield (f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
+                   f"{config.max_drop_points:.1f}.")  # fmt: skip
+        if drop.points > config.max_drop_points + 100 * _SLACK and not drop.is_clear:
+            yield f"{drop.said}: over the limit, but within the noise of {drop.num_rows} test rows."
+
+
+def _noise(confidence: float, standard_error: float) -> float:
+    return NormalDist().inv_cdf(confidence) * standard_error
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,278 @@
+"""Generate answers and score them: greedy, batched by length, stopped at each answer's end."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from deal_core.config import EvaluateConfig
+from deal_core.data.collate import pad_batch
+from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.metrics import outcomes_of, rouge1
+
+OnProgress = Callable[[int], None]
+LanguageModel = PreTrainedModel | PeftModel
+MIN_PREFIX = 8
+"""Prompts that share fewer first tokens are read whole."""
+MAX_LOGIT_BYTES = 2**30
+"""Of a batch's answers: with a vocabulary of 128,000 the logits of a hundred answers of 50 tokens would take five times
+as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation:
+    """One model's answers to a task's test rows.
+
+    Attributes:
+        task: Name of the task.
+        accuracy: Share of exact matches after strip and case-fold, 0 to 1.
+        rouge1: Mean unigram F1 of answer and reference.
+        num_rows: Test rows.
+        majority_rate: Share of the commonest reference: what a constant answer scores.
+        answers: The generated answers, in the rows' order.
+        outcomes: 1 for each row that was answered right, else 0, in the rows' order.
+    """
+
+    task: str
+    accuracy: float
+    rouge1: float
+    num_rows: int
+    majority_rate: float
+    answers: tuple[str, ...]
+    outcomes: str
+
+
+def evaluate_task(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> TaskEvaluation:
+    """Answer every row's input and compare with its output."""
+    references = list(rows["output"])
+    answers = generate_answers(
+        model,
+        tokenizer,
+        task,
+        list(rows["input"]),
+        config,
+        max_prompt_tokens=max_prompt_tokens,
+        on_progress=on_progress,
+    )
+    num_rows = len(references)
+    pairs = list(zip(answers, references, strict=True))
+    outcomes = outcomes_of(answers, references)
+    commonest = Counter(reference.strip().casefold() for reference in references).most_common(1)
+    return TaskEvaluation(
+        task=task.name,
+        accuracy=outcomes.count("1") / num_rows if num_rows else 0.0,
+        rouge1=sum(rouge1(a, r) for a, r in pairs) / num_rows if num_rows else 0.0,
+        num_rows=num_rows,
+        majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
+        answers=tuple(answers),
+        outcomes=outcomes,
+    )
+
+
+def count_too_long(
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, references: Sequence[str], max_new_tokens: int
+) -> int:
+    """Count the references that have more tokens than an answer may have: no answer can match them."""
+    return sum(
+        len(encode_answer(tokenizer, task, each, max_new_tokens + 2)) > max_new_tokens + 1  # with the end token
+        for each in references
+    )
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> list[str]:
+    """Generate one greedy answer per input, in the inputs' order.
+
+    Args:
+        model: The base model, or it with an adapter on.
+        tokenizer: The base model's.
+        task: How an input becomes a prompt.
+        inputs: One per row.
+        config: Size of batches and length of answers.
+        max_prompt_tokens: A longer prompt loses the end of its text.
+        on_progress: Called with the number of rows just answered.
+
+    Example:
+        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
+    """
+    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    answers = [""] * len(prompts)
+    limit = answer_limit(tokenizer, task, config)
+    for batch, tokens, _ in generate(model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens):
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text.strip()
+        if on_progress is not None:
+            on_progress(len(batch))
+    return answers
+
+
+class Generated(NamedTuple):
+    """The answers to a batch of prompts."""
+
+    batch: list[int]
+    """Numbers of the prompts."""
+    tokens: list[list[int]]
+    """New tokens of each; an end token and padding may follow the answer."""
+    logits_BKV: Tensor | None
+    """What each token was chosen from, where that was asked for."""
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    max_batch_tokens: int,
+    with_logits: bool = False,
+) -> Iterator[Generated]:
+    """Continue prompts greedily, in batches of similar length; what all prompts begin with is computed once.
+
+    Args:
+        model: In evaluation mode afterwards.
+        tokenizer: Its padding and end tokens are used.
+        prompts: Token ids of each.
+        max_new_tokens: Most tokens of an answer.
+        max_batch_tokens: Most tokens of a batch's prompts, padding included.
+        with_logits: Whether the logits are kept: 8·V bytes for every new token of a batch (they are there once in a
+            list, once stacked), MAX_LOGIT_BYTES at most.
+    """
+    model.eval()
+    prefix = _read_prefix(model, prompts)
+    max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
+    for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
+        chosen = [prompts[i] for i in batch]
+        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
+
+
+@torch.inference_mode()
+def first_answer_logits(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
+) -> Tensor:
+    """Logits of the first answer token, shape (vocabulary,), as fp32: what `generate_answers` starts from."""
+    model.eval()
+    input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=_device(model))
+    if model.config.is_encoder_decoder:
+        start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
+        logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
+    else:
+        logits = model(input_ids=input_ids, logits_to_keep=1).logits  # one row: nothing is copied
+    return logits[0, -1].float()
+
+
+def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
+    """A labelled task's answers end one token after its longest label: room to end, or to be seen going on.
+
+    An answer of that label which goes on after white space of one token counts as ended.
+    """
+    if not task.labels:
+        return config.max_new_tokens
+    longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    return min(config.max_new_tokens, longest + 1)
+
+
+def _batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
+    """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        size = min(max_rows, max(1, max_tokens // max(1, lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+class _Prefix(NamedTuple):
+    """Tokens that all prompts begin with, and their keys and values; no tokens where nothing is shared."""
+
+    length: int
+    cache: Cache | None
+
+
+def _read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> _Prefix:
+    """An old task's instruction and options stand before every text: read them once, not once a row."""
+    if model.config.is_encoder_decoder or len(prompts) < 2:
+        return _Prefix(0, None)
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these share, all between them share
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
+    if len(shared) < MIN_PREFIX:
+        return _Prefix(0, None)
+    cache = model(input_ids=torch.tensor([shared], device=_device(model)), use_cache=True, logits_to_keep=1).cache
+    # a sliding window would count the padding behind the prefix, and a recurrent state would read it
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return _Prefix(0, None)
+    return _Prefix(len(shared), cache)
+
+
+def _generate(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prefix: _Prefix,
+    with_logits: bool,
+) -> tuple[list[list[int]], Tensor | None]:
+    is_seq2seq = model.config.is_encoder_decoder
+    input_ids, mask = pad_batch(
+        [prompt[prefix.length :] for prompt in prompts],
+        int(tokenizer.pad_token_id or 0),
+        side="right" if is_seq2seq else "left",
+    )
+    # as an index, not as the number that generate fills in: see answer_logits
+    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
+    if prefix.cache is not None:
+        shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
+        input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
+        more["cache"] = copy.deepcopy(prefix.cache)
+        more["cache"].batch_repeat_interleave(len(prompts))
+    output = cast(GenerationMixin, model).generate(
+        input_ids=input_ids.to(_device(model)),
+        attention_mask=mask.to(_device(model)),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=with_logits,
+        **more,
+    )
+    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
+    new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
+    return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

@@ -1,0 +1,189 @@
+"""A base model without its weights: built on PyTorch's meta device from its config, and measured.
+
+Nothing is allocated: parameters and activations have shapes and no content. So whatever transformers can build can be
+sized, with no arithmetic of ours per architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from deal_core.adapter.stack import collect_stacks
+from deal_core.adapter.state import attach_adapter
+from deal_core.base_model import cpu_attention as attention
+from deal_core.config import AdapterConfig
+from deal_core.data.collate import answer_loss
+from deal_core.errors import ConfigError
+from deal_core.planning.memory import ActivationSize, BatchShape, ModelSize
+
+FUSED, PRODUCTS = "sized_fused", "sized_products"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LAYER_COUNTS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
+    """Return the sizes of the model that a config describes, and of the modules that carry the adapter.
+
+    Args:
+        config: A transformers config.
+        adapter: Shape of the adapter; `target_modules` None takes the model type's own.
+
+    Raises:
+        ConfigError: transformers cannot build the model, or the adapter does not fit it.
+    """
+    model = _empty_model(config, "fp32")
+    parameters = _count_by_kind(model)
+    with torch.device("meta"):
+        stacks = collect_stacks(attach_adapter(model, adapter, seed=0))
+    modules = tuple(
+        (b.shape[0], a.shape[1]) for stack in stacks for a, b in zip(stack.a_params, stack.b_params, strict=True)
+    )
+    num_heads = int(config.num_attention_heads)
+    head_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // num_heads
+    return ModelSize(
+        model_type=str(config.model_type), parameters=parameters, num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size), attention_size=num_heads * int(head_size),
+        intermediate_size=int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 0)
+                              or 4 * config.hidden_size),
+        num_heads=num_heads, vocab_size=int(config.vocab_size), modules=modules,
+    )  # fmt: skip
+
+
+def measure_activations(
+    config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, *, on_cpu: bool
+) -> ActivationSize:
+    """Return the bytes that autograd keeps of one batch, by running the trainer's own forward pass on the meta device.
+
+    The model is built with two layers and with three: what they differ in is a layer's share, and the rest is common.
+    No scores of attention are kept. A CPU keeps queries, keys and values of the models that `deal_core.base_model.cpu_attention`
+    serves; elsewhere PyTorch's fused attention keeps its output too, and keys and values once for every query head,
+    since transformers repeats them where there is a mask.
+
+    Raises:
+        ConfigError: The model's forward pass looks at the content of its tensors, which are empty here (some mixtures
+            of experts do); its weights can be sized, its activations cannot.
+    """
+    name = PRODUCTS if on_cpu and config.model_type in attention.MODEL_TYPES else FUSED
+    two, three = (_kept_bytes(_with_layers(config, count), adapter, batch, precision, name) for count in (2, 3))
+    layer = three - two
+    width = DTYPES[precision].itemsize * int(config.hidden_size)
+    num_stacks = 2 if getattr(config, "is_encoder_decoder", False) else 1
+    return ActivationSize(
+        layer=layer, rest=max(0, two - 2 * layer), boundary=num_stacks * batch.num_rows * batch.num_tokens * width
+    )
+
+
+def _empty_model(config: Any, precision: str, **options: Any) -> Any:
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    try:
+        with init_empty_weights(include_buffers=True):
+            model = auto_class.from_config(config, dtype=DTYPES[precision], trust_remote_code=False, **options)
+    except Exception as error:  # a config can be wrong in many ways
+        raise ConfigError(
+            f"transformers cannot build a {getattr(config, 'model_type', 'model')} from its config "
+            f"({type(error).__name__}: {error}). Give a causal or sequence-to-sequence language model of an "
+            "architecture that transformers itself knows."
+        ) from error
+    return model.requires_grad_(False)
+
+
+def _count_by_kind(model: nn.Module) -> dict[str, int]:
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    head = id(output.weight) if isinstance(output, nn.Linear) else None
+    counts = dict.fromkeys(("linear layers", "embeddings", "output layer", "norms and biases"), 0)
+    for parameter in model.parameters():  # tied ones come once
+        kind = "linear layers" if parameter.ndim > 1 else "norms and biases"
+        if id(parameter) in embeddings:
+            kind = "embeddings"
+        elif id(parameter) == head:
+            kind = "output layer"
+        counts[kind] += parameter.numel()
+    return counts
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    shallow = copy.deepcopy(config)
+    for name in _LAYER_COUNTS:
+        if getattr(shallow, name, None) is not None:
+            setattr(shallow, name, count)
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:count]
+    return shallow
+
+
+def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, attention_name: str) -> int:
+    """Bytes of all tensors that autograd saves of one forward pass, apart from the model's own."""
+    for name, attend in ((FUSED, _attend_fused), (PRODUCTS, _attend_products)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    options = {} if seq2seq else {"attn_implementation": attention_name}
+    model = _empty_model(config, precision, **options)
+    saved: dict[int, Tensor] = {}
+    with torch.device("meta"):
+        adapted = attach_adapter(model, adapter, seed=0)
+        own = {t.untyped_storage()._cdata for t in (*adapted.parameters(), *adapted.buffers())}
+
+        def keep(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                answer_loss(adapted, _empty_batch(batch, is_seq2seq=seq2seq))
+        except Exception as error:  # whatever an architecture does with the content of its tensors
+            raise ConfigError(
+                f"The activations of a {config.model_type} cannot be sized without its weights "
+                f"({type(error).__name__})."
+            ) from error
+    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
+
+
+def _empty_batch(batch: BatchShape, *, is_seq2seq: bool) -> dict[str, Tensor]:
+    """A batch as `AnswerCollator` makes it, without content."""
+    rows, tokens, answer = batch.num_rows, batch.num_tokens, batch.num_answer_tokens
+    labels = torch.zeros(rows, answer, dtype=torch.long)
+    if is_seq2seq:
+        return {"input_ids": torch.zeros(rows, tokens - answer, dtype=torch.long), "labels": labels}
+    input_ids = torch.zeros(rows, tokens, dtype=torch.long)
+    # a mask of four dimensions is taken as it is: to make one, its content would be looked at
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": input_ids, "labels": labels}
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps what it is given, and its output if asked to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps_output: bool
+    ) -> Tensor:
+        output = torch.empty_like(query[..., : value.shape[-1]])
+        ctx.save_for_backward(query, key, value, mask, *([output] if keeps_output else []))
+        return output
+
+
+def _attend_products(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    output: Tensor = _Kept.apply(query, key, value, attention_mask, False)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    num_repeats = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
+    output: Tensor = _Kept.apply(query, key, value, attention_mask, True)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2).contiguous(), None

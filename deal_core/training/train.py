@@ -1,0 +1,277 @@
+"""Train one adapter on one task, whatever the strategy; resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.base_model.load import BaseModel
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.collate import encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
+from deal_core.strategies import make_strategy, strategy_class
+from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.training.trainer import AdapterTrainer, find_checkpoint
+
+OnLog = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a training run did.
+
+    Attributes:
+        num_steps: Optimiser steps of the whole run, those before a resume included.
+        seconds: Wall time of this call's training loop.
+        rows_per_second: Training rows per second in this call.
+        losses: (step, mean loss per answer token) of every step, those before a resume included.
+        resumed_from_step: The checkpoint's step when the run was continued, else None.
+        fill: Share of each module's slots that the trained adapter uses.
+        notes: What a person should know about how the task was learned.
+    """
+
+    num_steps: int
+    seconds: float
+    rows_per_second: float
+    losses: tuple[tuple[int, float], ...]
+    resumed_from_step: int | None
+    fill: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def train_adapter(
+    base: BaseModel,
+    *,
+    parent_folder: Path | None,
+    rows: Dataset,
+    task: TaskSchema,
+    strategy: str,
+    adapter: AdapterConfig,
+    method: MethodConfig,
+    train: TrainConfig,
+    output_folder: Path,
+    checkpoint_folder: Path,
+    old_tasks: Sequence[TaskSchema] = (),
+    joined: Sequence[tuple[TaskSchema, Dataset]] = (),
+    on_log: OnLog | None = None,
+) -> TrainingResult:
+    """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
+
+    Called again with the same arguments after it died, it goes on from the last complete checkpoint.
+
+    Args:
+        base: The base model; it is bare again when this returns.
+        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
+        rows: Training rows with columns input and output.
+        task: How a row becomes a prompt.
+        strategy: Name of the strategy.
+        adapter: Shape of a new adapter; a parent's keeps its own.
+        method: Settings of the strategies; each reads its own part.
+        train: How long and how fast.
+        output_folder: Gets the PEFT folder and the method's state.
+        checkpoint_folder: Gets the checkpoints.
+        old_tasks: What the parent has learned, in order: instructions and labels, never rows.
+        joined: Further tasks with their rows, learned in the same run; for joint training.
+        on_log: Called after every optimiser step with the step and its loss and gradient norm; after a resume first
+            for the steps before it.
+
+    Raises:
+        DataValidationError: There is no row to train on.
+        ConfigError: This is not one of `train.num_processes` processes; `deal_core.ranks` starts them.
+        AdapterStateError: The parent's adapter does not fit the base.
+    """
+    if len(rows) == 0:
+        raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
+    num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
+    args = training_arguments(train, checkpoint_folder, num_rows)
+    if args.world_size != train.num_processes:
+        raise ConfigError(
+            f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
+            "processes itself, and everything else trains in one."
+        )
+    if not base.is_quantized:  # what is quantized is where it shall be, and cannot be moved
+        base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
+    parent_state = None if parent_folder is None else load_method_state(parent_folder)
+    inherited = parent_state
+    if parent_state is not None and parent_state.strategy != strategy:
+        inherited = replace(parent_state, tensors=parent_state.stored_rows)  # the rest means nothing to this strategy
+    if parent_folder is None:
+        model = attach_adapter(base.model, adapter, seed=train.seed)
+    else:
+        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
+        model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
+    try:
+        encoded = concatenate_datasets([
+            encode_rows(
+                each_rows, base.tokenizer, each,
+                max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+            )
+            for each, each_rows in ((task, rows), *joined)
+        ])  # fmt: skip
+        context = TaskContext(
+            base=base, task=task, rows=rows, encoded=encoded, old_tasks=tuple(old_tasks), adapter=adapter, train=train
+        )
+        learner = make_strategy(strategy, method, train.seed)
+        learner.prepare(model, inherited, context)
+        trainer = AdapterTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded,
+            data_collator=context.collator(),
+            strategy=learner,
+            group_by_length=train.group_by_length,
+        )
+        trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
+        with trainer.accelerator.main_process_first():  # it removes what does not count
+            checkpoint = find_checkpoint(checkpoint_folder)
+        started = time.perf_counter()
+        trainer.run(checkpoint)
+        seconds = time.perf_counter() - started
+        state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
+        if args.process_index == 0:
+            save_adapter(model, output_folder, state, base_name=base.name)
+        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train))
+        return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
+    finally:
+        model.unload()
+
+
+def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
+    """What a change of strategy let go, for people."""
+    if parent is None:
+        return
+    if parent.stored_rows and not state.stored_rows:
+        yield (
+            f"the rows kept of {len(parent.stored_rows)} earlier arrivals are gone: {state.strategy} with these "
+            "settings keeps none"
+        )
+    if parent.strategy != state.strategy and parent.tensors.keys() - parent.stored_rows.keys():
+        yield f"what {parent.strategy} kept beside the parent's adapter is gone: {state.strategy} cannot use it"
+
+
+def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
+    """What was too long; answers of all the length that there is have as a rule lost their end."""
+    if num_prompts := sum(encoded["is_prompt_cut"]):
+        yield (
+            f"{num_prompts} of {len(encoded)} training prompts are longer than train.max_prompt_tokens "
+            f"({train.max_prompt_tokens}): the end of their text, or a chat's oldest turns, was left out"
+        )
+    num_answers = sum(len(answer_ids) == train.max_answer_tokens for answer_ids in encoded["answer_ids"])
+    if num_answers:
+        yield (
+            f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
+            f"({train.max_answer_tokens}): what is longer was cut"
+        )
+
+
+def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
+    """Translate our settings into transformers' own."""
+    save_steps = train.checkpoint_steps
+    args = TrainingArguments(
+        output_dir=str(checkpoint_folder),
+        per_device_train_batch_size=train.batch_size // train.num_processes,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=train.max_grad_norm,
+        num_train_epochs=train.num_epochs,
+        max_steps=train.max_steps or -1,
+        logging_steps=1,
+        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
+        save_steps=max(save_steps, 1),
+        save_total_limit=2,
+        seed=train.seed,
+        gradient_checkpointing=train.gradient_checkpointing,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    if args.device.type == "cuda":  # a process trains on one device; Trainer would spread the batch over all it sees
+        args._n_gpu = 1
+    return args
+
+
+class _WatchSteps(TrainerCallback):
+    """Passes on what every step found, and ends a training that diverged.
+
+    A step's figures come before its checkpoint, so none holds what no later step could mend.
+    """
+
+    def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
+        self._on_log = on_log
+        self._checkpoint_folder = checkpoint_folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """After a resume, say again what a killed process may not have passed on."""
+        for logs in state.log_history:
+            self._report(int(logs["step"]), logs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # a step too large may have come before
+                raise TrainingDivergedError(
+                    f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
+                    f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
+                )
+        self._report(state.global_step, logs or {})
+
+    def _report(self, step: int, logs: Mapping[str, float]) -> None:
+        if self._on_log is not None and "loss" in logs:
+            self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
+
+
+def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
+    """Rows that the first `step` optimiser steps have seen: the last step of an epoch takes what is left."""
+    epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
+    return epochs * num_rows + steps * rows_per_step
+
+
+def _summarise(
+    trainer: AdapterTrainer,
+    num_rows: int,
+    seconds: float,
+    checkpoint: Path | None,
+    fill: Mapping[str, float],
+    notes: tuple[str, ...],
+) -> TrainingResult:
+    state, args = trainer.state, trainer.args
+    resumed_from = None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seen, before = (_rows_until(step, num_rows, rows_per_step) for step in (state.global_step, resumed_from or 0))
+    return TrainingResult(
+        num_steps=state.global_step,
+        seconds=seconds,
+        rows_per_second=(seen - before) / seconds if seconds > 0 else 0.0,
+        losses=tuple((int(log["step"]), float(log["loss"])) for log in state.log_history if "loss" in log),
+        resumed_from_step=resumed_from,
+        fill=fill,
+        notes=notes,
+    )
+
+
+__all__ = ["OnLog", "TrainingResult", "train_adapter", "training_arguments"]

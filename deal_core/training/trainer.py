@@ -1,0 +1,168 @@
+"""A thin subclass of transformers' Trainer: answer-only logits, a strategy's hooks, checkpoints that resume exactly.
+
+Gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_loss
+from deal_core.errors import ConfigError
+from deal_core.strategies.strategy import Strategy
+from deal_core.training.ranks_step import require_in_step
+
+STRATEGY_TENSORS = "strategy.safetensors"
+COMPLETE = "COMPLETE"
+
+
+class AdapterTrainer(Trainer):
+    """Runs Trainer's loop with a strategy's parameters in the optimiser.
+
+    Order at every optimiser step: micro-batches as in plain LoRA → loss of the rehearsal → strategy.before_step
+    (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
+    AdamW → strategy.after_step.
+
+    Several processes each take their share of every batch and of the rehearsal, with the gradients of the factors
+    averaged among them; from before_step on all do the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        strategy: Strategy,
+        group_by_length: bool,
+        **kwargs: Any,
+    ) -> None:
+        self._lengths = list(train_dataset["length"])
+        if args.world_size > 1:
+            train_dataset = add_blank_row(train_dataset)
+        super().__init__(args=args, train_dataset=train_dataset, **kwargs)
+        if self.args.fp16:
+            raise ConfigError("fp16 with loss scaling cannot train this method; use bf16 or fp32.")
+        self.strategy = strategy
+        self._rehearsal = strategy.rehearsal()
+        self._group_by_length = group_by_length
+        # the loss below is a sum over tokens divided by the tokens of the whole accumulated batch
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_StepStrategy(strategy))
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint when one is given.
+
+        Raises:
+            AdapterStateError: The processes did not end with the same parameters.
+        """
+        if checkpoint is not None and (checkpoint / STRATEGY_TENSORS).is_file():
+            self.strategy.restore(load_file(checkpoint / STRATEGY_TENSORS))
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if self.args.world_size > 1:
+            require_in_step(self.strategy.parameters())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        num_rows, num_processes = len(self._lengths), self.args.world_size
+        return BucketSampler(
+            self._lengths, self.args.train_batch_size * num_processes, self.args.seed,
+            group_by_length=self._group_by_length, blank=num_rows if num_processes > 1 else None,
+        )  # fmt: skip
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the strategy's parameters, which may live outside the model."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=0.0
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy of the answer's tokens; logits are computed for their positions alone."""
+        loss_sum = answer_loss(model, inputs)
+        if num_items_in_batch is None:
+            loss = loss_sum / inputs["labels"].ne(IGNORED).sum()
+        else:
+            loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; at the last of a step the gradients become those of the strategy's parameters."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            if self._rehearsal is not None:
+                rehearsed = self._rehearsal.loss(
+                    self.model_wrapped, self.state.global_step,
+                    rank=self.args.process_index, num_processes=self.args.world_size,
+                )  # fmt: skip
+                if rehearsed is not None:
+                    torch.autograd.backward(rehearsed)
+            self.strategy.before_step()
+            penalty = self.strategy.penalty()
+            if penalty is not None:
+                torch.autograd.backward(penalty)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self.accelerator.clip_grad_norm_(self.strategy.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is not None:
+            return grad_norm
+        # clipping is off: report the norm all the same
+        return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes a file of its own
+        if not self.args.should_save:
+            return
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        tensors = self.strategy.checkpoint()
+        if tensors:
+            save_file(
+                {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+                folder / STRATEGY_TENSORS,
+            )
+        (folder / COMPLETE).touch()  # written last: a folder without it does not count
+
+
+class _StepStrategy(TrainerCallback):
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._strategy.after_step()
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint; remove those that a killed process left half-written."""
+    if not folder.is_dir():
+        return None
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / COMPLETE).is_file():
+            found.append((int(path.name.rsplit("-", 1)[1]), path))
+        else:
+            shutil.rmtree(path)
+    return max(found)[1] if found else None

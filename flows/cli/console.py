@@ -1,0 +1,133 @@
+"""What a command shows while it works: one line per finished stage, a bar for the one that runs, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from deal_core.errors import DealError
+from deal_core.masking import without_known_secrets_inside, without_secrets
+from deal_core.printable import printable, printable_json
+
+WIDTH = 120
+"""Of tables that go to a file or a pipe."""
+
+
+MAX_ERROR_CHARS = 2000
+"""Of an error on one line: what a library says can hold a whole file."""
+
+
+class _Terminal(Console):
+    """A console on which what is shown has no effect but to be read."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text for the screen: cells of tables too come this way."""
+        return super().render_str(printable(text), **options)
+
+
+class Screen:
+    """The terminal of one command. Results go to stdout; progress, remarks and errors to stderr.
+
+    Bars are drawn only where stdout and stderr are terminals; with `as_json` nothing but the result is printed.
+    It is a `tasks.progress.Reporter`, so a flow can report to it.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.out = _Terminal(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+        self.err = _Terminal(stderr=True, highlight=False, emoji=False)
+        self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+
+    # --- reporter of a run ---
+
+    def stage_started(self, stage: str) -> None:
+        """Show a bar for the stage, without a total as yet."""
+        if self._progress is None:
+            return
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+        self._bar = self._progress.add_task(printable(stage), total=None, detail="")
+
+    def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
+        """Move the bar."""
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(
+                self._bar, description=printable(stage), completed=done, total=total, detail=printable(detail)
+            )
+
+    def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
+        """Replace the bar by a line."""
+        if self._progress is not None and self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(without_secrets(detail))}")
+
+    def said(self, message: str) -> None:
+        """Print a line."""
+        self._line(escape(without_secrets(message)))
+
+    # --- what commands call ---
+
+    def heading(self, text: str) -> None:
+        """A line that starts a part of the output."""
+        self._line(f"[bold]{escape(text)}[/]")
+
+    @contextmanager
+    def working(self, doing: str = "") -> Iterator[None]:
+        """Draw bars for the stages reported inside; `doing` is shown until the first one begins."""
+        if not self.draws:
+            yield
+            return
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
+            TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
+        )  # fmt: skip
+        with Progress(*columns, console=self.err, transient=True) as self._progress:
+            if doing:
+                self.stage_started(doing)
+            try:
+                yield
+            finally:
+                self._bar = None
+        self._progress = None
+
+    def result(self, value: Any, *shown: RenderableType) -> None:
+        """Print a command's result: `value` as JSON for machines, else what is `shown` for people."""
+        if self.as_json:
+            text = json.dumps(without_known_secrets_inside(value), ensure_ascii=False, indent=2, allow_nan=False)
+            sys.stdout.write(printable_json(text) + "\n")
+            return
+        for renderable in shown:
+            self.out.print(renderable, soft_wrap=isinstance(renderable, str))
+
+    def error(self, message: str) -> None:
+        """One line on stderr that says what went wrong and what to do."""
+        message = without_secrets(message)
+        if self.as_json:
+            sys.stderr.write(printable_json(json.dumps({"error": message}, ensure_ascii=False)) + "\n")
+        else:
+            self.err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+
+    def _line(self, markup: str) -> None:
+        if self.as_json:
+            return
+        console = self._progress.console if self._progress is not None else self.err
+        console.print(markup)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, on one line and without secrets; one that is not ours with its kind."""
+    message = without_secrets(" ".join(printable(str(error)).split()))
+    if len(message) > MAX_ERROR_CHARS:
+        message = f"{message[: MAX_ERROR_CHARS - 1]}…"
+    return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

@@ -1,0 +1,197 @@
+"""The demo: three example domains arrive one after another, and one adapter learns each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import ConfigError
+from deal_core.evaluation.metrics import AccuracyMatrix
+from flows.results import AdaptResult, Scores
+from flows.watch import WatchResult, watch
+from infra.report.result import result_figure
+from infra.report.style import save_png
+from infra.store.base import ObjectStore
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.inbox.listing import INBOX, TASK_FILE
+from tasks.lineage.record import read_record
+from tasks.progress import reporter
+from tasks.spec import AdaptSpec, LineageSpec, TaskFields, parse, read_spec
+
+ORDER = ("bank", "clinic", "parcels")
+POLL_SECONDS = 0.2
+
+
+class LineageOutcome(BaseModel):
+    """What one lineage of the demo came to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    strategy: str
+    champion: str | None
+    """Its version that serves; None: nothing passed the gate."""
+    matrix: dict[str, Any] | None
+    """The newest version's accuracy matrix, whether the gate accepted it or not."""
+    scores: Scores | None
+    runs: tuple[AdaptResult, ...]
+    refused: tuple[str, ...]
+    """What was said of files that could not be used."""
+
+
+class DemoResult(BaseModel):
+    """The end of the demo."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcomes: tuple[LineageOutcome, ...]
+    picture: Path | None = None
+    """The PNG with the accuracy matrix; None: nothing passed the gate."""
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the gate rejected a version of the lineage that the demo is about."""
+        return any(run.rejected for run in self.outcomes[0].runs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a file was refused or its run failed."""
+        return any(outcome.refused for outcome in self.outcomes)
+
+
+async def run_demo(
+    *, picture: Path, compare: bool, base_model: str | None = None, examples: Path | None = None
+) -> DemoResult:
+    """Let the example domains land in the inbox one by one, and watch it.
+
+    Args:
+        picture: where the picture of the result (PNG) goes.
+        compare: the same arrivals also through plain continued LoRA, in a lineage of its own.
+        base_model: instead of the examples' own.
+        examples: folder of the example domains, instead of the project's own.
+
+    Raises:
+        ConfigError: the examples are not there, the picture cannot be written, or the inbox has other files where
+            the demo's would go.
+    """
+    _make_room(picture)
+    folder = examples or _examples_folder()
+    specs = [_read_example(folder / name) for name in ORDER]
+    lineages = [_lineage_of(specs[0], "demo", "deal", base_model)]
+    if compare:
+        lineages.append(_lineage_of(specs[0], "demo-seq-lora", "seq_lora", base_model))
+    store = current_store()
+    watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
+    files = {spec.task.name: _files_of(spec) for spec in specs}
+    _refuse_foreign(store, files.values())
+    _clear(store, files.values())  # of what a demo that was stopped has left
+    for number, spec in enumerate(specs, start=1):
+        reporter().said(f"\nArrival {number} of {len(specs)}: {spec.task.name}")
+        for key, content in files[spec.task.name].items():
+            store.put_bytes(key, content)
+        for lineage in lineages:
+            if compare:
+                reporter().said(f"Lineage {lineage.lineage} ({lineage.strategy})")
+            watched[lineage.lineage].append(
+                await watch(lineage, tasks=(spec.task.name,), once=True, poll_seconds=POLL_SECONDS)
+            )
+    _clear(store, files.values())  # other lineages that watch this inbox shall not learn the demo
+    outcomes = tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages)
+    return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
+
+
+def _examples_folder() -> Path:
+    """Installed, the examples lie beside the flows; in a checkout, beside the packages."""
+    installed = Path(__file__).parents[1] / "examples"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
+
+
+def _read_example(folder: Path) -> AdaptSpec:
+    if not folder.is_dir():
+        raise ConfigError(f"The demo's example data is not in {folder}; install the project again, or use a checkout.")
+    return read_spec(folder / "spec.yaml")
+
+
+def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | None) -> LineageSpec:
+    values = {name: getattr(spec, name) for name in LineageSpec.model_fields}
+    changed = {"lineage": lineage, "strategy": strategy, "base_model": base_model or spec.base_model}
+    return parse(LineageSpec, {**values, **changed}, "options")
+
+
+def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:
+    registry = open_registry()
+    champion = registry.champion(lineage.lineage)
+    newest = registry.versions(lineage.lineage)[-1:]  # rejected or not: lineages are compared on the same arrivals
+    matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
+    return LineageOutcome(
+        lineage=lineage.lineage,
+        strategy=lineage.strategy,
+        champion=champion.version if champion else None,
+        matrix=matrix.to_json() if matrix else None,
+        scores=Scores.of(matrix) if matrix else None,
+        runs=tuple(run for result in watched for run in result.runs),
+        refused=tuple(
+            seen.message for result in watched for seen in result.files if seen.outcome in ("refused", "failed")
+        ),
+    )
+
+
+def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
+    """An example's files by key, in the order a user would put them: what is known of the task, then its rows."""
+    folder = f"{INBOX}/{spec.task.name}"
+    data, test_data = Path(spec.task.data), spec.task.test_data and Path(spec.task.test_data)
+    fields = TaskFields(**spec.task.given()).model_dump(mode="json", exclude_unset=True)
+    files = {}
+    if test_data:
+        fields["test_data"] = test_data.name
+        files[f"{folder}/{test_data.name}"] = test_data.read_bytes()
+    task_file = yaml.safe_dump(fields, allow_unicode=True, sort_keys=False).encode()
+    return {f"{folder}/{TASK_FILE}": task_file, **files, f"{folder}/{data.name}": data.read_bytes()}
+
+
+def _refuse_foreign(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+    """Leave a user's files alone: the demo starts only where its own have room."""
+    for files in examples:
+        for key, content in files.items():
+            if store.exists(key) and store.get_bytes(key) != content:
+                raise ConfigError(
+                    f"{store.uri_of(key)} is not the demo's own file, and the demo would overwrite it; "
+                    "run the demo in another home (--home) or store, or move the file away."
+                )
+
+
+def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+    """Take the demo's own files out of the inbox; one that somebody has replaced meanwhile stays."""
+    for files in examples:
+        for key, content in files.items():
+            if store.exists(key) and store.get_bytes(key) == content:
+                store.delete(key)
+
+
+def _make_room(picture: Path) -> None:
+    """Find out before the work, not after it, whether the picture can be written."""
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The picture cannot go to {picture} ({error.strerror}); give another --picture.") from None
+    if picture.is_dir() or not os.access(picture.parent, os.W_OK):
+        raise ConfigError(f"The picture cannot go to {picture}; give the path of a file that can be written.")
+
+
+def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
+    """Draw the first lineage's matrix, beside it that of the second if it came as far."""
+    matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
+    if (first := matrices[0]) is None:
+        return None
+    rivals = zip(outcomes[1:], matrices[1:], strict=True)
+    name, rival = next(
+        ((outcome.strategy, matrix) for outcome, matrix in rivals if matrix and matrix.tasks == first.tasks), ("", None)
+    )
+    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=name), picture)
+    return picture

@@ -1,0 +1,148 @@
+"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.markup import escape
+
+from deal_core.errors import ConfigError
+from flows.cli.session import FAILED, Debug, Home, Json, session
+
+server_app = typer.Typer()
+lineage_app = typer.Typer(help="Lineages that learn from the inbox by themselves.", no_args_is_help=True)
+
+
+@server_app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
+    trainings: Annotated[int, typer.Option("--trainings", min=1, help="Lineages that may learn at once.")] = 1,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Start servers, deployments and workers on this machine; what lands is then adapted by itself."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        with deal.screen.working("starting"):
+            from flows.server.up import bring_up
+
+            stack = asyncio.run(
+                bring_up(
+                    deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
+                    say=deal.screen.said,
+                )
+            )  # fmt: skip
+        from flows.cli.tables_server import show_stack
+
+        deal.screen.result(stack.model_dump(mode="json"), *show_stack(stack))
+
+
+@server_app.command()
+def down(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """End what `deal up` started, and nothing else."""
+    with session(home, as_json, debug) as deal:
+        with deal.screen.working("ending"):
+            from flows.server.stack import stop
+
+            ended = stop(deal.home)
+        text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
+        deal.screen.result({"ended": ended}, escape(text))
+
+
+@server_app.command()
+def deploy(
+    pool_type: Annotated[
+        str, typer.Option("--type", help="How the pool that trains starts a run: process, docker or kubernetes.")
+    ] = "process",
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell the Prefect server at PREFECT_API_URL about pools, automations and deployments."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+        from typing import get_args
+
+        with deal.screen.working("deploying"):
+            from flows.server.deploy import PoolType, deploy_all
+
+            if pool_type not in get_args(PoolType):
+                raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
+            asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
+        deal.screen.result({"deployed": True}, "Pools, automations and deployments are on the server.")
+
+
+@server_app.command()
+def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what runs, what waits, what failed and why, and what is damaged; exit code 1: a part is gone or damaged."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        with deal.screen.working("looking"):
+            from flows.server.status import read_status
+
+            found = asyncio.run(read_status(deal.home))
+        from flows.cli.tables_server import show_status
+
+        deal.screen.result(found.model_dump(mode="json"), *show_status(found))
+        if found.damaged or any(not part.is_alive for part in found.parts):
+            raise typer.Exit(FAILED)
+
+
+@lineage_app.command("add")
+def add(
+    spec: Annotated[Path, typer.Argument(help="Lineage settings (YAML); `tasks:` names what it learns, else all.")],
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a lineage learn from the inbox, or change how it does."""
+    with session(home, as_json, debug) as deal:
+        from tasks.context import current_store
+        from tasks.lineage.settings import WatchedLineage, add_lineage
+        from tasks.spec import parse, read_lineage_values
+
+        lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
+        address = add_lineage(current_store(), lineage)
+        deal.screen.result({"lineage": lineage.lineage, "file": address}, escape(f"{lineage.lineage} is in {address}"))
+
+
+@lineage_app.command("rebuild")
+def rebuild(
+    lineage: Annotated[str, typer.Argument(help="Name of the lineage.")],
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Register a lineage's versions again from the store, after MLflow's database was lost."""
+    with session(home, as_json, debug) as deal:
+        import asyncio
+
+        from tasks.progress import reporting_to
+
+        with deal.screen.working("rebuild"), reporting_to(deal.screen):
+            from flows.rebuild import rebuild as rebuild_held
+
+            found = asyncio.run(rebuild_held(lineage))
+        from flows.cli.tables_server import show_rebuild
+
+        deal.screen.result(found.model_dump(mode="json"), *show_rebuild(found))
+        if found.problems:
+            raise typer.Exit(FAILED)
+
+
+@lineage_app.command("list")
+def list_(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List the lineages that learn from the inbox."""
+    with session(home, as_json, debug) as deal:
+        from tasks.context import current_store
+        from tasks.lineage.settings import list_lineages
+
+        found = list_lineages(current_store())
+        lines = [f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" for each in found]
+        deal.screen.result([each.model_dump(mode="json") for each in found], *map(escape, lines))

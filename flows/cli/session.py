@@ -1,0 +1,126 @@
+"""The frame of every command: its home, its screen, what a mistake looks like and which code it exits with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from deal_core.errors import ConfigError, DealError
+from deal_core.masking import without_secrets
+from deal_core.printable import printable
+from flows.cli.console import Screen, in_one_line
+
+FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
+                 show_default=False, rich_help_panel="Common"),
+]  # fmt: skip
+Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command works with."""
+
+    home: Path
+    screen: Screen
+
+    def run(
+        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *, makes_room: bool = False
+    ) -> Result:
+        """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once.
+
+        Args:
+            start: gives the flow's coroutine.
+            doing: shown until the first stage begins.
+            makes_room: it removes more than it writes, so that it may begin on a disk that is nearly full.
+
+        Raises:
+            DiskFullError: the home folder has no room to begin with.
+        """
+        from flows.server.embedded import calm_libraries
+        from flows.server.prefect_api import end_orphans, start_api
+        from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
+        from tasks.progress import Interrupted, reporting_to
+
+        require_room(self.home, ROOM_TO_REMOVE_BYTES if makes_room else ROOM_BYTES)
+        end_orphans(self.home)
+        with self.screen.working(doing), reporting_to(self.screen) as stop:
+            from prefect.exceptions import TerminationSignal
+
+            start_api()
+            coroutine = start()  # imports what the flow needs
+            calm_libraries()
+            previous = signal.getsignal(signal.SIGINT)
+
+            def on_interrupt(number: int, frame: Any) -> None:
+                if stop.is_set():  # threads cannot be ended otherwise; what is on the disk is always consistent
+                    os._exit(STOPPED)
+                stop.set()
+                self.screen.said("Stopping at the next step; Ctrl-C again stops at once.")
+
+            signal.signal(signal.SIGINT, on_interrupt)
+            try:
+                return asyncio.run(coroutine)
+            except (Interrupted, TerminationSignal):
+                raise KeyboardInterrupt from None
+            finally:
+                signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
+    """Prepare the home folder and turn what goes wrong inside into one line and an exit code."""
+    from flows.server.embedded import FAILURES, enter_home
+
+    screen = Screen(as_json=as_json)
+    folder: Path | None = None
+    try:
+        folder = enter_home(home)
+        yield Session(home=folder, screen=screen)
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        screen.error("Stopped; the same command goes on from the last checkpoint.")
+        raise typer.Exit(STOPPED) from None
+    except Exception as error:
+        if debug:
+            sys.stderr.write(printable(without_secrets(traceback.format_exc())))
+        from infra.disk import disk_full, disk_full_unexpected
+
+        is_ours = isinstance(error, DealError)
+        if full := disk_full(error) if is_ours else disk_full_unexpected(error):
+            error, is_ours = full, True
+        if not is_ours:
+            FAILURES.exception("The command failed")
+        screen.error(_explain(error, folder))
+        raise typer.Exit(WRONG_USE if isinstance(error, ConfigError) else FAILED) from None
+
+
+def _explain(error: Exception, home: Path | None) -> str:
+    if isinstance(error, DealError):
+        return in_one_line(error)
+    where = f"{home / 'logs' / 'deal.log'} and --debug show" if home else "--debug shows"
+    return f"{in_one_line(error)}. This was not expected; {where} where it happened."
+
+
+def exit_if_rejected(rejected: bool) -> None:
+    """End with the code that tells scripts of a gate's veto."""
+    if rejected:
+        raise typer.Exit(REJECTED)

@@ -1,0 +1,124 @@
+"""Tell a Prefect server about this project: pools, automations, deployments. Repeating it changes what has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from deal_core.errors import ConfigError, DealError
+from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations
+from flows.server.notifications import apply_notifications
+from flows.server.stack import CPU_POOL, GPU_POOL
+from tasks.context import current_store
+from tasks.inbox.announcements import LANDED
+
+PoolType = Literal["process", "docker", "kubernetes"]
+TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"
+
+
+class DeployError(DealError):
+    """The server does not take the deployments."""
+
+
+async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None) -> None:
+    """Make or update everything the server needs to know.
+
+    Args:
+        home: working directory of the runs, and where the log of the deployment goes.
+        gpu_pool_type: how a worker of the pool that trains starts a run; the other pool's runs are processes.
+        num_trainings: how many runs the pool that trains has at once, whichever worker has them; None: as it is.
+
+    Raises:
+        ConfigError: no server is named, or the pool is there with another type.
+        DeployError: Prefect refuses.
+        StoreError: the store does not answer, or lets two writers overwrite each other.
+    """
+    if not get_current_settings().api.url:
+        raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
+    current_store().check()
+    async with get_client() as client:
+        await _apply_pool(client, GPU_POOL, gpu_pool_type)
+        await _apply_pool(client, CPU_POOL, "process")
+        if num_trainings is not None:
+            await client.update_work_pool(GPU_POOL, WorkPoolUpdate(concurrency_limit=num_trainings))
+        await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
+        await apply_notifications(client)
+        is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
+    deploy_file(home, is_paused)
+
+
+def deploy_file(home: Path, is_paused: bool) -> None:
+    """Deploy what prefect.yaml says, to the server of the settings; for what it raises see `deploy_all`.
+
+    Args:
+        home: as for `deploy_all`.
+        is_paused: what lands starts no run; Prefect makes the automation anew, and switched on unless it is told.
+    """
+    content = yaml.safe_load(prefect_file().read_text(encoding="utf-8"))
+    for deployment in content["deployments"]:
+        for trigger in deployment.get("triggers", []):
+            trigger["enabled"] = not (is_paused and trigger["name"] == LANDED)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        command = ("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
+            env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
+        )  # fmt: skip
+    log = home / "logs" / "deploy.log"
+    log.write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise DeployError(f"The deployments could not be made; {log} says why.")
+
+
+def prefect_file() -> Path:
+    """prefect.yaml: in the checkout, or where the installed package keeps it.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    places = [Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "deal-pipeline"]
+    for place in places:
+        if (place / "prefect.yaml").is_file():
+            return place / "prefect.yaml"
+    raise ConfigError(f"There is no prefect.yaml in {' or '.join(map(str, places))}; install the project again.")
+
+
+async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> None:
+    template = json.loads((TEMPLATES / f"{pool_type}.json").read_text(encoding="utf-8"))
+    try:
+        known = await client.read_work_pool(name)
+    except ObjectNotFound:
+        await client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
+        return
+    if known.type != pool_type:
+        raise ConfigError(
+            f"The work pool {name} is there with type {known.type}, not {pool_type}; delete it, or give --type "
+            f"{known.type}."
+        )
+    template = with_defaults_of(known.base_job_template, template)
+    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+
+
+def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    """The template with the defaults that the pool has: the image, GPUs or nodes that a person has set there stay."""
+    before = known.get("variables", {}).get("properties", {})
+    properties = {
+        name: {**variable, "default": before[name]["default"]} if "default" in before.get(name, {}) else variable
+        for name, variable in template["variables"]["properties"].items()
+    }
+    return {**template, "variables": {**template["variables"], "properties": properties}}

@@ -1,0 +1,238 @@
+"""Status: what runs, what waits, what failed and why, on the Prefect server that this home works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+
+import httpx
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import PrefectException
+from prefect.settings import get_current_settings
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import DealError
+from deal_core.masking import without_secrets
+from flows.cli.console import in_one_line
+from flows.server.stack import read_stack
+from infra.store.base import ObjectStore
+from infra.tracking.registry import Registry, VersionInfo, open_registry
+from tasks.context import current_store
+from tasks.housekeeping.health import look_at_champion
+from tasks.inbox.listing import INBOX, Handled, read_state
+from tasks.inbox.state import InboxLook, look
+from tasks.lineage.settings import WatchedLineage, read_lineages
+from tasks.lineage.stored_lineage import known_lineages
+
+DAY = timedelta(days=1)
+NEWEST = 20
+
+
+class PartStatus(BaseModel):
+    """A process of the local whole."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    is_alive: bool
+    log: str
+
+
+class RunStatus(BaseModel):
+    """A run on the server."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    state: str
+    since: datetime
+    message: str
+    run_id: str
+
+
+class LineageStatus(BaseModel):
+    """Where a lineage stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    champion: str | None
+    num_open: int | None
+    """Arrivals that it has yet to learn; None: it does not learn from the inbox by itself."""
+    failed: tuple[str, ...]
+    """Arrivals that were refused or failed, each with its reason and what opens it again."""
+
+
+class Status(BaseModel):
+    """Everything that a person wants to know at a glance."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prefect_url: str | None
+    mlflow_url: str | None
+    parts: tuple[PartStatus, ...]
+    lineages: tuple[LineageStatus, ...]
+    running: tuple[RunStatus, ...]
+    waiting: tuple[RunStatus, ...]
+    failed: tuple[RunStatus, ...]
+    """Of the last 24 hours, newest first."""
+    problems: tuple[str, ...]
+    """Lineage files that do not fit, files of the inbox whose keys cannot be used, and a Prefect that is away."""
+    damaged: tuple[str, ...] = ()
+    """Champions that are missing or damaged, and a store or registry that cannot be read."""
+
+
+async def read_status(home: Path) -> Status:
+    """Look at the processes, the lineages and, if there is a server, at its runs."""
+    stack = read_stack(home)
+    api = get_current_settings().api.url
+    running: Sequence[RunStatus] = ()
+    waiting: Sequence[RunStatus] = ()
+    failed: Sequence[RunStatus] = ()
+    problems: list[str] = []
+    damaged: list[str] = []
+    if api:
+        try:
+            async with get_client() as client:
+                running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+                scheduled = await _runs(client, [StateType.SCHEDULED])
+                waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
+                failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+        except (httpx.HTTPError, PrefectException, RuntimeError) as error:
+            problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
+    return Status(
+        prefect_url=api and without_secrets(api.removesuffix("/api")),
+        mlflow_url=stack.mlflow_url if stack else None,
+        parts=tuple(
+            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
+            for part in (stack.parts if stack else ())
+        ),
+        lineages=tuple(_lineages(problems, damaged)),
+        running=tuple(running),
+        waiting=tuple(waiting),
+        failed=tuple(failed),
+        problems=tuple(problems),
+        damaged=tuple(damaged),
+    )
+
+
+async def _runs(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
+    found = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
+            start_time=FlowRunFilterStartTime(after_=since) if since else None,
+        ),
+        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=NEWEST,
+    )
+    return [_run(run) for run in found]
+
+
+def _run(run: FlowRun) -> RunStatus:
+    state = run.state
+    since = run.start_time or run.expected_start_time or datetime.now(UTC)
+    return RunStatus(
+        name=run.name,
+        state=state.name or state.type.value if state else "unknown",
+        since=since,
+        message=without_secrets(state.message or "") if state else "",
+        run_id=str(run.id),
+    )
+
+
+def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
+    """Where each lineage stands that has a file or is known to the store; what is wrong becomes a line of a list."""
+    try:
+        store = current_store()
+        lineages, inbox, known = read_lineages(store), look(store), known_lineages(store)
+        problems += _unusable_files(store, inbox)
+    except DealError as error:
+        damaged.append(in_one_line(error))
+        return []
+    problems += [f"Lineage {name} is not looked after: {why}" for name, why in lineages.problems.items()]
+    watched = {lineage.lineage: lineage for lineage in lineages.good}
+    registry = _open_registry(damaged)
+    return [
+        _lineage(store, registry, name, watched.get(name), inbox, damaged)
+        for name in [*watched, *(name for name in known if name not in watched)]
+    ]
+
+
+def _open_registry(damaged: list[str]) -> Registry | None:
+    """The registry; None where it cannot be read at all, which is said once."""
+    try:
+        registry = open_registry()
+        registry.lineages_with("champion")
+    except DealError as error:
+        damaged.append(in_one_line(error))
+        return None
+    return registry
+
+
+def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
+    """The first files of the inbox that no watch looks at, since their keys cannot be used."""
+    found = store.unusable_keys(INBOX)
+    found |= {key: f"it {why}" for key, why in inbox.misplaced.items()}
+    told = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
+    more = len(found) - len(told)
+    return [*told, f"{more} more files in the inbox are skipped."] if more else told
+
+
+def _lineage(
+    store: ObjectStore, registry: Registry | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
+    damaged: list[str],
+) -> LineageStatus:
+    champion: VersionInfo | None = None
+    num_open: int | None = None
+    failed: tuple[str, ...] = ()
+    if registry is not None:
+        try:
+            champion, found = look_at_champion(store, registry, name)
+            damaged += [f"Lineage {name}: {' '.join(problem.split())}" for problem in found]
+        except DealError as error:
+            damaged.append(f"Lineage {name}: {in_one_line(error)}")
+    if watched is not None:
+        try:
+            num_open, failed = _arrivals(store, watched, inbox)
+        except DealError as error:
+            damaged.append(f"Lineage {name}: {in_one_line(error)}")
+    return LineageStatus(
+        lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed
+    )
+
+
+def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
+    """How many arrivals a lineage has yet to learn, and which were of no use."""
+    state = read_state(store, lineage.lineage)
+    bad = tuple(
+        f"{info.key}: {_reason(state.files[info.key])}"
+        for info in inbox.of(lineage.tasks)
+        if info.key in state.files and state.files[info.key].outcome in ("refused", "failed")
+    )
+    return len(inbox.open_for(state, lineage.tasks, retry_now=False)), bad
+
+
+def _reason(handled: Handled) -> str:
+    """Why a file was of no use, and what opens it again."""
+    if handled.is_final:
+        return handled.message  # it says so itself
+    due = handled.due()
+    opens = (
+        f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"
+        if due
+        else "Refused until the file, its task.yaml or its test rows change"
+    )
+    return f"{handled.message} ({opens}.)"

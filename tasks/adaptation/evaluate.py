@@ -1,0 +1,273 @@
+"""Evaluate: a version's answers on the frozen test rows of every task its lineage knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.config import EvaluateConfig
+from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from deal_core.printable import listed
+from infra.store.base import ObjectStore
+from tasks.adaptation.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
+from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.kept_answers import Answers, KeptAnswers, keep_answers, read_answers
+from tasks.base import lend_base
+from tasks.context import current_store
+from tasks.lineage.adapters import borrowed_adapter, borrowed_parent
+from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
+from tasks.progress import advance
+from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores, dataset_sha256
+
+if TYPE_CHECKING:
+    from deal_core.evaluation.score import TaskEvaluation
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate_version(
+    base: BaseRef,
+    parent: VersionRef | None,
+    adapter: AdapterRef,
+    dataset: DatasetRef,
+    config: EvaluateConfig,
+    max_prompt_tokens: int,
+    notes: tuple[str, ...] = (),
+) -> EvaluationReport:
+    """Score the new adapter on every task, and the base model and the parent on a task that is new.
+
+    A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
+
+    On tasks that the lineage knows, the base's accuracies stand in the record, and the parent's answers beside its
+    adapter: the rows are frozen. The parent is asked now what it was not asked then, as its share of a task's rows was
+    smaller. Of a task whose rows were forgotten, the arrival's own test rows take their place. Of a task that gains
+    labels, the new version is asked its frozen rows with them and the parent without: each as it serves.
+    """
+    store = current_store()
+    record = read_record(store, parent.adapter_uri) if parent else None
+    renewed = renewed_task(store, record, dataset)
+    sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
+    sets = within_budget(sets, dataset.task, config.max_old_rows)
+    new = []
+    if renewed is not None:
+        new = [_widened(each, dataset) for each in load_test_sets(store, [renewed.judged_by(dataset)])]
+    elif record is None or record.task(dataset.task) is None:
+        schema = read_manifest(store, dataset.uri).task
+        new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
+    else:
+        notes = (*notes, *_unused_test_rows(store, record, dataset), *_unjudged_labels(dataset))
+    kept = read_answers(store, parent.adapter_uri) if parent else None
+    answered = kept.now if kept else {}
+    open_rows = _unanswered(sets, answered)
+    all_sets = [*(_widened(each, dataset) for each in sets), *new]
+    scorer = Scorer(base, config)
+    scorer.expect(new, [*new, *open_rows] if parent else [], all_sets)
+    with borrowed_parent(store, parent) as parent_folder, borrowed_adapter(store, adapter) as folder:
+        on_base = scorer.score(None, new, general=True)
+        on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
+        if open_rows:
+            asked = scorer.score(parent_folder, open_rows).answers
+            answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
+        now = scorer.score(folder, all_sets, general=True)
+        facts = _look_at(adapter, folder, parent, parent_folder)
+    learned = now.evaluations[dataset.task]
+    own = [each for each in all_sets if each.schema.name == dataset.task]
+    num_too_long = sum(scorer.count_too_long(each, each.rows["output"]) for each in own)
+    if num_too_long:
+        notes = (*notes, f"{num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
+                         "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
+    if any(scorer.count_too_long(each, dataset.new_labels) for each in own):
+        notes = (*notes, f"new labels of {dataset.task} are longer than an answer may be since its first arrival "
+                         "(evaluate.max_new_tokens), so that no version can give them")  # fmt: skip
+    before = on_parent.answers if parent else on_base.answers
+    completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
+    keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
+    earlier = {each.schema.name: _outcomes(each, answered[each.schema.name]) for each in sets}
+    parent_accuracies = (record.accuracies() if record else {}) | {
+        name: outcomes.count("1") / len(outcomes) for name, outcomes in earlier.items()
+    }
+    base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
+    parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
+    matrix = record.matrix if record else AccuracyMatrix()
+    if renewed is not None:
+        parent_accuracies |= on_parent.accuracies
+        matrix = matrix.remeasured(
+            dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[dataset.task]
+        )
+        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows: those before were forgotten, "
+                         "and figures of versions before the parent are of them")  # fmt: skip
+    return EvaluationReport(
+        task=dataset.task,
+        accuracies=now.accuracies,
+        parent_accuracies=parent_accuracies,
+        base_accuracy=base_accuracy,
+        parent_accuracy_new_task=parent_accuracy,
+        num_rows=scorer.num_rows,
+        matrix=matrix.with_row(
+            dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
+        ),
+        notes=notes,
+        outcomes=now.outcomes,
+        parent_outcomes={**earlier, **on_parent.outcomes},
+        perplexity=now.perplexity,
+        base_perplexity=on_base.perplexity,
+        adapter=facts,
+        majority_rate=learned.majority_rate,
+    )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one adapter was found to do."""
+
+    evaluations: Mapping[str, TaskEvaluation]
+    answers: Answers
+    perplexity: float | None
+    """Of plain English; None where it was not asked, or cannot be told."""
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """By task."""
+        return {name: found.accuracy for name, found in self.evaluations.items()}
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """By task."""
+        return {name: found.outcomes for name, found in self.evaluations.items()}
+
+
+def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> KnownTask | None:
+    """The dataset's task as the lineage knows it, if its test rows were forgotten: the dataset's replace them."""
+    known = record.task(dataset.task) if record else None
+    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is None:
+        return None
+    return known
+
+
+class Scorer:
+    """Scores adapters on test sets, and reports how far it is."""
+
+    def __init__(self, base: BaseRef, config: EvaluateConfig) -> None:
+        self._base = lend_base(base)
+        self._config = config
+        self._report = advance("evaluate")
+        self._total = 0
+        self._done = 0
+        self.num_rows: dict[str, int] = {}
+
+    def expect(self, *passes: Sequence[TestSet]) -> None:
+        """Announce the test sets that will be scored, so that progress has a total."""
+        self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
+
+    def score(self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False) -> Scored:
+        """Score one adapter (None: the untouched base model) on each test set; `general`: on plain English too."""
+        from deal_core.adapter.state import adapter_on
+        from deal_core.evaluation.general_ability import perplexity
+        from deal_core.evaluation.score import evaluate_task
+
+        found, answers = {}, {}
+        with adapter_on(self._base.model, adapter_folder) as model:
+            for test_set in sets:
+                evaluation = evaluate_task(
+                    model,
+                    self._base.tokenizer,
+                    test_set.schema,
+                    test_set.rows,
+                    replace(self._config, max_new_tokens=test_set.max_new_tokens),
+                    max_prompt_tokens=test_set.max_prompt_tokens,
+                    on_progress=partial(self._advance, test_set.schema.name),
+                )
+                found[evaluation.task] = evaluation
+                self.num_rows[evaluation.task] = evaluation.num_rows
+                answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
+            return Scored(found, answers, perplexity(model, self._base.tokenizer) if general else None)
+
+    def count_too_long(self, test_set: TestSet, references: Sequence[str]) -> int:
+        """References that no answer to the test set's rows can match."""
+        from deal_core.evaluation.score import count_too_long
+
+        return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
+
+    def _advance(self, name: str, num_rows: int) -> None:
+        self._done += num_rows
+        self._report(self._done, self._total, name)
+
+
+def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> tuple[str, ...]:
+    """What to say of test rows that an arrival of a known task was given."""
+    known = record.task(dataset.task)
+    is_frozen = known is not None and dataset_sha256(known.dataset_uri) == dataset.sha256
+    if known is None or is_frozen or read_manifest(store, dataset.uri).split != "given":
+        return ()
+    return (f"{dataset.task} stays judged on the {known.num_test} test rows it came with first; the {dataset.num_test} "
+            "of this arrival are neither learned nor asked",) if dataset.num_test else ()  # fmt: skip
+
+
+def _unjudged_labels(dataset: DatasetRef) -> tuple[str, ...]:
+    """What to say of labels that a task gains after its test rows were frozen."""
+    return (f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its test rows came before and have none "
+            "of them, so that no figure tells how well they are learned",) if dataset.new_labels else ()  # fmt: skip
+
+
+def _widened(test_set: TestSet, dataset: DatasetRef) -> TestSet:
+    return replace(test_set, schema=dataset.widen(test_set.schema))
+
+
+def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
+    """The rows that have no answer yet, of the tasks that have such."""
+    found = []
+    for test_set in sets:
+        answers = answered.get(test_set.schema.name, {})
+        places = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest not in answers]
+        if places:
+            found.append(replace(test_set, rows=test_set.rows.select(places)))
+    return found
+
+
+def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> str:
+    return outcomes_of([answers[digest] for digest in test_set.rows["sha256"]], test_set.rows["output"])
+
+
+def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:
+    from deal_core.adapter.norm import adapter_norm
+
+    return AdapterFacts(
+        norm=adapter_norm(folder),
+        parent_norm=adapter_norm(parent_folder) if parent_folder else None,
+        is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
+    )
+
+
+def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
+    if record is None:
+        return {}
+    pairs = zip(record.matrix.tasks, record.matrix.base, strict=True)
+    return {name: value for name, value in pairs if value is not None}
+
+
+@task(name="score", cache_policy=NO_CACHE)
+def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
+    """Score a registered version afresh on the frozen test rows that its own evaluation took of every task it knows."""
+    store = current_store()
+    record, kept = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri)
+    sets, unjudged = [], {}
+    for known in record.tasks:
+        try:
+            answered = kept.now.get(known.schema.name, {}) if kept else {}
+            sets += [answered_rows(test_set, answered) for test_set in load_test_sets(store, [known])]
+        except TestRowsForgottenError as error:
+            unjudged[known.schema.name] = str(error)
+    scorer = Scorer(record.base, config)
+    scorer.expect(sets)
+    with borrowed_adapter(store, version) as folder:
+        accuracies = scorer.score(folder, sets).accuracies
+    return VersionScores(
+        accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged
+    )

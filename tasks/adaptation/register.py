@@ -1,0 +1,117 @@
+"""Register: an evaluated adapter becomes one version of its lineage, with all that the next arrival must know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.adapter.files import as_recorded, digests_of
+from deal_core.base_model.licence import licence_of_base
+from deal_core.base_model.sources import resolve_base
+from deal_core.config import AdapterConfig, Approval
+from deal_core.evaluation.gate import GateDecision
+from deal_core.evaluation.report import EvaluationReport
+from infra.settings import HomeSettings
+from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.tracking import open_tracker
+from infra.version_log import VersionLog
+from tasks.adaptation.begin import version_ref
+from tasks.adaptation.evaluate import renewed_task
+from tasks.adaptation.ingest import read_manifest
+from tasks.context import current_store
+from tasks.lineage.adapters import borrowed_adapter
+from tasks.lineage.record import KnownTask, LineageRecord, read_record, write_record
+from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
+
+VETO_FIELDS = ("kind", "task", "value", "limit")
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register_version(
+    run: RunRef,
+    base: BaseRef,
+    parent: VersionRef | None,
+    dataset: DatasetRef,
+    adapter: AdapterRef,
+    report: EvaluationReport,
+    decision: GateDecision,
+    strategy: str,
+    config: AdapterConfig,
+    config_sha256: str,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    approval: Approval,
+) -> VersionRef:
+    """Write the version's record beside its adapter and register both, accepted or rejected."""
+    store = current_store()
+    before = read_record(store, parent.adapter_uri) if parent else None
+    known = before.tasks if before else ()
+    if before is None or before.task(dataset.task) is None:
+        schema = read_manifest(store, dataset.uri).task
+        new = KnownTask(
+            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        known = (*known, new)
+    elif renewed := renewed_task(store, before, dataset):
+        known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
+    known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
+    record = LineageRecord(
+        lineage=run.lineage,
+        base=base,
+        strategy=strategy,
+        adapter=config,
+        tasks=known,
+        matrix=report.matrix,
+    )
+    write_record(store, adapter.uri, record)
+    facts = VersionFacts(
+        run_key=run.run_key,
+        task=dataset.task,
+        strategy=strategy,
+        base_sha256=base.sha256,
+        dataset_sha256=dataset.sha256,
+        landed_sha256=dataset.landed_sha256,
+        config_sha256=config_sha256,
+        adapter_uri=adapter.uri,
+        adapter_sha256=adapter.sha256,
+        parent_version=adapter.parent_version,
+        accepted=decision.accepted,
+        reasons=decision.reasons,
+        vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
+        approval="awaiting" if decision.accepted and approval == "person" else None,
+        flow_run=runtime.flow_run.id,
+        average_accuracy=report.matrix.average_accuracy,
+        forgetting=report.matrix.forgetting,
+        backward_transfer=report.matrix.backward_transfer,
+        forward_transfer=report.matrix.forward_transfer,
+    )
+    with borrowed_adapter(store, adapter, with_method=True) as folder:
+        facts = replace(facts, files_sha256=as_recorded(digests_of(folder)))
+        model_id = log_adapter(run, dataset.task, folder, record, facts)
+    registered = open_registry().register(run.lineage, facts, tracking_id=run.tracking_id, model_id=model_id)
+    VersionLog(store).keep(registered)
+    return version_ref(registered)
+
+
+def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord, facts: VersionFacts) -> str:
+    """Keep a copy of the adapter's folder in MLflow, with what makes it a model that MLflow serves."""
+    from deal_core.evaluation.answering import SERVED_FILE
+    from infra.serving.served_folder import write_served_folder
+    from tasks.adaptation.model_card import example_rows, served_version, write_card
+
+    base_folder = resolve_base(record.base.source, HomeSettings().cache_dir)
+    model = folder.with_name("model")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    licence = licence_of_base(record.base.source, base_folder)
+    write_served_folder(
+        folder, model, card=write_card(record, facts, licence, config["task_type"]),
+        served=served_version(record).to_json(), served_file=SERVED_FILE, example=example_rows(record),
+        run_id=run.tracking_id,
+    )  # fmt: skip
+    tracked = open_tracker().run(run.tracking_id)
+    return tracked.log_adapter(model, f"{run.lineage}-{task_name}", sha256=facts.adapter_sha256)

@@ -1,0 +1,320 @@
+"""Forget: find everything that holds rows of one arrival, and every version that learned from it; then remove it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.store.base import ObjectInfo, ObjectStore
+from infra.temporary import temporary_folder
+from infra.tracking.registry import Registry, VersionInfo
+from infra.tracking.row_artifacts import artifacts_with_rows
+from infra.tracking.runs import ArtifactRemover, RunInfo, list_runs
+from infra.tracking.tracking import Tracker
+from tasks.adaptation.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
+from tasks.adaptation.kept_answers import ANSWERS_FILE
+from tasks.context import work_folder
+from tasks.housekeeping.arrivals_known import KnownArrival, manifests_of, with_every_split
+from tasks.housekeeping.inventory import ADAPTERS, DATASETS, list_all_lineages
+from tasks.housekeeping.leftovers import find_leftovers, remove_local
+from tasks.inbox.listing import INBOX, read_state, write_state
+from tasks.lineage.adapters import replacing
+from tasks.lineage.record import RECORD_FILE, read_record
+from tasks.references import dataset_sha256
+
+Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
+               "rows kept by the method", "adapter of no version", "temporary files"]  # fmt: skip
+
+
+class Held(BaseModel):
+    """Something that holds rows of the arrival."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Kind
+    address: str
+    """Key in the store, path on this machine, or the names of a run's artifacts."""
+    num_bytes: int = 0
+    run_id: str | None = None
+    """MLflow run that the artifacts are of."""
+    lineage: str | None = None
+    version: str | None = None
+
+
+class Learned(BaseModel):
+    """A version that learned from the arrival, itself or through one that it descends from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    version: str
+    task: str
+    is_direct: bool
+    """It was trained on the arrival; otherwise it continues a version that was."""
+    accepted: bool
+    aliases: tuple[str, ...]
+
+
+class ForgetPlan(BaseModel):
+    """What forgetting an arrival removes, and what it cannot."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    sha256: str
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets that hold the same landed rows, split otherwise: they are removed with it."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, however they are split."""
+    files: tuple[str, ...]
+    held: tuple[Held, ...]
+    learned: tuple[Learned, ...]
+    unjudged: tuple[str, ...]
+    """Lineages whose champion is judged on the task by these rows: it cannot be judged on it afterwards."""
+    shared_with: tuple[str, ...] = ()
+    """Digests of other datasets that came with one of the same files, such as the task's file of test rows."""
+
+
+def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[Learned, ...]:
+    """The versions of a lineage, oldest first, that learned from one of the datasets: their weights still hold it."""
+    found: dict[str, Learned] = {}
+    for version in versions:
+        is_direct = version.dataset_sha256 in sha256s
+        if is_direct or version.parent_version in found:
+            found[version.version] = Learned(
+                lineage=version.lineage, version=version.version, task=version.task, is_direct=is_direct,
+                accepted=version.accepted, aliases=version.aliases,
+            )  # fmt: skip
+    return tuple(found.values())
+
+
+def plan_forgetting(
+    store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
+) -> ForgetPlan:
+    """Look for everything that holds rows of an arrival. Nothing is changed.
+
+    Args:
+        store: holds rows and adapters.
+        registry: knows the versions.
+        tracker: knows the runs.
+        arrival: as `tasks.housekeeping.arrivals_known.find_arrival` found it.
+    """
+    arrival = with_every_split(store, registry, arrival)
+    remover = ArtifactRemover(tracker)
+    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival), *_temporaries(store)]
+    learned: list[Learned] = []
+    unjudged: list[str] = []
+    for lineage in list_all_lineages(store):
+        versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
+        affected = affected_versions(versions, arrival.sha256s)
+        learned += affected
+        judged = _judged_by(store, versions, arrival)
+        if any("champion" in version.aliases for version in judged):
+            unjudged.append(lineage)
+        numbers = {each.version for each in affected}
+        unfinished = _unregistered(versions, runs, numbers, arrival)
+        held += _work_folders(lineage, unfinished | {run.short_key for run in runs
+                                                     if run.dataset_sha256 in arrival.sha256s})
+        held += _orphans(store, lineage, unfinished)
+        held += _answers(store, judged)
+        own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
+        held += _artifacts(remover, own | {version.tracking_id for version in judged})
+        held += _kept_by_method(store, versions, numbers, arrival)
+    shared = {
+        sha256 for sha256, manifest in manifests_of(store, arrival.task)
+        if sha256 not in arrival.sha256s and set(manifest.files) & set(arrival.files)
+    }  # fmt: skip
+    return ForgetPlan(
+        task=arrival.task, sha256=arrival.sha256, splits=arrival.splits, landed=arrival.landed, files=arrival.files,
+        held=tuple(held), learned=tuple(learned), unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
+    )  # fmt: skip
+
+
+def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
+    """Remove what a plan found. Each step can be repeated: the tombstone stays, and with it the arrival is found."""
+    by_kind: dict[str, list[Held]] = {}
+    for each in plan.held:
+        by_kind.setdefault(each.kind, []).append(each)
+    for each in by_kind.get("artifacts", ()):
+        assert each.run_id is not None
+        remover.remove_run_files(each.run_id, each.address.split(", "))
+    for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
+        _empty_method_rows(store, remover, registry, lineage, (plan.sha256, *plan.splits))
+    for each in by_kind.get("work folder", ()):
+        shutil.rmtree(each.address, ignore_errors=True)
+    for each in by_kind.get("temporary files", ()):
+        remove_local(each.address)
+    for kind in ("adapter of no version", "answers", "inbox file", "quarantine", "training rows", "test rows"):
+        for each in by_kind.get(kind, ()):
+            store.delete(each.address)
+    for sha256 in (*plan.splits, plan.sha256):  # the named one last: while it is there, its manifest finds the others
+        store.delete(f"{DATASETS}/{plan.task}/{sha256}")
+
+
+def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> None:
+    """What the watches noted of these files may quote bad rows: say instead that they were forgotten."""
+    for info in list(store.list("watch")):
+        lineage = info.key.removeprefix("watch/").removesuffix(".json")
+        state = read_state(store, lineage)
+        files = {key: state.files[key] for key in keys if key in state.files}
+        if files:
+            state.files.update({key: each.model_copy(update={"message": said}) for key, each in files.items()})
+            write_state(store, lineage, state)
+
+
+def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
+    kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
+    found = [
+        Held(kind=kinds[info.key.rsplit("/", 1)[1]], address=info.key, num_bytes=info.size)
+        for digest in arrival.sha256s
+        for info in store.list(f"{DATASETS}/{arrival.task}/{digest}")
+        if info.key.rsplit("/", 1)[1] in kinds
+    ]
+    for sha256 in (*arrival.sha256s, *arrival.files):
+        found += [
+            Held(kind="quarantine", address=info.key, num_bytes=info.size)
+            for info in store.list(quarantine_folder(arrival.task, sha256))
+        ]
+    return found
+
+
+def _temporaries(store: ObjectStore) -> list[Held]:
+    """What killed processes have left here, whatever rows it may hold."""
+    found = find_leftovers(store, datetime.now(UTC))
+    return [Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes) for each in found]
+
+
+def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
+    keys = arrival.inbox_keys(store, registry)
+    sizes = {info.key: info.size for info in store.list(f"{INBOX}/{arrival.task}")}
+    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in keys]
+
+
+def _judged_by(
+    store: ObjectStore, versions: Iterable[VersionInfo], arrival: KnownArrival
+) -> list[VersionInfo]:
+    """Versions that are judged on the task by the arrival's test rows."""
+    found = []
+    for version in versions:
+        if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
+            continue
+        known = read_record(store, version.adapter_uri).task(arrival.task)
+        if known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s:
+            found.append(version)
+    return found
+
+
+def _unregistered(
+    versions: Iterable[VersionInfo], runs: Iterable[RunInfo], affected: Collection[str], arrival: KnownArrival
+) -> set[str]:
+    """Short keys of the runs that learned, or continue what learned, from the arrival, and have no version."""
+    registered = {version.run_key for version in versions}
+    return {
+        run.short_key for run in runs
+        if run.run_key not in registered
+        and (run.dataset_sha256 in arrival.sha256s or run.parent_version in affected)
+    }  # fmt: skip
+
+
+def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[Held]:
+    found: dict[str, int] = {}
+    for key in sorted(short_keys):
+        for info in store.list(f"{ADAPTERS}/{lineage}/{key}"):
+            folder = f"{ADAPTERS}/{lineage}/{key}"
+            found[folder] = found.get(folder, 0) + info.size
+    return [
+        Held(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage)
+        for folder, size in found.items()
+    ]
+
+
+def _work_folders(lineage: str, short_keys: Collection[str]) -> list[Held]:
+    folders = [work_folder(lineage, key) for key in sorted(short_keys)]
+    return [
+        Held(kind="work folder", address=str(folder), lineage=lineage,
+             num_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        for folder in folders if folder.is_dir()
+    ]  # fmt: skip
+
+
+def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
+    return [
+        Held(kind="answers", address=info.key, num_bytes=info.size, lineage=version.lineage, version=version.version)
+        for version in versions
+        for info in store.list(version.adapter_uri)
+        if info.key.rsplit("/", 1)[1] == ANSWERS_FILE
+    ]
+
+
+def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[Held]:
+    found = []
+    for run_id in sorted(run_ids):
+        paths = artifacts_with_rows(remover.run_files(run_id))
+        if paths:
+            found.append(Held(kind="artifacts", address=", ".join(paths), run_id=run_id))
+    return found
+
+
+def _kept_by_method(
+    store: ObjectStore, versions: Sequence[VersionInfo], affected: Collection[str], arrival: KnownArrival
+) -> list[Held]:
+    concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
+    names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
+    return [
+        Held(kind="rows kept by the method", address=f"{version.adapter_uri}/method.safetensors",
+             lineage=version.lineage, version=version.version)
+        for version in concerned if names.get(version.version)
+    ]  # fmt: skip
+
+
+def _method_rows(
+    store: ObjectStore, versions: Sequence[VersionInfo], sha256s: Collection[str]
+) -> dict[str, set[str]]:
+    """By version, the tensors of its method state that hold rows of the datasets: own ones, and those taken over."""
+    from deal_core.adapter.state import stored_rows
+
+    sizes: dict[str, dict[str, int]] = {}
+    wanted: dict[str, set[str]] = {}
+    for version in versions:
+        parent = version.parent_version or ""
+        with temporary_folder() as folder:
+            _download_method(store, version.adapter_uri, folder)
+            names = sizes.setdefault(version.version, stored_rows(folder)).keys()
+        own = names - sizes.get(parent, {}).keys() if version.dataset_sha256 in sha256s else set()
+        wanted[version.version] = own | (wanted.get(parent, set()) & names)
+    return {version: {name for name in names if sizes[version][name]} for version, names in wanted.items()}
+
+
+def _empty_method_rows(
+    store: ObjectStore, remover: ArtifactRemover, registry: Registry, lineage: str, sha256s: Collection[str]
+) -> None:
+    from deal_core.adapter.state import empty_stored_rows
+
+    versions = registry.versions(lineage)
+    for version, names in _method_rows(store, versions, sha256s).items():
+        if not names:
+            continue
+        info = next(each for each in versions if each.version == version)
+        with temporary_folder() as folder:
+            _download_method(store, info.adapter_uri, folder)
+            empty_stored_rows(folder, names)
+            with replacing(store, registry, info, folder):
+                store.upload_folder(folder, info.adapter_uri)
+            remover.replace_in_model(info.model_id, folder)
+
+
+def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
+    for info in _method_files(store, adapter_uri):
+        store.download_file(info.key, folder / info.key.rsplit("/", 1)[1])
+
+
+def _method_files(store: ObjectStore, adapter_uri: str) -> list[ObjectInfo]:
+    names = ("method.json", "method.safetensors")
+    return [info for info in store.list(adapter_uri) if info.key.rsplit("/", 1)[1] in names]
+
+

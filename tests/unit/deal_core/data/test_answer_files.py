@@ -1,0 +1,164 @@
+"""Files of answers: what they hold, and that one begun twice is the same as one begun once."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.data.answer_files import AnswerFiles, Counts, in_chunks, own_names, survey_rows
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import Columns, find_input
+from deal_core.data.reading.readers import read_rows
+from deal_core.data.rows import RawRow
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError
+
+STATE = {"version": "1", "sha256": "a"}
+
+
+def write_all(source: Path, output: Path, *, stop_after: int | None = None, size: int = 2) -> AnswerFiles:
+    survey = survey_rows(source)
+    files = AnswerFiles(output, survey.types, own_names(survey.types))
+    files.begin(STATE)
+    index = 0
+    for index, rows in enumerate(in_chunks(read_rows(source), size)):
+        if index == stop_after:
+            return files
+        if files.counts(index) is None:
+            own = [{"answer": f"answer {row.number}", "task": "t", "lineage": "l", "version": "1"} for row in rows]
+            files.write_chunk(index, [row.values for row in rows], own)
+    files.merge(index + 1)
+    return files
+
+
+@pytest.fixture
+def json_lines(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"text": "a", "number": 1, "share": 0.5, "mixed": 1, "more": {"x": [float("nan")]}, "big": 2**70},
+        {"text": "b", "number": None, "share": 2, "mixed": "one", "late": True},
+        {"text": "c", "number": 2**60, "share": float("nan"), "answer": "theirs"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_was_cut_short_goes_on_and_becomes_the_same_file(json_lines: Path, tmp_path: Path, suffix: str) -> None:
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    write_all(json_lines, whole)
+    files = write_all(json_lines, cut, stop_after=1)
+    assert not cut.exists() and files.counts(0) == Counts(2, 0) and files.counts(1) is None
+    stamp = (files.folder / f"chunk-000000.{suffix}").stat().st_mtime_ns
+    write_all(json_lines, cut, stop_after=1)
+    assert (files.folder / f"chunk-000000.{suffix}").stat().st_mtime_ns == stamp, "what is complete is not done again"
+    write_all(json_lines, cut)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", whole.name, cut.name}
+
+
+def test_parquet_keeps_types_where_the_values_have_one(json_lines: Path, tmp_path: Path) -> None:
+    write_all(json_lines, tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet")
+    kinds = {field.name: str(field.type) for field in table.schema}
+    assert (kinds["number"], kinds["share"], kinds["late"]) == ("int64", "double", "bool")
+    assert table.column("number").to_pylist() == [1, None, 2**60]
+    assert table.column("mixed").to_pylist() == ["1", "one", None]
+    assert table.column("more").to_pylist()[0] == '{"x": [null]}' and table.column("big").to_pylist()[0] == str(2**70)
+    assert table.column("answer").to_pylist()[2] == "theirs"
+    assert table.column("deal_answer").to_pylist() == ["answer 1", "answer 2", "answer 3"]
+
+
+def test_json_lines_keep_the_rows_as_they_are(json_lines: Path, tmp_path: Path) -> None:
+    write_all(json_lines, tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[0]["more"] == {"x": [None]} and rows[1]["mixed"] == "one" and rows[0]["big"] == 2**70
+    assert "late" not in rows[0] and rows[2]["share"] is None
+    assert [row["version"] for row in rows] == ["1"] * 3
+
+
+def test_parquet_to_parquet_keeps_every_column_and_type(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["a", "b", "c"]), "day": pa.array([date(2026, 1, 2)] * 3),
+            "kind": pa.array(["x", "y", "x"]).dictionary_encode(), "scores": pa.array([[1.5], None, []]),
+            "count": pa.array([1, 2, 3], pa.int8()),
+        }
+    )  # fmt: skip
+    pq.write_table(table, tmp_path / "in.parquet")
+    write_all(tmp_path / "in.parquet", tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.select(table.column_names).to_pylist() == table.to_pylist()
+    assert found.schema.field("count").type == pa.int8() and pa.types.is_date(found.schema.field("day").type)
+    write_all(tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["day"] == "2026-01-02"
+
+
+def test_a_byte_that_is_no_text_stays_visible(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes(b"text,more\na,\xff\n")
+    for suffix in ("jsonl", "parquet"):
+        write_all(tmp_path / "in.csv", tmp_path / f"out.{suffix}")
+    assert pq.read_table(tmp_path / "out.parquet").column("more").to_pylist() == ["\\udcff"]
+    assert b"\\udcff" in (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(json_lines: Path, tmp_path: Path) -> None:
+    files = write_all(json_lines, tmp_path / "out.jsonl", stop_after=1)
+    with pytest.raises(ConfigError, match=r"begun with version '1' \(now '2'\).*delete the folder"):
+        files.begin({**STATE, "version": "2"})
+    write_all(json_lines, tmp_path / "out.jsonl")
+    with pytest.raises(ConfigError, match="is there already"):
+        files.begin(STATE)
+
+
+def test_names_that_are_all_taken_are_said() -> None:
+    assert own_names(["text", "task"])["task"] == "deal_task"
+    with pytest.raises(DataValidationError, match="deal_task"):
+        own_names(["task", "deal_task"])
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text\n")
+    with pytest.raises(DataValidationError, match="has no rows"):
+        survey_rows(tmp_path / "in.csv")
+
+
+def test_the_asked_column_is_found_by_task_by_name_or_by_option() -> None:
+    task = TaskSchema(name="t", columns={"text": "note", "label": "finding"})
+    assert find_input(["id", "note"], task, "f.csv").names == {"text": "note"}
+    assert find_input(["id", "Body"], task, "f.csv").names == {"text": "Body"}
+    assert find_input(["id", "x"], task, "f.csv", "x").names == {"text": "x"}
+    with pytest.raises(DataValidationError, match="--column"):
+        find_input(["id", "x"], task, "f.csv")
+
+
+def test_an_input_is_checked_without_its_answer() -> None:
+    checker = RowChecker(
+        TaskSchema(name="t", labels=("a",)), Columns(format="labelled", names={"text": "note"}), max_text_chars=8
+    )
+
+    def said(values: dict[str, Any]) -> Any:
+        found = checker.check_input(RawRow(number=1, values=values))
+        return found if isinstance(found, str) else [problem.reason for problem in found]
+
+    assert said({"note": " good "}) == "good"
+    assert said({"note": ""}) == ["empty text"]
+    assert said({}) == ["missing column"]
+    assert said({"note": "much longer"}) == ["over-long text"]
+
+
+def test_a_chat_is_asked_up_to_the_answer_that_is_wanted() -> None:
+    checker = RowChecker(
+        TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m"}), max_text_chars=100
+    )
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    for messages in ([user], [user, answer], json.dumps([user])):
+        assert checker.check_input(RawRow(number=1, values={"m": messages})) == json.dumps([user])
+    for wrong in ([], [answer], "no JSON", [user, user], None):
+        assert not isinstance(checker.check_input(RawRow(number=1, values={"m": wrong})), str)

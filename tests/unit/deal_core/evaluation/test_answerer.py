@@ -1,0 +1,289 @@
+"""A version that answers: callers share its model without mixing up, and another version can take its place."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deal_core.base_model.load import BaseModel, load_base
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.evaluation import answerer as answering
+from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
+from deal_core.evaluation.answering import SERVED_FILE, Row, ServedVersion
+from deal_core.evaluation.score import generate_answers
+
+TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
+WAIT_SECONDS = 60
+
+
+@pytest.fixture
+def answerer(served_folder: Path, tmp_path: Path) -> Answerer:
+    return load_answerer(served_folder, tmp_path / "cache", version="1")
+
+
+NewVersion = Callable[..., Path]
+
+
+@pytest.fixture
+def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
+    """Train an adapter that answers otherwise; the folder of its version."""
+
+    def make(**changes: Any) -> Path:
+        settings = TrainConfig(max_steps=12, batch_size=4, learning_rate=3e-2, max_prompt_tokens=64, seed=5)
+        folder: Path = train("seq_lora", train=settings, **changes).folder
+        (folder / SERVED_FILE).write_text(json.dumps(served_version.to_json()))
+        return folder
+
+    return make
+
+
+def answers_alone(folder: Path, tmp_path: Path) -> list[str]:
+    alone = load_answerer(folder, tmp_path / "cache")
+    return [alone.answer([Row(text)])[0] for text in TEXTS]
+
+
+def test_a_folder_from_before_versions_could_be_served_is_told_apart(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterStateError, match=r"no deal\.json.*registered before"):
+        load_answerer(parent, tmp_path / "cache")
+
+
+def test_another_base_model_is_refused(
+    served_folder: Path, served_version: ServedVersion, tiny_base: Path, tmp_path: Path
+) -> None:
+    moved = {**served_version.to_json(), "base_source": "/was/there/once"}
+    (served_folder / SERVED_FILE).write_text(json.dumps(moved))
+    with pytest.raises(ConfigError, match="/was/there/once"):
+        load_answerer(served_folder, tmp_path / "cache")
+    assert load_answerer(served_folder, tmp_path / "cache", str(tiny_base)).answer([Row("the sea")])
+    (served_folder / SERVED_FILE).write_text(json.dumps({**moved, "base_sha256": "f" * 64}))
+    with pytest.raises(ConfigError, match=r"ffffffffffff.*is another one.*DEAL_BASE_MODEL"):
+        load_answerer(served_folder, tmp_path / "cache", str(tiny_base))
+
+
+def test_answers_are_those_of_the_task_that_a_row_names(
+    answerer: Answerer, base: BaseModel, served_version: ServedVersion
+) -> None:
+    chat = json.dumps([{"role": "user", "content": "the sea"}])
+    rows = [Row("the sea", "colours"), Row(chat, "help"), Row("the moss")]
+
+    def alone(text: str, number: int) -> str:
+        known = served_version.tasks[number]
+        return generate_answers(
+            answerer._model, base.tokenizer, known.schema, [text],
+            EvaluateConfig(max_new_tokens=known.max_new_tokens), max_prompt_tokens=known.max_prompt_tokens,
+        )[0]  # fmt: skip
+
+    assert answerer.answer(rows) == [alone("the sea", 1), alone(chat, 0), alone("the moss", 1)]
+    assert answerer.answer([]) == []
+    assert answerer.ask([]).version == "1"
+
+
+class HeldModel:
+    """`generate_answers` that waits, the first time it is called, until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list[str]] = []
+        self.is_inside, self.may_go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(answering, "generate_answers", self._generate)
+
+    def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> list[str]:
+        self.batches.append(inputs)
+        self.is_inside.set()
+        assert self.may_go_on.wait(WAIT_SECONDS)
+        return generate_answers(model, tokenizer, task, inputs, config, **limits)
+
+
+def wait_until_waiting(answerer: Answerer, number: int) -> None:
+    with answerer._changed:
+        while len(answerer._waiting) < number:
+            answerer._changed.wait(0.01)
+
+
+def test_callers_that_come_together_are_answered_in_one_batch(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first caller is held inside the model until all others wait; then one more pass answers them all."""
+    alone = {text: answerer.answer([Row(text)])[0] for text in TEXTS}
+    held = HeldModel(monkeypatch)
+    with ThreadPoolExecutor(len(TEXTS)) as pool:
+        futures = [pool.submit(answerer.answer, [Row(TEXTS[0])])]
+        assert held.is_inside.wait(WAIT_SECONDS)
+        futures += [pool.submit(answerer.answer, [Row(text)]) for text in TEXTS[1:]]
+        wait_until_waiting(answerer, len(TEXTS))
+        held.may_go_on.set()
+        assert [future.result()[0] for future in futures] == list(alone.values())
+    assert [len(batch) for batch in held.batches] == [1, len(TEXTS) - 1]
+    assert len(set(alone.values())) > 1, "answers that are all the same cannot be mixed up"
+
+
+def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are bounded, and a caller whose rows are not all answered waits behind the others."""
+    held = HeldModel(monkeypatch)
+    many = [Row(text) for text in TEXTS * 3]
+    with ThreadPoolExecutor(2) as pool:
+        large = pool.submit(answerer.answer, many)
+        assert held.is_inside.wait(WAIT_SECONDS)
+        small = pool.submit(answerer.answer, [Row("a short message")])
+        wait_until_waiting(answerer, 2)
+        held.may_go_on.set()
+        assert large.result() == answerer.answer(many[: len(TEXTS)]) * 3 and len(small.result()) == 1
+    assert [len(batch) for batch in held.batches[:4]] == [MAX_ROWS_CPU, MAX_ROWS_CPU, MAX_ROWS_CPU, 1]
+    assert "a short message" in held.batches[1]
+
+
+def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, may_go_on = threading.Event(), threading.Event()
+
+    def generate(model: Any, tokenizer: Any, task: Any, inputs: list[str], config: Any, **limits: Any) -> list[str]:
+        inside.set()
+        assert may_go_on.wait(WAIT_SECONDS)
+        if any("poison" in text for text in inputs):
+            raise RuntimeError("the model broke")
+        return [text.upper() for text in inputs]
+
+    monkeypatch.setattr(answering, "generate_answers", generate)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(answerer.answer, [Row("first")])
+        assert inside.wait(WAIT_SECONDS)
+        good, bad = (pool.submit(answerer.answer, [Row(text)]) for text in ("good", "poison"))
+        wait_until_waiting(answerer, 3)
+        may_go_on.set()
+        assert (first.result(), good.result()) == (["FIRST"], ["GOOD"])
+        with pytest.raises(RuntimeError, match="the model broke"):
+            bad.result()
+    assert answerer.answer([Row("fine")]) == ["FINE"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"rank": 7}, {"target_modules": ("q_proj", "o_proj")}])
+def test_another_version_answers_as_if_it_were_loaded_alone(
+    answerer: Answerer, served_folder: Path, new_version: NewVersion, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """The same form is copied into place; another rank, or other layers, are put beside the old one, which goes."""
+    folder = new_version(adapter=AdapterConfig(**{"rank": 4, **changes}))
+    before, wanted = answers_alone(served_folder, tmp_path), answers_alone(folder, tmp_path)
+    assert before != wanted
+    num_parameters = sum(each.numel() for each in load_answerer(folder, tmp_path / "cache")._model.parameters())
+    for source, version, answers in (
+        (folder, "2", wanted), (served_folder, "1", before), (folder, "2", wanted), (folder, "3", wanted)
+    ):  # fmt: skip
+        answerer.swap(source, version)
+        found = answerer.ask([Row(text) for text in TEXTS])
+        assert (found.answers, found.version, answerer.version) == (answers, version, version)
+        assert len(answerer._model.peft_config) == 1
+    assert sum(each.numel() for each in answerer._model.parameters()) == num_parameters
+    assert not any(each.requires_grad for each in answerer._model.parameters())
+
+
+def test_alpha_counts_after_a_swap(answerer: Answerer, served_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in served_folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    answerer.swap(other, "2")
+    plain = load_answerer(served_folder, tmp_path / "cache")
+    plain._model.disable_adapter_layers()
+    assert answerer.answer([Row(text) for text in TEXTS]) == plain.answer([Row(text) for text in TEXTS])
+    answerer.swap(served_folder, "1")
+    assert answerer.answer([Row(text) for text in TEXTS]) == answers_alone(served_folder, tmp_path)
+
+
+def test_a_version_that_does_not_fit_changes_nothing(
+    answerer: Answerer, new_version: NewVersion, served_version: ServedVersion, served_folder: Path, tmp_path: Path
+) -> None:
+    before = answers_alone(served_folder, tmp_path)
+    folder = new_version(adapter=AdapterConfig(rank=2))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: torch.zeros(3, 3) if number == 5 else tensor
+               for number, (name, tensor) in enumerate(sorted(tensors.items()))}, weights)  # fmt: skip
+    with pytest.raises(AdapterStateError, match=r"has shape \[3, 3\]"):
+        answerer.swap(folder, "2")
+    del tensors[min(tensors)]
+    save_file(tensors, weights)
+    with pytest.raises(AdapterStateError, match="1 keys are missing"):
+        answerer.swap(folder, "2")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nowhere"]}))
+    with pytest.raises(AdapterStateError, match="does not fit"):
+        answerer.swap(folder, "2")
+    weights.unlink()
+    with pytest.raises(AdapterStateError, match="holds no adapter"):
+        answerer.swap(folder, "2")
+    (served_folder / SERVED_FILE).write_text(json.dumps(replace(served_version, base_sha256="f" * 64).to_json()))
+    with pytest.raises(ConfigError, match="ffffffffffff"):
+        answerer.swap(served_folder, "2")
+    assert (answerer.answer([Row(text) for text in TEXTS]), answerer.version) == (before, "1")
+    assert len(answerer._model.peft_config) == 1
+
+
+def test_another_base_model_takes_over_with_its_version(
+    answerer: Answerer, served_folder: Path, served_version: ServedVersion, base: BaseModel, tiny_base: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    other = load_base(str(tiny_base), tmp_path / "cache", precision="fp32")
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight.neg_()
+    other = replace(other, sha256="e" * 64)
+    (served_folder / SERVED_FILE).write_text(json.dumps(replace(served_version, base_sha256="e" * 64).to_json()))
+    before = answerer.answer([Row(text) for text in TEXTS])
+    answerer.swap(served_folder, "2", other)
+    assert answerer.answer([Row(text) for text in TEXTS]) != before
+    assert (answerer.base_sha256, answerer.version) == ("e" * 64, "2")
+    assert not any(each is base.model for each in answerer._model.modules())
+
+
+def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_version(
+    answerer: Answerer, new_version: NewVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_version()
+    wanted = answers_alone(folder, tmp_path)
+    held = HeldModel(monkeypatch)
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(answerer.ask, [Row(text) for text in TEXTS])]
+        assert held.is_inside.wait(WAIT_SECONDS)
+        asking.append(pool.submit(answerer.ask, [Row(TEXTS[0])]))
+        wait_until_waiting(answerer, 2)
+        swapping = pool.submit(answerer.swap, folder, "2")
+        while not answerer._num_swaps:
+            assert not swapping.done()
+        held.may_go_on.set()
+        swapping.result(WAIT_SECONDS)
+        first, second = (each.result(WAIT_SECONDS) for each in asking)
+    assert (first.version, first.answers) == ("2", wanted)
+    assert (second.version, second.answers) == ("2", wanted[:1])
+
+
+def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldModel(monkeypatch)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(answerer.answer, [Row(TEXTS[0])])
+        assert held.is_inside.wait(WAIT_SECONDS)
+        gone = pool.submit(answerer.ask, [Row(TEXTS[1])], lambda: True)
+        wait_until_waiting(answerer, 2)
+        held.may_go_on.set()
+        with pytest.raises(GivenUpError):
+            gone.result(WAIT_SECONDS)
+        first.result(WAIT_SECONDS)
+        assert len(held.batches) == 1
+        held.may_go_on.clear()
+        held.is_inside.clear()
+        last = pool.submit(answerer.answer, [Row(TEXTS[0])])
+        assert held.is_inside.wait(WAIT_SECONDS)
+        answerer.stop()
+        held.may_go_on.set()
+        with pytest.raises(GivenUpError, match="stopping"):
+            last.result(WAIT_SECONDS)

@@ -1,0 +1,50 @@
+"""What lies beside an adapter, and which rows a version can be asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.evaluation.answering import Row, ServedVersion, read_served
+
+
+@pytest.fixture
+def version(served_version: ServedVersion) -> ServedVersion:
+    return served_version
+
+
+def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version: ServedVersion) -> None:
+    assert read_served(served_folder) == version
+    of_a_file = replace(version.tasks[1], schema=replace(version.tasks[1].schema, columns={"text": "t"}))
+    assert replace(version, tasks=(version.tasks[0], of_a_file)).to_json() == version.to_json(), "columns are of no use"
+    later = {**version.to_json(), "schema_version": 2}
+    with pytest.raises(AdapterStateError, match="schema version 2"):
+        ServedVersion.from_json(later)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("x", "nope"), "Row 2 names the task 'nope'; this version knows help, colours"),
+        (Row(" \n"), "Row 2 has an empty input"),
+        (Row("hello", "help"), "Row 2 is of the chat task help, whose input is a JSON list"),
+        (Row('{"role": "user"}', "help"), "Row 2 is of the chat task"),
+        (Row("[]", "help"), "Row 2 is of the chat task"),
+        (Row('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
+        (Row('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: Row, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        version.asked(row, 2)
+
+
+def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
+    asked = [version.asked(row, 1)[1] for row in (
+        Row(" the sea\r\nis green\n"), Row(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
+    )]  # fmt: skip
+    assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]

@@ -1,0 +1,217 @@
+"""The gate accepts and refuses by its thresholds alone, and says all it found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from deal_core.config import GateConfig
+from deal_core.evaluation.gate import decide
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+
+
+def make_report(
+    accuracies: dict[str, float], parents: dict[str, float], *, task: str = "new", base: float = 0.2
+) -> EvaluationReport:
+    matrix = AccuracyMatrix()
+    known: dict[str, float] = {}
+    for name in [name for name in accuracies if name != task] + [task]:
+        known[name] = accuracies[name]
+        matrix = matrix.with_row(name, known, base_accuracy=base, parent_accuracy=None)
+    return EvaluationReport(
+        task=task, accuracies=accuracies, parent_accuracies=parents, base_accuracy=base,
+        parent_accuracy_new_task=parents.get(task),
+        num_rows=dict.fromkeys(accuracies, 100), matrix=matrix, notes=("the adapter is full",),
+    )
+
+
+GOOD = make_report({"old": 0.75, "new": 0.5}, {"old": 0.8})
+
+
+def test_a_version_within_every_limit_is_accepted() -> None:
+    assert decide(GOOD, GateConfig()).accepted is True
+    assert decide(GOOD, GateConfig()).reasons == ()
+
+
+def test_a_first_version_has_no_parent_to_fall_below() -> None:
+    assert decide(make_report({"new": 0.6}, {}), GateConfig()).accepted
+
+
+def test_every_reason_is_told_with_task_value_and_limit() -> None:
+    report = make_report({"old": 0.5, "older": 0.3, "new": 0.25}, {"old": 0.8, "older": 0.6})
+    decision = decide(report, GateConfig(min_accuracy=0.4, max_mean_drop_points=None))
+    assert not decision.accepted and len(decision.reasons) == 4
+    gain, floor, old, older = decision.reasons
+    assert gain.startswith("new: ") and all(text in gain for text in ("25.0 %", "30.0 %", "20.0 %", "10.0 points"))
+    assert floor.startswith("new: ") and "25.0 %" in floor and "40.0 %" in floor
+    assert old.startswith("old: ") and all(text in old for text in ("30.0 points", "80.0 %", "50.0 %", "10.0 points"))
+    assert older.startswith("older: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "accepted"),
+    [
+        (GateConfig(min_gain_points=30), True),
+        (GateConfig(min_gain_points=30.1), False),
+        (GateConfig(min_accuracy=0.5), True),
+        (GateConfig(min_accuracy=0.51), False),
+        (GateConfig(max_drop_points=5), True),
+        (GateConfig(max_drop_points=4.9), False),
+    ],
+)
+def test_each_threshold_decides_and_its_limit_itself_passes(config: GateConfig, accepted: bool) -> None:
+    assert decide(GOOD, config).accepted is accepted
+
+
+@pytest.mark.parametrize(("hits", "base_hits"), [(h, h - 10) for h in range(10, 101)])
+def test_a_gain_of_exactly_the_limit_passes_whatever_the_rounding(hits: int, base_hits: int) -> None:
+    report = make_report({"new": hits / 100}, {}, base=base_hits / 100)
+    assert decide(report, GateConfig(min_gain_points=10)).accepted
+
+
+@pytest.mark.parametrize(("accuracy", "accepted"), [(0.96, True), (0.95, False)])
+def test_a_task_that_is_nearly_all_right_before_can_still_pass(accuracy: float, accepted: bool) -> None:
+    report = replace(make_report({"new": accuracy}, {}, base=0.5), majority_rate=0.92)
+    decision = decide(report, GateConfig(min_gain_points=10))
+    assert decision.accepted is accepted
+    said = "96.0 % (the commonest answer's 92.0 % + 4.0 points, half of what it lacks)"
+    assert accepted or said in decision.reasons[0]
+
+
+@pytest.mark.parametrize("hits", range(10, 101))
+def test_a_drop_of_exactly_the_limit_passes_whatever_the_rounding(hits: int) -> None:
+    report = make_report({"old": (hits - 10) / 100, "new": 0.9}, {"old": hits / 100})
+    assert decide(report, GateConfig(max_drop_points=10)).accepted
+
+
+def test_a_task_that_arrives_again_may_not_fall_below_its_parent_either() -> None:
+    again = make_report({"old": 0.8, "new": 0.6}, {"old": 0.8, "new": 0.75})
+    gain, drop = decide(again, GateConfig(max_mean_drop_points=None)).vetoes
+    assert (gain.kind, gain.task, drop.kind, drop.task) == ("gain", "new", "drop", "new")
+    assert (round(drop.value or 0, 6), drop.limit) == (15.0, 10.0) and "15.0 points" in drop.message
+
+
+def test_a_gain_on_an_old_task_is_no_drop() -> None:
+    assert decide(make_report({"old": 0.9, "new": 0.6}, {"old": 0.1}), GateConfig(max_drop_points=0)).accepted
+
+
+def test_report_survives_json() -> None:
+    assert EvaluationReport.from_json(json.loads(json.dumps(GOOD.to_json()))) == GOOD
+    with pytest.raises(ValueError, match="schema version 7"):
+        EvaluationReport.from_json({**GOOD.to_json(), "schema_version": 7})
+
+
+def test_a_report_without_an_old_tasks_accuracy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no accuracy of \['lost'\]"):
+        replace(GOOD, parent_accuracies={"old": 0.8, "lost": 0.5})
+
+
+def outcomes(num_rows: int, *, lost: int, gained: int) -> tuple[str, str]:
+    """Outcomes of a parent and of its child that lost and gained so many rows."""
+    kept = num_rows - lost - gained
+    return "1" * (kept + lost) + "0" * gained, "1" * kept + "0" * lost + "1" * gained
+
+
+def paired(num_rows: int = 100, *, lost: int = 0, gained: int = 0, task: str = "old") -> EvaluationReport:
+    """A version that changed its answers to an old task's rows."""
+    before, after = outcomes(num_rows, lost=lost, gained=gained)
+    share = {task: after.count("1") / num_rows}
+    report = make_report({**share, "new": 0.9}, {task: before.count("1") / num_rows})
+    return replace(
+        report, outcomes={task: after}, parent_outcomes={task: before}, num_rows={task: num_rows, "new": num_rows}
+    )
+
+
+def test_a_drop_that_noise_explains_is_told_and_is_no_veto() -> None:
+    decision = decide(paired(20, lost=6, gained=3), GateConfig())
+    assert decision.accepted
+    assert any("within the noise of 20 test rows" in note and "15.0 points" in note for note in decision.notes)
+
+
+def test_the_same_drop_on_more_rows_is_a_veto() -> None:
+    (veto,) = decide(paired(400, lost=120, gained=60), GateConfig()).vetoes
+    assert (veto.kind, veto.task, round(veto.value or 0, 6), veto.limit) == ("drop", "old", 15.0, 10.0)
+
+
+def test_confidence_decides_how_much_noise_is_believed() -> None:
+    assert not decide(paired(20, lost=6, gained=3), GateConfig(confidence=0.5)).accepted
+
+
+def test_too_few_rows_to_judge_are_said() -> None:
+    (note,) = decide(paired(36), GateConfig(max_drop_points=5)).notes
+    assert note.startswith("old: too few test rows") and "36 can tell" in note and "11.1 points" in note
+    assert decide(paired(36), GateConfig(max_drop_points=15)).notes == ()
+
+
+def test_a_parent_whose_answers_were_not_kept_is_judged_as_measured_and_it_is_said() -> None:
+    report = make_report({"old": 0.6, "new": 0.9}, {"old": 0.8})
+    decision = decide(report, GateConfig())
+    assert [veto.kind for veto in decision.vetoes] == ["drop"] and "were not kept" in decision.notes[0]
+
+
+def test_many_small_drops_are_vetoed_by_their_mean() -> None:
+    names = [f"old{i}" for i in range(8)]
+    before, after = outcomes(200, lost=16, gained=0)
+    report = make_report({**dict.fromkeys(names, 0.92), "new": 0.9}, dict.fromkeys(names, 1.0))
+    report = replace(report, outcomes=dict.fromkeys(names, after), parent_outcomes=dict.fromkeys(names, before))
+    (veto,) = decide(report, GateConfig()).vetoes
+    assert (veto.kind, veto.task, veto.limit) == ("mean_drop", None, 5.0) and round(veto.value or 0, 6) == 8.0
+    assert decide(report, GateConfig(max_mean_drop_points=8)).accepted
+    assert decide(report, GateConfig(max_mean_drop_points=None)).accepted
+
+
+def test_a_version_below_the_champion_on_the_new_task_is_vetoed_beyond_noise_only() -> None:
+    def below(num_rows: int, *, lost: int, gained: int) -> EvaluationReport:
+        before, after = outcomes(num_rows, lost=lost, gained=gained)
+        report = make_report({"new": after.count("1") / num_rows}, {})
+        return replace(
+            report, parent_accuracy_new_task=before.count("1") / num_rows, outcomes={"new": after},
+            parent_outcomes={"new": before},
+        )  # fmt: skip
+
+    assert [veto.kind for veto in decide(below(100, lost=20, gained=2), GateConfig()).vetoes] == ["gain"]
+    assert decide(below(100, lost=4, gained=3), GateConfig()).accepted
+    assert decide(below(100, lost=20, gained=2), GateConfig(min_gain_over_champion_points=None)).accepted
+    assert not decide(below(100, lost=0, gained=10), GateConfig(min_gain_over_champion_points=20)).accepted
+
+
+@pytest.mark.parametrize(("perplexity", "accepted"), [(44.9, True), (45.1, False), (float("nan"), False), (None, True)])
+def test_general_ability_is_held_against_the_base(perplexity: float | None, accepted: bool) -> None:
+    report = replace(GOOD, perplexity=perplexity, base_perplexity=30.0)
+    assert decide(report, GateConfig()).accepted is accepted
+    assert decide(report, GateConfig(max_perplexity_ratio=None)).accepted
+
+
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [
+        (AdapterFacts(norm=None, parent_norm=1.0, is_changed=True), "not finite"),
+        (AdapterFacts(norm=0.0, parent_norm=None, is_changed=True), "empty"),
+        (AdapterFacts(norm=1.0, parent_norm=1.0, is_changed=False), "nothing was learned"),
+        (AdapterFacts(norm=11.0, parent_norm=1.0, is_changed=True), "11.00 times"),
+        (AdapterFacts(norm=0.09, parent_norm=1.0, is_changed=True), "0.09 times"),
+        (AdapterFacts(norm=2.0, parent_norm=1.0, is_changed=True), ""),
+    ],
+)
+def test_a_broken_adapter_is_vetoed(facts: AdapterFacts, word: str) -> None:
+    if facts.is_changed and facts.norm and facts.parent_norm:
+        assert decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=20.0)).accepted
+        assert not decide(replace(GOOD, adapter=facts), GateConfig(max_norm_ratio=1.5)).accepted
+    decision = decide(replace(GOOD, adapter=facts), GateConfig())
+    assert decision.accepted is (not word) and word in " ".join(decision.reasons)
+
+
+def test_a_report_of_an_older_release_is_read() -> None:
+    new = {"outcomes", "parent_outcomes", "perplexity", "base_perplexity", "adapter", "majority_rate"}
+    old = {name: value for name, value in GOOD.to_json().items() if name not in new}
+    assert EvaluationReport.from_json({**old, "schema_version": 1}) == GOOD
+
+
+def test_a_task_that_is_only_guessed_is_not_learned_however_little_the_base_knows() -> None:
+    shuffled = replace(make_report({"new": 0.222}, {}, base=0.0), majority_rate=1 / 6)
+    (veto,) = decide(shuffled, GateConfig()).vetoes
+    assert veto.kind == "floor" and "the commonest answer's 16.7 % + 10.0 points" in veto.message
+    assert decide(replace(shuffled, majority_rate=None), GateConfig()).accepted

@@ -1,0 +1,169 @@
+"""Answers: what is generated, how it is batched, how it is scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import MistralConfig, MistralForCausalLM
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.collate import encode_rows
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.score import (
+    MIN_PREFIX,
+    _read_prefix,
+    count_too_long,
+    evaluate_task,
+    first_answer_logits,
+    generate,
+    generate_answers,
+)
+
+ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
+WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
+
+
+@pytest.fixture
+def folder(train):
+    """Folder of an adapter that has learned the task well enough to answer some rows."""
+    return train("seq_lora", train=WELL).folder
+
+
+def one_by_one(model, tokenizer, task, text) -> str:
+    """Greedy decoding spelled out: no batch, no padding, no cache."""
+    ids = encode_prompt(tokenizer, task, text, 64)
+    start = len(ids)
+    for _ in range(10):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
+def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base, task, rows, folder):
+    inputs = rows(12)["input"]
+    config = EvaluateConfig(max_batch_tokens=max_batch_tokens, max_new_tokens=10)
+    open_task = TaskSchema(name="open", instruction=task.instruction)
+    seen: list[int] = []
+    with adapter_on(base.model, folder) as model:
+        expected = [one_by_one(model, base.tokenizer, open_task, text) for text in inputs]
+        found = generate_answers(
+            model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
+        )
+    assert found == expected
+    assert len(set(found)) > 1
+    assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_logits_are_kept_for_who_asks_for_them_alone(with_logits, base):
+    (found,) = generate(base.model, base.tokenizer, [[1, 2], [3]], 2, max_batch_tokens=64, with_logits=with_logits)
+    assert (found.logits_BKV is not None) is with_logits
+
+
+def test_references_that_no_answer_can_reach_are_counted(base, task):
+    open_task = TaskSchema(name="open", format="completion")
+    outputs = ["x", "x " * 40, "x"]
+    num_tokens = len(base.tokenizer(" x")["input_ids"])
+    for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
+        assert count_too_long(base.tokenizer, open_task, outputs, limit) == wanted
+
+
+def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
+    prompts, vocabulary = [[1, 2]] * 7, base.model.config.vocab_size
+    monkeypatch.setattr("deal_core.evaluation.score.MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
+    sizes = [
+        [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, max_batch_tokens=64, **asked)]
+        for asked in ({"with_logits": True}, {})
+    ]
+    assert sizes == [[3, 3, 1], [7]]
+
+
+def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch):
+    inputs, seen = rows(12)["input"], []
+    prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in inputs]
+    shared = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert shared >= MIN_PREFIX
+    hook = base.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    answers = generate_answers(base.model, base.tokenizer, task, inputs, ONE_TOKEN, max_prompt_tokens=64)
+    hook.remove()
+    longest = max(map(len, prompts))
+    assert seen == [shared, 12 * (longest - shared)] and len(answers) == 12
+
+
+def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base, task, rows):
+    # padding between the shared part and the rest would stand in its window
+    config = MistralConfig(
+        vocab_size=len(base.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in rows(12)["input"]]
+    assert _read_prefix(model, prompts).length == 0
+    assert _read_prefix(base.model, prompts).length > 0
+
+
+def test_scores_are_those_of_the_answers(base, task, rows, folder):
+    with adapter_on(base.model, folder) as model:
+        found = evaluate_task(model, base.tokenizer, task, rows(24), EvaluateConfig(), max_prompt_tokens=64)
+    right = [a.casefold() == r for a, r in zip(found.answers, rows(24)["output"], strict=True)]
+    assert sum(right) > 0 and found.accuracy == sum(right) / 24
+    assert (found.task, found.num_rows, found.majority_rate) == ("colours", 24, 8 / 24)
+    assert found.rouge1 >= found.accuracy
+
+
+def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
+    """A base model that never ends its answers: more tokens than a label has would be wasted."""
+    inputs = rows(2)["input"]
+    tokens = base.tokenizer
+
+    def longest(for_task: TaskSchema, limit: int) -> int:
+        answers = generate_answers(
+            base.model, tokens, for_task, inputs, EvaluateConfig(max_new_tokens=limit), max_prompt_tokens=64
+        )
+        return max(len(tokens(a, add_special_tokens=False)["input_ids"]) for a in answers)
+
+    free = TaskSchema(name="open", instruction=task.instruction)
+    label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    assert longest(task, 30) < 2 * (label_tokens + 1) < longest(free, 30)
+    assert longest(free, 4) < longest(free, 30)
+
+
+def test_no_rows_score_nothing(base, task):
+    empty = Dataset.from_dict({"input": [], "output": []})
+    found = evaluate_task(base.model, base.tokenizer, task, empty, EvaluateConfig(), max_prompt_tokens=64)
+    assert (found.accuracy, found.num_rows, found.answers) == (0.0, 0, ())
+
+
+def test_first_answer_logits_start_the_answer(base, task, folder):
+    with adapter_on(base.model, folder) as model:
+        logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+        answer = generate_answers(
+            model, base.tokenizer, task, ["about the sea"], EvaluateConfig(), max_prompt_tokens=64
+        )[0]
+    first = base.tokenizer.decode([int(logits.argmax())]).strip()
+    assert logits.shape == (base.model.config.vocab_size,) and answer.startswith(first)
+
+
+def test_padding_does_not_change_a_rows_loss(base, task, rows):
+    """Each row alone and all rows in one batch give the same logits at the answer's positions."""
+    from deal_core.data.collate import AnswerCollator, answer_logits
+
+    encoded = encode_rows(rows(6), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
+    with torch.no_grad():
+        batch = collate(list(encoded))
+        together = answer_logits(base.model, batch)
+        for i, row in enumerate(encoded):
+            alone = answer_logits(base.model, collate([row]))[0]
+            torch.testing.assert_close(together[i, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
+        full = base.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    length = batch["labels"].shape[1]
+    torch.testing.assert_close(together, full[:, -length - 1 : -1])

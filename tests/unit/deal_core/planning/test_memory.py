@@ -1,0 +1,232 @@
+"""What a run takes, against what it really takes: counted on real tensors of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
+
+from benchmarks.roofline import Hardware, row_flops, step_cost, step_time
+from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.adapter.stack import LoraStack
+from deal_core.adapter.state import attach_adapter
+from deal_core.base_model import cpu_attention as attention
+from deal_core.base_model.config import find_config
+from deal_core.base_model.device import parse_bytes
+from deal_core.base_model.load import DEFAULT_BASE
+from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.data.collate import answer_loss
+from deal_core.errors import ConfigError
+from deal_core.planning.memory import ActivationSize, BatchShape, ModelSize, largest_batch, plan_memory, rehearsed_rows
+from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.planning.suggestions import find_remedies
+
+LLAMA = LlamaConfig(
+    vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+ADAPTER = AdapterConfig(rank=8)
+BATCH = BatchShape(num_rows=3, num_tokens=24, num_answer_tokens=5)
+
+
+def real_model(config: LlamaConfig) -> nn.Module:
+    model = LlamaForCausalLM(config)
+    model.requires_grad_(False)
+    return attach_adapter(model, ADAPTER, seed=0)
+
+
+def real_batch(batch: BatchShape) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 300, (batch.num_rows, batch.num_tokens))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0  # a shorter row, as in any batch
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "labels": tokens[:, -batch.num_answer_tokens :]}  # fmt: skip
+
+
+def test_parameters_and_adapter_are_those_of_the_real_model() -> None:
+    size, model = measure_model(LLAMA, ADAPTER), real_model(LLAMA)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert size.num_parameters == sum(p.numel() for p in model.parameters()) - trained
+    assert sum(size.num_factor_numbers(8)) == trained
+    assert size.parameters["embeddings"] == size.parameters["output layer"] == 300 * 64
+    tied = LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
+    assert measure_model(tied, ADAPTER).num_parameters == size.num_parameters - 300 * 64
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_activations_are_what_autograd_keeps_of_a_real_batch(on_cpu: bool) -> None:
+    model = real_model(LLAMA)
+    model.get_base_model().set_attn_implementation(attention.NAME if on_cpu else "sdpa")
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer_loss(model, real_batch(BATCH))
+    real = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    found = measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=on_cpu)
+    assert found.kept(5, checkpointing=False) == pytest.approx(real, rel=0.03)
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
+    found = measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True)
+    double = measure_activations(LLAMA, ADAPTER, replace(BATCH, num_rows=6), "fp32", on_cpu=True)
+    assert double.layer == pytest.approx(2 * found.layer, rel=0.01)
+    assert found.boundary == 3 * 24 * 64 * 4
+    assert found.kept(5, checkpointing=True) == 5 * found.boundary + found.layer + found.rest
+    longer = measure_activations(LLAMA, ADAPTER, replace(BATCH, num_answer_tokens=10), "fp32", on_cpu=True)
+    assert longer.layer == found.layer and longer.rest > found.rest + 3 * 5 * 300 * 4 - 1
+
+
+def test_an_encoder_decoder_is_sized() -> None:
+    config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4,
+                      decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+    size = measure_model(config, ADAPTER)
+    assert (size.num_layers, size.attention_size, size.intermediate_size) == (4, 64, 128)
+    assert len(size.modules) == 4 * 3 * 2  # q and v of every attention; a decoder layer has two
+    assert measure_activations(config, ADAPTER, BATCH, "fp32", on_cpu=True).layer > 0
+
+
+def random_stack(num_out: int, num_in: int) -> LoraStack:
+    a = tuple(nn.Parameter(torch.randn(8, num_in)) for _ in range(3))
+    b = tuple(nn.Parameter(torch.randn(num_out, 8)) for _ in range(3))
+    return LoraStack(("m0", "m1", "m2"), a, b)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"core": "frozen"}, {"sides": "B"}, {"project": False}, {"interpolation": 0.5}]
+)
+def test_the_method_keeps_as_many_bytes_as_are_planned(changes: dict[str, str]) -> None:
+    stack, deal = random_stack(400, 300), DealConfig(**changes)  # type: ignore[arg-type]
+    network = Reparametrization([stack], deal, torch.Generator())
+    size = replace(measure_model(LLAMA, ADAPTER), modules=((400, 300),) * 3)
+    factors = 4 * sum(size.num_factor_numbers(8))
+    state = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    trained = sum(4 * p.numel() for p in network.parameters())
+    plan = planned(size, is_first_task=False, method=MethodConfig(deal=deal))
+    parent = factors if deal.interpolation < 1 else 0
+    assert plan.adapter == pytest.approx(factors + state + parent, rel=0.02)
+    assert plan.optimiser == pytest.approx(factors + 3 * trained, rel=0.02)
+    first = planned(size, is_first_task=True, method=MethodConfig(deal=deal))
+    assert (first.adapter, first.optimiser) == (factors, 3 * factors)
+
+
+def planned(size: ModelSize, **changes: object):  # type: ignore[no-untyped-def]
+    given = {"rank": 8, "strategy": "deal", "method": MethodConfig(), "train": TrainConfig(), "is_first_task": True,
+             "precision": "fp32", "on_cpu": True, **changes}  # fmt: skip
+    return plan_memory(size, measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True), BATCH, **given)  # type: ignore[arg-type]
+
+
+def test_weights_follow_the_precision() -> None:
+    size = measure_model(LLAMA, ADAPTER)
+    assert planned(size).weights == 4 * size.num_parameters == 2 * planned(size, precision="bf16").weights
+    assert planned(size).total == planned(size).certain + planned(size).activations + planned(size).workspace
+
+
+def test_only_the_linear_layers_are_quantized() -> None:
+    size = measure_model(LLAMA, ADAPTER)
+    linear = size.parameters["linear layers"]
+    rest = 2 * (size.num_parameters - linear)
+    for quantize, num_bytes in (("8bit", linear), ("4bit", 4.127 / 8 * linear)):
+        train = TrainConfig(quantize=quantize)  # type: ignore[arg-type]
+        assert planned(size, precision="bf16", train=train).weights == pytest.approx(num_bytes + rest, abs=1)
+
+
+def test_rehearsed_questions_count_where_they_are_asked() -> None:
+    train = TrainConfig(batch_size=2)
+    many = MethodConfig(rehearsal=RehearsalConfig(rows_per_step=9))
+    assert largest_batch(train, many, num_old_tasks=1, strategy="deal") == 9
+    assert largest_batch(train, many, num_old_tasks=0, strategy="deal") == 2
+    assert largest_batch(train, many, num_old_tasks=1, strategy="seq_lora") == 2
+    silent = MethodConfig(rehearsal=RehearsalConfig(texts="none"))
+    assert rehearsed_rows(silent, num_old_tasks=1, strategy="deal") == 0
+    assert rehearsed_rows(silent, num_old_tasks=1, strategy="replay") == 4
+
+
+def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
+    size = measure_model(LLAMA, ADAPTER)
+
+    def memory_of(train: TrainConfig, precision: str):  # type: ignore[no-untyped-def]
+        share = train.batch_size * train.max_prompt_tokens
+        kept = ActivationSize(layer=share * 1000, rest=share * 10, boundary=share * 10)
+        return plan_memory(size, kept, replace(BATCH, num_rows=train.batch_size), rank=8, strategy="deal",
+                           method=MethodConfig(), train=train, is_first_task=True, precision=precision,
+                           on_cpu=True)  # fmt: skip
+
+    train = TrainConfig(batch_size=7, gradient_accumulation_steps=2, max_prompt_tokens=512)
+    limit = memory_of(replace(train, batch_size=1), "fp32").total
+    found = {each.change.split(":")[0]: each for each in find_remedies(memory_of, train, "fp32", limit)}
+    assert found["train.gradient_checkpointing"].fits == (
+        memory_of(replace(train, gradient_checkpointing=True), "fp32").total <= limit
+    )
+    assert found["train.batch_size"].change == "train.batch_size: 1 with gradient_accumulation_steps: 14"
+    assert found["train.batch_size"].fits and found["all of these together"].fits
+    assert not found["weights in bf16, on a device that computes in it"].fits
+    quantized = memory_of(replace(train, quantize="4bit"), "fp32").total
+    assert found["train.quantize"].total_bytes == quantized < memory_of(train, "bf16").total
+
+    def of_short_rows(changed: TrainConfig, precision: str):  # type: ignore[no-untyped-def]
+        return memory_of(replace(changed, max_prompt_tokens=64), precision)
+
+    short = find_remedies(of_short_rows, train, "fp32", 1000)
+    assert not any("max_prompt_tokens" in each.change for each in short), "which changes nothing here"
+    nothing = find_remedies(memory_of, train, "fp32", 1000)
+    assert not any(each.fits for each in nothing)
+    assert find_remedies(memory_of, replace(train, gradient_checkpointing=True), "bf16", limit)[0].change.startswith(
+        "train.batch_size"
+    )
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    batch = BatchShape(num_rows=2, num_tokens=16, num_answer_tokens=4)
+    model = real_model(LLAMA)
+    with FlopCounterMode(display=False) as counter:
+        answer_loss(model, real_batch(batch)).backward()
+    expected = 2 * row_flops(measure_model(LLAMA, ADAPTER), batch, rank=8, checkpointing=False)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_slowest_bounds_a_step() -> None:
+    size = measure_model(LLAMA, ADAPTER)
+    cost = {
+        sharded: step_cost(size, BATCH, 1000, rank=8, precision="bf16", checkpointing=False, rehearsed=0,
+                           num_devices=4, is_sharded=sharded)
+        for sharded in (False, True)
+    }  # fmt: skip
+    assert cost[True].link_bytes - cost[False].link_bytes == 2 * 0.75 * 2 * size.num_parameters
+    fast = Hardware(name="x", flops=1e30, memory_bandwidth=1e30, link_bandwidth=1e30, memory_bytes=1)
+    for name, field in (("compute", "flops"), ("memory", "memory_bandwidth"), ("link", "link_bandwidth")):
+        time = step_time(cost[True], replace(fast, **{field: 1.0}), utilisation=0.5)
+        assert time.bound == name and time.seconds == max(time.compute, time.memory, time.link)
+
+
+def test_a_config_is_found_without_weights(tmp_path: Path, offline_hub: Path) -> None:
+    built_in = find_config(DEFAULT_BASE, tmp_path / "cache")
+    assert built_in.folder is None and measure_model(built_in.config, ADAPTER).num_parameters == 134_515_008
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA.to_dict()))
+    local = find_config(str(tmp_path / "model"), tmp_path)
+    assert local.folder is None and local.config.hidden_size == 64
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert find_config(str(tmp_path / "model"), tmp_path).folder == tmp_path / "model"
+    with pytest.raises(ConfigError, match="could not be fetched from the Hub"):
+        find_config("someone/some-model", tmp_path)
+    with pytest.raises(ConfigError, match="There is no base model"):
+        find_config("./nowhere/model", tmp_path)
+
+
+def test_sizes_of_memory_are_read() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30 and parse_bytes("80 GB") == 80 * 10**9
+    assert parse_bytes("1.5gib") == 3 * 2**29
+    for wrong in ("", "GiB", "24 apples", "0GiB", "-3GB"):
+        with pytest.raises(ConfigError, match="24GiB"):
+            parse_bytes(wrong)

@@ -1,0 +1,348 @@
+"""The training loop: settings, resume, answer-only loss, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
+from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
+from deal_core.evaluation.score import first_answer_logits
+from deal_core.strategies import MethodState
+from deal_core.training.train import training_arguments
+from deal_core.training.trainer import AdapterTrainer
+
+SHORT = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("strategy", "core"), [("deal", "soft"), ("deal", "free"), ("seq_lora", "free")])
+@pytest.mark.parametrize("killed_at", [4, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(strategy, core, killed_at, parent, train, tmp_path):
+    """Six steps an epoch: the second case resumes in the second epoch."""
+    config = TrainConfig(num_epochs=3, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=3)
+    deal = DealConfig(core=core)
+    whole = train(strategy, parent, train=config, deal=deal)
+    assert whole.result.num_steps == 18 and whole.result.resumed_from_step is None
+
+    def die(step: int, _: object) -> None:
+        if step == killed_at:
+            raise KilledError
+
+    folders = {"output_folder": tmp_path / "again", "checkpoint_folder": tmp_path / "again-checkpoints"}
+    with pytest.raises(KilledError):
+        train(strategy, parent, train=config, deal=deal, on_log=die, **folders)
+    resumed = train(strategy, parent, train=config, deal=deal, **folders)
+    assert resumed.result.resumed_from_step == killed_at - killed_at % 3
+    assert resumed.losses == whole.losses
+    expected, found = weights(whole.folder), weights(resumed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_half_written_checkpoint_does_not_count(parent, train, tmp_path):
+    config = TrainConfig(max_steps=8, batch_size=4, learning_rate=5e-3, checkpoint_steps=2)
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+    whole = train("deal", parent, train=config, **folders)
+    newest = max(folders["checkpoint_folder"].glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (newest / "COMPLETE").unlink()
+    (newest / "optimizer.pt").write_bytes(b"cut")
+    resumed = train("deal", parent, train=config, **folders)
+    assert resumed.result.resumed_from_step == int(newest.name.split("-")[1]) - 2
+    assert resumed.losses == whole.losses
+
+
+def test_a_training_that_diverges_ends_at_once_and_leaves_no_checkpoint(parent, train, tmp_path):
+    config = TrainConfig(max_steps=40, batch_size=4, learning_rate=1e25, checkpoint_steps=1)
+    with pytest.raises(TrainingDivergedError, match=r"of step \d+ is (nan|inf).*train.learning_rate \(it is 1e\+25\)"):
+        train("seq_lora", parent, train=config, output_folder=tmp_path / "a", checkpoint_folder=tmp_path / "c")
+    assert not (tmp_path / "a").exists() and not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_prompts_and_answers_that_were_cut_are_counted(base, task, rows, train):
+    assert not [note for note in train().result.notes if "train.max_" in note]
+    encoded = encode_rows(rows(24), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    lengths = [len(ids) for ids in encoded["prompt_ids"]]
+    (note,) = train(train=replace(SHORT, max_prompt_tokens=max(lengths) - 1)).result.notes
+    assert f"{lengths.count(max(lengths))} of 24 training prompts are longer than train.max_prompt_tokens" in note
+    (note,) = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
+    assert "training answers fill train.max_answer_tokens (2): what is longer was cut" in note
+
+
+def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
+    train(train=replace(SHORT, checkpoint_steps=0), checkpoint_folder=tmp_path / "c")
+    assert not list((tmp_path / "c").glob("checkpoint-*"))
+    train(train=replace(SHORT, checkpoint_steps=1), checkpoint_folder=tmp_path / "c")
+    assert list((tmp_path / "c").glob("checkpoint-*"))
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(parent, train, rows):
+    """The loss is a mean over the tokens of the whole step, not a mean of means."""
+    whole = train("deal", parent, train=replace(SHORT, batch_size=8, group_by_length=False))
+    split = train(
+        "deal", parent, train=replace(SHORT, batch_size=2, gradient_accumulation_steps=4, group_by_length=False)
+    )
+    assert whole.losses == pytest.approx(split.losses, rel=1e-4)
+    for name, value in weights(whole.folder).items():
+        torch.testing.assert_close(weights(split.folder)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, parent, train):
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    plain = train("deal", parent, train=SHORT)
+    with base.model.model.layers[0].input_layernorm.register_forward_hook(count):
+        saved = train("deal", parent, train=replace(SHORT, gradient_checkpointing=True))
+    assert calls == 2 * SHORT.max_steps  # once forward, once again for the backward pass
+    assert saved.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"max_steps": 5},
+        {"max_steps": None, "num_epochs": 1},
+        {"batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 1e-3},
+        {"max_prompt_tokens": 40},
+        {"max_answer_tokens": 1},
+        {"seed": 1},
+        {"group_by_length": False},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_result(change, train, rows):
+    default = weights(train(train=SHORT).folder)
+    changed = weights(train(train=replace(SHORT, **change)).folder)
+    assert any(not torch.equal(default[name], changed[name]) for name in default)
+
+
+def test_epochs_and_accumulation_count_steps(train):
+    run = train(train=TrainConfig(num_epochs=2, batch_size=4, gradient_accumulation_steps=3, checkpoint_steps=0))
+    assert run.result.num_steps == 4  # 24 rows: two steps of twelve an epoch
+
+
+def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
+    from deal_core.config import MethodConfig
+    from deal_core.strategies import TaskContext, make_strategy, strategy_class
+
+    for strategy in ("deal", "seq_lora", "inc_lora"):
+        adapter = AdapterConfig(rank=4)
+        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
+        model = load_adapter(base.model, parent, is_trainable=True, num_new_slots=num_new_slots)
+        method = make_strategy(strategy, MethodConfig(), 0)
+        encoded = encode_rows(rows(8), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+        context = TaskContext(
+            base=base, task=task, rows=rows(8), encoded=encoded, old_tasks=(), adapter=adapter, train=SHORT
+        )
+        method.prepare(model, load_method_state(parent), context)
+        trainer = AdapterTrainer(
+            model=model,
+            args=training_arguments(SHORT, tmp_path, len(encoded)),
+            train_dataset=encoded,
+            data_collator=AnswerCollator(base.tokenizer, is_seq2seq=False),
+            strategy=method,
+            group_by_length=True,
+        )
+        held = [p for group in trainer.create_optimizer().param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in held]
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+        trainer.run(None)
+        trained = {
+            "deal": lambda method, model: method.network.parameters(),
+            "seq_lora": lambda method, model: (p for n, p in model.named_parameters() if ".lora_" in n),
+            "inc_lora": lambda method, model: (*method.a_new, *method.b_new),
+        }[strategy]
+        expected = {id(p) for p in trained(method, model)}
+        assert {id(p) for p in held} == expected and len(held) == len(expected)
+        assert all(not torch.equal(old, new) for old, new in zip(before, held, strict=True))
+        assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+        model.unload()
+
+
+def test_saved_and_reloaded_adapter_gives_the_logits_it_had_in_memory(base, task, tmp_path):
+    def logits(model):
+        return first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+
+    model = attach_adapter(base.model, AdapterConfig(rank=4, alpha=6.0), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.3)
+    in_memory = logits(model)
+    save_adapter(model, tmp_path, MethodState(strategy="seq_lora", stores="nothing"), base_name="tiny")
+    model.unload()
+    assert not torch.allclose(logits(base.model), in_memory, atol=1e-2)
+    with adapter_on(base.model, tmp_path) as reloaded:
+        torch.testing.assert_close(logits(reloaded), in_memory, rtol=0, atol=1e-6)
+
+
+def test_saved_adapter_gives_the_same_logits_with_and_without_our_code(base, task, train, parent, tiny_base):
+    run = train("deal", parent)
+    with adapter_on(base.model, run.folder) as model:
+        ours = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
+        tokens = torch.tensor([base.tokenizer("anything at all")["input_ids"]])
+        full = model(input_ids=tokens).logits
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    untouched = plain(input_ids=tokens).logits
+    loaded = PeftModel.from_pretrained(plain, str(run.folder))
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, full)
+    assert not torch.allclose(untouched, full)
+    torch.testing.assert_close(
+        first_answer_logits(loaded, base.tokenizer, task, "about the sea", max_prompt_tokens=64), ours
+    )
+
+
+def test_the_base_is_bare_and_unchanged_after_training(base, train):
+    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    train("deal")
+    after = dict(base.model.named_parameters())
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_written_is_a_plain_peft_folder(base, train):
+    run = train("deal")
+    assert sorted(p.name for p in run.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "method.json",
+    ]
+    config = json.loads((run.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.name
+    method = json.loads((run.folder / "method.json").read_text())
+    assert method == {"schema_version": 1, "strategy": "deal", "stores": "nothing", "num_bytes": 0, "num_arrivals": 1}
+
+
+def test_the_same_adapter_has_the_same_bytes_in_every_process(train):
+    # PEFT keeps module names in a set, whose order changes from process to process
+    config = (train("seq_lora").folder / "adapter_config.json").read_text()
+    values = json.loads(config)
+    assert values["target_modules"] == sorted(values["target_modules"]) and len(values["target_modules"]) == 2
+    assert config == json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def test_adapter_of_another_shape_is_refused(base, train, tmp_path):
+    run = train("deal")
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder, broken)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["k_proj"]}))
+    with pytest.raises(AdapterStateError, match="8 are unexpected"):
+        load_adapter(base.model, broken)
+    weights_path = broken / "adapter_model.safetensors"
+    (broken / "adapter_config.json").write_text(json.dumps(config))
+    whole = load_file(weights_path)
+    first = sorted(whole)[0]
+    for tensors, said in (
+        ({n: t for n, t in whole.items() if n != first}, "1 keys are missing"),
+        ({**whole, "more": torch.zeros(1)}, "1 are unexpected"),
+        ({**whole, first: torch.zeros(4, 8)}, r"has shape \[4, 8\], the model expects \[4, 32\]"),
+    ):
+        save_file(tensors, weights_path)
+        with pytest.raises(AdapterStateError, match=said):
+            load_adapter(base.model, broken)
+        assert not any("lora" in name for name, _ in base.model.named_parameters())
+    weights_path.write_bytes(weights_path.read_bytes()[:-4])
+    with pytest.raises(AdapterStateError, match=r"adapter_model\.safetensors is damaged"):
+        load_adapter(base.model, broken)
+    with pytest.raises(AdapterStateError, match="holds no adapter"):
+        load_adapter(base.model, tmp_path)
+
+
+def test_a_method_state_of_another_release_is_refused(train):
+    folder = train("deal").folder
+    (folder / "method.json").write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(AdapterStateError, match="schema version 99"):
+        load_method_state(folder)
+
+
+def test_no_rows_and_wrong_modules_are_refused(train, rows):
+    with pytest.raises(DataValidationError, match="no training rows"):
+        train("deal", rows=rows(0))
+    with pytest.raises(ConfigError, match="nonesuch"):
+        train("deal", adapter=AdapterConfig(rank=4, target_modules=("nonesuch",)))
+
+
+def test_target_modules_and_alpha_reach_the_adapter(train):
+    run = train("deal", adapter=AdapterConfig(rank=2, alpha=3.0, target_modules=("o_proj",)))
+    config = json.loads((run.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 3.0, ["o_proj"])
+    assert len(run.result.fill) == 2 and all("o_proj" in name for name in run.result.fill)
+
+
+def test_losses_are_reported_step_by_step(train):
+    seen: list[tuple[int, float]] = []
+    run = train(on_log=lambda step, values: seen.append((step, values["loss"])))
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert tuple(seen) == run.result.losses
+
+
+def test_a_resumed_run_says_the_earlier_steps_again(train, tmp_path):
+    """A killed process may not have passed its last ones on."""
+    config = replace(SHORT, checkpoint_steps=2)
+    folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
+
+    def die(step: int, _: object) -> None:
+        if step == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(train=config, on_log=die, **folders)
+    seen: list[int] = []
+    train(train=config, on_log=lambda step, _: seen.append(step), **folders)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_nothing_is_looked_up_in_the_network(base, parent, train, tmp_path, monkeypatch):
+    """PEFT asks the Hub for a base that an adapter names, when it saves, loads and checkpoints."""
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
+    folder = train("deal", parent, train=replace(SHORT, checkpoint_steps=1)).folder
+    with adapter_on(base.model, folder):
+        pass
+    assert asked == []
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
+
+
+def test_batches_hold_rows_of_similar_length_and_every_row_once():
+    lengths = [(i * 37) % 100 for i in range(203)]
+    sampler = BucketSampler(lengths, 8, seed=0, group_by_length=True)
+    order = list(sampler)
+    assert sorted(order) == list(range(203))
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in order[s : s + 8]] for s in range(0, 200, 8))]
+    assert sum(spread) / len(spread) < 10
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):
+    """Ten rows in batches of four: the third step of an epoch takes two."""
+    config = TrainConfig(num_epochs=2, batch_size=4, max_prompt_tokens=64, checkpoint_steps=0)
+    result = train("seq_lora", rows=rows(10), train=config).result
+    assert result.num_steps == 6
+    assert result.rows_per_second * result.seconds == pytest.approx(20)

@@ -1,0 +1,261 @@
+"""The deal command: what it prints for people and machines, its exit codes, and how mistakes look."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from deal_core.errors import RegistryError
+from flows.cli.app import app
+from tests.in_process import put_back
+
+ROOT = Path(__file__).parents[4]
+EXAMPLES = ROOT / "examples"
+Deal = Callable[..., Result]
+
+
+@pytest.fixture
+def deal(home: Path) -> Iterator[Deal]:
+    """Runs the command in this process; what it sets in the environment is undone."""
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    with put_back():
+        yield invoke
+
+
+def test_help_loads_nothing_heavy_and_names_every_command() -> None:
+    code = (
+        "import sys; from flows.cli.app import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'prefect', 'mlflow', 'transformers', 'pandas', 'pyarrow', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in (
+        "demo", "adapt", "watch", "evaluate", "history", "predict", "validate", "plan", "model", "ui", "report",
+        "labels",
+    ):  # fmt: skip
+        assert name in done.stdout
+
+
+def commands(command: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group of `deal`, with the words that call it."""
+    command = command or get_command(app)
+    yield path, command
+    for name, part in getattr(command, "commands", {}).items():
+        yield from commands(part, *path, name)
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*found, id=" ".join(found[0])) for found in commands()])
+def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: Any) -> None:
+    """Rich would take text in square brackets for markup and leave it out."""
+    screen = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"}).stdout
+    shown = " ".join(re.sub("[─-╿]", " ", screen).split())
+    texts = [command.help, command.epilog, *(part.help for part in getattr(command, "commands", {}).values())]
+    for parameter in command.params:
+        texts += [parameter.help, parameter.show_default if isinstance(parameter.show_default, str) else None]
+    for text in filter(None, texts):
+        assert " ".join(text.split()) in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt"], "--task NAME and --data FILE"),
+        (["adapt", "none.yaml"], "There is no file none.yaml"),
+        (["adapt", "--task", "t"], "--task NAME and --data FILE"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "strategy is 'magic'; give 'deal'"),
+        (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
+        (["validate", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
+        (["model", "fetch", "no such model!"], "no such model!"),
+        (["labels", "bank"], "--add"),
+        (["adapt", "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_use_exits_2_with_one_clear_line(deal: Deal, arguments: list[str], message: str) -> None:
+    result = deal(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_debug_shows_where_a_mistake_was_noticed(deal: Deal) -> None:
+    assert "Traceback" in deal("adapt", "none.yaml", "--debug").stderr
+
+
+def test_an_error_is_json_for_machines(deal: Deal) -> None:
+    result = deal("adapt", "none.yaml", "--json")
+    assert "There is no file none.yaml" in json.loads(result.stderr)["error"]
+    assert result.stdout == ""
+
+
+def test_validate_tells_what_ingest_would_keep(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"), "--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert (told["accepted"], told["format"], told["num_read"], told["num_rejected"]) == (True, "labelled", 72, 0)
+    assert len(told["labels"]) == 6 and told["num_train"] + told["num_test"] == 72
+
+
+def test_validate_takes_columns_and_labels_from_a_spec(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "clinic" / "train.csv"), "--spec", str(EXAMPLES / "clinic" / "spec.yaml"))
+    assert result.exit_code == 0 and "can be adapted" in result.stdout and "low iron" in result.stdout
+
+
+def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("text,label\n,a\nfine,b\n")
+    result = deal("validate", str(path))
+    assert result.exit_code == 1
+    assert "is refused" in result.stdout and "empty text" in result.stdout
+    told = json.loads(deal("validate", str(path), "--json").stdout)
+    assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
+
+
+def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
+    path = tmp_path / "bare.csv"
+    path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")
+    result = deal("validate", str(path))
+    assert result.exit_code != 0 and "'lost_card'" in result.stderr, "who holds the file may see it"
+
+
+def test_validate_of_a_missing_file_says_so(deal: Deal) -> None:
+    result = deal("validate", "none.csv")
+    assert result.exit_code in (1, 2) and "none.csv" in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("rejected", "code"), [(True, 3), (False, 0)])
+def test_requeue_exits_3_where_the_gate_rejects(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
+) -> None:
+    runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
+    monkeypatch.setattr("flows.cli.session.Session.run", lambda self, start: runs)
+    monkeypatch.setattr("flows.cli.tables.show_adaptation", lambda run: ["learned"])
+    assert deal("requeue", "2", "3").exit_code == code
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(deal: Deal) -> None:
+    result = deal("validate", str(EXAMPLES / "bank" / "train.jsonl"))
+    assert "\x1b" not in result.output and "\r" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["history"], ["predict", "text"], ["labels", "bank", "--add", "late"]])
+def test_an_unknown_lineage_says_what_to_do(deal: Deal, arguments: list[str]) -> None:
+    result = deal(*arguments, "--lineage", "nobody")
+    assert result.exit_code == 1
+    assert "'nobody' has no champion" in result.stderr and "deal adapt" in result.stderr
+
+
+def test_ui_names_the_database_and_the_command(deal: Deal, home: Path) -> None:
+    told = json.loads(deal("ui", "--json", "--port", "5123").stdout)
+    assert told["tracking_uri"] == f"sqlite:///{home / 'mlflow.db'}"
+    assert told["url"] == "http://127.0.0.1:5123"
+    assert told["command"][:2] == ["mlflow", "ui"]
+    assert told["environment"]["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{home / 'mlflow.db'}"
+    shown = deal("ui").stdout.replace("\n", "")
+    assert f"MLFLOW_BACKEND_STORE_URI=sqlite:///{home / 'mlflow.db'}" in shown and "mlflow ui --host 127.0.0.1" in shown
+
+
+def test_ui_of_a_server_is_the_server(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    told = json.loads(deal("ui", "--json").stdout)
+    assert (told["url"], told["command"]) == ("http://mlflow.example:5000", [])
+
+
+def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ("http://me:secret@mlflow.example:5000", "postgresql://me:secret@db.example/mlflow"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        for result in (deal("ui"), deal("ui", "--json")):
+            assert "secret" not in result.output and ".example" in result.output
+
+
+def test_ui_starts_the_server_with_no_password_among_the_arguments(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db.example/mlflow")
+    started: list[Any] = []
+
+    def start(command: list[str], *, check: bool, **options: Any) -> Any:
+        started.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("flows.server.ui.subprocess.run", start)
+    monkeypatch.setattr("flows.server.ui._open_when_ready", lambda url: None)
+    assert deal("ui", "--open").exit_code == 0
+    ((command, environment),) = started
+    assert "secret" not in " ".join(command)
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db.example/mlflow"
+
+
+def test_home_option_wins_over_the_environment(deal: Deal, tmp_path: Path) -> None:
+    told = json.loads(deal("ui", "--json", "--home", str(tmp_path / "other")).stdout)
+    assert told["tracking_uri"] == f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
+
+
+def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
+    deal: Deal, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("tasks.lineage.history.read_history", fail)
+    result = deal("history")
+    assert result.exit_code == 1
+    assert "RuntimeError: first line second line" in result.stderr and "--debug" in result.stderr
+    assert str(home / "logs" / "deal.log") in result.stderr.replace("\n", "")
+    assert "Traceback" in (home / "logs" / "deal.log").read_text()
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "newest"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), None), (("--json",), None)]
+)
+def test_history_reads_the_newest_versions_and_for_programs_all(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], newest: int | None
+) -> None:
+    asked: list[object] = []
+
+    def read(*args: object) -> None:
+        asked.extend(args)
+        raise RegistryError("enough")
+
+    monkeypatch.setattr("tasks.lineage.history.read_history", read)
+    deal("history", "--lineage", "support", *options)
+    assert asked == ["support", newest]
+
+
+def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tasks.lineage.history.read_history", stop)
+    result = deal("history")
+    assert result.exit_code == 130 and "goes on from the last checkpoint" in result.stderr
+
+
+def test_an_added_lineage_names_its_base_model_where_every_process_finds_it(
+    deal: Deal, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    spec = tmp_path / "support.yaml"
+    for given, kept in (("models/mine", str(tmp_path / "models" / "mine")), ("owner/name", "owner/name")):
+        spec.write_text(f"lineage: support\nbase_model: {given}\n")
+        assert deal("lineage", "add", str(spec)).exit_code == 0
+        stored = (home / "store" / "lineages" / "support.yaml").read_text()
+        assert f"base_model: {kept}\n" in stored

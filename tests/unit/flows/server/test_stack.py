@@ -1,0 +1,226 @@
+"""The local whole's record, and what keeps it from taking somebody else's servers or processes for its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import tenacity
+from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+
+from deal_core.errors import ConfigError
+from flows.server.processes import Part, start_of
+from flows.server.stack import (
+    KEEPER,
+    Stack,
+    _environment,
+    _record,
+    heal,
+    hold_stack,
+    read_stack,
+    start_part,
+    start_servers,
+    stop,
+)
+from flows.server.supervisor import _restart, keep
+
+SLEEP = ("-c", "import time; time.sleep(600)")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def stack() -> Stack:
+    return Stack(
+        prefect_url="http://127.0.0.1:1", mlflow_url="http://127.0.0.1:2", backend_uri="postgresql://me:secret@db/mlflow",
+        artifact_uri="file:///a",
+    )  # fmt: skip
+
+
+def test_a_taken_port_is_refused_before_anything_starts(home: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ConfigError, match="--mlflow-port"):
+            start_servers(home, free_port(), other.getsockname()[1], print)
+    assert read_stack(home) is None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_the_databases_password_is_in_the_users_own_record_alone(home: Path) -> None:
+    made = stack()
+    start_part(home, made, "x", SLEEP)
+    try:
+        record = home / "stack.json"
+        assert record.stat().st_mode & 0o077 == 0
+        assert read_stack(home) == made
+        assert "secret" not in made.model_dump_json()
+        assert "secret" not in " ".join(psutil.Process(made.parts[0].pid).cmdline())
+    finally:
+        stop(home)
+
+
+def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_else(home: Path) -> None:
+    made = stack()
+    start_part(home, made, "worker", SLEEP)
+    environment = {**os.environ, "PREFECT__FLOW_RUN_ID": "1"}
+    left = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": str(home / "prefect")})
+    other = subprocess.Popen([sys.executable, *SLEEP], env={**environment, "PREFECT_HOME": "/elsewhere"})
+    try:
+        assert stop(home) == ["worker"]
+        assert not psutil.pid_exists(left.pid) and other.poll() is None
+        assert stop(home) == [] and read_stack(home) is None
+    finally:
+        left.kill()
+        other.kill()
+        left.wait()
+        other.wait()
+
+
+def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
+    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    assert part.is_alive()
+    assert not part.model_copy(update={"started": part.started + "1"}).is_alive()
+
+
+def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 2.0)
+    assert part.is_alive()
+
+
+def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, *SLEEP])
+    part = Part(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
+    assert part.is_alive()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not part.is_alive()
+    process.wait()
+    assert not part.is_alive() and start_of(process.pid) == ""
+
+
+PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
+
+
+@pytest.mark.parametrize("then", ["deal up", "deal down", "keeper"])
+def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
+    home: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    made = stack()
+    start_part(home, made, "mlflow-server", PARENT)
+    server = psutil.Process(made.parts[0].pid)
+    while not (children := server.children()):
+        assert server.is_running()
+    server.kill()
+    server.wait()
+    try:
+        if then == "deal up":
+            monkeypatch.setattr("flows.server.stack._wait_for_servers", lambda stack: None)
+            heal(home, made, print)
+        elif then == "keeper":
+            _restart(home, "mlflow-server")
+        else:
+            assert stop(home) == []
+        assert not children[0].is_running()
+        running = read_stack(home)
+        assert (running is not None and running.is_alive()) == (then != "deal down")
+    finally:
+        stop(home)
+
+
+def test_a_process_that_cannot_be_recorded_is_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("infra.store.base.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        start_part(home, stack(), "worker", SLEEP)
+    monkeypatch.undo()
+    mine = [each for each in psutil.process_iter() if f"DEAL_HOME={home}" in environment_of(each)]
+    assert mine == [] and read_stack(home) is None
+
+
+def environment_of(process: psutil.Process) -> list[str]:
+    try:
+        return [f"{name}={value}" for name, value in process.environ().items()]
+    except psutil.Error:
+        return []
+
+
+def test_a_stop_waits_for_a_start_that_is_under_way(home: Path) -> None:
+    made = stack()
+    ended: list[str] = []
+    stopping = threading.Thread(target=lambda: ended.extend(stop(home)))
+    with hold_stack(home):
+        stopping.start()
+        start_part(home, made, "worker", SLEEP)
+        stopping.join(0.3)
+        assert stopping.is_alive() and made.is_alive()
+        with hold_stack(home):
+            assert made.is_alive(), "its holder may take it again"
+    stopping.join()
+    assert ended == ["worker"]
+
+
+def test_other_pages_of_a_browser_cannot_command_the_server(home: Path) -> None:
+    environment = _environment(home, stack(), "prefect-server")
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:1,http://localhost:1"
+    assert environment["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+
+
+def test_the_server_removes_old_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _environment(home, stack(), "prefect-server").items():
+        monkeypatch.setenv(name, value)
+    assert {"events", "flow_runs"} <= ServerServicesDBVacuumSettings().enabled_vacuum_types
+
+
+def test_the_keeper_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.server.supervisor.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
+    log, own = home / "x.log", os.getpid()
+    made = stack()
+    made.parts = [Part(name="x", command=(), pid=own, started=start_of(own), log=log)]
+    _record(home, made)
+    keeping = threading.Thread(target=keep, args=(home,), daemon=True)
+    with log.open("ab", buffering=0) as output:
+        output.write(b"first")
+        keeping.start()
+        for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
+            with attempt:
+                assert log.stat().st_size == 0
+        (home / "stack.json").unlink()
+        keeping.join()
+        output.write(b"second")
+    assert (log.read_bytes(), (home / "x.log.1").read_bytes()) == (b"second", b"first")
+
+
+def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_healed(home: Path) -> None:
+    made = stack()
+    start_part(home, made, "worker", SLEEP)
+    try:
+        assert not made.is_complete()
+        start_part(home, made, KEEPER, SLEEP)
+        assert made.is_complete()
+        with pytest.raises(ConfigError, match="deal down"):
+            heal(home, made, print)
+    finally:
+        stop(home)
+    assert json.loads(made.model_dump_json())["parts"][0]["name"] == "worker"

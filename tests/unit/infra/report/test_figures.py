@@ -1,0 +1,223 @@
+"""The figures: what they must show, read from the figure itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle
+
+from deal_core.evaluation.metrics import AccuracyMatrix
+from infra.report.figures import (
+    accuracy_heatmap,
+    accuracy_over_versions,
+    development_figure,
+    fill_bars,
+    kept_figure,
+    loss_curve,
+    over_time_figure,
+    result_figure,
+)
+from infra.report.style import COLOURS, save_png, spread
+
+
+def make_matrix(*tasks: str) -> AccuracyMatrix:
+    """Every version scores 80 on its own task and 5 less on each older one; base 10, parent 20."""
+    matrix, accuracies = AccuracyMatrix(), dict[str, float]()
+    for task in tasks:
+        accuracies = {name: value - 0.05 for name, value in accuracies.items()} | {task: 0.8}
+        parent = 0.2 if matrix.rows else None
+        matrix = matrix.with_row(task, accuracies, base_accuracy=0.1, parent_accuracy=parent)
+    return matrix
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def pixels(figure: Figure, folder: Path) -> numpy.ndarray:
+    save_png(figure, folder / "figure.png")
+    return imread(folder / "figure.png")
+
+
+def test_the_heat_map_shows_every_known_cell_and_hatches_the_others() -> None:
+    axes = accuracy_heatmap(make_matrix("bank", "clinic", "parcels")).axes[0]
+    assert texts(axes) == ["10.0"] * 3 + ["80.0", "20.0", "75.0", "80.0", "20.0", "70.0", "75.0", "80.0"]
+    cells = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert [cell.get_xy() for cell in cells if cell.get_hatch()] == [(2, 1)]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["bank", "clinic", "parcels"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
+        "base model", "1  after bank", "2  after clinic", "3  after parcels",
+    ]  # fmt: skip
+    assert "average 75.0" in axes.get_title(loc="left")
+    assert "forgetting 7.5" in axes.get_title(loc="left")
+
+
+def test_the_heat_map_frames_the_task_that_each_version_learned() -> None:
+    axes = accuracy_heatmap(make_matrix("bank", "clinic", "bank")).axes[0]
+    frames = [patch.get_xy() for patch in axes.patches if isinstance(patch, Rectangle) and not patch.get_fill()]
+    assert frames == [(0, 1), (1, 2), (0, 3)]
+
+
+def test_numbers_stand_out_from_their_cells() -> None:
+    matrix = AccuracyMatrix()
+    for number in range(21):
+        matrix = matrix.with_row("t", {"t": number / 20}, base_accuracy=0.0, parent_accuracy=None)
+    axes = accuracy_heatmap(matrix).axes[0]
+    cells = {cell.get_xy()[1]: cell for cell in axes.patches if isinstance(cell, Rectangle) and cell.get_fill()}
+    for text in axes.texts:
+        cell = cells[text.get_position()[1] - 0.5]
+        shades = [luminance(cell.get_facecolor()[:3]), 1.0 if text.get_color() == "white" else 0.0]
+        assert (max(shades) + 0.05) / (min(shades) + 0.05) >= 4, text.get_text()
+
+
+def luminance(colour: tuple[float, float, float]) -> float:
+    """Relative luminance as WCAG defines it."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+    return float(numpy.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_lines_start_where_a_task_was_first_learned() -> None:
+    axes = accuracy_over_versions(make_matrix("bank", "clinic", "bank", "parcels")).axes[0]
+    lines = [line for line in axes.lines if line.get_transform() == axes.transData]
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3, 4], [2, 3, 4], [4]]
+    assert list(lines[0].get_ydata()) == pytest.approx([80, 75, 80, 75])
+    assert texts(axes) == ["75.0  bank", "70.0  clinic", "80.0  parcels"]
+
+
+def test_labels_are_spread_and_keep_their_order() -> None:
+    moved = spread([50.0, 50.5, 10.0, 51.0], gap=5)
+    assert sorted(range(4), key=lambda index: moved[index]) == [2, 0, 1, 3]
+    ordered = sorted(moved)
+    assert min(after - before for before, after in pairwise(ordered)) >= 5 - 1e-9
+    assert spread([], gap=5) == []
+    assert spread([1.0, 90.0], gap=5) == [1.0, 90.0]
+
+
+def test_the_loss_curve_shows_every_finite_point_and_smooths_long_ones() -> None:
+    short = loss_curve([(10, 2.0), (20, float("nan")), (30, 1.0)]).axes[0]
+    assert [list(line.get_xdata()) for line in short.lines] == [[10, 30]]
+    steps = range(300)
+    raw, smooth = loss_curve([(step, float(step % 2)) for step in steps]).axes[0].lines
+    assert len(raw.get_xdata()) == 300
+    assert list(smooth.get_xdata()) == list(range(10, 290))
+    assert numpy.ptp(smooth.get_ydata()) < 0.06
+
+
+def test_fill_is_drawn_by_layer_for_each_projection() -> None:
+    fill = {f"base_model.model.model.layers.{layer}.self_attn.{name}": share
+            for layer, (q, v) in {10: (1.0, 0.0), 2: (0.25, 0.5)}.items()
+            for name, share in (("q_proj", q), ("v_proj", v))}  # fmt: skip
+    panels = fill_bars(fill).axes
+    assert [panel.get_ylabel() for panel in panels] == ["q_proj", "v_proj"]
+    drawn = [
+        {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in panel.containers[1]} for panel in panels
+    ]
+    assert drawn == [{2: 25.0, 10: 100.0}, {2: 50.0, 10: 0.0}]
+
+
+def test_the_fill_of_an_encoder_and_of_a_decoder_are_told_apart() -> None:
+    fill = {
+        f"{stack}.block.{layer}.layer.{place}.{kind}.{name}": 0.5
+        for stack, place, kind in (
+            ("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"),
+        )
+        for layer in range(3) for name in "qv"
+    }  # fmt: skip
+    panels = fill_bars(fill).axes
+    assert len({panel.get_ylabel() for panel in panels}) == 6
+    assert all(len(panel.containers[1]) == 3 for panel in panels)
+
+
+def test_the_result_shows_both_matrices_and_what_is_left() -> None:
+    ours, theirs = make_matrix("bank", "clinic"), make_matrix("bank", "clinic")
+    maps_and_bars = result_figure(ours, theirs).axes
+    assert [axes.get_title(loc="left").strip() for axes in maps_and_bars] == [
+        "deal",
+        "seq_lora",
+        "at the end, all tasks",
+    ]
+    bars = maps_and_bars[-1]
+    assert [container.get_label() for container in bars.containers] == ["base model", "deal", "seq_lora"]
+    assert [bar.get_height() for bar in bars.containers[1]] == pytest.approx([75, 80])
+    alone = result_figure(ours, name="mine").axes
+    assert [axes.get_title(loc="left").strip() for axes in alone] == ["mine", "at the end, all tasks"]
+
+
+def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
+    points = {"deal": {"bank": (80, 75), "clinic": (60, 60)}, "plain": {"bank": (82, 40)}}
+    figure = kept_figure(["bank", "clinic"], points)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["bank", "clinic"]
+    spans = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [list(span) for span in spans] == [[80, 75], [60, 60], [82, 40]]
+    filled = [line.get_xdata()[0] for line in axes.lines
+              if len(line.get_xdata()) == 1 and line.get_markerfacecolor() != "white"]  # fmt: skip
+    assert filled == [75, 60, 40]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
+
+
+def test_every_task_has_a_panel_with_a_line_per_strategy_from_when_it_was_learned() -> None:
+    curves = {"deal": {"bank": [80, 70, 75], "clinic": [60, 61], "parcels": [90]}, "plain": {"bank": [82, 50, 40]}}
+    figure = over_time_figure(["bank", "clinic", "parcels"], curves)
+    drawn = {axes.get_title(loc="left"): [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+             for axes in figure.axes}  # fmt: skip
+    assert drawn == {
+        "bank": [([1, 2, 3], [80, 70, 75]), ([1, 2, 3], [82, 50, 40])],
+        "clinic": [([2, 3], [60, 61]), ([], [])], "parcels": [([3], [90]), ([], [])],
+    }  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
+
+
+def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
+    (axes,) = development_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}, "AA", "%").axes
+    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
+        "deal": ([1, 2, 3], [80, 70, 75]), "plain": ([1, 2, 3], [80, 50, 40]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        kept_figure([], {}),
+        kept_figure([f"a-rather-long-task-name-{number}" for number in range(15)], {"deal": {}}),
+        development_figure({}, "AA", "%"),
+        over_time_figure([], {}),
+        over_time_figure([f"a-rather-long-task-name-{number}" for number in range(6)], {"deal": {}}),
+        accuracy_heatmap(AccuracyMatrix()),
+        accuracy_over_versions(AccuracyMatrix()),
+        loss_curve([]),
+        loss_curve([(1, float("inf"))]),
+        fill_bars({}),
+        loss_curve([(5, 0.0)]),
+        fill_bars({"model.layers.0.self_attn.q_proj": 1.0}),
+        accuracy_heatmap(make_matrix(*(f"a-rather-long-task-name-{number}" for number in range(12)))),
+        accuracy_over_versions(make_matrix("one")),
+    ],
+    ids=lambda _: "",
+)
+def test_unusual_input_gives_a_picture_with_something_on_it(figure: Figure, tmp_path: Path) -> None:
+    picture = pixels(figure, tmp_path)
+    assert picture[..., :3].min() < 0.5
+    border = numpy.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    assert border[:, :3].min() > 0.9, "something is cut off at the border"
+
+
+def test_the_colours_are_told_apart_without_red_or_green() -> None:
+    """Simulated deuteranopia (Machado et al., 2009) leaves every pair of line colours distinct."""
+    simulate = numpy.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    seen = [simulate @ [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)] for colour in COLOURS]
+    distances = [numpy.linalg.norm(one - other) for index, one in enumerate(seen) for other in seen[:index]]
+    assert min(distances) > 0.15
+
+
+def test_drawing_leaves_pyplot_alone() -> None:
+    code = "import infra.report.figures, sys; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[4])

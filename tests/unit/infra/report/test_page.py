@@ -1,0 +1,205 @@
+"""A run's page: what stands on it, that nothing on it can run or load, and that it can be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import infra.report
+from deal_core.errors import RegistryError
+from deal_core.evaluation.report import EvaluationReport
+from infra.report.charts import fill_bars, loss_chart, round_up, task_lines, thin
+from infra.report.formatting import count, duration, points, verdict_of, versions_of
+from infra.report.page import NUM_SHADES, matrix_rows, render_page
+from infra.report.run_report import BadRow, Changed, Example, Quality, RunReport
+from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
+
+HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
+CSS = Path(infra.report.__file__).parent / "templates" / "page.css"
+
+
+class Tags(HTMLParser):
+    """Collects the tags of a page with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(**changes: object) -> str:
+    return render_page(sample_report(**changes), sample_evaluation())
+
+
+def test_the_verdict_comes_first_with_every_reason() -> None:
+    page = render()
+    body = page[page.index("<body>") :]
+    verdict = f"Version 4 of support, trained on {TASKS[2]}, was rejected by the gate; version 2 stays champion."
+    places = [body.index(text) for text in (verdict, *REASONS, "Accuracy of every version")]
+    assert places == sorted(places)
+    for kind, words in (("promoted", "was promoted"), ("awaiting-approval", "waits for a person's approval")):
+        assert words in verdict_of(sample_report(verdict=kind, reasons=()))
+    assert "there is no champion yet" in verdict_of(sample_report(parent_version=None))
+
+
+def test_the_page_tells_the_whole_run() -> None:
+    text = " ".join(Tags(render()).text.split())
+    for said in (
+        "22.0 → 25.0 %", "−15.0 points", "+1, −3", "120 steps in 14 min, 3.2 rows/s; it was interrupted and went on "
+        "from step 40", "may.csv: 130 rows read, 96 for training, 20 for testing, 14 in quarantine", "empty text10",
+        "row 12 (line 14): label outside the task's set: 'cardd'", "Lost: 3", "Gained: 1", "Where is my card?",
+        "A note.", "evaluate2 min", "deal report 4 --lineage support", DIGEST, "q_proj", "2026-05-04 12:30 UTC",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
+    quality = Quality(num_read=130, num_train=96, num_test=20, num_rejected=14)
+    text = " ".join(Tags(render(quality=quality)).text.split())
+    assert "A file that was forgotten since: 130 rows read, 96 for training, 20 for testing, 14 in quarantine" in text
+    assert "Format" not in text and "None" not in text
+
+
+def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
+    row = Example(row=HOSTILE, text=HOSTILE, expected=HOSTILE, before=HOSTILE, now=HOSTILE)
+    report = sample_report(
+        reasons=(HOSTILE,),
+        changed=(Changed(task="bank", num_rows=9, num_gained=1, num_lost=1, gained=(row,), lost=(row,)),),
+        quality=sample_report().quality.model_copy(
+            update={"source": HOSTILE, "problems": {HOSTILE: 1},
+                    "bad_rows": (BadRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),)}
+        ),
+    )  # fmt: skip
+    page = render_page(report, sample_evaluation())
+    plain = {tag for tag, _ in Tags(render()).tags}
+    found = Tags(page)
+    assert {tag for tag, _ in found.tags} == plain, "a row has made a tag"
+    assert not plain & {"script", "img", "iframe", "link", "object", "form", "a"}
+    for tag, attributes in found.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "href", "action")], tag
+    assert found.text.count("{{ 7*7 }}") == 13, "as it is: reason, file twice, problem twice, two rows' four texts"
+    assert "url(" not in page and "@import" not in page and "http://" not in page and "https://" not in page
+    (policy,) = (each["content"] for tag, each in found.tags if each.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and "default-src 'none'" in policy and "script" not in policy
+
+
+def test_the_page_is_the_same_after_a_way_through_json() -> None:
+    report = RunReport.from_json(json.loads(json.dumps(sample_report().model_dump(mode="json"))))
+    evaluation = EvaluationReport.from_json(json.loads(json.dumps(sample_evaluation().to_json())))
+    assert render_page(report, evaluation) == render()
+
+
+def test_a_report_of_another_release_or_a_damaged_one_is_refused() -> None:
+    values = sample_report().model_dump(mode="json")
+    with pytest.raises(RegistryError, match="schema version 2, this release reads 1"):
+        RunReport.from_json({**values, "schema_version": 2})
+    with pytest.raises(RegistryError, match="damaged"):
+        RunReport.from_json({**values, "seconds": "many"})
+    with pytest.raises(RegistryError, match="schema version None"):
+        RunReport.from_json([])
+
+
+def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
+    report, evaluation = sample_report(), sample_evaluation()
+    rows = matrix_rows(evaluation.matrix, versions_of(report, evaluation))
+    assert [(row.name, row.trained) for row in rows] == [
+        ("base", ""), ("1", "bank"), ("2", "clinic"), ("4", TASKS[2]),
+    ]  # fmt: skip
+    assert [cell.text for cell in rows[1].cells] == ["90.0", "15.0", "–"]
+    assert [cell.is_trained for cell in rows[3].cells] == [False, False, True]
+    assert rows[1].cells[2].shade is None and rows[1].cells[0].shade == 9
+    unknown = sample_report(lineage_so_far=())
+    assert versions_of(unknown, evaluation) == ["row 1", "row 2", "row 3"], "no number is better than a wrong one"
+
+
+def test_what_is_not_known_is_said() -> None:
+    training = sample_report().training.model_copy(update={"losses": (), "fill": {}})
+    text = " ".join(Tags(render(changed=(), seconds={}, training=training)).text.split())
+    for said in ("the answers of version 2 were not kept", "the run was completed after a crash", "No loss was logged",
+                 "This strategy keeps no slots"):  # fmt: skip
+        assert said in text
+
+
+def test_without_texts_rows_are_named_by_their_digests() -> None:
+    changed = Changed(task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(Example(row=DIGEST),))
+    text = Tags(render(changed=(changed,), include_texts=False)).text
+    assert DIGEST in text and "data.include_texts is off" in text and "expected" not in text
+
+
+def luminance(colour: str) -> float:
+    full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+    parts = [int(full[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_shade_of_the_heat_map_can_be_read_in_light_and_dark() -> None:
+    shades = re.findall(r"\.s(\d+) \{ background: (#\w+); color: (#\w+); \}", CSS.read_text(encoding="utf-8"))
+    assert [int(number) for number, _, _ in shades] == 2 * list(range(NUM_SHADES))
+    for number, background, colour in shades:
+        low, high = sorted((luminance(background), luminance(colour)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, f"shade {number} ({background})"
+    for scheme in (shades[:NUM_SHADES], shades[NUM_SHADES:]):
+        values = [luminance(background) for _, background, _ in scheme]
+        assert values in (sorted(values), sorted(values, reverse=True)), "one direction, also in grey"
+
+
+def test_a_loss_curve_starts_left_above_and_ends_where_the_last_step_is() -> None:
+    curve = loss_chart([(1, 3.2), (2, 1.0), (4, float("nan")), (4, 0.8)])
+    assert curve is not None and (curve.top, curve.last_step, curve.mean_path) == (4.0, 4, "")
+    assert curve.path == "M25.00 20.00 L50.00 75.00 L100.00 80.00"
+    assert loss_chart([(1, float("inf"))]) is None and loss_chart([]) is None
+    long = loss_chart([(step, 2.0) for step in range(1, 3001)])
+    assert long is not None and long.path.count("L") < 500 and long.mean_path.startswith("M")
+    assert long.last == pytest.approx(2.0)
+
+
+def test_a_running_mean_is_the_mean_of_its_window() -> None:
+    curve = loss_chart([(step, float(step % 2)) for step in range(1, 91)])
+    assert curve is not None and curve.window == 7
+    assert {y for _, y in re.findall(r"([\d.]+) ([\d.]+)", curve.mean_path)} == {"42.86", "57.14"}, "3 or 4 of 7"
+
+
+def test_a_task_line_begins_with_the_first_version_that_was_asked() -> None:
+    bank, clinic, last = task_lines(sample_evaluation().matrix)
+    assert bank.path == "M0.00 10.00 L50.00 10.00 L100.00 25.00" and bank.learned == "M0.00 10.00h0"
+    assert clinic.path.startswith("M0.00 85.00 L50.00 20.00") and clinic.learned == "M50.00 20.00h0"
+    assert (bank.best, bank.now, last.now) == (0.9, 0.75, 0.25)
+    assert bank.base == 75.0
+
+
+def test_fill_has_a_chart_a_projection_and_a_bar_a_layer() -> None:
+    q, v = fill_bars({f"model.layers.{layer}.self_attn.{name}": share
+                      for layer, share in ((0, 0.5), (1, 1.0)) for name in ("q_proj", "v_proj")})  # fmt: skip
+    assert (q.name, v.name, q.layers) == ("q_proj", "v_proj", (0, 1))
+    assert [height for _, _, height in q.bars] == [50.0, 100.0]
+    assert q.bars[1][0] + q.bars[1][1] <= 100 and (q.mean, q.lowest, q.highest) == (75.0, 50.0, 100.0)
+
+
+@pytest.mark.parametrize(("value", "edge"), [(3.2, 4.0), (0.07, 0.08), (1.0, 1.0), (12.0, 15.0), (0.0, 1.0), (9.1, 10)])
+def test_an_upper_edge_is_a_plain_number_not_below_the_values(value: float, edge: float) -> None:
+    assert round_up(value) == pytest.approx(edge)
+
+
+def test_differences_have_their_sign_and_times_their_unit() -> None:
+    assert [points(share, sign=True) for share in (0.1, -0.1, 0.0, -0.0001)] == ["+10.0", "−10.0", "0.0", "0.0"]
+    assert [duration(seconds) for seconds in (0.04, 119.0, 150.0, 9000.0)] == ["0.0 s", "119.0 s", "2 min", "2.5 h"]
+    assert (count(1, "row"), count(0, "row")) == ("1 row", "0 rows")
+
+
+def test_thinning_keeps_both_ends() -> None:
+    losses = [(step, float(step)) for step in range(1000)]
+    kept = thin(losses, 10)
+    assert len(kept) == 10 and (kept[0], kept[-1]) == (losses[0], losses[-1]) and kept == sorted(kept)
+    assert thin(losses[:10], 10) == losses[:10]

@@ -1,0 +1,355 @@
+"""What the server answers, what it refuses, and what it does with clients that are slow, gone or hostile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from mlflow.models import Model
+from mlflow.pyfunc import PyFuncModel
+
+from deal_core.errors import ConfigError
+from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answering import Row
+from infra.served_model import ServedModel
+from infra.serving import run, server
+from infra.serving.served_folder import SIGNATURE
+from infra.serving.server import make_app
+
+WAIT_SECONDS = 60
+JSON = {"Content-Type": "application/json"}
+ROW = {"dataframe_records": [{"input": "a text", "task": "bank"}]}
+
+
+class Champion:
+    """Answers in capitals; a text may ask for trouble."""
+
+    lineage = "l"
+    version = "3"
+
+    def __init__(self) -> None:
+        self.num_inside = 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.num_given_up = 0
+        self._changed = threading.Condition()
+
+    def state(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
+        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=ServedModel(self, is_given_up))  # type: ignore[arg-type]
+
+    def ask(self, rows: Sequence[Row], is_given_up: Callable[[], bool]) -> Answered:
+        if any(row.task == "nope" for row in rows):
+            raise ConfigError("Row 1 names the task 'nope'; this version knows bank.")
+        if any(row.input == "poison" for row in rows):
+            raise RuntimeError("the model broke")
+        with self._changed:
+            self.num_inside += 1
+            self._changed.notify_all()
+        while not self.may_answer.wait(0.01):
+            if is_given_up():
+                with self._changed:
+                    self.num_given_up += 1
+                    self._changed.notify_all()
+                raise GivenUpError("gone")
+        served: Any = SimpleNamespace(newest_task="newest", lineage="l")
+        return Answered([row.input.upper() for row in rows], served, self.version)
+
+    def wait_until(self, check: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(check, WAIT_SECONDS)
+
+
+@pytest.fixture
+def champion() -> Iterator[Champion]:
+    champion = Champion()
+    yield champion
+    champion.may_answer.set()
+
+
+@contextmanager
+def running(champion: Champion, log: Path, *trusted: str) -> Iterator[int]:
+    """The server on a port of loopback, in a thread; it writes into `log`."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stops: list[Callable[[], None]] = []
+    is_up = threading.Event()
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        stopped, again = loop.create_future(), loop.create_future()
+        stops.append(lambda: loop.call_soon_threadsafe(stopped.set_result, None) and None)
+        is_up.set()
+        with run._logged_to(log):
+            app = make_app(champion, [*server.LOOPBACK_NAMES, *trusted])
+            await run._answer_until(stopped, again, app, listener)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert is_up.wait(WAIT_SECONDS)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        champion.may_answer.set()
+        stops[0]()
+        thread.join(WAIT_SECONDS)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def port(champion: Champion, tmp_path: Path) -> Iterator[int]:
+    with running(champion, tmp_path / "log") as port:
+        yield port
+
+
+def post(port: int, content: bytes | str, headers: dict[str, str] | None = None) -> httpx.Response:
+    headers = JSON if headers is None else headers
+    return httpx.post(f"http://127.0.0.1:{port}/invocations", content=content, headers=headers, timeout=60)
+
+
+def ask(port: int, body: Any) -> httpx.Response:
+    return post(port, json.dumps(body))
+
+
+def read_until_closed(connection: socket.socket) -> bytes:
+    connection.settimeout(WAIT_SECONDS)
+    found = b""
+    with connection:
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ROW,
+        {"dataframe_split": {"columns": ["input", "task"], "data": [["a text", "bank"]]}},
+        {"instances": [{"input": "a text", "task": "bank"}]},
+        {"inputs": {"input": ["a text"], "task": ["bank"]}},
+        {**ROW, "params": {}},
+    ],
+)
+def test_rows_are_answered_in_each_of_mlflows_forms(port: int, body: Any) -> None:
+    found = ask(port, body)
+    assert found.status_code == 200, found.text
+    assert found.json() == {"predictions": [{"output": "A TEXT", "task": "bank", "version": "3", "lineage": "l"}]}
+    assert (found.headers["X-Deal-Version"], found.headers["X-Deal-Lineage"]) == ("3", "l")
+
+
+def test_health_and_version(port: int) -> None:
+    serving = {"status": "serving"}
+    for path, wanted in (("health", serving), ("ping", serving), ("version", {"version": "3"})):
+        assert httpx.get(f"http://127.0.0.1:{port}/{path}").json() == wanted
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b'{"dataframe_records": ' + b"[" * depth + b"]" * depth + b"}", sentence)
+        for depth, sentence in ((200, ""), (900, ""), (100_000, "nested too deeply"), (2_000_000, "nested too deeply"))
+    ]
+    + [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"\xff\xfe\xfa", "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"3", "no JSON object"),
+        (b"{}", "input fields"),
+        (b'{"dataframe_records": [' + b"9" * 5000 + b"]}", "no JSON"),
+        (b'{"dataframe_records": [{"input": "\\ud800"}]}', "surrogate"),
+        (b'{"dataframe_records": [{"input": null}]}', "Row 1 has no text as its input"),
+        (b'{"dataframe_records": [{"input": ["a secret"]}]}', ""),
+        (b'{"dataframe_records": [{"text": "a secret"}]}', "Model is missing inputs ['input']"),
+        (b'{"dataframe_records": [{"input": "a secret", "task": "nope"}]}', "Row 1 names the task 'nope'"),
+        (b'{"dataframe_records": [1, "a secret"]}', ""),
+        (b'{"dataframe_records": {"a secret": 1}}', ""),
+        (b'{"dataframe_split": {"data": "a secret"}}', ""),
+        (b'{"inputs": "a secret"}', ""),
+        (b'{"instances": {"a secret": [[1], 2]}}', ""),
+        (b'{"messages": [{"role": "user", "content": "a secret"}]}', ""),
+    ],
+)
+def test_what_is_no_table_of_rows_costs_one_sentence(port: int, tmp_path: Path, body: bytes, sentence: str) -> None:
+    found = post(port, body)
+    assert found.status_code == 400, found.text
+    assert sentence in found.json()["error"] and "\n" not in found.json()["error"]
+    assert "a secret" not in found.text
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_model_that_breaks_says_so_once_and_the_next_request_is_answered(port: int, tmp_path: Path) -> None:
+    found = ask(port, {"dataframe_records": [{"input": "poison"}]})
+    assert found.status_code == 500 and "log" in found.json()["error"]
+    assert (tmp_path / "log").read_text().count("RuntimeError: the model broke") == 1
+    assert ask(port, ROW).is_success
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"},
+     {"Content-Type": "text/csv"}, {"Content-Type": "application/json; charset=latin-1"}],
+)  # fmt: skip
+def test_a_body_that_is_not_called_json_is_refused(port: int, headers: dict[str, str]) -> None:
+    found = post(port, json.dumps(ROW), headers)
+    assert found.status_code == 415 and "Content-Type: application/json" in found.json()["error"]
+    assert post(port, json.dumps(ROW), {"Content-Type": "application/json; charset=UTF-8"}).is_success
+
+
+def test_a_page_under_another_name_cannot_ask(champion: Champion, tmp_path: Path) -> None:
+    with running(champion, tmp_path / "log", "model.example") as port:
+        for host in (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", ""):
+            for path in ("invocations", "version", "health"):
+                found = httpx.post(f"http://127.0.0.1:{port}/{path}", json=ROW, headers={"Host": host})
+                assert found.status_code == 400 and "A TEXT" not in found.text
+        for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "model.example", "LOCALHOST"):
+            assert post(port, json.dumps(ROW), {**JSON, "Host": host}).is_success, host
+
+
+def test_names_are_trusted_that_the_server_was_told() -> None:
+    assert run._trusted("127.0.0.1", ["a.example"])[-2:] == ["127.0.0.1", "a.example"]
+    assert "[fe80::1]" in run._trusted("fe80::1", [])
+    assert set(run._trusted("0.0.0.0", [])) == set(server.LOOPBACK_NAMES)
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_BODY_BYTES", 1 << 20)
+    found = post(port, b"x" * ((1 << 20) + 1))
+    assert found.status_code == 413 and "1 MB" in found.json()["error"]
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(17):
+            yield b"x" * (1 << 16)
+
+    found = httpx.post(f"http://127.0.0.1:{port}/invocations", content=parts(), headers=JSON, timeout=60)
+    assert found.status_code == 413
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 99999999999\r\n\r\n")  # fmt: skip
+        assert b" 413 " in read_until_closed(connection)
+
+
+def test_one_request_too_many_is_told_when_to_come_again(champion: Champion, tmp_path: Path) -> None:
+    champion.may_answer.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "MAX_IN_FLIGHT", 2)
+        with running(champion, tmp_path / "log") as port:
+            threads = [threading.Thread(target=ask, args=(port, ROW)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            champion.wait_until(lambda: champion.num_inside == 2)
+            found = ask(port, ROW)
+            assert (found.status_code, found.headers["Retry-After"]) == (503, "2")
+            assert httpx.get(f"http://127.0.0.1:{port}/health").is_success, "it is busy, not ill"
+            champion.may_answer.set()
+            for thread in threads:
+                thread.join(WAIT_SECONDS)
+            assert ask(port, ROW).is_success
+
+
+def test_a_request_that_takes_too_long_is_given_up(
+    port: int, champion: Champion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
+    champion.may_answer.clear()
+    found = ask(port, ROW)
+    assert (found.status_code, found.headers["Retry-After"]) == (503, "2")
+    champion.wait_until(lambda: champion.num_given_up == 1)
+
+
+HEAD = b"POST /invocations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_clients_that_break_off_leave_no_line_in_the_log(port: int, champion: Champion, tmp_path: Path) -> None:
+    body = json.dumps(ROW).encode()
+    for sent in (b"POST /invoc", HEAD, HEAD + b"Content-Length: 100\r\n\r\n", HEAD + b"Content-Length: 100\r\n\r\n{"):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(sent)
+        time.sleep(0.05)  # else the server may see nothing of it
+        connection.close()
+    champion.may_answer.clear()
+    for number in range(1, 4):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        champion.wait_until(lambda number=number: champion.num_inside == number)  # type: ignore[misc]
+        connection.close()
+        champion.wait_until(lambda number=number: champion.num_given_up == number)  # type: ignore[misc]
+    champion.may_answer.set()
+    assert ask(port, ROW).is_success
+    assert not (tmp_path / "log").exists(), (tmp_path / "log").read_text()
+
+
+def test_connections_that_send_no_request_are_closed(
+    champion: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is short here; the test fails if a connection stays open for a minute."""
+    monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(run, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(champion, tmp_path / "log") as port:
+        opened = {sent: socket.create_connection(("127.0.0.1", port)) for sent in (
+            b"", b"POST /invocations HTTP/1.1\r\n", whole, whole + b"GET /hea", HEAD + b"Content-Length: 9\r\n\r\n{"
+        )}  # fmt: skip
+        for sent, connection in opened.items():
+            connection.sendall(sent)
+        found = {sent: read_until_closed(connection) for sent, connection in opened.items()}
+        assert [answer.count(b" 200 ") for answer in found.values()] == [0, 0, 1, 1, 0]
+        assert b" 408 " in list(found.values())[-1]
+
+        with socket.create_connection(("127.0.0.1", port)) as connection:  # one byte now and then wins no time
+            connection.sendall(b"POST /invocations HTTP/1.1\r\nX: ")
+            deadline = time.monotonic() + WAIT_SECONDS
+            with suppress(ConnectionError):  # that it is closed
+                while True:
+                    assert time.monotonic() < deadline
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        champion.may_answer.clear()  # a request that is answered slowly is no idle connection
+        asking = socket.create_connection(("127.0.0.1", port))
+        body = json.dumps(ROW).encode()
+        asking.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(1)
+        champion.may_answer.set()
+        assert b" 200 " in read_until_closed(asking)
+
+
+def test_connections_beyond_the_limit_are_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_CONNECTIONS", 3)
+    opened = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    extra = socket.create_connection(("127.0.0.1", port))
+    with suppress(ConnectionError):
+        assert read_until_closed(extra) == b""
+    for connection in opened:
+        connection.close()
+
+
+def test_the_end_waits_for_requests_in_flight(champion: Champion, tmp_path: Path) -> None:
+    champion.may_answer.clear()
+    found: list[httpx.Response] = []
+    with running(champion, tmp_path / "log") as port:
+        thread = threading.Thread(target=lambda: found.append(ask(port, ROW)))
+        thread.start()
+        champion.wait_until(lambda: champion.num_inside == 1)
+    thread.join(WAIT_SECONDS)
+    assert found[0].is_success
+
+
+def test_the_log_takes_what_the_libraries_warn_of(tmp_path: Path) -> None:
+    with run._logged_to(tmp_path / "logs" / "log"):
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert (tmp_path / "logs" / "log").read_text().endswith("Invalid HTTP request received.\n")

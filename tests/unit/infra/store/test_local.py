@@ -1,0 +1,246 @@
+"""What only the folder store does; its contract is tested together with S3's in tests/integration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import StoreError
+from infra.store import base
+from infra.store.base import UnusableObjectError
+from infra.store.local import FileStore
+from infra.store.open import open_store
+from tasks.context import local_file
+
+
+def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    assert list(store.list()) == []
+    assert not store.exists("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uris_and_paths_name_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store("my store").put_bytes("a/b", b"x")
+    store = open_store(f"file://{tmp_path}/my%20store")
+    assert store.get_bytes("a/b") == b"x"
+    assert store.uri_of("a/b") == (tmp_path / "my store" / "a" / "b").as_uri()
+
+
+def test_a_reader_never_sees_half_an_object(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    contents = [bytes([number]) * 200_000 for number in range(2)]
+    store.put_bytes("k", contents[0])
+    done = threading.Event()
+    seen = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(store.get_bytes("k"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(60):
+        store.put_bytes("k", contents[number % 2])
+    done.set()
+    reader.join()
+    assert seen and all(content in contents for content in seen)
+
+
+def test_an_upload_that_breaks_leaves_the_old_object_and_no_litter(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("k", b"old")
+    unreadable = tmp_path / "folder"
+    unreadable.mkdir()
+    with pytest.raises(StoreError):
+        store.upload_file(unreadable, "k")
+    assert store.get_bytes("k") == b"old"
+    assert [info.key for info in store.list()] == ["k"]
+    assert list((tmp_path / "store" / base.RESERVED).iterdir()) == []
+
+
+@pytest.mark.parametrize("write", ["put_bytes('inbox/b', b'rows')", "upload_file(Path(__file__), 'inbox/b')"])
+def test_a_killed_writer_leaves_its_unfinished_file_in_one_place_alone(tmp_path: Path, write: str) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/a", b"old")
+    script = tmp_path.parent / "writer.py"
+    script.write_text(
+        "import os, signal\nfrom pathlib import Path\nfrom infra.store.local import FileStore\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # all is written, and has no name yet
+        f"FileStore(Path({str(tmp_path)!r})).{write}\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, str(script)], env=paths, check=False).returncode == -signal.SIGKILL
+    assert [info.key for info in store.list()] == ["inbox/a"] and not store.exists("inbox/b")
+    (left,) = (path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "inbox" / "a")
+    assert left.parent == tmp_path / base.RESERVED, "where gc and forget look for it"
+    assert store.put_bytes("inbox/b", b"new", if_absent=True)
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_a_key_cannot_be_the_folder_of_another(tmp_path: Path, if_absent: bool) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("a/b", b"x")
+    with pytest.raises(StoreError, match="Cannot write 'a'"):
+        store.put_bytes("a", b"x", if_absent=if_absent)
+    with pytest.raises(StoreError, match="Cannot write 'a/b/c'"):
+        store.put_bytes("a/b/c", b"x", if_absent=if_absent)
+    assert [info.key for info in store.list()] == ["a/b"]
+
+
+def test_writers_and_a_deleter_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    done = threading.Event()
+
+    def delete() -> None:
+        while not done.is_set():
+            store.delete("deep")
+
+    deleter = threading.Thread(target=delete)
+    deleter.start()
+    try:
+        for number in range(200):
+            store.put_bytes(f"deep/down/{number}", b"x", if_absent=number % 2 == 0)
+    finally:
+        done.set()
+        deleter.join()
+
+
+@pytest.mark.parametrize("if_absent", [False, True])
+def test_a_folder_that_vanishes_under_a_writer_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, if_absent: bool
+) -> None:
+    store = FileStore(tmp_path)
+    name = "link" if if_absent else "replace"
+    place, make = getattr(os, name), Path.mkdir
+    vanished, collided = [], []
+
+    def place_too_late(part: Path, target: Path) -> None:
+        if not vanished:
+            vanished.append(target.parent.rmdir())
+        place(part, target)
+
+    def collide(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if path.name == "a" and not collided:
+            collided.append(path)
+            raise FileExistsError(path)
+        make(path, mode, parents, exist_ok)
+
+    monkeypatch.setattr(os, name, place_too_late)
+    monkeypatch.setattr(Path, "mkdir", collide)
+    assert store.put_bytes("a/b", b"x", if_absent=if_absent)
+    assert vanished and collided
+    assert store.get_bytes("a/b") == b"x"
+
+
+def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/good", b"x")
+    (tmp_path / "inbox" / "bad\nname").write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(tmp_path / "inbox") + b"/latin-\xe4")).write_bytes(b"x")
+    assert [info.key for info in store.list("inbox")] == ["inbox/good"]
+    assert caplog.text.count("Skipped") == 2
+    assert [info.key for info in FileStore(tmp_path).list()] == ["inbox/good"]
+    assert caplog.text.count("Skipped") == 2, "a watch looks every two seconds"
+    assert list(store.unusable_keys("inbox")) == ["inbox/bad\nname", "inbox/latin-\udce4"]
+
+
+def test_a_folder_that_cannot_be_read_is_said_rather_than_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/a/1", b"x")
+    store.put_bytes("inbox/b/2", b"x")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.fspath(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [info.key for info in store.list("inbox/a")] == ["inbox/a/1"]
+    with pytest.raises(StoreError, match=r"Cannot list 'inbox' .*Permission denied"):
+        list(store.list("inbox"))
+    assert list(store.list("inbox/a/1")) == [], "a file is no folder"
+
+
+def test_the_reserved_folder_is_nobodys_key(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="keeps for itself"):
+        FileStore(tmp_path).put_bytes(f"{base.RESERVED}/x", b"x")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"Cannot write 'a' in file://.*check the folder"):
+        FileStore(tmp_path / "file" / "store").put_bytes("a", b"x")
+
+
+def test_downloaded_files_have_the_users_usual_permissions(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("a", b"x")
+    store.download_file("a", tmp_path / "mine")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert (tmp_path / "mine").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "store" / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_no_regular_file_is_skipped_said_and_never_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("inbox/t/a.csv", b"x")
+    os.mkfifo(tmp_path / "inbox" / "t" / "fifo.csv")
+    (tmp_path / "inbox" / "t" / "zero.csv").symlink_to("/dev/zero")
+    (tmp_path / "inbox" / "t" / "loop.csv").symlink_to("loop.csv")
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv"]
+    assert caplog.text.count("Skipped") == 3
+    problems = store.unusable_keys("inbox")
+    assert problems["inbox/t/fifo.csv"] == "it is a FIFO, and only regular files are read; remove it"
+    for read in (store.get_bytes, lambda key: store.download_file(key, tmp_path / "copy"), store.path_of):
+        for key in ("inbox/t/fifo.csv", "inbox/t/zero.csv"):
+            if read == store.path_of and "fifo" in key:
+                continue  # who opens the path says so
+            with pytest.raises(UnusableObjectError, match=r"is a FIFO|leads out"):
+                read(key)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_link_in_a_store_does_not_leave_its_top_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_bytes(b"secret")
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("inbox/t/a.csv", b"x")
+    store.put_bytes("adapters/l/weights", b"private")
+    inbox = tmp_path / "store" / "inbox"
+    (inbox / "t" / "within.csv").symlink_to("a.csv")
+    (inbox / "t" / "absolute.csv").symlink_to(secret)
+    (inbox / "t" / "upwards.csv").symlink_to("../../../secret.csv")
+    (inbox / "t" / "sideways.csv").symlink_to("../../adapters/l/weights")
+    (inbox / "folder").symlink_to(tmp_path)
+    out = ["absolute", "sideways", "upwards"]
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv", "inbox/t/within.csv"]
+    assert sorted(store.unusable_keys("inbox")) == [f"inbox/t/{name}.csv" for name in out]
+    assert store.get_bytes("inbox/t/within.csv") == b"x"
+    for key in (*(f"inbox/t/{name}.csv" for name in out), "inbox/folder/secret.csv"):
+        with pytest.raises(UnusableObjectError, match=r"a link that leads out of inbox/; put the file there"):
+            store.get_bytes(key)
+        with pytest.raises(UnusableObjectError), local_file(store, store.uri_of(key)):
+            pass
+
+
+def test_a_top_folder_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "inbox").symlink_to(tmp_path / "disk")
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("inbox/t/a.csv", b"x")
+    assert store.get_bytes("inbox/t/a.csv") == b"x"
+    assert [info.key for info in store.list("inbox")] == ["inbox/t/a.csv"]

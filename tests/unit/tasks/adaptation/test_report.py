@@ -1,0 +1,24 @@
+"""The page that Prefect shows of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deal_core.evaluation.metrics import AccuracyMatrix
+from tasks.adaptation.report import NEWEST, markdown_of
+from tests.report_sample import sample_evaluation, sample_report
+
+
+def page_after(num_versions: int) -> str:
+    matrix = AccuracyMatrix()
+    for _ in range(num_versions):
+        matrix = matrix.with_row("bank", {"bank": 0.9}, base_accuracy=0.25, parent_accuracy=None)
+    return markdown_of(sample_report(), replace(sample_evaluation(), task="bank", matrix=matrix))
+
+
+def test_only_the_newest_versions_are_in_its_matrix_and_it_says_how_many_are_not() -> None:
+    page = page_after(NEWEST + 2)
+    rows = [line.split(" ")[1:3] for line in page.splitlines() if line.startswith(("| base", "| row"))]
+    assert rows == [["base", "|"], *(["row", str(number)] for number in range(3, NEWEST + 3))]
+    assert "2 older versions left out here" in page
+    assert "left out" not in page_after(NEWEST)

@@ -1,0 +1,118 @@
+"""What of a lineage can go: the plan is a pure function of registry, store and runs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from infra.tracking.registry import VersionInfo
+from infra.tracking.runs import RunInfo
+from tasks.housekeeping.garbage import Folder, Holdings, kept_versions, plan_removals
+
+NOW = datetime(2026, 6, 30, tzinfo=UTC)
+LIMIT = timedelta(days=30)
+OLD, YOUNG = NOW - timedelta(days=31), NOW - timedelta(days=29)
+
+
+def version(number: int, parent: int | None = None, **changes: Any) -> VersionInfo:
+    values: dict[str, Any] = {
+        "run_key": f"{number:064d}", "task": "t", "strategy": "deal", "base_sha256": "b", "dataset_sha256": "d",
+        "config_sha256": "c", "adapter_uri": f"adapters/l/{number:016d}", "adapter_sha256": "a",
+        "parent_version": None if parent is None else str(parent), "accepted": False, "reasons": (),
+        "average_accuracy": None, "forgetting": None, "backward_transfer": None, "forward_transfer": None,
+        "lineage": "l", "version": str(number), "aliases": (), "created": OLD, "tracking_id": f"r{number}",
+        "model_id": f"m{number}",
+    }  # fmt: skip
+    return VersionInfo(**{**values, **changes, "run_key": f"{number:016d}" + "0" * 48})
+
+
+def run(number: int, parent: int | None = None, **changes: Any) -> RunInfo:
+    values: dict[str, Any] = {
+        "run_id": f"r{number}", "run_key": f"{number:016d}" + "0" * 48, "status": "FAILED", "dataset_sha256": "d",
+        "parent_version": None if parent is None else str(parent), "touched": YOUNG,
+    }  # fmt: skip
+    return RunInfo(**{**values, **changes})
+
+
+def folder(number: int, modified: datetime = OLD) -> tuple[str, Folder]:
+    return f"{number:016d}", Folder(f"adapters/l/{number:016d}", 10 * number, modified)
+
+
+def plan(**held: Any) -> list[tuple[str, str]]:
+    values = {"versions": (), "runs": (), "adapters": {}, "work": {}, "training_rows": (), **held}
+    return [(each.kind, each.address[-1]) for each in
+            plan_removals(Holdings(lineage="l", **values), now=NOW, older_than=LIMIT)]  # fmt: skip
+
+
+CHAMPION = version(1, accepted=True, aliases=("champion",))
+
+
+def test_an_old_rejected_adapter_goes_and_names_its_version() -> None:
+    held = Holdings("l", (CHAMPION, version(2, 1)), (), dict([folder(1), folder(2)]), {}, ())
+    (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
+    assert (removal.version, removal.model_id, removal.num_bytes) == ("2", "m2", 20)
+    assert removal.reason == "version 2 of 2026-05-30 was rejected"
+
+
+def test_an_old_adapter_that_a_person_refused_goes_too() -> None:
+    held = Holdings("l", (CHAMPION, version(2, 1, accepted=True, approval="refused")), (), dict([folder(2)]), {}, ())
+    (removal,) = plan_removals(held, now=NOW, older_than=LIMIT)
+    assert removal.version == "2"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accepted": True}, {"aliases": ("previous",)}, {"aliases": ("champion",)}, {"created": YOUNG}]
+)
+def test_what_is_accepted_has_an_alias_or_is_young_stays(changes: dict[str, Any]) -> None:
+    assert plan(versions=(CHAMPION, version(2, 1, **changes)), adapters=dict([folder(2)])) == []
+
+
+def test_what_a_kept_version_descends_from_stays_however_far() -> None:
+    chain = (version(1), version(2, 1), version(3, 2, aliases=("champion",)), version(4, 3), version(5, 4))
+    assert kept_versions(chain, NOW - LIMIT) == {"1", "2", "3"}
+    assert plan(versions=chain, adapters=dict(map(folder, range(1, 6)))) == [("adapter", "4"), ("adapter", "5")]
+
+
+def test_a_parent_that_is_gone_from_the_registry_stops_nothing() -> None:
+    assert kept_versions((version(5, 4, accepted=True),), NOW - LIMIT) == {"5"}
+
+
+def test_a_work_folder_goes_once_its_run_has_a_version() -> None:
+    rejected = version(2, 1, created=YOUNG)  # by an unregistered run the champion could still be continued
+    found = plan(versions=(CHAMPION, rejected), runs=(run(2, 1, status="RUNNING"),), work=dict([folder(2, YOUNG)]))
+    assert found == [("work folder", "2")]
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_a_run_that_may_go_on_keeps_its_checkpoints_and_its_adapter(status: str) -> None:
+    runs = (run(9, 1, status=status),)
+    assert plan(versions=(CHAMPION,), runs=runs, work=dict([folder(9)]), adapters=dict([folder(9)])) == []
+
+
+def test_a_run_whose_parent_is_champion_no_more_does_not_go_on() -> None:
+    later = version(2, 1, accepted=True, aliases=("champion",))
+    first = version(1, accepted=True)
+    found = plan(versions=(first, later), runs=(run(9, 1),), work=dict([folder(9)]), adapters=dict([folder(9)]))
+    assert found == [("work folder", "9"), ("adapter", "9")]
+
+
+def test_a_first_run_goes_on_from_the_base_until_there_is_a_champion() -> None:
+    assert plan(runs=(run(9),), work=dict([folder(9)])) == []
+    assert plan(versions=(CHAMPION,), runs=(run(9),), work=dict([folder(9)])) == [("work folder", "9")]
+
+
+def test_an_old_run_does_not_go_on() -> None:
+    old = (run(9, 1, touched=OLD),)
+    assert plan(versions=(CHAMPION,), runs=old, work=dict([folder(9)])) == [("work folder", "9")]
+    assert plan(versions=(CHAMPION,), runs=old, work=dict([folder(9, YOUNG)])) == []
+
+
+def test_what_no_run_is_known_of_goes_when_it_is_old() -> None:
+    assert plan(adapters=dict([folder(7)]), work=dict([folder(8)])) == [("work folder", "8"), ("adapter", "7")]
+    assert plan(adapters=dict([folder(7, YOUNG)]), work=dict([folder(8, YOUNG)])) == []
+
+
+def test_training_rows_that_a_crash_has_left_go_once_they_are_old() -> None:
+    assert plan(training_rows=(Folder("x/1", 1, OLD), Folder("x/2", 1, YOUNG))) == [("training rows", "1")]

@@ -1,0 +1,188 @@
+"""The inbox: order, half-written files, and what is never looked at twice."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import StoreError
+from infra.store.base import ObjectInfo
+from infra.store.local import FileStore
+from infra.store.open import open_store
+from tasks.inbox.listing import (
+    INBOX,
+    PAUSE,
+    Beside,
+    InboxState,
+    KnownStates,
+    list_arrivals,
+    read_state,
+    split_settled,
+    stamp_of,
+    task_of,
+    write_state,
+)
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def info(key: str = "inbox/bank/a.csv", etag: str = "1", age: float = 100.0) -> ObjectInfo:
+    return ObjectInfo(key=key, size=1, etag=etag, modified=NOW - timedelta(seconds=age))
+
+
+def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    names = ["bank/late.csv", "clinic/early.csv", "bank/task.yaml", "bank/.hidden", "stray.csv", "bank/deep/x.csv",
+             "bank/test.csv"]  # fmt: skip
+    for number, name in enumerate(names):
+        store.put_bytes(f"inbox/{name}", b"x")
+        os.utime(tmp_path / "inbox" / name, (number, number))
+    os.utime(tmp_path / "inbox/clinic/early.csv", (-5, -5))
+    found = [entry.key for entry in list_arrivals(store.list(INBOX), companions=["inbox/bank/test.csv"])]
+    assert found == ["inbox/clinic/early.csv", "inbox/bank/late.csv"]
+    assert task_of(found[0]) == "clinic"
+
+
+def test_a_file_that_changed_since_the_last_look_is_left_alone() -> None:
+    fresh = info(age=0.5)
+    assert split_settled([fresh], {}, NOW, 2.0) == ([], [fresh])
+    assert split_settled([fresh], {fresh.key: "0"}, NOW, 2.0) == ([], [fresh])
+    assert split_settled([fresh], {fresh.key: fresh.etag}, NOW, 2.0) == ([fresh], [])
+
+
+def test_an_old_file_needs_no_second_look() -> None:
+    old = info(age=3)
+    assert split_settled([old], {}, NOW, 2.0) == ([old], [])
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "rejected", "repeat", "refused"])
+def test_what_was_handled_is_closed_until_its_content_changes(outcome: str) -> None:
+    state = InboxState()
+    state.record(info(), outcome, "", now=NOW)  # type: ignore[arg-type]
+    later = NOW + 100 * PAUSE
+    assert not state.is_open(info(), later, retry_now=True)
+    assert not state.is_open(info(), later, retry_now=False)
+    assert state.is_open(info(etag="2"), later, retry_now=False)
+
+
+def test_a_failed_run_is_tried_again_for_ever_ever_more_seldom() -> None:
+    state, now, minutes = InboxState(), NOW, []
+    for _ in range(9):
+        due = state.record(info(), "failed", "", now=now).due()
+        assert due is not None
+        assert not state.is_open(info(), due - timedelta(seconds=1), retry_now=False)
+        assert state.is_open(info(), due, retry_now=False)
+        assert state.is_open(info(), now, retry_now=True)
+        minutes.append((due - now) / timedelta(minutes=1))
+        now = due
+    assert minutes == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+
+
+def test_a_run_that_would_fail_again_is_tried_again_only_when_asked() -> None:
+    state = InboxState()
+    assert state.record(info(), "failed", "", now=NOW, beside="1", is_final=True).due() is None
+    assert not state.is_open(info(), NOW + timedelta(days=365), beside="1", retry_now=False)
+    assert state.is_open(info(), NOW, beside="1", retry_now=True)
+    assert state.is_open(info(), NOW, beside="2", retry_now=False)
+    assert state.record(info(), "failed", "", now=NOW, beside="1").due() is not None
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed"])
+def test_what_was_of_no_use_is_open_again_when_what_lies_beside_it_changes(outcome: str) -> None:
+    state = InboxState()
+    for _ in range(2):
+        state.record(info(), outcome, "", now=NOW, beside="1")  # type: ignore[arg-type]
+    assert not state.is_open(info(), NOW, beside="1", retry_now=False)
+    assert state.is_open(info(), NOW, beside="2", retry_now=False)
+    assert state.record(info(), "failed", "", now=NOW, beside="2").num_tries == 1
+
+
+def test_a_changed_file_starts_counting_anew() -> None:
+    state = InboxState()
+    for _ in range(3):
+        state.record(info(), "failed", "", now=NOW)
+    assert state.record(info(etag="2"), "failed", "", now=NOW).num_tries == 1
+
+
+def test_a_file_refused_before_counts_its_tries_anew() -> None:
+    state = InboxState()
+    for _ in range(3):
+        state.record(info(), "refused", "", now=NOW)
+    state.record(info(), "failed", "", now=NOW)
+    assert state.is_open(info(), NOW + PAUSE, retry_now=False)
+
+
+def test_what_lies_beside_a_file_must_be_complete_too() -> None:
+    old, young = info(age=50), Beside("2", NOW - timedelta(seconds=0.5))
+    assert split_settled([old], {}, NOW, 2.0, {"bank": young}) == ([], [old])
+    assert split_settled([old], {old.key: stamp_of(old, Beside("1", NOW))}, NOW, 2.0, {"bank": young}) == ([], [old])
+    assert split_settled([old], {old.key: stamp_of(old, young)}, NOW, 2.0, {"bank": young}) == ([old], [])
+    assert split_settled([old], {}, NOW, 2.0, {"clinic": young}) == ([old], [])
+
+
+def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    state = InboxState()
+    state.record(info(), "promoted", "done", now=NOW, version="3")
+    write_state(store, "a", state)
+    assert read_state(store, "a") == state
+    assert read_state(store, "b") == InboxState()
+
+
+def test_a_state_is_read_again_when_it_has_changed_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, states, read = open_store(str(tmp_path)), KnownStates(), list[str]()
+    original = FileStore.get_bytes
+    monkeypatch.setattr(FileStore, "get_bytes", lambda self, key: read.append(key) or original(self, key))
+    assert states.read(store, "a") == InboxState() and not read
+    state = InboxState()
+    for number in range(3):
+        state.record(info(f"inbox/bank/{number}.csv"), "promoted", "", now=NOW)
+        write_state(store, "a", state)
+        write_state(store, "b", InboxState())
+        for _ in range(3):
+            assert states.read(store, "a") == state and states.read(store, "b") == InboxState()
+    assert read.count("watch/a.json") == 3
+    store.delete("watch")
+    assert states.read(store, "a") == InboxState()
+
+
+def test_a_state_that_changes_while_it_is_read_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, states, state = open_store(str(tmp_path)), KnownStates(), InboxState()
+    write_state(store, "a", state)
+    original = FileStore.get_bytes
+
+    def change_then_read(self: FileStore, key: str) -> bytes:
+        monkeypatch.undo()
+        content = original(self, key)
+        state.record(info(), "promoted", "", now=NOW)
+        write_state(store, "a", state)
+        return content
+
+    monkeypatch.setattr(FileStore, "get_bytes", change_then_read)
+    assert states.read(store, "a") == InboxState()
+    assert states.read(store, "a") == state
+
+
+def test_what_is_noted_of_files_that_are_gone_goes_unless_a_version_came_of_them(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("inbox/bank/there.csv", b"x")
+    state = InboxState()
+    for key in ("inbox/bank/there.csv", "inbox/bank/gone.csv"):
+        state.record(info(key), "refused", "", now=NOW)
+    state.record(info("inbox/bank/learned.csv"), "promoted", "", now=NOW, version="1")
+    state.drop_gone(store)
+    assert sorted(state.files) == ["inbox/bank/learned.csv", "inbox/bank/there.csv"]
+
+
+def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put_bytes("watch/a.json", b"{nonsense")
+    with pytest.raises(StoreError, match="delete it"):
+        read_state(store, "a")

@@ -1,0 +1,201 @@
+"""What comes out of the store is what was registered, also after `deal forget` and for versions of earlier releases."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deal_core.adapter.files import as_recorded, digests_of, sha256_together
+from deal_core.errors import IntegrityError
+from deal_core.strategies.strategy import STORED_ROWS
+from infra.store.local import FileStore
+from infra.tracking.registry import Registry, VersionInfo
+from tasks.adaptation.begin import version_ref
+from tasks.lineage.adapters import borrowed_adapter, borrowed_parent, replacing
+from tasks.references import AdapterRef
+from tests.unit.tasks.housekeeping.test_garbage import version
+
+CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+ROOT = Path(__file__).resolve().parents[4]
+WEIGHTS, STATE = "adapter_model.safetensors", "method.safetensors"
+
+
+class Tags:
+    """Takes the place of the registry: what the version's tags say now."""
+
+    def __init__(self, info: VersionInfo) -> None:
+        self.info = info
+
+    def tag_version(self, lineage: str, number: str, tags: Mapping[str, str]) -> None:
+        assert (lineage, number) == (self.info.lineage, self.info.version)
+        files = {name: tuple(digests) for name, digests in json.loads(tags["files_sha256"]).items()}
+        self.info = replace(self.info, files_sha256=files)
+
+    def version(self, lineage: str, number: str) -> VersionInfo:
+        return self.info
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    return FileStore(tmp_path / "store")
+
+
+@pytest.fixture
+def info(store: FileStore, tmp_path: Path) -> VersionInfo:
+    """Version 2 as this release registers it."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (folder / "method.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, folder / WEIGHTS)
+    save_file({f"{STORED_ROWS}0": torch.ones(3)}, folder / STATE)
+    found = digests_of(folder)
+    known = version(2, 1, adapter_sha256=sha256_together(found), files_sha256=as_recorded(found))
+    store.upload_folder(folder, known.adapter_uri)
+    store.put_bytes(f"{known.adapter_uri}/record.json", b"{}")
+    return known
+
+
+@pytest.fixture
+def emptied(tmp_path: Path) -> Path:
+    """What `deal forget` puts over the method's files."""
+    folder = tmp_path / "emptied"
+    folder.mkdir()
+    (folder / "method.json").write_text('{"num_bytes": 0}')
+    save_file({f"{STORED_ROWS}0": torch.ones(0)}, folder / STATE)
+    return folder
+
+
+def of_before(info: VersionInfo) -> VersionInfo:
+    """The same version as an earlier release registered it."""
+    return replace(info, files_sha256=None)
+
+
+def flip(store: FileStore, info: VersionInfo, name: str) -> None:
+    path = store.root / info.adapter_uri / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def load(store: FileStore, info: VersionInfo) -> None:
+    """Load it to answer, then to continue it."""
+    with borrowed_adapter(store, info) as folder:
+        assert (folder / WEIGHTS).is_file()
+    with borrowed_parent(store, version_ref(info)) as parent:
+        assert parent is not None and (parent / STATE).is_file()
+
+
+def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: VersionInfo) -> None:
+    for known in (info, of_before(info), replace(of_before(info), adapter_sha256="")):
+        load(store, known)
+    just_trained = AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256)
+    with borrowed_adapter(store, just_trained) as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+    with borrowed_parent(store, None) as parent:
+        assert parent is None
+
+
+def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileStore, info: VersionInfo) -> None:
+    flip(store, info, WEIGHTS)
+    with pytest.raises(IntegrityError) as caught, borrowed_adapter(store, info):
+        pytest.fail("it was lent")
+    message = str(caught.value)
+    (recorded,) = cast(Any, info.files_sha256)[WEIGHTS]
+    found = digests_of(store.root / info.adapter_uri)[WEIGHTS]
+    assert message.startswith("Version 2 of 'l' is damaged") and found in message and recorded in message
+    assert store.uri_of(info.adapter_uri) in message and "from a backup" in message
+    assert "deal rollback --to 1 --lineage l" in message
+    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(info)):
+        pytest.fail("it was lent")
+    just_trained = AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256)
+    with pytest.raises(IntegrityError, match="same command again"), borrowed_adapter(store, just_trained):
+        pytest.fail("it was lent")
+
+
+def test_a_version_of_an_earlier_release_is_compared_by_its_one_digest(store: FileStore, info: VersionInfo) -> None:
+    flip(store, info, WEIGHTS)
+    with pytest.raises(IntegrityError, match=info.adapter_sha256), borrowed_adapter(store, of_before(info)):
+        pytest.fail("it was lent")
+    load(store, replace(of_before(info), adapter_sha256=""))  # nothing is known of it
+
+
+def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info: VersionInfo) -> None:
+    flip(store, info, STATE)
+    with borrowed_adapter(store, info):
+        pass
+    with pytest.raises(IntegrityError, match=STATE), borrowed_parent(store, version_ref(info)):
+        pytest.fail("it was lent")
+
+
+def test_what_an_earlier_release_has_emptied_is_still_loaded(
+    store: FileStore, info: VersionInfo, emptied: Path
+) -> None:
+    store.upload_folder(emptied, info.adapter_uri)
+    load(store, of_before(info))
+    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(info)):
+        pytest.fail("it was lent")
+    tags = Tags(of_before(info))
+    with replacing(store, cast(Registry, tags), tags.info, emptied):
+        store.upload_folder(emptied, info.adapter_uri)
+    assert tags.info.files_sha256 is None, "a digest was recorded of bytes that nobody can vouch for"
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
+    store: FileStore, info: VersionInfo, emptied: Path, is_old: bool
+) -> None:
+    tags = Tags(of_before(info) if is_old else info)
+
+    def be_killed() -> None:
+        with replacing(store, cast(Registry, tags), tags.info, emptied):
+            load(store, tags.info)
+            store.upload_file(emptied / "method.json", f"{info.adapter_uri}/method.json")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_killed()
+    load(store, tags.info)
+    with replacing(store, cast(Registry, tags), tags.info, emptied):
+        store.upload_folder(emptied, info.adapter_uri)
+        load(store, tags.info)
+    load(store, tags.info)
+    assert tags.info.files_sha256 == as_recorded(digests_of(store.root / info.adapter_uri))
+    flip(store, info, WEIGHTS)
+    with pytest.raises(IntegrityError, match=WEIGHTS), borrowed_adapter(store, tags.info):
+        pytest.fail("it was lent")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("name", [WEIGHTS, STATE])
+def test_damage_is_not_washed_away_by_emptying_rows(
+    store: FileStore, info: VersionInfo, emptied: Path, name: str, is_old: bool
+) -> None:
+    flip(store, info, name)
+    tags = Tags(of_before(info) if is_old else info)
+    with replacing(store, cast(Registry, tags), tags.info, emptied):
+        store.upload_folder(emptied, info.adapter_uri)
+    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(tags.info)):
+        pytest.fail("it was lent")
+
+
+def test_no_other_module_copies_folders_out_of_the_store() -> None:
+    found = set()
+    for package in ("flows", "tasks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            if names & {"borrowed_folder", "download_folder"}:
+                found.add(path.stem)
+    assert found == {"adapters", "services"}

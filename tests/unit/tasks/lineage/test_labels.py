@@ -1,0 +1,90 @@
+"""Labels that a task gains by command, and what is then said of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.config import AdapterConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, StoreError
+from deal_core.evaluation.metrics import AccuracyMatrix
+from infra.store.local import FileStore
+from tasks.adaptation.begin import make_run_key
+from tasks.adaptation.ingest import choose_schema
+from tasks.lineage.labels import added_labels, keep_labels
+from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.references import Arrival, BaseRef, DatasetRef
+
+BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")
+BASE = BaseRef(source="s", name="n", sha256="b")
+DATASET = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def schema(store: FileStore, known: TaskSchema = BANK, **given: Any) -> TaskSchema:
+    """What an arrival of task `bank` is checked by, in lineage `l` that knows it."""
+    task = KnownTask(schema=known, dataset_uri="d", num_test=1, max_prompt_tokens=9, max_new_tokens=9)
+    record = LineageRecord(
+        lineage="l", base=BASE, strategy="deal", adapter=AdapterConfig(), tasks=(task,), matrix=AccuracyMatrix()
+    )
+    return choose_schema(store, Arrival(task="bank", data="x.csv", given=given), record)
+
+
+@pytest.mark.parametrize("known", [("lost card", "fee"), ("lost card", "fee", "late")])
+@pytest.mark.parametrize("said", [None, ("lost card", "fee"), ("lost card", "fee", "late")])
+def test_a_task_has_its_added_labels_before_and_after_a_version_knows_them(
+    store: FileStore, known: tuple[str, ...], said: tuple[str, ...] | None
+) -> None:
+    keep_labels(store, "l", "bank", ["late"])
+    found = schema(store, BANK.with_labels(known), **({"labels": said} if said else {}))
+    assert found == BANK.with_labels(["late"])
+
+
+@pytest.mark.parametrize("said", [("lost card", "fee", "late"), ("lost card",), ("fee", "lost card")])
+def test_without_the_command_nobody_changes_a_task_s_labels(store: FileStore, said: tuple[str, ...]) -> None:
+    keep_labels(store, "other", "bank", ["late"])
+    keep_labels(store, "l", "clinic", ["late"])
+    assert schema(store) == BANK
+    with pytest.raises(ConfigError, match="deal labels bank --add LABEL --lineage l, or start a new lineage"):
+        schema(store, labels=said)
+
+
+def test_labels_are_added_and_nothing_else(store: FileStore) -> None:
+    keep_labels(store, "l", "bank", ["late"])
+    for said in (("fee", "lost card"), ("lost card", "late"), ("lost card", "fee", "late", "more")):
+        with pytest.raises(ConfigError, match="the lineage learned it as"):
+            schema(store, labels=said)
+    with pytest.raises(ConfigError, match=r"task\.instruction of 'bank' is 'What\?'.*leave it out, or start"):
+        schema(store, instruction="What?")
+
+
+def test_added_labels_of_another_release_are_not_guessed_at(store: FileStore) -> None:
+    assert added_labels(store, "l", "bank") == ()
+    store.put_bytes("labels/l/bank.json", b'{"schema_version": 2, "labels": []}')
+    with pytest.raises(StoreError, match="schema version 2"):
+        added_labels(store, "l", "bank")
+
+
+def test_a_dataset_widens_its_own_task_alone() -> None:
+    dataset = DATASET.model_copy(update={"new_labels": ("late",)})
+    assert dataset.widen(BANK).labels == ("lost card", "fee", "late")
+    assert dataset.widen(TaskSchema(name="clinic", labels=("a",))).labels == ("a",)
+
+
+def test_a_run_under_other_labels_is_another_run() -> None:
+    def key(*new_labels: str) -> str:
+        dataset = DATASET.model_copy(update={"new_labels": new_labels})
+        return make_run_key(lineage="l", base=BASE, dataset=dataset, parent=None, config_sha256="c", attempt=0)
+
+    assert len({key(), key("late"), key("late", "more")}) == 3
+    before = hashlib.sha256(json.dumps(["l", "b", "bank", "s", "base", "c", 0]).encode()).hexdigest()
+    assert key() == before, "a run that was at work before there were such goes on"

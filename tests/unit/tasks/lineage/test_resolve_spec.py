@@ -1,0 +1,216 @@
+"""What a person asks of a lineage: which of the options, the spec and the lineage's file says the last word."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+from typer.testing import CliRunner
+
+from deal_core.config import AdapterConfig, GateConfig
+from deal_core.errors import ConfigError
+from flows.cli.app import app
+from flows.cli.session import Session
+from infra.store.base import ObjectStore
+from infra.store.local import FileStore
+from tasks.lineage.resolve_spec import AskedSpec, spec_from_options, watched_from_options
+from tasks.spec import AdaptSpec, TaskSpec
+
+STORED = """\
+tasks: [billing, returns]
+strategy: replay
+adapter: {rank: 8, alpha: 12}
+train: {max_steps: 7, learning_rate: 0.1}
+gate: {approval: person}
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    """A store with the file of one lineage, `support`."""
+    found = FileStore(tmp_path / "store")
+    found.put_bytes("lineages/support.yaml", STORED.encode())
+    return found
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def adapt(store: ObjectStore, path: Path | None = None, **given: str | None) -> AdaptSpec:
+    return spec_from_options(store, path, **{"task": None, "data": None, "test_data": None, **given})
+
+
+def test_options_alone_make_a_spec(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="seq_lora")
+    assert (spec.task.name, spec.task.data) == ("t", str(tmp_path / "x.csv"))
+    assert (spec.lineage, spec.strategy, spec.gate) == ("l", "seq_lora", GateConfig())
+
+
+def test_options_win_over_the_spec(store: ObjectStore, tmp_path: Path) -> None:
+    text = "lineage: a\nstrategy: deal\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n"
+    spec = adapt(store, write(tmp_path / "s.yaml", text), lineage="b", strategy="seq_lora")
+    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("b", "seq_lora", 3)
+    assert spec.task.data == str(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("given", [{}, {"task": "t"}, {"data": "x.csv"}])
+def test_neither_spec_nor_task_and_data_is_wrong_use(store: ObjectStore, given: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--task NAME and --data FILE"):
+        adapt(store, **given)
+
+
+def test_spec_and_task_together_are_wrong_use(store: ObjectStore, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "task: {name: t, data: x.csv}\n")
+    with pytest.raises(ConfigError, match="either"):
+        adapt(store, path, task="u")
+
+
+def test_a_watch_leaves_the_task_of_a_spec_out(store: ObjectStore, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "lineage: a\ntask: {name: t, data: x.csv}\ntrain: {max_steps: 3}\n")
+    spec = watched_from_options(store, path, tasks=None, lineage=None, base_model=None, strategy="seq_lora")
+    assert (spec.lineage, spec.strategy, spec.train.max_steps) == ("a", "seq_lora", 3)
+    assert spec.with_task(TaskSpec(name="t", data="x")).train.max_steps == 3
+
+
+def test_what_is_not_said_comes_from_the_lineage_s_file(store: ObjectStore) -> None:
+    spec = adapt(store, task="t", data="x.csv", lineage="support")
+    watched = watched_from_options(store, None, tasks=None, lineage="support")
+    for found in (spec, watched):
+        assert (found.lineage, found.strategy) == ("support", "replay")
+        assert found.adapter == AdapterConfig(rank=8, alpha=12)
+        assert (found.train.max_steps, found.gate.approval) == (7, "person")
+    assert adapt(store, task="t", data="x.csv").gate == GateConfig(), "the default lineage has no file"
+
+
+def test_options_win_over_the_spec_and_it_key_by_key_over_the_lineage_s_file(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    said = {"lineage": "support", "adapter": {"rank": 4}, "train": {"max_steps": 3}, "gate": {"min_gain_points": 1}}
+    path = write(tmp_path / "s.yaml", yaml.safe_dump({**said, "task": {"name": "t", "data": "x.csv"}}))
+    for found in (
+        adapt(store, path, strategy="deal"),
+        watched_from_options(store, path, tasks=None, strategy="deal"),
+    ):
+        assert (found.strategy, found.adapter) == ("deal", AdapterConfig(rank=4, alpha=12))
+        assert (found.train.max_steps, found.train.learning_rate) == (3, 0.1)
+        assert (found.gate.min_gain_points, found.gate.approval) == (1, "person")
+    automatic = write(tmp_path / "a.yaml", yaml.safe_dump({"lineage": "support", "gate": {"approval": "automatic"}}))
+    assert watched_from_options(store, automatic, tasks=None).gate.approval == "automatic"
+
+
+@pytest.mark.parametrize("lineage", ["support", "other"])
+def test_the_lineage_of_the_options_says_whose_file_counts(store: ObjectStore, tmp_path: Path, lineage: str) -> None:
+    path = write(tmp_path / "s.yaml", "lineage: support\ntask: {name: t, data: x.csv}\n")
+    spec = adapt(store, path, lineage=lineage)
+    assert (spec.lineage, spec.gate.approval) == (lineage, "person" if lineage == "support" else "automatic")
+
+
+def test_a_watch_looks_at_the_tasks_of_the_options_else_of_the_spec_else_of_the_file(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    def tasks(text: str | None, given: list[str] | None = None) -> tuple[str, ...]:
+        path = write(tmp_path / "s.yaml", text) if text else None
+        return watched_from_options(store, path, tasks=given, lineage="support" if path is None else None).tasks
+
+    assert tasks(None) == ("billing", "returns")
+    assert tasks("lineage: support\ntasks: [bank]\n") == ("bank",)
+    assert tasks("lineage: support\ntasks: []\n") == ()
+    assert tasks("lineage: support\ntasks: [bank]\n", ["clinic"]) == ("clinic",)
+    assert tasks("lineage: other\n") == ()
+
+
+def test_a_base_in_the_lineage_s_file_is_never_a_folder_of_the_caller(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    store.put_bytes("lineages/support.yaml", b"base_model: base\n")
+    path = write(tmp_path / "s.yaml", "lineage: support\ntask: {name: t, data: x.csv}\n")
+    assert adapt(store, path).base_model == "base"
+    assert adapt(store, task="t", data="x.csv", lineage="support").base_model == "base"
+    assert adapt(store, path, base_model="base").base_model == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("stored", "said", "expected"),
+    [
+        ("gat: {approval: person}", "{}", "support.yaml: unknown key 'gat'"),
+        ("lineage: other", "{}", "is about lineage 'other'"),
+        ("{}", "strategy: magic", "s.yaml over file:"),
+        ("deal: {core: free}", "deal: {energy: 0.5}", "support.yaml: deal.core is free"),
+        ("{}", "lineage: a/b\nx: 1", "s.yaml: 'lineage' is 'a/b'"),
+        ("{}", "lineage: ../b", "s.yaml: 'lineage' is '../b'"),
+        ("{}", "lineage: 5", "s.yaml: lineage is 5; give a text"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_place(
+    store: ObjectStore, tmp_path: Path, stored: str, said: str, expected: str
+) -> None:
+    store.put_bytes("lineages/support.yaml", stored.encode())
+    values: dict[str, Any] = {"lineage": "support", **yaml.safe_load(said)}
+    with pytest.raises(ConfigError) as caught:
+        watched_from_options(store, write(tmp_path / "s.yaml", yaml.safe_dump(values)), tasks=None)
+    assert expected in str(caught.value)
+
+
+@pytest.fixture
+def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """Runs a command up to its flow, and returns what the flow would be given."""
+    monkeypatch.setenv("DEAL_STORE_URI", store.uri)
+    monkeypatch.setattr("flows.server.embedded.enter_home", lambda home: tmp_path)
+
+    def invoke(flow: str, *words: str) -> SimpleNamespace:
+        found: list[SimpleNamespace] = []
+
+        def seen(spec: Any, **options: Any) -> None:
+            found.append(SimpleNamespace(spec=spec, **options))
+            raise ConfigError("seen")
+
+        monkeypatch.setitem(sys.modules, f"flows.{flow}", SimpleNamespace(**{flow: seen}))
+        monkeypatch.setattr(Session, "run", lambda self, start: start())
+        result = CliRunner().invoke(app, [flow, *words])
+        assert found, result.output
+        return found[0]
+
+    return invoke
+
+
+def test_deal_adapt_gives_the_flow_what_the_lineage_s_file_says(given_to: Callable[..., SimpleNamespace]) -> None:
+    given = given_to("adapt", "--task", "t", "--data", "x.csv", "--lineage", "support", "--strategy", "deal")
+    assert (given.spec.gate.approval, given.spec.train.max_steps, given.spec.strategy) == ("person", 7, "deal")
+
+
+def test_deal_watch_gives_the_flow_what_the_lineage_s_file_says(
+    given_to: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    given = given_to("watch", "--lineage", "support")
+    assert (given.spec.gate.approval, given.spec.train.max_steps) == ("person", 7)
+    assert given.tasks == ("billing", "returns")
+    assert given_to("watch", "--lineage", "support", "--task", "bank").tasks == ("bank",)
+    path = write(tmp_path / "support.yaml", "lineage: support\n" + STORED.replace("person", "automatic"))
+    given = given_to("watch", "--once", "--spec", str(path))
+    assert (given.tasks, given.spec.gate.approval) == (("billing", "returns"), "automatic")
+
+
+def test_a_run_on_a_server_is_given_what_the_lineage_s_file_says(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEAL_STORE_URI", store.uri)
+    checked: TypeAdapter[AdaptSpec] = TypeAdapter(AskedSpec)
+    task = {"name": "t", "data": "x.csv"}
+    spec = checked.validate_python({"lineage": "support", "task": task, "gate": {"min_gain_points": 1}})
+    assert (spec.gate.min_gain_points, spec.gate.approval, spec.train.max_steps) == (1, "person", 7)
+    complete = AdaptSpec(lineage="support", task=TaskSpec(name="t", data="x.csv"))
+    assert checked.validate_python(complete) is complete, "one that code has made says everything"
+    store.put_bytes("lineages/support.yaml", b"gat: {}\n")
+    with pytest.raises(ValueError, match="unknown key 'gat'"):
+        checked.validate_python({"lineage": "support", "task": task})

@@ -1,0 +1,157 @@
+"""Damaged files of a store: each reader names the file; weights are judged by their header and size alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import DealError, StoreError
+from infra.ledger import Ledger
+from infra.promotions import PromotionLog
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.open import open_store
+from infra.tracking.registry import VersionFacts
+from infra.version_log import StoredVersion, VersionLog
+from tasks.adaptation.frozen_rows import load_test_set
+from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.kept_answers import read_answers
+from tasks.adaptation.resume import read_findings
+from tasks.context import borrowed_folder
+from tasks.inbox.listing import read_state
+from tasks.lineage.adapters import borrowed_parent
+from tasks.lineage.labels import added_labels
+from tasks.lineage.record import read_record
+from tasks.lineage.settings import read_lineage
+from tasks.lineage.version_files import require_stored
+from tasks.references import VersionRef
+from tasks.serving.registered import read_route
+
+ADAPTER = "adapters/l/0123456789abcdef"
+CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
+BANK = TaskSchema(name="bank")
+FACTS = VersionFacts(
+    run_key="0123456789abcdef" * 4, task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
+    config_sha256="c" * 64, adapter_uri=ADAPTER, adapter_sha256="a" * 64, parent_version=None, accepted=True,
+    reasons=(), average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
+)  # fmt: skip
+READERS: dict[str, Callable[[ObjectStore], Any]] = {
+    f"{ADAPTER}/record.json": lambda store: read_record(store, ADAPTER),
+    f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
+    f"{ADAPTER}/answers.json": lambda store: read_answers(store, ADAPTER),
+    "datasets/bank/77/manifest.json": lambda store: read_manifest(store, "datasets/bank/77"),
+    "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK, "datasets/bank/77", 9, 9),
+    "promotions/l/00000001.json": lambda store: PromotionLog(store).last("l"),
+    "ledger/l/77.json": lambda store: Ledger(store).find("l", "77"),
+    "watch/l.json": lambda store: read_state(store, "l"),
+    "labels/l/bank.json": lambda store: added_labels(store, "l", "bank"),
+    "serving/l.json": lambda store: read_route(store, "l"),
+    "versions/l/00000007.json": lambda store: VersionLog(store).read("l", 7),
+    "lineages/l.yaml": lambda store: read_lineage(store, "l"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def store(home: Path) -> ObjectStore:
+    """A store with an adapter, which is that of version 3."""
+    found = open_store((home / "store").as_uri())
+    stored = StoredVersion(lineage="l", version="3", created="2030-01-01T00:00:00Z", facts=FACTS)
+    found.put_bytes("versions/l/00000003.json", stored.model_dump_json().encode())
+    found.put_bytes(f"{ADAPTER}/adapter_config.json", json.dumps(CONFIG).encode())
+    save_file({"a": numpy.ones((64, 8), numpy.float32)}, weights_of(home))
+    return found
+
+
+def weights_of(home: Path) -> Path:
+    return home / "store" / ADAPTER / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[1", b"\xff\xfe{}", b'{"schema_version": 1, "x"'])
+@pytest.mark.parametrize("key", READERS)
+def test_a_damaged_file_is_named_by_its_reader(store: ObjectStore, key: str, content: bytes) -> None:
+    store.put_bytes(key, content)
+    if key == "lineages/l.yaml" and not content:
+        pytest.skip("an empty file of a lineage is one without settings")
+    with pytest.raises(DealError) as caught:
+        READERS[key](store)
+    assert key in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("name", ["record.json", "findings.json"])
+def test_a_file_beside_an_adapter_is_named_with_its_version(store: ObjectStore, name: str) -> None:
+    store.put_bytes(f"{ADAPTER}/{name}", b'{"schema_version": 1, "line')
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged .*Restore it from a backup"):
+        READERS[f"{ADAPTER}/{name}"](store)
+
+
+def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None:
+    PromotionLog(store).add(
+        None, action="promoted", lineage="l", version="3", before=None, champion="3", who="gate", why="passed"
+    )
+    with pytest.raises(ObjectNotFoundError, match=r"record\.json, a file of version 3, champion of 'l', is missing"
+                                                  r".*deal rollback --to N --lineage l.*deal predict --version N"):
+        read_record(store, ADAPTER)  # fmt: skip
+
+
+def test_weights_are_judged_by_header_and_size(store: ObjectStore, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_stored(store, ADAPTER)
+    whole = weights_of(home).read_bytes()
+    read: list[int] = []
+    whole_file = type(store).get_bytes
+
+    def get_bytes(self: ObjectStore, key: str, *, at_most: int | None = None) -> bytes:
+        if at_most is not None:
+            read.append(at_most)
+        return whole_file(self, key, at_most=at_most)
+
+    monkeypatch.setattr(type(store), "get_bytes", get_bytes)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for num_bytes in (0, 4, 8, header - 1, header, len(whole) - 1):
+        weights_of(home).write_bytes(whole[:num_bytes])
+        with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3 of 'l', is damaged"):
+            require_stored(store, ADAPTER)
+        with pytest.raises(StoreError, match=r"adapter_model\.safetensors, a file of version 3"), \
+                borrowed_folder(store, ADAPTER):  # fmt: skip
+            pytest.fail("it was lent")
+    weights_of(home).write_bytes(whole + b"\0")
+    with pytest.raises(StoreError, match="is damaged"):
+        require_stored(store, ADAPTER)
+    weights_of(home).write_bytes(b"\xff" * len(whole))
+    with pytest.raises(StoreError, match="is damaged"):
+        require_stored(store, ADAPTER)
+    assert max(read) <= header, "the weights are not read"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_without_one_of_its_files_is_not_lent(store: ObjectStore, name: str) -> None:
+    store.delete(f"{ADAPTER}/{name}")
+    for use in (lambda: require_stored(store, ADAPTER), lambda: borrowed_folder(store, ADAPTER).__enter__()):
+        with pytest.raises(ObjectNotFoundError, match=rf"{name}, a file of version 3 of 'l', is missing"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["method.json", "method.safetensors"])
+def test_a_damaged_state_of_the_method_stops_training_and_not_answering(store: ObjectStore, name: str) -> None:
+    store.put_bytes(f"{ADAPTER}/{name}", b"[]")
+    parent = VersionRef(
+        lineage="l", version="3", run_key="k", adapter_uri=ADAPTER, adapter_sha256="a" * 64, accepted=True
+    )
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 3 of 'l', is damaged"), \
+            borrowed_parent(store, parent):  # fmt: skip
+        pytest.fail("it was lent")
+    with borrowed_folder(store, ADAPTER) as folder:
+        assert (folder / name).is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"r": 8}'])
+def test_a_damaged_configuration_is_refused(store: ObjectStore, content: bytes) -> None:
+    store.put_bytes(f"{ADAPTER}/adapter_config.json", content)
+    for use in (lambda: require_stored(store, ADAPTER), lambda: borrowed_folder(store, ADAPTER).__enter__()):
+        with pytest.raises(StoreError, match=r"adapter_config\.json, a file of version 3 of 'l', is damaged"):
+            use()

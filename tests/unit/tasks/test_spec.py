@@ -1,0 +1,149 @@
+"""The spec: what it accepts, what it says of mistakes, and which settings make another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deal_core.config import AdapterConfig
+from deal_core.errors import ConfigError
+from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/spec.yaml")), ids=lambda path: path.parent.name)
+def test_example_specs_are_read_and_name_files_that_exist(path: Path) -> None:
+    spec = read_spec(path)
+    assert Path(spec.task.data).is_file()
+    assert spec.task.test_data is None or Path(spec.task.test_data).is_file()
+
+
+def test_spec_survives_json(tmp_path: Path) -> None:
+    spec = read_spec(
+        write(tmp_path / "s.yaml", "task: {name: t, data: x.csv, labels: [a, b]}\nadapter: {target_modules: [q, v]}\n")
+    )
+    assert AdaptSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_relative_paths_start_at_the_spec_and_uris_stay(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    text = "base_model: base\ntask: {name: t, data: a/x.csv, test_data: 's3://bucket/test.csv'}\n"
+    spec = read_spec(write(tmp_path / "s.yaml", text))
+    assert spec.task.data == str(tmp_path / "a" / "x.csv")
+    assert spec.task.test_data == "s3://bucket/test.csv"
+    assert spec.base_model == str(tmp_path / "base")
+
+
+def test_a_base_that_is_no_path_stays_a_name(tmp_path: Path) -> None:
+    spec = read_spec(write(tmp_path / "s.yaml", "base_model: org/model\ntask: {name: t, data: x.csv}\n"))
+    assert spec.base_model == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {learning_rat: 1}\ntask: {name: t, data: x}", "unknown key 'train.learning_rat' (known: learning"),
+        ("lineages: x\ntask: {name: t, data: x}", "unknown key 'lineages' (known: schema_version, lineage"),
+        ("task: {name: t, data: x, lables: [a]}", "unknown key 'task.lables' (known: format, labels"),
+        ("task: {name: t}", "key 'task.data' is missing"),
+        ("task: {name: ../t, data: x}", "'task.name' is '../t'"),
+        ("lineage: a/b\ntask: {name: t, data: x}", "'lineage' is 'a/b'"),
+        ("schema_version: 2\ntask: {name: t, data: x}", "schema_version is 2; give 1"),
+        ("strategy: magic\ntask: {name: t, data: x}", "strategy is 'magic'; give 'deal', 'seq_lora'"),
+        ("adapter: {rank: 1}\ntask: {name: t, data: x}", "adapter.rank is 1; give at least 2"),
+        ("- a list", "holds list, not a mapping"),
+        ("a: b: c", "is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path / "s.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        read_spec(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.yaml", "lineage: a/b\nx: 1\ntask: {name: t, data: x}\n")
+    with pytest.raises(ConfigError, match=r"lineage.*unknown key 'x'"):
+        read_spec(path)
+
+
+def test_a_missing_spec_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no file"):
+        read_spec(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train: {max_steps: 3}", "deal: {energy: 0.9}", "gate: {max_drop_points: 1}", "evaluate: {max_new_tokens: 3}",
+     "data: {test_share: 0.3}", "train: {quantize: 4bit}"],
+)  # fmt: skip
+def test_every_setting_makes_another_run(change: str) -> None:
+    adapter = AdapterConfig()
+    import yaml
+
+    plain = {"task": {"name": "t", "data": "x"}}
+    before = parse(AdaptSpec, plain, "a").config_sha256(adapter, "deal")
+    after = parse(AdaptSpec, {**plain, **yaml.safe_load(change)}, "b").config_sha256(adapter, "deal")
+    assert before != after
+
+
+def test_adapter_strategy_and_instruction_make_another_run() -> None:
+    plain = parse(AdaptSpec, {"task": {"name": "t", "data": "x"}}, "a")
+    told = parse(AdaptSpec, {"task": {"name": "t", "data": "x", "instruction": "Which?"}}, "b")
+    digests = {
+        plain.config_sha256(AdapterConfig(), "deal"),
+        plain.config_sha256(AdapterConfig(rank=8), "deal"),
+        plain.config_sha256(AdapterConfig(), "seq_lora"),
+        told.config_sha256(AdapterConfig(), "deal"),
+    }
+    assert len(digests) == 4
+
+
+def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
+    plain = {"task": {"name": "t", "data": "x"}}
+    shown, hidden = (
+        parse(AdaptSpec, {**plain, "data": {"include_texts": value, "test_share": 0.3}}, "a") for value in (True, False)
+    )
+    assert shown.config_sha256(AdapterConfig(), "deal") == hidden.config_sha256(AdapterConfig(), "deal")
+    assert hidden.config_sha256(AdapterConfig(), "deal") != parse(AdaptSpec, plain, "b").config_sha256(
+        AdapterConfig(), "deal"
+    )
+
+
+def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
+    adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
+    one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))
+    assert one.config_sha256(adapter, "deal") == two.config_sha256(adapter, "deal")
+
+
+def test_where_the_file_lies_is_no_setting() -> None:
+    adapter = AdapterConfig()
+    here = parse(AdaptSpec, {"task": {"name": "t", "data": "here.csv"}}, "a")
+    there = parse(AdaptSpec, {"task": {"name": "t", "data": "s3://there/x.csv"}}, "b")
+    assert here.config_sha256(adapter, "deal") == there.config_sha256(adapter, "deal")
+
+
+def test_what_is_retained_changes_no_run() -> None:
+    adapter, task = AdapterConfig(), {"name": "t", "data": "x"}
+    plain = parse(AdaptSpec, {"task": task}, "a")
+    retained = parse(AdaptSpec, {"task": task, "data": {"retain_training_rows": True}}, "b")
+    assert plain.config_sha256(adapter, "deal") == retained.config_sha256(adapter, "deal")
+
+
+def test_given_tells_only_what_was_said() -> None:
+    assert TaskSpec(name="t", data="x", labels=("a", "b")).given() == {"labels": ("a", "b")}
+
+
+def test_lineage_spec_has_no_task() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'task'"):
+        parse(LineageSpec, {"task": {"name": "t", "data": "x"}}, "a")
