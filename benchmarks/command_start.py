@@ -22,7 +22,7 @@ import typer
 from benchmarks.output import DEAL, bare_environment, write_result
 from infra.settings import TrackingSettings
 from infra.tracking.registry import Registry, VersionFacts
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 
 LINEAGE = "long"
 FACTS = VersionFacts(

@@ -27,8 +27,7 @@ from deal_core.base_model.config import find_config
 from deal_core.base_model.load import DEFAULT_BASE, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.planning.batch_shape import longest_of
-from deal_core.planning.memory import largest_batch, plan_memory
+from deal_core.planning.memory import largest_batch, longest_of, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.training.train import train_adapter
 from infra.settings import HomeSettings

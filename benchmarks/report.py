@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -27,8 +28,7 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from flows.cli.tables import interval, points
-from infra.report.figures import development_figure, kept_figure, over_time_figure
-from infra.report.style import save_png
+from infra.report.figures import save_png
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip

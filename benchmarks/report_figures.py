@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from infra.report.style import COLOURS, MARKERS, MUTED, new_figure, say_empty, tidy
+from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, say_empty, tidy
 
 PANELS_A_ROW = 4
 Points = Mapping[str, tuple[float, float]]

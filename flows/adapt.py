@@ -20,26 +20,23 @@ from deal_core.errors import ConfigError
 from deal_core.printable import listed
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
-from flows.stages import Stages
 from infra.disk import disk_full
 from tasks.adaptation.begin import count_attempts, find_own, find_parent, find_registered, find_repeat, make_run_key
 from tasks.adaptation.evaluate import evaluate_version
-from tasks.adaptation.gate import decide_gate
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.promote import promote_version
-from tasks.adaptation.register import register_version
+from tasks.adaptation.register import decide_gate, register_version
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import identify_base
-from tasks.context import current_store
+from tasks.context import current_store, end_run, fail_run, remove_work, start_run
 from tasks.lineage.record import LineageRecord, read_record, require_same_base
 from tasks.lineage.resolve_spec import AskedSpec
-from tasks.memory_check import refuse_what_cannot_fit
 from tasks.notices import announce_failure, announce_version
-from tasks.progress import Interrupted, reporter
+from tasks.planning import refuse_what_cannot_fit
+from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
-from tasks.run import end_run, fail_run, remove_work, start_run
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 

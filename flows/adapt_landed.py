@@ -6,9 +6,8 @@ import asyncio
 
 from prefect import flow, runtime
 
-from flows.arrivals import Taken
 from flows.lock import LineageBusyError
-from flows.watch import WatchResult
+from flows.watch import Taken, WatchResult
 from tasks.context import current_store
 from tasks.lineage.settings import read_lineage
 from tasks.progress import is_stopped, reporter

@@ -24,15 +24,13 @@ from deal_core.errors import ConfigError
 from deal_core.limits import Count, Seed
 from deal_core.printable import brief
 from flows.cli.console import in_one_line
-from flows.stages import Stages
 from infra.settings import HomeSettings
 from infra.store.base import complete_file
-from tasks.addresses import Address
 from tasks.base import identify_base
 from tasks.benchmark import make_cell_file
-from tasks.progress import Interrupted, is_stopped, raise_if_stopped, reporter
+from tasks.progress import Interrupted, Stages, is_stopped, raise_if_stopped, reporter
 from tasks.references import BaseRef
-from tasks.spec import parse
+from tasks.spec import Address, parse
 
 logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"

@@ -7,14 +7,13 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError
-from flows.stages import Stages
 from infra.tracking.registry import open_registry
 from tasks.adaptation.begin import version_ref
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.settings import for_each, list_lineages
-from tasks.progress import reporter
+from tasks.progress import Stages, reporter
 
 
 class EvaluateResult(BaseModel):

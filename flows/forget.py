@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from flows.lock import hold_lineage
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.arrivals_known import find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
+from tasks.housekeeping.inventory import find_arrival
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 
 

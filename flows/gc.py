@@ -12,7 +12,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, hold_lineage
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping.garbage import Removal, plan_removals
 from tasks.housekeeping.inventory import (

@@ -15,8 +15,7 @@ from prefect.settings import get_current_settings
 
 from deal_core.errors import DealError
 from infra.settings import HomeSettings, LockSettings
-from tasks.patience import patient
-from tasks.progress import raise_if_stopped, reporter
+from tasks.progress import patient, raise_if_stopped, reporter
 
 LOOK_SECONDS = 0.5
 LOCKED = 423

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
+from prefect import flow
+
 from flows.lock import hold_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 
 
+@flow(name="rebuild", flow_run_name="rebuild-{lineage}")
 async def rebuild(lineage: str) -> RebuildResult:
     """Register a lineage's versions again; see `tasks.lineage.rebuild.rebuild_lineage`. Cancelled, it ends at the next version.
 

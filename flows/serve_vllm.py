@@ -10,10 +10,10 @@ from __future__ import annotations
 from prefect import flow, runtime
 
 from deal_core.errors import DealError
-from flows.stages import Stages
 from infra.settings import VllmSettings
 from infra.tracking.registry import open_registry
 from tasks.lineage.settings import for_each
+from tasks.progress import Stages
 from tasks.serving.registered import ServingRoute, sync_vllm
 
 

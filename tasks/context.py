@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from deal_core.errors import StoreError
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deal_core.errors import RegistryError, StoreError
 from infra.settings import HomeSettings, StoreSettings
-from infra.store.base import ObjectStore
+from infra.store.base import ObjectStore, temporary_folder
 from infra.store.local import FileStore
 from infra.store.open import open_store
-from infra.temporary import temporary_folder
+from infra.tracking.tracker import open_tracker
 from tasks.lineage.version_files import CONFIG, reading_beside, require_readable
+from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
 
 
 def current_store() -> ObjectStore:
@@ -71,3 +78,43 @@ def _outside_store(address: str, store: ObjectStore) -> Path:
     if parts.scheme != "file":
         raise StoreError(f"{address} is not in the store {store.uri}; give a local path, or set DEAL_STORE_URI.")
     return Path(unquote(parts.path))
+
+
+logger = logging.getLogger(__name__)
+
+
+@task(name="start", cache_policy=NO_CACHE)
+def start_run(
+    run_key: str, base: BaseRef, parent: VersionRef | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
+) -> RunRef:
+    """Start the run of this key, or continue the one that a crash left."""
+    tags = {
+        "deal.task": dataset.task,
+        "deal.dataset_sha256": dataset.sha256,
+        "deal.base_sha256": base.sha256,
+        "deal.parent_version": parent.version if parent else "base",
+    }
+    tracked = open_tracker().start(lineage, run_key, name=dataset.task, params={"base": base.name, **params}, tags=tags)
+    counts = {"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected}
+    tracked.log_dataset(dataset.task, dataset.sha256, current_store().uri_of(dataset.uri), counts)
+    return RunRef(lineage=lineage, task=dataset.task, run_key=run_key, tracking_id=tracked.run_id)
+
+
+def end_run(run: RunRef, status: Literal["FINISHED", "FAILED"]) -> None:
+    """End the MLflow run."""
+    open_tracker().run(run.tracking_id).end(status)
+
+
+def fail_run(run: RunRef) -> None:
+    """End the MLflow run as failed; that it cannot be ended is logged, and does not hide why the adaptation failed."""
+    try:
+        end_run(run, "FAILED")
+    except RegistryError as error:
+        logger.warning("%s", error)
+
+
+def remove_work(run: RunRef) -> None:
+    """Delete the run's checkpoints and local results; everything is in the store and the registry by now."""
+    folder = work_folder(run.lineage, run.short_key)
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -27,7 +27,7 @@ from deal_core.errors import DealError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.webhook import open_webhook
-from tasks.patience import patient
+from tasks.progress import patient
 from tasks.references import VersionRef
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,18 @@ nothing can kill.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
+
+import httpx
+import tenacity
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +132,45 @@ def advance(stage: str, total: float | None = None) -> Callable[..., None]:
         context.reporter.advanced(stage, done, default_total if total is None else total, detail)
 
     return callback
+
+
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+class Stages:
+    """The stages of one run and how long each took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    async def run(
+        self, name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs
+    ) -> Output:
+        """Run one stage; what it has to say comes with `done`."""
+        raise_if_stopped()
+        reporter().stage_started(name)
+        started = time.perf_counter()
+        try:
+            output = await asyncio.to_thread(call, *args, **kwargs)
+        except asyncio.CancelledError:  # SIGTERM, say; nothing but the stage itself can end its thread
+            ask_to_stop()
+            raise
+        self.seconds[name] = time.perf_counter() - started
+        return output
+
+    def done(self, name: str, detail: str) -> None:
+        """Report the result of the stage that just ended, in a few words."""
+        reporter().stage_finished(name, self.seconds[name], detail)
+
+
+MAX_SECONDS = 180.0
+
+patient = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(httpx.TransportError),
+    wait=tenacity.wait_exponential(multiplier=0.5, max=10.0) + tenacity.wait_random(0.0, 1.0),
+    stop=tenacity.stop_after_delay(MAX_SECONDS),
+    before_sleep=tenacity.before_sleep_log(logging.getLogger(__name__), logging.WARNING),
+    reraise=True,
+)
+"""Decorates a function, plain or async, that may be called again: three minutes without an answer are bridged."""

@@ -55,7 +55,7 @@ def prefect_api() -> Iterator[None]:
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
     from infra.settings import TrackingSettings
-    from infra.tracking.tracking import open_tracker
+    from infra.tracking.tracker import open_tracker
 
     folder = tmp_path_factory.mktemp("mlflow")
     open_tracker(TrackingSettings(home=folder))

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.retention import LiteralRetention
-from deal_core.adapter.update import ControlledUpdate
+from deal_core.adapter.retention import ControlledUpdate, LiteralRetention
 from deal_core.config import DealConfig
 
 

@@ -5,12 +5,38 @@ Shapes: M modules of one shape, N features of the side (I for A, O for B), R ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter.kernels import LOG_KERNELS, log_heat
+FLOOR = 1e-3
+"""What the spline is raised by, so that its logarithm exists where it ends; where it has ended, its gain is 1."""
+SMALL = 1e-6
+
+LogKernel = Callable[[Tensor, Tensor | float, Tensor], Tensor]
+
+
+def log_heat(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
+    """Heat: φ(s) = exp(−(s − c)²/(2σ²))."""
+    return -((spectrum - centre) ** 2) / (2 * width**2)
+
+
+def log_linear_decay(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
+    """φ(s) = x·exp(−x) with x = s/(σc): rises like s and falls off beyond s = σc."""
+    x = spectrum.clamp_min(SMALL) / (width * torch.as_tensor(centre).clamp_min(SMALL))
+    return x.log() - x
+
+
+def log_spline(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
+    """Quadratic B-spline of u = (s − c)/σ: ¾ − u² for |u| < ½, ½(3/2 − |u|)² up to |u| = 3/2, 0 beyond."""
+    u = ((spectrum - centre) / width).abs()
+    outer = 0.5 * (1.5 - u).clamp_min(0) ** 2
+    return (torch.where(u < 0.5, 0.75 - u**2, outer) + FLOOR).log()
+
+
+LOG_KERNELS: dict[str, LogKernel] = {"heat": log_heat, "linear_decay": log_linear_decay, "spline": log_spline}
+
 
 START_CENTRE = 1.0
 
@@ -106,3 +132,32 @@ class LiteralRetention(nn.Module):
             outer_MJNR = basis_M1NR @ (torch.exp(log_MJR).unsqueeze(-1) * (basis_M1NR.mT @ filtered_MJNR))
             hidden_MNR = outer_MJNR.sum(1)
         return hidden_MNR
+
+
+class ControlledUpdate(nn.Module):
+    """O = X̂ + X̂Ω + b, with Ω (M×R×R) and b (M×N×R) zero at the start, so that O = X̂ before the first step.
+
+    Args:
+        start_MNR: The factor; gives shape and device.
+        mixing: Whether Ω is trained; without it only b is.
+        trainable_MR: True where a slot's column of b may move; None lets all of them move.
+    """
+
+    trainable_M1R: Tensor | None
+
+    def __init__(self, start_MNR: Tensor, *, mixing: bool, trainable_MR: Tensor | None = None) -> None:
+        super().__init__()
+        num_modules, _, rank = start_MNR.shape
+        self.offset_MNR = nn.Parameter(torch.zeros_like(start_MNR))
+        self.mixing_MRR = nn.Parameter(start_MNR.new_zeros(num_modules, rank, rank)) if mixing else None
+        self.register_buffer("trainable_M1R", None if trainable_MR is None else trainable_MR.float().unsqueeze(1))
+
+    def forward(self, retained_MNR: Tensor) -> Tensor:
+        """Return O (M×N×R)."""
+        out_MNR = retained_MNR + self.masked_offset()
+        return out_MNR if self.mixing_MRR is None else out_MNR + retained_MNR @ self.mixing_MRR
+
+    def masked_offset(self, part: slice = slice(None)) -> Tensor:
+        """Return b of some modules, zero where a slot's column may not move."""
+        offset_MNR = self.offset_MNR[part]
+        return offset_MNR if self.trainable_M1R is None else offset_MNR * self.trainable_M1R[part]

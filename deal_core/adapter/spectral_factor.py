@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from deal_core.adapter.factor import FactorNetwork
-from deal_core.adapter.retention import HaarRetention, SpectralRetention
-from deal_core.adapter.update import ControlledUpdate
+from deal_core.adapter.retention import ControlledUpdate, HaarRetention, SpectralRetention
 from deal_core.config import DealConfig
 
 TINY = 1e-12

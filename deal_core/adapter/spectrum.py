@@ -64,3 +64,22 @@ def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
     below_MR = power_MR.cumsum(1) < energy * total_M1 * (1 - 1e-12)
     count_M = torch.where(total_M1.squeeze(1) > 0, below_MR.sum(1) + 1, 0)
     return count_M.clamp(max=sigma_MR.shape[1] - num_free)
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
+    """Return factors of the best rank-R approximation of (1 − share)·ΔW_parent + share·ΔW_trained.
+
+    Args:
+        parent: A (M×R×I) and B (M×O×R) of the parent version.
+        trained: A and B after training.
+        share: γ, from 0 (the parent) to 1 (the trained adapter).
+    """
+    (parent_A, parent_B), (trained_A, trained_B) = parent, trained
+    rank = trained_A.shape[1]
+    a_MRI = torch.cat([parent_A, trained_A], dim=1)
+    b_MOR = torch.cat([(1 - share) * parent_B, share * trained_B], dim=2)
+    y_A, y_B = decompose(a_MRI, b_MOR).truncate(rank).factors()
+    return y_A.mT, y_B

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +11,19 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import PartialState
+from transformers import BitsAndBytesConfig
 
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model.device import bf16_instructions
 from deal_core.base_model.fingerprint import sha256_of_model
-from deal_core.base_model.gguf import require_all_weights
-from deal_core.base_model.quantization import quantization
-from deal_core.base_model.sources import BUILT_IN, DEFAULT_BASE, Progress, resolve_base, stated_identity
+from deal_core.base_model.sources import (
+    BUILT_IN,
+    DEFAULT_BASE,
+    Progress,
+    require_all_weights,
+    resolve_base,
+    stated_identity,
+)
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
 
@@ -149,3 +157,31 @@ def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
     """Name and digest of a model that was not converted here, whatever its folder says of itself."""
     name = folder.name if Path(source).expanduser().is_dir() else source
     return name, sha256_of_model(folder, cache_folder / "digests")
+
+
+def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to load a model quantized, onto this process's device.
+
+    Args:
+        quantize: 8bit: LLM.int8(); 4bit: NF4 with its constants quantized too.
+        dtype: What the 4-bit weights are multiplied in.
+
+    Raises:
+        ConfigError: There is no CUDA device, or no bitsandbytes.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; use one that "
+            "has, or set it to none."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"train.quantize is {quantize}, which needs bitsandbytes; install it, in the project's checkout: "
+            "pip install '.[quantize]'"
+        )
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if quantize == "4bit":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                    "bnb_4bit_compute_dtype": dtype}  # fmt: skip
+    make_config: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig
+    return {"quantization_config": make_config(**settings), "device_map": {"": PartialState().device}}

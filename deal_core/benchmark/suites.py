@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from deal_core.base_model.hub import fetch_snapshot
+from deal_core.base_model.sources import fetch_snapshot
 from deal_core.data.reading.readers import unique_keys
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError

@@ -14,13 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
-from deal_core.data.batches import RowBatch
-from deal_core.data.check_batch import BadInBatch, BatchChecker, GoodRows
+from deal_core.data.check_batch import (
+    BadInBatch,
+    BatchChecker,
+    DigestSet,
+    GoodRows,
+    as_digests,
+    first_words,
+    hex_array,
+    merged,
+)
 from deal_core.data.columns import Columns, resolve_columns
-from deal_core.data.digest_set import DigestSet, as_digests, first_words, hex_array, merged
 from deal_core.data.reading.lines import sha256_of_file
 from deal_core.data.reading.readers import file_kind, read_batches, read_columns
-from deal_core.data.rows import BadRow, Problem, Reason, shorten
+from deal_core.data.rows import BadRow, Problem, Reason, RowBatch, shorten
 from deal_core.data.schema import (
     COLUMNS_OF_FORMAT,
     ROW_SCHEMA,

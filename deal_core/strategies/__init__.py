@@ -5,14 +5,7 @@ from __future__ import annotations
 from deal_core.config import MethodConfig
 from deal_core.errors import ConfigError
 from deal_core.strategies.deal import Deal
-from deal_core.strategies.ella import Ella
-from deal_core.strategies.ewc import Ewc
-from deal_core.strategies.inc_lora import IncLora
-from deal_core.strategies.lwf import Lwf
-from deal_core.strategies.o_lora import OLora
-from deal_core.strategies.replay import Replay
-from deal_core.strategies.seq_lora import SeqLora
-from deal_core.strategies.slao import Slao
+from deal_core.strategies.rivals import Ella, Ewc, IncLora, Lwf, OLora, Replay, SeqLora, Slao
 from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 
 STRATEGIES: dict[str, type[Strategy]] = {

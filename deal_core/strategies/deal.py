@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from deal_core.adapter.interpolate import Factors, interpolate
 from deal_core.adapter.reparametrize import Reparametrization
+from deal_core.adapter.spectrum import Factors, interpolate
 from deal_core.adapter.stack import check_rank, draw_seeds
 from deal_core.strategies.questions import keep_rows, make_rehearsal, not_asked
 from deal_core.strategies.rehearsal import Rehearsal

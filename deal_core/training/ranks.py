@@ -1,4 +1,10 @@
-"""Train with several processes, and hear from them as from one."""
+"""Several processes that train one adapter together, each on its share of every batch.
+
+The parent starts a launcher: `python -m deal_core.training.ranks launch JOB NUM_PROCESSES LOG_FOLDER`. The launcher is
+PyTorch's elastic agent. It starts the ranks: `python -m deal_core.training.ranks rank JOB`. Every rank calls
+`deal_core.training.train.train_adapter`. Rank 0 alone writes files and reports to the parent, one JSON object a line.
+A rank ends when its standard input ends, because that is the end of the parent.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +17,62 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import torch
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
 from pydantic import TypeAdapter
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deal_core import errors
+from deal_core.base_model.load import Precision, load_base
+from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.ranks_job import TrainingJob
-from deal_core.training.train import OnLog, TrainingResult
+from deal_core.training.train import OnLog, TrainingResult, train_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """The arguments of `train_adapter`, by reference; those of the same name mean the same.
+
+    Attributes:
+        base_source: As for `load_base`.
+        base_sha256: The model that must be found there.
+        cache_folder: As for `load_base`.
+        precision: As for `load_base`.
+        rows_file: Parquet file of the training rows.
+    """
+
+    base_source: str
+    base_sha256: str
+    cache_folder: Path
+    precision: Precision = "auto"
+    parent_folder: Path | None
+    rows_file: Path
+    task: TaskSchema
+    old_tasks: tuple[TaskSchema, ...] = ()
+    strategy: str
+    adapter: AdapterConfig
+    method: MethodConfig
+    train: TrainConfig
+    output_folder: Path
+    checkpoint_folder: Path
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_bytes(TypeAdapter(TrainingJob).dump_json(self, indent=2))
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingJob:
+        """Read what `write` wrote."""
+        return TypeAdapter(cls).validate_json(path.read_bytes())
+
 
 END_SECONDS = 60.0
 """How long the processes have to end when they are told to, before they are killed."""
@@ -85,7 +137,7 @@ def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[st
     """
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "deal_core.training.ranks_launcher", *arguments],
+            [sys.executable, "-m", "deal_core.training.ranks", "launch", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(int(arguments[1])),
             start_new_session=True,  # an interrupt from the keyboard is this process's to handle, at its next step
         )  # fmt: skip
@@ -140,3 +192,120 @@ def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> De
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "none."
+
+
+def end_with_parent() -> None:
+    """From now on end, at whatever point, when nobody has the other end of standard input any more.
+
+    A process that is killed closes its pipes, and says nothing else.
+    """
+    threading.Thread(target=_wait, daemon=True).start()
+
+
+def _wait() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+@record
+def run_rank(job_file: str) -> None:
+    """Train; what goes wrong is recorded for the launcher, which then ends the other ranks."""
+    end_with_parent()
+    disable_progress_bars()
+    to_parent, state = _take_stdout(), PartialState(cpu=not torch.cuda.is_available())
+
+    def send(message: Mapping[str, Any]) -> None:
+        if state.is_main_process:
+            to_parent.write(json.dumps(message) + "\n")
+            to_parent.flush()
+
+    job = TrainingJob.read(Path(job_file))
+    result = _train(job, lambda step, values: send({"step": step, "values": dict(values)}))
+    send({"result": asdict(result)})
+    state.destroy_process_group()
+
+
+def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
+    base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.train.quantize)
+    if base.sha256 != job.base_sha256:
+        raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
+    return train_adapter(
+        base,
+        parent_folder=job.parent_folder,
+        rows=Dataset.from_parquet(str(job.rows_file), cache_dir=str(job.rows_file.parent)),
+        task=job.task,
+        old_tasks=job.old_tasks,
+        strategy=job.strategy,
+        adapter=job.adapter,
+        method=job.method,
+        train=job.train,
+        output_folder=job.output_folder,
+        checkpoint_folder=job.checkpoint_folder,
+        on_log=on_log,
+    )
+
+
+def _take_stdout() -> TextIO:
+    """Keep standard output for messages: what libraries print goes to standard error, which is the rank's log."""
+    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return kept
+
+
+
+
+def launch(job_file: str, num_processes: int, log_folder: str) -> None:
+    """Run the ranks to their end."""
+    outputs = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(num_processes)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id="ranks",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",  # a port that is free
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=log_folder, redirects=outputs),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "deal_core.training.ranks", "rank", job_file)
+    except ChildFailedError as error:
+        sys.stdout.write(json.dumps({"failure": describe(error.failures)}) + "\n")
+        sys.exit(1)
+
+
+def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
+    """Say which rank died first, with which exit code, and what it raised (empty where it raised nothing)."""
+    rank, failure = first_to_fail(failures)
+    message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
+    return {"rank": rank, "exitcode": failure.exitcode, "message": message}
+
+
+def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank whose death was the cause of the others'.
+
+    A rank that is killed leaves no record, and the others soon fail for lack of it; SIGTERM is what the agent ends
+    the rest with. Among records the older one is the cause.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:
+        failure = item[1]
+        if _recorded(failure):
+            return 1, Path(failure.error_file).stat().st_mtime
+        return (2 if failure.exitcode == -signal.SIGTERM else 0), 0.0
+
+    return min(failures.items(), key=order)
+
+
+def _recorded(failure: ProcessFailure) -> bool:
+    return Path(failure.error_file).is_file()
+
+
+if __name__ == "__main__":
+    role, *words = sys.argv[1:]
+    if role == "rank":
+        run_rank(*words)
+    else:
+        launch(words[0], int(words[1]), words[2])

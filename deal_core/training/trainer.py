@@ -6,10 +6,12 @@ Gradient accumulation, gradient checkpointing, clipping and several processes co
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, gather
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,9 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_loss
-from deal_core.errors import ConfigError
+from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.strategies.strategy import Strategy
-from deal_core.training.ranks_step import require_in_step
 
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
@@ -166,3 +167,31 @@ def find_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(found)[1] if found else None
+
+
+TOLERANCE = 1e-4
+"""Largest difference from rank 0, relative to the parameter's norm; equal steps on equal devices leave none at all."""
+TINY = 1e-12
+
+
+@torch.no_grad()
+def require_in_step(parameters: Iterable[nn.Parameter]) -> None:
+    """Compare every rank's parameters with rank 0's; each rank has to call it.
+
+    Raises:
+        AdapterStateError: A rank holds others; raised on all.
+    """
+    differences = [_difference(parameter) for parameter in parameters]
+    largest_N = gather(torch.stack(differences).max().reshape(1))
+    if bool((largest_N > TOLERANCE).any()):
+        rank = int(largest_N.argmax())
+        raise AdapterStateError(
+            f"After the training rank {rank} holds other parameters than rank 0 (relative difference "
+            f"{float(largest_N[rank]):.1e}), so the adapter is not saved; train with train.num_processes 1."
+        )
+
+
+def _difference(parameter: nn.Parameter) -> torch.Tensor:
+    first: torch.Tensor = broadcast(parameter.detach().clone())
+    difference: torch.Tensor = (parameter - first).norm() / (first.norm() + TINY)
+    return difference

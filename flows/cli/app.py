@@ -211,7 +211,7 @@ def history(
             text = f"version {champion} was champion" if champion else "no version was champion"
             deal.screen.result({"at": at.astimezone().isoformat(), "champion": champion}, f"At {at}, {text}.")
         elif moves:
-            from flows.cli.tables_promotion import show_moves
+            from flows.cli.versions import show_moves
 
             deal.screen.result([move.model_dump(mode="json") for move in log], *show_moves(lineage, log))
         else:

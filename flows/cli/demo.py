@@ -14,8 +14,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.results import AdaptResult, Scores
 from flows.watch import WatchResult, watch
-from infra.report.result import result_figure
-from infra.report.style import save_png
+from infra.report.figures import result_figure, save_png
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store

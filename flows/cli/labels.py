@@ -25,7 +25,7 @@ def labels(
     """Give a task labels beside those that it was learned with."""
     with session(home, as_json, debug) as deal:
         with deal.screen.working("reading"):
-            from tasks.add_labels import add_labels
+            from tasks.lineage.labels import add_labels
 
             found = add_labels(lineage, task, add)
         shown = [f"There already: {listed(found.present)}."] if found.present else []

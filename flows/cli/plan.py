@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
+from rich.markup import escape
 
 from flows.cli.session import FAILED, Debug, Home, Json, session
+from flows.cli.tables import heading, new_table
+
+if TYPE_CHECKING:
+    from tasks.planning import PlanResult
 
 plan_app = typer.Typer()
 
@@ -45,8 +52,75 @@ def plan(
                 asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
                 on_progress=deal.screen.stage_started,
             )  # fmt: skip
-        from flows.cli.tables_plan import show_plan
 
         deal.screen.result(found.model_dump(mode="json"), *show_plan(found))
         if found.refused:
             raise typer.Exit(FAILED)
+
+
+_VERDICTS = {
+    "fits": "[bold green]fits[/]",
+    "tight": "[bold yellow]fits, with less than a tenth to spare[/]",
+    "refused": "[bold red]cannot fit[/]",
+}
+
+
+def show_plan(found: PlanResult) -> Sequence[RenderableType]:
+    """What a run takes, and what to change where it does not fit."""
+    total = sum(found.parameters.values())
+    kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
+    rehearsed = f" and {found.rehearsed_per_step} questions about old tasks" if found.rehearsed_per_step else ""
+    source = "of these rows" if found.lengths_from == "rows" else "by the spec's limits"
+    shown: list[RenderableType] = [
+        f"Base model  {escape(found.base)} ({escape(found.model_type)}, {found.precision}): "
+        f"{total / 1e6:,.1f} M parameters: {kinds}",
+        f"Adapter     {found.strategy}, rank {found.rank}: {found.adapter_parameters / 1e6:,.2f} M parameters",
+        f"Rows        {found.num_train} training, {found.num_test} test, {found.num_rejected} bad; "
+        f"{found.rows_per_step} a step{rehearsed}",
+        f"Longest     {found.longest_row_tokens} tokens, {found.longest_answer_tokens} of them answer, {source}; "
+        f"{found.batch_rows} rows at once",
+        f"Steps       {found.num_steps}" + _time(found),
+        heading("Memory at the peak of a step"),
+    ]
+    table = new_table("kind", "size", right=["size"])
+    for kind, size in found.memory.items():
+        table.add_row(kind, in_bytes(size))
+    table.add_row("[bold]all[/]", f"[bold]{in_bytes(found.total_bytes)}[/]")
+    shown += [
+        table,
+        f"It {_VERDICTS[found.verdict]}: {in_bytes(found.total_bytes)} of {in_bytes(found.device_bytes)} "
+        f"({escape(found.device)}).",
+    ]
+    if found.refused:
+        shown += _remedies(found)
+    return [*shown, *(f"[yellow]{escape(note)}[/]" for note in found.notes)]
+
+
+def in_bytes(size: int) -> str:
+    """A size in MiB or GiB."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _time(found: PlanResult) -> str:
+    if found.expected_seconds is None or found.seconds_per_step is None:
+        return ""
+    minutes, seconds = divmod(round(found.expected_seconds), 60)
+    length = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f", about {length} of training ({found.seconds_per_step:.2f} s a step, from a probe)"
+
+
+def _remedies(found: PlanResult) -> list[RenderableType]:
+    certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
+    if certain > found.device_bytes:
+        alone = f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch."
+    else:
+        alone = ""
+    table = new_table("change", "then takes", "", right=["then takes"])
+    for each in found.remedies:
+        table.add_row(escape(each.change), in_bytes(each.total_bytes), "[green]fits[/]" if each.fits else "too much")
+    shown: list[RenderableType] = [alone] if alone else []
+    if found.remedies:
+        shown += [heading("What to change"), table]
+    if not any(each.fits for each in found.remedies):
+        shown.append("No setting makes it fit: take a smaller base model, or a device with more memory.")
+    return shown

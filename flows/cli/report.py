@@ -28,7 +28,7 @@ def report(
     """Write a version's page again, from MLflow alone: verdict, accuracy, what it gained and lost, data, timings."""
     with session(home, as_json, debug) as deal:
         with deal.screen.working("reading"):
-            from tasks.adaptation.report_again import save_report
+            from tasks.adaptation.report import save_report
 
             written = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
         reasons = [f"  • {reason}" for reason in written.reasons]

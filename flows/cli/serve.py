@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.markup import escape
 
 from deal_core.printable import printable_json
 from flows.cli.session import Debug, Home, Json, Lineage, session
+from tasks.serving.registered import route_key
+
+if TYPE_CHECKING:
+    from tasks.serving.registered import ServingRoute
 
 serve_app = typer.Typer()
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
@@ -72,7 +78,7 @@ def sync(
 ) -> None:
     """Bring a vLLM server in step with the lineage's champion, once; what is in step already stays."""
     with session(home, as_json, debug) as deal:
-        from tasks.addresses import refuse_secrets
+        from tasks.spec import refuse_secrets
 
         if url:
             refuse_secrets(url)
@@ -83,6 +89,14 @@ def sync(
             return serve_vllm(lineage, url)
 
         route = deal.run(start)
-        from flows.cli.tables_serve import show_route
 
         deal.screen.result(route.model_dump(mode="json"), *show_route(route))
+
+
+def show_route(route: ServingRoute) -> Sequence[RenderableType]:
+    """Which model name answers for a lineage."""
+    return [
+        f"[bold green]{escape(route.lineage)}[/] is answered by [bold]{escape(route.model or '–')}[/] "
+        f"(version {escape(route.version or '–')}) at {escape(route.url)}",
+        f"  requests name it as their model; the name stands in STORE/{escape(route_key(route.lineage))}",
+    ]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+from rich.console import RenderableType
 from rich.markup import escape
 
 from deal_core.errors import ConfigError
 from flows.cli.session import FAILED, Debug, Home, Json, session
+from flows.cli.tables import heading, new_table
+
+if TYPE_CHECKING:
+    from flows.server.stack import Stack
+    from flows.server.status import RunStatus, Status
+    from tasks.lineage.rebuild import RebuildResult
 
 server_app = typer.Typer()
 lineage_app = typer.Typer(help="Lineages that learn from the inbox by themselves.", no_args_is_help=True)
@@ -37,7 +46,6 @@ def up(
                     say=deal.screen.said,
                 )
             )  # fmt: skip
-        from flows.cli.tables_server import show_stack
 
         deal.screen.result(stack.model_dump(mode="json"), *show_stack(stack))
 
@@ -87,7 +95,6 @@ def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> No
             from flows.server.status import read_status
 
             found = asyncio.run(read_status(deal.home))
-        from flows.cli.tables_server import show_status
 
         deal.screen.result(found.model_dump(mode="json"), *show_status(found))
         if found.damaged or any(not part.is_alive for part in found.parts):
@@ -129,7 +136,6 @@ def rebuild(
             from flows.rebuild import rebuild as rebuild_held
 
             found = asyncio.run(rebuild_held(lineage))
-        from flows.cli.tables_server import show_rebuild
 
         deal.screen.result(found.model_dump(mode="json"), *show_rebuild(found))
         if found.problems:
@@ -146,3 +152,62 @@ def list_(home: Home = None, as_json: Json = False, debug: Debug = False) -> Non
         found = list_lineages(current_store())
         lines = [f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" for each in found]
         deal.screen.result([each.model_dump(mode="json") for each in found], *map(escape, lines))
+
+
+def show_stack(stack: Stack) -> Sequence[RenderableType]:
+    """What is up, and where to look."""
+    return [
+        "[bold green]Everything is up.[/] Files that land in the inbox are adapted by themselves.",
+        f"  runs        {stack.prefect_url}",
+        f"  versions    {stack.mlflow_url}",
+        "  what waits  deal status",
+        "  end it      deal down",
+    ]
+
+
+def show_status(status: Status) -> Sequence[RenderableType]:
+    """Processes, lineages, runs."""
+    shown: list[RenderableType] = []
+    if status.parts:
+        table = new_table("process", "state", "log")
+        for part in status.parts:
+            table.add_row(part.name, "[green]up[/]" if part.is_alive else "[red]gone[/]", escape(part.log))
+        shown += [heading("Processes"), table]
+    elif not status.prefect_url:
+        shown.append("No server: files are adapted by deal adapt and deal watch. Start one with: deal up")
+    lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
+    for each in status.lineages:
+        num_open = "–" if each.num_open is None else str(each.num_open)
+        lineages.add_row(escape(each.lineage), each.champion or "–", num_open)
+    shown += [heading("Lineages"), lineages]
+    shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
+    shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
+    for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
+        if runs:
+            shown += [heading(title), _runs(runs)]
+    return shown
+
+
+def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
+    """What was registered again, and what could not be."""
+    names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
+    lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
+    if found.left_out:
+        lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
+    return [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
+
+
+def _runs(runs: Sequence[RunStatus]) -> RenderableType:
+    table = new_table("run", "state", "for", "why", right=["for"])
+    now = datetime.now(UTC)
+    for run in runs:
+        table.add_row(escape(run.name), run.state, _ago((now - run.since).total_seconds()), escape(run.message))
+    return table
+
+
+def _ago(seconds: float) -> str:
+    """A duration in its largest unit that is not zero."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

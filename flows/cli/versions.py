@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.markup import escape
 
 from flows.cli.session import Debug, Home, Json, Lineage, exit_if_rejected, session
+from flows.cli.tables import heading, new_table
+
+if TYPE_CHECKING:
+    from flows.promote import Decision, Learned
+    from infra.promotions import Move
 
 promotion_app = typer.Typer()
 
@@ -72,18 +80,17 @@ def requeue(
     """List the arrivals that a rollback left behind, or learn them again on top of the champion."""
     with session(home, as_json, debug) as deal:
         from flows.cli.tables import show_adaptation
-        from flows.cli.tables_promotion import show_left_behind
 
         if not (learn or version):
             with deal.screen.working("reading"):
-                from flows.requeue import find_left_behind
+                from flows.promote import find_left_behind
 
                 found = find_left_behind(lineage)
             deal.screen.result([each.model_dump(mode="json") for each in found], *show_left_behind(lineage, found))
             return
 
         def start() -> Any:
-            from flows.requeue import requeue as requeue_flow
+            from flows.promote import requeue as requeue_flow
 
             return requeue_flow(lineage, version or [])
 
@@ -94,6 +101,48 @@ def requeue(
 
 
 def _show(deal: Any, done: Any) -> None:
-    from flows.cli.tables_promotion import show_decision
 
     deal.screen.result(done.model_dump(mode="json"), *show_decision(done))
+
+
+def show_decision(done: Decision) -> Sequence[RenderableType]:
+    """What was decided, and what it leaves behind."""
+    if done.action == "rejected":
+        serves = f"version {done.champion} serves on" if done.champion else "no version serves"
+        return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
+    before = f"version {done.before}" if done.before else "none"
+    shown: list[RenderableType] = [
+        f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"
+    ]
+    if done.left_behind:
+        shown += ["It has not learned:", _learned(done.left_behind), _remedy(done.lineage)]
+    return shown
+
+
+def show_left_behind(lineage: str, found: Sequence[Learned]) -> Sequence[RenderableType]:
+    """Arrivals that the champion has not learned."""
+    if not found:
+        return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
+    return [heading(f"Left behind in {lineage}"), _learned(found), _remedy(lineage)]
+
+
+def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
+    """The promotion log."""
+    table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
+    for move in moves:
+        table.add_row(
+            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
+            escape(move.who), escape(move.why),
+        )  # fmt: skip
+    return [heading(f"Moves of {lineage}"), table]
+
+
+def _learned(found: Sequence[Learned]) -> RenderableType:
+    table = new_table("version", "task", "dataset", right=["version"])
+    for each in found:
+        table.add_row(each.version, escape(each.task), each.dataset_sha256[:12])
+    return table
+
+
+def _remedy(lineage: str) -> str:
+    return f"Learn it again with: deal requeue --learn --lineage {escape(lineage)}"

@@ -19,8 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
-from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations
-from flows.server.notifications import apply_notifications
+from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
 from flows.server.stack import CPU_POOL, GPU_POOL
 from tasks.context import current_store
 from tasks.inbox.announcements import LANDED

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from deal_core.evaluation.metrics import AccuracyMatrix
-from infra.report.training import by_projection
+from infra.report.figures import by_projection
 
 MAX_POINTS = 400
 """Of one curve; more than a screen can show only makes the page heavy."""

@@ -1,11 +1,312 @@
-"""The figures of runs and benchmarks, by name."""
+"""The paper that figures are drawn on: no global state, colours that everybody can tell apart."""
 
 from __future__ import annotations
 
-from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
-from infra.report.matrix import accuracy_heatmap, accuracy_over_versions
-from infra.report.result import result_figure
-from infra.report.training import fill_bars, loss_curve
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-__all__ = ["accuracy_heatmap", "accuracy_over_versions", "development_figure", "fill_bars", "kept_figure",
-           "loss_curve", "over_time_figure", "result_figure"]  # fmt: skip
+import numpy
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from deal_core.evaluation.metrics import AccuracyMatrix
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
+"""Okabe and Ito's palette, without the yellow that vanishes on white."""
+MARKERS = "osD^vPX*"
+MUTED = "#666666"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure; sizes in inches. It lays out its axes itself."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG of 150 dots per inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def tidy(axes: Axes) -> None:
+    """Leave away the frame, and draw a light grid behind the values."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors="#333333", labelsize=9)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def say_empty(axes: Axes, text: str) -> None:
+    """Say why there is nothing to see, instead of showing empty axes."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=MUTED, transform=axes.transAxes)
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Move positions apart to at least `gap`, keeping their order: for labels beside the ends of lines."""
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    moved = list(positions)
+    for before, here in pairwise(order):
+        moved[here] = max(moved[here], moved[before] + gap)
+    excess = (max(moved) - max(positions)) / 2 if moved else 0.0
+    return [position - excess for position in moved]
+
+
+COLOUR_MAP = colormaps["YlGnBu"]
+"""Light to dark in one direction, also in grey."""
+GAP = 0.12
+"""Between the base model's row and the versions', in rows."""
+DARK_FROM = 68.0
+"""Per cent from which the numbers are white."""
+
+
+def accuracy_heatmap(matrix: AccuracyMatrix) -> Figure:
+    """Tasks in columns, the base model and then the versions in rows, values in per cent.
+
+    The cell of the task that a version was trained on has a frame; cells that were not measured are hatched.
+    """
+    num_rows, num_tasks = len(matrix.rows) + 1, max(len(matrix.tasks), 1)
+    cell = min(0.5, 24 / num_rows)
+    longest = max((len(name) for name in (*matrix.tasks, *matrix.trained)), default=4)
+    width = 2.4 + 0.08 * longest + 0.95 * num_tasks
+    figure = new_figure(max(width, 4.2), 1.5 + 0.05 * longest + cell * num_rows)
+    axes = figure.subplots()
+    if not matrix.rows:
+        say_empty(axes, "no version yet")
+        return figure
+    draw_heatmap(axes, matrix, font_size=min(10.0, 22 * cell))
+    axes.set_title(f"Accuracy in %{describe(matrix, ' · ')}", fontsize=11, loc="left", pad=12)
+    figure.supxlabel("framed: the task a version was trained on; hatched: not measured", fontsize=8, color=MUTED)
+    colours = ScalarMappable(Normalize(0, 100), COLOUR_MAP)
+    bar = figure.colorbar(colours, ax=axes, shrink=min(1.0, 4 / (cell * num_rows)), pad=0.02, ticks=range(0, 101, 25))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=0)
+    return figure
+
+
+def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0) -> None:
+    """Draw the matrix, its base row first, into axes that exist."""
+    values = 100 * numpy.array([matrix.base, *matrix.rows], dtype=float)
+    tops = [-GAP, *range(1, len(values))]
+    for (row, column), value in numpy.ndenumerate(values):
+        cell = Rectangle((column, tops[row]), 1, 1, edgecolor="white", linewidth=2)
+        axes.add_patch(cell)
+        if numpy.isnan(value):
+            cell.set(facecolor="#F4F4F4", edgecolor="#CCCCCC", hatch="///", linewidth=0)
+            continue
+        cell.set_facecolor(COLOUR_MAP(value / 100))
+        colour = "white" if value >= DARK_FROM else "black"
+        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=font_size,
+                  color=colour)  # fmt: skip
+    for version, task in enumerate(matrix.trained, start=1):
+        corner = (matrix.tasks.index(task), version)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3,
+                                 clip_on=False))  # fmt: skip
+    axes.set_xlim(0, len(matrix.tasks))
+    axes.set_ylim(len(values), -GAP)
+    name_columns(axes, matrix.tasks, offset=0.5)
+    names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.trained, start=1))]
+    axes.set_yticks([top + 0.5 for top in tops], names, fontsize=min(9.0, font_size))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> None:
+    """Write the tasks' names below their columns, slanted where they would run into each other."""
+    axes.set_xticks([column + offset for column in range(len(names))], names, fontsize=9)
+    if len(names) > 6 or max(map(len, names)) > 12:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation=35, rotation_mode="anchor")
+
+
+def accuracy_over_versions(matrix: AccuracyMatrix) -> Figure:
+    """One line a task, from the version that first learned it to the last."""
+    figure = new_figure(7.5, 4.2)
+    axes = figure.subplots()
+    if not matrix.rows:
+        say_empty(axes, "no version yet")
+        return figure
+    draw_lines(axes, matrix)
+    axes.set_title(f"Accuracy of every task, version by version{describe(matrix, ' · ')}", fontsize=11, loc="left")
+    return figure
+
+
+def draw_lines(axes: Axes, matrix: AccuracyMatrix) -> None:
+    """Draw a line a task with its name at the end, into axes that exist."""
+    last = len(matrix.rows)
+    ends = []
+    for column, task in enumerate(matrix.tasks):
+        first = matrix.trained.index(task)
+        values = [100 * float(row[column] or 0) for row in matrix.rows[first:]]
+        _mark(axes, column, list(range(first + 1, last + 1)), values)
+        ends.append(values[-1])
+    tidy(axes)
+    axes.set_ylim(0, 100)
+    axes.set_xlim(0.9, max(last, 1.1))
+    for column, height in enumerate(spread(ends, gap=5.5)):
+        beside = axes.get_yaxis_transform()
+        _mark(axes, column, [1.03], [height], transform=beside)
+        axes.text(1.05, height, f"{ends[column]:.1f}  {matrix.tasks[column]}", transform=beside, va="center",
+                  fontsize=9, color="#333333")  # fmt: skip
+    axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
+    axes.set_xlabel("version", color=MUTED)
+    axes.set_ylabel("accuracy, %", color=MUTED)
+
+
+def _mark(axes: Axes, column: int, steps: list[Any], values: list[float], **options: Any) -> None:
+    colour, marker = COLOURS[column % len(COLOURS)], MARKERS[column % len(MARKERS)]
+    axes.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.8, clip_on=False, **options)
+
+
+def describe(matrix: AccuracyMatrix, separator: str = "") -> str:
+    """Average accuracy and forgetting in words, after the separator; forgetting only where it is defined."""
+    parts = []
+    if matrix.average_accuracy is not None:
+        parts.append(f"average {100 * matrix.average_accuracy:.1f}")
+    if matrix.forgetting is not None:
+        parts.append(f"forgetting {100 * matrix.forgetting:.1f}")
+    return separator + ", ".join(parts) if parts else ""
+
+
+def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
+    """The training loss over optimiser steps, with its running mean where there are many points.
+
+    Args:
+        losses: pairs of step and loss, in order.
+    """
+    figure = new_figure(7.5, 3.6)
+    axes = figure.subplots()
+    points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
+    if not points:
+        say_empty(axes, "no loss was logged")
+        return figure
+    steps, values = (numpy.array(column) for column in zip(*points, strict=True))
+    many = len(points) >= 60
+    axes.plot(steps, values, color=COLOURS[0], linewidth=1.2, alpha=0.35 if many else 1.0,
+              marker="" if many else "o", markersize=3.5)  # fmt: skip
+    if many:
+        half = len(points) // 30
+        smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
+        axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
+        axes.text(1, 1.02, f"line: running mean of {2 * half + 1} points", transform=axes.transAxes, ha="right",
+                  fontsize=8, color=MUTED)  # fmt: skip
+    tidy(axes)
+    axes.set_ylim(0, float(values.max()) * 1.06 or 1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("optimiser step", color=MUTED)
+    axes.set_ylabel("loss", color=MUTED)
+    axes.set_title("Training loss", fontsize=11, loc="left")
+    return figure
+
+
+def fill_bars(fill: Mapping[str, float]) -> Figure:
+    """How full the adapter is: one row of bars a projection, one bar a layer.
+
+    Args:
+        fill: module name (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
+    """
+    groups = by_projection(fill)
+    figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
+    panels = figure.subplots(max(len(groups), 1), 1, sharex=True, squeeze=False)[:, 0]
+    if not groups:
+        say_empty(panels[0], "this strategy keeps no slots")
+        return figure
+    for panel, (name, shares) in zip(panels, groups.items(), strict=True):
+        heights = [100 * share for share in shares.values()]
+        panel.bar(list(shares), [100] * len(heights), color="#EFEFEF", width=0.82)
+        panel.bar(list(shares), heights, color=COLOURS[0], width=0.82)
+        mean = sum(heights) / len(heights)
+        panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
+        panel.text(1.008, mean / 100, f"mean\n{mean:.0f} %", transform=panel.transAxes, va="center", fontsize=8,
+                   color=COLOURS[1])  # fmt: skip
+        tidy(panel)
+        panel.set_ylim(0, 100)
+        panel.set_yticks([0, 50, 100])
+        panel.set_ylabel(name, color="#333333", fontsize=9)
+    layers = {layer for shares in groups.values() for layer in shares}
+    panels[-1].set_xlim(min(layers) - 0.7, max(layers) + 0.7)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
+    panels[-1].set_xlabel("layer", color=MUTED)
+    panels[0].set_title("Slots of the adapter in use, %", fontsize=11, loc="left")
+    return figure
+
+
+def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    """Projection to layer to share; the first number in a module's name is its layer."""
+    found: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    for module, share in fill.items():
+        parts = module.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        found[tuple(part for part in parts if not part.isdigit())][layer] = share
+    common = set.intersection(*(set(path) for path in found)) if len(found) > 1 else set()
+    return {
+        ("\n".join(part for part in path if part not in common) if common else path[-1]): dict(sorted(shares.items()))
+        for path, shares in found.items()
+    }
+
+
+def result_figure(
+    matrix: AccuracyMatrix, rival: AccuracyMatrix | None = None, *, name: str = "deal", rival_name: str = "seq_lora"
+) -> Figure:
+    """The accuracy matrix beside its rival's, and what is left of each task at the end.
+
+    Args:
+        matrix: at least one version.
+        rival: the same tasks in the same order, learned another way.
+        name: what to call the first.
+        rival_name: what to call the second.
+    """
+    matrices = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
+    panel = max(3.6, 0.62 * len(matrix.tasks))
+    figure = new_figure(1.4 + panel * (len(matrices) + 1.1), 2.6 + 0.4 * len(matrix.rows))
+    *maps, bars = figure.subplots(1, len(matrices) + 1, width_ratios=[1.0] * len(matrices) + [1.1])
+    for axes, (title, shown) in zip(maps, matrices.items(), strict=True):
+        draw_heatmap(axes, shown)
+        axes.set_title(f"{title}\n", fontsize=12, fontweight="bold", loc="left")
+        axes.text(0, 1.03, describe(shown), transform=axes.transAxes, fontsize=9.5, color=MUTED)
+    for axes in maps[1:]:
+        axes.set_yticks([])
+    _draw_bars(bars, matrices)
+    return figure
+
+
+def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
+    """Accuracy of every task after the last one was learned, beside the base model's."""
+    first = next(iter(matrices.values()))
+    series = {"base model": first.base, **{name: matrix.rows[-1] for name, matrix in matrices.items()}}
+    colours = ("#BBBBBB", COLOURS[0], COLOURS[5])
+    width = 0.8 / len(series)
+    for index, (name, values) in enumerate(series.items()):
+        offset = (index - (len(series) - 1) / 2) * width
+        places = [column + offset for column in range(len(values))]
+        heights = [100 * (value or 0) for value in values]
+        axes.bar(places, heights, width=width * 0.92, color=colours[index], label=name)
+        for place, height, value in zip(places, heights, values, strict=True):
+            text = "–" if value is None else f"{height:.0f}"
+            size = 8 if len(values) <= 4 else 6
+            axes.text(place, height + 1.5, text, ha="center", fontsize=size, color="#333333")
+    tidy(axes)
+    name_columns(axes, first.tasks)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylim(0, 108)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.set_title("at the end, all tasks\n", fontsize=12, fontweight="bold", loc="left")
+    axes.text(0, 1.03, "accuracy in %", transform=axes.transAxes, fontsize=9.5, color=MUTED)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=len(series), frameon=False, fontsize=8.5,
+                handlelength=1.0, columnspacing=1.2)  # fmt: skip

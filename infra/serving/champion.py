@@ -25,7 +25,7 @@ from deal_core.evaluation.answering import read_served
 from infra.served_model import ServedModel
 from infra.serving.served_folder import LOADER
 from infra.settings import HomeSettings, ServingSettings
-from infra.temporary import temporary_folder
+from infra.store.base import temporary_folder
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 
 POLL_SECONDS = 0.5

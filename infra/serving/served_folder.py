@@ -15,7 +15,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from deal_core.adapter.files import PEFT_FILES
-from infra.temporary import temporary_folder
+from infra.store.base import temporary_folder
 
 LOADER = "infra.served_model"
 PROJECT = "deal-pipeline"

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from deal_core.errors import StoreError
+from infra.settings import HomeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -264,3 +265,15 @@ class ObjectStore(ABC):
             if folder != local:
                 folder.rename(local)
         return num_files
+
+
+TEMPORARY = "tmp"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new, empty folder, gone afterwards; only its user can look into it."""
+    place = HomeSettings().home / TEMPORARY
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Path(folder)

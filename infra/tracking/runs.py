@@ -7,7 +7,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,22 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from infra.tracking.client import RUN_KEY, saying
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
+
+RUN_ARTIFACTS = ("report.json", "report.html")
+"""At the top of a run: examples gained and lost, and rows in quarantine. Whoever logs rows elsewhere adds the name, or
+that of the folder."""
+
+
+def artifacts_with_rows(paths: Iterable[str]) -> tuple[str, ...]:
+    """Those of a run's artifacts that must go when rows that it saw are forgotten.
+
+    Example:
+        >>> artifacts_with_rows(["evaluation.json", "report.html", "figures/loss.png"])
+        ('report.html',)
+    """
+    return tuple(path for path in paths if path.split("/")[0] in RUN_ARTIFACTS)
+
 
 PAGE = 1000
 REMOVED = "deal.adapter_removed"

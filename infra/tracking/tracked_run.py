@@ -22,7 +22,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 from deal_core.adapter.files import digests_of
 from deal_core.errors import RegistryError
 from deal_core.masking import without_secrets
-from infra.temporary import temporary_folder
+from infra.store.base import temporary_folder
 from infra.tracking.client import FILES_SHA256, RUN_KEY, saying
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.printable import listed
 from infra.store.base import ObjectStore
+from tasks.adaptation.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.adaptation.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
 from tasks.adaptation.ingest import read_manifest
-from tasks.adaptation.kept_answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter, borrowed_parent
@@ -236,7 +236,7 @@ def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> str:
 
 
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:
-    from deal_core.adapter.norm import adapter_norm
+    from deal_core.adapter.state import adapter_norm
 
     return AdapterFacts(
         norm=adapter_norm(folder),

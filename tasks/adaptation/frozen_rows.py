@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.schema import ROW_SCHEMA, TaskSchema
-from infra.store.base import ObjectStore
-from infra.temporary import temporary_folder
+from infra.store.base import ObjectStore, temporary_folder
 from tasks.adaptation.ingest import TEST_FILE
 from tasks.lineage.record import KnownTask
 from tasks.lineage.tombstones import require_test_rows

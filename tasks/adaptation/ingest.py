@@ -19,8 +19,7 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.printable import brief
-from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.temporary import temporary_folder
+from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from tasks.context import current_store, local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord, read_record

@@ -10,14 +10,13 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.adapter.files import as_recorded, digests_of
-from deal_core.base_model.licence import licence_of_base
-from deal_core.base_model.sources import resolve_base
-from deal_core.config import AdapterConfig, Approval
-from deal_core.evaluation.gate import GateDecision
+from deal_core.base_model.sources import licence_of_base, resolve_base
+from deal_core.config import AdapterConfig, Approval, GateConfig
+from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.begin import version_ref
 from tasks.adaptation.evaluate import renewed_task
@@ -26,6 +25,13 @@ from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.record import KnownTask, LineageRecord, read_record, write_record
 from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
+
+
+@task(name="gate", cache_policy=NO_CACHE)
+def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
+    """Judge a version. A rejection is a result, not an error."""
+    return decide(report, config)
+
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
 

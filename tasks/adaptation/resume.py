@@ -14,15 +14,14 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.store.base import ObjectStore
 from infra.tracking.registry import Registry, VersionInfo
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
 from tasks.adaptation.promote import complete_version, is_complete, is_overtaken
 from tasks.adaptation.report import report_run
-from tasks.context import current_store, local_file
+from tasks.context import current_store, end_run, local_file, remove_work
 from tasks.lineage.version_files import reading_beside
 from tasks.notices import announce_version
 from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
-from tasks.run import end_run, remove_work
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, complete_file
-from infra.tracking.tracking import TrackedRun, open_tracker
+from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.base import lend_base, release_base
 from tasks.context import current_store, work_folder
@@ -99,8 +99,7 @@ def _in_this_process(
 
 def _in_processes(base: BaseRef, folder: Path, rows_file: Path, on_log: OnLog, **arguments: Any) -> TrainingResult:
     """Train with several processes, which load the base model themselves."""
-    from deal_core.training.ranks import train_in_processes
-    from deal_core.training.ranks_job import TrainingJob
+    from deal_core.training.ranks import TrainingJob, train_in_processes
 
     release_base()  # rank 0 takes the device it is on
     job = TrainingJob(

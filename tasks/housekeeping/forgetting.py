@@ -10,18 +10,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.store.base import ObjectInfo, ObjectStore
-from infra.temporary import temporary_folder
+from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.tracking.registry import Registry, VersionInfo
-from infra.tracking.row_artifacts import artifacts_with_rows
-from infra.tracking.runs import ArtifactRemover, RunInfo, list_runs
-from infra.tracking.tracking import Tracker
+from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
+from infra.tracking.tracker import Tracker
+from tasks.adaptation.answers import ANSWERS_FILE
 from tasks.adaptation.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
-from tasks.adaptation.kept_answers import ANSWERS_FILE
 from tasks.context import work_folder
-from tasks.housekeeping.arrivals_known import KnownArrival, manifests_of, with_every_split
-from tasks.housekeeping.inventory import ADAPTERS, DATASETS, list_all_lineages
-from tasks.housekeeping.leftovers import find_leftovers, remove_local
+from tasks.housekeeping.inventory import (
+    ADAPTERS,
+    DATASETS,
+    KnownArrival,
+    find_leftovers,
+    list_all_lineages,
+    manifests_of,
+    remove_local,
+    with_every_split,
+)
 from tasks.inbox.listing import INBOX, read_state, write_state
 from tasks.lineage.adapters import replacing
 from tasks.lineage.record import RECORD_FILE, read_record
@@ -102,7 +107,7 @@ def plan_forgetting(
         store: holds rows and adapters.
         registry: knows the versions.
         tracker: knows the runs.
-        arrival: as `tasks.housekeeping.arrivals_known.find_arrival` found it.
+        arrival: as `tasks.housekeeping.inventory.find_arrival` found it.
     """
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import stat
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-from deal_core.errors import RegistryError, StoreError
+from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.schema import DatasetManifest
+from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.masking import without_secrets
 from infra.settings import HomeSettings
-from infra.store.base import ObjectInfo, ObjectStore
+from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore
+from infra.store.local import FileStore
 from infra.tracking.registry import Registry, VersionInfo
 from infra.tracking.runs import ArtifactRemover, list_runs
-from infra.tracking.tracking import Tracker
+from infra.tracking.tracker import Tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import TRAIN_FILE, retains_training_rows
+from tasks.adaptation.ingest import (
+    MANIFEST_FILE,
+    QUARANTINE,
+    TRAIN_FILE,
+    quarantine_folder,
+    read_manifest,
+    retains_training_rows,
+)
+from tasks.context import local_file
 from tasks.housekeeping.garbage import Folder, Holdings, Removal
-from tasks.housekeeping.leftovers import find_leftovers, local_folder, remove_local
+from tasks.inbox.listing import INBOX, TASK_FILE, read_state, task_of
+from tasks.lineage.tombstones import FORGOTTEN, find_tombstone
+from tasks.references import dataset_sha256
 
 ADAPTERS, DATASETS = "adapters", "datasets"
 
@@ -129,3 +148,213 @@ def _work_folders(lineage: str) -> list[Path]:
 
 def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
     return Folder(address, sum(info.size for info in infos), max(info.modified for info in infos).astimezone(UTC))
+
+
+SERVE = "serve"
+"""Where `deal serve` of earlier releases kept the versions that it had fetched."""
+AGE = timedelta(days=1)
+"""What nobody has written to for so long has lost its process: all that is needed later is read at once."""
+
+
+def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
+    """Temporary folders, files that a folder store was taking in, and what earlier releases left in HOME/serve."""
+    home = HomeSettings().home
+    places = [home / TEMPORARY, home / SERVE]
+    if isinstance(store, FileStore):
+        places.append(store.root / RESERVED)
+    found = []
+    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
+        with suppress(FileNotFoundError):  # its process has just done with it
+            folder = local_folder(path)
+            if folder.modified < now - AGE:
+                found.append(folder)
+    return found
+
+
+def remove_local(address: str) -> None:
+    """Remove a folder or file of this machine; one that is gone already is all right."""
+    path = Path(address)
+    with suppress(FileNotFoundError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def local_folder(path: Path) -> Folder:
+    """A folder or file of this machine.
+
+    Raises:
+        FileNotFoundError: a part of it went meanwhile.
+    """
+    stats = [each.lstat() for each in (path, *path.rglob("*"))]
+    num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
+    return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
+
+
+MIN_PREFIX = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownArrival:
+    """An arrival as far as it is known."""
+
+    task: str
+    sha256: str
+    """Digest of the dataset, or of the file where no dataset was made of it."""
+    files: tuple[str, ...]
+    """Digests of the files it came in, its test file among them."""
+    key: str | None = None
+    """Where it landed in the inbox, if it was named by that."""
+    splits: tuple[str, ...] = ()
+    """Digests of other datasets that hold the same landed rows, split otherwise; `with_every_split` finds them."""
+    landed: tuple[str, ...] = ()
+    """Digests of the landed rows, however they are split; likewise."""
+
+    @property
+    def sha256s(self) -> tuple[str, ...]:
+        """Digests of every dataset that holds its rows; the one that was named comes first."""
+        return (self.sha256, *self.splits)
+
+    def inbox_keys(self, store: ObjectStore, registry: Registry) -> list[str]:
+        """Files of the inbox that are this arrival: by their bytes, or as a watch has handled them."""
+        listing = [info for info in store.list(f"{INBOX}/{self.task}") if info.key.rsplit("/", 1)[1] != TASK_FILE]
+        etags = {info.key: info.etag for info in listing}
+        handled = {
+            each.key for each in _handled(store, registry, self.task)
+            if each.sha256 in self.sha256s and each.etag == etags.get(each.key)
+        }  # fmt: skip
+        return [
+            info.key for info in listing
+            if info.key == self.key or info.key in handled or _digest_of(store, info.key) in self.files
+        ]  # fmt: skip
+
+
+def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArrival:
+    """The arrival that a person names.
+
+    Args:
+        store: holds the inbox and the datasets.
+        registry: knows what versions were trained on.
+        named: digest of a dataset, its first characters, or a key or uri in the inbox.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    root = store.uri.rstrip("/") + "/"
+    key = named.removeprefix(root)
+    if key.startswith(f"{INBOX}/"):
+        return _by_key(store, registry, key)
+    if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
+        raise ConfigError(
+            f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
+            f"{INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
+        )
+    found = sorted({(task, sha256) for task, sha256 in _known_digests(store, registry) if sha256.startswith(named)})
+    if not found:
+        raise ConfigError(f"No arrival has a digest that begins with {named}; deal history --json shows the digests.")
+    if len(found) > 1:
+        listed = ", ".join(f"{sha256} ({task})" for task, sha256 in found)
+        raise ConfigError(f"{named} is the beginning of {len(found)} digests: {listed}; give more of it.")
+    return _known(store, *found[0], key=None)
+
+
+def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> KnownArrival:
+    """The arrival with every dataset of its landed rows, however a lineage or a setting split them.
+
+    A dataset is known by its manifest, by the versions that learned from it, and by what a tombstone kept of it.
+    """
+    known = [(sha256, manifest.landed_sha256, manifest.files) for sha256, manifest in manifests_of(store, arrival.task)]
+    known += [(version.dataset_sha256, version.landed_sha256, ()) for version in _versions(store, registry, arrival)]
+    tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
+    landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
+    landed |= set(tombstone.landed if tombstone else ())
+    same = [(sha256, files) for sha256, found, files in known if found in landed]
+    splits = {sha256 for sha256, _ in same} | set(tombstone.splits if tombstone else ())
+    files = dict.fromkeys((*arrival.files, *(digest for _, files in same for digest in files)))
+    return replace(
+        arrival, files=tuple(files), splits=tuple(sorted(splits - {arrival.sha256})), landed=tuple(sorted(landed))
+    )
+
+
+def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
+    """The digest and the manifest of every dataset of a task, once for each lineage that has it."""
+    for info in store.list(f"{DATASETS}/{task}"):
+        folder, _, name = info.key.rpartition("/")
+        if name == MANIFEST_FILE:
+            yield dataset_sha256(folder), read_manifest(store, folder)
+
+
+def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
+    task = task_of(key)
+    landed = {_digest_of(store, key)} if store.exists(key) else set()
+    found = {sha256 for sha256, manifest in manifests_of(store, task) if landed & set(manifest.files)}
+    found |= {each.sha256 for each in _handled(store, registry, task) if each.key == key}
+    if len(found) > 1 and not _is_one_arrival(store, registry, task, found):
+        raise ConfigError(
+            f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; name the one that is meant by digest."
+        )
+    if found:
+        return _known(store, task, min(found), key=key)
+    if not landed:
+        raise ConfigError(f"There is no {store.uri_of(key)}, and no watch has handled one; check the key.")
+    return _known(store, task, landed.pop(), key=key)
+
+
+def _is_one_arrival(store: ObjectStore, registry: Registry, task: str, sha256s: Collection[str]) -> bool:
+    """Whether the datasets hold the same landed rows, split otherwise."""
+    known = with_every_split(store, registry, _known(store, task, min(sha256s), key=None))
+    return set(sha256s) <= set(known.sha256s)
+
+
+def _versions(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> Iterator[VersionInfo]:
+    for lineage in list_all_lineages(store):
+        yield from (version for version in registry.versions(lineage) if version.task == arrival.task)
+
+
+def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> KnownArrival:
+    files = dict.fromkeys(
+        digest for found, manifest in manifests_of(store, task) if found == sha256 for digest in manifest.files
+    )
+    tombstone = find_tombstone(store, task, [sha256])
+    files |= dict.fromkeys(tombstone.files if tombstone else ())
+    if not files and any(True for _ in store.list(quarantine_folder(task, sha256))):
+        files = {sha256: None}  # refused whole: it is known by its file
+    if key is not None and store.exists(key):
+        files |= {_digest_of(store, key): None}
+    return KnownArrival(task=task, sha256=sha256, files=tuple(files), key=key)
+
+
+def _known_digests(store: ObjectStore, registry: Registry) -> Iterator[tuple[str, str]]:
+    for folder in (DATASETS, QUARANTINE):
+        for info in store.list(folder):
+            yield (info.key.split("/")[1], info.key.split("/")[2])
+    for info in store.list(FORGOTTEN):
+        task, _, name = info.key.removeprefix(f"{FORGOTTEN}/").partition("/")
+        tombstone = find_tombstone(store, task, [name.removesuffix(".json")])
+        if tombstone is not None:
+            yield task, tombstone.sha256
+    for lineage in list_all_lineages(store):
+        for version in registry.versions(lineage):
+            yield version.task, version.dataset_sha256
+
+
+class _Handled(NamedTuple):
+    key: str
+    etag: str
+    sha256: str
+
+
+def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Handled]:
+    """The datasets that watches made of a task's files."""
+    for info in store.list("watch"):
+        lineage = info.key.removeprefix("watch/").removesuffix(".json")
+        sha256_of = {version.version: version.dataset_sha256 for version in registry.versions(lineage)}
+        for key, handled in read_state(store, lineage).files.items():
+            if task_of(key) == task and handled.version in sha256_of:
+                yield _Handled(key, handled.etag, sha256_of[handled.version])
+
+
+def _digest_of(store: ObjectStore, key: str) -> str:
+    with local_file(store, store.uri_of(key)) as path:
+        return sha256_of_file(path)

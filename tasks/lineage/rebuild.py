@@ -20,11 +20,10 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.settings import HomeSettings
-from infra.store.base import ObjectStore
-from infra.temporary import temporary_folder
+from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.rebuilding import LineageRebuild
 from infra.tracking.registry import Alias, Registry, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.begin import version_ref
 from tasks.adaptation.register import log_adapter

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from deal_core.errors import DataValidationError, DealError, StoreError
 from deal_core.masking import without_secrets
 from infra.promotions import PromotionLog
-from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.temporary import temporary_folder
+from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.tracking.registry import open_registry
 from infra.version_log import VersionLog
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
 from deal_core.config import EvaluateConfig
+from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own_names, survey_rows
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
+from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.readers import file_kind, read_rows
+from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.evaluation.score import first_answer_logits, generate_answers
 from infra.settings import HomeSettings
@@ -109,3 +124,160 @@ def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
         names = ", ".join(task.schema.name for task in record.tasks)
         raise ConfigError(f"Lineage '{record.lineage}' knows no task '{name}'; it knows {names}.")
     return known
+
+
+SCHEMA_VERSION = 1
+CHUNK_ROWS = 1024
+"""Rows that are read, answered in batches of similar length, and written together."""
+
+OnProgress = Callable[[int, int], None]
+
+
+class FileAnswers(BaseModel):
+    """A file and its answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: str
+    out: str
+    num_rows: int
+    num_bad: int
+    """Rows without an answer; the column `problem` says why."""
+    num_resumed: int
+    """Rows that an earlier call had answered."""
+    columns: dict[str, str]
+    """Under which name each added column goes."""
+    task: str
+    lineage: str
+    version: str
+    seconds: float
+
+
+class _Asked(NamedTuple):
+    """What answers, and as which task."""
+
+    info: VersionInfo
+    record: LineageRecord
+    known: KnownTask
+
+
+def predict_file(
+    data: Path, *, lineage: str, task: str | None, version: str | None, out: Path | None, column: str | None,
+    on_progress: OnProgress | None = None, chunk_rows: int = CHUNK_ROWS,
+) -> FileAnswers:
+    """Answer every row of a file as the task's rows are answered.
+
+    Rows keep their order and all their columns. Killed and called again it goes on, and the file becomes the same.
+
+    Args:
+        data: CSV, JSON lines or Parquet, as for ingest; answers are not needed in it.
+        lineage: whose adapter answers.
+        task: whose prompt is used; None: that of the task learned last.
+        version: number of the version; None: the champion.
+        out: .jsonl or .parquet; None: beside the file, named after it.
+        column: the column that is asked; None: as the task calls it, or by convention.
+        on_progress: called with the rows done and all of them.
+        chunk_rows: rows of a chunk.
+
+    Raises:
+        ConfigError: the lineage does not know the task, or what was begun was begun otherwise.
+        DataValidationError: the file cannot be read.
+        IntegrityError: the version's adapter is damaged.
+        RegistryError: the lineage has no such version, or no champion that may serve.
+    """
+    started = time.perf_counter()
+    output = Path(os.path.realpath(out or _default_output(data)))
+    output_kind(output)
+    survey = survey_rows(data)
+    info = choose_version(lineage, version)
+    record = read_record(current_store(), info.adapter_uri)
+    asked = _Asked(info, record, choose_task(record, task))
+    columns = find_input(list(survey.types), asked.known.schema, data.name, column)
+    files = AnswerFiles(output, survey.types, own_names(survey.types))
+    checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # tokens cut a prompt
+    state = {
+        "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_file(data), "lineage": lineage,
+        "task": asked.known.schema.name, "version": info.version, "adapter": info.adapter_uri,
+        "column": next(iter(columns.names.values())), "chunk_rows": chunk_rows,
+    }  # fmt: skip
+    num_bad = num_done = num_resumed = index = 0
+    with _alone(files), ExitStack() as stack:
+        files.begin(state)
+        answer: Callable[[Sequence[str], Callable[[int], None]], list[str]] | None = None
+        for index, rows in enumerate(in_chunks(read_rows(data), chunk_rows)):
+            counts = files.counts(index)
+            if counts is None:
+                answer = answer or stack.enter_context(_answerer(asked))
+                own = _answer_chunk(rows, checker, answer, asked, num_done, survey.num_rows, on_progress)
+                counts = files.write_chunk(index, [row.values for row in rows], own)
+            else:
+                num_resumed += counts.num_rows
+            num_bad, num_done = num_bad + counts.num_bad, num_done + counts.num_rows
+            if on_progress is not None:
+                on_progress(num_done, survey.num_rows)
+        files.merge(index + 1)
+    return FileAnswers(
+        data=str(data), out=str(output), num_rows=num_done, num_bad=num_bad, num_resumed=num_resumed,
+        columns=dict(files.names), task=asked.known.schema.name, lineage=lineage, version=info.version,
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _default_output(data: Path) -> Path:
+    """Beside the file, named after it: june.csv.gz → june.answers.jsonl."""
+    packed = data.with_suffix("") if data.suffix.casefold() == ".gz" else data
+    return packed.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
+
+
+@contextmanager
+def _alone(files: AnswerFiles) -> Iterator[None]:
+    """Keep other processes off the same output."""
+    files.output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(files.output.with_name(f".{files.output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"Another process writes {files.output}; wait for it, or give another --out.") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _answerer(asked: _Asked) -> Iterator[Callable[[Sequence[str], Callable[[int], None]], list[str]]]:
+    """The base model with the version's adapter on, as a function from inputs to answers."""
+    base, known = lend_base(asked.record.base), asked.known
+    config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
+    with (
+        borrowed_adapter(current_store(), asked.info) as folder,
+        adapter_on(base.model, folder) as model,
+    ):
+        yield lambda inputs, on_rows: generate_answers(
+            model, base.tokenizer, known.schema, inputs, config, max_prompt_tokens=known.max_prompt_tokens,
+            on_progress=on_rows,
+        )  # fmt: skip
+
+
+def _answer_chunk(
+    rows: Sequence[RawRow], checker: RowChecker, answer: Callable[[Sequence[str], Callable[[int], None]], list[str]],
+    asked: _Asked, num_done: int, num_rows: int, on_progress: OnProgress | None,
+) -> list[dict[str, Any]]:
+    """What is added to each row: an answer, or why there is none."""
+    num_answered = 0
+
+    def on_rows(count: int) -> None:
+        nonlocal num_answered
+        num_answered += count
+        if on_progress is not None:
+            on_progress(num_done + num_answered, num_rows)
+
+    checked = [checker.check_input(row) for row in rows]
+    answers = iter(answer([text for text in checked if isinstance(text, str)], on_rows))
+    who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}
+    return [
+        {"answer": next(answers), **who} if isinstance(each, str)
+        else {"problem": "; ".join(f"{reason}: {value}" for reason, value in each), **who}
+        for each in checked
+    ]  # fmt: skip

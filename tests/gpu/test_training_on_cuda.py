@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.training.ranks import train_in_processes
-from deal_core.training.ranks_job import TrainingJob
+from deal_core.training.ranks import TrainingJob, train_in_processes
 from deal_core.training.train import TrainingResult, train_adapter
 
 pytestmark = [

@@ -16,8 +16,7 @@ import deal_core.evaluation.score
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
-from flows.promote import roll_back
-from flows.requeue import find_left_behind, requeue
+from flows.promote import find_left_behind, requeue, roll_back
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store

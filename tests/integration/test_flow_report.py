@@ -28,10 +28,10 @@ from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import adapt
 from flows.cli.app import app
 from flows.results import AdaptResult
-from flows.server.notifications import apply_notifications, notifications
+from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
-from tasks.adaptation.kept_answers import ANSWERS_FILE
-from tasks.adaptation.report_again import save_report
+from tasks.adaptation.answers import ANSWERS_FILE
+from tasks.adaptation.report import save_report
 from tasks.context import current_store
 from tasks.inbox.announcements import LANDED
 from tasks.notices import Notice, announce, announce_failure

@@ -20,20 +20,18 @@ from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
-from flows.promote import roll_back
-from flows.requeue import requeue
+from flows.promote import requeue, roll_back
 from flows.results import AdaptResult
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
-from tasks.housekeeping.arrivals_known import find_arrival
+from tasks.housekeeping.inventory import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
-from tasks.serving.predict import predict
-from tasks.serving.predict_file import FileAnswers, predict_file
+from tasks.serving.predict import FileAnswers, predict, predict_file
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, FAIL, run
 

@@ -22,7 +22,7 @@ from infra.report.figures import loss_curve
 from infra.settings import TrackingSettings
 from infra.tracking import registry as registry_module
 from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
-from infra.tracking.tracking import TrackedRun, Tracker, open_tracker
+from infra.tracking.tracker import TrackedRun, Tracker, open_tracker
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infra.settings import TrackingSettings
 from infra.tracking.registry import VersionFacts, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 
 
 def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_ctrl_c_between_two_files_is_told_by_the_exit_code(
         current_store().put_bytes(f"inbox/parcels/{number}.jsonl", b"nonsense\n")
     words = ["watch", "--once", "--poll", "0.1", "-l", "support"]
     with monkeypatch.context() as patch:
-        patch.setattr("flows.arrivals.write_state", write)
+        patch.setattr("flows.watch.write_state", write)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == code, stopped.output
     assert len(read_state(current_store(), "support").files) == 1

@@ -16,7 +16,7 @@ from flows.rebuild import rebuild
 from infra.settings import TrackingSettings
 from infra.tracking.rebuilding import LineageRebuild
 from infra.tracking.registry import VersionInfo, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
 from tasks.lineage.history import read_history
 from tasks.lineage.rebuild import RebuildResult

@@ -31,7 +31,7 @@ from deal_core.errors import ConfigError
 from infra.served_model import _load_pyfunc
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.context import borrowed_folder, current_store
 from tasks.lineage.record import read_record
 

@@ -18,7 +18,7 @@ from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
 from infra.settings import VllmSettings
 from infra.tracking.registry import VersionFacts, open_registry
-from infra.tracking.tracking import open_tracker
+from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.serving.registered import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running

@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.batches import BATCH_ROWS, grouped, text_array
 from deal_core.data.reading.lines import MAX_LINE_CHARS, MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, open_bytes
 from deal_core.data.reading.parquet_plan import DecodingPlan, decoded_size, plan_decoding, too_much
-from deal_core.data.rows import Problem, RawRow
+from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, grouped, text_array
 
 _PIECE_ROWS = 256
 _PART_BYTES = 2**24

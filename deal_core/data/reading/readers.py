@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from deal_core.data.batches import BATCH_ROWS, RowBatch, RowList, grouped, is_utf8
 from deal_core.data.reading.csv_records import CsvFile
 from deal_core.data.reading.lines import (
     MAX_LINE_CHARS,
@@ -29,7 +28,7 @@ from deal_core.data.reading.lines import (
     open_text,
 )
 from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
-from deal_core.data.rows import Problem, RawRow, Reason, shorten
+from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8, shorten
 from deal_core.errors import DataValidationError
 
 _SURVEYED_ROWS = 1000

@@ -24,19 +24,16 @@ from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalC
 from deal_core.data.collate import IGNORED, AnswerCollator, BucketSampler, add_blank_row, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.strategies.rehearsal import Question, Rehearsal
-from deal_core.training.ranks import error_of, require_devices, train_in_processes
-from deal_core.training.ranks_job import TrainingJob
-from deal_core.training.ranks_launcher import describe
-from deal_core.training.ranks_step import require_in_step
+from deal_core.training.ranks import TrainingJob, describe, error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, train_adapter
-from deal_core.training.trainer import find_checkpoint
+from deal_core.training.trainer import find_checkpoint, require_in_step
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
 STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
 ROOT = Path(__file__).parents[3]
-MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.ranks_job import TrainingJob\n" \
+MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.ranks import TrainingJob\n" \
     "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
 
@@ -77,7 +74,7 @@ def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
 def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     """The ranks below a process, by number."""
     below = process.children(recursive=True)
-    return {each.environ()["RANK"]: each for each in below if "deal_core.training.ranks_rank" in each.cmdline()}
+    return {each.environ()["RANK"]: each for each in below if "deal_core.training.ranks" in each.cmdline()}
 
 
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
@@ -128,7 +125,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """In the middle of whatever it does: a killed parent is not noticed only when a step is reported."""
-    code = "import threading, deal_core.training.ranks_lifeline as l; l.end_with_parent(); print(1, flush=True)\n" \
+    code = "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n" \
         "threading.Event().wait()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as rank:
@@ -218,7 +215,7 @@ def test_an_error_of_ours_in_a_rank_is_raised_as_it_is(monkeypatch, tmp_path):
 
 def test_parameters_that_differ_are_found(monkeypatch):
     same, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3) * 1.01)
-    monkeypatch.setattr("deal_core.training.ranks_step.broadcast", lambda tensor: torch.ones(3))
+    monkeypatch.setattr("deal_core.training.trainer.broadcast", lambda tensor: torch.ones(3))
     require_in_step([same])
     with pytest.raises(AdapterStateError, match="rank 0 holds other parameters"):
         require_in_step([same, other])

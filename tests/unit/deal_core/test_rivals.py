@@ -133,7 +133,7 @@ def test_ewc_takes_its_information_without_dropout(train, monkeypatch):
         modes.append(model.training)
         return answer_loss(model, inputs)
 
-    monkeypatch.setattr("deal_core.strategies.ewc.answer_loss", noted)
+    monkeypatch.setattr("deal_core.strategies.rivals.answer_loss", noted)
     train("ewc")
     assert modes and not any(modes)
 

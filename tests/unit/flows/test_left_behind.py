@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from flows.promote import find_left_behind
 from flows.promote import left_behind as left_behind_by
-from flows.requeue import find_left_behind
 from infra.tracking.registry import VersionInfo
 
 
@@ -22,7 +22,7 @@ def known_version(number: int, **values: Any) -> VersionInfo:
 
 def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: VersionInfo) -> list[str]:
     registry = SimpleNamespace(versions=lambda lineage: versions, champion=lambda lineage: versions[champion - 1])
-    monkeypatch.setattr("flows.requeue.open_registry", lambda: registry)
+    monkeypatch.setattr("flows.promote.open_registry", lambda: registry)
     return [each.version for each in find_left_behind("l")]
 
 

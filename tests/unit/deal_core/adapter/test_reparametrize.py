@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deal_core.adapter import spectral_factor
-from deal_core.adapter.kernels import FLOOR, LOG_KERNELS
 from deal_core.adapter.reparametrize import Reparametrization
-from deal_core.adapter.retention import HaarRetention
+from deal_core.adapter.retention import FLOOR, LOG_KERNELS, HaarRetention
 from deal_core.adapter.spectrum import decompose
 from deal_core.adapter.stack import LoraStack
 from deal_core.config import DealConfig

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deal_core.adapter.interpolate import interpolate
-from deal_core.adapter.spectrum import count_core_slots, decompose
+from deal_core.adapter.spectrum import count_core_slots, decompose, interpolate
 
 
 @pytest.fixture

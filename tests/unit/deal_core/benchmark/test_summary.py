@@ -12,7 +12,7 @@ from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_o
 from deal_core.benchmark.summary import departures, matrix_of, protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.errors import DataValidationError
-from deal_core.strategies.seq_lora import SeqLora
+from deal_core.strategies.rivals import SeqLora
 
 
 def made(strategy: str, bits: list[dict[str, str]], **settings: Any) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from deal_core.evaluation.metrics import AccuracyMatrix
-from flows.arrivals import Seen
 from flows.cli.console import Screen
 from flows.cli.demo import DemoResult, LineageOutcome
 from flows.cli.tables import home_option, matrix_table, percent, show_demo, show_watch, this_command
 from flows.results import Scores
-from flows.watch import WatchResult
+from flows.watch import Seen, WatchResult
 
 
 def text(*shown: RenderableType) -> str:

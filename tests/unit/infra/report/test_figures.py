@@ -14,18 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
+from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.report.figures import (
+    COLOURS,
     accuracy_heatmap,
     accuracy_over_versions,
-    development_figure,
     fill_bars,
-    kept_figure,
     loss_curve,
-    over_time_figure,
     result_figure,
+    save_png,
+    spread,
 )
-from infra.report.style import COLOURS, save_png, spread
 
 
 def make_matrix(*tasks: str) -> AccuracyMatrix:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.store.local import FileStore
-from infra.tracking.row_artifacts import artifacts_with_rows
+from infra.tracking.runs import artifacts_with_rows
 from tasks.housekeeping.forgetting import affected_versions
 from tasks.lineage.tombstones import (
     ForgottenRowsError,

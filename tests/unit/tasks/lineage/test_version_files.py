@@ -19,9 +19,9 @@ from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.open import open_store
 from infra.tracking.registry import VersionFacts
 from infra.version_log import StoredVersion, VersionLog
+from tasks.adaptation.answers import read_answers
 from tasks.adaptation.frozen_rows import load_test_set
 from tasks.adaptation.ingest import read_manifest
-from tasks.adaptation.kept_answers import read_answers
 from tasks.adaptation.resume import read_findings
 from tasks.context import borrowed_folder
 from tasks.inbox.listing import read_state

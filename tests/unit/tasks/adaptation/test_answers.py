@@ -16,8 +16,15 @@ from deal_core.errors import StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.base import ObjectStore
 from infra.store.open import open_store
-from tasks.adaptation.changed_answers import MAX_CHARS, MAX_EXAMPLES, compare_answers
-from tasks.adaptation.kept_answers import ANSWERS_FILE, KeptAnswers, keep_answers, read_answers
+from tasks.adaptation.answers import (
+    ANSWERS_FILE,
+    MAX_CHARS,
+    MAX_EXAMPLES,
+    KeptAnswers,
+    compare_answers,
+    keep_answers,
+    read_answers,
+)
 from tasks.lineage.record import KnownTask, LineageRecord, write_record
 from tasks.references import BaseRef
 

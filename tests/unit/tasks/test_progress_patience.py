@@ -8,7 +8,7 @@ import httpx
 import pytest
 import tenacity
 
-from tasks.patience import patient
+from tasks.progress import patient
 
 AT_ONCE = {"wait": tenacity.wait_none()}
 

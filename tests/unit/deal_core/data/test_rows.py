@@ -17,14 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.batches import RowList, grouped
 from deal_core.data.check import RowChecker
-from deal_core.data.check_batch import PLAIN, BatchChecker
+from deal_core.data.check_batch import PLAIN, BatchChecker, DigestSet, as_digests, hex_array
 from deal_core.data.columns import Columns
-from deal_core.data.digest_set import DigestSet, as_digests, hex_array
 from deal_core.data.reading.parquet_rows import ParquetBatch
 from deal_core.data.reading.readers import read_batches
-from deal_core.data.rows import RawRow, Row, stored_input_digest
+from deal_core.data.rows import RawRow, Row, RowList, grouped, stored_input_digest
 from deal_core.data.schema import TaskSchema
 
 PIECES = [
@@ -132,7 +130,7 @@ def test_where_reading_fails_the_rows_before_are_a_batch() -> None:
 
 
 def test_a_batch_ends_at_its_number_of_rows_or_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deal_core.data.batches.BATCH_CHARS", 10)
+    monkeypatch.setattr("deal_core.data.rows.BATCH_CHARS", 10)
     sizes = [1, 1, 1, 1, 6, 6, 4, 1, 11, 99, 2]
     assert list(grouped(zip(sizes, sizes, strict=True), 3)) == [[1, 1, 1], [1, 6], [6, 4], [1], [11], [99], [2]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
-from flows.arrivals import _adapt_to
+from flows.watch import _adapt_to
 from infra.store.open import open_store
 from tasks.inbox.listing import Handled, InboxState, list_arrivals
 from tasks.spec import LineageSpec
@@ -19,7 +19,7 @@ from tasks.spec import LineageSpec
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What is announced of arrivals that no adaptation began for."""
     found: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("flows.arrivals.announce_failure", lambda *given: found.append(given))
+    monkeypatch.setattr("flows.watch.announce_failure", lambda *given: found.append(given))
     return found
 
 
@@ -31,7 +31,7 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         async def fail(*args: Any) -> None:
             raise error
 
-        monkeypatch.setattr("flows.arrivals.adapt_held", fail)
+        monkeypatch.setattr("flows.watch.adapt_held", fail)
         store = open_store(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
         (info,) = list_arrivals(store.list("inbox"))
@@ -62,7 +62,7 @@ def test_a_task_file_that_cannot_be_read_is_announced(
     def away(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("flows.arrivals.task_spec", away)
+    monkeypatch.setattr("flows.watch.task_spec", away)
     handled = failing(AssertionError("no adaptation begins"))
     assert handled.message == str(error) and handled.due() is not None
     assert told == [("l", "bank", error)]

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deal_core.adapter.norm import adapter_norm
+from deal_core.adapter.state import adapter_norm
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

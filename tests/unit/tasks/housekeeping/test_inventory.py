@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.store.base import temporary_folder
 from infra.store.local import FileStore
-from infra.temporary import temporary_folder
-from tasks.housekeeping.leftovers import find_leftovers, remove_local
+from tasks.housekeeping.inventory import find_leftovers, remove_local
 
 
 @pytest.fixture

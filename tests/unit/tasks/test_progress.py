@@ -13,8 +13,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.lock import hold_lineage
-from flows.stages import Stages
-from tasks.progress import Interrupted, advance, raise_if_stopped, reporting_to
+from tasks.progress import Interrupted, Stages, advance, raise_if_stopped, reporting_to
 
 
 @pytest.fixture

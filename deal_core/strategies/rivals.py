@@ -1,0 +1,264 @@
+"""SeqLoRA: keep training the same LoRA, the lower bound every method of the field is measured against."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from deal_core.adapter.stack import draw_seeds
+from deal_core.config import AdapterConfig
+from deal_core.data.collate import answer_loss
+from deal_core.strategies.questions import keep_rows, make_rehearsal
+from deal_core.strategies.rehearsal import Question, Rehearsal, ask
+from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
+
+
+class SeqLora(Strategy):
+    """Plain LoRA fine-tuning, task after task, on one adapter."""
+
+    name = "seq_lora"
+
+
+class IncLora(Strategy):
+    """Trains the slots that a task adds; those of earlier tasks stay as they are. The adapter grows with every task.
+
+    Attributes:
+        a_new: A of the new slots, M×R×I, one per stack; empty for the first task, which is plain LoRA.
+        b_new: B of the new slots, M×O×R.
+        past: A and B of the earlier slots, one pair per stack.
+    """
+
+    name = "inc_lora"
+    revision = 2  # new slots get other seeds with every arrival
+
+    @classmethod
+    def num_new_slots(cls, adapter: AdapterConfig) -> int:
+        """Every task brings a whole adapter."""
+        return adapter.rank
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0; others than every task before."""
+        super().prepare(model, state, context)
+        self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
+        self.past: list[tuple[Tensor, Tensor]] = []
+        if state is None:
+            return
+        num_new = self.num_new_slots(context.adapter)
+        generator = self.fresh()
+        for stack in self.stacks:
+            a_MRI, b_MOR = stack.read()
+            self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
+            self.a_new.append(nn.Parameter(draw_seeds(a_MRI[:, -num_new:], a_MRI.shape[2], generator)))
+            self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
+        self.after_step()
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the new slots' factors."""
+        return [*self.a_new, *self.b_new] if self.past else super().parameters()
+
+    def before_step(self) -> None:
+        """Take the new slots' part of the factors' gradients."""
+        for stack, a, b in zip(self.stacks, self.a_new, self.b_new, strict=False):
+            grad_A, grad_B = stack.gradients()
+            a.grad, b.grad = grad_A[:, -a.shape[1] :].clone(), grad_B[:, :, -b.shape[2] :].clone()
+
+    def after_step(self) -> None:
+        """Write earlier and new slots side by side."""
+        for stack, (a_past, b_past), a, b in zip(self.stacks, self.past, self.a_new, self.b_new, strict=False):
+            stack.write(torch.cat([a_past, a], dim=1), torch.cat([b_past, b], dim=2))
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return the new slots' factors."""
+        named = [*((f"a.{i}", p) for i, p in enumerate(self.a_new)), *((f"b.{i}", p) for i, p in enumerate(self.b_new))]
+        return {name: parameter.detach() for name, parameter in named}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the new slots' factors back."""
+        for kind, parameters in (("a", self.a_new), ("b", self.b_new)):
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(tensors[f"{kind}.{i}"])
+        self.after_step()
+
+
+class Slao(Strategy):
+    """Single LoRA, orthogonal initialisation, time-aware merging.
+
+    Task t starts from A = Qᵀ of the QR of A_{t−1}ᵀ and from the B that task t−1 ended with; the version is that task's
+    A with B_merged ← B_merged + (B − B_merged)/√t. The unmerged B rides in the state.
+    """
+
+    name = "slao"
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Orthonormalise A and take the last task's own B back."""
+        super().prepare(model, state, context)
+        self._merged: list[Tensor] = []
+        if state is None:
+            return
+        for i, stack in enumerate(self.stacks):
+            a_MRI, b_MOR = stack.read()
+            self._merged.append(b_MOR)
+            basis_MIR, triangle_MRR = torch.linalg.qr(a_MRI.mT)
+            signs_M1R = torch.where(triangle_MRR.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(1)
+            # a parent that another strategy made has one B: it is both
+            stack.write((basis_MIR * signs_M1R).mT, state.tensors.get(f"b.{i}", b_MOR).to(b_MOR.device))
+
+    @torch.no_grad()
+    def finish(self) -> MethodState:
+        """Merge B, and keep the unmerged one for the next task."""
+        tensors, num_tasks = {}, self.num_arrivals + 1
+        for i, stack in enumerate(self.stacks):
+            a_MRI, b_MOR = stack.read()
+            tensors[f"b.{i}"] = b_MOR.cpu()
+            if self._merged:
+                stack.write(a_MRI, self._merged[i] + (b_MOR - self._merged[i]) / num_tasks**0.5)
+        return MethodState(strategy=self.name, stores=self.stores, tensors=tensors)
+
+
+class OLora(IncLora):
+    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (its Eq. 7 with the absolute values of its released code)."""
+
+    name = "o_lora"
+    reads = ("rivals.o_lora_weight",)
+
+    def penalty(self) -> Tensor | None:
+        """Return λ times the sum of the absolute inner products of new and earlier rows of A."""
+        if not self.past:
+            return None
+        overlaps = [(a_past @ a.mT).abs().sum() for (a_past, _), a in zip(self.past, self.a_new, strict=True)]
+        return self.config.rivals.o_lora_weight * torch.stack(overlaps).sum()
+
+
+class Ella(IncLora):
+    """IncLoRA with the penalty λ‖ΔW_new ⊙ W_past‖²_F, W_past = Σ_i ΔW_i, over all modules."""
+
+    name = "ella"
+    reads = ("rivals.ella_weight",)
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Form the sum of the earlier updates, M×O×I per stack."""
+        super().prepare(model, state, context)
+        self.scale = context.adapter.scale_alpha / context.adapter.rank
+        self.w_past = [self.scale * b_past @ a_past for a_past, b_past in self.past]
+
+    def penalty(self) -> Tensor | None:
+        """Return λ times the squared norm of the overlap."""
+        if not self.past:
+            return None
+        overlaps = [
+            (self.scale * b @ a * w_past).square().sum()
+            for a, b, w_past in zip(self.a_new, self.b_new, self.w_past, strict=True)
+        ]
+        return self.config.rivals.ella_weight * torch.stack(overlaps).sum()
+
+
+NUM_FISHER_ROWS = 64
+"""Rows over which the Fisher information is averaged, one gradient each."""
+
+
+class Ewc(Strategy):
+    """SeqLoRA with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)² on the factors.
+
+    θ* are the parent's factors and F the sum over tasks of the diagonal Fisher information after each (one quadratic
+    term around the newest optimum, Huszár's form of the method, so that what is kept does not grow).
+    """
+
+    name = "ewc"
+    reads = ("rivals.ewc_weight",)
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Take over the information of the earlier tasks and remember where the factors stand."""
+        super().prepare(model, state, context)
+        self.fisher = {} if state is None or state.strategy != self.name else state.tensors
+        self.anchors = {name: p.detach().clone() for name, p in self._named()} if self.fisher else {}
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def penalty(self) -> Tensor | None:
+        """Return the quadratic term; its gradient goes to the factors themselves."""
+        if not self.anchors:
+            return None
+        terms = [
+            (self.fisher[name].to(p.device) * (p - self.anchors[name]).square()).sum() for name, p in self._named()
+        ]
+        return self.config.rivals.ewc_weight / 2 * torch.stack(terms).sum()
+
+    def finish(self) -> MethodState:
+        """Add the squared gradients of the answers' log-likelihood on the task's own rows."""
+        self.model.eval()
+        collate, device = self.context.collator(), next(self.model.parameters()).device
+        chosen = list(range(len(self.context.encoded)))
+        random.Random(self.seed).shuffle(chosen)
+        chosen = chosen[:NUM_FISHER_ROWS]
+        fisher = {name: self.fisher[name].to(p.device).clone() if self.fisher else torch.zeros_like(p)
+                  for name, p in self._named()}  # fmt: skip
+        for i in chosen:
+            self.model.zero_grad()
+            inputs = {key: value.to(device) for key, value in collate([self.context.encoded[i]]).items()}
+            torch.autograd.backward(answer_loss(self.model, inputs))
+            for name, p in self._named():
+                if p.grad is not None:
+                    fisher[name] += p.grad.square() / len(chosen)
+        self.model.zero_grad()
+        return MethodState(strategy=self.name, stores=self.stores, tensors={k: v.cpu() for k, v in fisher.items()})
+
+
+class Lwf(Strategy):
+    """SeqLoRA with T²·KL(parent ‖ model) on new rows, a few of them a step, at the positions of their answers."""
+
+    name = "lwf"
+    reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Ask the parent about the new task's rows."""
+        super().prepare(model, state, context)
+        self._rehearsal: Rehearsal | None = None
+        if state is None:
+            return
+        rivals, rehearsal = self.config.rivals, self.config.rehearsal
+        rows = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
+        questions = ask(model, context.collator(), rows, temperature=rivals.lwf_temperature)
+        self._rehearsal = Rehearsal(
+            [[questions]], context.collator(), num_rows=rehearsal.rows_per_step, weight=rivals.lwf_weight,
+            temperature=rivals.lwf_temperature, seed=self.seed,
+        )  # fmt: skip
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return the parent's answers on the new rows."""
+        return self._rehearsal
+
+
+class Replay(Strategy):
+    """SeqLoRA with stored rows, whatever `rehearsal.texts` says: it is the method that keeps data."""
+
+    name = "replay"
+    reads = ("rehearsal.stored_share", "rehearsal.rows_per_step", "rehearsal.weight")
+    revision = 2  # stored rows are put in another order with every arrival
+
+    @property
+    def stores(self) -> Stores:
+        """Rows of old tasks."""
+        return "data"
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Take the stored rows."""
+        super().prepare(model, state, context)
+        self._stored = replace(self.config.rehearsal, texts="stored")
+        self._rows = {} if state is None else state.stored_rows
+        self._rehearsal = make_rehearsal(self._stored, model, context, self._rows, self.seed)
+
+    def rehearsal(self) -> Rehearsal | None:
+        """Return questions from stored rows, held to their labels."""
+        return self._rehearsal
+
+    def finish(self) -> MethodState:
+        """Add a sample of this task's rows to what is kept."""
+        kept = keep_rows(self._stored, self.context, self._rows, self.seed)
+        return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
