@@ -153,7 +153,7 @@ def texts_to_ask() -> list[str]:
 def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage: str = LINEAGE) -> Expected:
     """What each version answers to each text, asked alone and without a server."""
     from deal_core.evaluation.answerer import load_answerer
-    from deal_core.evaluation.answering import Row
+    from deal_core.evaluation.answering import InputRow
     from infra.settings import HomeSettings, ServingSettings
 
     found, precision = {}, ServingSettings().serving_precision
@@ -161,7 +161,7 @@ def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage
         with tempfile.TemporaryDirectory() as folder:
             open_registry().download(lineage, version, Path(folder) / "version")
             answerer = load_answerer(Path(folder) / "version", HomeSettings().cache_dir, precision=precision)
-            found[version] = [answerer.answer([Row(text, task)])[0] for text in texts]
+            found[version] = [answerer.answer([InputRow(text, task)])[0] for text in texts]
     return found
 
 

@@ -30,7 +30,7 @@ from tasks.notices import Kind, Notice, announce
 from tasks.spec import AdaptSpec, parse
 
 
-class Learned(BaseModel):
+class LeftBehind(BaseModel):
     """A version, and the arrival that it was trained on."""
 
     model_config = ConfigDict(frozen=True)
@@ -52,7 +52,7 @@ class Decision(BaseModel):
     """The champion before."""
     champion: str | None
     """The champion now."""
-    left_behind: tuple[Learned, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
     """What the champion before had learned and the one of now has not; `deal requeue` learns it again."""
 
 
@@ -189,11 +189,11 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
     return "by a person; the promotion log does not say by whom"
 
 
-def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[Learned, ...]:
+def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[LeftBehind, ...]:
     """What one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
     return tuple(
-        Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
+        LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
         for version in reversed(before) if not arrival_digests(version, before) & known
     )  # fmt: skip
 
@@ -238,7 +238,7 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 
 
-def find_left_behind(lineage: str) -> tuple[Learned, ...]:
+def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     """Accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
     Not those of which another version awaits approval.
@@ -254,11 +254,11 @@ def find_left_behind(lineage: str) -> tuple[Learned, ...]:
     standings = {version.version: standing_of(version, line) for version in versions}
     waiting = [version for version in versions if standings[version.version] == "awaiting approval"]
     known = {digest for version in (*line, *waiting) for digest in version.digests}
-    found: list[Learned] = []
+    found: list[LeftBehind] = []
     for version in reversed(versions):
         if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
-            found.append(Learned(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256))
+            found.append(LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256))
     return tuple(reversed(found))
 
 

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answerer, load_answerer
-from deal_core.evaluation.answering import Row, read_served
+from deal_core.evaluation.answering import InputRow, read_served
 from infra.settings import HomeSettings, ServingSettings
 
 REGISTERED_FILE = "registered_model_meta"
@@ -51,7 +51,7 @@ class ServedModel:
             if any(not isinstance(text, str) for text in inputs):
                 raise ConfigError(f"Row {_first_missing(inputs)} has no text as its input; give the text to answer.")
             named = [task if isinstance(task, str) else None for task in tasks]  # a missing one comes as NaN
-            rows = [Row(text, task) for text, task in zip(inputs, named, strict=True)]
+            rows = [InputRow(text, task) for text, task in zip(inputs, named, strict=True)]
             found = self.answerer.ask(rows, self._is_given_up)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error

@@ -21,7 +21,7 @@ from tasks.lineage.resolve_spec import spec_from_options
 from tasks.references import Arrival, VersionRef
 
 
-class BadRow(BaseModel):
+class RefusedRow(BaseModel):
     """One row that would go to quarantine."""
 
     model_config = ConfigDict(frozen=True)
@@ -46,7 +46,7 @@ class ValidateResult(BaseModel):
     num_test: int
     num_rejected: int
     problems: dict[str, int]
-    bad_rows: tuple[BadRow, ...]
+    bad_rows: tuple[RefusedRow, ...]
     """The first ones."""
     sha256: str
 
@@ -127,7 +127,7 @@ def _result(file: Path, report: ValidationReport) -> ValidateResult:
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
         bad_rows=tuple(
-            BadRow(row=bad.row, line=bad.line, reasons=tuple(f"{reason}: {value}" for reason, value in bad.problems))
+            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{reason}: {value}" for reason, value in bad.problems))
             for bad in report.bad_rows
         ),
         sha256=manifest.sha256,

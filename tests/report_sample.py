@@ -8,7 +8,7 @@ from typing import Any
 
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
-from infra.report.run_report import BadRow, Changed, Example, Link, Origin, Quality, RunReport, Training
+from infra.report.run_report import Changed, Example, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 
 TASKS = ("bank", "clinic", "a-task-with-quite-a-long-name.v2")
 REASONS = (
@@ -47,7 +47,7 @@ def sample_report(**changes: Any) -> RunReport:
             source="may.csv", format="labelled", split="hash", num_labels=6, num_read=130, num_train=96, num_test=20,
             num_rejected=14, problems={"empty text": 10, "label outside the task's set": 4},
             quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/{DIGEST}.jsonl",
-            bad_rows=(BadRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),),
+            bad_rows=(QuarantinedRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),),
         ),
         "changed": (
             Changed(task="bank", num_rows=20, num_gained=0, num_lost=3, gained=(), lost=(row,) * 3),

@@ -57,7 +57,7 @@ class ValidationReport:
     """Why the arrival cannot be used, in one line; None when it can."""
 
 
-class Arrival:
+class ArrivalReader:
     """The files of one arrival while they are checked."""
 
     def __init__(

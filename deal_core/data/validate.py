@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deal_core.config import DataConfig
-from deal_core.data.arrival import Arrival, ValidationReport
+from deal_core.data.arrival import ArrivalReader, ValidationReport
 from deal_core.data.dataset_files import DatasetFiles, Quarantine
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import DataValidationError
@@ -57,7 +57,7 @@ def build_dataset(
         >>> build_dataset(Path("tickets.csv"), TaskSchema(name="tickets"), Path("out"), DataConfig()).num_train
     """
     with DatasetFiles(folder) as files:
-        arrival = Arrival(source, test_source, task, config, frozen_test_inputs, on_progress)
+        arrival = ArrivalReader(source, test_source, task, config, frozen_test_inputs, on_progress)
         report = arrival.validate(files.add, files.quarantine.add)
         if report.refusal is not None:
             listed = f" Every bad row is listed in {files.quarantine.path}." if report.bad_rows else ""
@@ -83,7 +83,7 @@ def validate_file(
     Raises:
         DataValidationError: The file cannot be read, or not to its end.
     """
-    arrival = Arrival(source, test_source, task, config, frozen_test_inputs, on_progress)
+    arrival = ArrivalReader(source, test_source, task, config, frozen_test_inputs, on_progress)
     if quarantine_file is None:
         return arrival.validate(lambda rows, split: None, lambda bad, raw: None)
     with Quarantine(quarantine_file) as quarantine:

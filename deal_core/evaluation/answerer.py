@@ -2,7 +2,7 @@
 
 Example:
     >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
-    >>> answerer.answer([Row("I lost my card.", "bank")])  # doctest: +SKIP
+    >>> answerer.answer([InputRow("I lost my card.", "bank")])  # doctest: +SKIP
     ['lost card']
 """
 
@@ -23,7 +23,7 @@ from deal_core.adapter.swap import swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
-from deal_core.evaluation.answering import Row, ServedTask, ServedVersion, read_served
+from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
 from deal_core.evaluation.score import generate_answers
 
 UNKNOWN_VERSION = "unknown"
@@ -120,11 +120,11 @@ class Answerer:
         """Digest of the base model that is loaded."""
         return self._base_sha256
 
-    def answer(self, rows: Sequence[Row]) -> list[str]:
+    def answer(self, rows: Sequence[InputRow]) -> list[str]:
         """One answer per row, in the rows' order; errors are those of `ask`."""
         return self.ask(rows).answers
 
-    def ask(self, rows: Sequence[Row], is_given_up: Callable[[], bool] = lambda: False) -> Answered:
+    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False) -> Answered:
         """Answer rows, all by one version.
 
         Args:
@@ -284,7 +284,7 @@ class _InterruptedError(Exception):
 class _Request:
     """The rows of one caller, and what became of them."""
 
-    rows: Sequence[Row]
+    rows: Sequence[InputRow]
     is_given_up: Callable[[], bool]
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
     """The rows as the version `served` is asked them; none until it is their turn."""

@@ -21,7 +21,7 @@ SERVED_FILE = "deal.json"
 SCHEMA_VERSION = 1
 
 
-class Row(NamedTuple):
+class InputRow(NamedTuple):
     """One text to answer; without a task it is asked as the newest task's rows are."""
 
     input: str
@@ -70,7 +70,7 @@ class ServedVersion:
         name = self.newest_task if name is None else name
         return next((task for task in self.tasks if task.schema.name == name), None)
 
-    def asked(self, row: Row, number: int) -> tuple[ServedTask, str]:
+    def asked(self, row: InputRow, number: int) -> tuple[ServedTask, str]:
         """The task that a row is asked with, and its input as that task's rows are stored.
 
         Raises:

@@ -19,7 +19,7 @@ from flows.cli.tables import heading, new_table
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
-    from tasks.housekeeping.forgetting import ForgetPlan, Learned
+    from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
     from tasks.serving.predict import FileAnswers
 
 keeping_app = typer.Typer()
@@ -185,7 +185,7 @@ def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
     return [heading(f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"), none]
 
 
-def _learned(learned: Sequence[Learned]) -> Iterable[RenderableType]:
+def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
     if not learned:
         return ["No version has learned from it."]
     table: Table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])

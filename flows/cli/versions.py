@@ -13,7 +13,7 @@ from flows.cli.session import Debug, Home, Json, Lineage, exit_if_rejected, sess
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
-    from flows.promote import Decision, Learned
+    from flows.promote import Decision, LeftBehind
     from infra.promotions import Move
 
 promotion_app = typer.Typer()
@@ -119,7 +119,7 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
     return shown
 
 
-def show_left_behind(lineage: str, found: Sequence[Learned]) -> Sequence[RenderableType]:
+def show_left_behind(lineage: str, found: Sequence[LeftBehind]) -> Sequence[RenderableType]:
     """Arrivals that the champion has not learned."""
     if not found:
         return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
@@ -137,7 +137,7 @@ def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
     return [heading(f"Moves of {lineage}"), table]
 
 
-def _learned(found: Sequence[Learned]) -> RenderableType:
+def _learned(found: Sequence[LeftBehind]) -> RenderableType:
     table = new_table("version", "task", "dataset", right=["version"])
     for each in found:
         table.add_row(each.version, escape(each.task), each.dataset_sha256[:12])

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 STOP_SECONDS = 20.0
 
 
-class Part(BaseModel):
+class StackProcess(BaseModel):
     """A process that `deal up` started."""
 
     name: str
@@ -49,7 +49,7 @@ def start_of(pid: int) -> str:
     return "" if state in "ZX" else f"{boot}+{ticks}"
 
 
-def end_parts(parts: Iterable[Part]) -> list[str]:
+def end_parts(parts: Iterable[StackProcess]) -> list[str]:
     """End parts and the processes that they started; return the names of those that were still there."""
     alive = [part for part in parts if part.is_alive()]
     family: list[psutil.Process] = []
@@ -68,7 +68,7 @@ def end_parts(parts: Iterable[Part]) -> list[str]:
     return [part.name for part in alive]
 
 
-def kill_left_by(server: Part, home: Path) -> None:
+def kill_left_by(server: StackProcess, home: Path) -> None:
     """Kill what a server that is dead has left of its process group: a child of it may hold the port.
 
     The group's number may be somebody else's by now, so that only processes that were started for this home go.

@@ -21,7 +21,7 @@ from filelock import FileLock
 from pydantic import BaseModel, Field, ValidationError
 
 from deal_core.errors import ConfigError, DealError
-from flows.server.processes import Part, end_parts, kill_left_by, kill_left_runs, start_of
+from flows.server.processes import StackProcess, end_parts, kill_left_by, kill_left_runs, start_of
 from infra.logs import ready_log
 from infra.settings import QUIET, TrackingSettings
 from infra.store.base import complete_file
@@ -46,7 +46,7 @@ class Stack(BaseModel):
     backend_uri: str = Field(exclude=True)
     """Database of MLflow's server, its password included; kept in the record, which the user alone can read."""
     artifact_uri: str
-    parts: list[Part] = []
+    parts: list[StackProcess] = []
 
     def is_alive(self) -> bool:
         """Whether any of its processes still runs."""
@@ -174,7 +174,7 @@ def start_part(home: Path, stack: Stack, name: str, command: tuple[str, ...]) ->
             [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    part = Part(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
+    part = StackProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:
         _record(home, stack)

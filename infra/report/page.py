@@ -22,7 +22,7 @@ NUM_SHADES = 11
 """Of the heat map, from 0 to 100 %; `page.css` has their colours, for light and for dark screens."""
 
 
-class Cell(NamedTuple):
+class MatrixCell(NamedTuple):
     """One cell of the accuracy matrix."""
 
     text: str
@@ -31,12 +31,12 @@ class Cell(NamedTuple):
     is_trained: bool
 
 
-class Row(NamedTuple):
+class MatrixRow(NamedTuple):
     """One row of the accuracy matrix."""
 
     name: str
     trained: str
-    cells: tuple[Cell, ...]
+    cells: tuple[MatrixCell, ...]
 
 
 def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
@@ -63,18 +63,18 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
     return _environment().get_template("page.html.j2").render(context)
 
 
-def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[Row]:
+def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:
     """The untouched base model's row, then one a version, each with its number in the registry."""
-    rows = [Row("base", "", tuple(_cell(value, False) for value in matrix.base))]
+    rows = [MatrixRow("base", "", tuple(_cell(value, False) for value in matrix.base))]
     for version, trained, values in zip(versions, matrix.trained, matrix.rows, strict=True):
         cells = (_cell(value, task == trained) for task, value in zip(matrix.tasks, values, strict=True))
-        rows.append(Row(version, trained, tuple(cells)))
+        rows.append(MatrixRow(version, trained, tuple(cells)))
     return rows
 
 
-def _cell(share: float | None, is_trained: bool) -> Cell:
+def _cell(share: float | None, is_trained: bool) -> MatrixCell:
     shade = None if share is None else round(share * (NUM_SHADES - 1))
-    return Cell(words.percent(share), shade, is_trained)
+    return MatrixCell(words.percent(share), shade, is_trained)
 
 
 def _environment() -> Environment:

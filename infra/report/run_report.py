@@ -16,13 +16,13 @@ PAGE_FILE = "report.html"
 Verdict = Literal["promoted", "rejected", "awaiting-approval"]
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     """Base of all parts: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Example(Part):
+class Example(ReportPart):
     """One test row; texts are there only if the run was allowed to show them."""
 
     row: str
@@ -35,7 +35,7 @@ class Example(Part):
     """The answer of this version."""
 
 
-class Changed(Part):
+class Changed(ReportPart):
     """The test rows of one task whose answers became right or wrong."""
 
     task: str
@@ -48,7 +48,7 @@ class Changed(Part):
     """The first ones."""
 
 
-class BadRow(Part):
+class QuarantinedRow(ReportPart):
     """One row in quarantine."""
 
     file: str
@@ -58,7 +58,7 @@ class BadRow(Part):
     """Reasons, each with the value that shows it if texts may be shown."""
 
 
-class Quality(Part):
+class Quality(ReportPart):
     """What validation said of the arrival; only numbers of rows where it was forgotten before its page was written."""
 
     source: str | None = None
@@ -74,11 +74,11 @@ class Quality(Part):
     """Reason to number of problems."""
     quarantine: str | None = None
     """Key in the object store of the rows that were put aside."""
-    bad_rows: tuple[BadRow, ...] = ()
+    bad_rows: tuple[QuarantinedRow, ...] = ()
     """The first ones."""
 
 
-class Training(Part):
+class Training(ReportPart):
     """How it was learned."""
 
     strategy: str
@@ -92,7 +92,7 @@ class Training(Part):
     """Module to the share of its slots in use."""
 
 
-class Link(Part):
+class Link(ReportPart):
     """One version of the lineage."""
 
     version: str
@@ -104,7 +104,7 @@ class Link(Part):
     forgetting: float | None
 
 
-class Origin(Part):
+class Origin(ReportPart):
     """What the version is made of."""
 
     base: str
@@ -117,7 +117,7 @@ class Origin(Part):
     libraries: dict[str, str]
 
 
-class RunReport(Part):
+class RunReport(ReportPart):
     """Everything that the page of a run shows and `evaluation.json` does not have."""
 
     schema_version: Literal[1] = 1

@@ -32,7 +32,7 @@ from infra.tracking.client import FILES_SHA256, RUN_KEY, again_if_overtaken, ope
 
 Alias = Literal["champion", "challenger", "previous"]
 """champion serves, previous did before it, challenger is the newest version that passed its run."""
-Approval = Literal["awaiting", "given", "refused"]
+ApprovalState = Literal["awaiting", "given", "refused"]
 OWNER = {"deal.kind": "lineage"}
 """Tag of the registered models that are ours."""
 DESCRIPTION = "Versions of one adapter, task by task."
@@ -61,7 +61,7 @@ class VersionFacts:
     reasons: tuple[str, ...]
     vetoes: tuple[Mapping[str, Any], ...] = ()
     """What the reasons say, for programs: kind, task, value and limit of each."""
-    approval: Approval | None = None
+    approval: ApprovalState | None = None
     """Whether a person has to agree, or has; None: nobody was asked."""
     flow_run: str | None = None
     """Id of the flow run that trained it, which a run that is started again keeps."""

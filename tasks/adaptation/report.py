@@ -24,7 +24,17 @@ from infra.report.charts import thin
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.formatting import verdict_of
 from infra.report.page import matrix_rows, render_page
-from infra.report.run_report import PAGE_FILE, REPORT_FILE, BadRow, Link, Origin, Quality, RunReport, Training, Verdict
+from infra.report.run_report import (
+    PAGE_FILE,
+    REPORT_FILE,
+    Link,
+    Origin,
+    Quality,
+    QuarantinedRow,
+    RunReport,
+    Training,
+    Verdict,
+)
 from infra.store.base import ObjectNotFoundError, ObjectStore, complete_file
 from infra.tracking.registry import VersionInfo, open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
@@ -134,11 +144,11 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
     )
 
 
-def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[BadRow, ...]:
+def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[QuarantinedRow, ...]:
     with local_file(store, store.uri_of(key)) as path, path.open(encoding="utf-8") as lines:
         entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return tuple(
-        BadRow(
+        QuarantinedRow(
             file=entry["file"],
             row=entry["row"],
             line=entry["line"],

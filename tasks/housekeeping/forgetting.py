@@ -51,7 +51,7 @@ class Held(BaseModel):
     version: str | None = None
 
 
-class Learned(BaseModel):
+class AffectedVersion(BaseModel):
     """A version that learned from the arrival, itself or through one that it descends from."""
 
     model_config = ConfigDict(frozen=True)
@@ -78,20 +78,20 @@ class ForgetPlan(BaseModel):
     """Digests of the landed rows, however they are split."""
     files: tuple[str, ...]
     held: tuple[Held, ...]
-    learned: tuple[Learned, ...]
+    learned: tuple[AffectedVersion, ...]
     unjudged: tuple[str, ...]
     """Lineages whose champion is judged on the task by these rows: it cannot be judged on it afterwards."""
     shared_with: tuple[str, ...] = ()
     """Digests of other datasets that came with one of the same files, such as the task's file of test rows."""
 
 
-def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[Learned, ...]:
+def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
     """The versions of a lineage, oldest first, that learned from one of the datasets: their weights still hold it."""
-    found: dict[str, Learned] = {}
+    found: dict[str, AffectedVersion] = {}
     for version in versions:
         is_direct = version.dataset_sha256 in sha256s
         if is_direct or version.parent_version in found:
-            found[version.version] = Learned(
+            found[version.version] = AffectedVersion(
                 lineage=version.lineage, version=version.version, task=version.task, is_direct=is_direct,
                 accepted=version.accepted, aliases=version.aliases,
             )  # fmt: skip
@@ -112,7 +112,7 @@ def plan_forgetting(
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
     held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival), *_temporaries(store)]
-    learned: list[Learned] = []
+    learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
         versions, runs = registry.versions(lineage), list_runs(tracker, lineage)

@@ -19,7 +19,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answering
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
-from deal_core.evaluation.answering import SERVED_FILE, Row, ServedVersion
+from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
 from deal_core.evaluation.score import generate_answers
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
@@ -49,7 +49,7 @@ def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
 
 def answers_alone(folder: Path, tmp_path: Path) -> list[str]:
     alone = load_answerer(folder, tmp_path / "cache")
-    return [alone.answer([Row(text)])[0] for text in TEXTS]
+    return [alone.answer([InputRow(text)])[0] for text in TEXTS]
 
 
 def test_a_folder_from_before_versions_could_be_served_is_told_apart(parent: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_another_base_model_is_refused(
     (served_folder / SERVED_FILE).write_text(json.dumps(moved))
     with pytest.raises(ConfigError, match="/was/there/once"):
         load_answerer(served_folder, tmp_path / "cache")
-    assert load_answerer(served_folder, tmp_path / "cache", str(tiny_base)).answer([Row("the sea")])
+    assert load_answerer(served_folder, tmp_path / "cache", str(tiny_base)).answer([InputRow("the sea")])
     (served_folder / SERVED_FILE).write_text(json.dumps({**moved, "base_sha256": "f" * 64}))
     with pytest.raises(ConfigError, match=r"ffffffffffff.*is another one.*DEAL_BASE_MODEL"):
         load_answerer(served_folder, tmp_path / "cache", str(tiny_base))
@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_task_that_a_row_names(
     answerer: Answerer, base: BaseModel, served_version: ServedVersion
 ) -> None:
     chat = json.dumps([{"role": "user", "content": "the sea"}])
-    rows = [Row("the sea", "colours"), Row(chat, "help"), Row("the moss")]
+    rows = [InputRow("the sea", "colours"), InputRow(chat, "help"), InputRow("the moss")]
 
     def alone(text: str, number: int) -> str:
         known = served_version.tasks[number]
@@ -113,12 +113,12 @@ def test_callers_that_come_together_are_answered_in_one_batch(
     answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first caller is held inside the model until all others wait; then one more pass answers them all."""
-    alone = {text: answerer.answer([Row(text)])[0] for text in TEXTS}
+    alone = {text: answerer.answer([InputRow(text)])[0] for text in TEXTS}
     held = HeldModel(monkeypatch)
     with ThreadPoolExecutor(len(TEXTS)) as pool:
-        futures = [pool.submit(answerer.answer, [Row(TEXTS[0])])]
+        futures = [pool.submit(answerer.answer, [InputRow(TEXTS[0])])]
         assert held.is_inside.wait(WAIT_SECONDS)
-        futures += [pool.submit(answerer.answer, [Row(text)]) for text in TEXTS[1:]]
+        futures += [pool.submit(answerer.answer, [InputRow(text)]) for text in TEXTS[1:]]
         wait_until_waiting(answerer, len(TEXTS))
         held.may_go_on.set()
         assert [future.result()[0] for future in futures] == list(alone.values())
@@ -129,11 +129,11 @@ def test_callers_that_come_together_are_answered_in_one_batch(
 def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches are bounded, and a caller whose rows are not all answered waits behind the others."""
     held = HeldModel(monkeypatch)
-    many = [Row(text) for text in TEXTS * 3]
+    many = [InputRow(text) for text in TEXTS * 3]
     with ThreadPoolExecutor(2) as pool:
         large = pool.submit(answerer.answer, many)
         assert held.is_inside.wait(WAIT_SECONDS)
-        small = pool.submit(answerer.answer, [Row("a short message")])
+        small = pool.submit(answerer.answer, [InputRow("a short message")])
         wait_until_waiting(answerer, 2)
         held.may_go_on.set()
         assert large.result() == answerer.answer(many[: len(TEXTS)]) * 3 and len(small.result()) == 1
@@ -153,15 +153,15 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
 
     monkeypatch.setattr(answering, "generate_answers", generate)
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(answerer.answer, [Row("first")])
+        first = pool.submit(answerer.answer, [InputRow("first")])
         assert inside.wait(WAIT_SECONDS)
-        good, bad = (pool.submit(answerer.answer, [Row(text)]) for text in ("good", "poison"))
+        good, bad = (pool.submit(answerer.answer, [InputRow(text)]) for text in ("good", "poison"))
         wait_until_waiting(answerer, 3)
         may_go_on.set()
         assert (first.result(), good.result()) == (["FIRST"], ["GOOD"])
         with pytest.raises(RuntimeError, match="the model broke"):
             bad.result()
-    assert answerer.answer([Row("fine")]) == ["FINE"]
+    assert answerer.answer([InputRow("fine")]) == ["FINE"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"rank": 2}, {"rank": 7}, {"target_modules": ("q_proj", "o_proj")}])
@@ -177,7 +177,7 @@ def test_another_version_answers_as_if_it_were_loaded_alone(
         (folder, "2", wanted), (served_folder, "1", before), (folder, "2", wanted), (folder, "3", wanted)
     ):  # fmt: skip
         answerer.swap(source, version)
-        found = answerer.ask([Row(text) for text in TEXTS])
+        found = answerer.ask([InputRow(text) for text in TEXTS])
         assert (found.answers, found.version, answerer.version) == (answers, version, version)
         assert len(answerer._model.peft_config) == 1
     assert sum(each.numel() for each in answerer._model.parameters()) == num_parameters
@@ -194,9 +194,9 @@ def test_alpha_counts_after_a_swap(answerer: Answerer, served_folder: Path, tmp_
     answerer.swap(other, "2")
     plain = load_answerer(served_folder, tmp_path / "cache")
     plain._model.disable_adapter_layers()
-    assert answerer.answer([Row(text) for text in TEXTS]) == plain.answer([Row(text) for text in TEXTS])
+    assert answerer.answer([InputRow(text) for text in TEXTS]) == plain.answer([InputRow(text) for text in TEXTS])
     answerer.swap(served_folder, "1")
-    assert answerer.answer([Row(text) for text in TEXTS]) == answers_alone(served_folder, tmp_path)
+    assert answerer.answer([InputRow(text) for text in TEXTS]) == answers_alone(served_folder, tmp_path)
 
 
 def test_a_version_that_does_not_fit_changes_nothing(
@@ -224,7 +224,7 @@ def test_a_version_that_does_not_fit_changes_nothing(
     (served_folder / SERVED_FILE).write_text(json.dumps(replace(served_version, base_sha256="f" * 64).to_json()))
     with pytest.raises(ConfigError, match="ffffffffffff"):
         answerer.swap(served_folder, "2")
-    assert (answerer.answer([Row(text) for text in TEXTS]), answerer.version) == (before, "1")
+    assert (answerer.answer([InputRow(text) for text in TEXTS]), answerer.version) == (before, "1")
     assert len(answerer._model.peft_config) == 1
 
 
@@ -237,9 +237,9 @@ def test_another_base_model_takes_over_with_its_version(
         other.model.get_output_embeddings().weight.neg_()
     other = replace(other, sha256="e" * 64)
     (served_folder / SERVED_FILE).write_text(json.dumps(replace(served_version, base_sha256="e" * 64).to_json()))
-    before = answerer.answer([Row(text) for text in TEXTS])
+    before = answerer.answer([InputRow(text) for text in TEXTS])
     answerer.swap(served_folder, "2", other)
-    assert answerer.answer([Row(text) for text in TEXTS]) != before
+    assert answerer.answer([InputRow(text) for text in TEXTS]) != before
     assert (answerer.base_sha256, answerer.version) == ("e" * 64, "2")
     assert not any(each is base.model for each in answerer._model.modules())
 
@@ -251,9 +251,9 @@ def test_a_swap_waits_for_no_batch_and_what_was_computed_is_answered_by_the_new_
     wanted = answers_alone(folder, tmp_path)
     held = HeldModel(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(answerer.ask, [Row(text) for text in TEXTS])]
+        asking = [pool.submit(answerer.ask, [InputRow(text) for text in TEXTS])]
         assert held.is_inside.wait(WAIT_SECONDS)
-        asking.append(pool.submit(answerer.ask, [Row(TEXTS[0])]))
+        asking.append(pool.submit(answerer.ask, [InputRow(TEXTS[0])]))
         wait_until_waiting(answerer, 2)
         swapping = pool.submit(answerer.swap, folder, "2")
         while not answerer._num_swaps:
@@ -270,9 +270,9 @@ def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
 ) -> None:
     held = HeldModel(monkeypatch)
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(answerer.answer, [Row(TEXTS[0])])
+        first = pool.submit(answerer.answer, [InputRow(TEXTS[0])])
         assert held.is_inside.wait(WAIT_SECONDS)
-        gone = pool.submit(answerer.ask, [Row(TEXTS[1])], lambda: True)
+        gone = pool.submit(answerer.ask, [InputRow(TEXTS[1])], lambda: True)
         wait_until_waiting(answerer, 2)
         held.may_go_on.set()
         with pytest.raises(GivenUpError):
@@ -281,7 +281,7 @@ def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
         assert len(held.batches) == 1
         held.may_go_on.clear()
         held.is_inside.clear()
-        last = pool.submit(answerer.answer, [Row(TEXTS[0])])
+        last = pool.submit(answerer.answer, [InputRow(TEXTS[0])])
         assert held.is_inside.wait(WAIT_SECONDS)
         answerer.stop()
         held.may_go_on.set()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.evaluation.answering import Row, ServedVersion, read_served
+from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 
 
 @pytest.fixture
@@ -29,22 +29,22 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row("x", "nope"), "Row 2 names the task 'nope'; this version knows help, colours"),
-        (Row(" \n"), "Row 2 has an empty input"),
-        (Row("hello", "help"), "Row 2 is of the chat task help, whose input is a JSON list"),
-        (Row('{"role": "user"}', "help"), "Row 2 is of the chat task"),
-        (Row("[]", "help"), "Row 2 is of the chat task"),
-        (Row('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
-        (Row('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
+        (InputRow("x", "nope"), "Row 2 names the task 'nope'; this version knows help, colours"),
+        (InputRow(" \n"), "Row 2 has an empty input"),
+        (InputRow("hello", "help"), "Row 2 is of the chat task help, whose input is a JSON list"),
+        (InputRow('{"role": "user"}', "help"), "Row 2 is of the chat task"),
+        (InputRow("[]", "help"), "Row 2 is of the chat task"),
+        (InputRow('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
+        (InputRow('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: Row, message: str) -> None:
+def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         version.asked(row, 2)
 
 
 def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion) -> None:
     asked = [version.asked(row, 1)[1] for row in (
-        Row(" the sea\r\nis green\n"), Row(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
+        InputRow(" the sea\r\nis green\n"), InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
     )]  # fmt: skip
     assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]

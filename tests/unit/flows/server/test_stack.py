@@ -16,7 +16,7 @@ import tenacity
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
 
 from deal_core.errors import ConfigError
-from flows.server.processes import Part, start_of
+from flows.server.processes import StackProcess, start_of
 from flows.server.stack import (
     KEEPER,
     Stack,
@@ -94,13 +94,13 @@ def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_el
 
 
 def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    part = StackProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     assert part.is_alive()
     assert not part.model_copy(update={"started": part.started + "1"}).is_alive()
 
 
 def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = Part(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    part = StackProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: 2.0)
     assert part.is_alive()
@@ -108,7 +108,7 @@ def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch:
 
 def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, *SLEEP])
-    part = Part(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
+    part = StackProcess(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
     assert part.is_alive()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -197,7 +197,7 @@ def test_the_keeper_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytes
     monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
     log, own = home / "x.log", os.getpid()
     made = stack()
-    made.parts = [Part(name="x", command=(), pid=own, started=start_of(own), log=log)]
+    made.parts = [StackProcess(name="x", command=(), pid=own, started=start_of(own), log=log)]
     _record(home, made)
     keeping = threading.Thread(target=keep, args=(home,), daemon=True)
     with log.open("ab", buffering=0) as output:

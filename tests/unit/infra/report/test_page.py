@@ -15,7 +15,7 @@ from deal_core.evaluation.report import EvaluationReport
 from infra.report.charts import fill_bars, loss_chart, round_up, task_lines, thin
 from infra.report.formatting import count, duration, points, verdict_of, versions_of
 from infra.report.page import NUM_SHADES, matrix_rows, render_page
-from infra.report.run_report import BadRow, Changed, Example, Quality, RunReport
+from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
@@ -78,7 +78,7 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
         changed=(Changed(task="bank", num_rows=9, num_gained=1, num_lost=1, gained=(row,), lost=(row,)),),
         quality=sample_report().quality.model_copy(
             update={"source": HOSTILE, "problems": {HOSTILE: 1},
-                    "bad_rows": (BadRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),)}
+                    "bad_rows": (QuarantinedRow(file=HOSTILE, row=1, line=1, problems=(HOSTILE,)),)}
         ),
     )  # fmt: skip
     page = render_page(report, sample_evaluation())

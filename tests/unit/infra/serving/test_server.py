@@ -21,7 +21,7 @@ from mlflow.pyfunc import PyFuncModel
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
-from deal_core.evaluation.answering import Row
+from deal_core.evaluation.answering import InputRow
 from infra.served_model import ServedModel
 from infra.serving import run, server
 from infra.serving.served_folder import SIGNATURE
@@ -51,7 +51,7 @@ class Champion:
     def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
         return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=ServedModel(self, is_given_up))  # type: ignore[arg-type]
 
-    def ask(self, rows: Sequence[Row], is_given_up: Callable[[], bool]) -> Answered:
+    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
         if any(row.task == "nope" for row in rows):
             raise ConfigError("Row 1 names the task 'nope'; this version knows bank.")
         if any(row.input == "poison" for row in rows):
