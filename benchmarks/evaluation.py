@@ -34,7 +34,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainC
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import answer_limit, generate_answers
-from deal_core.training.train import train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
@@ -58,10 +58,19 @@ def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> N
     """Train one adapter on all tasks."""
     (task, rows), *others = tasks
     train_adapter(
-        base, parent_folder=None, rows=rows, task=task, strategy="seq_lora", joined=others,
-        adapter=AdapterConfig(), method=MethodConfig(), train=TrainConfig(max_steps=steps, checkpoint_steps=0),
-        output_folder=folder, checkpoint_folder=folder / "checkpoints",
-    )  # fmt: skip
+        base, rows,
+        TrainingSetup(
+            task=task,
+            strategy="seq_lora",
+            adapter=AdapterConfig(),
+            method=MethodConfig(),
+            train=TrainConfig(max_steps=steps, checkpoint_steps=0),
+        ),
+        parent_folder=None,
+        joined=others,
+        output_folder=folder,
+        checkpoint_folder=folder / "checkpoints",
+    )
 
 
 @torch.inference_mode()

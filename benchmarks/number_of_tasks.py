@@ -29,7 +29,7 @@ from deal_core.base_model.load import DEFAULT_BASE, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval
-from deal_core.training.train import train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 SECOND, FIFTIETH = 1, 49
@@ -51,12 +51,21 @@ def adapt(num_old: int, base: str, parent: Path, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         started = time.perf_counter()
         train_adapter(
-            loaded, parent_folder=parent, rows=rows, strategy="deal",
-            task=TaskSchema(name="bank", labels=tuple(sorted(set(rows["output"]))), instruction="What is it about?"),
-            adapter=AdapterConfig(), method=MethodConfig(), train=TrainConfig(max_steps=steps, checkpoint_steps=0),
-            output_folder=Path(work), checkpoint_folder=Path(work) / "checkpoints",
-            old_tasks=[old_task(number) for number in range(num_old)],
-        )  # fmt: skip
+            loaded, rows,
+            TrainingSetup(
+                strategy="deal",
+                task=TaskSchema(
+                    name="bank", labels=tuple(sorted(set(rows["output"]))), instruction="What is it about?"
+                ),
+                adapter=AdapterConfig(),
+                method=MethodConfig(),
+                train=TrainConfig(max_steps=steps, checkpoint_steps=0),
+                old_tasks=tuple(old_task(number) for number in range(num_old)),
+            ),
+            parent_folder=parent,
+            output_folder=Path(work),
+            checkpoint_folder=Path(work) / "checkpoints",
+        )
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(work).glob("*.safetensors"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -27,9 +27,9 @@ from deal_core.base_model.config import find_config
 from deal_core.base_model.load import DEFAULT_BASE, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
-from deal_core.planning.memory import largest_batch, longest_of, plan_memory
+from deal_core.planning.memory import MethodShape, largest_batch, longest_of, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
-from deal_core.training.train import train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 TASK = TaskSchema(name="new", labels=("first", "second"), instruction="Which of the two is it?")
@@ -89,17 +89,29 @@ def run_case(case: Case, source: str, parent: Path | None, out: Path | None, que
         batch = longest_of(rows, tokenizer, TASK, olds, train, num_rows)
         activations = measure_activations(found.config, adapter, batch, case.precision, on_cpu=True)
         predicted = plan_memory(
-            measure_model(found.config, adapter), activations, batch, rank=16, strategy="deal", method=method,
-            train=train, is_first_task=parent is None, precision=case.precision, on_cpu=True,
-        )  # fmt: skip
+            measure_model(found.config, adapter), activations, batch,
+            MethodShape(rank=16, strategy="deal", method=method, is_first_task=parent is None),
+            train=train,
+            precision=case.precision,
+            on_cpu=True,
+        )
     Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew here
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as work:
         train_adapter(
-            load_base(source, cache, precision=case.precision), parent_folder=parent, rows=rows, task=TASK,
-            strategy="deal", adapter=adapter, method=method, train=train, output_folder=out or Path(work) / "adapter",
-            checkpoint_folder=Path(work) / "checkpoints", old_tasks=olds,
-        )  # fmt: skip
+            load_base(source, cache, precision=case.precision), rows,
+            TrainingSetup(
+                task=TASK,
+                strategy="deal",
+                adapter=adapter,
+                method=method,
+                train=train,
+                old_tasks=tuple(olds),
+            ),
+            parent_folder=parent,
+            output_folder=out or Path(work) / "adapter",
+            checkpoint_folder=Path(work) / "checkpoints",
+        )
     if predicted is not None:
         queue.put({"predicted": {**vars(predicted), "total": predicted.total}, "num_tokens": batch.num_tokens,
                    "measured_peak": resident("VmHWM") - before, "before": before})  # fmt: skip

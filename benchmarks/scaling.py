@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from benchmarks.roofline import Hardware, row_flops, step_cost, step_time
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.planning.memory import HEADROOM, BatchShape, ModelSize, plan_memory
+from deal_core.planning.memory import HEADROOM, BatchShape, MethodShape, ModelSize, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
 
 H100 = Hardware(
@@ -61,9 +61,12 @@ def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointi
     train = TrainConfig(gradient_checkpointing=checkpointing)
     activations = measure_activations(config, AdapterConfig(rank=RANK), BATCH, "bf16", on_cpu=False)
     memory = plan_memory(
-        model, activations, BATCH, rank=RANK, strategy="deal", method=MethodConfig(), train=train, is_first_task=False,
-        precision="bf16", on_cpu=False,
-    )  # fmt: skip
+        model, activations, BATCH,
+        MethodShape(rank=RANK, strategy="deal", method=MethodConfig(), is_first_task=False),
+        train=train,
+        precision="bf16",
+        on_cpu=False,
+    )
     total = memory.total - (memory.weights * (1 - 1 / devices) if sharded else 0)
     cost = step_cost(
         model, BATCH, memory.activations, rank=RANK, precision="bf16", checkpointing=checkpointing, rehearsed=REHEARSED,

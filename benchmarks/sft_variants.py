@@ -30,7 +30,7 @@ from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss, encode_rows
 from deal_core.data.prompts import render_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.training.train import train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 OURS = {"deal": "deal", "seq_lora": "seq_lora"}
@@ -83,10 +83,18 @@ def make_parent(setup: Setup) -> dict[str, Any]:
     disable_progress_bars()
     base = load_base(setup.base, HomeSettings().cache_dir)
     train_adapter(
-        base, parent_folder=None, rows=Dataset.from_list(list(setup.first_rows)), task=setup.first, strategy="deal",
-        adapter=setup.adapter, method=MethodConfig(), train=setup.train, output_folder=setup.parent,
+        base, Dataset.from_list(list(setup.first_rows)),
+        TrainingSetup(
+            task=setup.first,
+            strategy="deal",
+            adapter=setup.adapter,
+            method=MethodConfig(),
+            train=setup.train,
+        ),
+        parent_folder=None,
+        output_folder=setup.parent,
         checkpoint_folder=setup.parent / "checkpoints",
-    )  # fmt: skip
+    )
     return {
         "precision": str(base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -114,10 +122,19 @@ def train_here(variant: str, base: BaseModel, setup: Setup, folder: Path) -> dic
     rows = Dataset.from_list(list(setup.rows))
     started = time.perf_counter()
     result = train_adapter(
-        base, parent_folder=setup.parent, rows=rows, task=setup.task, strategy=OURS[variant], adapter=setup.adapter,
-        method=MethodConfig(), train=setup.train, output_folder=folder, checkpoint_folder=folder / "checkpoints",
-        old_tasks=[setup.first],
-    )  # fmt: skip
+        base, rows,
+        TrainingSetup(
+            task=setup.task,
+            strategy=OURS[variant],
+            adapter=setup.adapter,
+            method=MethodConfig(),
+            train=setup.train,
+            old_tasks=(setup.first,),
+        ),
+        parent_folder=setup.parent,
+        output_folder=folder,
+        checkpoint_folder=folder / "checkpoints",
+    )
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "loop_seconds": result.seconds, "num_steps": result.num_steps}
 

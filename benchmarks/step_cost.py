@@ -1,6 +1,6 @@
 """What DEAL costs over plain LoRA, by its rehearsal and by its core alone: step time and peak memory, interleaved.
 
-Plain LoRA also with PyTorch's own backward pass of attention, which deal_core.base_model.cpu_attention replaces on a CPU.
+Plain LoRA also with PyTorch's own backward pass of attention, which `base_model.cpu_attention` replaces on a CPU.
 
     python -m benchmarks.step_cost
 

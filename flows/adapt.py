@@ -9,14 +9,10 @@ Example:
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from prefect import flow
 
-from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig
-from deal_core.errors import ConfigError
 from deal_core.printable import listed
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
@@ -31,13 +27,13 @@ from tasks.adaptation.resume import keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import identify_base
 from tasks.context import current_store, end_run, fail_run, remove_work, start_run
-from tasks.lineage.record import LineageRecord, read_record, require_same_base
-from tasks.lineage.resolve_spec import AskedSpec
+from tasks.lineage.record import read_record, require_same_base
+from tasks.lineage.resolve_spec import AskedSpec, arrival_of, choose_adapter, choose_base, choose_strategy, settings_of
 from tasks.notices import announce_failure, announce_version
 from tasks.planning import refuse_what_cannot_fit
 from tasks.progress import Interrupted, Stages, reporter
-from tasks.references import Arrival, BaseRef, DatasetRef, RunRef, TrainSummary, VersionRef
-from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
+from tasks.references import AdaptationJob, DatasetRef, TrainSummary
+from tasks.spec import AdaptSpec
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
@@ -113,7 +109,11 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
     run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
-        result = await _learn(spec, Job(run, base, parent, dataset, adapter, strategy, config_sha256), stages)
+        job = AdaptationJob(
+            run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
+            config_sha256=config_sha256,
+        )  # fmt: skip
+        result = await _learn(spec, job, stages)
     except BaseException:
         fail_run(run)
         raise
@@ -123,24 +123,11 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     return result
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a run works on."""
-
-    run: RunRef
-    base: BaseRef
-    parent: VersionRef | None
-    dataset: DatasetRef
-    adapter: AdapterConfig
-    strategy: str
-    config_sha256: str
-
-
-async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
+async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
     """The stages from training to report."""
     run, base, parent, dataset = job.run, job.base, job.parent, job.dataset
     trained = await stages.run(
-        "train", train_version, run, base, parent, dataset, job.strategy, job.adapter, spec.method, spec.train
+        "train", train_version, job, spec.method, spec.train
     )
     stages.done("train", describe_training(trained.summary))
     for note in trained.summary.notes:
@@ -157,10 +144,8 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
     report = replace(report, notes=(*report.notes, *decision.notes))
     keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
     version = await stages.run(
-        "register", register_version, run, base, parent, dataset, trained.adapter, report, decision,
-        job.strategy, job.adapter, job.config_sha256, spec.train.max_prompt_tokens,
-        spec.evaluate.max_new_tokens, spec.gate.approval,
-    )  # fmt: skip
+        "register", register_version, job, spec, trained.adapter, report, decision
+    )
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         await stages.run("promote", promote_version, version)
@@ -175,45 +160,6 @@ async def _learn(spec: AdaptSpec, job: Job, stages: Stages) -> AdaptResult:
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
-
-
-def arrival_of(spec: AdaptSpec) -> Arrival:
-    """The arrival that a spec is about."""
-    task = spec.task
-    return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())
-
-
-def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
-    """The base model that is asked for, else the lineage's own, else the default."""
-    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
-
-
-def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
-    """The adapter's shape that is asked for, else the lineage's own, else the default.
-
-    Raises:
-        ConfigError: another shape is asked for than the lineage's adapter has.
-    """
-    if record is None:
-        return spec.adapter or AdapterConfig()
-    if spec.adapter is not None and spec.adapter != record.adapter:
-        raise ConfigError(
-            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
-            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
-        )
-    return record.adapter
-
-
-def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
-    """The strategy that is asked for, else the lineage's own, else the default."""
-    return spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
-
-
-def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
-    """The settings of a run, for its log."""
-    parts = {"deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
-    settings = spec.model_dump(mode="json", include=parts)
-    return {**settings, "adapter": asdict(adapter), "strategy": strategy}
 
 
 def describe(dataset: DatasetRef) -> str:

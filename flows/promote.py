@@ -12,11 +12,11 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import RegistryError
-from flows.adapt import arrival_of, learn_arrival
+from flows.adapt import learn_arrival
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from infra.ledger import Ledger
-from infra.promotions import Action, PromotionLog
+from infra.promotions import Action, Change, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.begin import arrival_digests, descent, standing_of
@@ -24,6 +24,7 @@ from tasks.adaptation.promote import champion_deleted, move_champion, note_learn
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.context import current_store
 from tasks.lineage.history import find_version, unknown_lineage
+from tasks.lineage.resolve_spec import arrival_of
 from tasks.lineage.stored_lineage import require_in_registry
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.notices import Kind, Notice, announce
@@ -168,9 +169,10 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
     if found.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
-    added = log.add(
-        last, action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
+    change = Change(
+        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )
+    added = log.add(last, change)
     if added is None:
         raise RegistryError(
             f"The champion of '{lineage}' was moved this moment; look at deal history --lineage {lineage}, and try "

@@ -19,15 +19,11 @@ Action = Literal["promoted", "rolled back", "rejected"]
 PROMOTIONS = "promotions"
 
 
-class Move(BaseModel):
-    """One entry of the log."""
+class Change(BaseModel):
+    """What a move does, and who wants it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
-    number: int = Field(ge=1)
-    """Counts from 1 within the lineage."""
-    when: datetime
     action: Action
     lineage: str
     version: str
@@ -41,6 +37,15 @@ class Move(BaseModel):
     why: str
     run: str | None = None
     """Key of the adaptation run, where one moved it."""
+
+
+class Move(Change):
+    """One entry of the log."""
+
+    schema_version: Literal[1] = 1
+    number: int = Field(ge=1)
+    """Counts from 1 within the lineage."""
+    when: datetime
 
 
 class PromotionLog:
@@ -64,17 +69,11 @@ class PromotionLog:
         moves = [move for move in self.moves(lineage) if move.when <= when]
         return moves[-1].champion if moves else None
 
-    def add(
-        self, after: Move | None, *, action: Action, lineage: str, version: str, before: str | None,
-        champion: str | None, who: str, why: str, run: str | None = None,
-    ) -> Move | None:
+    def add(self, after: Move | None, change: Change) -> Move | None:
         """Write the move that follows `after`; None: somebody else was faster, and nothing was written."""
-        move = Move(
-            number=after.number + 1 if after else 1, when=datetime.now(UTC), action=action, lineage=lineage,
-            version=version, before=before, champion=champion, who=who, why=why, run=run,
-        )  # fmt: skip
+        move = Move(number=after.number + 1 if after else 1, when=datetime.now(UTC), **change.model_dump())
         data = json.dumps(move.model_dump(mode="json"), ensure_ascii=False, indent=2).encode()
-        key = f"{_folder(lineage)}/{move.number:08d}.json"
+        key = f"{_folder(change.lineage)}/{move.number:08d}.json"
         won = self.store.put_bytes(key, data, if_absent=True)
         return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
 

@@ -21,6 +21,7 @@ from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
     MemoryPlan,
+    MethodShape,
     ModelSize,
     adapter_rank,
     largest_batch,
@@ -31,12 +32,12 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.planning.suggestions import find_remedies
-from flows.adapt import arrival_of, choose_adapter, choose_base, choose_strategy
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from tasks.adaptation.ingest import TRAIN_FILE, choose_schema, frozen_test_inputs
 from tasks.context import current_store, local_file
 from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.resolve_spec import arrival_of, choose_adapter, choose_base, choose_strategy
 from tasks.references import VersionRef
 from tasks.spec import AdaptSpec
 from tasks.validate import known_champion
@@ -44,9 +45,11 @@ from tasks.validate import known_champion
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from deal_core.training.train import TrainingSetup
+
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from deal_core.config import MethodConfig
@@ -220,10 +223,13 @@ def _plan_rows(
         notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
     elif probe and not refused and memory.total <= here.free_bytes:
         on_progress("taking three steps")
-        seconds = probe_step(
-            run.source, run.champion, rows, manifest.task, run.old_tasks, strategy=strategy, adapter=run.adapter,
-            method=method, train=train,
+        from deal_core.training.train import TrainingSetup
+
+        setup = TrainingSetup(
+            task=manifest.task, old_tasks=tuple(run.old_tasks), strategy=strategy, adapter=run.adapter, method=method,
+            train=train,
         )  # fmt: skip
+        seconds = probe_step(run.source, run.champion, rows, setup)
         if device_memory is not None:
             notes.append("the time is this machine's, not that of the device planned for")
     if train.num_processes > 1:
@@ -277,9 +283,12 @@ def _memory(
     activations = measure_activations(run.base.config, replace(run.adapter, rank=rank), batch, precision,
                                       on_cpu=device.is_cpu)  # fmt: skip
     return plan_memory(
-        model, activations, batch, rank=rank, strategy=run.strategy, method=run.spec.method, train=train,
-        is_first_task=run.record is None, precision=precision, on_cpu=device.is_cpu,
-    )  # fmt: skip
+        model, activations, batch,
+        MethodShape(rank=rank, strategy=run.strategy, method=run.spec.method, is_first_task=run.record is None),
+        train=train,
+        precision=precision,
+        on_cpu=device.is_cpu,
+    )
 
 
 NUM_PROBE_STEPS = 3
@@ -317,8 +326,16 @@ def refuse_what_cannot_fit(
         return
     device, precision = current_device(), precision_name("auto")
     needed = plan_memory(
-        model, NO_ACTIVATIONS, NO_BATCH, rank=adapter_rank(adapter, strategy, num_versions), strategy=strategy,
-        method=method, train=train, is_first_task=num_versions == 0, precision=precision, on_cpu=device.is_cpu,
+        model, NO_ACTIVATIONS, NO_BATCH,
+        MethodShape(
+            rank=adapter_rank(adapter, strategy, num_versions),
+            strategy=strategy,
+            method=method,
+            is_first_task=num_versions == 0,
+        ),
+        train=train,
+        precision=precision,
+        on_cpu=device.is_cpu,
     ).certain  # fmt: skip
     held = precision if train.quantize == "none" else train.quantize
     if needed > device.total_bytes:
@@ -329,18 +346,7 @@ def refuse_what_cannot_fit(
         )
 
 
-def probe_step(
-    source: str,
-    parent: VersionRef | None,
-    rows: Dataset,
-    task: TaskSchema,
-    old_tasks: Sequence[TaskSchema],
-    *,
-    strategy: str,
-    adapter: AdapterConfig,
-    method: MethodConfig,
-    train: TrainConfig,
-) -> float:
+def probe_step(source: str, parent: VersionRef | None, rows: Dataset, setup: TrainingSetup) -> float:
     """Take three optimiser steps on the rows and return the seconds of one; the first is left out, nothing is kept.
 
     Raises:
@@ -359,17 +365,12 @@ def probe_step(
         borrowed_parent(current_store(), parent) as parent_folder,
     ):
         train_adapter(
-            load_base(source, HomeSettings().cache_dir, quantize=train.quantize),
+            load_base(source, HomeSettings().cache_dir, quantize=setup.train.quantize),
+            rows,
+            replace(setup, train=replace(setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)),
             parent_folder=parent_folder,
-            rows=rows,
-            task=task,
-            strategy=strategy,
-            adapter=adapter,
-            method=method,
-            train=replace(train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1),
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",
-            old_tasks=old_tasks,
             on_log=on_log,
         )
     return (times[-1] - times[0]) / (len(times) - 1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.config import Quantize
+from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import TaskSchema
 
 Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
@@ -124,6 +124,20 @@ class RunRef(Reference):
     def short_key(self) -> str:
         """The part of the key that names folders."""
         return self.run_key[:16]
+
+
+class AdaptationJob(Reference):
+    """What one adaptation run works on; the stages from training to registration share it."""
+
+    run: RunRef
+    base: BaseRef
+    parent: VersionRef | None
+    dataset: DatasetRef
+    adapter: AdapterConfig
+    """Shape of the lineage's adapter."""
+    strategy: str
+    config_sha256: str
+    """Digest of every setting that decides the result."""
 
 
 class TrainSummary(Reference):

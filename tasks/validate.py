@@ -127,7 +127,9 @@ def _result(file: Path, report: ValidationReport) -> ValidateResult:
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{reason}: {value}" for reason, value in bad.problems))
+            RefusedRow(
+                row=bad.row, line=bad.line, reasons=tuple(f"{reason}: {value}" for reason, value in bad.problems)
+            )
             for bad in report.bad_rows
         ),
         sha256=manifest.sha256,

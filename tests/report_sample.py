@@ -47,7 +47,9 @@ def sample_report(**changes: Any) -> RunReport:
             source="may.csv", format="labelled", split="hash", num_labels=6, num_read=130, num_train=96, num_test=20,
             num_rejected=14, problems={"empty text": 10, "label outside the task's set": 4},
             quarantine=f"quarantine/{TASKS[2]}/{DIGEST}/{DIGEST}.jsonl",
-            bad_rows=(QuarantinedRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),),
+            bad_rows=(
+                QuarantinedRow(file="may.csv", row=12, line=14, problems=("label outside the task's set: 'cardd'",)),
+            ),
         ),
         "changed": (
             Changed(task="bank", num_rows=20, num_gained=0, num_lost=3, gained=(), lost=(row,) * 3),

@@ -22,7 +22,7 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.score import LanguageModel, evaluate_task
-from deal_core.training.train import train_adapter
+from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
@@ -123,18 +123,19 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
 
     started = time.perf_counter()
     result = train_adapter(
-        run.base,
+        run.base, _rows(run, learned[0]),
+        TrainingSetup(
+            task=run.tasks[learned[0]].schema,
+            strategy="seq_lora" if is_bound else cell.strategy,
+            adapter=cell.adapter,
+            method=run.method,
+            train=cell.train,
+            old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
+        ),
         parent_folder=None if number == 0 or is_bound else _folder(run, number - 1),
-        rows=_rows(run, learned[0]),
-        task=run.tasks[learned[0]].schema,
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
-        strategy="seq_lora" if is_bound else cell.strategy,
-        adapter=cell.adapter,
-        method=run.method,
-        train=cell.train,
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
-        old_tasks=[] if is_bound else [run.tasks[name].schema for name in cell.tasks[:number]],
         on_log=on_log,
     )
     trained = time.perf_counter()

@@ -1,7 +1,7 @@
 """What a run needs, worked out before it: memory by kind, from the sizes that a base model's config gives.
 
-Pure: sizes in, bytes out. `deal_core.planning.meta_model` finds the sizes; `benchmarks.roofline` goes on to time. All of the
-adapter and of the method is fp32; the frozen weights have the run's precision.
+Pure: sizes in, bytes out. `deal_core.planning.meta_model` finds the sizes. The adapter and the method are fp32. The
+frozen weights have the run's precision.
 """
 
 from __future__ import annotations
@@ -145,16 +145,30 @@ class MemoryPlan:
         return self.certain + self.activations + self.workspace
 
 
+@dataclass(frozen=True, kw_only=True)
+class MethodShape:
+    """What of a method decides its memory.
+
+    Attributes:
+        rank: Of the adapter.
+        strategy: Name of the strategy. What O-LoRA, ELLA, EWC and LwF keep next to the adapter is not counted.
+        method: Settings of the strategies.
+        is_first_task: Whether the run starts from the base. Then every strategy trains A and B.
+    """
+
+    rank: int
+    strategy: str
+    method: MethodConfig
+    is_first_task: bool
+
+
 def plan_memory(
     model: ModelSize,
     activations: ActivationSize,
     batch: BatchShape,
+    shape: MethodShape,
     *,
-    rank: int,
-    strategy: str,
-    method: MethodConfig,
     train: TrainConfig,
-    is_first_task: bool,
     precision: str,
     on_cpu: bool,
 ) -> MemoryPlan:
@@ -164,15 +178,12 @@ def plan_memory(
         model: The base model's sizes.
         activations: Of `batch`.
         batch: The largest one: rehearsed questions go through the model after the batch, so the larger of the two.
-        rank: Of the adapter.
-        strategy: Name of the strategy; what O-LoRA, ELLA, EWC and LwF keep beside the adapter is not counted.
-        method: Settings of the strategies.
+        shape: Of the method.
         train: For gradient checkpointing and quantized weights.
-        is_first_task: Whether the run starts from the base: then every strategy trains A and B.
         precision: "bf16" or "fp32", of the frozen weights.
         on_cpu: Whether attention's backward pass is a CPU's.
     """
-    adapter, optimiser, arrival = _method_bytes(model, rank, strategy, method, is_first_task)
+    adapter, optimiser, arrival = _method_bytes(model, shape)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     workspace = max(
@@ -190,21 +201,19 @@ def plan_memory(
     )
 
 
-def _method_bytes(
-    model: ModelSize, rank: int, strategy: str, method: MethodConfig, is_first_task: bool
-) -> tuple[int, int, int]:
+def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
     """Bytes of the adapter and what the method keeps, of gradients and moments, and of the work when a task arrives."""
-    num_A, num_B = model.num_factor_numbers(rank)
+    num_A, num_B = model.num_factor_numbers(shape.rank)
     factors = num_A + num_B
-    if strategy != "deal" or is_first_task:
+    if shape.strategy != "deal" or shape.is_first_task:
         return FP32 * factors, FP32 * 3 * factors, 0
-    deal = method.deal
+    deal = shape.method.deal
     parent = factors if deal.interpolation < 1 else 0
     if deal.core == "free":
         return FP32 * (factors + parent), FP32 * 3 * factors, 0
     guarded = num_A if deal.form == "spectral" and deal.project and deal.balanced else 0
     trained = num_A * (deal.sides != "B") + num_B * (deal.sides != "A")
-    mixing = 2 * len(model.modules) * rank**2 if deal.core == "soft" and deal.mixing else 0
+    mixing = 2 * len(model.modules) * shape.rank**2 if deal.core == "soft" and deal.mixing else 0
     constants = factors + guarded + parent
     adapter = factors + constants + trained + mixing
     # gradients of A and B, then of what is trained, with two moments

@@ -63,8 +63,9 @@ def measure_activations(
     """Return the bytes that autograd keeps of one batch, by running the trainer's own forward pass on the meta device.
 
     The model is built with two layers and with three: what they differ in is a layer's share, and the rest is common.
-    No scores of attention are kept. A CPU keeps queries, keys and values of the models that `deal_core.base_model.cpu_attention`
-    serves; elsewhere PyTorch's fused attention keeps its output too, and keys and values once for every query head,
+    No scores of attention are kept. A CPU keeps queries, keys and values of the models that
+    `deal_core.base_model.cpu_attention` serves;
+    elsewhere PyTorch's fused attention keeps its output too, and keys and values once for every query head,
     since transformers repeats them where there is a mask.
 
     Raises:

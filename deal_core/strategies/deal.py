@@ -19,8 +19,8 @@ from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskCon
 class Deal(Strategy):
     """The first task of a lineage is plain LoRA.
 
-    Beside its batch each step of a later task carries questions about the old ones: see `deal_core.strategies.rehearsal`. With a
-    soft or frozen core it trains the parameters of the retention network instead of A and B.
+    Each step of a later task carries its batch and questions about the old tasks: see `deal_core.strategies.rehearsal`.
+    With a soft or frozen core it trains the parameters of the retention network instead of A and B.
     """
 
     name = "deal"

@@ -31,15 +31,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deal_core import errors
 from deal_core.base_model.load import Precision, load_base
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.train import OnLog, TrainingResult, train_adapter
+from deal_core.training.train import OnLog, TrainingResult, TrainingSetup, train_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """The arguments of `train_adapter`, by reference; those of the same name mean the same.
+    """The arguments of `train_adapter`, by reference; fields of the same name mean the same.
 
     Attributes:
         base_source: As for `load_base`.
@@ -55,12 +53,7 @@ class TrainingJob:
     precision: Precision = "auto"
     parent_folder: Path | None
     rows_file: Path
-    task: TaskSchema
-    old_tasks: tuple[TaskSchema, ...] = ()
-    strategy: str
-    adapter: AdapterConfig
-    method: MethodConfig
-    train: TrainConfig
+    setup: TrainingSetup
     output_folder: Path
     checkpoint_folder: Path
 
@@ -79,7 +72,7 @@ END_SECONDS = 60.0
 
 
 def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = None) -> TrainingResult:
-    """Do what `train_adapter` does, with `job.train.num_processes` processes on this machine.
+    """Do what `train_adapter` does, with `job.setup.train.num_processes` processes on this machine.
 
     When one of them dies all end; when this process dies, they end too. Called again it goes on from the last complete
     checkpoint, whatever the number of processes was and is.
@@ -94,7 +87,7 @@ def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = No
         RankError: A process died; it names the rank and its last words.
         DealError: What a process raised on purpose.
     """
-    num_processes = job.train.num_processes
+    num_processes = job.setup.train.num_processes
     require_devices(num_processes)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -227,19 +220,13 @@ def run_rank(job_file: str) -> None:
 
 
 def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
-    base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.train.quantize)
+    base = load_base(job.base_source, job.cache_folder, precision=job.precision, quantize=job.setup.train.quantize)
     if base.sha256 != job.base_sha256:
         raise ConfigError(f"The base model {job.base_source} has changed since the run began; start it again.")
     return train_adapter(
-        base,
+        base, Dataset.from_parquet(str(job.rows_file), cache_dir=str(job.rows_file.parent)),
+        job.setup,
         parent_folder=job.parent_folder,
-        rows=Dataset.from_parquet(str(job.rows_file), cache_dir=str(job.rows_file.parent)),
-        task=job.task,
-        old_tasks=job.old_tasks,
-        strategy=job.strategy,
-        adapter=job.adapter,
-        method=job.method,
-        train=job.train,
         output_folder=job.output_folder,
         checkpoint_folder=job.checkpoint_folder,
         on_log=on_log,

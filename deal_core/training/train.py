@@ -48,19 +48,35 @@ class TrainingResult:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What is learned, by which strategy, and with which settings.
+
+    Attributes:
+        task: How a row becomes a prompt.
+        old_tasks: What the parent has learned, in order: instructions and labels, never rows.
+        strategy: Name of the strategy.
+        adapter: Shape of a new adapter; a parent's keeps its own.
+        method: Settings of the strategies; each reads its own part.
+        train: How long and how fast.
+    """
+
+    task: TaskSchema
+    old_tasks: tuple[TaskSchema, ...] = ()
+    strategy: str
+    adapter: AdapterConfig
+    method: MethodConfig
+    train: TrainConfig
+
+
 def train_adapter(
     base: BaseModel,
+    rows: Dataset,
+    setup: TrainingSetup,
     *,
     parent_folder: Path | None,
-    rows: Dataset,
-    task: TaskSchema,
-    strategy: str,
-    adapter: AdapterConfig,
-    method: MethodConfig,
-    train: TrainConfig,
     output_folder: Path,
     checkpoint_folder: Path,
-    old_tasks: Sequence[TaskSchema] = (),
     joined: Sequence[tuple[TaskSchema, Dataset]] = (),
     on_log: OnLog | None = None,
 ) -> TrainingResult:
@@ -70,16 +86,11 @@ def train_adapter(
 
     Args:
         base: The base model; it is bare again when this returns.
-        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         rows: Training rows with columns input and output.
-        task: How a row becomes a prompt.
-        strategy: Name of the strategy.
-        adapter: Shape of a new adapter; a parent's keeps its own.
-        method: Settings of the strategies; each reads its own part.
-        train: How long and how fast.
+        setup: The task, the strategy and their settings.
+        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Gets the PEFT folder and the method's state.
         checkpoint_folder: Gets the checkpoints.
-        old_tasks: What the parent has learned, in order: instructions and labels, never rows.
         joined: Further tasks with their rows, learned in the same run; for joint training.
         on_log: Called after every optimiser step with the step and its loss and gradient norm; after a resume first
             for the steps before it.
@@ -89,6 +100,7 @@ def train_adapter(
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.ranks` starts them.
         AdapterStateError: The parent's adapter does not fit the base.
     """
+    task, strategy, train = setup.task, setup.strategy, setup.train
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
@@ -105,9 +117,9 @@ def train_adapter(
     if parent_state is not None and parent_state.strategy != strategy:
         inherited = replace(parent_state, tensors=parent_state.stored_rows)  # the rest means nothing to this strategy
     if parent_folder is None:
-        model = attach_adapter(base.model, adapter, seed=train.seed)
+        model = attach_adapter(base.model, setup.adapter, seed=train.seed)
     else:
-        num_new_slots = strategy_class(strategy).num_new_slots(adapter)
+        num_new_slots = strategy_class(strategy).num_new_slots(setup.adapter)
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
         encoded = concatenate_datasets([
@@ -118,9 +130,10 @@ def train_adapter(
             for each, each_rows in ((task, rows), *joined)
         ])  # fmt: skip
         context = TaskContext(
-            base=base, task=task, rows=rows, encoded=encoded, old_tasks=tuple(old_tasks), adapter=adapter, train=train
+            base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
+            train=train,
         )
-        learner = make_strategy(strategy, method, train.seed)
+        learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
         trainer = AdapterTrainer(
             model=model,
@@ -274,4 +287,4 @@ def _summarise(
     )
 
 
-__all__ = ["OnLog", "TrainingResult", "train_adapter", "training_arguments"]
+__all__ = ["OnLog", "TrainingResult", "TrainingSetup", "train_adapter", "training_arguments"]

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
-from infra.promotions import Action, Move, PromotionLog
+from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.registry import Alias, Registry, VersionInfo, open_registry
 from tasks.context import current_store
 from tasks.references import VersionRef
@@ -113,10 +113,11 @@ def move_champion(
     if known is not None and known.approval == "refused":
         raise RegistryError(rejected_by_person(version))
     if champion == expected:
-        added = log.add(
-            last, action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
+        change = Change(
+            action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
             who=who, why=why, run=run,
         )  # fmt: skip
+        added = log.add(last, change)
         if added is not None:
             settle_aliases(registry, log, lineage)
             return

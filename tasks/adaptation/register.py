@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
-from deal_core.config import AdapterConfig, Approval, GateConfig
+from deal_core.config import GateConfig
 from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.report import EvaluationReport
 from infra.settings import HomeSettings
@@ -24,7 +24,8 @@ from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.record import KnownTask, LineageRecord, read_record, write_record
-from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, VersionRef
+from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
+from tasks.spec import AdaptSpec
 
 
 @task(name="gate", cache_policy=NO_CACHE)
@@ -38,29 +39,18 @@ VETO_FIELDS = ("kind", "task", "value", "limit")
 
 @task(name="register", cache_policy=NO_CACHE)
 def register_version(
-    run: RunRef,
-    base: BaseRef,
-    parent: VersionRef | None,
-    dataset: DatasetRef,
-    adapter: AdapterRef,
-    report: EvaluationReport,
-    decision: GateDecision,
-    strategy: str,
-    config: AdapterConfig,
-    config_sha256: str,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    approval: Approval,
+    job: AdaptationJob, spec: AdaptSpec, adapter: AdapterRef, report: EvaluationReport, decision: GateDecision
 ) -> VersionRef:
     """Write the version's record beside its adapter and register both, accepted or rejected."""
     store = current_store()
-    before = read_record(store, parent.adapter_uri) if parent else None
+    run, base, dataset = job.run, job.base, job.dataset
+    before = read_record(store, job.parent.adapter_uri) if job.parent else None
     known = before.tasks if before else ()
     if before is None or before.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = KnownTask(
-            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
+            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test,
+            max_prompt_tokens=spec.train.max_prompt_tokens, max_new_tokens=spec.evaluate.max_new_tokens,
         )  # fmt: skip
         known = (*known, new)
     elif renewed := renewed_task(store, before, dataset):
@@ -69,8 +59,8 @@ def register_version(
     record = LineageRecord(
         lineage=run.lineage,
         base=base,
-        strategy=strategy,
-        adapter=config,
+        strategy=job.strategy,
+        adapter=job.adapter,
         tasks=known,
         matrix=report.matrix,
     )
@@ -78,18 +68,18 @@ def register_version(
     facts = VersionFacts(
         run_key=run.run_key,
         task=dataset.task,
-        strategy=strategy,
+        strategy=job.strategy,
         base_sha256=base.sha256,
         dataset_sha256=dataset.sha256,
         landed_sha256=dataset.landed_sha256,
-        config_sha256=config_sha256,
+        config_sha256=job.config_sha256,
         adapter_uri=adapter.uri,
         adapter_sha256=adapter.sha256,
         parent_version=adapter.parent_version,
         accepted=decision.accepted,
         reasons=decision.reasons,
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
-        approval="awaiting" if decision.accepted and approval == "person" else None,
+        approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
         average_accuracy=report.matrix.average_accuracy,
         forgetting=report.matrix.forgetting,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.data.schema import TaskSchema
+from deal_core.config import MethodConfig, TrainConfig
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, complete_file
 from infra.tracking.tracker import TrackedRun, open_tracker
@@ -22,25 +21,16 @@ from tasks.context import current_store, work_folder
 from tasks.lineage.adapters import borrowed_parent
 from tasks.lineage.record import read_record
 from tasks.progress import advance
-from tasks.references import AdapterRef, BaseRef, DatasetRef, RunRef, TrainedAdapter, TrainSummary, VersionRef
+from tasks.references import AdaptationJob, AdapterRef, BaseRef, DatasetRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.train import OnLog, TrainingResult
+    from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
 
 
 @task(name="train", cache_policy=NO_CACHE)
-def train_version(
-    run: RunRef,
-    base: BaseRef,
-    parent: VersionRef | None,
-    dataset: DatasetRef,
-    strategy: str,
-    adapter: AdapterConfig,
-    method: MethodConfig,
-    train: TrainConfig,
-) -> TrainedAdapter:
+def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
     """Train the run's adapter; started again after a crash it goes on from where the work folder says.
 
     Raises:
@@ -49,26 +39,15 @@ def train_version(
         RankError: one of several training processes died.
     """
     store = current_store()
+    run, parent, dataset = job.run, job.parent, job.dataset
     folder = work_folder(run.lineage, run.short_key)
     if not (folder / SUMMARY_FILE).is_file():
         tracked = open_tracker().run(run.tracking_id)
+        setup = _setup(store, job, method, train)
+        rows_file, on_log = _fetch_rows(store, dataset, folder), _on_log(tracked, train.num_steps(dataset.num_train))
         with borrowed_parent(store, parent) as parent_folder:
             learn = _in_this_process if train.num_processes == 1 else _in_processes
-            result = learn(
-                base,
-                folder,
-                _fetch_rows(store, dataset, folder),
-                _on_log(tracked, train.num_steps(dataset.num_train)),
-                parent_folder=parent_folder,
-                task=read_manifest(store, dataset.uri).task,
-                strategy=strategy,
-                adapter=adapter,
-                method=method,
-                train=train,
-                output_folder=folder / "adapter",
-                checkpoint_folder=folder / "checkpoints",
-                old_tasks=_old_tasks(store, parent),
-            )
+            result = learn(job.base, setup, rows_file, parent_folder, folder, on_log)
         tracked.flush()
         _write_summary(folder, result)
     summary = TrainSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
@@ -84,27 +63,42 @@ def train_version(
     return TrainedAdapter(adapter=reference, summary=summary)
 
 
+def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
+    from deal_core.training.train import TrainingSetup
+
+    old_tasks = read_record(store, job.parent.adapter_uri).tasks if job.parent else ()
+    return TrainingSetup(
+        task=read_manifest(store, job.dataset.uri).task, old_tasks=tuple(known.schema for known in old_tasks),
+        strategy=job.strategy, adapter=job.adapter, method=method, train=train,
+    )  # fmt: skip
+
+
 def _in_this_process(
-    base: BaseRef, folder: Path, rows_file: Path, on_log: OnLog, **arguments: Any
+    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path, on_log: OnLog
 ) -> TrainingResult:
     """Train here; the rows are mapped from disk rather than held in memory."""
     from datasets import Dataset
 
     from deal_core.training.train import train_adapter
 
-    del folder
-    rows = Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent))
-    return train_adapter(lend_base(base), rows=rows, on_log=on_log, **arguments)
+    return train_adapter(
+        lend_base(base), Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent)), setup,
+        parent_folder=parent_folder, output_folder=folder / "adapter", checkpoint_folder=folder / "checkpoints",
+        on_log=on_log,
+    )  # fmt: skip
 
 
-def _in_processes(base: BaseRef, folder: Path, rows_file: Path, on_log: OnLog, **arguments: Any) -> TrainingResult:
+def _in_processes(
+    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path, on_log: OnLog
+) -> TrainingResult:
     """Train with several processes, which load the base model themselves."""
     from deal_core.training.ranks import TrainingJob, train_in_processes
 
     release_base()  # rank 0 takes the device it is on
     job = TrainingJob(
         base_source=base.source, base_sha256=base.sha256, cache_folder=HomeSettings().cache_dir, rows_file=rows_file,
-        **arguments,
+        setup=setup, parent_folder=parent_folder, output_folder=folder / "adapter",
+        checkpoint_folder=folder / "checkpoints",
     )  # fmt: skip
     return train_in_processes(job, folder / "ranks", on_log)
 
@@ -113,10 +107,6 @@ def _fetch_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Path:
     path = folder / "rows" / "train.parquet"
     store.download_file(f"{dataset.uri}/train.parquet", path)
     return path
-
-
-def _old_tasks(store: ObjectStore, parent: VersionRef | None) -> tuple[TaskSchema, ...]:
-    return tuple(known.schema for known in read_record(store, parent.adapter_uri).tasks) if parent else ()
 
 
 def _on_log(tracked: TrackedRun, total: int) -> Callable[[int, Mapping[str, float]], None]:

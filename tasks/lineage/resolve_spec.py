@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator
 
+from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from infra.store.base import ObjectStore
 from tasks.context import current_store
+from tasks.lineage.record import LineageRecord
 from tasks.lineage.settings import DEFAULT, WatchedLineage, key_of, stored_values
-from tasks.spec import AdaptSpec, LineageSpec, parse, read_lineage_values, resolve_base
+from tasks.references import Arrival
+from tasks.spec import DEFAULT_STRATEGY, AdaptSpec, LineageSpec, parse, read_lineage_values, resolve_base
 
 Asked = TypeVar("Asked", bound=LineageSpec)
 
@@ -97,3 +102,42 @@ def _fill_in(spec: Any) -> Any:
 
 AskedSpec = Annotated[AdaptSpec, BeforeValidator(_fill_in)]
 """A spec as a flow's parameter: what it does not say comes from the lineage's file when the run starts."""
+
+
+def arrival_of(spec: AdaptSpec) -> Arrival:
+    """The arrival that a spec is about."""
+    task = spec.task
+    return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())
+
+
+def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """The base model that is asked for, else the lineage's own, else the default."""
+    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
+
+
+def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
+    """The adapter's shape that is asked for, else the lineage's own, else the default.
+
+    Raises:
+        ConfigError: another shape is asked for than the lineage's adapter has.
+    """
+    if record is None:
+        return spec.adapter or AdapterConfig()
+    if spec.adapter is not None and spec.adapter != record.adapter:
+        raise ConfigError(
+            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
+            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
+        )
+    return record.adapter
+
+
+def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """The strategy that is asked for, else the lineage's own, else the default."""
+    return spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+
+
+def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
+    """The settings of a run, for its log."""
+    parts = {"deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    settings = spec.model_dump(mode="json", include=parts)
+    return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -14,7 +14,7 @@ from deal_core.base_model.load import load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.training.ranks import TrainingJob, train_in_processes
-from deal_core.training.train import TrainingResult, train_adapter
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,10 +35,13 @@ def run(tiny_base: Path, work: Path, parent: Path | None, die_at: int | None = N
 
     base = load_base(str(tiny_base), work / "cache", precision="auto")
     return train_adapter(
-        base, parent_folder=parent, rows=Dataset.from_list(ROWS), task=TASK, strategy="deal",
-        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS, output_folder=work / "adapter",
-        checkpoint_folder=work / "checkpoints", on_log=on_log,
-    )  # fmt: skip
+        base, Dataset.from_list(ROWS),
+        TrainingSetup(task=TASK, strategy="deal", adapter=AdapterConfig(rank=4), method=MethodConfig(), train=STEPS),
+        parent_folder=parent,
+        output_folder=work / "adapter",
+        checkpoint_folder=work / "checkpoints",
+        on_log=on_log,
+    )
 
 
 def test_learns_and_resumes(tiny_base, tmp_path):
@@ -60,10 +63,18 @@ def test_learns_on_a_quantized_base(quantize, tiny_base, tmp_path):
     assert base.is_quantized
     folder = tmp_path / "adapter"
     result = train_adapter(
-        base, parent_folder=None, rows=Dataset.from_list(ROWS), task=TASK, strategy="deal",
-        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=replace(STEPS, quantize=quantize),
-        output_folder=folder, checkpoint_folder=tmp_path / "checkpoints",
-    )  # fmt: skip
+        base, Dataset.from_list(ROWS),
+        TrainingSetup(
+            task=TASK,
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            method=MethodConfig(),
+            train=replace(STEPS, quantize=quantize),
+        ),
+        parent_folder=None,
+        output_folder=folder,
+        checkpoint_folder=tmp_path / "checkpoints",
+    )
     assert result.losses[-1][1] < result.losses[0][1]
     assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
 
@@ -74,10 +85,20 @@ def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
     rows_file = tmp_path / "rows.parquet"
     Dataset.from_list(ROWS).to_parquet(str(rows_file))
     job = TrainingJob(
-        base_source=str(tiny_base), base_sha256=load_base(str(tiny_base), tmp_path / "cache").sha256,
-        cache_folder=tmp_path / "cache", parent_folder=None, rows_file=rows_file, task=TASK, strategy="deal",
-        adapter=AdapterConfig(rank=4), method=MethodConfig(), train=replace(STEPS, num_processes=2),
-        output_folder=tmp_path / "two", checkpoint_folder=tmp_path / "two-checkpoints",
-    )  # fmt: skip
+        TrainingSetup(
+            task=TASK,
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            method=MethodConfig(),
+            train=replace(STEPS, num_processes=2),
+        ),
+        base_source=str(tiny_base),
+        base_sha256=load_base(str(tiny_base), tmp_path / "cache").sha256,
+        cache_folder=tmp_path / "cache",
+        parent_folder=None,
+        rows_file=rows_file,
+        output_folder=tmp_path / "two",
+        checkpoint_folder=tmp_path / "two-checkpoints",
+    )
     two = train_in_processes(job, tmp_path / "ranks")
     assert [loss for _, loss in two.losses] == pytest.approx([loss for _, loss in one.losses], rel=2e-2)

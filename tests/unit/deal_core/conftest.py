@@ -16,7 +16,7 @@ from deal_core.base_model.load import BaseModel, load_base
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import SERVED_FILE, ServedTask, ServedVersion
-from deal_core.training.train import TrainingResult, train_adapter
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
@@ -86,16 +86,20 @@ def train(base: BaseModel, tmp_path: Path) -> Train:
         count += 1
         folder = tmp_path / f"run-{count}"
         given = {
-            "task": TASK,
             "rows": make_rows(24),
-            "adapter": AdapterConfig(rank=4),
-            "method": MethodConfig(**{name: changes.pop(name) for name in PARTS if name in changes}),
-            "train": TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64),
             "output_folder": folder / "adapter",
             "checkpoint_folder": folder / "checkpoints",
             **changes,
         }
-        result = train_adapter(base, parent_folder=parent, strategy=strategy, **given)
+        setup = TrainingSetup(
+            task=given.pop("task", TASK),
+            old_tasks=tuple(given.pop("old_tasks", ())),
+            strategy=strategy,
+            adapter=given.pop("adapter", AdapterConfig(rank=4)),
+            method=MethodConfig(**{name: given.pop(name) for name in PARTS if name in given}),
+            train=given.pop("train", TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)),
+        )
+        result = train_adapter(base, setup=setup, parent_folder=parent, **given)
         return Run(result, given["output_folder"], [loss for _, loss in result.losses])
 
     return run

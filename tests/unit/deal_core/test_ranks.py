@@ -25,7 +25,7 @@ from deal_core.data.collate import IGNORED, AnswerCollator, BucketSampler, add_b
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.training.ranks import TrainingJob, describe, error_of, require_devices, train_in_processes
-from deal_core.training.train import TrainingResult, train_adapter
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from deal_core.training.trainer import find_checkpoint, require_in_step
 
 # 26 rows in batches of 4: the last step of an epoch has two rows, all of them rank 0's
@@ -47,19 +47,37 @@ def job(base, tiny_base, task, rows, parent, tmp_path) -> TrainingJob:
     lengths = {len(base.tokenizer(label)["input_ids"]) for label in task.labels}
     assert len(lengths) > 1
     return TrainingJob(
-        base_source=str(tiny_base), base_sha256=base.sha256, cache_folder=tmp_path / "cache", precision="fp32",
-        parent_folder=parent, rows_file=rows_file, task=task, strategy="deal", adapter=AdapterConfig(rank=4),
-        old_tasks=(replace(task, name="old", instruction="Say the colour."),), method=MethodConfig(), train=STEPS,
-        output_folder=tmp_path / "two", checkpoint_folder=tmp_path / "two-checkpoints",
-    )  # fmt: skip
+        TrainingSetup(
+            task=task,
+            strategy="deal",
+            adapter=AdapterConfig(rank=4),
+            old_tasks=(replace(task, name="old", instruction="Say the colour."),),
+            method=MethodConfig(),
+            train=STEPS,
+        ),
+        base_source=str(tiny_base),
+        base_sha256=base.sha256,
+        cache_folder=tmp_path / "cache",
+        precision="fp32",
+        parent_folder=parent,
+        rows_file=rows_file,
+        output_folder=tmp_path / "two",
+        checkpoint_folder=tmp_path / "two-checkpoints",
+    )
+
+
+def retrained(job: TrainingJob, **changes: object) -> TrainingJob:
+    return replace(job, setup=replace(job.setup, train=replace(job.setup.train, **changes)))
 
 
 def train_in_one(base, job: TrainingJob, folder: Path) -> TrainingResult:
     return train_adapter(
-        base, parent_folder=job.parent_folder, rows=Dataset.from_parquet(str(job.rows_file)), task=job.task,
-        old_tasks=job.old_tasks, strategy=job.strategy, adapter=job.adapter, method=job.method,
-        train=replace(job.train, num_processes=1), output_folder=folder / "one", checkpoint_folder=folder / "one-cp",
-    )  # fmt: skip
+        base, Dataset.from_parquet(str(job.rows_file)),
+        replace(job.setup, train=replace(job.setup.train, num_processes=1)),
+        parent_folder=job.parent_folder,
+        output_folder=folder / "one",
+        checkpoint_folder=folder / "one-cp",
+    )
 
 
 def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
@@ -79,7 +97,7 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
 
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
     # rows of similar length share a rank, whose batches then need less padding: equal to rounding, which AdamW enlarges
-    job = replace(job, train=replace(job.train, group_by_length=False))
+    job = retrained(job, group_by_length=False)
 
     def kill_rank_1(step: int, _: Mapping[str, float]) -> None:
         if step == 6:
@@ -97,7 +115,8 @@ def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_p
 
 def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(base, job, tmp_path):
     """Four steps an epoch, and more epochs than the ranks could come to the end of by themselves."""
-    job = replace(job, strategy="seq_lora", train=replace(job.train, num_epochs=9999, gradient_accumulation_steps=2))
+    job = retrained(job, num_epochs=9999, gradient_accumulation_steps=2)
+    job = replace(job, setup=replace(job.setup, strategy="seq_lora"))
     job.write(tmp_path / "job.json")
     command = [sys.executable, "-c", MAIN, str(tmp_path / "job.json"), str(tmp_path / "ranks")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
@@ -114,7 +133,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     checkpoint = find_checkpoint(job.checkpoint_folder)
     assert checkpoint is not None
     num_steps = int(checkpoint.name.split("-")[1])  # that two processes did, of those that are compared
-    job = replace(job, train=replace(job.train, num_epochs=num_steps // 4 + 1))
+    job = retrained(job, num_epochs=num_steps // 4 + 1)
     shutil.move(job.checkpoint_folder, tmp_path / "one-cp")
     gone_on = train_in_one(base, job, tmp_path)
     assert gone_on.resumed_from_step == num_steps >= 12
@@ -228,10 +247,12 @@ def test_more_processes_than_devices_and_batches_that_do_not_divide_are_refused(
         TrainConfig(num_processes=0)
     with pytest.raises(ConfigError, match="num_processes is 2, but here 1 train"):
         train_adapter(
-            base, parent_folder=None, rows=Dataset.from_parquet(str(job.rows_file)), task=job.task, strategy="deal",
-            adapter=job.adapter, method=job.method, train=job.train, output_folder=tmp_path / "o",
+            base, Dataset.from_parquet(str(job.rows_file)),
+            replace(job.setup, old_tasks=()),
+            parent_folder=None,
+            output_folder=tmp_path / "o",
             checkpoint_folder=tmp_path / "c",
-        )  # fmt: skip
+        )
     require_devices(9)  # on the CPU any number
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="num_processes is 3, and this machine has 2 CUDA devices"):

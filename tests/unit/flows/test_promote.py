@@ -13,7 +13,7 @@ from deal_core.errors import RegistryError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.promote import promote_to, reject_version, roll_back
 from flows.results import adapted, repeated
-from infra.promotions import PromotionLog
+from infra.promotions import Change, PromotionLog
 from infra.store.open import open_store
 from infra.tracking.registry import VersionInfo
 from tasks.adaptation.promote import rejected_by_person
@@ -71,9 +71,10 @@ def test_a_version_that_was_rejected_before_tells_by_whom_and_why(
     log = PromotionLog(open_store(str(tmp_path)))
     last = None
     for number, who, why in (("3", "anna", "labels look wrong"), ("2", "ben", "another reason")):
-        last = log.add(
-            last, action="rejected", lineage="support", version=number, before="1", champion="1", who=who, why=why
+        change = Change(
+            action="rejected", lineage="support", version=number, before="1", champion="1", who=who, why=why
         )
+        last = log.add(last, change)
     monkeypatch.setattr("flows.promote.PromotionLog", lambda store: log)
     monkeypatch.setattr("flows.promote.find_version", lambda *args: version)
     with pytest.raises(RegistryError, match=told):

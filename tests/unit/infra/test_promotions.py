@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deal_core.errors import StoreError
-from infra.promotions import Move, PromotionLog
+from infra.promotions import Change, Move, PromotionLog
 from infra.store.open import open_store
 
 
@@ -24,7 +24,7 @@ def add(log: PromotionLog, after: Move | None, version: str, **changes: Any) -> 
         "action": "promoted", "lineage": "l", "version": version, "before": after.champion if after else None,
         "champion": version, "who": "gate", "why": "passed its gate",
     }  # fmt: skip
-    return log.add(after, **{**fields, **changes})
+    return log.add(after, Change(**{**fields, **changes}))
 
 
 def test_moves_come_back_in_order_and_whole(log: PromotionLog) -> None:

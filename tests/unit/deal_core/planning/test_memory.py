@@ -23,7 +23,15 @@ from deal_core.base_model.load import DEFAULT_BASE
 from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
-from deal_core.planning.memory import ActivationSize, BatchShape, ModelSize, largest_batch, plan_memory, rehearsed_rows
+from deal_core.planning.memory import (
+    ActivationSize,
+    BatchShape,
+    MethodShape,
+    ModelSize,
+    largest_batch,
+    plan_memory,
+    rehearsed_rows,
+)
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.planning.suggestions import find_remedies
 
@@ -123,7 +131,8 @@ def test_the_method_keeps_as_many_bytes_as_are_planned(changes: dict[str, str]) 
 def planned(size: ModelSize, **changes: object):  # type: ignore[no-untyped-def]
     given = {"rank": 8, "strategy": "deal", "method": MethodConfig(), "train": TrainConfig(), "is_first_task": True,
              "precision": "fp32", "on_cpu": True, **changes}  # fmt: skip
-    return plan_memory(size, measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True), BATCH, **given)  # type: ignore[arg-type]
+    shape = MethodShape(**{name: given.pop(name) for name in ("rank", "strategy", "method", "is_first_task")})  # type: ignore[arg-type]
+    return plan_memory(size, measure_activations(LLAMA, ADAPTER, BATCH, "fp32", on_cpu=True), BATCH, shape, **given)  # type: ignore[arg-type]
 
 
 def test_weights_follow_the_precision() -> None:
@@ -158,9 +167,13 @@ def test_remedies_say_what_fits_and_keep_the_rows_of_a_step() -> None:
     def memory_of(train: TrainConfig, precision: str):  # type: ignore[no-untyped-def]
         share = train.batch_size * train.max_prompt_tokens
         kept = ActivationSize(layer=share * 1000, rest=share * 10, boundary=share * 10)
-        return plan_memory(size, kept, replace(BATCH, num_rows=train.batch_size), rank=8, strategy="deal",
-                           method=MethodConfig(), train=train, is_first_task=True, precision=precision,
-                           on_cpu=True)  # fmt: skip
+        return plan_memory(
+            size, kept, replace(BATCH, num_rows=train.batch_size),
+            MethodShape(rank=8, strategy="deal", method=MethodConfig(), is_first_task=True),
+            train=train,
+            precision=precision,
+            on_cpu=True,
+        )
 
     train = TrainConfig(batch_size=7, gradient_accumulation_steps=2, max_prompt_tokens=512)
     limit = memory_of(replace(train, batch_size=1), "fp32").total
