@@ -9,6 +9,7 @@ from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from flows.lock import hold_lineage
+from infra.store.keys import parse_dataset_file
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
@@ -78,8 +79,9 @@ def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
 
 
 def _concerned(plan: ForgetPlan) -> list[str]:
-    owners = {each.address.split("/")[3] for each in plan.held if each.address.startswith("datasets/")}
+    files = [parse_dataset_file(each.address) for each in plan.held]
+    owners = {each.lineage for each in files if each and each.lineage}
     named = {each.lineage for each in plan.held if each.lineage} | {each.lineage for each in plan.learned}
-    return sorted(named | {owner for owner in owners if not owner.endswith(".parquet")} | set(plan.unjudged))
+    return sorted(named | owners | set(plan.unjudged))
 
 

@@ -17,9 +17,10 @@ from flows.cli.console import in_one_line
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from infra.store.base import ObjectInfo, ObjectStore
+from infra.store.keys import INBOX, task_of
 from tasks.context import current_store
 from tasks.inbox.announcements import drop_announcement
-from tasks.inbox.listing import INBOX, Handled, InboxState, KnownStates, Outcome, read_state, task_of, write_state
+from tasks.inbox.listing import Handled, InboxState, KnownStates, Outcome, read_state, write_state
 from tasks.inbox.state import TestFiles, look, settle, task_spec
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter

@@ -10,6 +10,7 @@ from typing import Any
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.keys import ledger_key
 
 SCHEMA_VERSION = 1
 
@@ -46,7 +47,7 @@ class Ledger:
 
     def find(self, lineage: str, sha256: str) -> LedgerEntry | None:
         """The entry of a dataset in a lineage, if there is one."""
-        key = _key(lineage, sha256)
+        key = ledger_key(lineage, sha256)
         try:
             return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
         except ObjectNotFoundError:
@@ -59,8 +60,4 @@ class Ledger:
     def record(self, entry: LedgerEntry) -> bool:
         """Write an entry unless there is one; of several writers at once exactly one gets True."""
         data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
-        return self.store.put_bytes(_key(entry.lineage, entry.sha256), data, if_absent=True)
-
-
-def _key(lineage: str, sha256: str) -> str:
-    return f"ledger/{lineage}/{sha256}.json"
+        return self.store.put_bytes(ledger_key(entry.lineage, entry.sha256), data, if_absent=True)

@@ -13,10 +13,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deal_core.errors import StoreError
+from infra.store import keys
 from infra.store.base import ObjectStore
 
 Action = Literal["promoted", "rolled back", "rejected"]
-PROMOTIONS = "promotions"
 
 
 class Change(BaseModel):
@@ -56,12 +56,12 @@ class PromotionLog:
 
     def moves(self, lineage: str) -> tuple[Move, ...]:
         """All moves of a lineage, oldest first."""
-        keys = sorted(info.key for info in self.store.list(_folder(lineage)))
-        return tuple(self._read(key) for key in keys)
+        found = sorted(info.key for info in self.store.list(keys.promotion_folder(lineage)))
+        return tuple(self._read(key) for key in found)
 
     def last(self, lineage: str) -> Move | None:
         """The newest move, if there is one."""
-        key = max((info.key for info in self.store.list(_folder(lineage))), default=None)
+        key = max((info.key for info in self.store.list(keys.promotion_folder(lineage))), default=None)
         return self._read(key) if key else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
@@ -73,7 +73,7 @@ class PromotionLog:
         """Write the move that follows `after`; None: somebody else was faster, and nothing was written."""
         move = Move(number=after.number + 1 if after else 1, when=datetime.now(UTC), **change.model_dump())
         data = json.dumps(move.model_dump(mode="json"), ensure_ascii=False, indent=2).encode()
-        key = f"{_folder(change.lineage)}/{move.number:08d}.json"
+        key = keys.promotion_key(move.lineage, move.number)
         won = self.store.put_bytes(key, data, if_absent=True)
         return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
 
@@ -86,7 +86,3 @@ class PromotionLog:
                 "do not fit). Restore it from a backup of the store, or use the program version that wrote it. The "
                 "lineage still predicts and serves; until then its champion does not move, and nothing is learned."
             ) from error
-
-
-def _folder(lineage: str) -> str:
-    return f"{PROMOTIONS}/{lineage}"

@@ -14,10 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
+from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.registry import VersionFacts, VersionInfo
-
-VERSIONS = "versions"
 
 
 class StoredVersion(BaseModel):
@@ -76,7 +75,7 @@ class VersionLog:
 
     def numbers(self, lineage: str) -> frozenset[int]:
         """The numbers of the versions that are written."""
-        names = (info.key.rsplit("/", 1)[1] for info in self.store.list(f"{VERSIONS}/{lineage}"))
+        names = (keys.file_name(info.key) for info in self.store.list(keys.version_folder(lineage)))
         return frozenset(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal())
 
     def read(self, lineage: str, number: int) -> StoredVersion:
@@ -86,7 +85,7 @@ class VersionLog:
             ObjectNotFoundError: it was not written.
             StoreError: its file is damaged, or another release wrote it.
         """
-        key = _key(lineage, number)
+        key = keys.version_key(lineage, number)
         try:
             return StoredVersion.model_validate_json(self.store.get_bytes(key))
         except ValidationError as error:
@@ -99,8 +98,4 @@ class VersionLog:
 
     def _put(self, stored: StoredVersion) -> None:
         data = stored.model_dump_json(indent=1) + "\n"
-        self.store.put_bytes(_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))
-
-
-def _key(lineage: str, number: int) -> str:
-    return f"{VERSIONS}/{lineage}/{number:08d}.json"
+        self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))

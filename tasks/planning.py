@@ -34,7 +34,8 @@ from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.planning.suggestions import find_remedies
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
-from tasks.adaptation.ingest import TRAIN_FILE, choose_schema, frozen_test_inputs
+from infra.store.keys import TRAIN_FILE
+from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
 from tasks.context import current_store, local_file
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.resolve_spec import arrival_of, choose_adapter, choose_base, choose_strategy

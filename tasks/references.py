@@ -66,16 +66,6 @@ class DatasetRef(Reference):
         return schema.with_labels(self.new_labels) if schema.name == self.task else schema
 
 
-def dataset_sha256(dataset_uri: str) -> str:
-    """The digest of a dataset's rows, as its address has it: the third part, in older stores the last one.
-
-    Example:
-        >>> dataset_sha256("datasets/bank/3fa9/support/77c1")
-        '3fa9'
-    """
-    return dataset_uri.split("/")[2]
-
-
 class AdapterRef(Reference):
     """A plain PEFT folder in the store (`adapters/<lineage>/<run>`)."""
 

@@ -16,9 +16,9 @@ from flows.results import AdaptResult, Scores
 from flows.watch import WatchResult, watch
 from infra.report.figures import result_figure, save_png
 from infra.store.base import ObjectStore
+from infra.store.keys import INBOX, TASK_FILE
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.inbox.listing import INBOX, TASK_FILE
 from tasks.lineage.record import read_record
 from tasks.progress import reporter
 from tasks.spec import AdaptSpec, LineageSpec, TaskFields, parse, read_spec

@@ -28,10 +28,11 @@ from deal_core.masking import without_secrets
 from flows.cli.console import in_one_line
 from flows.server.stack import read_stack
 from infra.store.base import ObjectStore
+from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from tasks.context import current_store
 from tasks.housekeeping.health import look_at_champion
-from tasks.inbox.listing import INBOX, Handled, read_state
+from tasks.inbox.listing import Handled, read_state
 from tasks.inbox.state import InboxLook, look
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.lineage.stored_lineage import known_lineages

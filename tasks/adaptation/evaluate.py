@@ -16,6 +16,7 @@ from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.printable import listed
 from infra.store.base import ObjectStore
+from infra.store.keys import dataset_sha256
 from tasks.adaptation.answers import Answers, KeptAnswers, keep_answers, read_answers
 from tasks.adaptation.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
 from tasks.adaptation.ingest import read_manifest
@@ -25,7 +26,7 @@ from tasks.lineage.adapters import borrowed_adapter, borrowed_parent
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.progress import advance
-from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores, dataset_sha256
+from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 if TYPE_CHECKING:
     from deal_core.evaluation.score import TaskEvaluation

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from deal_core.data.schema import ROW_SCHEMA, TaskSchema
 from infra.store.base import ObjectStore, temporary_folder
-from tasks.adaptation.ingest import TEST_FILE
+from infra.store.keys import TEST_FILE
 from tasks.lineage.record import KnownTask
 from tasks.lineage.tombstones import require_test_rows
 from tasks.lineage.version_files import reading_stored

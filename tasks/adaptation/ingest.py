@@ -19,7 +19,9 @@ from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.printable import brief
+from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
+from infra.store.keys import MANIFEST_FILE, TEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from tasks.context import current_store, local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord, read_record
@@ -28,9 +30,7 @@ from tasks.lineage.version_files import reading_stored
 from tasks.progress import advance
 from tasks.references import Arrival, DatasetRef, VersionRef
 
-MANIFEST_FILE = "manifest.json"
-QUARANTINE, QUARANTINE_FILE = "quarantine", "quarantine.jsonl"
-TRAIN_FILE, TEST_FILE = "train.parquet", "test.parquet"
+QUARANTINE_FILE = "quarantine.jsonl"
 
 
 class TaskFieldsError(ConfigError, DataValidationError):
@@ -163,7 +163,7 @@ def _publish(
     Test rows that are there stay to the byte: they judge the task for good, and a digest is blind to blanks.
     """
     quarantine = _publish_quarantine(store, folder, manifest.task.name, manifest.sha256, manifest.files)
-    uri = f"datasets/{manifest.task.name}/{manifest.sha256}/{lineage}/{manifest.task.sha256[:16]}"
+    uri = keys.dataset_uri(manifest.task.name, manifest.sha256, lineage, manifest.task.sha256)
     try:
         before = read_manifest(store, uri)
     except ObjectNotFoundError:
@@ -238,19 +238,6 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
         return read_manifest(store, dataset_uri).retain_training_rows
     except ObjectNotFoundError:
         return False
-
-
-def quarantine_key(task_name: str, sha256: str, files: Sequence[str]) -> str:
-    """Where the bad rows of an arrival are, if it had any; `files` are the digests of what landed.
-
-    Files with the same good rows share a folder and keep their bad rows apart.
-    """
-    return f"{quarantine_folder(task_name, sha256)}/{'-'.join(digest[:16] for digest in files)}.jsonl"
-
-
-def quarantine_folder(task_name: str, sha256: str) -> str:
-    """The folder of the store that holds the bad rows of arrivals with the same good rows, and nothing else."""
-    return f"{QUARANTINE}/{task_name}/{sha256}"
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import formatting as words
+from infra.store.keys import dataset_sha256
 from infra.tracking.registry import VersionFacts
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.references import dataset_sha256
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 

@@ -13,6 +13,7 @@ from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.store.base import ObjectStore
+from infra.store.keys import dataset_folder
 from infra.tracking.registry import Registry, VersionInfo
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
@@ -155,7 +156,7 @@ def dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: Version
     """The dataset of a version, also of one trained when lineages still shared what lies under a digest."""
     if "dataset" in findings:
         return DatasetRef.model_validate(findings["dataset"])
-    uri = f"datasets/{version.task}/{version.dataset_sha256}"
+    uri = dataset_folder(version.task, version.dataset_sha256)
     manifest = read_manifest(store, uri)
     return DatasetRef(
         task=version.task,

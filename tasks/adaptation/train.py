@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.config import MethodConfig, TrainConfig
 from infra.settings import HomeSettings
+from infra.store import keys
 from infra.store.base import ObjectStore, complete_file
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.ingest import read_manifest
@@ -51,7 +52,7 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         tracked.flush()
         _write_summary(folder, result)
     summary = TrainSummary.model_validate_json((folder / SUMMARY_FILE).read_bytes())
-    uri = f"adapters/{run.lineage}/{run.short_key}"
+    uri = keys.adapter_uri(run.lineage, run.short_key)
     store.upload_folder(folder / "adapter", uri)
     reference = AdapterRef(
         lineage=run.lineage,
@@ -105,7 +106,7 @@ def _in_processes(
 
 def _fetch_rows(store: ObjectStore, dataset: DatasetRef, folder: Path) -> Path:
     path = folder / "rows" / "train.parquet"
-    store.download_file(f"{dataset.uri}/train.parquet", path)
+    store.download_file(f"{dataset.uri}/{keys.TRAIN_FILE}", path)
     return path
 
 

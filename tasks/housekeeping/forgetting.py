@@ -10,16 +10,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
+from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
 from infra.tracking.registry import Registry, VersionInfo
 from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.answers import ANSWERS_FILE
-from tasks.adaptation.ingest import TEST_FILE, TRAIN_FILE, quarantine_folder
 from tasks.context import work_folder
 from tasks.housekeeping.inventory import (
-    ADAPTERS,
-    DATASETS,
     KnownArrival,
     find_leftovers,
     list_all_lineages,
@@ -27,10 +26,9 @@ from tasks.housekeeping.inventory import (
     remove_local,
     with_every_split,
 )
-from tasks.inbox.listing import INBOX, read_state, write_state
+from tasks.inbox.listing import read_state, write_state
 from tasks.lineage.adapters import replacing
 from tasks.lineage.record import RECORD_FILE, read_record
-from tasks.references import dataset_sha256
 
 Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
                "rows kept by the method", "adapter of no version", "temporary files"]  # fmt: skip
@@ -158,15 +156,15 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
         for each in by_kind.get(kind, ()):
             store.delete(each.address)
     for sha256 in (*plan.splits, plan.sha256):  # the named one last: while it is there, its manifest finds the others
-        store.delete(f"{DATASETS}/{plan.task}/{sha256}")
+        store.delete(keys.dataset_folder(plan.task, sha256))
 
 
-def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> None:
+def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> None:
     """What the watches noted of these files may quote bad rows: say instead that they were forgotten."""
-    for info in list(store.list("watch")):
-        lineage = info.key.removeprefix("watch/").removesuffix(".json")
+    for info in list(store.list(keys.WATCH)):
+        lineage = keys.lineage_of_watch(info.key)
         state = read_state(store, lineage)
-        files = {key: state.files[key] for key in keys if key in state.files}
+        files = {key: state.files[key] for key in landed if key in state.files}
         if files:
             state.files.update({key: each.model_copy(update={"message": said}) for key, each in files.items()})
             write_state(store, lineage, state)
@@ -175,10 +173,10 @@ def silence_watches(store: ObjectStore, keys: Collection[str], said: str) -> Non
 def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
     found = [
-        Held(kind=kinds[info.key.rsplit("/", 1)[1]], address=info.key, num_bytes=info.size)
+        Held(kind=kinds[keys.file_name(info.key)], address=info.key, num_bytes=info.size)
         for digest in arrival.sha256s
-        for info in store.list(f"{DATASETS}/{arrival.task}/{digest}")
-        if info.key.rsplit("/", 1)[1] in kinds
+        for info in store.list(keys.dataset_folder(arrival.task, digest))
+        if keys.file_name(info.key) in kinds
     ]
     for sha256 in (*arrival.sha256s, *arrival.files):
         found += [
@@ -195,9 +193,9 @@ def _temporaries(store: ObjectStore) -> list[Held]:
 
 
 def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
-    keys = arrival.inbox_keys(store, registry)
-    sizes = {info.key: info.size for info in store.list(f"{INBOX}/{arrival.task}")}
-    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in keys]
+    landed = arrival.inbox_keys(store, registry)
+    sizes = {info.key: info.size for info in store.list(keys.inbox_folder(arrival.task))}
+    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in landed]
 
 
 def _judged_by(
@@ -229,8 +227,8 @@ def _unregistered(
 def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[Held]:
     found: dict[str, int] = {}
     for key in sorted(short_keys):
-        for info in store.list(f"{ADAPTERS}/{lineage}/{key}"):
-            folder = f"{ADAPTERS}/{lineage}/{key}"
+        for info in store.list(keys.adapter_uri(lineage, key)):
+            folder = keys.adapter_uri(lineage, key)
             found[folder] = found.get(folder, 0) + info.size
     return [
         Held(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage)
@@ -252,7 +250,7 @@ def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
         Held(kind="answers", address=info.key, num_bytes=info.size, lineage=version.lineage, version=version.version)
         for version in versions
         for info in store.list(version.adapter_uri)
-        if info.key.rsplit("/", 1)[1] == ANSWERS_FILE
+        if keys.file_name(info.key) == ANSWERS_FILE
     ]
 
 
@@ -315,11 +313,11 @@ def _empty_method_rows(
 
 def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
     for info in _method_files(store, adapter_uri):
-        store.download_file(info.key, folder / info.key.rsplit("/", 1)[1])
+        store.download_file(info.key, folder / keys.file_name(info.key))
 
 
 def _method_files(store: ObjectStore, adapter_uri: str) -> list[ObjectInfo]:
     names = ("method.json", "method.safetensors")
-    return [info for info in store.list(adapter_uri) if info.key.rsplit("/", 1)[1] in names]
+    return [info for info in store.list(adapter_uri) if keys.file_name(info.key) in names]
 
 

@@ -19,33 +19,38 @@ from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.masking import without_secrets
 from infra.settings import HomeSettings
+from infra.store import keys
 from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore
+from infra.store.keys import (
+    ADAPTERS,
+    DATASETS,
+    FORGOTTEN,
+    INBOX,
+    MANIFEST_FILE,
+    QUARANTINE,
+    TASK_FILE,
+    TRAIN_FILE,
+    dataset_sha256,
+    quarantine_folder,
+    task_of,
+)
 from infra.store.local import FileStore
 from infra.tracking.registry import Registry, VersionInfo
 from infra.tracking.runs import ArtifactRemover, list_runs
 from infra.tracking.tracker import Tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import (
-    MANIFEST_FILE,
-    QUARANTINE,
-    TRAIN_FILE,
-    quarantine_folder,
-    read_manifest,
-    retains_training_rows,
-)
+from tasks.adaptation.ingest import read_manifest, retains_training_rows
 from tasks.context import local_file
 from tasks.housekeeping.garbage import Folder, Holdings, Removal
-from tasks.inbox.listing import INBOX, TASK_FILE, read_state, task_of
-from tasks.lineage.tombstones import FORGOTTEN, find_tombstone
-from tasks.references import dataset_sha256
-
-ADAPTERS, DATASETS = "adapters", "datasets"
+from tasks.inbox.listing import read_state
+from tasks.lineage.tombstones import find_tombstone
 
 
 def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Every lineage that has left something in the store or in a work folder of this machine."""
-    found = {info.key.split("/")[1] for info in store.list(ADAPTERS) if info.key.count("/") >= 2}
-    found |= {info.key.split("/")[3] for info in store.list(DATASETS) if info.key.count("/") == 5}
+    found = {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
+    datasets = [keys.parse_dataset_file(info.key) for info in store.list(DATASETS)]
+    found |= {each.lineage for each in datasets if each and each.lineage}
     work = HomeSettings().home / "work"
     found |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
     return tuple(sorted(found))
@@ -60,13 +65,14 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
     versions = registry.versions(lineage)
     _require_registry_of(store, registry, lineage, versions)
     adapters: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in store.list(f"{ADAPTERS}/{lineage}"):
-        adapters[info.key.split("/")[2]].append(info)
+    for info in store.list(keys.adapters_folder(lineage)):
+        if each := keys.parse_adapter_file(info.key):
+            adapters[each.run].append(info)
     return Holdings(
         lineage=lineage,
         versions=versions,
         runs=list_runs(tracker, lineage),
-        adapters={key: _folder(f"{ADAPTERS}/{lineage}/{key}", infos) for key, infos in adapters.items()},
+        adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in _work_folders(lineage)},
         training_rows=_training_rows(store, lineage),
     )
@@ -78,7 +84,8 @@ def old_training_rows(store: ObjectStore, *, now: datetime, older_than: timedelt
         Removal(lineage="", kind="training rows", address=info.key, num_bytes=info.size,
                 reason="learned before training rows were deleted")
         for info in store.list(DATASETS)
-        if info.key.count("/") == 3 and info.key.endswith(f"/{TRAIN_FILE}") and info.modified < now - older_than
+        if (each := keys.parse_dataset_file(info.key)) and each.lineage is None and each.name == TRAIN_FILE
+        and info.modified < now - older_than
     )  # fmt: skip
 
 
@@ -114,7 +121,7 @@ def _require_registry_of(
     store: ObjectStore, registry: Registry, lineage: str, versions: Iterable[VersionInfo]
 ) -> None:
     known = {version.run_key for version in versions}
-    for info in store.list(f"ledger/{lineage}"):
+    for info in store.list(keys.ledger_folder(lineage)):
         try:
             entry = json.loads(store.get_bytes(info.key))
             run_key, version = entry["run_key"], entry["version"]
@@ -133,8 +140,8 @@ def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:
     """Stored training rows of a lineage that are not retained; a dataset without a manifest was never completed."""
     found = []
     for info in store.list(DATASETS):
-        parts = info.key.split("/")
-        is_train_file = len(parts) == 6 and parts[3] == lineage and parts[5] == TRAIN_FILE
+        file = keys.parse_dataset_file(info.key)
+        is_train_file = file is not None and file.lineage == lineage and file.name == TRAIN_FILE
         if is_train_file and not retains_training_rows(store, info.key.removesuffix(f"/{TRAIN_FILE}")):
             found.append(Folder(info.key, info.size, info.modified))
     return found
@@ -218,7 +225,7 @@ class KnownArrival:
 
     def inbox_keys(self, store: ObjectStore, registry: Registry) -> list[str]:
         """Files of the inbox that are this arrival: by their bytes, or as a watch has handled them."""
-        listing = [info for info in store.list(f"{INBOX}/{self.task}") if info.key.rsplit("/", 1)[1] != TASK_FILE]
+        listing = [info for info in store.list(keys.inbox_folder(self.task)) if keys.file_name(info.key) != TASK_FILE]
         etags = {info.key: info.etag for info in listing}
         handled = {
             each.key for each in _handled(store, registry, self.task)
@@ -328,7 +335,7 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
 def _known_digests(store: ObjectStore, registry: Registry) -> Iterator[tuple[str, str]]:
     for folder in (DATASETS, QUARANTINE):
         for info in store.list(folder):
-            yield (info.key.split("/")[1], info.key.split("/")[2])
+            yield keys.task_and_digest(info.key)
     for info in store.list(FORGOTTEN):
         task, _, name = info.key.removeprefix(f"{FORGOTTEN}/").partition("/")
         tombstone = find_tombstone(store, task, [name.removesuffix(".json")])
@@ -347,8 +354,8 @@ class _Handled(NamedTuple):
 
 def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Handled]:
     """The datasets that watches made of a task's files."""
-    for info in store.list("watch"):
-        lineage = info.key.removeprefix("watch/").removesuffix(".json")
+    for info in store.list(keys.WATCH):
+        lineage = keys.lineage_of_watch(info.key)
         sha256_of = {version.version: version.dataset_sha256 for version in registry.versions(lineage)}
         for key, handled in read_state(store, lineage).files.items():
             if task_of(key) == task and handled.version in sha256_of:

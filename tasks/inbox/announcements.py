@@ -10,7 +10,8 @@ from prefect.events import emit_event
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
-from tasks.inbox.listing import growing_pause, task_of
+from infra.store.keys import task_of
+from tasks.inbox.listing import growing_pause
 
 ARRIVAL_LANDED = "deal.arrival.landed"
 """The event; its resource is `deal.lineage.<name>`, its payload lineage, task, uri and etag."""

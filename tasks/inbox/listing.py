@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
+from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.keys import TASK_FILE, task_file_of, task_of
 
-INBOX = "inbox"
-TASK_FILE = "task.yaml"
 PAUSE = timedelta(seconds=60)
 """Before the second try of what may succeed later (a server was away, say); see `growing_pause`."""
 MAX_DOUBLINGS = 6
@@ -104,7 +104,7 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
     Raises:
         StoreError: the state cannot be understood.
     """
-    key = _state_key(lineage)
+    key = keys.watch_key(lineage)
     try:
         return InboxState.model_validate(json.loads(store.get_bytes(key)))
     except ObjectNotFoundError:
@@ -124,7 +124,7 @@ class KnownStates:
 
     def read(self, store: ObjectStore, lineage: str) -> InboxState:
         """As `read_state`."""
-        info = store.find(_state_key(lineage))
+        info = store.find(keys.watch_key(lineage))
         if info is None:
             return InboxState()
         known = self._read.get(lineage)
@@ -135,7 +135,7 @@ class KnownStates:
 
 def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
     """Keep the state of a lineage's watch."""
-    store.put_bytes(_state_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
+    store.put_bytes(keys.watch_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
 
 
 def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
@@ -146,7 +146,7 @@ def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ())
         companions: keys of files that belong to an arrival and are none of their own, such as test rows.
     """
     skipped = set(companions)
-    arrivals = [info for info in listing if _is_arrival(info.key) and info.key not in skipped]
+    arrivals = [info for info in listing if keys.is_arrival(info.key) and info.key not in skipped]
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 
@@ -220,21 +220,6 @@ def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
     return info.etag if beside is None else f"{info.etag} {beside.stamp}"
 
 
-def task_of(key: str) -> str:
-    """The task an arrival belongs to."""
-    return key.split("/")[1]
-
-
-def task_file_of(key: str) -> str:
-    """Where the file lies that tells of an arrival's task."""
-    return f"{INBOX}/{task_of(key)}/{TASK_FILE}"
-
-
-def _is_arrival(key: str) -> bool:
-    parts = key.split("/")
-    return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
-
-
 def _misplacement(key: str) -> str | None:
     folder, *names = key.split("/")
     if len(names) == 2 or names[-1] == TASK_FILE or any(name.startswith(".") for name in names):
@@ -245,7 +230,3 @@ def _misplacement(key: str) -> str | None:
         f"lies in a folder within its task's folder, where nothing is looked for; move it to {folder}/{names[0]}/"
         f"{'-'.join(names[1:])}"
     )
-
-
-def _state_key(lineage: str) -> str:
-    return f"watch/{lineage}.json"

@@ -13,19 +13,9 @@ from pydantic import field_validator
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
+from infra.store.keys import INBOX, task_file_of, task_of
 from tasks.adaptation.ingest import reading_the_task
-from tasks.inbox.listing import (
-    INBOX,
-    Beside,
-    InboxState,
-    list_arrivals,
-    list_beside,
-    misplaced_keys,
-    split_settled,
-    stamp_of,
-    task_file_of,
-    task_of,
-)
+from tasks.inbox.listing import Beside, InboxState, list_arrivals, list_beside, misplaced_keys, split_settled, stamp_of
 from tasks.spec import TaskFields, TaskSpec, parse
 
 TestFiles = dict[tuple[str, str], str | None]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.data.schema import label_key
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
@@ -22,7 +23,6 @@ from tasks.lineage.version_files import reading_stored
 from tasks.serving.predict import choose_task
 
 SCHEMA_VERSION = 1
-FOLDER = "labels"
 
 
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequen
 
 
 def _key(lineage: str, task_name: str) -> str:
-    return f"{FOLDER}/{lineage}/{task_name}.json"
+    return keys.labels_key(lineage, task_name)
 
 
 class LabelsResult(BaseModel):

@@ -15,12 +15,12 @@ from infra.promotions import Move
 from infra.report.kept import kept_reports
 from infra.report.run_report import RunReport
 from infra.settings import TrackingSettings
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.registry import VersionFacts
 from infra.version_log import StoredVersion
 from tasks.adaptation.resume import read_findings
 from tasks.lineage.record import RECORD_FILE, LineageRecord, read_record
-from tasks.lineage.stored_lineage import ADAPTERS
 
 
 def find_older(
@@ -38,7 +38,7 @@ def find_older(
     found, problems = [], []
     taken = {stored.version for stored in written}
     for folder in _folders(store, lineage, {stored.facts.adapter_uri for stored in written}):
-        short_key = folder.rsplit("/", 1)[1]
+        short_key = keys.file_name(folder)
         try:
             version = _version_of(store, lineage, folder, reports.get(short_key), moves)
         except DealError as error:
@@ -57,7 +57,7 @@ def find_older(
 
 def _folders(store: ObjectStore, lineage: str, known: Collection[str]) -> Iterator[str]:
     """Adapters of runs that came as far as to register a version."""
-    for info in store.list(f"{ADAPTERS}/{lineage}"):
+    for info in store.list(keys.adapters_folder(lineage)):
         folder, _, name = info.key.rpartition("/")
         if name == RECORD_FILE and folder not in known:
             yield folder
@@ -94,7 +94,7 @@ def _by_log(
         return None
     sha256 = findings["dataset"]["sha256"]
     entry = Ledger(store).find(lineage, sha256)
-    if entry is None or entry.run_key[:16] != folder.rsplit("/", 1)[1]:
+    if entry is None or entry.run_key[:16] != keys.file_name(folder):
         return None
     move = next((move for move in moves if (move.action, move.version) == ("promoted", entry.version)), None)
     if move is None:

@@ -14,9 +14,10 @@ from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from infra.store.base import ObjectStore
+from infra.store.keys import settings_key
 from tasks.context import current_store
 from tasks.lineage.record import LineageRecord
-from tasks.lineage.settings import DEFAULT, WatchedLineage, key_of, stored_values
+from tasks.lineage.settings import DEFAULT, WatchedLineage, stored_values
 from tasks.references import Arrival
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec, LineageSpec, parse, read_lineage_values, resolve_base
 
@@ -70,7 +71,7 @@ def _parse_over_stored(
     lineage = given.get("lineage", said.get("lineage", DEFAULT))
     stored = stored_values(store, lineage)
     if stored:
-        origin += f" over {store.uri_of(key_of(lineage))}"
+        origin += f" over {store.uri_of(settings_key(lineage))}"
     values = _over(stored, said, model)
     if path is not None:
         parse(model, values, origin)

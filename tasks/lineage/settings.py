@@ -13,12 +13,12 @@ from deal_core.errors import ConfigError
 from deal_core.printable import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from flows.cli.console import in_one_line
+from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.progress import Interrupted
 from tasks.spec import NAME_PATTERN, LineageSpec, Name, parse
 
 logger = logging.getLogger(__name__)
-FOLDER = "lineages"
 DEFAULT = "default"
 _logged: dict[str, str] = {}
 
@@ -32,18 +32,13 @@ class WatchedLineage(LineageSpec):
     """It learns these tasks alone; none: every task of the inbox."""
 
 
-def key_of(lineage: str) -> str:
-    """Where a lineage's file lies."""
-    return f"{FOLDER}/{lineage}.yaml"
-
-
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     """The file of a lineage; the defaults for a lineage called "default" that has none.
 
     Raises:
         ConfigError: there is no such lineage, or its file does not fit.
     """
-    uri = store.uri_of(key_of(lineage))
+    uri = store.uri_of(keys.settings_key(lineage))
     values = _read_values(store, lineage)
     if values is None:
         if lineage == DEFAULT:
@@ -63,7 +58,7 @@ def stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
     values = _read_values(store, lineage)
     if values is None:
         return {}
-    parse(WatchedLineage, values, store.uri_of(key_of(lineage)))
+    parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
     return values
 
 
@@ -73,9 +68,9 @@ def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
     Raises:
         ConfigError: it is no mapping, or about another lineage.
     """
-    uri = store.uri_of(key_of(lineage))
+    uri = store.uri_of(keys.settings_key(lineage))
     try:
-        values = yaml_mapping(store.get_bytes(key_of(lineage), at_most=MAX_BYTES + 1), uri)
+        values = yaml_mapping(store.get_bytes(keys.settings_key(lineage), at_most=MAX_BYTES + 1), uri)
     except ObjectNotFoundError:
         return None
     except UnusableObjectError as error:
@@ -95,7 +90,7 @@ class Lineages(NamedTuple):
 
 def read_lineages(store: ObjectStore) -> Lineages:
     """Every lineage there is a file for, by name; the default one where there is none."""
-    names = [info.key.removeprefix(f"{FOLDER}/") for info in store.list(FOLDER)]
+    names = [keys.file_name(info.key) for info in store.list(keys.LINEAGES)]
     names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and "/" not in name]
     found = Lineages([], {})
     for name in names or [DEFAULT]:
@@ -145,5 +140,5 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
     """Write a lineage's file, or replace it; return its address."""
     given = lineage.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump({"lineage": lineage.lineage, **given}, sort_keys=False, allow_unicode=True)
-    store.put_bytes(key_of(lineage.lineage), text.encode())
-    return store.uri_of(key_of(lineage.lineage))
+    store.put_bytes(keys.settings_key(lineage.lineage), text.encode())
+    return store.uri_of(keys.settings_key(lineage.lineage))

@@ -6,21 +6,19 @@ import json
 
 from deal_core.errors import RegistryError, StoreError
 from deal_core.masking import without_secrets
-from infra.promotions import PROMOTIONS, PromotionLog
+from infra.promotions import PromotionLog
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.rebuilding import is_being_rebuilt
 from infra.tracking.registry import Registry
-from infra.version_log import VERSIONS, VersionLog
-
-ADAPTERS = "adapters"
-LEDGER = "ledger"
+from infra.version_log import VersionLog
 
 
 def known_lineages(store: ObjectStore) -> tuple[str, ...]:
     """Every lineage that has a version, an adapter or a champion by the store, in alphabetical order."""
     return tuple(sorted({
-        info.key.split("/")[1]
-        for folder in (ADAPTERS, VERSIONS, PROMOTIONS)
+        keys.lineage_of(info.key)
+        for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
         for info in store.list(folder) if info.key.count("/") >= 2
     }))  # fmt: skip
 
@@ -30,8 +28,8 @@ def stored_numbers(store: ObjectStore, lineage: str) -> frozenset[int]:
 
     What is damaged is passed over: this only tells that there were versions.
     """
-    moved = {info.key for info in store.list(f"{PROMOTIONS}/{lineage}")}
-    found = {_number_in(store, key) for key in moved | {info.key for info in store.list(f"{LEDGER}/{lineage}")}}
+    moved = {info.key for info in store.list(keys.promotion_folder(lineage))}
+    found = {_number_in(store, key) for key in moved | {info.key for info in store.list(keys.ledger_folder(lineage))}}
     return VersionLog(store).numbers(lineage) | {number for number in found if number is not None}
 
 

@@ -14,10 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import DataValidationError, StoreError
+from infra.store import keys
 from infra.store.base import ObjectStore
-from tasks.references import dataset_sha256
-
-FORGOTTEN = "forgotten"
+from infra.store.keys import dataset_sha256
 
 
 class ForgottenRowsError(DataValidationError):
@@ -137,4 +136,4 @@ def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
 
 
 def _key(task: str, sha256: str) -> str:
-    return f"{FORGOTTEN}/{task}/{sha256}.json"
+    return keys.tombstone_key(task, sha256)

@@ -13,6 +13,7 @@ from deal_core.errors import DataValidationError, DealError, StoreError
 from deal_core.masking import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
+from infra.store.keys import lineage_of
 from infra.tracking.registry import open_registry
 from infra.version_log import VersionLog
 
@@ -157,7 +158,7 @@ def _open_weights(path: Path) -> None:
 
 def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
     """Which version a file beside this adapter is of, and what to do where it is damaged."""
-    lineage = adapter_uri.split("/")[1]
+    lineage = lineage_of(adapter_uri)
     restore, history = "Restore it from a backup of the store.", f"deal history --lineage {lineage}"
     number, is_champion = _number_of(store, lineage, adapter_uri)
     if number is None:

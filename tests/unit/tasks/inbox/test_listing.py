@@ -10,10 +10,10 @@ import pytest
 
 from deal_core.errors import StoreError
 from infra.store.base import ObjectInfo
+from infra.store.keys import INBOX, task_of
 from infra.store.local import FileStore
 from infra.store.open import open_store
 from tasks.inbox.listing import (
-    INBOX,
     PAUSE,
     Beside,
     InboxState,
@@ -22,7 +22,6 @@ from tasks.inbox.listing import (
     read_state,
     split_settled,
     stamp_of,
-    task_of,
     write_state,
 )
 
