@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from deal_core.masking import without_secrets
+from deal_core.printable import printable
+
+MAX_ERROR_CHARS = 2000
 
 
 class DealError(Exception):
@@ -46,3 +49,11 @@ class StoreError(DealError):
 
 class DiskFullError(DealError):
     """No room is left on a disk that a run writes to."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, on one line and without secrets; one that is not ours with its kind."""
+    message = without_secrets(" ".join(printable(str(error)).split()))
+    if len(message) > MAX_ERROR_CHARS:
+        message = f"{message[: MAX_ERROR_CHARS - 1]}…"
+    return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

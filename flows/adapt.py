@@ -29,8 +29,8 @@ from tasks.base import identify_base
 from tasks.context import current_store, end_run, fail_run, remove_work, start_run
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.resolve_spec import AskedSpec, arrival_of, choose_adapter, choose_base, choose_strategy, settings_of
+from tasks.memory_check import refuse_what_cannot_fit
 from tasks.notices import announce_failure, announce_version
-from tasks.planning import refuse_what_cannot_fit
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import AdaptationJob, DatasetRef, TrainSummary
 from tasks.spec import AdaptSpec

@@ -20,10 +20,9 @@ from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, ta
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.reading.readers import unique_keys
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed
 from deal_core.printable import brief
-from flows.cli.console import in_one_line
 from infra.settings import HomeSettings
 from infra.store.base import complete_file
 from tasks.base import identify_base

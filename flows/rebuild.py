@@ -14,7 +14,7 @@ from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 
 @flow(name="rebuild", flow_run_name="rebuild-{lineage}")
 async def rebuild(lineage: str) -> RebuildResult:
-    """Register a lineage's versions again; see `tasks.lineage.rebuild.rebuild_lineage`. Cancelled, it ends at the next version.
+    """Register a lineage's versions again; see `tasks.lineage.rebuild`. Cancelled, it ends at the next version.
 
     Raises:
         LineageBusyError: a run works on the lineage.

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import DataValidationError, TrainingDivergedError
+from deal_core.errors import DataValidationError, TrainingDivergedError, in_one_line
 from flows.adapt import adapt_held
-from flows.cli.console import in_one_line
 from flows.lock import hold_lineage
 from flows.results import AdaptResult
 from infra.store.base import ObjectInfo, ObjectStore

@@ -36,7 +36,9 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
-    """A local copy of an adapter's folder in the store, gone afterwards; `tasks.lineage.adapters` compares it with its digests.
+    """A local copy of an adapter's folder in the store, gone afterwards.
+
+    `tasks.lineage.adapters` compares the copy with the recorded digests.
 
     Raises:
         ObjectNotFoundError: its configuration or weights are missing.

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from deal_core.errors import DealError
 from deal_core.masking import without_known_secrets_inside, without_secrets
 from deal_core.printable import printable, printable_json
 
@@ -21,8 +20,6 @@ WIDTH = 120
 """Of tables that go to a file or a pipe."""
 
 
-MAX_ERROR_CHARS = 2000
-"""Of an error on one line: what a library says can hold a whole file."""
 
 
 class _Terminal(Console):
@@ -123,11 +120,3 @@ class Screen:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error says, on one line and without secrets; one that is not ours with its kind."""
-    message = without_secrets(" ".join(printable(str(error)).split()))
-    if len(message) > MAX_ERROR_CHARS:
-        message = f"{message[: MAX_ERROR_CHARS - 1]}…"
-    return message if isinstance(error, DealError) else f"{type(error).__name__}: {message}".rstrip(": ")

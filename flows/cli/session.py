@@ -15,10 +15,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from deal_core.errors import ConfigError, DealError
+from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.masking import without_secrets
 from deal_core.printable import printable
-from flows.cli.console import Screen, in_one_line
+from flows.cli.console import Screen
 
 COMMAND_PID = "DEAL_COMMAND_PID"
 """Tells the API's process which command it belongs to."""

@@ -23,9 +23,8 @@ from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import DealError
+from deal_core.errors import DealError, in_one_line
 from deal_core.masking import without_secrets
-from flows.cli.console import in_one_line
 from flows.server.stack import read_stack
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX

@@ -18,9 +18,8 @@ from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record
+from tasks.lineage.record import choose_task, read_record
 from tasks.lineage.version_files import reading_stored
-from tasks.serving.predict import choose_task
 
 SCHEMA_VERSION = 1
 

@@ -131,3 +131,17 @@ def require_same_base(record: LineageRecord, base: BaseRef) -> None:
             f"Lineage '{record.lineage}' adapts the base model {record.base.name} ({record.base.sha256[:12]}), you "
             f"gave {base.name} ({base.sha256[:12]}); a new base model starts a new lineage: give another --lineage."
         )
+
+
+def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
+    """The task of that name; None: the one learned last.
+
+    Raises:
+        ConfigError: the lineage does not know it.
+    """
+    name = record.matrix.trained[-1] if name is None else name
+    known = record.task(name)
+    if known is None:
+        names = ", ".join(task.schema.name for task in record.tasks)
+        raise ConfigError(f"Lineage '{record.lineage}' knows no task '{name}'; it knows {names}.")
+    return known

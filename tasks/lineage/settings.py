@@ -9,10 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, in_one_line
 from deal_core.printable import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
-from flows.cli.console import in_one_line
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.progress import Interrupted

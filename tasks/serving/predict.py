@@ -32,7 +32,7 @@ from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.history import find_version
-from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
 
 NUM_TOKENS = 5
 
@@ -110,20 +110,6 @@ def choose_version(lineage: str, number: str | None) -> VersionInfo:
     if number is None:
         require_through_gate(info)
     return info
-
-
-def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
-    """The task of that name; None: the one learned last.
-
-    Raises:
-        ConfigError: the lineage does not know it.
-    """
-    name = record.matrix.trained[-1] if name is None else name
-    known = record.task(name)
-    if known is None:
-        names = ", ".join(task.schema.name for task in record.tasks)
-        raise ConfigError(f"Lineage '{record.lineage}' knows no task '{name}'; it knows {names}.")
-    return known
 
 
 SCHEMA_VERSION = 1

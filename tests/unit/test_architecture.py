@@ -31,6 +31,10 @@ ONLY_IN = {
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOT_IMPORTED_BY_US = {"gguf": "transformers reads GGUF files with it"}
+WITHOUT_A_FLOW = {"results", "lock", "hooks"}
+"""Modules in the root of flows/ that hold no flow: what flows return, what they hold, what they tell."""
+MAX_MODULES = 15
+MAX_PARAMETERS = 8
 
 
 def sources(*folders: str) -> list[Path]:
@@ -106,6 +110,93 @@ def reads_surroundings(source: str) -> set[str]:
             if re.fullmatch(r"os\.(environ|getenv|getcwd|environb)|(pathlib\.)?Path\.(cwd|home)", name)}
 
 
+def import_graph(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """The modules of `trees` that each of them imports, wherever in the source the import stands."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        found = imported_modules(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[name] = (found & trees.keys()) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import themselves by way of others."""
+
+    def reached(start: str) -> set[str]:
+        found, waiting = set[str](), [start]
+        while waiting:
+            for name in graph[waiting.pop()] - found:
+                found.add(name)
+                waiting.append(name)
+        return found
+
+    return {name for name in graph if name in reached(name)}
+
+
+def names_used_twice(trees: dict[str, ast.AST]) -> dict[str, list[str]]:
+    """Public classes that more than one module defines."""
+    places: dict[str, list[str]] = {}
+    for module, tree in trees.items():
+        for node in tree.body:  # type: ignore[attr-defined]
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
+def long_signatures(tree: ast.AST) -> list[str]:
+    """Functions with more parameters than a caller can keep apart."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if len([each for each in given if each.arg not in ("self", "cls")]) > MAX_PARAMETERS:
+                found.append(node.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.AST]:
+    return {module_name(path): ast.parse(path.read_text("utf-8")) for path in sources(*PACKAGES)}
+
+
+def test_every_module_in_the_root_of_flows_defines_a_flow() -> None:
+    without = {path.stem for path in (ROOT / "flows").glob("*.py") if "@flow(" not in path.read_text("utf-8")}
+    assert without - {"__init__"} <= WITHOUT_A_FLOW
+
+
+def test_a_folder_has_few_modules() -> None:
+    folders = {path.parent for path in sources(*PACKAGES)}
+    sizes = {str(folder.relative_to(ROOT)): len([*folder.glob("*.py")]) - 1 for folder in folders}
+    assert not {folder: size for folder, size in sizes.items() if size > MAX_MODULES}
+
+
+def test_no_module_imports_itself_by_way_of_others(trees: dict[str, ast.AST]) -> None:
+    assert not circles(import_graph(trees))
+
+
+def test_a_circle_is_found() -> None:
+    parsed = {name: ast.parse(source) for name, source in (
+        ("p.a", "from p import b"), ("p.b", "def f():\n    from p.c import x"), ("p.c", "import p.a"),
+        ("p.d", "import p.a"),
+    )}  # fmt: skip
+    assert circles(import_graph(parsed)) == {"p.a", "p.b", "p.c"}
+
+
+def test_no_two_public_classes_have_one_name(trees: dict[str, ast.AST]) -> None:
+    assert not names_used_twice(trees)
+    assert names_used_twice({"a": ast.parse("class Row: ..."), "b": ast.parse("class Row: ...")}) == {"Row": ["a", "b"]}
+
+
+def test_no_function_outside_the_command_line_has_many_parameters(trees: dict[str, ast.AST]) -> None:
+    found = {name: each for name, tree in trees.items()
+             if not name.startswith("flows.cli") and (each := long_signatures(tree))}
+    assert not found
+    assert long_signatures(ast.parse("def f(self, a, b, c, d, /, e, f, g, *, h, i): ..."))
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_go_one_way(package: str) -> None:
     files = sources(package)
@@ -123,7 +214,7 @@ def test_imports_go_one_way(package: str) -> None:
         ("infra", "import tasks"),
         ("infra", "import prefect"),
         ("tasks", "import boto3"),
-        ("tasks", "from tasks.spec import AdaptSpec"),
+        ("tasks", "from flows.adapt import adapt"),
         ("flows", "import mlflow as anything"),
     ],
 )

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from deal_core.errors import DealError
-from flows.cli.console import MAX_ERROR_CHARS, Screen, in_one_line
+from deal_core.errors import MAX_ERROR_CHARS, DealError, in_one_line
+from flows.cli.console import Screen
 from flows.cli.tables import new_table
 
 EVIL = "\x1b[31m[red]a\x9b31m\u202e[/]\x07\ud800 [link=http://x]b"

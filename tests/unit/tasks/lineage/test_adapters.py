@@ -198,4 +198,4 @@ def test_no_other_module_copies_folders_out_of_the_store() -> None:
             names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             if names & {"borrowed_folder", "download_folder"}:
                 found.add(path.stem)
-    assert found == {"adapters", "services"}
+    assert found == {"adapters", "context"}
