@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from deal_core.printable import printable_json
 from flows.cli.session import Debug, Home, Json, Lineage, session
-from tasks.serving.registered import route_key
+from infra.store.keys import route_key
 
 if TYPE_CHECKING:
     from tasks.serving.registered import ServingRoute

@@ -11,6 +11,7 @@
     labels/LINEAGE/TASK.json                  labels that were added by command
     watch/LINEAGE.json                        what a watch has handled
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
+    serving/LINEAGE.json                      the name under which a vLLM server answers for a lineage
 
 Older stores have `datasets/TASK/SHA256/FILE`: lineages shared a dataset then.
 """
@@ -217,3 +218,8 @@ def lineage_of_watch(key: str) -> str:
 def tombstone_key(task: str, sha256: str) -> str:
     """The tombstone of a forgotten dataset or file."""
     return f"{FORGOTTEN}/{task}/{sha256}.json"
+
+
+def route_key(lineage: str) -> str:
+    """The route of a lineage: under which name a vLLM server answers."""
+    return f"serving/{lineage}.json"

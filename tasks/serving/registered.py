@@ -25,6 +25,7 @@ from deal_core.masking import without_secrets
 from deal_core.schema_version import require_schema_version
 from infra.serving.vllm import VllmClient, VllmError
 from infra.settings import VllmSettings
+from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
@@ -95,7 +96,7 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
     Raises:
         StoreError: it is damaged, or another version of this program wrote it.
     """
-    key = route_key(lineage)
+    key = keys.route_key(lineage)
     if not store.exists(key):
         return None
     remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
@@ -103,11 +104,6 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
         values: dict[str, Any] = json.loads(store.get_bytes(key))
         require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
         return ServingRoute.model_validate(values)
-
-
-def route_key(lineage: str) -> str:
-    """Where the route of a lineage lies in the object store."""
-    return f"serving/{lineage}.json"
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
@@ -279,4 +275,4 @@ def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionIn
 
 
 def _write(store: ObjectStore, route: ServingRoute) -> None:
-    store.put_bytes(route_key(route.lineage), (route.model_dump_json(indent=1) + "\n").encode())
+    store.put_bytes(keys.route_key(route.lineage), (route.model_dump_json(indent=1) + "\n").encode())

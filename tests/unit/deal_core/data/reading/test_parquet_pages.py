@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data import parquet_pages, parquet_plan, parquet_rows
+from deal_core.data.reading import parquet_pages, parquet_plan, parquet_rows
 from deal_core.data.reading.parquet_pages import MANY, PageError, look_at_chunk
 from deal_core.data.reading.parquet_plan import decoded_size
 from deal_core.data.reading.readers import read_batches, read_rows

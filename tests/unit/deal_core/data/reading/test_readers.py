@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data import lines, parquet_rows
+from deal_core.data.reading import lines, parquet_rows
 from deal_core.data.reading.readers import read_columns, read_rows
 from deal_core.errors import DataValidationError
 
