@@ -85,7 +85,7 @@ def test_two_devices_give_the_losses_of_one(tiny_base, tmp_path):
     rows_file = tmp_path / "rows.parquet"
     Dataset.from_list(ROWS).to_parquet(str(rows_file))
     job = TrainingJob(
-        TrainingSetup(
+        setup=TrainingSetup(
             task=TASK,
             strategy="deal",
             adapter=AdapterConfig(rank=4),

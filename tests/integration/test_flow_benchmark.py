@@ -148,7 +148,7 @@ def test_the_commands_adapter_and_training_reach_the_cells(
         ({"adapter": '{"rnk": 8}'}, r"unknown key 'adapter.rnk' \(known: rank, alpha, target_modules\)"),
         ({"adapter": '{"rank": 1}'}, "adapter.rank is 1; give at least 2"),
         ({"train": '{"num_processes": 2}'}, "num_processes is 2, but one process trains a cell"),
-        ({"part": "test"}, "'part'"),
+        ({"part": "test"}, "part is 'test'; give 'dev'"),
         ({"rows": -1}, "rows is -1; give at least 1"),
         ({"max_test_rows": 0}, "max_test_rows is 0; give at least 1"),
         ({"suite": "4"}, "either a suite or tasks"),

@@ -47,7 +47,7 @@ def job(base, tiny_base, task, rows, parent, tmp_path) -> TrainingJob:
     lengths = {len(base.tokenizer(label)["input_ids"]) for label in task.labels}
     assert len(lengths) > 1
     return TrainingJob(
-        TrainingSetup(
+        setup=TrainingSetup(
             task=task,
             strategy="deal",
             adapter=AdapterConfig(rank=4),
@@ -92,7 +92,7 @@ def assert_same(one: TrainingResult, two: TrainingResult, folder: Path) -> None:
 def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     """The ranks below a process, by number."""
     below = process.children(recursive=True)
-    return {each.environ()["RANK"]: each for each in below if "deal_core.training.ranks" in each.cmdline()}
+    return {each.environ()["RANK"]: each for each in below if each.cmdline()[-2:-1] == ["rank"]}
 
 
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
@@ -157,7 +157,8 @@ def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
 
 
 def test_a_job_is_read_as_it_was_written(job, tmp_path):
-    job = replace(job, method=MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(num_texts=3)))
+    method = MethodConfig(deal=DealConfig(widths=(0.5, 1.0)), rehearsal=RehearsalConfig(num_texts=3))
+    job = replace(job, setup=replace(job.setup, method=method))
     job.write(tmp_path / "job.json")
     assert TrainingJob.read(tmp_path / "job.json") == job
 

@@ -259,7 +259,7 @@ def test_an_endless_line_is_one_bad_row_and_never_in_memory(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("lines", "csv_records", "readers"):
-        monkeypatch.setattr(f"deal_core.data.{module}.MAX_LINE_CHARS", 2**16)
+        monkeypatch.setattr(f"deal_core.data.reading.{module}.MAX_LINE_CHARS", 2**16)
     first, bad, last = ({"text": text, "label": "a"} for text in ("first", "x" * 2**23, "last"))
     path = write(tmp_path / f"rows.{kind}.gz", to_bytes(kind, [first, bad, last]))
     del bad
