@@ -1,0 +1,35 @@
+"""A cell's digest names its file, so cells that are stored already are found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.benchmark.cell import Cell, revision_of
+from deal_core.config import AdapterConfig, TrainConfig
+
+RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
+
+
+def settings_in(folder: str) -> dict[str, dict[str, Any]]:
+    """File names of the stored cells of today's revision, and the settings in them."""
+    found = {path.name: json.loads(path.read_text(encoding="utf-8"))["settings"]
+             for path in sorted((RESULTS / folder).glob("*-*.json"))}  # fmt: skip
+    return {name: each for name, each in found.items() if each.get("revision", 1) == revision_of(each["strategy"])}
+
+
+def cell_of(settings: dict[str, Any]) -> Cell:
+    """The cell that was stored."""
+    values = {name: value for name, value in settings.items() if name not in ("schema_version", "revision")}
+    adapter, train = AdapterConfig(**values.pop("adapter")), TrainConfig(**values.pop("train"))
+    return Cell(**values | {"adapter": adapter, "train": train, "tasks": tuple(values["tasks"])})
+
+
+@pytest.mark.parametrize("folder", ["continual", "development"])
+def test_stored_cells_of_todays_revision_keep_their_digests(folder: str) -> None:
+    stored = settings_in(folder)
+    assert len(stored) >= 30, "the stored cells were found"
+    assert {name: cell_of(settings).file_name for name, settings in stored.items()} == {name: name for name in stored}
