@@ -101,8 +101,11 @@ def test_an_unknown_field_is_refused(name: str) -> None:
         type(STORED[name][0]).from_json({**golden(name), "surprise": 1})
 
 
-@pytest.mark.parametrize(("name", "path"), [("manifest", ("task",)), ("deal", ("tasks", 0)), ("record", ("adapter",)),
-                                            ("deal", ("tasks", 0, "schema")), ("evaluation", ("adapter",))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("manifest", ("task",)), ("deal", ("tasks", 0)), ("record", ("adapter",)), ("deal", ("tasks", 0, "schema")),
+     ("evaluation", ("adapter",))],
+)  # fmt: skip
 def test_an_unknown_field_inside_is_refused(name: str, path: tuple[Any, ...]) -> None:
     values = golden(name)
     inner = values
