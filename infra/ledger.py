@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from deal_core.errors import StoreError
-from deal_core.schema_version import require_schema_version
+from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import ledger_key
 
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True, kw_only=True)
-class LedgerEntry:
+class LedgerEntry(VersionedJson):
     """A lineage has learned from a dataset."""
+
+    kept: ClassVar[Kept] = Kept("The ledger entry", StoreError, version=1)
 
     lineage: str
     sha256: str
     task: str
     run_key: str
     version: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_json` reads back."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LedgerEntry:
-        """Read what `to_json` wrote.
-
-        Raises:
-            StoreError: another version of this program wrote it.
-        """
-        return cls(**require_schema_version(values, SCHEMA_VERSION, "The ledger entry", StoreError))
 
 
 class Ledger:

@@ -1,4 +1,4 @@
-"""What a task's rows look like, and the record of one dataset. Standard library only, except for ROW_SCHEMA."""
+"""What a task's rows look like, and the record of one dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.printable import brief, listed
-from deal_core.schema_version import require_schema_version
+from deal_core.schema_version import Kept, VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
@@ -117,11 +117,6 @@ class TaskSchema:
         """The schema as a dict of JSON types."""
         return {**asdict(self), "labels": list(self.labels)}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskSchema:
-        """The inverse of `to_json`."""
-        return cls(**{**data, "labels": tuple(data.get("labels", ()))})
-
 
 def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
     """No part of a lone surrogate pair, which no file and no tokenizer can hold."""
@@ -167,8 +162,12 @@ def _check_template(template: str | None, task_format: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetManifest:
+class DatasetManifest(VersionedJson):
     """The record of one dataset: where it came from, what was kept and what was not."""
+
+    kept: ClassVar[Kept] = Kept(
+        "The manifest", DataValidationError, version=SCHEMA_VERSION, remedy="build the dataset again from its file"
+    )
 
     task: TaskSchema
     """The task with its format and labels filled in."""
@@ -193,20 +192,3 @@ class DatasetManifest:
     """Digest of the task's name and the good rows with the split that the user gave, if any: other than `sha256`, the
     same whichever test rows the lineage knew. None in older manifests."""
     schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as a dict of JSON types."""
-        return {
-            **asdict(self), "task": self.task.to_json(), "problems": dict(self.problems), "files": list(self.files)
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DatasetManifest:
-        """The inverse of `to_json`.
-
-        Raises:
-            DataValidationError: The manifest has another schema version.
-        """
-        require_schema_version(data, SCHEMA_VERSION, "The manifest", DataValidationError,
-                               "build the dataset again from its file")
-        return cls(**{**data, "task": TaskSchema.from_json(data["task"]), "files": tuple(data.get("files", ()))})

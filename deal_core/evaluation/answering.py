@@ -7,18 +7,16 @@ with how each task is asked. The base model itself is not in it; it is found whe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
-from deal_core.schema_version import require_schema_version
+from deal_core.schema_version import Kept, VersionedJson
 
 SERVED_FILE = "deal.json"
-SCHEMA_VERSION = 1
 
 
 class InputRow(NamedTuple):
@@ -54,8 +52,10 @@ class ServedTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedVersion:
+class ServedVersion(VersionedJson):
     """What `deal.json` holds."""
+
+    kept: ClassVar[Kept] = Kept(SERVED_FILE, AdapterStateError, version=1)
 
     lineage: str
     base_source: str
@@ -83,23 +83,9 @@ class ServedVersion:
         return task, task.readable(row.input, f"Row {number}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_json` reads back; a file's column names are of no use to who asks."""
-        tasks = [
-            {**asdict(task), "schema": replace(task.schema, columns={}).to_json()} for task in self.tasks
-        ]
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "tasks": tasks}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ServedVersion:
-        """Read what `to_json` wrote.
-
-        Raises:
-            AdapterStateError: another version of this program wrote it.
-        """
-        values = require_schema_version(values, SCHEMA_VERSION, SERVED_FILE, AdapterStateError)
-        tasks = tuple(ServedTask(**{**task, "schema": TaskSchema.from_json(task["schema"])})
-                      for task in values.pop("tasks"))  # fmt: skip
-        return cls(**values, tasks=tasks)
+        """A JSON-able dict that `from_json` reads back; a file's column names are of no use to a client."""
+        asked = tuple(replace(task, schema=replace(task.schema, columns={})) for task in self.tasks)
+        return super(ServedVersion, replace(self, tasks=asked)).to_json()
 
 
 def read_served(folder: Path) -> ServedVersion:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
-from deal_core.schema_version import require_schema_version
-
-SCHEMA_VERSION = 1
+from deal_core.schema_version import Kept, VersionedJson
 
 
 @dataclass(frozen=True)
-class AccuracyMatrix:
+class AccuracyMatrix(VersionedJson):
     """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
 
     Accuracies are shares, 0 to 1. Known are a task's cells of the version that first learned it and of the last one;
     in a lineage also of those between. Before it was learned they are None, except that of the version just before,
     which forward transfer needs.
     """
+
+    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()
     """Columns, in order of first arrival."""
@@ -150,23 +152,13 @@ class AccuracyMatrix:
         assert value is not None, "checked when the matrix was made"
         return value
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, for `json.dumps`."""
-        return {
-            "schema_version": SCHEMA_VERSION, "tasks": list(self.tasks), "trained": list(self.trained),
-            "rows": [list(row) for row in self.rows], "base": list(self.base),
-        }
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> AccuracyMatrix:
-        """The matrix that `to_json` wrote.
+def _matrix_of(values: Any) -> AccuracyMatrix:
+    return values if isinstance(values, AccuracyMatrix) else AccuracyMatrix.from_json(values)
 
-        Raises:
-            ValueError: another schema version.
-        """
-        require_schema_version(data, SCHEMA_VERSION, "The accuracy matrix", ValueError)
-        return cls(tasks=tuple(data["tasks"]), trained=tuple(data["trained"]),
-                   rows=tuple(tuple(row) for row in data["rows"]), base=tuple(data["base"]))
+
+KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSerializer(AccuracyMatrix.to_json)]
+"""A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.metrics import KeptMatrix
 from deal_core.evaluation.significance import PairedDrop
-from deal_core.schema_version import require_schema_version
-
-SCHEMA_VERSION = 2
-_READ_VERSIONS = (1, 2)
-"""What 2 has beside 1 may be missing."""
+from deal_core.schema_version import Kept, VersionedJson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +24,11 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
+class EvaluationReport(VersionedJson):
     """What one adapter version can do, beside its parent and the untouched base. Accuracies are shares, 0 to 1."""
+
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=2, reads=(1, 2))
+    """What 2 has more than 1 may be missing."""
 
     task: str
     """The task that the version was trained on."""
@@ -43,7 +42,7 @@ class EvaluationReport:
     """The parent on the task, before training; None for the first version."""
     num_rows: Mapping[str, int]
     """Test rows of each task."""
-    matrix: AccuracyMatrix
+    matrix: KeptMatrix
     """The lineage's matrix, with the new version as its last row."""
     notes: tuple[str, ...] = ()
     """What a reader of the figures should know, such as a full adapter."""
@@ -64,32 +63,6 @@ class EvaluationReport:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)
         if missing:
             raise ValueError(f"The report of {self.task!r} has no accuracy of {sorted(missing)}; evaluate every task.")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for `json.dumps`."""
-        return {
-            "schema_version": SCHEMA_VERSION, "task": self.task, "accuracies": dict(self.accuracies),
-            "parent_accuracies": dict(self.parent_accuracies), "base_accuracy": self.base_accuracy,
-            "parent_accuracy_new_task": self.parent_accuracy_new_task, "num_rows": dict(self.num_rows),
-            "matrix": self.matrix.to_json(), "notes": list(self.notes), "outcomes": dict(self.outcomes),
-            "parent_outcomes": dict(self.parent_outcomes), "perplexity": self.perplexity,
-            "base_perplexity": self.base_perplexity, "adapter": self.adapter and asdict(self.adapter),
-            "majority_rate": self.majority_rate,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EvaluationReport:
-        """The report that `to_json` wrote.
-
-        Raises:
-            ValueError: another schema version.
-        """
-        fields = require_schema_version(data, _READ_VERSIONS, "The evaluation report", ValueError)
-        fields["matrix"] = AccuracyMatrix.from_json(fields["matrix"])
-        fields["notes"] = tuple(fields["notes"])
-        if fields.get("adapter"):
-            fields["adapter"] = AdapterFacts(**fields["adapter"])
-        return cls(**fields)
 
     def paired_drop(self, task: str) -> PairedDrop | None:
         """What the new version lost of its parent's right answers; None where the parent's were not kept."""

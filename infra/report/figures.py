@@ -134,14 +134,21 @@ def name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> No
             label.set(ha="right", rotation=35, rotation_mode="anchor")
 
 
-def accuracy_over_versions(matrix: AccuracyMatrix) -> Figure:
-    """One line a task, from the version that first learned it to the last."""
+def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ()) -> Figure:
+    """One line a task, from the version that first learned it to the last.
+
+    Args:
+        matrix: one row a version.
+        versions: what to call each version; without them they are counted.
+    """
     figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
     if not matrix.rows:
         say_empty(axes, "no version yet")
         return figure
     draw_lines(axes, matrix)
+    if versions:
+        _name_steps(axes, versions)
     axes.set_title(f"Accuracy of every task, version by version{describe(matrix, ' · ')}", fontsize=11, loc="left")
     return figure
 
@@ -166,6 +173,13 @@ def draw_lines(axes: Axes, matrix: AccuracyMatrix) -> None:
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
+
+
+def _name_steps(axes: Axes, versions: Sequence[str]) -> None:
+    """Write the names of the versions, which count from 1, below their steps; where there are many, of some."""
+    ticks = MaxNLocator(nbins=12, integer=True).tick_values(1, max(len(versions), 2))
+    steps = [int(tick) for tick in ticks if 1 <= tick <= len(versions)]
+    axes.set_xticks(steps, [versions[step - 1] for step in steps])
 
 
 def _mark(axes: Axes, column: int, steps: list[Any], values: list[float], **options: Any) -> None:
@@ -204,7 +218,7 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
         smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
         axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
         axes.text(1, 1.02, f"line: running mean of {2 * half + 1} points", transform=axes.transAxes, ha="right",
-                  fontsize=8, color=MUTED)  # fmt: skip
+                  fontsize=9, color=MUTED)  # fmt: skip
     tidy(axes)
     axes.set_ylim(0, float(values.max()) * 1.06 or 1)
     axes.set_xlim(left=0)
@@ -233,7 +247,7 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
         panel.bar(list(shares), heights, color=COLOURS[0], width=0.82)
         mean = sum(heights) / len(heights)
         panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
-        panel.text(1.008, mean / 100, f"mean\n{mean:.0f} %", transform=panel.transAxes, va="center", fontsize=8,
+        panel.text(1.008, mean / 100, f"mean\n{mean:.0f} %", transform=panel.transAxes, va="center", fontsize=9,
                    color=COLOURS[1])  # fmt: skip
         tidy(panel)
         panel.set_ylim(0, 100)

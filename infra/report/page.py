@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from infra.report import formatting as words
-from infra.report.charts import fill_bars, loss_chart, task_lines
+from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
+from infra.report.inline_svg import inline_svg
 from infra.report.run_report import RunReport
 
 NUM_SHADES = 11
@@ -46,6 +47,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         report: what `report.json` holds.
         evaluation: what `evaluation.json` holds.
     """
+    versions = words.versions_of(report, evaluation)
     slowest = max(report.seconds.values(), default=0.0) or 1.0
     context: dict[str, Any] = {
         "report": report,
@@ -53,14 +55,23 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         "verdict": words.verdict_of(report),
         "origin": words.origin_of(report),
         "scores": words.scores_of(report, evaluation),
-        "matrix": matrix_rows(evaluation.matrix, words.versions_of(report, evaluation)),
-        "task_lines": task_lines(evaluation.matrix),
-        "loss": loss_chart(report.training.losses),
-        "fill": fill_bars(report.training.fill),
+        "matrix": matrix_rows(evaluation.matrix, versions),
+        "charts": _charts(report, evaluation, versions),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": words.totals(report.changed),
     }
     return _environment().get_template("page.html.j2").render(context)
+
+
+def _charts(report: RunReport, evaluation: EvaluationReport, versions: Sequence[str]) -> dict[str, str]:
+    """The page's figures by name, each an SVG element."""
+    tasks = accuracy_over_versions(evaluation.matrix, versions)
+    loss, fill = loss_curve(report.training.losses), fill_bars(report.training.fill)
+    return {
+        "tasks": inline_svg(tasks, "tasks", "Accuracy of every task, version by version"),
+        "loss": inline_svg(loss, "loss", "Training loss over optimiser steps"),
+        "fill": inline_svg(fill, "fill", "Share of the adapter's slots in use, layer by layer"),
+    }
 
 
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:

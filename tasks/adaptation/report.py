@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from infra.report import formatting as words
-from infra.report.charts import thin
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.formatting import verdict_of
 from infra.report.page import matrix_rows, render_page
@@ -117,6 +116,13 @@ def _training(strategy: str, summary: TrainSummary) -> Training:
         losses=tuple(thin(losses, MAX_LOSSES)),
         fill=summary.fill,
     )
+
+
+def thin(points: Sequence[tuple[int, float]], limit: int) -> list[tuple[int, float]]:
+    """At most `limit` of the points, evenly chosen, the first and the last among them."""
+    if len(points) <= limit:
+        return list(points)
+    return [points[round(number * (len(points) - 1) / (limit - 1))] for number in range(limit)]
 
 
 def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Quality:

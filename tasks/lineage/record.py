@@ -7,20 +7,20 @@ from the object store alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.metrics import AccuracyMatrix
-from deal_core.schema_version import require_schema_version
+from deal_core.evaluation.metrics import KeptMatrix
+from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
 from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef
 
-SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 
 
@@ -33,8 +33,8 @@ class KnownTask:
     num_test: int
     max_prompt_tokens: int
     """Length of prompt that the task is judged and asked with, whatever later arrivals are trained with."""
-    max_new_tokens: int
-    """Longest answer that it is judged and asked with, likewise."""
+    max_new_tokens: int = EvaluateConfig().max_new_tokens
+    """Longest answer that it is judged and asked with, likewise. Older records lack it: theirs was the default."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
         """The same task, judged by the test rows of another dataset."""
@@ -42,15 +42,18 @@ class KnownTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LineageRecord:
+class LineageRecord(VersionedJson):
     """State of a lineage at one version."""
+
+    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str
     base: BaseRef
     strategy: str
     adapter: AdapterConfig
     tasks: tuple[KnownTask, ...]
-    matrix: AccuracyMatrix
+    matrix: KeptMatrix
 
     def task(self, name: str) -> KnownTask | None:
         """The known task of that name."""
@@ -62,45 +65,6 @@ class LineageRecord:
             return {}
         return {name: value for name, value in zip(self.matrix.tasks, self.matrix.rows[-1], strict=True)
                 if value is not None}  # fmt: skip
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_json` reads back."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "lineage": self.lineage,
-            "base": self.base.model_dump(),
-            "strategy": self.strategy,
-            "adapter": asdict(self.adapter),
-            "tasks": [
-                {"schema": known.schema.to_json(), "dataset_uri": known.dataset_uri, "num_test": known.num_test,
-                 "max_prompt_tokens": known.max_prompt_tokens, "max_new_tokens": known.max_new_tokens}
-                for known in self.tasks
-            ],
-            "matrix": self.matrix.to_json(),
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LineageRecord:
-        """Read what `to_json` wrote.
-
-        Raises:
-            StoreError: the record was written by another version of this program.
-        """
-        require_schema_version(values, SCHEMA_VERSION, f"The lineage's {RECORD_FILE}", StoreError)
-        adapter = dict(values["adapter"])
-        if adapter["target_modules"] is not None:
-            adapter["target_modules"] = tuple(adapter["target_modules"])
-        return cls(
-            lineage=values["lineage"], base=BaseRef.model_validate(values["base"]), strategy=values["strategy"],
-            adapter=AdapterConfig(**adapter),
-            tasks=tuple(
-                KnownTask(schema=TaskSchema.from_json(known["schema"]), dataset_uri=known["dataset_uri"],
-                          num_test=known["num_test"], max_prompt_tokens=known["max_prompt_tokens"],
-                          max_new_tokens=known.get("max_new_tokens", EvaluateConfig().max_new_tokens))
-                for known in values["tasks"]
-            ),
-            matrix=AccuracyMatrix.from_json(values["matrix"]),
-        )  # fmt: skip
 
 
 def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:

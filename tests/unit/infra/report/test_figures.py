@@ -92,6 +92,14 @@ def test_lines_start_where_a_task_was_first_learned() -> None:
     assert texts(axes) == ["75.0  bank", "70.0  clinic", "80.0  parcels"]
 
 
+@pytest.mark.parametrize("num_versions", [1, 2, 9, 40])
+def test_steps_have_the_names_of_their_versions(num_versions: int) -> None:
+    names = [str(10 + number) for number in range(num_versions)]
+    axes = accuracy_over_versions(make_matrix(*["bank"] * num_versions), names).axes[0]
+    named = dict(zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
+    assert 1 <= len(named) <= 13 and {step: names[int(step) - 1] for step in named} == named
+
+
 def test_labels_are_spread_and_keep_their_order() -> None:
     moved = spread([50.0, 50.5, 10.0, 51.0], gap=5)
     assert sorted(range(4), key=lambda index: moved[index]) == [2, 0, 1, 3]

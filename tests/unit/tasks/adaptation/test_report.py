@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deal_core.evaluation.metrics import AccuracyMatrix
-from tasks.adaptation.report import NEWEST, markdown_of
+from tasks.adaptation.report import NEWEST, markdown_of, thin
 from tests.report_sample import sample_evaluation, sample_report
 
 
@@ -22,3 +22,10 @@ def test_only_the_newest_versions_are_in_its_matrix_and_it_says_how_many_are_not
     assert rows == [["base", "|"], *(["row", str(number)] for number in range(3, NEWEST + 3))]
     assert "2 older versions left out here" in page
     assert "left out" not in page_after(NEWEST)
+
+
+def test_thinning_keeps_both_ends() -> None:
+    losses = [(step, float(step)) for step in range(1000)]
+    kept = thin(losses, 10)
+    assert len(kept) == 10 and (kept[0], kept[-1]) == (losses[0], losses[-1]) and kept == sorted(kept)
+    assert thin(losses[:10], 10) == losses[:10]

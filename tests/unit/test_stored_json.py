@@ -1,0 +1,139 @@
+"""What is kept as JSON: the bytes stay those of `tests/golden/json`, which earlier code wrote, and are read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.errors import AdapterStateError, DataValidationError, StoreError
+from deal_core.evaluation.answering import ServedTask, ServedVersion
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from infra.ledger import LedgerEntry
+from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.references import BaseRef
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "json"
+TASKS = (
+    TaskSchema(name="bank", labels=("Überweisung", "card lost"), instruction="Which?", template="{text}\n→"),
+    TaskSchema(name="talk", format="chat", columns={"messages": "Verlauf"}),
+)
+MATRIX = AccuracyMatrix(
+    tasks=("bank", "talk"), trained=("bank", "talk"), rows=((0.9, None), (1.0, 1 / 3)), base=(0.25, None)
+)
+REPORT = EvaluationReport(
+    task="talk", accuracies={"bank": 1.0, "talk": 1 / 3}, parent_accuracies={"bank": 0.9}, base_accuracy=0.0,
+    parent_accuracy_new_task=None, num_rows={"bank": 20, "talk": 3}, matrix=MATRIX, notes=("Größe.",),
+    outcomes={"bank": "1" * 20, "talk": "100"}, parent_outcomes={"bank": "1" * 18 + "00"}, perplexity=31.5,
+    base_perplexity=float("inf"), adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True), majority_rate=0.5,
+)  # fmt: skip
+MANIFEST = DatasetManifest(
+    task=TASKS[0], sha256="ab" * 32, source="März.csv", num_read=10, num_train=5, num_test=3, num_rejected=2,
+    problems={"empty text": 2}, split="given", retain_training_rows=True, files=("cd" * 32,), landed_sha256="ef" * 32,
+)  # fmt: skip
+RECORD = LineageRecord(
+    lineage="support", base=BaseRef(source="hub:x/y", name="y", sha256="01" * 32, quantize="4bit"), strategy="deal",
+    adapter=AdapterConfig(rank=8, alpha=4, target_modules=("q_proj", "v_proj")),
+    tasks=tuple(KnownTask(schema=task, dataset_uri=f"datasets/{task.name}/x", num_test=3, max_prompt_tokens=256,
+                          max_new_tokens=7) for task in TASKS),
+    matrix=MATRIX,
+)  # fmt: skip
+SERVED = ServedVersion(
+    lineage="support", base_source="/models/y", base_name="y", base_sha256="01" * 32,
+    tasks=tuple(ServedTask(schema=task, max_prompt_tokens=256, max_new_tokens=7) for task in TASKS),
+    newest_task="talk",
+)  # fmt: skip
+ENTRY = LedgerEntry(lineage="support", sha256="ab" * 32, task="bank", run_key="23" * 32, version="4")
+STORED: dict[str, tuple[Any, type[Exception]]] = {
+    "evaluation": (REPORT, ValueError), "matrix": (MATRIX, ValueError), "manifest": (MANIFEST, DataValidationError),
+    "record": (RECORD, StoreError), "deal": (SERVED, AdapterStateError), "ledger": (ENTRY, StoreError),
+}  # fmt: skip
+
+
+def golden(name: str) -> Any:
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def without_columns(served: ServedVersion) -> ServedVersion:
+    return ServedVersion.from_json(served.to_json())
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_the_bytes_are_those_that_earlier_code_wrote(name: str) -> None:
+    written = json.dumps(STORED[name][0].to_json(), ensure_ascii=False, indent=2).encode()
+    assert written == (GOLDEN / f"{name}.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_earlier_code_wrote_is_read(name: str) -> None:
+    value = STORED[name][0]
+    read = type(value).from_json(golden(name))
+    assert read == (without_columns(value) if name == "deal" else value)
+    assert type(value).from_json(read.to_json()) == read, "also without a way through a file"
+    assert repr(read) == repr(without_columns(value) if name == "deal" else value), "tuples are tuples again"
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("found", [99, "1", None])
+def test_what_another_release_wrote_is_refused(name: str, found: object) -> None:
+    value, error = STORED[name]
+    with pytest.raises(error, match=rf"has schema version {found}, this release reads 1( or 2)?; ") as raised:
+        type(value).from_json({**golden(name), "schema_version": found})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["evaluation", "record"])
+def test_a_matrix_inside_has_a_schema_version_of_its_own(name: str) -> None:
+    values = golden(name)
+    values["matrix"]["schema_version"] = 99
+    with pytest.raises(ValueError, match=r"^The accuracy matrix has schema version 99, this release reads 1; "):
+        type(STORED[name][0]).from_json(values)
+
+
+@pytest.mark.parametrize("name", ["evaluation", "manifest", "deal", "ledger"])
+def test_an_unknown_field_is_refused(name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match="surprise"):
+        type(STORED[name][0]).from_json({**golden(name), "surprise": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("manifest", ("task",)), ("deal", ("tasks", 0)), ("record", ("adapter",)), ("deal", ("tasks", 0, "schema")),
+     ("evaluation", ("adapter",))],
+)  # fmt: skip
+def test_an_unknown_field_inside_is_refused(name: str, path: tuple[Any, ...]) -> None:
+    values = golden(name)
+    inner = values
+    for step in path:
+        inner = inner[step]
+    inner["surprise"] = 1
+    with pytest.raises((TypeError, ValueError), match="surprise"):
+        type(STORED[name][0]).from_json(values)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_missing_field_is_refused(name: str) -> None:
+    for field in ("lineage", "tasks", "task"):
+        values = {each: value for each, value in golden(name).items() if each != field}
+        if values != golden(name):
+            with pytest.raises((TypeError, ValueError, KeyError), match=field):
+                type(STORED[name][0]).from_json(values)
+
+
+def test_what_a_field_refuses_is_said_in_its_own_words() -> None:
+    values = golden("matrix")
+    with pytest.raises(ValueError, match=r"^The matrix has \(2.0, None\) for 2 tasks; give shares from 0 to 1\.$"):
+        AccuracyMatrix.from_json({**values, "base": [2.0, None]})
+    with pytest.raises(ValueError, match=r"^The matrix has 1 rows for 2 versions"):
+        EvaluationReport.from_json({**golden("evaluation"), "matrix": {**values, "rows": values["rows"][:1]}})
+
+
+def test_a_task_from_before_answers_had_a_length_has_the_default() -> None:
+    values = golden("record")
+    del values["tasks"][0]["max_new_tokens"]
+    assert LineageRecord.from_json(values).tasks[0].max_new_tokens == EvaluateConfig().max_new_tokens
