@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -18,8 +22,6 @@ from deal_core.printable import printable, printable_json
 
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
-
-
 
 
 class _Terminal(Console):
@@ -85,6 +87,11 @@ class Screen:
         if not self.draws:
             yield
             return
+        if self._progress is not None:  # drawn already: a flow inside a command
+            if doing:
+                self.stage_started(doing)
+            yield
+            return
         columns = (
             SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
             TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
@@ -120,3 +127,24 @@ class Screen:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
+
+
+def this_command() -> str:
+    """How the running command can be called again from this shell, whether or not its environment is activated."""
+    running = Path(sys.argv[0])
+    if not (running.is_file() and os.access(running, os.X_OK)):
+        return "deal"  # called from Python
+    found = shutil.which(running.name)
+    if found is not None and Path(found).samefile(running):
+        return shlex.quote(running.name)
+    path = Path(os.path.abspath(running))
+    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(shown if os.sep in shown else f".{os.sep}{shown}")
+
+
+def home_option(home: Path) -> str:
+    """The --home that a further command needs; none where it is found without."""
+    if home == Path("deal-home").resolve():
+        return ""
+    shown = home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+    return f" --home {shlex.quote(str(shown))}"

@@ -1,19 +1,26 @@
-"""The frame of every command: its home, its screen, what a mistake looks like and which code it exits with."""
+"""The frame of every command: its home, its screen, what a mistake looks like and which code it exits with.
+
+`@command` gives a function the options --home, --json and --debug and makes it a command of `deal`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.console import RenderableType
+from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.masking import without_secrets
@@ -68,14 +75,35 @@ FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
 Home = Annotated[
     Path | None,
-    typer.Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
+    Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
                  show_default=False, rich_help_panel="Common"),
 ]  # fmt: skip
-Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
+Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]
+
+COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
+"""Name, annotation and default of the options that every command has."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command has found, and the exit code that follows from it."""
+
+    value: Any
+    """For programs, as JSON: a pydantic model, a list of them, or plain values."""
+    shown: Iterable[RenderableType]
+    """For people: lines and tables."""
+    failed: bool = False
+    rejected: bool = False
+    """The gate has rejected a version; only looked at where nothing failed."""
+
+    @property
+    def exit_code(self) -> int:
+        """The code that the command ends with."""
+        return FAILED if self.failed else REJECTED if self.rejected else 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +154,47 @@ class Session:
             finally:
                 signal.signal(signal.SIGINT, previous)
 
+    def show(self, result: CommandResult) -> None:
+        """Print a result: as JSON with --json, else as lines and tables."""
+        value = result.value
+        self.screen.result([*map(_plain, value)] if isinstance(value, list | tuple) else _plain(value), *result.shown)
+
+
+def command(
+    group: typer.Typer, doing: str | None = None, *, name: str | None = None
+) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
+    """Make a function a command of `group`, with the options --home, --json and --debug.
+
+    The function gets the opened Session as its first argument, and its own options by name. It returns its result,
+    which is printed and sets the exit code, or None where it has printed everything itself.
+
+    Args:
+        group: the command is added to it.
+        doing: what a spinner says while the function runs; None: the function shows its work itself.
+        name: the command's name; None: the function's.
+    """
+
+    def add(function: Callable[..., CommandResult | None]) -> Callable[..., CommandResult | None]:
+        @functools.wraps(function)
+        def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
+            with session(home, as_json, debug) as deal:
+                with nullcontext() if doing is None else deal.screen.working(doing):
+                    result = function(deal, **options)
+                if result is not None:
+                    deal.show(result)
+                    if result.exit_code:
+                        raise typer.Exit(result.exit_code)
+
+        own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+        by_name = inspect.Parameter.KEYWORD_ONLY
+        common = [inspect.Parameter(name, by_name, annotation=kind, default=value) for name, kind, value in COMMON]
+        parameters = [*(each.replace(kind=by_name) for each in own), *common]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        group.command(name)(run)
+        return function
+
+    return add
+
 
 @contextmanager
 def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
@@ -163,7 +232,6 @@ def _explain(error: Exception, home: Path | None) -> str:
     return f"{in_one_line(error)}. This was not expected; {where} where it happened."
 
 
-def exit_if_rejected(rejected: bool) -> None:
-    """End with the code that tells scripts of a gate's veto."""
-    if rejected:
-        raise typer.Exit(REJECTED)
+def _plain(value: Any) -> Any:
+    """A pydantic model as plain values; other values as they are. This module shall not import pydantic."""
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
