@@ -14,7 +14,7 @@ from flows.cli.versions import versions_app
 
 app = typer.Typer(
     name="deal",
-    help="Continual LoRA adaptation: files of new domains land, one adapter learns each without losing the last.",
+    help="Continual LoRA adaptation: one adapter learns domain after domain and keeps what it learned before.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,

@@ -35,25 +35,25 @@ def benchmark(
     ] = None,
     seed: Annotated[list[int] | None, Option("--seed", help="Seed of weights and row order.", show_default="0")] = None,
     rows: Annotated[int, Option("--rows", help="Training rows per task.")] = 300,
-    part: Annotated[str, Option("--part", help="Test rows: dev (to choose settings on) or reported.")] = ("reported"),
+    part: Annotated[str, Option("--part", help="Test rows: dev (for choosing settings) or reported.")] = "reported",
     max_test_rows: Annotated[
-        int | None, Option("--max-test-rows", help="Only the first so many test rows.", show_default="all")
+        int | None, Option("--max-test-rows", help="Use only the first N test rows.", show_default="all")
     ] = None,
     scored: Annotated[
         str, Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
     adapter: Annotated[
-        str,
-        Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules."),
+        str, Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
     ] = "{}",
     train: Annotated[str, Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
     method: Annotated[
-        list[str] | None, Option("--method", help="Changes to the methods' settings, as JSON; a cell for each.")
+        list[str] | None,
+        Option("--method", help="Changes to the methods' settings, as JSON. Repeat it to compare several."),
     ] = None,
     base: Annotated[str | None, Option("--base", help="Base model.", show_default="smollm2-135m-instruct")] = None,
     out: Annotated[Path | None, Option("--out", help="Folder of the cells.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult:
-    """Compare strategies on a suite of tasks; stored cells are kept, several commands share the work."""
+    """Compare strategies on a suite of tasks. Finished cells are kept; several commands can share the work."""
     from flows.benchmark import benchmark as benchmark_flow
     from flows.benchmark import spec_from_options
 

@@ -28,10 +28,12 @@ housekeeping_app = typer.Typer()
 def gc(
     deal: Session,
     lineage: Annotated[str | None, Option("--lineage", "-l", help="Only this lineage.", show_default="all")] = None,
-    older_than: Annotated[str, Option("--older-than", metavar="AGE", help="Age of what may go: 12h, 30d, 4w.")] = "30d",
+    older_than: Annotated[
+        str, Option("--older-than", metavar="AGE", help="Minimum age of what is removed: 12h, 30d, 4w.")
+    ] = "30d",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult:
-    """Remove left-over checkpoints, old rejected adapters and stored training rows that nobody needs again."""
+    """Remove left-over checkpoints, old rejected adapters and stored training rows that are no longer needed."""
     from flows.gc import gc as gc_flow
 
     outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
@@ -39,7 +41,7 @@ def gc(
 
 
 def show_gc(result: GcResult) -> Sequence[RenderableType]:
-    """What went, or would go."""
+    """What was removed, or would be."""
     left = [f"[yellow]{escape(name)} was at work and left alone.[/]" for name in result.busy]
     left += [f"[red]{escape(f'{name}: {problem}')}[/]" for name, problem in result.problems.items()]
     if not result.removals:
@@ -57,11 +59,11 @@ def show_gc(result: GcResult) -> Sequence[RenderableType]:
 def forget(
     deal: Session,
     arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
-    reason: Annotated[str, Option("--reason", help="Why, for the history; nothing of the rows.")] = "",
-    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only say what would be removed.")] = False,
+    reason: Annotated[str, Option("--reason", help="Reason, for the history. Quote no rows.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> CommandResult:
-    """Remove an arrival's rows wherever they lie, and name every version that learned from it."""
+    """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
     with deal.screen.working("looking"):
         from flows.forget import forget as forget_flow
         from flows.forget import plan_forget
@@ -80,17 +82,17 @@ def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
     """Ask on the terminal.
 
     Raises:
-        ConfigError: there is none to ask on.
+        ConfigError: there is no terminal, so --yes has to be given.
     """
     if deal.screen.as_json or not sys.stdin.isatty():
         raise ConfigError("Rows that are removed cannot be brought back: give --yes, or --dry-run to see which.")
     for renderable in shown:
         deal.screen.out.print(renderable, soft_wrap=isinstance(renderable, str))
-    typer.confirm("Remove all this for good?", abort=True)
+    typer.confirm("Remove all this? It cannot be undone.", abort=True)
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes in the unit that suits it.
+    """A number of bytes in a readable unit.
 
     Example:
         >>> size(1536)
@@ -104,12 +106,12 @@ def size(num_bytes: float) -> str:
 
 
 def show_forget_plan(plan: ForgetPlan) -> Sequence[RenderableType]:
-    """What would go, what cannot, and what follows."""
+    """What would be removed, what cannot be, and what follows."""
     return [*_held(plan, "Would be removed"), *_learned(plan.learned), *_follows(plan)]
 
 
 def show_forgotten(result: ForgetResult) -> Sequence[RenderableType]:
-    """What went, and who learned from it."""
+    """What was removed, and which versions learned from it."""
     plan = result.plan
     said = f"Arrival {plan.sha256[:12]} of {plan.task} was {result.tombstone.said}."
     return [*_held(plan, "Removed"), *_learned(plan.learned), *_follows(plan), f"[bold]{escape(said)}[/]"]

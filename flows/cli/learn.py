@@ -31,17 +31,18 @@ learn_app = typer.Typer()
 
 Base = Annotated[
     str | None,
-    Option("--base", help="Hub id, local folder or GGUF file.",
-                 show_default="the lineage's own, else smollm2-135m-instruct"),
-]  # fmt: skip
+    Option(
+        "--base",
+        help="Hub id, local folder or GGUF file.",
+        show_default="the lineage's own, else smollm2-135m-instruct",
+    ),
+]
 Strategy = Annotated[
     str | None,
-    Option("--strategy", help="deal, seq_lora, replay, o_lora, …",
-                 show_default="the lineage's own, else deal"),
-]  # fmt: skip
+    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
+]
 SpecLineage = Annotated[
-    str | None,
-    Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default"),
+    str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
 ]
 Version = Annotated[str | None, Option("--version", help="Adapter version.", show_default="the champion")]
 
@@ -49,13 +50,14 @@ Version = Annotated[str | None, Option("--version", help="Adapter version.", sho
 @command(learn_app, "starting")
 def demo(
     deal: Session,
-    compare: Annotated[bool, Option("--compare", help="The same arrivals also by plain continued LoRA.")] = False,
+    compare: Annotated[
+        bool, Option("--compare", help="Also let plain continued LoRA learn the same arrivals.")
+    ] = False,
     base: Annotated[
         str | None, Option("--base", help="Another base model.", show_default="smollm2-135m-instruct")
     ] = None,
     picture: Annotated[
-        Path | None,
-        Option("--picture", help="Where the result's picture goes (PNG).", show_default="HOME/demo.png"),
+        Path | None, Option("--picture", help="File for the picture of the result (PNG).", show_default="HOME/demo.png")
     ] = None,
 ) -> CommandResult:
     """Let three example domains arrive one after another and show what the adapter keeps of each."""
@@ -66,7 +68,7 @@ def demo(
 
 
 def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
-    """What the demo came to, lineages side by side."""
+    """The result of the demo, lineages side by side."""
     shown: list[RenderableType] = []
     numbers = ["AA", "forgetting", "BWT", "FWT", "champion"]
     comparison = new_table("lineage", "strategy", *numbers, right=numbers)
@@ -111,10 +113,10 @@ def adapt(
     base: Base = None,
     strategy: Strategy = None,
     again: Annotated[
-        bool, Option("--again", help="Train even if this arrival was adapted before, by this same command too.")
+        bool, Option("--again", help="Train even if this file was already learned. Repeating the command trains again.")
     ] = False,
 ) -> CommandResult:
-    """Adapt the lineage's champion to one file: by a spec, or by --task and --data."""
+    """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
     from tasks.context import current_store
     from tasks.lineage.resolve_spec import spec_from_options
 
@@ -131,7 +133,7 @@ def adapt(
 @command(learn_app, "starting")
 def watch(
     deal: Session,
-    once: Annotated[bool, Option("--once", help="Handle what is there, then end.")] = False,
+    once: Annotated[bool, Option("--once", help="Handle the files that are there, then end.")] = False,
     spec: Annotated[
         Path | None, Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
@@ -142,7 +144,7 @@ def watch(
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
-    poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two looks at the inbox.")] = 2.0,
+    poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
     from tasks.context import current_store
@@ -160,7 +162,7 @@ def watch(
 
 
 def show_watch(result: WatchResult) -> Sequence[RenderableType]:
-    """What a watch has handled."""
+    """The files that a watch has handled."""
     if not result.files:
         return ["Nothing new in the inbox."]
     table = new_table("file", "outcome", "version", "what happened", right=["version"])
@@ -171,7 +173,7 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
 
 @command(learn_app, "starting")
 def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
-    """Score a version afresh on the frozen test rows of every task it knows."""
+    """Score a version again on the frozen test rows of every task that it knows."""
     from flows.evaluate import evaluate as evaluate_flow
 
     outcome = deal.run(lambda: evaluate_flow(lineage, version))
@@ -179,7 +181,7 @@ def evaluate(deal: Session, lineage: Lineage = "default", version: Version = Non
 
 
 def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
-    """Fresh accuracies beside the recorded ones."""
+    """New accuracies next to the recorded ones."""
     numbers = ["now", "at its run", "test rows"]
     table = new_table("task", *numbers, right=numbers)
     for task, value in result.accuracies.items():
@@ -198,16 +200,16 @@ def history(
             "--at",
             metavar="TIME",
             formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
-            help="Say which version was champion then, by this machine's clock: 2026-11-01T09:30, or a date.",
+            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
             show_default=False,
         ),
     ] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
     newest: Annotated[
-        int, Option("--newest", "-n", help="So many versions, the newest ones; 0: all, as with --json.", min=0)
+        int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
 ) -> CommandResult:
-    """List the versions of a lineage: task, scores, the gate's word, aliases; or who was champion when."""
+    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
     from tasks.lineage.history import read_champion_at, read_history, read_moves
 
     if at is not None:
@@ -264,12 +266,11 @@ def predict(
     lineage: Lineage = "default",
     version: Version = None,
     out: Annotated[
-        Path | None,
-        Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="beside the file"),
+        Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
     column: Annotated[
         str | None,
-        Option("--column", help="With --data: the column that is asked.", show_default="found by its name"),
+        Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
     ] = None,
 ) -> CommandResult:
     """Answer a text, or every row of a file, with the lineage's champion."""
@@ -324,10 +325,10 @@ def validate(
     ] = None,
     lineage: Annotated[
         str | None,
-        Option("--lineage", "-l", help="Lineage that shall learn it.", show_default="the spec's, else default"),
+        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
     ] = None,
 ) -> CommandResult:
-    """Check a file as ingest would, and keep nothing of it."""
+    """Check a file as a run would check it. Nothing is stored."""
     from tasks.validate import validate as validate_rows
 
     outcome = validate_rows(
@@ -338,7 +339,7 @@ def validate(
 
 
 def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
-    """What the checks say of a file."""
+    """The result of the checks of a file."""
     verdict = "[green]can be adapted[/]" if result.accepted else "[red]is refused[/]"
     shown: list[RenderableType] = [
         f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "

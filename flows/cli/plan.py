@@ -30,13 +30,13 @@ def plan(
         Option("--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"),
     ] = None,
     precision: Annotated[
-        str, Option("--precision", help="bf16, fp32 or auto, of the weights there: auto is this machine's.")
+        str, Option("--precision", help="Precision of the weights: bf16, fp32, or auto (this machine's).")
     ] = "auto",
     probe: Annotated[
-        bool, Option("--probe/--no-probe", help="Take three steps for the time, where the base model is here.")
+        bool, Option("--probe/--no-probe", help="Time three training steps if the base model is on this machine.")
     ] = True,
 ) -> CommandResult:
-    """Say what a run will take (memory, steps, time) and whether it fits; fetches no weights and keeps nothing."""
+    """Say what a run will take (memory, steps, time) and whether it fits. Fetches no weights and stores nothing."""
     from flows.server.embedded import calm_libraries
     from tasks.context import current_store
     from tasks.lineage.resolve_spec import spec_from_options
@@ -58,14 +58,12 @@ def fetch(
         "smollm2-135m-instruct"
     ),
 ) -> CommandResult:
-    """Bring a base model to this machine, checked and converted, so that runs need no network."""
+    """Fetch, check and convert a base model, so that runs need no network."""
     from deal_core.base_model.sources import resolve_base
     from infra.settings import HomeSettings
 
     folder = resolve_base(
-        source,
-        HomeSettings().cache_dir,
-        lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing),
+        source, HomeSettings().cache_dir, lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing)
     )
     return CommandResult({"source": source, "folder": str(folder)}, [escape(f"{source} is in {folder}")])
 
@@ -78,7 +76,7 @@ _VERDICTS = {
 
 
 def show_plan(found: PlanResult) -> Sequence[RenderableType]:
-    """What a run takes, and what to change where it does not fit."""
+    """What a run takes, and what to change if it does not fit."""
     total = sum(found.parameters.values())
     kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
     rehearsed = f" and {found.rehearsed_per_step} questions about old tasks" if found.rehearsed_per_step else ""

@@ -1,4 +1,4 @@
-"""Commands that let a lineage's champion answer: a server on this machine, and vLLM servers kept in step."""
+"""Commands that let a lineage's champion answer: a server on this machine, or a vLLM server."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def serve(
     deal: Session,
     lineage: Lineage = "default",
     port: Annotated[int, Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
-    host: Annotated[str, Option("--host", help="Address to listen on; there is no password.")] = "127.0.0.1",
+    host: Annotated[str, Option("--host", help="Address to listen on. The server asks for no password.")] = "127.0.0.1",
     trusted_host: Annotated[
         list[str] | None,
         Option(
             "--trusted-host",
             envvar="DEAL_TRUSTED_HOSTS",
             show_default=False,
-            help="Name under which clients ask for it, besides localhost; repeat it for several, * for all.",
+            help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all.",
         ),
     ] = None,
 ) -> None:
-    """Answer requests with the lineage's champion, always the version that has the alias now; Ctrl-C ends it."""
+    """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
     import asyncio
 
     from infra.serving.run import serve as serve_champion
 
     def tell(event: dict[str, Any], text: str) -> None:
-        if deal.screen.as_json:  # one line for each event, as this command goes on
+        if deal.screen.as_json:  # one line for each event, because this command does not end
             sys.stdout.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
             sys.stdout.flush()
         else:
@@ -61,7 +61,7 @@ def serve(
     has_ended = asyncio.run(serve_champion(
         lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
     ))  # fmt: skip
-    if not has_ended:  # Python would wait at its exit for the thread that asks MLflow
+    if not has_ended:  # at its exit Python would wait for the thread that asks MLflow
         sys.stdout.flush()
         os._exit(0)
 
@@ -74,7 +74,7 @@ def sync(
         str | None, Option("--url", help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")
     ] = None,
 ) -> CommandResult:
-    """Bring a vLLM server in step with the lineage's champion, once; what is in step already stays."""
+    """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
     from flows.serve_vllm import serve_vllm
     from tasks.spec import refuse_secrets
 

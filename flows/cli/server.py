@@ -1,4 +1,4 @@
-"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after."""
+"""Commands around the local servers: start, stop, deploy, status and ui; and the lineages that learn automatically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 server_app = typer.Typer()
 ui_app = typer.Typer()
-lineage_app = typer.Typer(help="Lineages that learn from the inbox by themselves.", no_args_is_help=True)
+lineage_app = typer.Typer(help="Lineages that learn from the inbox automatically.", no_args_is_help=True)
 
 
 @command(server_app, "starting")
@@ -32,9 +32,9 @@ def up(
     deal: Session,
     prefect_port: Annotated[int, Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
     mlflow_port: Annotated[int, Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
-    trainings: Annotated[int, Option("--trainings", min=1, help="Lineages that may learn at once.")] = 1,
+    trainings: Annotated[int, Option("--trainings", min=1, help="Lineages that may train at the same time.")] = 1,
 ) -> CommandResult:
-    """Start servers, deployments and workers on this machine; what lands is then adapted by itself."""
+    """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
     from flows.server.up import bring_up
 
     stack = asyncio.run(
@@ -47,9 +47,9 @@ def up(
 
 
 def show_stack(stack: Stack) -> Sequence[RenderableType]:
-    """What is up, and where to look."""
+    """What runs, and where to look."""
     return [
-        "[bold green]Everything is up.[/] Files that land in the inbox are adapted by themselves.",
+        "[bold green]Everything is up.[/] Files that land in the inbox are adapted automatically.",
         f"  runs        {stack.prefect_url}",
         f"  versions    {stack.mlflow_url}",
         "  what waits  deal status",
@@ -71,10 +71,10 @@ def down(deal: Session) -> CommandResult:
 def deploy(
     deal: Session,
     pool_type: Annotated[
-        str, Option("--type", help="How the pool that trains starts a run: process, docker or kubernetes.")
+        str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
     ] = "process",
 ) -> CommandResult:
-    """Tell the Prefect server at PREFECT_API_URL about pools, automations and deployments."""
+    """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
@@ -85,7 +85,7 @@ def deploy(
 
 @command(server_app, "looking")
 def status(deal: Session) -> CommandResult:
-    """Say what runs, what waits, what failed and why, and what is damaged; exit code 1: a part is gone or damaged."""
+    """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
     from flows.server.status import read_status
 
     found = asyncio.run(read_status(deal.home))
@@ -125,7 +125,7 @@ def _runs(runs: Sequence[RunStatus]) -> RenderableType:
 
 
 def _ago(seconds: float) -> str:
-    """A duration in its largest unit that is not zero."""
+    """A duration in its largest non-zero unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
@@ -138,7 +138,7 @@ def ui(
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
     port: Annotated[int, Option("--port", help="Port on the loopback address.")] = 5000,
 ) -> None:
-    """Say where MLflow shows the runs, or open it."""
+    """Show where MLflow lists the runs, or open it."""
     from flows.server.ui import open_ui, ui_address
 
     address = ui_address(port)
@@ -154,9 +154,11 @@ def ui(
 @command(lineage_app)
 def add(
     deal: Session,
-    spec: Annotated[Path, Argument(help="Lineage settings (YAML); `tasks:` names what it learns, else all.")],
+    spec: Annotated[
+        Path, Argument(help="Lineage settings (YAML). `tasks:` names the tasks that it learns; without it, all.")
+    ],
 ) -> CommandResult:
-    """Let a lineage learn from the inbox, or change how it does."""
+    """Let a lineage learn from the inbox, or change its settings."""
     from tasks.context import current_store
     from tasks.lineage.settings import WatchedLineage, add_lineage
     from tasks.spec import parse, read_lineage_values
@@ -179,7 +181,7 @@ def rebuild(deal: Session, lineage: Annotated[str, Argument(help="Name of the li
 
 
 def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
-    """What was registered again, and what could not be."""
+    """The versions that were registered again, and the problems."""
     names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
     lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
     if found.left_out:

@@ -20,17 +20,17 @@ def heading(text: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as points of a hundred; a dash where it is undefined."""
+    """A share in percent; a dash if undefined."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def points(value: float | None) -> str:
-    """A figure in points of a hundred; a dash where it is undefined."""
+    """Percentage points; a dash if undefined."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def interval(values: Sequence[float] | None) -> str:
-    """A difference with its interval; nothing where there is none."""
+    """A difference with its interval; empty if it was not computed."""
     return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
 
 

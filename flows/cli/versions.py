@@ -30,11 +30,10 @@ def report(
     version: Version,
     lineage: Lineage = "default",
     out: Annotated[
-        Path | None,
-        Option("--out", "-o", help="The HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html"),
+        Path | None, Option("--out", "-o", help="The HTML file.", show_default="HOME/reports/LINEAGE-VERSION.html")
     ] = None,
 ) -> CommandResult:
-    """Write a version's page again, from MLflow alone: verdict, accuracy, what it gained and lost, data, timings."""
+    """Write a version's page again from MLflow: verdict, accuracy, gains and losses, data, timings."""
     from tasks.adaptation.report import save_report
 
     written = save_report(lineage, version, out or deal.home / "reports" / f"{lineage}-{version}.html")
@@ -46,10 +45,12 @@ def report(
 def labels(
     deal: Session,
     task: Annotated[str, Argument(help="Task that the lineage knows.")],
-    add: Annotated[list[str], Option("--add", help="Label that its next arrivals may bring; several times.")],
+    add: Annotated[
+        list[str], Option("--add", help="Label that the task's next arrivals may use. Repeat it for several.")
+    ],
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """Give a task labels beside those that it was learned with."""
+    """Add labels to a task that the lineage has learned."""
     from tasks.lineage.labels import add_labels
 
     found = add_labels(lineage, task, add)
@@ -63,7 +64,7 @@ def labels(
 
 @command(versions_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
-    """Make a version that continues the champion the champion; the next arrival continues from it."""
+    """Make a version champion that continues the current champion. The next arrival continues from it."""
     from flows.promote import current_account, promote_to
 
     done = promote_to(lineage, version, who=current_account(), why=why)
@@ -74,13 +75,12 @@ def promote(deal: Session, version: Version, lineage: Lineage = "default", why: 
 def rollback(
     deal: Session,
     to: Annotated[
-        str | None,
-        Option("--to", help="Version to go back to.", show_default="the one that the champion continues"),
+        str | None, Option("--to", help="Version to go back to.", show_default="the one that the champion continues")
     ] = None,
     lineage: Lineage = "default",
     why: Why = "rolled back by hand",
 ) -> CommandResult:
-    """Make an earlier version the champion again, at once; what it has not learned is listed."""
+    """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
     from flows.promote import current_account, roll_back
 
     done = roll_back(lineage, to, who=current_account(), why=why)
@@ -94,7 +94,7 @@ def reject(
     why: Annotated[str, Option("--why", help="Reason, for the promotion log.", show_default=False)],
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """Refuse a version for good; it can never become champion."""
+    """Reject a version. It can never become champion."""
     from flows.promote import current_account, reject_version
 
     done = reject_version(lineage, version, who=current_account(), why=why)
@@ -102,7 +102,7 @@ def reject(
 
 
 def show_decision(done: Decision) -> Sequence[RenderableType]:
-    """What was decided, and what it leaves behind."""
+    """What was decided, and which arrivals the champion has not learned."""
     if done.action == "rejected":
         serves = f"version {done.champion} serves on" if done.champion else "no version serves"
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
@@ -120,7 +120,11 @@ def requeue(
     deal: Session,
     version: Annotated[list[str] | None, Argument(help="Versions to learn again.")] = None,
     learn: Annotated[
-        bool, Option("--learn", help="Learn all that were left behind; without it or a version they are listed.")
+        bool,
+        Option(
+            "--learn",
+            help="Learn all arrivals that were left behind. Without it and without a version they are listed.",
+        ),
     ] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
