@@ -3,6 +3,6 @@
 
 def main() -> None:
     """Run the command. It is imported only here, so that importing this package costs nothing."""
-    from flows.cli.app import app
+    from flows.cli.app import main as run
 
-    app()
+    run()

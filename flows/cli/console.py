@@ -77,10 +77,6 @@ class Screen:
 
     # --- what commands call ---
 
-    def heading(self, text: str) -> None:
-        """A line that starts a part of the output."""
-        self._line(f"[bold]{escape(text)}[/]")
-
     @contextmanager
     def working(self, doing: str = "") -> Iterator[None]:
         """Draw bars for the stages reported inside. `doing` is shown until the first stage begins."""
