@@ -1,11 +1,15 @@
-"""What a command shows while it works: one line per finished stage, a bar for the one that runs, JSON for machines."""
+"""The terminal output of a command: a line for each finished stage, a bar for the running one, or JSON for programs."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -17,23 +21,21 @@ from deal_core.masking import without_known_secrets_inside, without_secrets
 from deal_core.printable import printable, printable_json
 
 WIDTH = 120
-"""Of tables that go to a file or a pipe."""
-
-
+"""The width of tables in a file or a pipe."""
 
 
 class _Terminal(Console):
-    """A console on which what is shown has no effect but to be read."""
+    """A console that shows control characters of foreign text instead of obeying them."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text for the screen: cells of tables too come this way."""
+        """Text for the screen. Cells of tables take this path too."""
         return super().render_str(printable(text), **options)
 
 
 class Screen:
     """The terminal of one command. Results go to stdout; progress, remarks and errors to stderr.
 
-    Bars are drawn only where stdout and stderr are terminals; with `as_json` nothing but the result is printed.
+    Bars are drawn only if stdout and stderr are terminals. With `as_json` only the result is printed.
     It is a `tasks.progress.Reporter`, so a flow can report to it.
     """
 
@@ -48,7 +50,7 @@ class Screen:
     # --- reporter of a run ---
 
     def stage_started(self, stage: str) -> None:
-        """Show a bar for the stage, without a total as yet."""
+        """Show a bar for the stage. Its total is not known yet."""
         if self._progress is None:
             return
         if self._bar is not None:
@@ -75,14 +77,15 @@ class Screen:
 
     # --- what commands call ---
 
-    def heading(self, text: str) -> None:
-        """A line that starts a part of the output."""
-        self._line(f"[bold]{escape(text)}[/]")
-
     @contextmanager
     def working(self, doing: str = "") -> Iterator[None]:
-        """Draw bars for the stages reported inside; `doing` is shown until the first one begins."""
+        """Draw bars for the stages reported inside. `doing` is shown until the first stage begins."""
         if not self.draws:
+            yield
+            return
+        if self._progress is not None:  # drawn already: a flow inside a command
+            if doing:
+                self.stage_started(doing)
             yield
             return
         columns = (
@@ -99,7 +102,7 @@ class Screen:
         self._progress = None
 
     def result(self, value: Any, *shown: RenderableType) -> None:
-        """Print a command's result: `value` as JSON for machines, else what is `shown` for people."""
+        """Print a command's result: `value` as JSON with --json, else the lines and tables of `shown`."""
         if self.as_json:
             text = json.dumps(without_known_secrets_inside(value), ensure_ascii=False, indent=2, allow_nan=False)
             sys.stdout.write(printable_json(text) + "\n")
@@ -120,3 +123,24 @@ class Screen:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
+
+
+def this_command() -> str:
+    """How to call the running command again from this shell, with or without an activated environment."""
+    running = Path(sys.argv[0])
+    if not (running.is_file() and os.access(running, os.X_OK)):
+        return "deal"  # called from Python
+    found = shutil.which(running.name)
+    if found is not None and Path(found).samefile(running):
+        return shlex.quote(running.name)
+    path = Path(os.path.abspath(running))
+    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(shown if os.sep in shown else f".{os.sep}{shown}")
+
+
+def home_option(home: Path) -> str:
+    """The --home that the next command needs; empty if the default is the same folder."""
+    if home == Path("deal-home").resolve():
+        return ""
+    shown = home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+    return f" --home {shlex.quote(str(shown))}"

@@ -28,20 +28,20 @@ POLL_SECONDS = 0.2
 
 
 class LineageOutcome(BaseModel):
-    """What one lineage of the demo came to."""
+    """The result of one lineage of the demo."""
 
     model_config = ConfigDict(frozen=True)
 
     lineage: str
     strategy: str
     champion: str | None
-    """Its version that serves; None: nothing passed the gate."""
+    """The version that serves; None: no version passed the gate."""
     matrix: dict[str, Any] | None
     """The newest version's accuracy matrix, whether the gate accepted it or not."""
     scores: Scores | None
     runs: tuple[AdaptResult, ...]
     refused: tuple[str, ...]
-    """What was said of files that could not be used."""
+    """Messages about files that could not be used."""
 
 
 class DemoResult(BaseModel):
@@ -51,7 +51,7 @@ class DemoResult(BaseModel):
 
     outcomes: tuple[LineageOutcome, ...]
     picture: Path | None = None
-    """The PNG with the accuracy matrix; None: nothing passed the gate."""
+    """The PNG with the accuracy matrix; None: no version passed the gate."""
 
     @property
     def rejected(self) -> bool:
@@ -67,17 +67,17 @@ class DemoResult(BaseModel):
 async def run_demo(
     *, picture: Path, compare: bool, base_model: str | None = None, examples: Path | None = None
 ) -> DemoResult:
-    """Let the example domains land in the inbox one by one, and watch it.
+    """Put the example domains into the inbox one by one, and watch the inbox.
 
     Args:
-        picture: where the picture of the result (PNG) goes.
-        compare: the same arrivals also through plain continued LoRA, in a lineage of its own.
-        base_model: instead of the examples' own.
-        examples: folder of the example domains, instead of the project's own.
+        picture: file for the picture of the result (PNG).
+        compare: also train plain continued LoRA on the same arrivals, in a second lineage.
+        base_model: base model; None: the one that the examples name.
+        examples: folder of the example domains; None: the project's.
 
     Raises:
-        ConfigError: the examples are not there, the picture cannot be written, or the inbox has other files where
-            the demo's would go.
+        ConfigError: the examples are missing, the picture cannot be written, or the inbox holds other files under the
+            names of the demo's files.
     """
     _make_room(picture)
     folder = examples or _examples_folder()
@@ -89,7 +89,7 @@ async def run_demo(
     watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
     files = {spec.task.name: _files_of(spec) for spec in specs}
     _refuse_foreign(store, files.values())
-    _clear(store, files.values())  # of what a demo that was stopped has left
+    _clear(store, files.values())  # files of a demo that was stopped
     for number, spec in enumerate(specs, start=1):
         reporter().said(f"\nArrival {number} of {len(specs)}: {spec.task.name}")
         for key, content in files[spec.task.name].items():
@@ -100,13 +100,13 @@ async def run_demo(
             watched[lineage.lineage].append(
                 await watch(lineage, tasks=(spec.task.name,), once=True, poll_seconds=POLL_SECONDS)
             )
-    _clear(store, files.values())  # other lineages that watch this inbox shall not learn the demo
+    _clear(store, files.values())  # so that other lineages that watch this inbox do not learn the demo
     outcomes = tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages)
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
 
 
 def _examples_folder() -> Path:
-    """Installed, the examples lie beside the flows; in a checkout, beside the packages."""
+    """The examples are in flows/ once installed, and next to the packages in a checkout."""
     installed = Path(__file__).parents[1] / "examples"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "examples"
 
@@ -126,7 +126,7 @@ def _lineage_of(spec: AdaptSpec, lineage: str, strategy: str, base_model: str | 
 def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult]) -> LineageOutcome:
     registry = open_registry()
     champion = registry.champion(lineage.lineage)
-    newest = registry.versions(lineage.lineage)[-1:]  # rejected or not: lineages are compared on the same arrivals
+    newest = registry.versions(lineage.lineage)[-1:]  # even if rejected: lineages are compared on the same arrivals
     matrix = read_record(store, newest[0].adapter_uri).matrix if newest else None
     return LineageOutcome(
         lineage=lineage.lineage,
@@ -142,7 +142,7 @@ def _outcome(store: ObjectStore, lineage: LineageSpec, watched: list[WatchResult
 
 
 def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
-    """An example's files by key, in the order a user would put them: what is known of the task, then its rows."""
+    """An example's files by key, in the order in which a user would put them: first the task file, last the rows."""
     folder = f"{INBOX}/{spec.task.name}"
     data, test_data = Path(spec.task.data), spec.task.test_data and Path(spec.task.test_data)
     fields = TaskFields(**spec.task.given()).model_dump(mode="json", exclude_unset=True)
@@ -155,7 +155,7 @@ def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
 
 
 def _refuse_foreign(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
-    """Leave a user's files alone: the demo starts only where its own have room."""
+    """Refuse to start if a demo file would overwrite a user's file."""
     for files in examples:
         for key, content in files.items():
             if store.exists(key) and store.get_bytes(key) != content:
@@ -166,7 +166,7 @@ def _refuse_foreign(store: ObjectStore, examples: Iterable[Mapping[str, bytes]])
 
 
 def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
-    """Take the demo's own files out of the inbox; one that somebody has replaced meanwhile stays."""
+    """Remove the demo's files from the inbox. A file that a user has replaced stays."""
     for files in examples:
         for key, content in files.items():
             if store.exists(key) and store.get_bytes(key) == content:
@@ -174,7 +174,7 @@ def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
 
 
 def _make_room(picture: Path) -> None:
-    """Find out before the work, not after it, whether the picture can be written."""
+    """Check before the work whether the picture can be written."""
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,7 +184,7 @@ def _make_room(picture: Path) -> None:
 
 
 def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
-    """Draw the first lineage's matrix, beside it that of the second if it came as far."""
+    """Draw the first lineage's matrix, and next to it the second's if both learned the same tasks."""
     matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
     if (first := matrices[0]) is None:
         return None

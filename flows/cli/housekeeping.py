@@ -1,141 +1,47 @@
-"""Commands that keep house: remove garbage, forget an arrival; and prediction in bulk."""
+"""Commands that remove what is stored: gc and forget."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.session import FAILED, Debug, Home, Json, Session, session
+from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
-    from tasks.serving.predict import FileAnswers
 
-keeping_app = typer.Typer()
+housekeeping_app = typer.Typer()
 
 
-@keeping_app.command()
+@command(housekeeping_app, "looking")
 def gc(
-    lineage: Annotated[
-        str | None, typer.Option("--lineage", "-l", help="Only this lineage.", show_default="all")
-    ] = None,
+    deal: Session,
+    lineage: Annotated[str | None, Option("--lineage", "-l", help="Only this lineage.", show_default="all")] = None,
     older_than: Annotated[
-        str, typer.Option("--older-than", metavar="AGE", help="Age of what may go: 12h, 30d, 4w.")
+        str, Option("--older-than", metavar="AGE", help="Minimum age of what is removed: 12h, 30d, 4w.")
     ] = "30d",
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Remove left-over checkpoints, old rejected adapters and stored training rows that nobody needs again."""
-    with session(home, as_json, debug) as deal:
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
+) -> CommandResult:
+    """Remove left-over checkpoints, old rejected adapters and stored training rows that are no longer needed."""
+    from flows.gc import gc as gc_flow
 
-        def start() -> Any:
-            from flows.gc import gc as gc_flow
-
-            return gc_flow(lineage, older_than, dry_run)
-
-        outcome = deal.run(start, "looking", makes_room=True)
-
-        deal.screen.result(outcome.model_dump(mode="json"), *show_gc(outcome))
-        if outcome.problems:
-            raise typer.Exit(FAILED)
-
-
-@keeping_app.command()
-def forget(
-    arrival: Annotated[
-        str, typer.Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")
-    ],
-    reason: Annotated[str, typer.Option("--reason", help="Why, for the history; nothing of the rows.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Only say what would be removed.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Remove an arrival's rows wherever they lie, and name every version that learned from it."""
-    with session(home, as_json, debug) as deal:
-        with deal.screen.working("looking"):
-            from flows.forget import plan_forget
-
-            plan = plan_forget(arrival)
-
-        if dry_run:
-            deal.screen.result(plan.model_dump(mode="json"), *show_forget_plan(plan))
-            return
-        if not yes:
-            _confirm(deal, *show_forget_plan(plan))
-
-        def start() -> Any:
-            from flows.forget import forget as forget_flow
-
-            return forget_flow(arrival, reason)
-
-        outcome = deal.run(start, "forgetting", makes_room=True)
-        deal.screen.result(outcome.model_dump(mode="json"), *show_forgotten(outcome))
-
-
-def answer_file(
-    deal: Session, text: str | None, data: Path, *, lineage: str, task: str | None, version: str | None,
-    out: Path | None, column: str | None,
-) -> None:
-    """The part of `deal predict` that answers a file."""
-    if text is not None:
-        raise ConfigError("Give either a text or --data FILE, not both.")
-    with deal.screen.working("reading"):
-        from flows.server.embedded import calm_libraries
-        from tasks.serving.predict import predict_file
-
-        calm_libraries()
-        outcome = predict_file(
-            data, lineage=lineage, task=task, version=version, out=out, column=column,
-            on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
-        )  # fmt: skip
-
-    deal.screen.result(outcome.model_dump(mode="json"), *show_file_answers(outcome))
-
-
-def _confirm(deal: Session, *shown: Any) -> None:
-    """Ask on the terminal.
-
-    Raises:
-        ConfigError: there is none to ask on.
-    """
-    if deal.screen.as_json or not sys.stdin.isatty():
-        raise ConfigError("Rows that are removed cannot be brought back: give --yes, or --dry-run to see which.")
-    for renderable in shown:
-        deal.screen.out.print(renderable, soft_wrap=isinstance(renderable, str))
-    typer.confirm("Remove all this for good?", abort=True)
-
-
-def size(num_bytes: float) -> str:
-    """A number of bytes in the unit that suits it.
-
-    Example:
-        >>> size(1536)
-        '1.5 kB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GB"
+    outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
+    return CommandResult(outcome, show_gc(outcome), failed=bool(outcome.problems))
 
 
 def show_gc(result: GcResult) -> Sequence[RenderableType]:
-    """What went, or would go."""
+    """What was removed, or would be."""
     left = [f"[yellow]{escape(name)} was at work and left alone.[/]" for name in result.busy]
     left += [f"[red]{escape(f'{name}: {problem}')}[/]" for name, problem in result.problems.items()]
     if not result.removals:
@@ -149,31 +55,66 @@ def show_gc(result: GcResult) -> Sequence[RenderableType]:
     return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
+@command(housekeeping_app)
+def forget(
+    deal: Session,
+    arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
+    reason: Annotated[str, Option("--reason", help="Reason, for the history. Quote no rows.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+) -> CommandResult:
+    """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
+    with deal.screen.working("looking"):
+        from flows.forget import forget as forget_flow
+        from flows.forget import plan_forget
+
+        plan = plan_forget(arrival)
+    shown = [*show_forget_plan(plan)]
+    if dry_run:
+        return CommandResult(plan, shown)
+    if not yes:
+        _confirm(deal, shown)
+    outcome = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
+    return CommandResult(outcome, show_forgotten(outcome))
+
+
+def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
+    """Ask on the terminal.
+
+    Raises:
+        ConfigError: there is no terminal, so --yes has to be given.
+    """
+    if deal.screen.as_json or not sys.stdin.isatty():
+        raise ConfigError("Rows that are removed cannot be brought back: give --yes, or --dry-run to see which.")
+    for renderable in shown:
+        deal.screen.out.print(renderable, soft_wrap=isinstance(renderable, str))
+    typer.confirm("Remove all this? It cannot be undone.", abort=True)
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes in a readable unit.
+
+    Example:
+        >>> size(1536)
+        '1.5 kB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GB"
+
+
 def show_forget_plan(plan: ForgetPlan) -> Sequence[RenderableType]:
-    """What would go, what cannot, and what follows."""
+    """What would be removed, what cannot be, and what follows."""
     return [*_held(plan, "Would be removed"), *_learned(plan.learned), *_follows(plan)]
 
 
 def show_forgotten(result: ForgetResult) -> Sequence[RenderableType]:
-    """What went, and who learned from it."""
+    """What was removed, and which versions learned from it."""
     plan = result.plan
     said = f"Arrival {plan.sha256[:12]} of {plan.task} was {result.tombstone.said}."
     return [*_held(plan, "Removed"), *_learned(plan.learned), *_follows(plan), f"[bold]{escape(said)}[/]"]
-
-
-def show_file_answers(result: FileAnswers) -> Sequence[RenderableType]:
-    """Where the answers are."""
-    resumed = f", {result.num_resumed} of them by an earlier call" if result.num_resumed else ""
-    shown = [
-        f"{result.out}: {result.num_rows} rows answered by version {result.version} of {result.lineage} "
-        f"as {result.task}{resumed}, {result.seconds:.1f} s"
-    ]
-    if result.num_bad:
-        shown.append(f"{result.num_bad} rows have no answer; the column {result.columns['problem']} says why.")
-    renamed = [name for name, column in result.columns.items() if name != column]
-    if renamed:
-        shown.append(f"The file has columns of these names already, so ours are called deal_…: {', '.join(renamed)}")
-    return [escape(line) for line in shown]
 
 
 def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:

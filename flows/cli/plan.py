@@ -1,4 +1,4 @@
-"""The command that says before a run what it will take."""
+"""Commands before a run: what it will take (`deal plan`), and its base model (`deal model fetch`)."""
 
 from __future__ import annotations
 
@@ -9,53 +9,63 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import RenderableType
 from rich.markup import escape
+from typer import Argument, Option
 
-from flows.cli.session import FAILED, Debug, Home, Json, session
+from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from tasks.planning import PlanResult
 
 plan_app = typer.Typer()
+model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 
 
-@plan_app.command()
+@command(plan_app, "reading")
 def plan(
-    spec: Annotated[Path, typer.Argument(help="Spec file (YAML).", show_default=False)],
+    deal: Session,
+    spec: Annotated[Path, Argument(help="Spec file (YAML).", show_default=False)],
     device_memory: Annotated[
         str | None,
-        typer.Option(
-            "--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
-        ),
+        Option("--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"),
     ] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="bf16, fp32 or auto, of the weights there: auto is this machine's.")
+        str, Option("--precision", help="Precision of the weights: bf16, fp32, or auto (this machine's).")
     ] = "auto",
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Take three steps for the time, where the base model is here.")
+        bool, Option("--probe/--no-probe", help="Time three training steps if the base model is on this machine.")
     ] = True,
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a run will take (memory, steps, time) and whether it fits; fetches no weights and keeps nothing."""
-    with session(home, as_json, debug) as deal:
-        with deal.screen.working("reading"):
-            from flows.server.embedded import calm_libraries
-            from tasks.context import current_store
-            from tasks.lineage.resolve_spec import spec_from_options
-            from tasks.planning import plan as plan_run
+) -> CommandResult:
+    """Say what a run will take (memory, steps, time) and whether it fits. Fetches no weights and stores nothing."""
+    from flows.server.embedded import calm_libraries
+    from tasks.context import current_store
+    from tasks.lineage.resolve_spec import spec_from_options
+    from tasks.planning import plan as plan_run
 
-            calm_libraries()
-            asked = spec_from_options(current_store(), spec, task=None, data=None, test_data=None)
-            found = plan_run(
-                asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
-                on_progress=deal.screen.stage_started,
-            )  # fmt: skip
+    calm_libraries()
+    asked = spec_from_options(current_store(), spec, task=None, data=None, test_data=None)
+    found = plan_run(
+        asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
+        on_progress=deal.screen.stage_started,
+    )  # fmt: skip
+    return CommandResult(found, show_plan(found), failed=found.refused)
 
-        deal.screen.result(found.model_dump(mode="json"), *show_plan(found))
-        if found.refused:
-            raise typer.Exit(FAILED)
+
+@command(model_app, "fetch")
+def fetch(
+    deal: Session,
+    source: Annotated[str, Argument(help="Built-in name, Hub id, local folder or GGUF file.")] = (
+        "smollm2-135m-instruct"
+    ),
+) -> CommandResult:
+    """Fetch, check and convert a base model, so that runs need no network."""
+    from deal_core.base_model.sources import resolve_base
+    from infra.settings import HomeSettings
+
+    folder = resolve_base(
+        source, HomeSettings().cache_dir, lambda doing, done, total: deal.screen.advanced("fetch", done, total, doing)
+    )
+    return CommandResult({"source": source, "folder": str(folder)}, [escape(f"{source} is in {folder}")])
 
 
 _VERDICTS = {
@@ -66,7 +76,7 @@ _VERDICTS = {
 
 
 def show_plan(found: PlanResult) -> Sequence[RenderableType]:
-    """What a run takes, and what to change where it does not fit."""
+    """What a run takes, and what to change if it does not fit."""
     total = sum(found.parameters.values())
     kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
     rehearsed = f" and {found.rehearsed_per_step} questions about old tasks" if found.rehearsed_per_step else ""

@@ -1,18 +1,20 @@
-"""Commands around a server: bring the local whole up and down, look at it, lineages that it looks after."""
+"""Commands around the local servers: start, stop, deploy, status and ui; and the lineages that learn automatically."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import RenderableType
 from rich.markup import escape
+from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.session import FAILED, Debug, Home, Json, session
+from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
@@ -21,148 +23,74 @@ if TYPE_CHECKING:
     from tasks.lineage.rebuild import RebuildResult
 
 server_app = typer.Typer()
-lineage_app = typer.Typer(help="Lineages that learn from the inbox by themselves.", no_args_is_help=True)
+ui_app = typer.Typer()
+lineage_app = typer.Typer(help="Lineages that learn from the inbox automatically.", no_args_is_help=True)
 
 
-@server_app.command()
+@command(server_app, "starting")
 def up(
-    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
-    trainings: Annotated[int, typer.Option("--trainings", min=1, help="Lineages that may learn at once.")] = 1,
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Start servers, deployments and workers on this machine; what lands is then adapted by itself."""
-    with session(home, as_json, debug) as deal:
-        import asyncio
+    deal: Session,
+    prefect_port: Annotated[int, Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
+    mlflow_port: Annotated[int, Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
+    trainings: Annotated[int, Option("--trainings", min=1, help="Lineages that may train at the same time.")] = 1,
+) -> CommandResult:
+    """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
+    from flows.server.up import bring_up
 
-        with deal.screen.working("starting"):
-            from flows.server.up import bring_up
-
-            stack = asyncio.run(
-                bring_up(
-                    deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
-                    say=deal.screen.said,
-                )
-            )  # fmt: skip
-
-        deal.screen.result(stack.model_dump(mode="json"), *show_stack(stack))
-
-
-@server_app.command()
-def down(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """End what `deal up` started, and nothing else."""
-    with session(home, as_json, debug) as deal:
-        with deal.screen.working("ending"):
-            from flows.server.stack import stop
-
-            ended = stop(deal.home)
-        text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
-        deal.screen.result({"ended": ended}, escape(text))
-
-
-@server_app.command()
-def deploy(
-    pool_type: Annotated[
-        str, typer.Option("--type", help="How the pool that trains starts a run: process, docker or kubernetes.")
-    ] = "process",
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Tell the Prefect server at PREFECT_API_URL about pools, automations and deployments."""
-    with session(home, as_json, debug) as deal:
-        import asyncio
-        from typing import get_args
-
-        with deal.screen.working("deploying"):
-            from flows.server.deploy import PoolType, deploy_all
-
-            if pool_type not in get_args(PoolType):
-                raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
-            asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
-        deal.screen.result({"deployed": True}, "Pools, automations and deployments are on the server.")
-
-
-@server_app.command()
-def status(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Say what runs, what waits, what failed and why, and what is damaged; exit code 1: a part is gone or damaged."""
-    with session(home, as_json, debug) as deal:
-        import asyncio
-
-        with deal.screen.working("looking"):
-            from flows.server.status import read_status
-
-            found = asyncio.run(read_status(deal.home))
-
-        deal.screen.result(found.model_dump(mode="json"), *show_status(found))
-        if found.damaged or any(not part.is_alive for part in found.parts):
-            raise typer.Exit(FAILED)
-
-
-@lineage_app.command("add")
-def add(
-    spec: Annotated[Path, typer.Argument(help="Lineage settings (YAML); `tasks:` names what it learns, else all.")],
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Let a lineage learn from the inbox, or change how it does."""
-    with session(home, as_json, debug) as deal:
-        from tasks.context import current_store
-        from tasks.lineage.settings import WatchedLineage, add_lineage
-        from tasks.spec import parse, read_lineage_values
-
-        lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
-        address = add_lineage(current_store(), lineage)
-        deal.screen.result({"lineage": lineage.lineage, "file": address}, escape(f"{lineage.lineage} is in {address}"))
-
-
-@lineage_app.command("rebuild")
-def rebuild(
-    lineage: Annotated[str, typer.Argument(help="Name of the lineage.")],
-    home: Home = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Register a lineage's versions again from the store, after MLflow's database was lost."""
-    with session(home, as_json, debug) as deal:
-        import asyncio
-
-        from tasks.progress import reporting_to
-
-        with deal.screen.working("rebuild"), reporting_to(deal.screen):
-            from flows.rebuild import rebuild as rebuild_held
-
-            found = asyncio.run(rebuild_held(lineage))
-
-        deal.screen.result(found.model_dump(mode="json"), *show_rebuild(found))
-        if found.problems:
-            raise typer.Exit(FAILED)
-
-
-@lineage_app.command("list")
-def list_(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List the lineages that learn from the inbox."""
-    with session(home, as_json, debug) as deal:
-        from tasks.context import current_store
-        from tasks.lineage.settings import list_lineages
-
-        found = list_lineages(current_store())
-        lines = [f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" for each in found]
-        deal.screen.result([each.model_dump(mode="json") for each in found], *map(escape, lines))
+    stack = asyncio.run(
+        bring_up(
+            deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
+            say=deal.screen.said,
+        )
+    )  # fmt: skip
+    return CommandResult(stack, show_stack(stack))
 
 
 def show_stack(stack: Stack) -> Sequence[RenderableType]:
-    """What is up, and where to look."""
+    """What runs, and where to look."""
     return [
-        "[bold green]Everything is up.[/] Files that land in the inbox are adapted by themselves.",
+        "[bold green]Everything is up.[/] Files that land in the inbox are adapted automatically.",
         f"  runs        {stack.prefect_url}",
         f"  versions    {stack.mlflow_url}",
         "  what waits  deal status",
         "  end it      deal down",
     ]
+
+
+@command(server_app, "ending")
+def down(deal: Session) -> CommandResult:
+    """End what `deal up` started, and nothing else."""
+    from flows.server.stack import stop
+
+    ended = stop(deal.home)
+    text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
+    return CommandResult({"ended": ended}, [escape(text)])
+
+
+@command(server_app, "deploying")
+def deploy(
+    deal: Session,
+    pool_type: Annotated[
+        str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
+    ] = "process",
+) -> CommandResult:
+    """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
+    from flows.server.deploy import PoolType, deploy_all
+
+    if pool_type not in get_args(PoolType):
+        raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
+    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
+    return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
+
+
+@command(server_app, "looking")
+def status(deal: Session) -> CommandResult:
+    """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
+    from flows.server.status import read_status
+
+    found = asyncio.run(read_status(deal.home))
+    is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
+    return CommandResult(found, show_status(found), failed=is_broken)
 
 
 def show_status(status: Status) -> Sequence[RenderableType]:
@@ -188,15 +116,6 @@ def show_status(status: Status) -> Sequence[RenderableType]:
     return shown
 
 
-def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
-    """What was registered again, and what could not be."""
-    names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
-    lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
-    if found.left_out:
-        lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
-    return [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
-
-
 def _runs(runs: Sequence[RunStatus]) -> RenderableType:
     table = new_table("run", "state", "for", "why", right=["for"])
     now = datetime.now(UTC)
@@ -206,8 +125,75 @@ def _runs(runs: Sequence[RunStatus]) -> RenderableType:
 
 
 def _ago(seconds: float) -> str:
-    """A duration in its largest unit that is not zero."""
+    """A duration in its largest non-zero unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+@command(ui_app)
+def ui(
+    deal: Session,
+    open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
+    port: Annotated[int, Option("--port", help="Port on the loopback address.")] = 5000,
+) -> None:
+    """Show where MLflow lists the runs, or open it."""
+    from flows.server.ui import open_ui, ui_address
+
+    address = ui_address(port)
+    safe = address.shown()
+    shown = [f"MLflow keeps the runs in {safe.tracking_uri}"]
+    if safe.command:
+        shown += ["Show them with:", f"  {safe.line()}", f"and open {safe.url}"]
+    deal.show(CommandResult(safe, [*map(escape, shown)]))
+    if open_:
+        raise typer.Exit(open_ui(address))
+
+
+@command(lineage_app)
+def add(
+    deal: Session,
+    spec: Annotated[
+        Path, Argument(help="Lineage settings (YAML). `tasks:` names the tasks that it learns; without it, all.")
+    ],
+) -> CommandResult:
+    """Let a lineage learn from the inbox, or change its settings."""
+    from tasks.context import current_store
+    from tasks.lineage.settings import WatchedLineage, add_lineage
+    from tasks.spec import parse, read_lineage_values
+
+    lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
+    address = add_lineage(current_store(), lineage)
+    value = {"lineage": lineage.lineage, "file": address}
+    return CommandResult(value, [escape(f"{lineage.lineage} is in {address}")])
+
+
+@command(lineage_app, "rebuild")
+def rebuild(deal: Session, lineage: Annotated[str, Argument(help="Name of the lineage.")]) -> CommandResult:
+    """Register a lineage's versions again from the store, after MLflow's database was lost."""
+    from flows.rebuild import rebuild as rebuild_held
+    from tasks.progress import reporting_to
+
+    with reporting_to(deal.screen):
+        found = asyncio.run(rebuild_held(lineage))
+    return CommandResult(found, show_rebuild(found), failed=bool(found.problems))
+
+
+def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
+    """The versions that were registered again, and the problems."""
+    names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
+    lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
+    if found.left_out:
+        lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
+    return [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
+
+
+@command(lineage_app, name="list")
+def list_(deal: Session) -> CommandResult:
+    """List the lineages that learn from the inbox."""
+    from tasks.context import current_store
+    from tasks.lineage.settings import list_lineages
+
+    found = list_lineages(current_store())
+    return CommandResult(found, [escape(f"{each.lineage}: {', '.join(each.tasks) or 'every task'}") for each in found])

@@ -1,19 +1,26 @@
-"""The frame of every command: its home, its screen, what a mistake looks like and which code it exits with."""
+"""The frame of every command: home folder, screen, error message and exit code.
+
+`@command` gives a function the options --home, --json and --debug and makes it a command of `deal`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.console import RenderableType
+from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.masking import without_secrets
@@ -21,15 +28,15 @@ from deal_core.printable import printable
 from flows.cli.console import Screen
 
 COMMAND_PID = "DEAL_COMMAND_PID"
-"""Tells the API's process which command it belongs to."""
+"""Environment variable that tells the API's process which command it belongs to."""
 MARK = b"prefect.server.api.server:create_app"
 
 
 def start_api() -> None:
-    """Start the API, unless PREFECT_API_URL names a server. It ends when this process does.
+    """Start Prefect's API, unless PREFECT_API_URL names a server. The API ends with this process.
 
-    Ctrl-C in a terminal goes to every process there. It shall reach the flow, which needs the API to end in order, so
-    the API starts with that signal blocked.
+    Ctrl-C in a terminal goes to all its processes. The flow needs the API in order to end cleanly, so the API starts
+    with that signal blocked.
     """
     from prefect.client.orchestration import get_client
 
@@ -42,15 +49,15 @@ def start_api() -> None:
 
 
 def end_orphans(home: Path, processes: Path = Path("/proc")) -> int:
-    """End the APIs of this home whose command was killed before it could; return how many there were.
+    """End the APIs of this home whose command was killed; return how many there were.
 
     Args:
         home: the home folder.
-        processes: where the system lists its processes; nothing is done where it does not.
+        processes: folder in which the system lists its processes. Without it, nothing is done.
     """
     num_ended = 0
     for folder in processes.glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):  # gone meanwhile, or somebody else's
+        with suppress(OSError, ValueError, IndexError):  # the process has ended, or is another user's
             if MARK not in (folder / "cmdline").read_bytes():
                 continue
             environment = dict(
@@ -68,19 +75,45 @@ FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
 Home = Annotated[
     Path | None,
-    typer.Option("--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
-                 show_default=False, rich_help_panel="Common"),
-]  # fmt: skip
-Lineage = Annotated[str, typer.Option("--lineage", "-l", help="Name of the lineage.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+    Option(
+        "--home",
+        metavar="DIR",
+        help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
+        show_default=False,
+        rich_help_panel="Common",
+    ),
+]
+Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
+Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
+Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]
+
+COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
+"""Name, annotation and default of the options that every command has."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class CommandResult:
+    """What a command has found, and the exit code that follows from it."""
+
+    value: Any
+    """For programs, as JSON: a pydantic model, a list of them, or plain values."""
+    shown: Iterable[RenderableType]
+    """For people: lines and tables."""
+    failed: bool = False
+    rejected: bool = False
+    """The gate has rejected a version; only looked at where nothing failed."""
+
+    @property
+    def exit_code(self) -> int:
+        """The code that the command ends with."""
+        return FAILED if self.failed else REJECTED if self.rejected else 0
+
+
+@dataclass(frozen=True)
 class Session:
-    """What a command works with."""
+    """The home folder and the screen of a running command."""
 
     home: Path
     screen: Screen
@@ -88,15 +121,15 @@ class Session:
     def run(
         self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *, makes_room: bool = False
     ) -> Result:
-        """Run a flow, showing its stages; Ctrl-C stops it at its next step, a second one at once.
+        """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 
         Args:
             start: gives the flow's coroutine.
             doing: shown until the first stage begins.
-            makes_room: it removes more than it writes, so that it may begin on a disk that is nearly full.
+            makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
 
         Raises:
-            DiskFullError: the home folder has no room to begin with.
+            DiskFullError: the disk of the home folder is too full to begin.
         """
         from flows.server.embedded import calm_libraries
         from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
@@ -113,7 +146,7 @@ class Session:
             previous = signal.getsignal(signal.SIGINT)
 
             def on_interrupt(number: int, frame: Any) -> None:
-                if stop.is_set():  # threads cannot be ended otherwise; what is on the disk is always consistent
+                if stop.is_set():  # nothing else ends threads; the files on the disk are always consistent
                     os._exit(STOPPED)
                 stop.set()
                 self.screen.said("Stopping at the next step; Ctrl-C again stops at once.")
@@ -126,10 +159,51 @@ class Session:
             finally:
                 signal.signal(signal.SIGINT, previous)
 
+    def show(self, result: CommandResult) -> None:
+        """Print a result: as JSON with --json, else as lines and tables."""
+        value = result.value
+        self.screen.result([*map(_plain, value)] if isinstance(value, list | tuple) else _plain(value), *result.shown)
+
+
+def command(
+    group: typer.Typer, doing: str | None = None, *, name: str | None = None
+) -> Callable[[Callable[..., CommandResult | None]], Callable[..., CommandResult | None]]:
+    """Make a function a command of `group`, with the options --home, --json and --debug.
+
+    The function gets the opened Session as its first argument, and its own options by name. It returns its result,
+    which is printed and sets the exit code, or None where it has printed everything itself.
+
+    Args:
+        group: the command is added to it.
+        doing: what a spinner says while the function runs; None: the function shows its work itself.
+        name: the command's name; None: the function's.
+    """
+
+    def add(function: Callable[..., CommandResult | None]) -> Callable[..., CommandResult | None]:
+        @functools.wraps(function)
+        def run(*, home: Path | None, as_json: bool, debug: bool, **options: Any) -> None:
+            with session(home, as_json, debug) as deal:
+                with nullcontext() if doing is None else deal.screen.working(doing):
+                    result = function(deal, **options)
+                if result is not None:
+                    deal.show(result)
+                    if result.exit_code:
+                        raise typer.Exit(result.exit_code)
+
+        own = [*inspect.signature(function, eval_str=True).parameters.values()][1:]
+        by_name = inspect.Parameter.KEYWORD_ONLY
+        common = [inspect.Parameter(name, by_name, annotation=kind, default=value) for name, kind, value in COMMON]
+        parameters = [*(each.replace(kind=by_name) for each in own), *common]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        group.command(name)(run)
+        return function
+
+    return add
+
 
 @contextmanager
 def session(home: Path | None, as_json: bool, debug: bool) -> Iterator[Session]:
-    """Prepare the home folder and turn what goes wrong inside into one line and an exit code."""
+    """Prepare the home folder. Turn an error inside into one line and an exit code."""
     from flows.server.embedded import FAILURES, enter_home
 
     screen = Screen(as_json=as_json)
@@ -163,7 +237,6 @@ def _explain(error: Exception, home: Path | None) -> str:
     return f"{in_one_line(error)}. This was not expected; {where} where it happened."
 
 
-def exit_if_rejected(rejected: bool) -> None:
-    """End with the code that tells scripts of a gate's veto."""
-    if rejected:
-        raise typer.Exit(REJECTED)
+def _plain(value: Any) -> Any:
+    """A pydantic model as plain values; other values as they are. Importing pydantic here would slow `--help`."""
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value

@@ -73,6 +73,21 @@ def test_help_shows_every_text_that_is_declared(path: tuple[str, ...], command: 
 
 
 @pytest.mark.parametrize(
+    ("path", "command"),
+    [pytest.param(*found, id=" ".join(found[0])) for found in commands() if not hasattr(found[1], "commands")],
+)
+def test_every_command_has_the_common_options_last(path: tuple[str, ...], command: Any) -> None:
+    options = [parameter.opts for parameter in command.params if parameter.name != "help"]
+    assert options[-3:] == [["--home"], ["--json"], ["--debug"]]
+
+
+def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
+    code = "import sys, flows.cli; assert 'typer' not in sys.modules; flows.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "adapt" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["adapt"], "--task NAME and --data FILE"),
@@ -146,7 +161,7 @@ def test_requeue_exits_3_where_the_gate_rejects(
 ) -> None:
     runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
     monkeypatch.setattr("flows.cli.session.Session.run", lambda self, start: runs)
-    monkeypatch.setattr("flows.cli.tables.show_adaptation", lambda run: ["learned"])
+    monkeypatch.setattr("flows.cli.versions.show_adaptation", lambda run: ["learned"])
     assert deal("requeue", "2", "3").exit_code == code
 
 
@@ -185,9 +200,7 @@ def test_ui_shows_no_password(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> No
             assert "secret" not in result.output and ".example" in result.output
 
 
-def test_ui_starts_the_server_with_no_password_among_the_arguments(
-    deal: Deal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ui_starts_the_server_with_no_password_among_the_arguments(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db.example/mlflow")
     started: list[Any] = []
 

@@ -22,12 +22,11 @@ def test_nothing_that_is_shown_reaches_the_terminal_raw(capsys: pytest.CaptureFi
     table.add_row(escape(EVIL))
     screen.result({}, escape(EVIL), table)
     screen.said(EVIL)
-    screen.heading(EVIL)
     screen.stage_finished("train", 1.0, EVIL)
     screen.error(EVIL)
     found = capsys.readouterr()
     out, err = ("".join(text.split()) for text in found)  # a long line is folded
-    assert (out.count("".join(SHOWN.split())), err.count("".join(SHOWN.split()))) == (3, 4)
+    assert (out.count("".join(SHOWN.split())), err.count("".join(SHOWN.split()))) == (3, 3)
     assert not {"\x1b", "\x9b", "\u202e", "\x07", "\ud800"} & {*found.out, *found.err}
 
 
@@ -43,3 +42,15 @@ def test_json_says_the_same_and_does_nothing(capsys: pytest.CaptureFixture[str])
 def test_an_error_takes_one_line_and_no_more_than_a_screen() -> None:
     assert in_one_line(DealError(f"a\n{EVIL}")) == f"a {SHOWN}"
     assert len(in_one_line(DealError("x" * 10**6))) == MAX_ERROR_CHARS
+
+
+def test_a_flow_inside_a_command_goes_on_with_the_bar_of_the_command() -> None:
+    screen = Screen()
+    screen.draws = True
+    with screen.working("starting"):
+        drawn = screen._progress
+        assert drawn is not None
+        with screen.working("looking"):
+            assert screen._progress is drawn and [task.description for task in drawn.tasks] == ["looking"]
+        assert screen._progress is drawn
+    assert screen._progress is None

@@ -1,0 +1,356 @@
+"""Commands that let a lineage learn and answer: demo, adapt, watch, evaluate, history, predict, validate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from typer import Argument, Option
+
+from deal_core.errors import ConfigError
+from deal_core.printable import listed
+from flows.cli.console import home_option, this_command
+from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation
+
+if TYPE_CHECKING:
+    from flows.cli.demo import DemoResult
+    from flows.evaluate import EvaluateResult
+    from flows.watch import WatchResult
+    from infra.promotions import Move
+    from tasks.lineage.history import HistoryEntry
+    from tasks.serving.predict import FileAnswers
+    from tasks.validate import ValidateResult
+
+learn_app = typer.Typer()
+
+Base = Annotated[
+    str | None,
+    Option(
+        "--base",
+        help="Hub id, local folder or GGUF file.",
+        show_default="the lineage's own, else smollm2-135m-instruct",
+    ),
+]
+Strategy = Annotated[
+    str | None,
+    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
+]
+SpecLineage = Annotated[
+    str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
+]
+Version = Annotated[str | None, Option("--version", help="Adapter version.", show_default="the champion")]
+
+
+@command(learn_app, "starting")
+def demo(
+    deal: Session,
+    compare: Annotated[
+        bool, Option("--compare", help="Also let plain continued LoRA learn the same arrivals.")
+    ] = False,
+    base: Annotated[
+        str | None, Option("--base", help="Another base model.", show_default="smollm2-135m-instruct")
+    ] = None,
+    picture: Annotated[
+        Path | None, Option("--picture", help="File for the picture of the result (PNG).", show_default="HOME/demo.png")
+    ] = None,
+) -> CommandResult:
+    """Let three example domains arrive one after another and show what the adapter keeps of each."""
+    from flows.cli.demo import run_demo
+
+    outcome = deal.run(lambda: run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base))
+    return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
+
+
+def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
+    """The result of the demo, lineages side by side."""
+    shown: list[RenderableType] = []
+    numbers = ["AA", "forgetting", "BWT", "FWT", "champion"]
+    comparison = new_table("lineage", "strategy", *numbers, right=numbers)
+    for outcome in result.outcomes:
+        if outcome.matrix is None or outcome.scores is None:
+            shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
+            continue
+        shown += [heading(f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"), matrix_table(outcome.matrix)]
+        scores = outcome.scores
+        comparison.add_row(
+            outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
+            percent(scores.backward_transfer), percent(scores.forward_transfer), f"version {outcome.champion}",
+        )  # fmt: skip
+    if comparison.row_count:
+        shown += [heading("In the end"), comparison]
+    for outcome in result.outcomes:
+        for run in outcome.runs:
+            if run.rejected:
+                shown += [f"[red]{escape(run.message)}[/]", *(f"  • {escape(reason)}" for reason in run.reasons)]
+        shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
+    if result.picture is not None:
+        shown.append(f"Picture:      {escape(str(result.picture))}")
+    deal, option, first = this_command(), home_option(home), result.outcomes[0].lineage
+    shown.append(
+        escape(
+            f"Look closer:  {deal} history --lineage {first}{option}\n"
+            f"              {deal} ui{option}\n"
+            f'              {deal} predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+        )
+    )
+    return shown
+
+
+@command(learn_app, "starting")
+def adapt(
+    deal: Session,
+    spec: Annotated[Path | None, Argument(help="Spec file (YAML).", show_default=False)] = None,
+    task: Annotated[str | None, Option("--task", "-t", help="Task the file belongs to.")] = None,
+    data: Annotated[str | None, Option("--data", "-d", help="File: CSV, JSON lines or Parquet.")] = None,
+    test_data: Annotated[str | None, Option("--test-data", help="File of test rows.")] = None,
+    lineage: SpecLineage = None,
+    base: Base = None,
+    strategy: Strategy = None,
+    again: Annotated[
+        bool, Option("--again", help="Train even if this file was already learned. Repeating the command trains again.")
+    ] = False,
+) -> CommandResult:
+    """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
+    from tasks.context import current_store
+    from tasks.lineage.resolve_spec import spec_from_options
+
+    adapt_spec = spec_from_options(
+        current_store(), spec, task=task, data=data, test_data=test_data,
+        lineage=lineage, base_model=base, strategy=strategy,
+    )  # fmt: skip
+    from flows.adapt import adapt as adapt_flow
+
+    outcome = deal.run(lambda: adapt_flow(adapt_spec, again=again))
+    return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
+
+
+@command(learn_app, "starting")
+def watch(
+    deal: Session,
+    once: Annotated[bool, Option("--once", help="Handle the files that are there, then end.")] = False,
+    spec: Annotated[
+        Path | None, Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        Option("--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"),
+    ] = None,
+    lineage: SpecLineage = None,
+    base: Base = None,
+    strategy: Strategy = None,
+    poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
+) -> CommandResult:
+    """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
+    from tasks.context import current_store
+    from tasks.lineage.resolve_spec import watched_from_options
+
+    watched = watched_from_options(
+        current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy
+    )
+    from flows.watch import watch as watch_flow
+
+    outcome = deal.run(lambda: watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll))
+    return CommandResult(
+        outcome, show_watch(outcome), failed=outcome.num_refused > 0, rejected=outcome.num_rejected > 0
+    )
+
+
+def show_watch(result: WatchResult) -> Sequence[RenderableType]:
+    """The files that a watch has handled."""
+    if not result.files:
+        return ["Nothing new in the inbox."]
+    table = new_table("file", "outcome", "version", "what happened", right=["version"])
+    for seen in result.files:
+        table.add_row(escape(seen.key), seen.outcome, seen.version or "–", escape(seen.message))
+    return [heading(f"Handled for {result.lineage}"), table]
+
+
+@command(learn_app, "starting")
+def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
+    """Score a version again on the frozen test rows of every task that it knows."""
+    from flows.evaluate import evaluate as evaluate_flow
+
+    outcome = deal.run(lambda: evaluate_flow(lineage, version))
+    return CommandResult(outcome, show_evaluation(outcome))
+
+
+def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
+    """New accuracies next to the recorded ones."""
+    numbers = ["now", "at its run", "test rows"]
+    table = new_table("task", *numbers, right=numbers)
+    for task, value in result.accuracies.items():
+        table.add_row(task, percent(value), percent(result.recorded.get(task)), str(result.num_rows[task]))
+    unjudged = [f"[yellow]{escape(why)}[/]" for why in result.unjudged.values()]
+    return [heading(f"Accuracy of {result.lineage}, version {result.version}, %"), table, *unjudged]
+
+
+@command(learn_app, "reading")
+def history(
+    deal: Session,
+    lineage: Lineage = "default",
+    at: Annotated[
+        datetime | None,
+        Option(
+            "--at",
+            metavar="TIME",
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
+            show_default=False,
+        ),
+    ] = None,
+    moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
+    newest: Annotated[
+        int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
+    ] = 30,
+) -> CommandResult:
+    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    from tasks.lineage.history import read_champion_at, read_history, read_moves
+
+    if at is not None:
+        champion = read_champion_at(lineage, at)
+        text = f"version {champion} was champion" if champion else "no version was champion"
+        return CommandResult({"at": at.astimezone().isoformat(), "champion": champion}, [f"At {at}, {text}."])
+    if moves:
+        log = read_moves(lineage)
+        return CommandResult(log, show_moves(lineage, log))
+    entries = read_history(lineage, None if deal.screen.as_json else newest or None)
+    return CommandResult(entries, show_history(lineage, entries))
+
+
+_APPROVAL = {"awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
+
+
+def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
+    """The versions of a lineage."""
+    numbers = ["version", "parent", "AA", "forgetting"]
+    table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
+    for entry in entries:
+        gate = "[green]accepted[/]" if entry.accepted else "[red]rejected[/]"
+        if entry.approval is not None:
+            gate += _APPROVAL[entry.approval]
+        table.add_row(
+            entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
+            entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
+        )  # fmt: skip
+    reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
+    earlier = int(entries[0].version) - 1
+    more = [f"[dim]{earlier} earlier versions; --newest 0 shows all.[/]"] if earlier else []
+    return [heading(f"Lineage {lineage}"), *more, table, *reasons]
+
+
+def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
+    """The promotion log."""
+    table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
+    for move in moves:
+        table.add_row(
+            f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
+            escape(move.who), escape(move.why),
+        )  # fmt: skip
+    return [heading(f"Moves of {lineage}"), table]
+
+
+@command(learn_app)
+def predict(
+    deal: Session,
+    text: Annotated[str | None, Argument(help="Text to answer; - reads standard input.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, Option("--data", "-d", help="File whose rows are answered: CSV, JSON lines or Parquet.")
+    ] = None,
+    task: Annotated[str | None, Option("--task", "-t", help="Task to ask.", show_default="the newest one")] = None,
+    lineage: Lineage = "default",
+    version: Version = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
+    ] = None,
+    column: Annotated[
+        str | None,
+        Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
+    ] = None,
+) -> CommandResult:
+    """Answer a text, or every row of a file, with the lineage's champion."""
+    if data is not None and text is not None:
+        raise ConfigError("Give either a text or --data FILE, not both.")
+    if data is None and (text is None or out is not None or column is not None):
+        raise ConfigError("Give a text to answer, or a file with --data; --out and --column go with a file.")
+    if text == "-":
+        text = typer.get_text_stream("stdin").read().strip()
+    with deal.screen.working("reading" if text is None else "predicting"):
+        from flows.server.embedded import calm_libraries
+        from tasks.serving.predict import predict as predict_answer
+        from tasks.serving.predict import predict_file
+
+        calm_libraries()
+        if text is not None:
+            answer = predict_answer(text, lineage=lineage, task=task, version=version)
+            return CommandResult(answer, [escape(answer.answer)])
+        assert data is not None
+        outcome = predict_file(
+            data, lineage=lineage, task=task, version=version, out=out, column=column,
+            on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
+        )  # fmt: skip
+    return CommandResult(outcome, show_file_answers(outcome))
+
+
+def show_file_answers(result: FileAnswers) -> Sequence[RenderableType]:
+    """Where the answers are."""
+    resumed = f", {result.num_resumed} of them by an earlier call" if result.num_resumed else ""
+    shown = [
+        f"{result.out}: {result.num_rows} rows answered by version {result.version} of {result.lineage} "
+        f"as {result.task}{resumed}, {result.seconds:.1f} s"
+    ]
+    if result.num_bad:
+        shown.append(f"{result.num_bad} rows have no answer; the column {result.columns['problem']} says why.")
+    renamed = [name for name, column in result.columns.items() if name != column]
+    if renamed:
+        shown.append(f"The file has columns of these names already, so ours are called deal_…: {', '.join(renamed)}")
+    return [escape(line) for line in shown]
+
+
+@command(learn_app, "validate")
+def validate(
+    deal: Session,
+    file: Annotated[Path, Argument(help="File: CSV, JSON lines or Parquet.")],
+    spec: Annotated[
+        Path | None, Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
+    ] = None,
+    task: Annotated[str, Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
+    test_data: Annotated[
+        str | None, Option("--test-data", help="File of test rows.", show_default="the spec's")
+    ] = None,
+    lineage: Annotated[
+        str | None,
+        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
+    ] = None,
+) -> CommandResult:
+    """Check a file as a run would check it. Nothing is stored."""
+    from tasks.validate import validate as validate_rows
+
+    outcome = validate_rows(
+        file, spec=spec, task=task, lineage=lineage, test_data=test_data,
+        on_progress=lambda done: deal.screen.advanced("validate", done, None),
+    )  # fmt: skip
+    return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
+
+
+def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
+    """The result of the checks of a file."""
+    verdict = "[green]can be adapted[/]" if result.accepted else "[red]is refused[/]"
+    shown: list[RenderableType] = [
+        f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
+        f"{result.num_test} test, {result.num_rejected} bad",
+        f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
+    ]
+    if result.bad_rows:
+        table = new_table("row", "line", "reason", right=["row", "line"])
+        for bad in result.bad_rows:
+            table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
+        shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
+    if result.refusal:
+        shown.append(f"[red]{escape(result.refusal)}[/]")
+    return shown
