@@ -75,7 +75,7 @@ def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, goo
         (lambda: TrainConfig(learning_rate=math.inf), "train.learning_rate is inf; give a finite number."),
         (lambda: GateConfig(confidence=1), "gate.confidence is 1; give less than 1."),
         (lambda: DealConfig(core="hot"), "deal.core is 'hot'; give 'frozen', 'soft' or 'free'."),  # type: ignore[arg-type]
-        (lambda: DealConfig(widths=()), "deal.widths is (); give one width at least."),
+        (lambda: DealConfig(widths=()), "deal.widths is (); give at least one width."),
         (lambda: DealConfig(widths=(0.5, -1.0)), "deal.widths.1 is -1.0; give more than 0."),
         (lambda: DealConfig(a=1.0, b=2.0), "deal.a is 1.0 and deal.b is 2.0; the method needs a >= b."),
         (lambda: replace(TrainConfig(), batch_size=0), "train.batch_size is 0; give at least 1."),

@@ -83,7 +83,7 @@ def test_prompts_and_answers_that_were_cut_are_counted(base, task, rows, train):
     (note,) = train(train=replace(SHORT, max_prompt_tokens=max(lengths) - 1)).result.notes
     assert f"{lengths.count(max(lengths))} of 24 training prompts are longer than train.max_prompt_tokens" in note
     (note,) = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
-    assert "training answers fill train.max_answer_tokens (2): what is longer was cut" in note
+    assert "training answers fill train.max_answer_tokens (2)" in note and "cut" in note
 
 
 def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
