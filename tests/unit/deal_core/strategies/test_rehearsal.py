@@ -159,11 +159,11 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
 def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, task):
     alike = TaskSchema(name="alike", labels=task.labels[::-1], instruction=task.instruction + " ")
     notes = train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD, alike)).result.notes
-    assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
+    assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith(": alike")
     assert len(train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD,)).result.notes) == 1
     both = RehearsalConfig(texts="both")
     second = train("deal", train("deal", rehearsal=both).folder, rehearsal=both, old_tasks=(alike,))
-    assert second.result.notes[1].startswith("rehearsed by its stored rows alone, if it has any")
+    assert second.result.notes[1].startswith("rehearsed on stored rows only")
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
