@@ -128,7 +128,7 @@ class EvaluateConfig:
 
 @settings("data")
 class DataConfig:
-    """What a landed file must satisfy, and how it is split."""
+    """Limits for a landed file, and the settings of its split."""
 
     test_share: Annotated[Positive, Field(lt=1)] = 0.2
     """Share of rows held out as test rows, chosen by hash. A split in the file replaces it."""

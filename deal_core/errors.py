@@ -16,7 +16,7 @@ class DealError(Exception):
 
 
 class ConfigError(DealError, ValueError):
-    """A setting or an argument does not fit."""
+    """A setting or an argument is not valid."""
 
 
 class DataValidationError(DealError, ValueError):

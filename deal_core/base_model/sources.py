@@ -61,7 +61,7 @@ def fetch_snapshot(
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done and bytes in all."""
+"""Called with a text of the current work, bytes done and bytes in total."""
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 BUILT_IN = {

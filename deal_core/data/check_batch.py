@@ -96,7 +96,7 @@ class DigestSet:
                 self._claim(start, min(start + _CHUNK, self._size))
 
     def _slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which says the split
+        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which decides the split
 
     def _next(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return (slots + np.uint64(1)) & np.uint64(len(self._table) - 1)

@@ -307,12 +307,10 @@ class _Request:
         return not self.is_done
 
     def take(self, answers: Sequence[str]) -> None:
-        """Add the answers to the next rows."""
         self.answers += answers
         self.is_done = len(self.answers) == len(self.asked)
 
     def end(self, error: Exception) -> None:
-        """End the request with an error."""
         self.error, self.is_done = error, True
 
     def begin_again(self) -> None:

@@ -1,7 +1,7 @@
 """Measure a base model without its weights: it is built from its config on PyTorch's meta device.
 
 Nothing is allocated: parameters and activations have shapes but no content. So every architecture that transformers can
-build can be measured without formulas of its own.
+build can be measured, without formulas for each.
 """
 
 from __future__ import annotations

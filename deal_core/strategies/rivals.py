@@ -122,7 +122,7 @@ class Slao(Strategy):
 
 
 class OLora(IncLora):
-    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (its Eq. 7 with the absolute values of its released code)."""
+    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (O-LoRA's Eq. 7 with the absolute values of its released code)."""
 
     name = "o_lora"
     reads = ("rivals.o_lora_weight",)

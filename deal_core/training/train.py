@@ -27,7 +27,7 @@ OnLog = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a training run did.
+    """Result of a training run.
 
     Attributes:
         num_steps: Optimiser steps of the whole run, including those before a resume.

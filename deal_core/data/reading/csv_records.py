@@ -140,11 +140,9 @@ class _Feed:
 
     @property
     def taken(self) -> list[Line]:
-        """The lines of the record."""
         return self._buffer[self._start - self._base : self._place - self._base]
 
     def start_record(self) -> None:
-        """Begin a record at the next line."""
         self._start, self._start_chars = self._place, self._chars
         num_done = self._place - self._base
         if 2 * num_done > len(self._buffer):

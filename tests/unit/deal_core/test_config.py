@@ -113,7 +113,7 @@ def test_a_schema_version_is_a_whole_number(value: Any) -> None:
 
 
 def test_settings_stay_what_they_were_in_digests_and_json() -> None:
-    """The values are those of the release before settings had declared limits: runs and cells are found by them."""
+    """The digests must equal those of the release before declared limits, because runs and cells are found by them."""
     changed = {"train": {"learning_rate": 1, "quantize": "4bit"}, "deal": {"widths": [1, 2], "a": 6}}
     spec = parse(AdaptSpec, {"task": TASK, **changed}, "a")
     assert spec.config_sha256(AdapterConfig(), "deal")[:16] == "454911db7d0c4422"

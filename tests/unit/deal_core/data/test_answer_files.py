@@ -1,4 +1,4 @@
-"""Files of answers: what they hold, and that one begun twice is the same as one begun once."""
+"""Files of answers: their content, and that an interrupted run gives the same file as an uninterrupted one."""
 
 from __future__ import annotations
 
