@@ -146,7 +146,7 @@ def test_columns_that_the_task_names_win() -> None:
         (
             ("text", "y"),
             {},
-            "f.csv has the columns 'text', 'y', and labelled rows need text and label; nothing is named",
+            "f.csv has the columns 'text', 'y', and labelled rows need text and label; no column is named",
         ),
         (("x", "y"), {"format": "auto"}, "completion rows need prompt and completion or chat rows need messages"),
         (("text", "label", "messages"), {"format": "auto"}, "more than one format (labelled, chat)"),
