@@ -1,7 +1,7 @@
 """Settings of the algorithm: frozen dataclasses, checked when they are made.
 
-Each field declares its limits, so that a spec, Python and the parameter form of a server keep the same ones. They
-import no torch, so that the command line can read a spec without it.
+Each field declares its limits, so a spec, Python and a server's parameter form all apply the same ones. This module
+does not import torch, so the command line reads a spec without it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _require(condition: bool, message: str) -> None:
 
 @settings("adapter")
 class AdapterConfig:
-    """Shape of the one LoRA adapter of a lineage; the same for every version of it."""
+    """Shape of a lineage's LoRA adapter. All versions of the lineage share it."""
 
     rank: Annotated[Count, Field(ge=2)] = 16
     """r: number of columns of B and rows of A."""
@@ -49,7 +49,7 @@ class AdapterConfig:
 
     @property
     def scale_alpha(self) -> float:
-        """α with its default filled in."""
+        """α, or 2·rank if alpha is None."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
@@ -58,24 +58,24 @@ Quantize = Literal["none", "8bit", "4bit"]
 
 @settings("train")
 class TrainConfig:
-    """How one task is learned, whatever the strategy."""
+    """How one task is learned. All strategies use these settings."""
 
     learning_rate: Positive = 5e-4
     """Constant rate of AdamW; no warm-up, no weight decay."""
     num_epochs: Count = 1
     """Passes over the training rows."""
     max_steps: Count | None = None
-    """Optimiser steps; when given it replaces num_epochs."""
+    """Optimiser steps; a value here replaces num_epochs."""
     batch_size: Count = 8
-    """Rows per micro-batch, all processes together."""
+    """Rows per micro-batch, summed over all processes."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimiser step."""
     max_grad_norm: AtLeastZero = 1.0
     """Clip of the global gradient norm; 0 turns it off."""
     max_prompt_tokens: Annotated[Count, Field(ge=16)] = 512
-    """A longer prompt loses the end of its text, never its instruction."""
+    """The text of a longer prompt is cut at its end. The instruction is never cut."""
     max_answer_tokens: Count = 50
-    """A longer answer loses its end."""
+    """A longer answer is cut at its end."""
     checkpoint_steps: CountOrZero = 25
     """Optimiser steps between checkpoints; 0 keeps none."""
     gradient_checkpointing: Flag = False
@@ -85,21 +85,21 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1
-    """Processes that share every micro-batch, one for each device; the result is the same to rounding."""
+    """Processes that share every micro-batch, one per device. The result differs only by rounding."""
     quantize: Quantize = "none"
     """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
 
     def __post_init__(self) -> None:
         _require(
             self.batch_size % self.num_processes == 0,
-            f"train.batch_size is {self.batch_size}, which train.num_processes, {self.num_processes}, do not share "
-            "evenly; give a multiple of it.",
+            f"train.batch_size is {self.batch_size}, which is no multiple of train.num_processes, "
+            f"{self.num_processes}; give a multiple.",
         )
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, for digests: not how many processes share the work.
+        """The settings that decide the result, for digests: all but num_processes.
 
-        A base model that is not quantized goes unsaid, as before there was the choice.
+        quantize is left out if it is "none", so digests match those of releases without this setting.
         """
         values = asdict(self)
         del values["num_processes"]
@@ -108,7 +108,7 @@ class TrainConfig:
         return values
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimiser steps on so many rows."""
+        """Optimiser steps for a task with `num_rows` training rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
         return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
 
@@ -122,25 +122,25 @@ class EvaluateConfig:
     max_new_tokens: Count = 50
     """Longest generated answer."""
     max_old_rows: Count = 5000
-    """Test rows that a new version answers of all tasks before its own together; a task's share is always the same rows
-    or fewer of them, so that versions are compared on the same ones."""
+    """Most test rows of all earlier tasks together that a new version answers. A task's rows stay the same from version
+    to version, or become fewer of the same rows, so versions are compared on common rows."""
 
 
 @settings("data")
 class DataConfig:
-    """What a landed file must satisfy, and how it is split."""
+    """Limits for a landed file, and the settings of its split."""
 
     test_share: Annotated[Positive, Field(lt=1)] = 0.2
-    """Share of rows held out by hash when the file brings no split of its own."""
+    """Share of rows held out as test rows, chosen by hash. A split in the file replaces it."""
     max_bad_share: Share = 0.2
-    """An arrival with a larger share of bad rows is refused whole."""
+    """A file with a larger share of bad rows is refused as a whole."""
     max_text_chars: Count = 20_000
     """A row with a longer input or output is a bad row."""
     retain_training_rows: Flag = False
-    """Whether the store keeps an arrival's training rows once they are learned; its test rows stay either way."""
+    """Whether the store keeps training rows after they are learned. Test rows are always kept."""
     include_texts: Flag = False
-    """Show texts of rows in logs, reports, notices and MLflow; without it rows appear there by number and digest alone.
-    Off, since what was once copied out of the store stays where it went, whatever is deleted in the store later."""
+    """Show the texts of rows in logs, reports, notices and MLflow. If False, rows appear there by number and digest.
+    The default is False because deleting a row from the store does not delete copies of its text elsewhere."""
 
 
 Approval = Literal["automatic", "person"]
@@ -148,32 +148,32 @@ Approval = Literal["automatic", "person"]
 
 @settings("gate")
 class GateConfig:
-    """What a new version must satisfy to become champion. Points are hundredths of accuracy; None asks nothing.
+    """Limits that a new version must keep to become champion. A point is 0.01 of accuracy; None turns a limit off.
 
-    Limits against the base model are held as measured. Those against the champion allow for the test's own noise, told
-    from the rows on which the two versions differ (Agresti and Min, 2005). A loss counts where it is above its limit
-    as measured and noise alone does not explain it; the gain of the new task, where it falls short by more than noise.
+    Limits against the base model use the measured figures. Limits against the champion allow for noise, which is
+    estimated from the rows on which the two versions differ (Agresti and Min, 2005). A loss counts if it is above its
+    limit and noise does not explain it. A gain counts as missed if it falls short by more than noise.
     """
 
     min_accuracy: Share | None = None
-    """Floor of the new task's accuracy, 0 to 1; None leaves the floor to min_gain_points alone."""
+    """Lowest accuracy of the new task, 0 to 1. None: only min_gain_points sets a floor."""
     min_gain_points: Number = 10.0
-    """The new task must be this many points above the untouched base model, and above always giving one answer; or half
-    of what these lack to all right, where that is less."""
+    """Points by which the new task must beat the untouched base model and the best constant answer. If the better of
+    the two is close to 100 %, half of its distance to 100 % is enough."""
     min_gain_over_champion_points: Number | None = 0.0
-    """The new task may not fall short of the champion's accuracy plus this many points by more than noise."""
+    """Points by which the new task must beat the champion. A version fails if it falls short by more than noise."""
     max_drop_points: AtLeastZero = 10.0
-    """No old task may lose more than this many points against the champion, unless noise explains the loss."""
+    """Most points that an old task may lose against the champion. A loss that noise explains is allowed."""
     max_mean_drop_points: AtLeastZero | None = 5.0
-    """Nor may the old tasks on average, where there are two or more; likewise."""
+    """Most points that the old tasks may lose on average, if there are two or more. Noise is allowed here too."""
     max_perplexity_ratio: AtLeastOne | None = 1.5
-    """Perplexity of plain English, against the untouched base model's, may grow to this multiple."""
+    """Largest perplexity of plain English, as a multiple of the untouched base model's."""
     max_norm_ratio: AtLeastOne | None = 10.0
-    """The adapter's norm ‖ΔW‖ may grow to this multiple of the champion's, or shrink to its inverse."""
+    """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
     approval: Approval = "automatic"
-    """person: a version that passes waits until somebody promotes it."""
+    """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
 
 
 Form = Literal["spectral", "literal"]
@@ -192,23 +192,23 @@ class DealConfig:
     form: Form = "spectral"
     """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
     core: Core = "soft"
-    """frozen: core slots never change. soft: they may, against the wall of lambda1. free: the factors are trained as
-    they are, nothing is decomposed, and old answers are held by the rehearsal alone."""
+    """frozen: core slots never change. soft: core slots may change, at the cost of the lambda1 term. free: the factors
+    are trained without a decomposition, and only the rehearsal preserves old answers."""
     sides: Sides = "both"
     """Which factors are updated."""
     balanced: Flag = True
-    """Rewrite the factors as P Σ^½ and Q Σ^½ when a task arrives; False keeps them raw."""
+    """Rewrite the factors as P Σ^½ and Q Σ^½ when a task arrives. False leaves the factors unchanged."""
     energy: ShareAboveZero = 0.95
     """Core slots hold at least this share of ‖ΔW‖²_F."""
     free_share: ShareBelowOne = 0.25
-    """At least this share of the slots is left free for the new task."""
+    """At least this share of the slots stays free for the new task."""
     recycle: Flag = True
-    """Empty the free slots and seed them anew; False lets the new task continue from what they hold, with one factor as
-    long as a seed."""
+    """Empty the free slots and draw new seeds for them. False keeps their content: the new task continues from it, with
+    one factor of each free slot scaled to the length of a seed."""
     seed_scale: Positive = 1.0
-    """Seeds of the free slots in units of PEFT's own; what is larger learns faster for the same rate."""
+    """Size of the free slots' seeds, in units of PEFT's. A larger value learns faster at the same learning rate."""
     project: Flag = True
-    """Keep free rows of A out of the core's row space; needs the balanced form."""
+    """Keep the free rows of A orthogonal to the core's row space; needs the balanced form."""
     kernel: Kernel = "heat"
     """The retention filter: kernels of the singular value (heat, x·e^−x, quadratic spline), or haar: a gate on the
     one-level Haar transform of the features, for comparison."""
@@ -217,7 +217,7 @@ class DealConfig:
     num_layers: CountOrZero = 1
     """K of Eq. 9; 0 turns the retention filter off."""
     mixing: Flag = True
-    """Train the matrix Ω of Eq. 11 beside the offset b."""
+    """Train the matrix Ω of Eq. 11 as well as the offset b."""
     lambda1: AtLeastZero = 0.01
     """Weight of the core's deviation."""
     a: AtLeastOne = 5.0
@@ -227,31 +227,31 @@ class DealConfig:
     b: AtLeastOne = 2.0
     """Exponent of the update's size."""
     interpolation: ShareAboveZero = 1.0
-    """γ: the version is (1 − γ)·parent + γ·trained, at the same rank; 1 keeps the trained adapter as it is."""
+    """γ: the version is (1 − γ)·parent + γ·trained, at the same rank. 1 keeps the trained adapter unchanged."""
     tolerance: Positive = 0.1
-    """ρ: relative deviation of a core slot at which the lambda1 term starts to bite."""
+    """ρ: relative deviation of a core slot at which the lambda1 term takes effect."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.widths), "deal.widths is (); give one width at least.")
+        _require(bool(self.widths), "deal.widths is (); give at least one width.")
         _require(
             self.form == "spectral" or min(self.widths) >= 0.2,
             f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.",
         )
         _require(
             self.form == "spectral" or self.kernel == "heat",
-            f"deal.kernel is {self.kernel!r}; the literal form has the heat kernel alone.",
+            f"deal.kernel is {self.kernel!r}; the literal form has only the heat kernel.",
         )
         changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
         idle = [f"deal.{name}" for name in changed if name not in ("core", "interpolation")]
         _require(
             self.core != "free" or not idle,
-            f"deal.core is free, which decomposes nothing, so that {', '.join(idle)} would do nothing; leave it "
+            f"deal.core is free, which decomposes nothing, so {', '.join(idle)} would do nothing; leave it "
             "out, or set deal.core to soft or frozen.",
         )
         _require(
             self.balanced or not self.recycle or self.form == "literal" or self.core == "free",
-            "deal.balanced is false and deal.recycle is true: a slot of the raw factors holds a mixture of directions, "
-            "so that emptying one would lose what was learned; set deal.recycle to false too.",
+            "deal.balanced is false and deal.recycle is true: a slot of the raw factors mixes several directions, "
+            "so emptying a slot would lose what was learned; set deal.recycle to false too.",
         )
         _require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
 
@@ -261,21 +261,21 @@ Texts = Literal["none", "arrival", "stored", "both"]
 
 @settings("rehearsal")
 class RehearsalConfig:
-    """Old tasks are asked again while a new one is learned; `deal` and `replay` read it."""
+    """Questions about old tasks while a new task is learned; `deal` and `replay` read these settings."""
 
     texts: Texts = "arrival"
-    """What the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; nothing is
-    kept of old data. stored: rows of the old tasks, kept with the adapter. both: half and half."""
+    """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
+    old data is kept. stored: rows of the old tasks, kept with the adapter. both: half of each."""
     stored_share: ShareAboveZero = 0.02
     """Share of a task's training rows that `stored` and `both` keep."""
     num_texts: Count = 256
-    """Questions made when the texts are the arrival's, shared out among the old tasks; fewer if the steps put fewer."""
+    """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
     rows_per_step: Count = 4
-    """Questions in every optimiser step, beside the batch."""
+    """Questions added to every optimiser step's batch."""
     weight: Positive = 1.0
-    """Weight of their loss against the new task's."""
+    """Weight of the questions' loss relative to the new task's loss."""
     temperature: Positive = 1.0
-    """Softness of the answers that are held: of the parent's distribution and of the model's."""
+    """Temperature that softens both the parent's and the model's distribution in the questions' loss."""
 
     @property
     def keeps_rows(self) -> bool:
@@ -284,13 +284,13 @@ class RehearsalConfig:
 
     @property
     def asks_about_arrival(self) -> bool:
-        """Whether the new task's texts are asked about."""
+        """Whether questions are made of the new task's texts."""
         return self.texts in ("arrival", "both")
 
 
 @settings("rivals")
 class RivalConfig:
-    """One knob each of the methods that `deal` is measured against."""
+    """Settings of the methods that `deal` is compared with."""
 
     o_lora_weight: AtLeastZero = 0.01
     """λ of O-LoRA's orthogonality (arXiv 2310.14152)."""

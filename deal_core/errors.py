@@ -1,4 +1,4 @@
-"""Errors a user of the pipeline can meet. Every message says what was found, where, and what to do."""
+"""The project's own errors. Every message says what was found, where, and what to do."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ MAX_ERROR_CHARS = 2000
 
 
 class DealError(Exception):
-    """Base of every error this project raises on purpose. Its text holds no secret: it masks what it is given."""
+    """Base of every error that this project raises on purpose. Secrets in its text are masked."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(DealError, ValueError):
-    """A setting or an argument does not fit."""
+    """A setting or an argument is not valid."""
 
 
 class DataValidationError(DealError, ValueError):
-    """An arrival cannot be used as it is."""
+    """A data file cannot be used as it is."""
 
 
 class AdapterStateError(DealError):
@@ -28,31 +28,31 @@ class AdapterStateError(DealError):
 
 
 class IntegrityError(DealError):
-    """Stored bytes are not those that were recorded of them."""
+    """Stored bytes differ from their recorded digest."""
 
 
 class TrainingDivergedError(DealError):
-    """A loss or gradient is not finite: nothing that follows could be learned."""
+    """A loss or gradient is not finite, so the training cannot continue."""
 
 
 class RankError(DealError):
-    """One of the processes that trained an adapter together died."""
+    """One of several training processes died."""
 
 
 class RegistryError(DealError):
-    """The model registry refused or contradicts what was asked."""
+    """The model registry refused a request, or its answer contradicts it."""
 
 
 class StoreError(DealError):
-    """The object store could not do what was asked."""
+    """A request to the object store failed."""
 
 
 class DiskFullError(DealError):
-    """No room is left on a disk that a run writes to."""
+    """A disk that a run writes to is full."""
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, on one line and without secrets; one that is not ours with its kind."""
+    """The error's message on one line, without secrets. The type comes first unless it is a DealError."""
     message = without_secrets(" ".join(printable(str(error)).split()))
     if len(message) > MAX_ERROR_CHARS:
         message = f"{message[: MAX_ERROR_CHARS - 1]}…"

@@ -1,4 +1,4 @@
-"""Limits that settings declare on their fields, and what is said of a value that does not keep them."""
+"""Limits that settings declare on their fields, and the messages for values that break a limit."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ _WANTED = {
     "literal_error": "{expected}",
     "unexpected_keyword_argument": "a field that there is",
 }
-"""Pydantic's kind of problem, and what to give instead."""
+"""Pydantic's error type → what to give instead."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def settings(section: str) -> Callable[[Settings], Settings]:
-    """Make a class a frozen dataclass whose fields are checked when it is made, in Python as in a spec.
+    """Make a class a frozen dataclass that checks its fields when an instance is made.
 
     Args:
-        section: where a spec has these settings; it begins the name of a field in an error.
+        section: name of these settings' section in a spec; the prefix of field names in errors.
 
     Raises:
-        ConfigError: from the class that is made, where a field does not fit; every such field is named.
+        ConfigError: raised by the class if fields do not fit; the message names each of them.
     """
 
     def decorate(cls: Settings) -> Settings:

@@ -1,6 +1,6 @@
-"""Secrets are masked wherever a text leaves: passwords of addresses, and the secrets that the environment holds.
+"""Mask secrets in texts: passwords in addresses, and values of secret environment variables.
 
-Every DealError masks its own text, so that what a library said of an address cannot pass a password on.
+Every DealError masks its own text, so a library's message about an address does not leak a password.
 
 Example:
     >>> without_secrets("Cannot open postgresql://me:secret@host/mlflow")
@@ -17,11 +17,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 MASK = "***"
 MIN_CHARS = 8
-"""A shorter secret is masked in addresses alone: elsewhere it would take common words with it."""
+"""A shorter secret is masked only in addresses: elsewhere it could match common words."""
 _SECRET_NAME = re.compile(
     r"(?:SECRET|PASSWORD|PASSWD|TOKEN|API_KEY|ACCESS_KEY|ACCESS_KEY_ID|AUTH_STRING|WEBHOOK_URL)$", re.IGNORECASE
 )
-"""What the names of variables that hold a secret end with."""
+"""Endings of the names of variables that hold a secret."""
 _SECRET_PARAMETER = re.compile(
     r"([?&][^=&\s]{0,64}?(?:token|secret|passw|pwd|key|sig|credential|auth)[^=&\s]{0,64}=)[^&\s'\"]+", re.IGNORECASE
 )
@@ -30,14 +30,14 @@ _SECRET_PARAMETER = re.compile(
 def without_secrets(text: str) -> str:
     """The text with its secrets replaced by ***.
 
-    Replaced are user and password of every address (a password ends at the last @ before a space), address parameters
-    such as token=, and every secret that a variable of the environment holds.
+    Secrets are the user and password of an address (a password ends at the last @ before a space), address parameters
+    such as token=, and the values of secret environment variables.
     """
     return without_known_secrets(_without_parameters(_without_passwords(text)))
 
 
 def without_known_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with the secrets that variables of `environment` hold replaced, and everything else as it is."""
+    """The text with the values of the secret variables of `environment` replaced; the rest stays unchanged."""
     for secret in sorted(_known_secrets(environment), key=len, reverse=True):
         text = text.replace(secret, MASK)
     return text
@@ -55,7 +55,7 @@ def without_known_secrets_inside(value: Any) -> Any:
 
 
 def holds_secret(address: str) -> bool:
-    """Whether an address has a user, a password or a token in it."""
+    """Whether an address contains a user, a password or a token."""
     return "://" in address and _without_parameters(_without_passwords(address)) != address
 
 
@@ -66,13 +66,13 @@ def _without_passwords(text: str) -> str:
 
 
 def _hide_password(word: str) -> str:
-    """A word without user and password of the addresses in it."""
+    """Mask user and password of every address in a word."""
     kept, position, last_at = [], 0, word.rfind("@")
     while (start := word.find("://", position)) >= 0 and start < last_at:
         start += 3
         slash = word.find("/", start)
         end_of_host = len(word) if slash < 0 else slash
-        # a password may have a slash or an @ in it, so that it ends at the last @; a user alone ends before the host
+        # a password may contain / or @, so it ends at the last @; a user without a password ends before the host
         at = last_at if word.find(":", start, end_of_host) >= 0 else word.rfind("@", start, end_of_host)
         kept.append(word[position:start])
         position = start
@@ -87,7 +87,7 @@ def _without_parameters(text: str) -> str:
 
 
 def _known_secrets(environment: Mapping[str, str]) -> set[str]:
-    """The secrets of an environment, each as it is and as it stands in an address."""
+    """The secrets of an environment, each in plain and in URL-encoded form."""
     found: set[str] = set()
     for name, value in environment.items():
         found.update(_secrets_of(name, value))
@@ -101,7 +101,7 @@ def _secrets_of(name: str, value: str) -> Iterator[str]:
         yield value.partition(":")[2] if name.upper().endswith("AUTH_STRING") else ""
         if "://" in value:
             path = urlsplit(value).path.strip("/")
-            yield path if len(path) >= 2 * MIN_CHARS else ""  # a receiver's token; a short path is none
+            yield path if len(path) >= 2 * MIN_CHARS else ""  # a webhook's token; a short path holds no token
     if "://" in value and "@" in value:
         user_and_password = value.partition("://")[2].rpartition("@")[0]
         yield user_and_password.partition(":")[2]

@@ -1,4 +1,4 @@
-"""Text from outside as people may see it: on one screen, with nothing in it that a terminal acts on."""
+"""Text from outside, made safe to show: short, and without characters that control a terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import reprlib
 from collections.abc import Collection
 
 MAX_LISTED = 20
-"""Names in a message; of more, the rest is counted."""
+"""Most names in a message; further names are only counted."""
 
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Controls but tab and line feed, marks that change the direction of text, line separators, lone surrogates."""
+"""Control characters except tab and line feed, text direction marks, line separators, lone surrogates."""
 
 
 def printable(text: str) -> str:
-    r"""The text with what a terminal would act on, or could not show, escaped; line ends and tabs stay.
+    r"""Escape characters that control a terminal or cannot be shown; line ends and tabs stay.
 
     Example:
         >>> printable("\x1b[31mred")
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def printable_json(text: str) -> str:
-    """The same of JSON: what it says stays the same."""
+    """`printable` for JSON text, with JSON's own escapes, so the parsed value stays the same."""
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -40,7 +40,7 @@ def shorten(value: object, width: int = 80) -> str:
 
 
 def brief(value: object, width: int = 80) -> str:
-    """`repr`, at most about `width` characters long, whatever the value's size and depth."""
+    """`repr`, cut to about `width` characters for values of any size and depth."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = width
     short.maxlevel = 2
@@ -51,7 +51,7 @@ def brief(value: object, width: int = 80) -> str:
 
 
 def listed(names: Collection[str], *, most: int = MAX_LISTED, width: int = 40) -> str:
-    """Names for a message: each cut where it is long, of many the first ones and the number of the others.
+    """Join names for a message: long names are cut, and names beyond the first `most` are counted.
 
     Example:
         >>> listed(["late", "lost", "broken"], most=2)

@@ -1,4 +1,4 @@
-"""Files that others have made: only regular ones are read, so that none blocks a reader or never ends."""
+"""Read only regular files: a FIFO, socket or device could block the reader or never end."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _KINDS = {
 
 
 class IrregularFileError(OSError):
-    """What stands under a file's name is a FIFO, a socket or a device."""
+    """The path is a FIFO, a socket or a device."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a file to read its bytes; it never waits, whatever takes the file's place meanwhile.
+    """Open a file to read its bytes. The call never waits, even if a FIFO replaces the file meanwhile.
 
     Raises:
-        IrregularFileError: it is a FIFO, a socket or a device.
+        IrregularFileError: the path is a FIFO, a socket or a device.
         OSError: there is no such file, it is a folder, or it may not be read.
     """
-    _require_regular(os.stat(path), path)  # to open some devices does something already
+    _require_regular(os.stat(path), path)  # opening some devices has side effects
     return open(path, "rb", opener=_open_regular)
 
 
 def read_start(path: Path, limit: int) -> bytes:
-    """The first `limit` bytes of a file, or all of a shorter one; raises as `open_regular` does."""
+    """The first `limit` bytes of a file, or all of a shorter file; the errors are those of `open_regular`."""
     with open_regular(path) as file:
         return file.read(limit)
 
 
 def irregularity(mode: int) -> str | None:
-    """What a file of this mode (of `os.stat`) is instead of a regular one; None where it is regular, or a folder."""
+    """Name of the irregular kind of this mode (from `os.stat`); None for a regular file or a folder."""
     return _KINDS.get(stat.S_IFMT(mode))
 
 

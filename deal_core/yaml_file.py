@@ -1,4 +1,4 @@
-"""The one way in which YAML is read: every key once, every value with one meaning, and a bound on all of it."""
+"""Read YAML strictly: no key twice, YAML 1.2 numbers, and bounds on size, depth and number of values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from deal_core.printable import printable, shorten
 from deal_core.regular_file import read_start
 
 MAX_BYTES = 2**18
-"""Of a file. Thousands of labels are less."""
+"""Largest file. Thousands of labels need less."""
 MAX_VALUES = 10_000
-"""Keys and values, each counted as often as aliases repeat it."""
+"""Most keys and values; a value that aliases repeat is counted each time."""
 MAX_DEPTH = 32
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -31,29 +31,29 @@ _TOO_DEEP = f"is nested more than {MAX_DEPTH} deep; no settings are."
 
 
 class _RefusedError(Exception):
-    """What is wrong with YAML that is valid."""
+    """Valid YAML that this project does not accept."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers as YAML 1.2 writes them: 1e-3 is one; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
+    """Reads numbers as in YAML 1.2: 1e-3 is a number; 010, 0x1F, 1:30 and 2026-11-01 are texts."""
 
     num_values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next value; too many are refused before the rest is read."""
+        """Read the next value, unless there are too many already."""
         self.num_values += 1
         if self.num_values > MAX_VALUES:
             raise _RefusedError(_TOO_MANY)
         return super().compose_node(parent, index)
 
     def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
-        """A bracket; the work on each grows with the number of open ones."""
+        """Read an opening bracket. The work per bracket grows with the number of open brackets, so depth is limited."""
         if self.flow_level > MAX_DEPTH:
             raise _RefusedError(_TOO_DEEP)
         super().fetch_flow_collection_start(TokenClass)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put in place of merge keys what they name: a mapping's own keys win, then those of the first one named."""
+        """Resolve merge keys: a mapping's own keys win, then the keys of the mapping that is named first."""
         own = [pair for pair in node.value if pair[0].tag != _MERGE]
         found = {key.value: (key, value) for key, value in own}
         for key, value in node.value:
@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that must be a mapping.
 
     Raises:
-        ConfigError: the file is missing, is no regular file, or holds something else.
+        ConfigError: the file is missing, is not a regular file, or does not hold a mapping.
     """
     try:
         content = read_start(path, MAX_BYTES + 1)
@@ -92,14 +92,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty file holds an empty one.
+    """Parse the mapping that a YAML file holds; an empty file gives an empty mapping.
 
     Args:
-        content: what the file holds; of a larger one than MAX_BYTES one byte more is enough.
+        content: the file's bytes. For a file larger than MAX_BYTES, the first MAX_BYTES + 1 are enough.
         origin: the file, for messages.
 
     Raises:
-        ConfigError: it holds something else, a key twice, or more than the bounds; the message begins with `origin`.
+        ConfigError: it is not a mapping, has a key twice, or breaks a bound; the message begins with `origin`.
     """
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{origin} is larger than {MAX_BYTES // 2**10} KiB, which no settings are; check the file.")
@@ -129,7 +129,7 @@ def _load(text: str) -> Any:
 
 
 def _check(loader: _Loader, root: yaml.Node) -> None:
-    """Walk all values before any is made, an alias as often as it stands, so that no alias multiplies the work."""
+    """Check all nodes before any value is constructed; a repeated alias counts each time, which bounds the work."""
     waiting = [(root, 1)]
     num_values = 0
     while waiting:

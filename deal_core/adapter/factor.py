@@ -19,7 +19,7 @@ class FactorNetwork(nn.Module):
     """A function from the method's parameters to one factor of every module of a stack.
 
     Attributes:
-        is_trained: False for a side that the setting leaves alone; it then has no parameters.
+        is_trained: False for a side that `deal.sides` excludes; the side then has no parameters.
     """
 
     start_MNR: Tensor
@@ -47,7 +47,7 @@ class FactorNetwork(nn.Module):
         """Set the parameters' gradients, given those of the factor (N×R for every module).
 
         Args:
-            gradients: Of the loss, by the factor.
+            gradients: Gradients of the loss with respect to the factor.
             penalised: Whether the gradient of the penalty is added.
         """
         for parameter in self.parameters():
@@ -58,7 +58,7 @@ class FactorNetwork(nn.Module):
 
 
 class LiteralFactor(FactorNetwork):
-    """Eq. 8-12 as written, on the raw factor; deviations of θ₁ from its start, since a penalty on g itself erases Y."""
+    """Eq. 8-12 as written, on the raw factor. The penalty is on θ₁'s deviation from its start: one on g erases Y."""
 
     def __init__(self, start_MNR: Tensor, config: DealConfig, *, is_trained: bool) -> None:
         super().__init__(start_MNR, is_trained=is_trained)

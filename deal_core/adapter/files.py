@@ -1,4 +1,4 @@
-"""The files that make an adapter, and whether their bytes are those that were recorded of them."""
+"""The files of an adapter, and the check of their bytes against recorded digests."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from deal_core.base_model.fingerprint import sha256_of_file
 from deal_core.errors import IntegrityError
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What answering reads."""
+"""Files that answering needs."""
 METHOD_FILES = ("method.json", "method.safetensors")
-"""What continuing the adapter reads besides; an adapter may lack them."""
+"""Further files that training the adapter on needs; an adapter may lack them."""
 ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
 TOGETHER = "adapter"
-"""In the place of a file's name: all files of the adapter together, see `sha256_together`."""
+"""Used instead of a file name: all files of the adapter together, see `sha256_together`."""
 
 Recorded = Mapping[str, tuple[str, ...]]
 """The digests that a file may have, by the file's name.
 
-A file has one. It has two while `deal forget` replaces it, so that a process that is killed damages nothing.
+A file has one digest. It has two while `deal forget` replaces the file, so a killed process leaves no damage.
 """
 
 
 def digests_of(folder: Path, names: Collection[str] = ADAPTER_FILES) -> dict[str, str]:
-    """SHA-256 of each of these files that the folder has, by name, in the order of the names."""
+    """SHA-256 of those of the named files that the folder has, sorted by name."""
     return {name: sha256_of_file(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def sha256_together(digests: Mapping[str, str]) -> str:
-    """One digest of the names and contents of several files: a version's `adapter_sha256`."""
+    """A single digest of the names and contents of several files: a version's `adapter_sha256`."""
     together = hashlib.sha256()
     for name, digest in sorted(digests.items()):
         together.update(f"{name}\0{digest}\n".encode())
@@ -38,17 +38,17 @@ def sha256_together(digests: Mapping[str, str]) -> str:
 
 
 def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """These digests, and no others."""
+    """`Recorded` for files that have one allowed digest each."""
     return {name: (digest,) for name, digest in digests.items()}
 
 
 def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> list[str]:
-    """Say of each file whose bytes are not the recorded ones what was found and what was recorded.
+    """Describe each file whose bytes differ from the recorded ones: the digest found and the digest recorded.
 
     Args:
-        found: what `digests_of` gave for all files of the adapter.
-        recorded: the digests that the files may have. Nothing is compared where nothing is recorded.
-        names: the files that matter. All of them count where one digest is recorded of all together.
+        found: the result of `digests_of` for all files of the adapter.
+        recorded: the digests that the files may have. If it is empty, nothing is compared.
+        names: the files to compare. If one digest is recorded of all files together, all files are compared.
     """
     if not recorded:
         return []
@@ -64,14 +64,14 @@ def require_undamaged(
     found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES, *, what: str, where: str,
     remedy: str,
 ) -> None:
-    """Refuse files whose bytes are not the recorded ones.
+    """Refuse files whose bytes differ from the recorded ones.
 
     Args:
         found: as for `find_damage`.
         recorded: as for `find_damage`.
         names: as for `find_damage`.
-        what: whose files they are, such as "Version 2 of 'support'".
-        where: the address of their folder.
+        what: the owner of the files, such as "Version 2 of 'support'".
+        where: the address of the files' folder.
         remedy: what to do, as whole sentences.
 
     Raises:

@@ -1,8 +1,8 @@
 """LoRA factors as functions of the method's parameters: materialise before a step, pull gradients back after it.
 
-The network acts on weights, not on activations: training runs on the adapter's ordinary lora_A and lora_B, and once per
-optimiser step the accumulated gradients of the factors go back through the network. The parameters live outside the
-trained model, so that no wrapper of the model sees them.
+The network acts on weights, not on activations. Training runs on the adapter's ordinary lora_A and lora_B; once per
+optimiser step, the accumulated gradients of the factors go back through the network. The parameters are not part of
+the trained model, so wrappers of the model do not see them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from deal_core.config import DealConfig
 class Reparametrization(nn.Module):
     """The factor networks of all stacks of one adapter.
 
-    Its state (parameters and the arrival's constants: spectrum, seeds, core mask) is what a checkpoint keeps.
+    A checkpoint keeps its state: the parameters and the arrival's constants (spectrum, seeds, core mask).
 
     Attributes:
         num_core_slots: Core slots of every module, by name; empty for the literal form.
-        is_full: Names of the modules whose core had to be cut to leave the free share.
+        is_full: Names of the modules whose core was cut to leave the free share.
     """
 
     def __init__(self, stacks: Sequence[LoraStack], config: DealConfig, generator: torch.Generator) -> None:
@@ -62,7 +62,7 @@ class Reparametrization(nn.Module):
         elif config.balanced:
             y_A, y_B = _rescale(spectrum, core_MR, config)
         guarded = spectrum.right_MIR * core_MR.unsqueeze(1) if config.project and config.balanced else None
-        # Aᵀ lies in memory as A does: what goes between the two is then copied as it lies
+        # Aᵀ gets A's memory layout, so that copies between the two are contiguous
         y_A, guarded = _as_lora_a(y_A), None if guarded is None else _as_lora_a(guarded)
         factory = HaarFactor if config.kernel == "haar" else SpectralFactor
         a_side = factory(y_A, spectrum.sigma_MR, core_MR, config, guarded, is_trained=config.sides != "B")
@@ -82,10 +82,10 @@ class Reparametrization(nn.Module):
                 network.write(targets)
 
     def pull_back(self, *, penalised: bool = False) -> None:
-        """Set the parameters' gradients to those of the factors, taken back through the networks (chain rule).
+        """Set the parameters' gradients by passing the factors' gradients back through the networks (chain rule).
 
         Args:
-            penalised: Add the gradient of `penalty`, in the same pass over the numbers.
+            penalised: Also add the gradient of `penalty`, in the same pass over the numbers.
         """
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
             for network, gradients in zip(networks, stack.target_gradients(), strict=True):
@@ -108,9 +108,9 @@ def _as_lora_a(y_MIR: Tensor) -> Tensor:
 
 
 def _rescale(spectrum: Spectrum, core_MR: Tensor, config: DealConfig) -> tuple[Tensor, Tensor]:
-    """The balanced factors, but for the free slots: one factor as long as a seed of PEFT's, the other what remains.
+    """The balanced factors, with free slots rescaled: one factor as long as a seed of PEFT, the other with the rest.
 
-    The function stays, and no slot is near zero in both factors, from where it could not learn.
+    The adapter's output does not change. No slot is near zero in both factors, because such a slot could not learn.
     """
     length = config.seed_scale / math.sqrt(3)  # of n numbers drawn from U(−1/√n, 1/√n)
     root_M1R = spectrum.sigma_MR.sqrt().unsqueeze(1)
@@ -124,10 +124,10 @@ def _rescale(spectrum: Spectrum, core_MR: Tensor, config: DealConfig) -> tuple[T
 def _recycle(
     y_A: Tensor, y_B: Tensor, core_MR: Tensor, config: DealConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Empty the free slots of one factor and seed the other as PEFT seeds a new LoRA, U(−1/√n, 1/√n), times a scale.
+    """Set the free slots of one factor to zero and seed the other as PEFT seeds a new LoRA, U(−1/√n, 1/√n), scaled.
 
-    B is emptied and A seeded, unless A alone is trained: a slot that is zero in its only trained partner's mate never
-    gets a gradient.
+    By default B's free slots are zero and A's are seeded. If only A is trained, the roles swap: with B at zero, A would
+    never receive a gradient.
     """
     core_M1R = core_MR.unsqueeze(1)
     seeded = y_B if config.sides == "A" else y_A

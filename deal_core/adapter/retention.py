@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 FLOOR = 1e-3
-"""What the spline is raised by, so that its logarithm exists where it ends; where it has ended, its gain is 1."""
+"""Added to the spline so that its logarithm exists everywhere; beyond the spline's support the gain is 1."""
 SMALL = 1e-6
 
 LogKernel = Callable[[Tensor, Tensor | float, Tensor], Tensor]
@@ -23,7 +23,7 @@ def log_heat(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
 
 
 def log_linear_decay(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
-    """φ(s) = x·exp(−x) with x = s/(σc): rises like s and falls off beyond s = σc."""
+    """φ(s) = x·exp(−x) with x = s/(σc): rises like s and decays beyond s = σc."""
     x = spectrum.clamp_min(SMALL) / (width * torch.as_tensor(centre).clamp_min(SMALL))
     return x.log() - x
 
@@ -44,8 +44,8 @@ START_CENTRE = 1.0
 class SpectralRetention(nn.Module):
     """Gain h_k of every core direction as a smooth function of its singular value.
 
-    h_k = Σ_j g_j φ_j(s_k; c_j)/φ_j(s_k; c_j⁰) with s_k = σ_k/σ_1, c_j⁰ = 1 and g_j = 1/J at the start, so h = 1:
-    nothing is lost before the first step. K layers multiply their gains; δ is the identity.
+    h_k = Σ_j g_j φ_j(s_k; c_j)/φ_j(s_k; c_j⁰) with s_k = σ_k/σ_1 and c_j⁰ = 1. At the start g_j = 1/J, so h = 1 and
+    nothing is lost before the first step. The gains of the K layers are multiplied; δ is the identity.
     """
 
     widths_J: Tensor
@@ -77,10 +77,10 @@ class SpectralRetention(nn.Module):
 
 
 class HaarRetention(nn.Module):
-    """A gate on the one-level Haar transform of a factor's features, in place of a function of the spectrum.
+    """A gate on the one-level Haar transform of a factor's features; it replaces the function of the spectrum.
 
-    Features are taken in pairs, (y₁ ± y₂)/√2, each coefficient is scaled by a gate of its own, and the transform is
-    taken back; a last odd feature stays as it is. Gates are 1 at the start. K layers multiply their gates.
+    Features are transformed in pairs, (y₁ ± y₂)/√2. Each coefficient is multiplied by its own gate, then the transform
+    is inverted. A last unpaired feature stays unchanged. Gates are 1 at the start; K layers multiply their gates.
     """
 
     def __init__(self, y_MNR: Tensor, num_layers: int) -> None:
@@ -102,7 +102,7 @@ class HaarRetention(nn.Module):
 class LiteralRetention(nn.Module):
     """Eq. 8-10 as written, on a raw factor: H ← Σ_j Ψ_j diag(g_j) Ψ_j⁻¹ H with Ψ_j = U diag(φ_j(s)) Uᵀ.
 
-    U and s come from the SVD of the factor itself; g_j is diagonal over its N rows; c_j is learnable.
+    U and s come from the SVD of the factor; g_j is diagonal over its N rows; c_j is learnable.
     """
 
     widths_J: Tensor
@@ -135,12 +135,12 @@ class LiteralRetention(nn.Module):
 
 
 class ControlledUpdate(nn.Module):
-    """O = X̂ + X̂Ω + b, with Ω (M×R×R) and b (M×N×R) zero at the start, so that O = X̂ before the first step.
+    """O = X̂ + X̂Ω + b. Ω (M×R×R) and b (M×N×R) are zero at the start, so O = X̂ before the first step.
 
     Args:
-        start_MNR: The factor; gives shape and device.
-        mixing: Whether Ω is trained; without it only b is.
-        trainable_MR: True where a slot's column of b may move; None lets all of them move.
+        start_MNR: The factor; it gives shape and device.
+        mixing: Whether Ω is trained as well as b.
+        trainable_MR: True for slots whose column of b may change; None: all may change.
     """
 
     trainable_M1R: Tensor | None
@@ -158,6 +158,6 @@ class ControlledUpdate(nn.Module):
         return out_MNR if self.mixing_MRR is None else out_MNR + retained_MNR @ self.mixing_MRR
 
     def masked_offset(self, part: slice = slice(None)) -> Tensor:
-        """Return b of some modules, zero where a slot's column may not move."""
+        """Return b of some modules, with zeros for slots whose column may not change."""
         offset_MNR = self.offset_MNR[part]
         return offset_MNR if self.trainable_M1R is None else offset_MNR * self.trainable_M1R[part]

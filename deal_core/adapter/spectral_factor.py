@@ -16,23 +16,23 @@ from deal_core.config import DealConfig
 
 TINY = 1e-12
 BLOCK_BYTES = 2**23
-"""Of a factor, on a CPU, what is worked on at a time: it then stays in the processor's cache from one operation to the
-next. Smaller blocks are no faster, and several threads wait for each other more often."""
+"""Size of the block of a factor that a CPU processes at a time, so that it stays in the cache between operations.
+Smaller blocks are not faster, and threads wait for each other more often."""
 
 
 class SpectralFactor(FactorNetwork):
-    """Core slots are retained and, where the core is soft, reshaped; free slots learn the new task.
+    """Core slots are retained and, with a soft core, reshaped. Free slots learn the new task.
 
-    All of it but the offset b is one matrix W (R×R) per module: O = Y·W + b with W = diag(h)·(I + Ω), where the gains h
-    are 1 on free slots; free columns are then kept out of the guarded directions. So its gradients need two thin
-    matrix products, and one pass over the numbers sets them and the penalty's: what a step costs is that pass, since
-    the numbers are as many as the adapter's. `forward` and `penalty` are what `write` and `pull_back` work out.
+    Except for the offset b, the network is one matrix W (R×R) per module: O = Y·W + b with W = diag(h)·(I + Ω). The
+    gains h are 1 on free slots. Free columns are then projected out of the guarded directions. `write` and `pull_back`
+    compute the same as `forward` and `penalty` with their gradients, but faster: the gradients need two thin matrix
+    products, and a single pass over the numbers sets them and the penalty's gradients.
 
     Args:
         start_MNR: The factor when the task arrives, free slots already recycled.
         sigma_MR: Singular values of ΔW.
-        core_MR: True for core slots, the leading ones.
-        guarded_MNR: Orthonormal directions that free slots are kept out of (zero columns elsewhere), or None.
+        core_MR: True for core slots, which are the leading slots.
+        guarded_MNR: Orthonormal directions that free slots must not use (zero columns elsewhere), or None.
         is_trained: Whether this side is updated.
     """
 
@@ -103,7 +103,7 @@ class SpectralFactor(FactorNetwork):
         return mixing_MRR.abs().pow(self._config.b).mean((1, 2)).sum()
 
     def _weight(self) -> Tensor | None:
-        """W (M×R×R) as a function of g, c and Ω; None where it is the identity."""
+        """W (M×R×R) as a function of g, c and Ω; None if W is the identity."""
         mixing_MRR = None if self.update is None else self.update.mixing_MRR
         if self.retention is None and mixing_MRR is None:
             return None
@@ -117,9 +117,9 @@ class SpectralFactor(FactorNetwork):
         return weight_MRR
 
     def _blocks(self) -> Iterator[tuple[slice, int]]:
-        """Modules that are worked on together, and how many columns hold all their core slots."""
+        """Modules that are processed together, and the number of columns that hold all their core slots."""
         num_modules, num_features, rank = self.start_MNR.shape
-        if self.start_MNR.device.type != "cpu":  # few launches are what counts, and counting would wait for the device
+        if self.start_MNR.device.type != "cpu":  # a GPU wants few kernel launches, and counting would wait for it
             yield slice(0, num_modules), rank
             return
         counts = self.core_M1R.sum((1, 2)).tolist()
@@ -161,7 +161,7 @@ class SpectralFactor(FactorNetwork):
                 parameter.grad = None
         if offset.grad is None:
             offset.grad = torch.empty_like(offset)
-        grad_MNR = offset.grad  # written over, not made anew: fresh memory costs as much as the arithmetic
+        grad_MNR = offset.grad  # overwritten, because new memory would cost as much as the arithmetic
         by_weight_MRR = None if weight_MRR is None else torch.empty_like(weight_MRR)
         with torch.no_grad():
             for part, num_core in self._blocks():
@@ -182,7 +182,7 @@ class SpectralFactor(FactorNetwork):
             torch.autograd.backward(total + config.lambda2 * self._mixing_size() if penalised else total)
 
     def _add_wall(self, grad_BNR: Tensor, weight_MRR: Tensor | None, part: slice, num_core: int) -> None:
-        """Add the λ₁ term's gradient by O, which has core columns alone."""
+        """Add the λ₁ term's gradient with respect to O; only core columns have one."""
         assert self.update is not None
         config, start_BNR = self._config, self.start_MNR[part]
         moved_BNC = self.update.offset_MNR[part, :, :num_core]
@@ -197,7 +197,7 @@ class SpectralFactor(FactorNetwork):
         grad_BNR[..., :num_core].addcmul_(moved_BNC, factor_B1C)
 
     def _add_size(self, grad_BNR: Tensor, part: slice) -> None:
-        """Add the λ₂ term's gradient by b, which has free columns alone."""
+        """Add the λ₂ term's gradient with respect to b; only free columns have one."""
         assert self.update is not None
         config, offset_BNR = self._config, self.update.offset_MNR[part]
         slope_BNR = offset_BNR if config.b == 2 else offset_BNR.sign() * offset_BNR.abs().pow(config.b - 1)
@@ -206,7 +206,7 @@ class SpectralFactor(FactorNetwork):
 
 
 class HaarFactor(SpectralFactor):
-    """The same with the Haar gate in place of a function of the spectrum; it acts on features, so autograd does it."""
+    """A factor with the Haar gate instead of a function of the spectrum. Autograd computes its gradients."""
 
     def _make_retention(self, sigma_MR: Tensor) -> HaarRetention:
         return HaarRetention(self.start_MNR, self._config.num_layers)

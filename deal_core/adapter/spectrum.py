@@ -31,12 +31,12 @@ class Spectrum:
         return self.right_MIR * root_M1R, self.left_MOR * root_M1R
 
     def truncate(self, rank: int) -> Spectrum:
-        """Keep the `rank` largest directions: the best approximation of that rank (Eckart-Young)."""
+        """Keep the `rank` largest directions: the best approximation of this rank (Eckart-Young)."""
         return Spectrum(self.left_MOR[..., :rank], self.sigma_MR[:, :rank], self.right_MIR[..., :rank])
 
 
 def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
-    """Decompose ΔW = B·A without ever forming it: QR of each factor, SVD of the small core between them.
+    """Decompose ΔW = B·A without forming ΔW: QR of each factor, then SVD of the small matrix between them.
 
     Returns:
         min(R, I, O) directions per module.
@@ -52,7 +52,7 @@ def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
 
 
 def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
-    """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F, leaving at least `num_free`.
+    """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F; at least `num_free` are left free.
 
     A module whose ΔW is zero has no core.
 

@@ -1,4 +1,4 @@
-"""LoRA factors of a PEFT model, stacked by shape so that the method treats all modules of one shape at once."""
+"""LoRA factors of a PEFT model, stacked by shape: the method processes all modules of one shape together."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class LoraStack:
             param.copy_(value)
 
     def targets(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the modules' own parameters, to be written to: each Aᵀ (I×R) and each B (O×R)."""
+        """Return views of the modules' parameters for writing: each Aᵀ (I×R) and each B (O×R)."""
         return [p.detach().mT for p in self.a_params], [p.detach() for p in self.b_params]
 
     def target_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the gradients of `targets`, not copied; zero where a parameter received none."""
+        """Return the gradients of `targets` without copying; zero if a parameter received none."""
         grads_A, grads_B = (
             [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             for params in (self.a_params, self.b_params)
@@ -56,7 +56,7 @@ class LoraStack:
         return [grad.mT for grad in grads_A], grads_B
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Return the gradients of A (M×R×I) and B (M×O×R), copied; zero where a parameter received none."""
+        """Return copies of the gradients of A (M×R×I) and B (M×O×R); zero if a parameter received none."""
         grads_A, grads_B = self.target_gradients()
         return torch.stack(grads_A).mT.float(), torch.stack(grads_B).float()
 
@@ -85,13 +85,13 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
 def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
     """Return U(−1/√n, 1/√n) for n inputs, as PEFT seeds a new LoRA's A, in the shape and on the device of `like`.
 
-    They are drawn on the CPU, so that every device gets the same ones.
+    The numbers are drawn on the CPU, so every device gets the same ones.
     """
     return ((torch.rand(like.shape, generator=generator) * 2 - 1) * float(fan_in**-0.5)).to(like.device)
 
 
 def check_rank(stacks: Sequence[LoraStack]) -> None:
-    """Refuse slots that could hold nothing.
+    """Refuse a rank with slots that cannot hold anything.
 
     Raises:
         ConfigError: The rank exceeds a module's number of features.

@@ -1,4 +1,4 @@
-"""Adapters and method state on disk: a plain PEFT folder, loadable with no code of ours, and method.json beside it."""
+"""Adapters on disk: a plain PEFT folder that PEFT alone can load, and the method's state in method.json."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def adapter_on(model: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
-    """Lend a base model with a saved adapter on it (None: untouched); it is bare again afterwards."""
+    """Put a saved adapter on a base model (None: no adapter); the adapter is removed at the end of the block."""
     if folder is None:
         yield model
         return
@@ -106,9 +106,9 @@ def load_adapter(
 
     Args:
         model: The base model.
-        folder: What PEFT, or `save_adapter`, wrote.
-        is_trainable: Whether its factors will get gradients.
-        num_new_slots: Slots to add behind the adapter's own, zero in both factors; the function stays the same.
+        folder: A folder of PEFT or of `save_adapter`.
+        is_trainable: Whether the factors get gradients.
+        num_new_slots: Slots to append, zero in both factors; the adapter's output stays the same.
 
     Raises:
         AdapterStateError: The folder holds no adapter, its weights are damaged, or its keys are not exactly those that
@@ -135,13 +135,13 @@ def load_adapter(
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A PEFT folder that was read."""
+    """The content of a PEFT folder."""
 
     path: Path
     """The file of the tensors, for messages."""
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
-    """By the names that PEFT writes: without the adapter's own name."""
+    """Tensors by the names that PEFT writes, which omit the adapter's name."""
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -163,7 +163,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
 
 
 def require_fit(model: PeftModel, name: str, saved: SavedAdapter) -> None:
-    """Refuse tensors that are not exactly those of the model's adapter of that name.
+    """Refuse tensors whose names and shapes are not exactly those of the model's adapter `name`.
 
     Raises:
         AdapterStateError: A shape differs, or a key is missing or unexpected.
@@ -200,7 +200,7 @@ def _widen(name: str, factor: torch.Tensor, num_new_slots: int) -> torch.Tensor:
 
 
 def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_name: str) -> None:
-    """Write the adapter as a plain PEFT folder that names its base model, and the method's state beside it."""
+    """Write the adapter as a plain PEFT folder that names its base model, and the method's state in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
@@ -223,7 +223,7 @@ def _write_header(folder: Path, state: MethodState) -> None:
 
 
 def _order_config(path: Path) -> None:
-    """PEFT writes the module names in a set's order, another one in every process: the same adapter, the same bytes."""
+    """Sort the module names, so that equal adapters have equal bytes: PEFT writes them in a random order."""
     values = json.loads(path.read_text())
     if isinstance(values["target_modules"], list):
         values["target_modules"].sort()
@@ -234,7 +234,7 @@ def load_method_state(folder: Path) -> MethodState:
     """Read the method's state of a saved version.
 
     Raises:
-        AdapterStateError: It is missing, or of a schema this release does not read.
+        AdapterStateError: The state is missing, or this release does not read its schema version.
     """
     path = folder / METHOD_JSON
     if not path.is_file():
@@ -250,7 +250,7 @@ def load_method_state(folder: Path) -> MethodState:
 
 
 def stored_rows(folder: Path) -> dict[str, int]:
-    """The tensors in a saved version's method state that are for rows of old tasks, one a dataset; their sizes."""
+    """Names and sizes of the tensors for old tasks' rows in a saved method state; there is one tensor per dataset."""
     path = folder / METHOD_TENSORS
     if not path.is_file():
         return {}
@@ -260,7 +260,7 @@ def stored_rows(folder: Path) -> dict[str, int]:
 
 
 def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
-    """Take the rows out of these tensors of a saved method state. They stay, empty, so that the others keep theirs."""
+    """Empty these tensors of a saved method state. The empty tensors stay, so the other tensors keep their names."""
     state = load_method_state(folder)
     tensors = {name: t.new_empty(0) if name in names else t for name, t in state.tensors.items()}
     save_file(tensors, folder / METHOD_TENSORS)
@@ -268,7 +268,7 @@ def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
 
 
 def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
-    """Share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name: how full the adapter is."""
+    """How full the adapter is: the share of each module's slots that hold `energy` of its ‖ΔW‖²_F, by module name."""
     fill: dict[str, float] = {}
     for stack in collect_stacks(model):
         sigma_MR = decompose(*stack.read()).sigma_MR
@@ -297,12 +297,12 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def adapter_norm(folder: Path) -> float | None:
-    """‖ΔW‖_F over all modules of a PEFT folder, scaling included; None where a factor is not finite.
+    """‖ΔW‖_F over all modules of a PEFT folder, scaling included; None if a factor is not finite.
 
-    ‖BA‖² = ⟨BᵀB, AAᵀ⟩, so that no ΔW is ever formed.
+    ΔW is never formed, because ‖BA‖² = ⟨BᵀB, AAᵀ⟩.
 
     Args:
-        folder: holds adapter_config.json and the weights.
+        folder: a folder with adapter_config.json and the weights.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])

@@ -1,4 +1,4 @@
-"""Another adapter on a loaded model: its tensors are copied into the place of the old one's."""
+"""Replace the adapter on a loaded model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from deal_core.adapter.state import ADAPTER_NAME, SavedAdapter, require_fit
 from deal_core.errors import AdapterStateError
 
 OTHER_NAME = "deal_other"
-"""The name of every second adapter that could not be copied into the place of the one before."""
+"""Name for a new adapter of another form. It and ADAPTER_NAME alternate, so old and new can be loaded together."""
 
 
 def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
-    """Replace the adapter on a model by one that was read from its folder.
+    """Replace the adapter on a model by a saved adapter.
 
-    Tensors of the same names and shapes are copied into the place of the old ones. An adapter of another rank or of
-    other target modules is added under another name, and the old one is deleted.
+    If names and shapes are equal, the new tensors are copied over the old ones. Otherwise (another rank, other target
+    modules) the new adapter is added under another name, and the old adapter is deleted.
 
     Args:
-        model: a base model with one adapter on, which nothing computes with meanwhile. It is for inference afterwards.
+        model: a base model with one adapter. It must not be in use during the call; afterwards it is for inference.
         saved: the new adapter.
 
     Raises:
-        AdapterStateError: the adapter does not fit the model. The old one is still on.
+        AdapterStateError: the new adapter does not fit the model, which keeps the old adapter.
     """
     old = model.active_adapter
     if _has_same_form(model, old, saved):
@@ -50,7 +50,7 @@ def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
 
 def _activate(model: PeftModel, name: str) -> None:
     model.set_adapter(name)
-    model.requires_grad_(False)  # PEFT makes what is active trainable
+    model.requires_grad_(False)  # PEFT makes the active adapter trainable
 
 
 def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:
@@ -59,7 +59,7 @@ def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:
         require_fit(model, name, saved)
     except (ValueError, AdapterStateError):
         return False
-    return all(".lora_A." in key or ".lora_B." in key for key in saved.tensors)  # not of an embedding, nor of DoRA
+    return all(".lora_A." in key or ".lora_B." in key for key in saved.tensors)  # neither an embedding nor DoRA
 
 
 def _name_in_model(key: str, adapter: str) -> str:

@@ -1,4 +1,4 @@
-"""What a base model is, from its config alone: nothing of its weights is read or fetched."""
+"""Find a base model's config without reading or fetching its weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Sizes of the built-in models, whose package would else have to be fetched first."""
+"""Configs of the built-in models, so that their package need not be fetched for a config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """A base model's config, and where its weights are.
+    """A base model's config, and the place of its weights.
 
     Attributes:
         config: A transformers config.
-        folder: Local folder with the weights and the tokenizer; None where a run would fetch or convert them first.
+        folder: Local folder with the weights and the tokenizer; None if a run would first fetch or convert them.
     """
 
     config: Any
@@ -40,7 +40,7 @@ def find_config(source: str, cache_folder: Path) -> BaseConfig:
 
     Args:
         source: As for `resolve_base`.
-        cache_folder: Where fetched and converted models are kept.
+        cache_folder: Folder of fetched and converted models.
 
     Raises:
         ConfigError: There is no config, or it cannot be reached or read.
@@ -80,7 +80,7 @@ def _read(folder: Path, source: str, **options: str) -> Any:
 
 
 def _from_hub(source: str) -> BaseConfig:
-    """The config from the Hub's cache or over the network; weights count as here only where the cache has them."""
+    """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -89,8 +89,8 @@ def _from_hub(source: str) -> BaseConfig:
     except (OSError, ValueError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"The config of base model {source!r} could not be fetched from the Hub ({reason}), and without it nothing "
-            f"can be said of its size. Give a local folder that holds its config.json. {KINDS}"
+            f"The config of base model {source!r} could not be fetched from the Hub ({reason}), and without it the "
+            f"model's size is unknown. Give a local folder with its config.json. {KINDS}"
         ) from error
     names = ("model.safetensors", "model.safetensors.index.json")
     has_weights = any(isinstance(try_to_load_from_cache(source, name), str) for name in names)

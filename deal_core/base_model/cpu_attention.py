@@ -1,9 +1,9 @@
 """Attention for training on a CPU: PyTorch's fused forward pass, and a backward pass made of matrix products.
 
-On a CPU the fused backward pass takes longer than the same products taken one by one (`python -m benchmarks.step_cost`
-has a training step with both). So it is taken that way, from probabilities that are made again, one layer at a
-time: nothing more than with the fused one stays in memory between the passes. Without gradients, with dropout, beyond
-MAX_SCORES and on other devices attention is PyTorch's own.
+On a CPU, PyTorch's fused backward pass is slower than separate matrix products (`python -m benchmarks.step_cost`
+measures both). The backward pass here computes the probabilities of one layer at a time again, so it keeps no more
+memory between the passes than the fused one. PyTorch's own attention is used without gradients, with dropout, beyond
+MAX_SCORES and on other devices.
 
 Shapes: B batch, H heads, G heads of keys and values (H a multiple of it), T queries, S keys, D size of a head.
 """
@@ -21,9 +21,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_product_backward"
 MODEL_TYPES = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-"""Models whose attention is this and nothing else; some others ask for "sdpa" by name to apply masks of their own."""
+"""Models with exactly this attention; some other models test for the name "sdpa" to apply their own masks."""
 MAX_SCORES = 2**26
-"""B·H·T·S beyond which the fused pass is taken: the products need some 16 bytes per score while a layer's are made."""
+"""Largest B·H·T·S without the fused pass: the products need about 16 bytes per score, for one layer at a time."""
 
 
 def attend(
@@ -38,7 +38,7 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' "sdpa" does; returns the output of shape B×T×H×D, and no weights."""
+    """Attend like transformers' "sdpa". Returns the output, shape B×T×H×D, and None for the weights."""
     is_same = query_BHTD.shape[2] == key_BGSD.shape[2]  # no cache, no cross-attention
     is_plain = is_same and dropout == 0.0 and kwargs.get("position_bias") is None
     is_plain = is_plain and query_BHTD.shape[:3].numel() * key_BGSD.shape[2] <= MAX_SCORES
@@ -80,7 +80,7 @@ class _Attention(torch.autograd.Function):
 def _products(
     query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """Return softmax(s·Q·Kᵀ + M)·V; M is a mask of truth (True: attend) or of numbers that are added."""
+    """Return softmax(s·Q·Kᵀ + M)·V; M is a boolean mask (True: attend) or a mask of numbers to add."""
     num_repeats = query_BHTD.shape[1] // key_BGSD.shape[1]
     key_BHSD, value_BHSD = (each.repeat_interleave(num_repeats, dim=1) for each in (key_BGSD, value_BGSD))
     scores_BHTS = (query_BHTD * scale) @ key_BHSD.mT

@@ -1,4 +1,4 @@
-"""The device that a run would use, its memory, and what else of a machine decides figures."""
+"""The device of a run, its memory, and the facts of a machine that decide figures."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Device:
     """A device's memory.
 
     Attributes:
-        name: For people.
-        is_cpu: Whether it is the machine's own memory.
-        free_bytes: What a new process may take now.
-        total_bytes: What it has.
+        name: Name for people.
+        is_cpu: Whether this is the machine's main memory.
+        free_bytes: Memory that a new process can use now.
+        total_bytes: All memory of the device.
     """
 
     name: str
@@ -48,7 +48,7 @@ def current_device() -> Device:
 
 
 def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """What the CPU multiplies bf16 with, by the flags that Linux lists; empty where there is no list."""
+    """The CPU's instructions for bf16 products, from the flags that Linux lists; empty if there is no list."""
     try:
         lines = cpuinfo.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -58,7 +58,7 @@ def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What decides how figures are rounded and how fast they come: cores, bf16 instructions, GPU, libraries."""
+    """The facts that decide rounding and speed: cores, bf16 instructions, GPU, libraries."""
     return {
         "cores": os.cpu_count(),
         "bf16_instructions": list(bf16_instructions()),
@@ -71,10 +71,10 @@ def parse_bytes(text: str) -> int:
     """Read a size such as 24GiB, 80 GB or 512MiB.
 
     Raises:
-        ConfigError: It is no size.
+        ConfigError: The text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None or float(found[1]) <= 0:
-        raise ConfigError(f"{text!r} is no size of a memory; write 24GiB or 80GB, for example.")
+        raise ConfigError(f"{text!r} is not a size of memory; write 24GiB or 80GB, for example.")
     return int(float(found[1]) * unit)

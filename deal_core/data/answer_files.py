@@ -1,10 +1,10 @@
-"""A file of rows with their answers: written in chunks, so that what was cut short goes on, then made one file.
+"""A file of rows with their answers. It is written in chunks, so an interrupted run can continue, then merged.
 
-    OUT.partial/state.json           what is being answered, by what
+    OUT.partial/state.json           the settings of the run
     OUT.partial/chunk-000000.jsonl   rows of one chunk with their answers (or .parquet)
-    OUT.partial/chunk-000000.json    how many these are: written last, so that the chunk is complete
+    OUT.partial/chunk-000000.json    number of these rows; it is written last and marks the chunk as complete
 
-A chunk depends on nothing but its rows, so that the file is the same to the byte however often it was begun.
+A chunk depends only on its rows, so interruptions do not change a byte of the file.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from deal_core.errors import ConfigError, DataValidationError
 
 OutputKind = Literal["jsonl", "parquet"]
 OWN_COLUMNS = ("answer", "problem", "task", "lineage", "version")
-"""What is added to a row; a name that the file has already becomes deal_<name>."""
+"""Columns that are added to a row; a name that the file already uses becomes deal_<name>."""
 _INT64 = 2**63
 _EXACT_FLOAT = 2**53
 
 
 class Survey(NamedTuple):
-    """What a file of rows holds."""
+    """Number of rows and columns of a file of rows."""
 
     num_rows: int
     types: dict[str, pa.DataType]
-    """Its columns in order, with the type each has in a Parquet file."""
+    """Columns in order, with their types in a Parquet file."""
 
 
 class Counts(NamedTuple):
-    """Rows of a chunk or of a file, and those without an answer."""
+    """Number of rows of a chunk or of a file, and of rows without an answer."""
 
     num_rows: int
     num_bad: int
 
 
 def survey_rows(path: Path) -> Survey:
-    """Read a file once, to its end: its columns, and what fits their values.
+    """Read a file once to its end and find its columns with the types of their values.
 
-    A column of a CSV is text. One of JSON lines keeps its type where its values have one; otherwise what is no text is
-    written as JSON.
+    A column of a CSV is text. A column of JSON lines keeps its type if one type holds all its values; otherwise it is
+    text, and values of other types are written as JSON.
 
     Raises:
-        DataValidationError: The file cannot be read, or not to its end, has no row or two columns of one name.
+        DataValidationError: The file cannot be read to its end, has no rows, or has two columns of one name.
     """
     if file_kind(path) == "parquet":
         with open_parquet(path) as file:
             fields, num_rows = list(file.schema_arrow), file.metadata.num_rows
         if len({field.name for field in fields}) < len(fields):
-            raise DataValidationError(f"{path.name} has two columns of one name; rename one.")
+            raise DataValidationError(f"{path.name} has two columns of the same name; rename one of them.")
         found = Survey(num_rows, {field.name: field.type for field in fields})
     else:
         kinds: dict[str, set[str]] = {}
@@ -71,28 +71,28 @@ def survey_rows(path: Path) -> Survey:
                 kinds.setdefault(name, set()).add(_kind_of(value))
         found = Survey(num_rows, {name: _type_for(each) for name, each in kinds.items()})
     if not found.num_rows:
-        raise DataValidationError(f"{path.name} has no rows; give a file with some.")
+        raise DataValidationError(f"{path.name} has no rows; give a file with rows.")
     return found
 
 
 def own_names(columns: Iterable[str]) -> dict[str, str]:
-    """Under which name each of OWN_COLUMNS goes beside these columns.
+    """Name of each of OWN_COLUMNS in a file that has these columns.
 
     Raises:
-        DataValidationError: A column has such a name, and the other one too.
+        DataValidationError: The file uses both the name and its deal_ form.
     """
     taken = set(columns)
     names = {name: f"deal_{name}" if name in taken else name for name in OWN_COLUMNS}
     if doubled := taken & set(names.values()):
-        raise DataValidationError(f"The file has the columns {', '.join(sorted(doubled))} already; rename them.")
+        raise DataValidationError(f"The file already has the columns {', '.join(sorted(doubled))}; rename them.")
     return names
 
 
 def output_kind(path: Path) -> OutputKind:
-    """What a name of a file of answers asks for.
+    """The kind of a file of answers, from its name.
 
     Raises:
-        ConfigError: It ends in neither .jsonl nor .parquet.
+        ConfigError: The name ends in neither .jsonl nor .parquet.
     """
     if path.suffix == ".jsonl":
         return "jsonl"
@@ -103,24 +103,24 @@ def output_kind(path: Path) -> OutputKind:
 
 @dataclass(frozen=True)
 class AnswerFiles:
-    """The file of answers that is being written, and its chunks."""
+    """A file of answers that is being written, and its chunks."""
 
     output: Path
     types: Mapping[str, pa.DataType]
     """Columns of the rows, see `Survey.types`."""
     names: Mapping[str, str]
-    """Names of what is added, see `own_names`."""
+    """Names of the added columns, see `own_names`."""
 
     @property
     def folder(self) -> Path:
-        """Where the chunks are."""
+        """Folder of the chunks."""
         return self.output.with_name(f"{self.output.name}.partial")
 
     def begin(self, state: Mapping[str, Any]) -> None:
-        """Begin, or go on with what was begun with the same state.
+        """Begin, or continue a run that was begun with the same state.
 
         Raises:
-            ConfigError: It was begun with another one, or the file is there already.
+            ConfigError: The run was begun with another state, or the file exists already.
         """
         path = self.folder / "state.json"
         if path.is_file():
@@ -129,22 +129,22 @@ class AnswerFiles:
             if differing or set(before) != set(state):
                 told = ", ".join(f"{name} {before.get(name)!r} (now {state[name]!r})" for name in differing)
                 raise ConfigError(
-                    f"{self.folder} was begun with {told or 'other settings'}; give the same again to go on "
-                    "(--version, --task, --column and the file), or delete the folder to begin anew."
+                    f"{self.folder} was begun with {told or 'other settings'}; give the same settings to continue "
+                    "(--version, --task, --column and the file), or delete the folder to start again."
                 )
             return
         if self.output.exists():
-            raise ConfigError(f"{self.output} is there already; delete it, or give another --out.")
+            raise ConfigError(f"{self.output} exists already; delete it, or give another --out.")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(dict(state), ensure_ascii=False, indent=2))
 
     def counts(self, index: int) -> Counts | None:
-        """How many rows a complete chunk has; None where it is not complete."""
+        """Counts of a complete chunk; None if the chunk is not complete."""
         path = self._chunk(index).with_suffix(".json")
         return Counts(**json.loads(path.read_text())) if path.is_file() else None
 
     def write_chunk(self, index: int, rows: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Counts:
-        """Write the rows of a chunk, each with what is added to it, by the names of OWN_COLUMNS."""
+        """Write the rows of a chunk; `own` holds the added values of each row, by the names of OWN_COLUMNS."""
         path = self._chunk(index)
         added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
         if output_kind(self.output) == "jsonl":
@@ -159,7 +159,7 @@ class AnswerFiles:
         return counts
 
     def merge(self, num_chunks: int) -> None:
-        """Make the complete chunks one file, in one step, and remove them."""
+        """Merge the complete chunks into the file, which appears in one step, and remove them."""
         part = self.folder / f"whole{self.output.suffix}"
         if output_kind(self.output) == "jsonl":
             with part.open("wb") as writer:
@@ -171,7 +171,7 @@ class AnswerFiles:
                 for index in range(num_chunks):
                     parquet.write_table(pq.read_table(self._chunk(index), schema=self._schema(), memory_map=False))
         os.replace(part, self.output)
-        done = self.folder.with_name(f"{self.folder.name}-done")  # half a folder must not look like one to go on with
+        done = self.folder.with_name(f"{self.folder.name}-done")  # a half-deleted folder must not look resumable
         shutil.rmtree(done, ignore_errors=True)
         self.folder.rename(done)
         shutil.rmtree(done, ignore_errors=True)
@@ -190,7 +190,7 @@ class AnswerFiles:
 
 
 def in_chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The rows in lists of `size`, the last one shorter."""
+    """The rows in lists of `size`; the last list may be shorter."""
     chunk: list[Any] = []
     for row in rows:
         chunk.append(row)
@@ -212,7 +212,7 @@ def _kind_of(value: object) -> str:
 
 
 def _type_for(kinds: set[str]) -> pa.DataType:
-    """The type that holds all of a column's values as they are; text where there is none."""
+    """The type that holds all values of a column unchanged; text if there is no such type."""
     kinds = kinds - {"null"}
     if kinds == {"bool"}:
         return pa.bool_()
@@ -232,7 +232,7 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _text(value: object) -> str | None:
-    """A cell of text; a byte that was not UTF-8 becomes its escape."""
+    """A cell as text; a byte that is not UTF-8 becomes its escape."""
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -246,7 +246,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value with what JSON has no number for as null."""
+    """The value with null for numbers that JSON does not have (NaN and infinity)."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -259,7 +259,7 @@ def _cell(value: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a lone surrogate becomes the JSON escape of itself."""
+    """Write a file completely or not at all; a lone surrogate becomes its JSON escape."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)

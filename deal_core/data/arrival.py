@@ -48,13 +48,13 @@ _SPLITS: tuple[Split, Split] = ("test", "train")
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
-    """What the checks found in one arrival."""
+    """Result of the checks of one arrival."""
 
     manifest: DatasetManifest
     bad_rows: tuple[BadRow, ...]
-    """The first MAX_EXAMPLES bad rows; quarantine has them all."""
+    """The first MAX_EXAMPLES bad rows; quarantine has all of them."""
     refusal: str | None
-    """Why the arrival cannot be used, in one line; None when it can."""
+    """Why the arrival cannot be used, in one line; None if it can be used."""
 
 
 class ArrivalReader:
@@ -73,7 +73,7 @@ class ArrivalReader:
         self._landed = (source,) if test_source is None else (source, test_source)
         self._config = config
         self._on_progress = on_progress
-        # Test rows first, so that a training row that equals one is seen to.
+        # Test rows are read first, so that a training row with a test row's text is found.
         files: list[tuple[Path, Split | None]] = [(source, None)]
         if test_source is not None:
             files = [(test_source, "test"), (source, "train")]
@@ -96,7 +96,7 @@ class ArrivalReader:
     def validate(
         self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
     ) -> ValidationReport:
-        """Check every row; each ends in `keep` or in `reject`, in order."""
+        """Check every row in order; pass it to `keep` or to `reject`."""
         infers_labels = self._task.format == "labelled" and not self._task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
@@ -134,9 +134,9 @@ class ArrivalReader:
                 self._on_progress(step * _PROGRESS_ROWS)
 
     def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Which rows are test rows: by their file, else by its column, else by their digests.
+        """Which rows are test rows: decided by the file, else by the column "split", else by the rows' digests.
 
-        Where rows judge the task for good, only those: others that chance would have put aside can be learned.
+        If the task has frozen test rows, only rows with their texts are test rows; all other rows can be learned.
         """
         if file_split is not None:
             return np.full(len(good.places), file_split == "test")
@@ -147,7 +147,7 @@ class ArrivalReader:
         return first_words(good.input_digests) / 2**32 < self._config.test_share
 
     def _survey(self, infers_labels: bool) -> None:
-        """A first reading: which texts are those of test rows, wherever they stand, and which labels there are."""
+        """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         for _, _, good, _ in self._checked_batches():
             if self._is_split_given:
@@ -167,7 +167,7 @@ class ArrivalReader:
     def _keep_new(
         self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]
     ) -> list[BadInBatch]:
-        """Keep the rows that repeat none; return the others."""
+        """Keep new rows; return duplicates and training rows with the text of a test row."""
         columns = [good.inputs, good.outputs, hex_array(good.digests)]
         reasons: dict[int, Reason] = {}
         for split in _SPLITS:
@@ -210,7 +210,7 @@ class ArrivalReader:
         )
 
     def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:
-        """Digest of the task's name and of row digests in order, by the part that they are in."""
+        """Digest of the task's name and of each part's sorted row digests."""
         content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
         for name, digests in parts.items():
             content.update(f"/{name}/".encode())
@@ -222,7 +222,7 @@ class ArrivalReader:
         name, num_good = manifest.source, manifest.num_train + manifest.num_test
         limit = self._config.max_bad_share
         if not manifest.num_read:
-            return f"{name} has no rows; land a file with some."
+            return f"{name} has no rows; land a file with rows."
         if manifest.num_rejected > limit * manifest.num_read:
             share = manifest.num_rejected / manifest.num_read
             counts = ", ".join(f"{count} × {reason}" for reason, count in manifest.problems.items())
@@ -245,11 +245,11 @@ class ArrivalReader:
 def _columns_of(path: Path, task: TaskSchema, split: Split | None, config: DataConfig) -> Columns:
     names = read_columns(path)
     if not names and file_kind(path) == "jsonl":
-        # Nothing in it is readable: let every line be reported.
+        # No line is readable: with the format's own names, every line is reported.
         names = COLUMNS_OF_FORMAT["labelled" if task.format == "auto" else task.format]
         task = replace(task, columns={})
     columns = resolve_columns(names, task, path.name, include_texts=config.include_texts)
-    if split is not None:  # the file is all of one split, whatever a column in it says
+    if split is not None:  # the file belongs to one split; a column "split" in it is ignored
         columns = replace(columns, names={ours: name for ours, name in columns.names.items() if ours != "split"})
     return columns
 

@@ -1,4 +1,4 @@
-"""The checks of one row: a good row comes out, or all that is wrong with it."""
+"""The checks of one row. The result is a good row, or a list of all its problems."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NO_ROW = Row("", "", b"", b"", None)
 
 
 def normal_line_ends(text: str) -> str:
-    """The text with Unix's line ends."""
+    """The text with Unix line ends."""
     return text.replace("\r\n", "\n")
 
 
 def normal_input(kind: Format, text: str) -> str:
-    """What the model is asked, as a dataset stores it: whoever asks otherwise asks what no model learned."""
+    """An input in the form in which datasets store it. The model learned this form, so questions must use it too."""
     if kind == "chat":
         messages = [{**each, "content": normal_line_ends(each["content"])} for each in json.loads(text)]
         return json.dumps(messages, ensure_ascii=False)
@@ -32,7 +32,7 @@ def normal_input(kind: Format, text: str) -> str:
 
 
 class RowChecker:
-    """Turns the raw rows of one file into good rows, or into everything that is wrong with them."""
+    """Turns the raw rows of one file into good rows or lists of problems."""
 
     def __init__(self, task: TaskSchema, columns: Columns, max_text_chars: int) -> None:
         self._columns = columns
@@ -40,7 +40,7 @@ class RowChecker:
         self._label_of_key = {label_key(label): label for label in task.labels}
 
     def check(self, raw: RawRow) -> Row | list[Problem]:
-        """The good row, or all its problems. While the task has no labels, any label is good."""
+        """The good row, or all its problems. If the task has no labels yet, every label is good."""
         if raw.fault is not None:
             return [raw.fault]
         problems: list[Problem] = []
@@ -50,7 +50,7 @@ class RowChecker:
         elif self._columns.format == "completion":
             prompt = self._text(raw.values, "prompt", problems)
             completion = self._text(raw.values, "completion", problems)
-            if problems:  # the digest of a text that is far too long would take long, too
+            if problems:  # computing the digest of a very long text would take long
                 return problems
             row = Row(prompt, completion, row_digest(prompt, completion), row_digest(prompt), split)
         else:
@@ -62,7 +62,7 @@ class RowChecker:
         return problems or row
 
     def check_input(self, raw: RawRow) -> str | list[Problem]:
-        """What the model is asked, as a dataset stores it, or all problems; a chat may end with either side's turn."""
+        """The input in stored form, or all its problems. A chat may end with a turn of the user or the assistant."""
         if raw.fault is not None:
             return [raw.fault]
         problems: list[Problem] = []
@@ -74,16 +74,16 @@ class RowChecker:
         return problems or text
 
     def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
-        """The messages before the answer that is wanted."""
+        """The messages before the wanted answer."""
         column = self._columns.names["messages"]
         messages = _as_messages(values.get(column))
         if messages is not None and messages[-1].get("role") == "user":
-            messages = [*messages, {"role": "assistant", "content": "-"}]  # the answer, for the checks of whole ones
+            messages = [*messages, {"role": "assistant", "content": "-"}]  # the checks expect an answer at the end
         row = self._chat({**values, column: messages} if messages else values, None, problems)
         return row.input
 
     def _cell(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str | None:
-        """A column's text; None when a problem was found."""
+        """A column's text; None if a problem was found."""
         column = self._columns.names[name]
         if column not in values:
             problems.append(Problem("missing column", column))
@@ -110,7 +110,7 @@ class RowChecker:
             problems.append(Problem("over-long text", f"{len(text)} characters: {shorten(text)}"))
 
     def label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
-        """The label as the task spells it; what is wrong with it is added to the problems."""
+        """The label in the task's spelling; problems are appended to `problems`."""
         text = self._cell(values, "label", problems)
         if text is None:
             return ""
@@ -124,7 +124,7 @@ class RowChecker:
         return self._label_of_key.get(label_key(label), label)
 
     def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
-        """What the file says, if it does; what is wrong with it is added to the problems."""
+        """The split that the file names, or None; problems are appended to `problems`."""
         if "split" not in self._columns.names:
             return None
         text = self._cell(values, "split", problems)
@@ -156,18 +156,18 @@ class RowChecker:
 
 
 def _as_text(value: object) -> str | None:
-    """A cell as text; None when it is no single value. Bytes that are not UTF-8 become lone surrogates."""
+    """A cell as text; None if it is not a single value. Bytes that are not UTF-8 become lone surrogates."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # whole numbers become floats where a column has gaps
+        return str(int(value))  # whole numbers are floats in a column with gaps
     return None if isinstance(value, (list, dict, tuple)) else str(value)
 
 
 def _as_messages(value: object) -> list[dict[str, Any]] | None:
-    """A cell's messages, if it looks like some at all."""
+    """A cell's messages; None if it is not a list of dicts."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -1,7 +1,7 @@
-"""The checks of a batch of rows: the plain ones together, a column at a time, the others one by one.
+"""The checks of a batch of rows: plain rows are checked together by column, other rows one by one.
 
-Plain is what shows no problem at a glance: a text of common characters in normal form with single spaces, a label of
-the task. The others go through `RowChecker`, and what comes out is what it says of every row.
+A row is plain if a fast test shows that it is good: a text of common characters in normal form with single spaces, and
+a label of the task. All other rows go through `RowChecker`. The result is the same as `RowChecker` gives for all rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from deal_core.data.rows import Problem, RawRow, Row, RowBatch, quote_normal
 from deal_core.data.schema import COLUMNS_OF_FORMAT, TaskSchema, label_key
 
 Digests = npt.NDArray[np.void]
-"""Digests, 32 bytes each."""
+"""Array of digests of 32 bytes each."""
 DIGEST = np.dtype("V32")
 
 _CHUNK = 2**16
 
 
 class DigestSet:
-    """Digests side by side in the order they came, and a table of places in it with open addressing."""
+    """A set of digests: an array in order of arrival, and a hash table of places in it with open addressing."""
 
     def __init__(self) -> None:
         self._words = np.zeros((256, 4), np.uint64)
@@ -53,7 +53,7 @@ class DigestSet:
         return found
 
     def add(self, digests: Digests) -> npt.NDArray[np.bool_]:
-        """Add the digests; return which of them were new: not in the set, nor earlier among these."""
+        """Add the digests; return which are new, that is neither in the set nor earlier in `digests`."""
         words = _words_of(digests)
         start, end = self._size, self._size + len(words)
         self._reserve(end)
@@ -65,20 +65,20 @@ class DigestSet:
         return is_new
 
     def in_order(self) -> memoryview:
-        """The digests in order, one after another. The set takes no more of them afterwards."""
+        """The sorted digests, one after another. No digest can be added afterwards."""
         self._table = np.zeros(0, np.uint32)
-        digests = self._words[: self._size].view("S32")  # of one length, so that a NUL at the end makes no difference
+        digests = self._words[: self._size].view("S32")  # all have 32 bytes, so NULs at the end do no harm
         digests.sort(axis=0)
         return digests.view(np.uint8).data
 
     def _claim(self, start: int, end: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """Put these places of `_words` into the table unless an equal digest is there; return which, and the slots."""
+        """Enter places of `_words` into the table if their digest is new; return which are new, and the slots."""
         words = self._words[start:end]
         is_new = np.zeros(len(words), np.bool_)
         slots, open_ = self._slots(words), np.arange(len(words))
         while len(open_):
             free = open_[self._table[slots[open_]] == 0]
-            self._table[slots[free[::-1]]] = start + free[::-1] + 1  # of several the last written stays: the first row
+            self._table[slots[free[::-1]]] = start + free[::-1] + 1  # of equal slots the last write wins: the first row
             places = self._table[slots[open_]].astype(np.int64) - 1
             own = places == start + open_
             is_new[open_[own]] = True
@@ -96,14 +96,14 @@ class DigestSet:
                 self._claim(start, min(start + _CHUNK, self._size))
 
     def _slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which says the split
+        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which decides the split
 
     def _next(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return (slots + np.uint64(1)) & np.uint64(len(self._table) - 1)
 
 
 def merged(*ordered: memoryview) -> Iterator[bytes]:
-    """Digests that several sets hold in order, in one common order; piece by piece, as memory is for them alone."""
+    """Merge sorted digests of several sets into one order. The result comes in pieces, to save memory."""
     bounds = np.arange(1, 256, dtype=np.uint8).view("S1").astype("S32")
     sets = [np.frombuffer(each, "S32") for each in ordered]
     for pieces in zip(*(np.split(each, np.searchsorted(each, bounds)) for each in sets), strict=True):
@@ -111,12 +111,12 @@ def merged(*ordered: memoryview) -> Iterator[bytes]:
 
 
 def as_digests(digests: bytes) -> Digests:
-    """Digests one after another as an array of them."""
+    """An array of concatenated digests."""
     return np.frombuffer(digests, DIGEST)
 
 
 def first_words(digests: Digests) -> npt.NDArray[np.uint32]:
-    """The first four bytes of each, as a number."""
+    """The first four bytes of each digest, as a number."""
     return np.ascontiguousarray(digests).view(">u4")[::8]
 
 
@@ -133,25 +133,25 @@ def _words_of(digests: Digests) -> npt.NDArray[np.uint64]:
 
 
 PLAIN = "!-~¡-ʯЀ-ҁҊ-ԯ‐-‧‰-⁞₠-₿ぁ-ゖァ-ヺ一-鿿가-힣！-～\U0001f300-\U0001faff"
-"""Characters that are no white space, and that Unicode's form NFC leaves as they are, one beside the other."""
+"""Characters other than white space that Unicode's form NFC does not change, alone or next to each other."""
 _PLAIN_TEXT = f"^[{PLAIN}]+(?: [{PLAIN}]+)*$"
 
 
 class GoodRows(NamedTuple):
-    """The good rows of a batch, side by side; fields are those of `Row`."""
+    """The good rows of a batch as columns; the fields are those of `Row`."""
 
     places: npt.NDArray[np.int64]
-    """Where in the batch they stand, in order."""
+    """The rows' places in the batch, in order."""
     inputs: pa.Array
     outputs: pa.Array
     digests: Digests
     input_digests: Digests
     is_test: npt.NDArray[np.bool_]
-    """What the file's column of splits says; False where it has none."""
+    """Whether the file's column "split" says test; False if there is no such column."""
 
 
 class BadInBatch(NamedTuple):
-    """A bad row, where in the batch it stands, and all its problems."""
+    """A bad row, its place in the batch, and all its problems."""
 
     place: int
     raw: RawRow
@@ -159,7 +159,7 @@ class BadInBatch(NamedTuple):
 
 
 class BatchChecker:
-    """Does to the batches of one file what `RowChecker` does to its rows."""
+    """Checks batches of one file, with the same results as `RowChecker`."""
 
     def __init__(self, task: TaskSchema, columns: Columns, max_text_chars: int) -> None:
         self._columns = columns
@@ -181,7 +181,7 @@ class BatchChecker:
         return (_merge(plain, _side_by_side(rows, places)) if rows else plain), bad
 
     def _plain_rows(self, batch: RowBatch) -> GoodRows:
-        """Those that are good at a glance."""
+        """The rows that a fast test shows to be good."""
         names = self._columns.names
         if self._columns.format == "chat":
             return _side_by_side([], [])
@@ -207,9 +207,9 @@ class BatchChecker:
         )
 
     def _plain_texts(self, cells: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """Texts that are stored as they stand, and these as `quote_normal` quotes them; null where one is not plain."""
-        is_short = pc.less_equal(pc.binary_length(cells), self._max_text_chars)  # bytes: never fewer than characters
-        if not pc.all(is_short).as_py():  # the long ones would take most of the time
+        """Texts that are stored unchanged, and the same as `quote_normal` quotes them; null for texts not plain."""
+        is_short = pc.less_equal(pc.binary_length(cells), self._max_text_chars)  # a text has no fewer bytes than chars
+        if not pc.all(is_short).as_py():  # long texts would take most of the time
             cells = pc.if_else(is_short, cells, None)
         is_plain = pc.match_substring_regex(cells, _PLAIN_TEXT)
         texts = pc.if_else(is_plain, cells, None)
@@ -217,7 +217,7 @@ class BatchChecker:
         return texts, pc.binary_join_element_wise('"', escaped, '"', "")
 
     def _label(self, cell: str) -> tuple[str, str] | None:
-        """A cell's label, and how its key is quoted for the digest; None where it is not good."""
+        """A cell's label, and its key as quoted for the digest; None if the label is not good."""
         problems: list[Problem] = []
         label = self._checker.label({self._columns.names["label"]: cell}, problems)
         return None if problems else (label, quote_normal(label_key(label)))
@@ -236,7 +236,7 @@ def _digests(texts: pa.Array) -> Digests:
 def _by_value(
     cells: pa.Array, resolve: Callable[[str], tuple[Any, ...] | None], types: Sequence[pa.DataType]
 ) -> list[pa.Array]:
-    """What each cell stands for, asked once for each value; null where that is nothing."""
+    """Resolve each cell, calling `resolve` once per distinct value; null for None."""
     encoded = cells.dictionary_encode()
     found = [resolve(value) or (None,) * len(types) for value in encoded.dictionary.to_pylist()]
     return [pa.array([each[i] for each in found], kind).take(encoded.indices) for i, kind in enumerate(types)]
@@ -254,7 +254,7 @@ def _side_by_side(rows: list[Row], places: list[int]) -> GoodRows:
 
 
 def _merge(one: GoodRows, other: GoodRows) -> GoodRows:
-    """Both, in the order of their places."""
+    """Merge both in the order of their places."""
     places = np.concatenate([one.places, other.places])
     order = np.argsort(places)
     return GoodRows(

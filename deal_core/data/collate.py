@@ -1,4 +1,4 @@
-"""From rows to batches: tokenised once, filled with rows of similar length, logits needed for the answer alone.
+"""From rows to batches: rows are tokenised once, batches hold rows of similar length, logits are for answers only.
 
 Shapes: B rows of a batch, T tokens of the longest row, K tokens of the longest answer.
 """
@@ -42,16 +42,16 @@ def encode_rows(
 
 
 def add_blank_row(encoded: Dataset) -> Dataset:
-    """Append a row without an answer, whose loss is zero: the first one's prompt.
+    """Append a row with the first row's prompt and no answer, whose loss is zero.
 
-    Processes that share batches each need as many rows as the others; what is missing in the last batch is this row.
+    Processes that share batches need equal numbers of rows; this row fills up the last batch.
     """
     blank = {**encoded[0], "answer_ids": [], "length": 0}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
 class AnswerCollator:
-    """Pads a batch. Decoder-only: prompt and answer end at the right edge, so that one slice holds every answer."""
+    """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool) -> None:
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -77,12 +77,12 @@ class AnswerCollator:
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits (B×K×V) that predict the tokens of a collated batch's labels (B×K), computed for these positions alone."""
-    if "position_ids" not in inputs:  # an encoder-decoder: its decoder holds the answer and nothing else
+    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions."""
+    if "position_ids" not in inputs:  # an encoder-decoder, whose decoder has only the answer
         return cast(Tensor, model(**inputs).logits)
     features = {name: value for name, value in inputs.items() if name != "labels"}
-    # as indices, not as a number: the slice a number makes is not contiguous, and on CPU the output layer then copies
-    # its whole weight once per row
+    # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
+    # copies its whole weight once per row
     length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
     positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
     return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
@@ -97,7 +97,7 @@ def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:
-    """Pad token lists to one length; return the tokens and the mask of real ones, both B×T."""
+    """Pad token lists to one length; return the tokens and the mask of real tokens, both B×T."""
     tokens = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(s, dtype=torch.long) for s in sequences],
         batch_first=True,
@@ -113,15 +113,15 @@ def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> t
 class BucketSampler(Sampler[int]):
     """Order of rows for an epoch: batches hold rows of similar length, batches come in random order.
 
-    The order follows from the seed and the epoch alone, so that a run resumed in any epoch sees the same one;
-    transformers' LengthGroupedSampler draws from the global generator and does not have this property.
+    The order depends only on seed and epoch, so a resumed run sees the same order. transformers' LengthGroupedSampler
+    draws from the global generator and does not have this property.
 
     Args:
         lengths: Tokens of every row.
         batch_size: Rows of a batch.
         seed: Decides the order.
-        group_by_length: Whether to sort at all.
-        blank: The row that the last batch is filled up with; None: it stays smaller than the others.
+        group_by_length: Whether to sort by length.
+        blank: The row that fills up the last batch; None: the last batch may be smaller.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class BucketSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Choose the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class BucketSampler(Sampler[int]):
         for start in range(0, len(order), bucket):
             members = sorted(order[start : start + bucket], key=self._lengths.__getitem__)
             batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
-        # a batch that is not full must come last, or it would shift the borders of those after it
+        # a partial batch must come last; elsewhere it would shift the borders of later batches
         partial = [batch for batch in batches if len(batch) < self._batch_size]
         full = [batch for batch in batches if len(batch) == self._batch_size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]

@@ -1,4 +1,4 @@
-"""Which column of a file holds what: by the task's `columns`, else by the names people give them."""
+"""Find a file's columns by the task's `columns`, else by common names."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation", "conversations"),
     "split": ("split",),
 }  # fmt: skip
-"""Names a column may have; case and outer blanks do not count. The first wins; of the others a file may have one."""
+"""Possible names of a column; case and outer blanks do not count. The first wins; of the others a file may have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """A file's columns, found."""
+    """The columns that were found in a file."""
 
     format: Format
     names: Mapping[str, str]
-    """Our name → the file's. Every required column, and "split" where the file has one."""
+    """This project's name → the file's name, for every required column, and for "split" if the file has it."""
 
 
 def resolve_columns(
     file_columns: Sequence[str], task: TaskSchema, source: str, *, include_texts: bool = False
 ) -> Columns:
-    """Find the task's columns among a file's; format "auto" is whichever format the file has the columns of.
+    """Find the task's columns in a file. Format "auto" becomes the format whose columns the file has.
 
     Args:
-        file_columns: The file's column names, a doubled one twice.
-        task: What is wanted.
+        file_columns: The file's column names, with repetitions.
+        task: The task.
         source: Name of the file, for the message.
-        include_texts: The message may quote names that are neither the task's nor convention's. Those of a CSV without
-            a header are texts of its first row, and keys of JSON lines can be texts, too.
+        include_texts: Whether the message may quote unknown column names. They can be texts of a row: in a CSV without
+            a header, or as keys in JSON lines.
 
     Raises:
-        DataValidationError: A column is missing or ambiguous, or so is the format.
+        DataValidationError: A column or the format is missing or ambiguous.
 
     Example:
         >>> resolve_columns(["id", "Body", "category"], TaskSchema(name="t"), "t.csv").names
@@ -68,15 +68,15 @@ def resolve_columns(
 
 
 def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, column: str | None = None) -> Columns:
-    """Find the one column that a task's model is asked with; answers are not looked for.
+    """Find the input column of a task; columns of answers are not needed.
 
-    Messages quote the file's columns, whatever they are: they are for who asks.
+    Messages quote the file's column names, because only the caller sees them.
 
     Args:
         file_columns: As for `resolve_columns`.
         task: The task; its format must not be "auto".
         source: Name of the file, for the message.
-        column: The column's name, where neither the task's own names nor convention find it.
+        column: The column's name, if neither the task's `columns` nor a common name gives it.
 
     Raises:
         DataValidationError: The column is missing or ambiguous.
@@ -91,11 +91,11 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     if column is not None:
         task = replace(task, columns={name: column})
     elif task.columns.get(name) not in file_columns:
-        task = replace(task, columns={})  # the task's first file named it so; this one may do otherwise
+        task = replace(task, columns={})  # the names of the task's first file need not be this file's
     told = _told(file_columns, task, source, include_texts=True)
     found = _matches(name, file_columns, task, source, told)
     if not found:
-        raise DataValidationError(f"{source} has {told}; none is named like {name}. Name it with --column.")
+        raise DataValidationError(f"{source} has {told}; no column is named like {name}. Name it with --column.")
     return Columns(format=kind, names={name: _only(found, name, source)})
 
 
@@ -108,7 +108,7 @@ def _possible_formats(task: TaskSchema) -> list[Format]:
 
 
 def _matches(name: str, file_columns: Sequence[str], task: TaskSchema, source: str, told: str) -> list[str]:
-    """The file's columns that could be the one of ours; `told` is said of them where the task's own is missing."""
+    """The file's columns that could be column `name`; `told` describes the file's columns in an error."""
     if name in task.columns:
         named = [column for column in file_columns if column.strip() == task.columns[name].strip()]
         if not named:
@@ -127,7 +127,7 @@ def _only(matches: Sequence[str], name: str, source: str) -> str:
     if len(matches) > 1:
         raise DataValidationError(
             f"{source} has {len(matches)} columns that could be {name}: {_listed(matches)}; name the right one in "
-            f"task.columns ({{{name}: …}}), or rename the others. What stands in several belongs into one column."
+            f"task.columns ({{{name}: …}}), or rename the others. Values from several columns belong in one column."
         )
     return matches[0]
 
@@ -136,13 +136,13 @@ def _missing_message(told: str, formats: Sequence[Format], found: Mapping[str, S
     wanted = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
     missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not found[name]]
     return (
-        f"{source} has {told}, and {wanted}; nothing is named like {', '.join(missing)}. "
+        f"{source} has {told}, and {wanted}; no column is named like {', '.join(missing)}. "
         f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
     )
 
 
 def _told(names: Sequence[str], task: TaskSchema, source: str, include_texts: bool) -> str:
-    """What a message says of a file's columns; without texts it quotes only names that a column is looked for by."""
+    """Describe a file's columns for a message. Without texts, only names that the search knows are quoted."""
     expected = {name.strip().casefold() for known in (task.columns.values(), *CONVENTIONS.values()) for name in known}
     familiar = [name for name in names if name.strip().casefold() in expected]
     notes = []

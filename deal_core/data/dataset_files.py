@@ -1,4 +1,4 @@
-"""The files of a dataset, written while its rows come by; what is not finished never looks finished."""
+"""Write the files of a dataset row by row. An unfinished dataset never looks finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Quarantine:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate (a byte that was not UTF-8) becomes the JSON escape of itself.
+        # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
         self._stream: TextIO = path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def __enter__(self) -> Self:
@@ -45,9 +45,9 @@ class Quarantine:
 
 
 class DatasetFiles:
-    """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and last of all manifest.json.
+    """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and at the end manifest.json.
 
-    Leaving the context without `publish` leaves quarantine.jsonl alone.
+    If the context ends without `publish`, only quarantine.jsonl remains.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,11 +70,11 @@ class DatasetFiles:
             table.path.unlink(missing_ok=True)
 
     def add(self, rows: pa.Table, split: Split) -> None:
-        """Write good rows, which have ROW_SCHEMA."""
+        """Write good rows with the columns of ROW_SCHEMA."""
         self._tables[split].add(rows)
 
     def publish(self, manifest: DatasetManifest) -> None:
-        """Put the finished files in their places."""
+        """Move the finished files to their final names."""
         for split, table in self._tables.items():
             table.close()
             os.replace(table.path, self._folder / f"{split}.parquet")
@@ -84,11 +84,11 @@ class DatasetFiles:
 
 
 class _RowWriter:
-    """Rows into one Parquet file, a row group at a time."""
+    """Writes rows to one Parquet file by row groups."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Texts and digests hardly repeat: a dictionary of them would be made and thrown away.
+        # Texts and digests rarely repeat, so a dictionary would be built and discarded.
         self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", use_dictionary=["output"])
         self._waiting = ROW_SCHEMA.empty_table()
 

@@ -1,4 +1,4 @@
-"""From a stored row to token ids: the prompt a model is asked with, and the answer it learns."""
+"""From a stored row to token ids: the prompt for the model, and the answer that it learns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deal_core.errors import ConfigError
 
 
 class PromptParts(NamedTuple):
-    """A prompt as before + text + after; only text may be shortened."""
+    """A prompt is before + text + after; only `text` may be shortened."""
 
     before: str
     text: str
@@ -22,7 +22,7 @@ class PromptParts(NamedTuple):
 
 
 class CutPrompt(NamedTuple):
-    """A prompt's token ids, and whether the row's text is in them only in part."""
+    """A prompt's token ids, and whether the row's text was cut."""
 
     ids: list[int]
     is_cut: bool
@@ -34,8 +34,8 @@ Message = dict[str, str]
 def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase) -> PromptParts:
     r"""The prompt of one row, in parts.
 
-    A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:", without the lines it has nothing for. A
-    completion is the prompt as it is, under the instruction if the task has one. A chat is rendered by the tokenizer's
+    A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:"; lines without content are left out. A
+    completion is the unchanged prompt, under the instruction if the task has one. A chat is rendered by the tokenizer's
     chat template; its text is the content of the last message before the answer.
 
     Args:
@@ -74,12 +74,12 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a row's prompt, at most `max_prompt_tokens` of them.
 
-    What is too long loses the end of its text, never the instruction, the options or "Answer:"; a chat first loses its
-    oldest turns. Special tokens are what the tokenizer adds of itself: a beginning for decoders that have one, the end
-    token for T5's encoder.
+    The text of a longer prompt is cut at its end; the instruction, the options and "Answer:" are never cut. A chat
+    first loses its oldest turns. Special tokens are those that the tokenizer adds by default: a beginning token for
+    decoders that have one, the end token for T5's encoder.
 
     Raises:
-        ConfigError: The prompt is too long even without any text.
+        ConfigError: The prompt is too long even with an empty text.
     """
     return cut_prompt(tokenizer, task, input, max_prompt_tokens).ids
 
@@ -87,7 +87,7 @@ def encode_prompt(
 def cut_prompt(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int
 ) -> CutPrompt:
-    """As `encode_prompt`, and whether the text lost anything."""
+    """As `encode_prompt`, and whether the text was cut."""
     if task.format == "chat":
         return _encode_chat(tokenizer, task, _messages(task, input), max_prompt_tokens)
     before, text, after = render_prompt(task, input, tokenizer)
@@ -99,10 +99,10 @@ def cut_prompt(
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int
 ) -> list[int]:
-    """Token ids of a row's answer with the end token: a blank, the answer, the end; a chat's answer has no blank.
+    """Token ids of a row's answer: a blank (not in a chat), the answer, the end token.
 
-    It is tokenised apart from the prompt, so that the prompt's ids are the same in training and in generation. An
-    answer that is too long loses its end but keeps the end token: generation must learn to stop.
+    The answer is tokenised apart from the prompt, so the prompt's ids are the same in training and in generation. A
+    longer answer is cut but keeps the end token, because generation must learn to stop.
 
     Raises:
         ConfigError: The tokenizer has no end token.
@@ -125,8 +125,8 @@ def _default_template(task: TaskSchema) -> str:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    # A decoder's tokenizer may be set to add an end token; a prompt that ends there is no question. T5 has no
-    # beginning token, and its encoder expects the end.
+    # A decoder's tokenizer may be set to add an end token. It is removed, because the answer follows the prompt. T5 has
+    # no beginning token, and its encoder expects the end token.
     adds_end = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token))
     return ids[:-1] if adds_end and tokenizer.bos_token_id is not None else ids
 
@@ -134,7 +134,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def _encode_shortened(
     encode: Callable[[str], list[int]], text: str, task: TaskSchema, max_prompt_tokens: int
 ) -> CutPrompt:
-    """Ids with the longest beginning of the text that fits, found by bisection."""
+    """Ids with the longest beginning of the text that fits; the search is a bisection."""
     ids = encode(text)
     if len(ids) <= max_prompt_tokens:
         return CutPrompt(ids, is_cut=False)
@@ -175,7 +175,7 @@ def _render_chat(task: TaskSchema, messages: list[Message], tokenizer: PreTraine
 def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
     content = messages[-1]["content"].strip()
     start = rendered.rfind(content)
-    if start < 0:  # the template rewrites what it is given
+    if start < 0:  # the template rewrites the content
         return PromptParts(rendered, "", "")
     return PromptParts(rendered[:start], content, rendered[start + len(content) :])
 

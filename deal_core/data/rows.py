@@ -1,4 +1,4 @@
-"""What a row is: as it stands in a file, as a dataset keeps it, and as quarantine does."""
+"""Rows: raw as in a file, good as in a dataset, and bad as in quarantine."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ Reason = Literal[
 
 
 class Problem(NamedTuple):
-    """One thing wrong with one row, and the value that shows it, shortened."""
+    """One problem of a row, and the shortened value that shows it."""
 
     reason: Reason
     value: str
 
 
 class RawRow(NamedTuple):
-    """One row as it stands in the file."""
+    """One row of a file, before any check."""
 
     number: int
-    """Counted from 1, a CSV's header not counted. In JSON lines the number of the line."""
+    """Number of the row, from 1, without a CSV's header; in JSON lines the number of the line."""
     values: Mapping[str, Any]
-    """The row's columns; empty when it could not be read."""
+    """The row's columns; empty if the row could not be read."""
     line: int | None = None
-    """The line of the file on which the row begins, where the file has lines."""
+    """The line of the file on which the row begins; None if the file has no lines."""
     fault: Problem | None = None
-    """Why it could not be read."""
+    """Why the row could not be read."""
     whole: Callable[[], Any] | None = None
-    """Gives the row as quarantine keeps it, where that is not `values`."""
+    """Returns the row for quarantine, if quarantine does not keep `values`."""
 
     def raw(self) -> Any:
-        """The row as quarantine keeps it: its columns, or the text that could not be read."""
+        """The row for quarantine: its columns, or the text that could not be read."""
         return self.values if self.whole is None else self.whole()
 
 
@@ -63,14 +63,14 @@ class Row(NamedTuple):
     digest: bytes
     """SHA-256 of the normalised row, see `row_digest`."""
     input_digest: bytes
-    """The same of its input alone: rows that share a text lie on one side of the split, whatever their answers."""
+    """Digest of the normalised input: rows with one text are on one side of the split, even with different answers."""
     split: Split | None
-    """What the file says; None when it does not."""
+    """The split that the file names; None if it names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """One row that cannot be used, and all that is wrong with it."""
+    """One row that cannot be used, and all its problems."""
 
     file: str
     row: int
@@ -80,7 +80,7 @@ class BadRow:
     problems: tuple[Problem, ...]
 
     def describe(self, include_texts: bool) -> str:
-        """The row in a few words; what it holds only if texts may be shown."""
+        """The row in a few words; its values are quoted only if texts may be shown."""
         line = f" (line {self.line})" if self.line not in (None, self.row) else ""
         found = (f"{reason}: {value!r}" if include_texts else reason for reason, value in self.problems)
         return f"row {self.row}{line} {', '.join(found)}"
@@ -90,14 +90,14 @@ _quote = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def quote_normal(part: str) -> str:
-    """A part of a row as its digest sees it: in Unicode's form NFC, white space made single spaces, quoted as JSON."""
+    """Normalise a part of a row for the digest: Unicode's form NFC, single spaces, quoted as JSON."""
     return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
 
 
 def row_digest(*parts: str) -> bytes:
-    """SHA-256 of a row's inputs (a chat has several) and its output, or of its inputs alone.
+    """SHA-256 of a row's inputs (a chat has several) and its output, or only of its inputs.
 
-    It is blind to Unicode's form (NFC) and to the amount of white space.
+    Unicode's form (NFC) and the amount of white space do not change the digest.
     """
     normal = ", ".join(map(quote_normal, parts))
     return hashlib.sha256(f"[{normal}]".encode()).digest()
@@ -112,7 +112,7 @@ def stored_input_digest(kind: Format, stored: str) -> bytes:
 
 BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
-"""A batch has no more of either, unless it is of one row (in Parquet one piece) that is larger."""
+"""Most rows and characters of a batch. A single row (in Parquet a single piece) may be larger."""
 
 Item = TypeVar("Item")
 
@@ -126,11 +126,11 @@ class RowBatch(Protocol):
         """The rows at these places, counted from 0."""
 
     def column(self, name: str) -> pa.Array:
-        """A column's cells as texts; null where one is missing, or neither a text nor a whole number, or not UTF-8."""
+        """A column's cells as texts. Null for missing cells, other types than text or whole number, and not UTF-8."""
 
 
 class RowList:
-    """A batch of rows that were read one by one."""
+    """A batch made of single rows."""
 
     def __init__(self, rows: list[RawRow]) -> None:
         self._rows = rows
@@ -146,7 +146,7 @@ class RowList:
 
 
 def text_array(cells: list[Any]) -> pa.Array:
-    """Texts, and whole numbers as texts; null for all else, and for a text with a lone surrogate (no UTF-8)."""
+    """Texts, and whole numbers as texts; null for other types, and for a text with a lone surrogate (not UTF-8)."""
     cells = [cell if type(cell) is str else str(cell) if type(cell) is int else None for cell in cells]
     try:
         return pa.array(cells, pa.string())
@@ -155,14 +155,14 @@ def text_array(cells: list[Any]) -> pa.Array:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether the text can be written as UTF-8: it has no lone surrogate, as bytes that were no UTF-8 leave."""
+    """Whether the text can be written as UTF-8. Bytes that were not UTF-8 are lone surrogates, which cannot."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def grouped(items: Iterable[tuple[Item, int]], max_items: int) -> Iterator[list[Item]]:
-    """Items, each given with its size, in lists of at most BATCH_CHARS; a larger one has a list to itself.
+    """Group items by their sizes into lists of at most BATCH_CHARS; a larger item gets its own list.
 
-    Where reading them fails, those before come first.
+    If reading an item fails, the earlier items are yielded before the error is raised.
     """
     group: list[Item] = []
     total = 0

@@ -1,4 +1,4 @@
-"""What a task's rows look like, and the record of one dataset."""
+"""The schema of a task's rows, and the manifest of a dataset."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLUMNS_OF_FORMAT: dict[Format, tuple[str, str] | tuple[str]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
 }
-"""The columns a row of each format must have, by the names this project calls them."""
+"""The required columns of each format, by this project's names."""
 
 ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
@@ -42,36 +42,36 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def label_key(label: str) -> str:
-    """Labels with the same key are the same label: case, the amount of white space and Unicode's form do not count."""
+    """Key of a label. Labels that differ only in case, white space or Unicode form have the same key."""
     return unicodedata.normalize("NFC", " ".join(label.split()).casefold())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSchema:
-    """One domain: what its rows hold and how the model is asked.
+    """One task (domain): the form of its rows and of its prompts.
 
     Example:
         >>> TaskSchema(name="billing", labels=("refund", "card lost"), instruction="Which request is this?").format
         'labelled'
 
     Raises:
-        ConfigError: A field does not fit; the message names it and says what would.
+        ConfigError: A field is not valid; the message names the field and what to give.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = FORBID_UNKNOWN
 
     name: str
-    """Letters, digits, dot, dash and underscore; it becomes part of paths."""
+    """Name of letters, digits, dot, dash and underscore; it becomes part of paths."""
     format: Format | Literal["auto"] = "labelled"
-    """What a row is made of; "auto" is replaced by what the arrival's columns show when its dataset is built."""
+    """Format of a row; "auto" is replaced by the format of the file's columns when the dataset is built."""
     labels: tuple[str, ...] = ()
-    """Every allowed answer of a labelled task, as the model shall spell it; empty: taken from the first arrival."""
+    """Every allowed answer of a labelled task, in the spelling for the model; empty: taken from the first file."""
     instruction: str = ""
-    """What the model is told before each text; for a chat the system message of conversations that bring none."""
+    """Instruction before each text; in a chat the system message of conversations that have none."""
     template: str | None = None
-    """Prompt with {text} and, as wanted, {instruction} and {options}; None: the default of the format."""
+    """Prompt with {text} and optionally {instruction} and {options}; None: the default of the format."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Our name of a column (text, label, prompt, completion, messages, split) → its name in the file."""
+    """This project's name of a column (text, label, prompt, completion, messages, split) → its name in the file."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -94,19 +94,19 @@ class TaskSchema:
 
     @property
     def sha256(self) -> str:
-        """Digest of what decides how rows are stored and asked; names of columns in a file are no part of it."""
+        """Digest of format, labels, instruction and template; names of columns do not count."""
         parts = [self.format, list(self.labels), self.instruction, self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def with_labels(self, labels: Iterable[str]) -> TaskSchema:
-        """The same task with those of `labels` that it lacks, in their order after its own.
+        """The same task with new labels appended in order; known labels are ignored.
 
         Example:
             >>> TaskSchema(name="t", labels=("b", "a")).with_labels(["c", " A "]).labels
             ('b', 'a', 'c')
 
         Raises:
-            ConfigError: One of them can be no label, or the task is of a format that has none.
+            ConfigError: A label is not valid, or the task's format has no labels.
         """
         spelled: dict[str, str] = {}
         for label in (*self.labels, *labels):
@@ -119,7 +119,7 @@ class TaskSchema:
 
 
 def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
-    """No part of a lone surrogate pair, which no file and no tokenizer can hold."""
+    """Refuse lone surrogates, which neither a file nor a tokenizer can hold."""
     for name, value in texts.items():
         for text in (value,) if isinstance(value, str) else value:
             if _SURROGATE.search(text):
@@ -163,7 +163,7 @@ def _check_template(template: str | None, task_format: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetManifest(VersionedJson):
-    """The record of one dataset: where it came from, what was kept and what was not."""
+    """The record of one dataset: its source, its rows and its bad rows."""
 
     kept: ClassVar[Kept] = Kept(
         "The manifest", DataValidationError, version=SCHEMA_VERSION, remedy="build the dataset again from its file"
@@ -172,7 +172,7 @@ class DatasetManifest(VersionedJson):
     task: TaskSchema
     """The task with its format and labels filled in."""
     sha256: str
-    """Digest of the task's name and the rows with their split, whatever their order, file format or file name."""
+    """Digest of the task's name and the rows with their split; order, file format and file name do not count."""
     source: str
     """Name of the file that landed."""
     num_read: int
@@ -183,12 +183,12 @@ class DatasetManifest(VersionedJson):
     problems: Mapping[str, int] = field(hash=False)
     """Problems by reason; a bad row can have several."""
     split: Literal["given", "hash"]
-    """Whether the file (or a test file beside it) says which rows are test rows, or the rows' digests do."""
+    """given: the file or a separate test file names the test rows. hash: the rows' digests decide."""
     retain_training_rows: bool = False
-    """Whether the training rows stay once they are learned."""
+    """Whether the training rows are kept after they are learned."""
     files: tuple[str, ...] = ()
-    """SHA-256 of the bytes of each file that these rows came in, with its test file if it had one."""
+    """SHA-256 of the bytes of each landed file, including a test file."""
     landed_sha256: str | None = None
-    """Digest of the task's name and the good rows with the split that the user gave, if any: other than `sha256`, the
-    same whichever test rows the lineage knew. None in older manifests."""
+    """Digest of the task's name and the good rows with the user's split, if any. Unlike `sha256`, it does not depend on
+    the lineage's frozen test rows. None in older manifests."""
     schema_version: int = SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""From a landed file to a dataset: every row checked, bad rows in quarantine, good rows split for good."""
+"""From a landed file to a dataset: check every row, quarantine bad rows, and split good rows permanently."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ def build_dataset(
 ) -> DatasetManifest:
     """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
 
-    Which rows are test rows is said by a test file, else by the column "split", else by the digests of their texts:
-    by digest a text lands on the same side in every arrival, with whatever answer.
+    Test rows are decided by a test file, else by the column "split", else by the digests of the rows' texts. A text's
+    digest puts it on the same side in every file, with any answer.
 
     Args:
         source: The landed file, see `read_rows`.
-        task: The task; its format may be "auto", and a labelled task without labels gets those of the file.
-        folder: Where the dataset is written. What an earlier call left there is replaced.
+        task: The task; its format may be "auto", and a labelled task without labels gets the labels of the file.
+        folder: Folder of the dataset; files of an earlier call are replaced.
         config: Shares and limits.
-        test_source: A file with the test rows; then `source` holds training rows only.
-        frozen_test_inputs: Digests (`stored_input_digest`) of the texts that judge the task for good. No training row
-            may have such a text, and of rows whose side nobody says these alone are test rows.
-        on_progress: Called now and then with the number of rows read. The file is read twice where it names its split
-            itself, or where the labels are taken from it.
+        test_source: A file with the test rows; `source` then holds only training rows.
+        frozen_test_inputs: Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training
+            rows with such a text are bad rows. If the file names no split, only rows with these texts are test rows.
+        on_progress: Called from time to time with the number of rows read. The file is read twice if it names its
+            split, or if the labels are taken from it.
 
     Returns:
         The manifest, with the task's format and labels filled in.
 
     Raises:
-        ArrivalRefusedError: Too many bad rows, or no row to train on or to test with; quarantine.jsonl is written.
-        DataValidationError: The file cannot be read, or not to its end.
+        ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
+        DataValidationError: The file cannot be read to its end.
 
     Example:
         >>> build_dataset(Path("tickets.csv"), TaskSchema(name="tickets"), Path("out"), DataConfig()).num_train
@@ -76,12 +76,12 @@ def validate_file(
     quarantine_file: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ValidationReport:
-    """The checks of `build_dataset` alone; keeps no row, and reports a refusal instead of raising it.
+    """Only the checks of `build_dataset`: no row is kept, and a refusal is reported instead of raised.
 
-    Bad rows are written to `quarantine_file` if one is named; the other arguments are those of `build_dataset`.
+    Bad rows are written to `quarantine_file` if it is given. The other arguments are those of `build_dataset`.
 
     Raises:
-        DataValidationError: The file cannot be read, or not to its end.
+        DataValidationError: The file cannot be read to its end.
     """
     arrival = ArrivalReader(source, test_source, task, config, frozen_test_inputs, on_progress)
     if quarantine_file is None:

@@ -1,4 +1,4 @@
-"""A version that answers, on one base model, and one queue for all who ask; another version can take its place.
+"""Answer rows with one version on one base model, with one queue for all callers; the version can be swapped.
 
 Example:
     >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
@@ -28,22 +28,22 @@ from deal_core.evaluation.score import generate_answers
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
-"""Rows of a batch on an accelerator."""
+"""Most rows of a batch on an accelerator."""
 MAX_ROWS_CPU = 6
-"""Rows of a batch on a CPU, where larger batches save little time, and let everybody wait for the longest one."""
+"""Most rows of a batch on a CPU. Larger batches save little time there, and all rows wait for the longest answer."""
 
 
 class GivenUpError(DealError):
-    """Rows were not answered, as nobody waits for them any more."""
+    """Rows were not answered, because the caller has gone or the server is stopping."""
 
 
 class Answered(NamedTuple):
-    """Answers to rows, and who gave them."""
+    """Answers to rows, and the version that gave them."""
 
     answers: list[str]
     served: ServedVersion
     version: str
-    """Its number."""
+    """The version's number."""
 
 
 def load_answerer(
@@ -54,18 +54,18 @@ def load_answerer(
     precision: Precision = "auto",
     version: str = UNKNOWN_VERSION,
 ) -> Answerer:
-    """Load a version for answering: its base model, found by name and checked by digest, with the adapter on.
+    """Load a version for answering: its base model, found by name and checked by digest, and the adapter.
 
     Args:
-        folder: the PEFT files and `deal.json`.
-        cache_folder: where base models are kept.
-        base_source: where the base model is on this machine; None: where the version says.
-        precision: of the base model's weights. In fp32 an answer does not depend on what is asked beside it.
-        version: its number, which answers name.
+        folder: the folder with the PEFT files and `deal.json`.
+        cache_folder: folder of downloaded base models.
+        base_source: the base model's place on this machine; None: the place that the version names.
+        precision: precision of the base model's weights. In fp32 an answer does not depend on other rows of its batch.
+        version: the version's number; answers carry it.
 
     Raises:
         AdapterStateError: the folder cannot be served.
-        ConfigError: the base model is not found, or is another one.
+        ConfigError: the base model is not found, or is a different one.
     """
     served = read_served(folder)
     return Answerer(served, load_base_of(served, cache_folder, base_source, precision=precision), folder, version)
@@ -98,16 +98,16 @@ class Answerer:
         self._base_sha256 = base.sha256
         self._changed = threading.Condition()
         self._holder: int | None = None
-        """The thread that computes with the model, or changes it."""
+        """The thread that computes with the model or swaps the version."""
         self._num_swaps = 0
-        """Swaps that wait or are under way."""
+        """Swaps that wait or run."""
         self._is_stopped = False
         self._waiting: list[_Request] = []
         self._put_on(base, load_adapter(base.model, folder))
 
     @property
     def served(self) -> ServedVersion:
-        """What is known of the version that answers now."""
+        """The facts of the version that answers now."""
         return self._served
 
     @property
@@ -125,15 +125,15 @@ class Answerer:
         return self.ask(rows).answers
 
     def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False) -> Answered:
-        """Answer rows, all by one version.
+        """Answer rows, all with the same version.
 
         Args:
-            rows: what to answer.
-            is_given_up: whether the one who asked has gone; the rows that are left are not answered then.
+            rows: the rows to answer.
+            is_given_up: returns True once the caller has gone; the remaining rows are then not answered.
 
         Raises:
-            ConfigError: a row cannot be asked; no row is answered then.
-            GivenUpError: the one who asked has gone, or `stop` was called.
+            ConfigError: a row does not fit the version; then no row is answered.
+            GivenUpError: the caller has gone, or `stop` was called.
         """
         request = _Request(list(rows), is_given_up)
         with self._changed:
@@ -149,16 +149,16 @@ class Answerer:
         return Answered(request.answers, request.served, request.version)
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
-        """Let another version answer from now on. Its files are read before; then the model is held for a moment.
+        """Let another version answer from now on. Its files are read first; only then does answering pause.
 
         Args:
-            folder: the PEFT files and `deal.json`.
-            version: its number.
-            base: another base model to put the adapter on; None: the version has the one that is loaded.
+            folder: the folder with the PEFT files and `deal.json`.
+            version: the version's number.
+            base: another base model for the adapter; None: the version uses the loaded one.
 
         Raises:
-            AdapterStateError: the folder cannot be served, or does not fit the base model; the version before goes on.
-            ConfigError: the version has another base model than the one that is loaded, or given.
+            AdapterStateError: the folder cannot be served, or does not fit the base; the previous version stays.
+            ConfigError: the version needs another base model than the given or loaded one.
         """
         served = read_served(folder)
         base_sha256 = self._base_sha256 if base is None else base.sha256
@@ -179,7 +179,7 @@ class Answerer:
                 request.begin_again()
 
     def stop(self) -> None:
-        """Answer nothing more: whoever waits gets an error, within one step of the model."""
+        """Answer no more rows. Waiting callers get an error within one step of the model."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -187,7 +187,7 @@ class Answerer:
     def _put_on(self, base: BaseModel, model: PeftModel) -> None:
         self._tokenizer, self._model = base.tokenizer, model
         for blocks in base.model.modules():
-            if isinstance(blocks, torch.nn.ModuleList):  # the layers, in every model that transformers has
+            if isinstance(blocks, torch.nn.ModuleList):  # every transformers model holds its layers in one
                 for block in blocks:
                     block.register_forward_pre_hook(self._interrupt_for_swap)
         self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
@@ -200,7 +200,7 @@ class Answerer:
         return self._holder is None and not self._num_swaps
 
     def _is_done(self, request: _Request) -> bool:
-        """Wait until the request is done, or the model is free: it is this thread's then, to be given back."""
+        """Wait until the request is done or the model is free. A free model is then held by this thread."""
         with self._changed:
             self._changed.wait_for(lambda: request.is_done or self._is_free())
             if not request.is_done:
@@ -215,7 +215,7 @@ class Answerer:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the model while nothing is computed, before everything that waits."""
+        """Hold the model, ahead of all waiting rows, while no other thread computes."""
         with self._changed:
             self._num_swaps += 1
             self._changed.wait_for(lambda: self._holder is None)
@@ -228,7 +228,7 @@ class Answerer:
             self._give_back()
 
     def _answer_next(self) -> None:
-        """Answer a batch of the rows that wait; those who asked first come first, and each gets its share in turn."""
+        """Answer a batch of waiting rows. Older requests come first, and requests take turns between batches."""
         with self._changed:
             waiting = list(self._waiting)
         batch: list[_Part] = []
@@ -243,7 +243,7 @@ class Answerer:
             self._answer_together(batch)
         except _InterruptedError:
             return
-        with self._changed:  # what has rows left goes to the end
+        with self._changed:  # requests that were served now go to the end of the queue
             served = {id(part.request) for part in batch}
             self._waiting.sort(key=lambda request: id(request) in served)
 
@@ -253,7 +253,7 @@ class Answerer:
         except _InterruptedError:
             raise
         except Exception as error:
-            if len(batch) > 1:  # one that cannot be answered must not fail the others
+            if len(batch) > 1:  # a part that cannot be answered must not fail the other parts
                 for part in batch:
                     self._answer_together([part])
             else:
@@ -277,26 +277,26 @@ class Answerer:
 
 
 class _InterruptedError(Exception):
-    """A batch is given up, as a swap waits: it is computed again."""
+    """A batch was interrupted by a waiting swap or by `stop`."""
 
 
 @dataclass
 class _Request:
-    """The rows of one caller, and what became of them."""
+    """The rows of one caller, with their answers or their error."""
 
     rows: Sequence[InputRow]
     is_given_up: Callable[[], bool]
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
-    """The rows as the version `served` is asked them; none until it is their turn."""
+    """The rows in the form that the version `served` is asked; empty before the first batch."""
     answers: list[str] = field(default_factory=list)
-    """To the first rows."""
+    """Answers to the first rows."""
     served: ServedVersion | None = None
     version: str = ""
     error: Exception | None = None
     is_done: bool = False
 
     def prepare(self, served: ServedVersion, version: str) -> bool:
-        """See that the rows fit the version; False: they do not, or there are none, so that the request is done."""
+        """Check that the rows fit the version. False: they do not fit or there are none, and the request is done."""
         if self.served is None:
             self.served, self.version = served, version
             try:
@@ -307,16 +307,14 @@ class _Request:
         return not self.is_done
 
     def take(self, answers: Sequence[str]) -> None:
-        """Answers to the next rows."""
         self.answers += answers
         self.is_done = len(self.answers) == len(self.asked)
 
     def end(self, error: Exception) -> None:
-        """It cannot be answered."""
         self.error, self.is_done = error, True
 
     def begin_again(self) -> None:
-        """Another version answers now."""
+        """Drop the answers so far: another version answers now."""
         if not self.is_done:
             self.asked, self.answers, self.served = [], [], None
 

@@ -1,7 +1,7 @@
-"""What a version needs beside its adapter in order to answer (`deal.json`).
+"""The facts that a version needs to answer, in addition to its adapter (`deal.json`).
 
-Everything needed to serve lies in one folder: the PEFT files, and `deal.json` with the base model's name and digest and
-with how each task is asked. The base model itself is not in it; it is found when the folder is loaded.
+The folder of a version holds the PEFT files and `deal.json`. `deal.json` holds the base model's name and digest and the
+prompt settings of each task. The base model is not in the folder; it is found when the folder is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SERVED_FILE = "deal.json"
 
 
 class InputRow(NamedTuple):
-    """One text to answer; without a task it is asked as the newest task's rows are."""
+    """One text to answer. Without a task, the newest task is meant."""
 
     input: str
     task: str | None = None
@@ -28,17 +28,17 @@ class InputRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTask:
-    """How a task is asked."""
+    """A task's schema and its limits for prompt and answer."""
 
     schema: TaskSchema
     max_prompt_tokens: int
     max_new_tokens: int
 
     def readable(self, text: str, place: str) -> str:
-        """The input as the task's own rows are stored.
+        """The input in the form in which the task's rows are stored.
 
         Raises:
-            ConfigError: it is empty, or the task is a chat and it is no list of messages; the message names the place.
+            ConfigError: the input is empty, or is no list of messages for a chat task; the message names the place.
         """
         if not text.strip():
             raise ConfigError(f"{place} has an empty input; give the text to answer.")
@@ -53,13 +53,13 @@ class ServedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedVersion(VersionedJson):
-    """What `deal.json` holds."""
+    """The content of `deal.json`."""
 
     kept: ClassVar[Kept] = Kept(SERVED_FILE, AdapterStateError, version=1)
 
     lineage: str
     base_source: str
-    """Where the base model was loaded from when the version was made: an id, or a path of that machine."""
+    """Source of the base model when the version was made: an id, or a path on that machine."""
     base_name: str
     base_sha256: str
     tasks: tuple[ServedTask, ...]
@@ -71,7 +71,7 @@ class ServedVersion(VersionedJson):
         return next((task for task in self.tasks if task.schema.name == name), None)
 
     def asked(self, row: InputRow, number: int) -> tuple[ServedTask, str]:
-        """The task that a row is asked with, and its input as that task's rows are stored.
+        """The row's task, and its input in the form in which that task's rows are stored.
 
         Raises:
             ConfigError: the version knows no such task, or the input does not fit it; the message names the row.
@@ -89,16 +89,16 @@ class ServedVersion(VersionedJson):
 
 
 def read_served(folder: Path) -> ServedVersion:
-    """What lies beside an adapter.
+    """Read `deal.json` from an adapter's folder.
 
     Raises:
-        AdapterStateError: nothing, or something of another schema version.
+        AdapterStateError: the folder has no `deal.json`, or one of another schema version.
     """
     path = folder / SERVED_FILE
     if not path.is_file():
         raise AdapterStateError(
             f"{folder} has no {SERVED_FILE}: the version was registered before versions could be served. Its adapter "
-            "is a plain PEFT folder; to serve it, learn an arrival again, which registers a new version."
+            "is a plain PEFT folder. To serve it, learn a file again, which registers a new version."
         )
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
 

@@ -1,4 +1,4 @@
-"""The gate: may a new version become champion? A pure function of an evaluation and of limits, each with a veto."""
+"""The gate decides whether a new version may become champion: a pure function of an evaluation and of limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
 
 _SLACK = 1e-9
-"""Accuracies are quotients of counts: 0.6 − 0.5 must not miss a floor of 10 points by a rounding error."""
+"""Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
 
 VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter"]
@@ -25,34 +25,34 @@ class Veto:
 
     kind: VetoKind
     task: str | None
-    """None: it is about the version as a whole."""
+    """None: the veto is about the version as a whole."""
     value: float | None
-    """What was measured, in the limit's unit: percent for a floor, points for a gain or drop, else a ratio."""
+    """The measured value, in the limit's unit: percent for a floor, points for a gain or drop, else a ratio."""
     limit: float | None
     message: str
 
 
 @dataclass(frozen=True)
 class GateDecision:
-    """Whether a version may become champion, and if not, every reason why."""
+    """Whether a version may become champion, with every reason against it."""
 
     vetoes: tuple[Veto, ...]
     notes: tuple[str, ...] = ()
-    """What the test rows were too few to tell, and losses beyond a limit that noise explains."""
+    """Tasks with too few test rows to judge, and losses over a limit that noise explains."""
 
     @property
     def accepted(self) -> bool:
-        """Whether nothing speaks against the version."""
+        """Whether there is no veto."""
         return not self.vetoes
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Each veto in a sentence."""
+        """One sentence per veto."""
         return tuple(veto.message for veto in self.vetoes)
 
 
 def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
-    """Hold a version against its limits. All of them are checked, so that one run tells every reason.
+    """Check a version against all limits, so that one run gives every reason.
 
     Example:
         >>> matrix = AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.45, parent_accuracy=None)
@@ -72,9 +72,9 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
 def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     task, accuracy = report.task, report.accuracies[report.task]
     known, whose = report.base_accuracy, "base model's"
-    if report.majority_rate is not None and report.majority_rate > known:  # a model that guesses has learned nothing
+    if report.majority_rate is not None and report.majority_rate > known:  # a constant answer is no skill
         known, whose = report.majority_rate, "the commonest answer's"
-    gain, reachable = config.min_gain_points, 50 * (1 - known)  # of what is nearly all right, all cannot be asked
+    gain, reachable = config.min_gain_points, 50 * (1 - known)  # near 100 %, the full gain may be impossible
     asked = f"{gain:.1f} points" if gain <= reachable else f"{reachable:.1f} points, half of what it lacks"
     floors = {known + min(gain, reachable) / 100: f" ({whose} {_percent(known)} + {asked})"}
     if config.min_accuracy is not None:
@@ -111,7 +111,7 @@ class _Drop:
     num_rows: int
     paired: PairedDrop | None
     is_clear: bool
-    """It is more than noise explains; without the parent's outcomes it is taken as measured."""
+    """The loss is more than noise explains. Without the parent's outcomes, every loss counts."""
 
     @classmethod
     def of(cls, report: EvaluationReport, task: str, confidence: float) -> _Drop:
@@ -194,7 +194,7 @@ def _of_adapter(message: str, value: float | None = None, limit: float | None = 
 def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
     for drop in drops:
         if drop.paired is None:
-            yield f"{drop.task}: the champion's answers were not kept; its drop is judged as measured, noise and all."
+            yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
             continue
         clear = smallest_clear_drop(drop.num_rows, config.confidence)
         if clear is None or clear > max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK:

@@ -1,4 +1,4 @@
-"""General ability: how well a model still predicts plain English that no task is about."""
+"""General ability: how well a model still predicts plain English that belongs to no task."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ TEXTS = (
     "behind, and ask the seller when it was last replaced. Scratches do not matter, but a crack in the frame does, "
     "and so does rust where the tubes meet. Above all, ride it around the block before you talk about the price.",
 )
-"""Eight short texts of this project's own, of different kinds; fixed, since figures are compared across cells."""
+"""Eight short texts of different kinds, written for this project. They must not change: figures are compared."""
 
 LIMIT = 1e9
-"""A model that guesses among all its tokens has a perplexity of as many; what is above this is broken."""
+"""Largest reported perplexity. Guessing among all tokens gives the vocabulary's size; far more means a broken model."""
 
 NUM_SKIPPED = 1
-"""Tokens at the start of a text that are not scored: nothing stands before the first."""
+"""Tokens at the start of a text that are not scored, because the first token has no context."""
 
 
 @torch.inference_mode()
 def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
-    """Return exp of the mean cross-entropy per token over TEXTS; None for a model that has no decoder of its own.
+    """Return exp of the mean cross-entropy per token over TEXTS; None for an encoder-decoder model.
 
-    An encoder-decoder models its target given a source, and running text has none. No figure is above LIMIT, which
-    also stands for what overflows.
+    An encoder-decoder predicts a target from a source, and running text has no source. The result is at most LIMIT,
+    which also stands for an overflow.
     """
     if model.config.is_encoder_decoder:
         return None
@@ -77,4 +77,4 @@ def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> floa
         total += float(cross_entropy(logits_KV, ids[0, NUM_SKIPPED:], reduction="sum"))
         num_tokens += logits_KV.shape[0]
     mean = total / num_tokens
-    return math.exp(mean) if mean < math.log(LIMIT) else LIMIT  # not a number is not less
+    return math.exp(mean) if mean < math.log(LIMIT) else LIMIT  # NaN gives LIMIT too

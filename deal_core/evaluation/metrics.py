@@ -1,4 +1,4 @@
-"""Scores of answers, and what an accuracy matrix says of learning and forgetting."""
+"""Scores of answers, and the accuracy matrix with its figures of learning and forgetting."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from deal_core.schema_version import Kept, VersionedJson
 class AccuracyMatrix(VersionedJson):
     """R[t][i]: accuracy of version t on task i. Rows are versions, columns tasks in order of first arrival.
 
-    Accuracies are shares, 0 to 1. Known are a task's cells of the version that first learned it and of the last one;
-    in a lineage also of those between. Before it was learned they are None, except that of the version just before,
-    which forward transfer needs.
+    Accuracies are shares, 0 to 1. A cell is None for versions before the task was learned, except the version directly
+    before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
     """
 
     kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
@@ -54,13 +53,13 @@ class AccuracyMatrix(VersionedJson):
     def with_row(
         self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
     ) -> AccuracyMatrix:
-        """A new matrix with one more version: the one trained on `task`.
+        """A new matrix with one more version, trained on `task`.
 
         Args:
             task: the task just learned, new to the lineage or not.
-            accuracies: the new version's accuracy on every task so far, `task` among them.
-            base_accuracy: the untouched base on `task`; used when the task is new.
-            parent_accuracy: the parent version on `task`, measured before training; used when the task is new.
+            accuracies: the new version's accuracy on every task so far, including `task`.
+            base_accuracy: the untouched base model's accuracy on `task`; used if the task is new.
+            parent_accuracy: the parent's accuracy on `task` before training; used if the task is new.
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
@@ -80,9 +79,9 @@ class AccuracyMatrix(VersionedJson):
         return AccuracyMatrix(tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
 
     def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
-        """The matrix after a task got other test rows: the base's and the last version's accuracy on these.
+        """The matrix after a task got other test rows, with new accuracies of the base and the last version.
 
-        Cells of earlier versions stay, which are of the rows before.
+        Cells of earlier versions stay: they are accuracies on the previous test rows.
         """
         column = self.tasks.index(task)
 
@@ -101,8 +100,8 @@ class AccuracyMatrix(VersionedJson):
     def forgetting_by_task(self) -> dict[str, float]:
         """Forgetting_i = max over i ≤ t < T of R[t][i], minus R[T][i], for every task learned before the last version.
 
-        The maximum starts at the first version trained on the task, and passes over versions that were not evaluated
-        on it. Less than nothing is a gain. Empty with one task.
+        The maximum starts at the first version trained on the task. Versions that were not evaluated on the task do not
+        count. A negative value is a gain. The dict is empty with one task.
         """
         return {
             task: max(row[column] or 0.0 for row in self.rows[first : self._last]) - self._known(-1, column)
@@ -121,9 +120,9 @@ class AccuracyMatrix(VersionedJson):
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT = mean_{i>1}(R[i−1][i] − base_i): what the versions before a task gave to it.
+        """FWT = mean_{i>1}(R[i−1][i] − base_i): how much earlier tasks improve a task before its own training.
 
-        None with one task, and where the parent or the base was not evaluated on a task before its training.
+        None with one task, or if the parent or the base was not evaluated on a task before its training.
         """
         gains: list[float | None] = []
         for column, first in enumerate(self._first_versions()):
@@ -141,7 +140,7 @@ class AccuracyMatrix(VersionedJson):
         return [self.trained.index(task) for task in self.tasks]
 
     def _old_tasks(self) -> list[tuple[str, int, int]]:
-        """Task, column and first version of every task learned before the last version; none with a single task."""
+        """Task, column and first version of every task learned before the last version; empty with a single task."""
         if len(self.tasks) < 2:
             return []
         columns = enumerate(self._first_versions())
@@ -162,7 +161,7 @@ KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSeriali
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean, or None where there is no value or one is unknown: a mean of the rest would be another figure."""
+    """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -189,7 +188,7 @@ def outcomes_of(answers: Iterable[str], references: Iterable[str]) -> str:
 
 
 def rouge1(answer: str, expected: str) -> float:
-    """ROUGE-1: F1 of the words two texts share, each counted as often as it occurs; words are case-folded.
+    """ROUGE-1: F1 of the words that two texts share. Words are case-folded, and repeated words count repeatedly.
 
     Example:
         >>> rouge1("the cat sat", "the cat")
@@ -219,7 +218,7 @@ def paired_interval(
         first: one value per unit (a row's score, a step's time).
         second: the rival's values for the same units, in the same order.
         num_resamples: bootstrap samples.
-        seed: of the drawing.
+        seed: seed of the random draws.
 
     Raises:
         ValueError: the samples are empty or of different length.

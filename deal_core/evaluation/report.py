@@ -1,4 +1,4 @@
-"""What was found of a new adapter version: the gate's evidence, and the report's."""
+"""Results of evaluating a new version, for the gate and the report."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from deal_core.schema_version import Kept, VersionedJson
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What can be said of an adapter without asking it anything."""
+    """Facts about an adapter that need no answers."""
 
     norm: float | None
-    """‖ΔW‖, over all modules; None where a factor is not finite."""
+    """‖ΔW‖ over all modules; None if a factor is not finite."""
     parent_norm: float | None
-    """That of the version it continues; None for the first."""
+    """The parent's norm; None for the first version."""
     is_changed: bool
-    """Whether its bytes differ from those of the version it continues."""
+    """Whether the adapter's bytes differ from the parent's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(VersionedJson):
-    """What one adapter version can do, beside its parent and the untouched base. Accuracies are shares, 0 to 1."""
+    """Scores of one version, its parent and the untouched base. Accuracies are shares, 0 to 1."""
 
     kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=2, reads=(1, 2))
     """What 2 has more than 1 may be missing."""
@@ -33,31 +33,31 @@ class EvaluationReport(VersionedJson):
     task: str
     """The task that the version was trained on."""
     accuracies: Mapping[str, float]
-    """The new version on every task of the lineage."""
+    """The new version's accuracy on every task of the lineage."""
     parent_accuracies: Mapping[str, float]
-    """Its parent on every task that the parent had learned, `task` too where it arrives again; empty for the first."""
+    """The parent's accuracy on every task it had learned, including a repeated `task`; empty for the first version."""
     base_accuracy: float
-    """The untouched base model on the task."""
+    """The untouched base model's accuracy on the task."""
     parent_accuracy_new_task: float | None
-    """The parent on the task, before training; None for the first version."""
+    """The parent's accuracy on the task before training; None for the first version."""
     num_rows: Mapping[str, int]
     """Test rows of each task."""
     matrix: KeptMatrix
     """The lineage's matrix, with the new version as its last row."""
     notes: tuple[str, ...] = ()
-    """What a reader of the figures should know, such as a full adapter."""
+    """Remarks for readers of the figures, such as a full adapter."""
     outcomes: Mapping[str, str] = field(default_factory=dict)
-    """The new version's outcome on each test row of a task, 1 where it was right, else 0."""
+    """Per task, the new version's outcome on each test row: 1 for right, else 0."""
     parent_outcomes: Mapping[str, str] = field(default_factory=dict)
-    """Its parent's, on the same rows; a task whose outcomes were not kept is missing."""
+    """The parent's outcomes on the same rows; a task whose outcomes were not kept is missing."""
     perplexity: float | None = None
-    """Of plain English that no task is about; None where the model cannot tell it."""
+    """Perplexity of plain English that belongs to no task; None if the model has none (an encoder-decoder)."""
     base_perplexity: float | None = None
-    """The untouched base model's."""
+    """The untouched base model's perplexity."""
     adapter: AdapterFacts | None = None
-    """None: not looked at."""
+    """None: not examined."""
     majority_rate: float | None = None
-    """What always giving the commonest answer would score on the task, 0 to 1; None: not counted."""
+    """Accuracy of always giving the most common answer of the task, 0 to 1; None: not counted."""
 
     def __post_init__(self) -> None:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)
@@ -65,7 +65,7 @@ class EvaluationReport(VersionedJson):
             raise ValueError(f"The report of {self.task!r} has no accuracy of {sorted(missing)}; evaluate every task.")
 
     def paired_drop(self, task: str) -> PairedDrop | None:
-        """What the new version lost of its parent's right answers; None where the parent's were not kept."""
+        """The new version's drop against its parent on a task; None if outcomes were not kept."""
         if task not in self.parent_outcomes or task not in self.outcomes:
             return None
         return PairedDrop.of(self.parent_outcomes[task], self.outcomes[task])

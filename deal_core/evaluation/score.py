@@ -1,4 +1,4 @@
-"""Generate answers and score them: greedy, batched by length, stopped at each answer's end."""
+"""Generate answers and score them. Generation is greedy, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from deal_core.evaluation.metrics import outcomes_of, rouge1
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
 MIN_PREFIX = 8
-"""Prompts that share fewer first tokens are read whole."""
+"""Smallest number of common first tokens for which the shared prefix is computed once."""
 MAX_LOGIT_BYTES = 2**30
-"""Of a batch's answers: with a vocabulary of 128,000 the logits of a hundred answers of 50 tokens would take five times
-as much."""
+"""Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
+times as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class TaskEvaluation:
         accuracy: Share of exact matches after strip and case-fold, 0 to 1.
         rouge1: Mean unigram F1 of answer and reference.
         num_rows: Test rows.
-        majority_rate: Share of the commonest reference: what a constant answer scores.
+        majority_rate: Share of the most common reference: the accuracy of a constant answer.
         answers: The generated answers, in the rows' order.
-        outcomes: 1 for each row that was answered right, else 0, in the rows' order.
+        outcomes: One character per row, in the rows' order: 1 for a right answer, else 0.
     """
 
     task: str
@@ -65,7 +65,7 @@ def evaluate_task(
     max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> TaskEvaluation:
-    """Answer every row's input and compare with its output."""
+    """Answer every row's input and compare the answer with the row's output."""
     references = list(rows["output"])
     answers = generate_answers(
         model,
@@ -94,7 +94,7 @@ def evaluate_task(
 def count_too_long(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, references: Sequence[str], max_new_tokens: int
 ) -> int:
-    """Count the references that have more tokens than an answer may have: no answer can match them."""
+    """Count the references with more tokens than an answer may have; no answer can match them."""
     return sum(
         len(encode_answer(tokenizer, task, each, max_new_tokens + 2)) > max_new_tokens + 1  # with the end token
         for each in references
@@ -115,8 +115,8 @@ def generate_answers(
     """Generate one greedy answer per input, in the inputs' order.
 
     Args:
-        model: The base model, or it with an adapter on.
-        tokenizer: The base model's.
+        model: The base model, with or without an adapter.
+        tokenizer: The base model's tokenizer.
         task: How an input becomes a prompt.
         inputs: One per row.
         config: Size of batches and length of answers.
@@ -144,9 +144,9 @@ class Generated(NamedTuple):
     batch: list[int]
     """Numbers of the prompts."""
     tokens: list[list[int]]
-    """New tokens of each; an end token and padding may follow the answer."""
+    """New tokens of each prompt; an end token and padding may follow the answer."""
     logits_BKV: Tensor | None
-    """What each token was chosen from, where that was asked for."""
+    """The logits of each new token, if they were requested."""
 
 
 @torch.no_grad()
@@ -159,16 +159,16 @@ def generate(
     max_batch_tokens: int,
     with_logits: bool = False,
 ) -> Iterator[Generated]:
-    """Continue prompts greedily, in batches of similar length; what all prompts begin with is computed once.
+    """Continue prompts greedily, in batches of similar length. A prefix that all prompts share is computed once.
 
     Args:
-        model: In evaluation mode afterwards.
-        tokenizer: Its padding and end tokens are used.
-        prompts: Token ids of each.
+        model: The model; it is in evaluation mode afterwards.
+        tokenizer: Source of the padding and end tokens.
+        prompts: Token ids of each prompt.
         max_new_tokens: Most tokens of an answer.
         max_batch_tokens: Most tokens of a batch's prompts, padding included.
-        with_logits: Whether the logits are kept: 8·V bytes for every new token of a batch (they are there once in a
-            list, once stacked), MAX_LOGIT_BYTES at most.
+        with_logits: Whether the logits are kept. They take 8·V bytes per new token of a batch (two fp32 copies), at
+            most MAX_LOGIT_BYTES.
     """
     model.eval()
     prefix = _read_prefix(model, prompts)
@@ -182,21 +182,21 @@ def generate(
 def first_answer_logits(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
 ) -> Tensor:
-    """Logits of the first answer token, shape (vocabulary,), as fp32: what `generate_answers` starts from."""
+    """Logits of the first answer token, shape (vocabulary,), as fp32."""
     model.eval()
     input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=_device(model))
     if model.config.is_encoder_decoder:
         start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
         logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
     else:
-        logits = model(input_ids=input_ids, logits_to_keep=1).logits  # one row: nothing is copied
+        logits = model(input_ids=input_ids, logits_to_keep=1).logits  # with one row, a number causes no copy
     return logits[0, -1].float()
 
 
 def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
-    """A labelled task's answers end one token after its longest label: room to end, or to be seen going on.
+    """Most new tokens of an answer: for a labelled task, one token more than its longest label.
 
-    An answer of that label which goes on after white space of one token counts as ended.
+    The extra token shows whether an answer ends after the label. If it is white space, the answer counts as ended.
     """
     if not task.labels:
         return config.max_new_tokens
@@ -219,22 +219,22 @@ def _device(model: LanguageModel) -> torch.device:
 
 
 class _Prefix(NamedTuple):
-    """Tokens that all prompts begin with, and their keys and values; no tokens where nothing is shared."""
+    """Length of the prefix that all prompts share, with its keys and values; length 0 if nothing is shared."""
 
     length: int
     cache: Cache | None
 
 
 def _read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> _Prefix:
-    """An old task's instruction and options stand before every text: read them once, not once a row."""
+    """Compute the prompts' shared prefix once, such as a task's instruction and options."""
     if model.config.is_encoder_decoder or len(prompts) < 2:
         return _Prefix(0, None)
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these share, all between them share
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # their common prefix is that of all prompts
     shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
     if len(shared) < MIN_PREFIX:
         return _Prefix(0, None)
     cache = model(input_ids=torch.tensor([shared], device=_device(model)), use_cache=True, logits_to_keep=1).cache
-    # a sliding window would count the padding behind the prefix, and a recurrent state would read it
+    # padding follows the prefix: a sliding window would count it, and a recurrent state would read it
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         return _Prefix(0, None)
     return _Prefix(len(shared), cache)
@@ -254,7 +254,7 @@ def _generate(
         int(tokenizer.pad_token_id or 0),
         side="right" if is_seq2seq else "left",
     )
-    # as an index, not as the number that generate fills in: see answer_logits
+    # an index tensor instead of generate's default number: see answer_logits
     more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
     if prefix.cache is not None:
         shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)

@@ -1,4 +1,4 @@
-"""Two versions on the same test rows: what one lost against the other, and how sure that is."""
+"""Compare two versions on the same test rows: the drop, and how certain it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """How many rows a version answers worse and better than the one before, of `num_rows` that both answered."""
+    """Numbers of rows that a version lost and gained against the version before, of `num_rows` common rows."""
 
     num_rows: int
     num_lost: int
@@ -16,10 +16,10 @@ class PairedDrop:
 
     @classmethod
     def of(cls, before: str, after: str) -> PairedDrop:
-        """Compare outcomes, one character per row: 1 where the answer was right, else 0.
+        """Compare outcomes with one character per row: 1 for a right answer, else 0.
 
         Raises:
-            ValueError: they are of different rows.
+            ValueError: the numbers of rows differ.
 
         Example:
             >>> PairedDrop.of("1100", "1010")
@@ -30,19 +30,19 @@ class PairedDrop:
 
     @property
     def points(self) -> float:
-        """The drop of accuracy in points of a hundred; less than nothing is a gain."""
+        """The drop of accuracy in percentage points; a negative value is a gain."""
         return 100 * (self.num_lost - self.num_gained) / self.num_rows if self.num_rows else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of `points`, with half a row added to each cell of the two-by-two table, so that few rows give no certainty.
+        """Standard error of `points`. Half a row is added to each cell of the 2×2 table, so few rows stay uncertain.
 
         Agresti and Min (2005), "Simple improved confidence intervals for comparing matched proportions".
         """
         return 100 * self._deviation()
 
     def lower_bound(self, confidence: float) -> float:
-        """One-sided lower confidence bound of the drop in points, by the same table."""
+        """One-sided lower confidence bound of the drop in points, with the same 2×2 table."""
         centre = (self.num_lost - self.num_gained) / (self.num_rows + 2)
         return 100 * (centre - NormalDist().inv_cdf(confidence) * self._deviation())
 
@@ -52,7 +52,7 @@ class PairedDrop:
 
 
 def smallest_clear_drop(num_rows: int, confidence: float) -> float | None:
-    """The smallest drop, in points, that so many test rows can tell from noise; None: they can tell none.
+    """The smallest drop in points that `num_rows` test rows can distinguish from noise; None: they cannot.
 
     Example:
         >>> smallest_clear_drop(100, 0.95)

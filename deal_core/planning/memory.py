@@ -1,7 +1,7 @@
-"""What a run needs, worked out before it: memory by kind, from the sizes that a base model's config gives.
+"""Plan a run's memory by kind, from the sizes in a base model's config.
 
-Pure: sizes in, bytes out. `deal_core.planning.meta_model` finds the sizes. The adapter and the method are fp32. The
-frozen weights have the run's precision.
+The functions are pure: sizes in, bytes out. `deal_core.planning.meta_model` finds the sizes. The adapter and the method
+are fp32. The frozen weights have the run's precision.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from deal_core.strategies.questions import tasks_to_ask
 FP32 = 4
 BYTES_OF = {"bf16": 2, "fp32": 4}
 BITS_OF_QUANTIZED = {"8bit": 8.0, "4bit": 4.127}
-"""Per weight of a linear layer; NF4 with its constants quantized too takes 0.127 more (QLoRA, arXiv 2305.14314)."""
+"""Bits per weight of a linear layer. NF4's constants, quantized too, take 0.127 bits (QLoRA, arXiv 2305.14314)."""
 SCORE_BYTES = 16
-"""Per attention score, while a CPU takes one layer's backward pass; see `deal_core.base_model.cpu_attention`."""
+"""Bytes per attention score in one layer's backward pass on a CPU; see `deal_core.base_model.cpu_attention`."""
 MAX_SCORES = 2**26
-"""Scores beyond which it takes the fused pass, which holds none."""
+"""Beyond this number of scores a CPU uses the fused backward pass, which holds no scores."""
 LOGIT_COPIES = 3
-"""fp32 copies of the answers' logits that live at once in their backward pass."""
+"""Number of fp32 copies of the answers' logits that exist at once in the backward pass."""
 HEADROOM = 0.9
-"""Share of a device's memory that a plan may fill; the rest is for the allocator and for what is not counted."""
+"""Share of a device's memory that a plan may fill; the rest is for the allocator and for uncounted memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,13 @@ class ModelSize:
     """A base model's sizes.
 
     Attributes:
-        model_type: As its config calls it.
-        parameters: How many numbers, by kind: "linear layers", "embeddings", "output layer", "norms and biases". An
-            output layer tied to the embeddings counts among these.
+        model_type: The config's model type.
+        parameters: Number of parameters by kind: "linear layers", "embeddings", "output layer", "norms and biases". An
+            output layer that is tied to the embeddings counts as embeddings.
         num_layers: L; of an encoder-decoder, pairs of layers.
         hidden_size: H.
-        attention_size: Heads times their size.
-        intermediate_size: Of the MLP.
+        attention_size: Number of heads times head size.
+        intermediate_size: Size of the MLP's hidden layer.
         num_heads: Query heads.
         vocab_size: V.
         modules: (out features, in features) of every module that carries the adapter.
@@ -62,17 +62,17 @@ class ModelSize:
 
     @property
     def num_parameters(self) -> int:
-        """All of them."""
+        """Number of parameters of all kinds."""
         return sum(self.parameters.values())
 
     def weight_bytes(self, precision: str, quantize: Quantize) -> int:
-        """Bytes of the frozen weights; only the linear layers are quantized, the output layer is not."""
+        """Bytes of the frozen weights. Only the linear layers are quantized, not the output layer."""
         linear = self.parameters["linear layers"]
         bits = BITS_OF_QUANTIZED.get(quantize, 8.0 * BYTES_OF[precision])
         return round(linear * bits / 8) + (self.num_parameters - linear) * BYTES_OF[precision]
 
     def num_factor_numbers(self, rank: int) -> tuple[int, int]:
-        """Numbers in all A and in all B at this rank."""
+        """Size of all A and of all B at this rank."""
         return rank * sum(num_in for _, num_in in self.modules), rank * sum(num_out for num_out, _ in self.modules)
 
 
@@ -82,7 +82,7 @@ class BatchShape:
 
     Attributes:
         num_rows: B.
-        num_tokens: T of the longest row, answer included.
+        num_tokens: T of the longest row, including the answer.
         num_answer_tokens: K of the longest answer.
     """
 
@@ -96,9 +96,9 @@ class ActivationSize:
     """Bytes that autograd keeps of one batch until its backward pass.
 
     Attributes:
-        layer: Of each layer.
-        rest: Of what is outside the layers: the answers' log-probabilities above all.
-        boundary: Of a layer's input alone, which is what gradient checkpointing keeps.
+        layer: Bytes of each layer.
+        rest: Bytes outside the layers, mainly the answers' log-probabilities.
+        boundary: Bytes of a layer's input; gradient checkpointing keeps only these.
     """
 
     layer: int
@@ -106,7 +106,7 @@ class ActivationSize:
     boundary: int
 
     def kept(self, num_layers: int, *, checkpointing: bool) -> int:
-        """All of it; with checkpointing every layer's input, and one layer made again."""
+        """All kept bytes. With checkpointing: every layer's input, and the activations of one layer."""
         if checkpointing:
             return num_layers * self.boundary + self.layer + self.rest
         return num_layers * self.layer + self.rest
@@ -122,10 +122,10 @@ class MemoryPlan:
 
     Attributes:
         weights: The frozen base model.
-        adapter: A and B, and what the method keeps beside them.
+        adapter: A, B and further tensors of the method.
         optimiser: Gradients, and AdamW's two moments.
-        activations: What autograd keeps between the passes.
-        workspace: What one operation of the backward pass, or the decomposition of the parent's adapter, holds.
+        activations: Tensors that autograd keeps between the passes.
+        workspace: Memory of the largest operation of the backward pass or of the parent adapter's decomposition.
     """
 
     weights: int
@@ -136,22 +136,22 @@ class MemoryPlan:
 
     @property
     def certain(self) -> int:
-        """What is there whatever the batch is."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.adapter + self.optimiser
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all kinds."""
         return self.certain + self.activations + self.workspace
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodShape:
-    """What of a method decides its memory.
+    """The facts of a method that decide its memory.
 
     Attributes:
-        rank: Of the adapter.
-        strategy: Name of the strategy. What O-LoRA, ELLA, EWC and LwF keep next to the adapter is not counted.
+        rank: Rank of the adapter.
+        strategy: Name of the strategy. The further tensors of O-LoRA, ELLA, EWC and LwF are not counted.
         method: Settings of the strategies.
         is_first_task: Whether the run starts from the base. Then every strategy trains A and B.
     """
@@ -172,16 +172,16 @@ def plan_memory(
     precision: str,
     on_cpu: bool,
 ) -> MemoryPlan:
-    """Add up what a step needs.
+    """Add up the memory of a training step.
 
     Args:
         model: The base model's sizes.
-        activations: Of `batch`.
-        batch: The largest one: rehearsed questions go through the model after the batch, so the larger of the two.
-        shape: Of the method.
-        train: For gradient checkpointing and quantized weights.
+        activations: Activations of `batch`.
+        batch: The larger of training batch and rehearsed questions, which go through the model one after the other.
+        shape: Strategy, settings and rank.
+        train: Settings of gradient checkpointing and quantized weights.
         precision: "bf16" or "fp32", of the frozen weights.
-        on_cpu: Whether attention's backward pass is a CPU's.
+        on_cpu: Whether training runs on a CPU.
     """
     adapter, optimiser, arrival = _method_bytes(model, shape)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
@@ -190,7 +190,7 @@ def plan_memory(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
         SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
-        arrival - kept,  # before the first batch, so that the two are never there at once
+        arrival - kept,  # used before the first batch, so never together with the activations
     )
     return MemoryPlan(
         weights=model.weight_bytes(precision, train.quantize),
@@ -202,7 +202,7 @@ def plan_memory(
 
 
 def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
-    """Bytes of the adapter and what the method keeps, of gradients and moments, and of the work when a task arrives."""
+    """Bytes of adapter and method tensors, of gradients and moments, and of the decomposition when a task arrives."""
     num_A, num_B = model.num_factor_numbers(shape.rank)
     factors = num_A + num_B
     if shape.strategy != "deal" or shape.is_first_task:
@@ -216,18 +216,18 @@ def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
     mixing = 2 * len(model.modules) * shape.rank**2 if deal.core == "soft" and deal.mixing else 0
     constants = factors + guarded + parent
     adapter = factors + constants + trained + mixing
-    # gradients of A and B, then of what is trained, with two moments
+    # gradients of A and B; for the trained parameters gradients and two moments
     optimiser = factors + 3 * (trained + mixing)
     return FP32 * adapter, FP32 * optimiser, FP32 * 6 * factors
 
 
 def largest_batch(train: TrainConfig, method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
-    """Rows that go through the model at once: the batch's or, after it, the rehearsed questions'."""
+    """Most rows that go through the model at once: the batch or, after it, the rehearsed questions."""
     return max(train.batch_size, rehearsed_rows(method, num_old_tasks=num_old_tasks, strategy=strategy))
 
 
 def rehearsed_rows(method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
-    """Questions about old tasks at every optimiser step, beside the batch."""
+    """Questions about old tasks in every optimiser step, in addition to the batch."""
     asks = (strategy == "deal" and method.rehearsal.texts != "none") or strategy in ("replay", "lwf")
     return method.rehearsal.rows_per_step if asks and num_old_tasks else 0
 
@@ -238,7 +238,7 @@ def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> in
 
 
 NUM_LONGEST = 64
-"""Rows that are tokenised: those with the most characters."""
+"""Number of rows that are tokenised: the rows with the most characters."""
 
 
 def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
@@ -261,14 +261,14 @@ def longest_of(
 
     Args:
         rows: Training rows, columns input and output.
-        tokenizer: The base model's.
+        tokenizer: The base model's tokenizer.
         task: How a row becomes a prompt.
-        old_tasks: What the rows' texts are also asked about, while they are learned.
+        old_tasks: Old tasks that are asked about the rows' texts during training.
         train: Limits of prompts and answers.
         num_rows: Rows of the batch.
 
     Raises:
-        ConfigError: A prompt is too long even without its text.
+        ConfigError: A prompt is too long even with an empty text.
     """
     asked = tasks_to_ask(old_tasks, task)
     inputs = heapq.nlargest(NUM_LONGEST, rows["input"], key=len)

@@ -1,7 +1,7 @@
-"""A base model without its weights: built on PyTorch's meta device from its config, and measured.
+"""Measure a base model without its weights: it is built from its config on PyTorch's meta device.
 
-Nothing is allocated: parameters and activations have shapes and no content. So whatever transformers can build can be
-sized, with no arithmetic of ours per architecture.
+Nothing is allocated: parameters and activations have shapes but no content. So every architecture that transformers can
+build can be measured, without formulas for each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
 
     Args:
         config: A transformers config.
-        adapter: Shape of the adapter; `target_modules` None takes the model type's own.
+        adapter: Shape of the adapter; `target_modules` None means the model type's default.
 
     Raises:
         ConfigError: transformers cannot build the model, or the adapter does not fit it.
@@ -60,17 +60,16 @@ def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
 def measure_activations(
     config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, *, on_cpu: bool
 ) -> ActivationSize:
-    """Return the bytes that autograd keeps of one batch, by running the trainer's own forward pass on the meta device.
+    """Return the bytes that autograd keeps of one batch, by running the trainer's forward pass on the meta device.
 
-    The model is built with two layers and with three: what they differ in is a layer's share, and the rest is common.
-    No scores of attention are kept. A CPU keeps queries, keys and values of the models that
-    `deal_core.base_model.cpu_attention` serves;
-    elsewhere PyTorch's fused attention keeps its output too, and keys and values once for every query head,
-    since transformers repeats them where there is a mask.
+    The model is built with two and with three layers; the difference is the share of a layer. Attention scores are not
+    kept. For the models of `deal_core.base_model.cpu_attention`, a CPU keeps queries, keys and values. Elsewhere
+    PyTorch's fused attention also keeps its output, and it keeps keys and values once per query head, because
+    transformers repeats them if there is a mask.
 
     Raises:
-        ConfigError: The model's forward pass looks at the content of its tensors, which are empty here (some mixtures
-            of experts do); its weights can be sized, its activations cannot.
+        ConfigError: The model's forward pass reads the content of its tensors, as some mixtures of experts do. Then
+            only its weights can be measured, not its activations.
     """
     name = PRODUCTS if on_cpu and config.model_type in attention.MODEL_TYPES else FUSED
     two, three = (_kept_bytes(_with_layers(config, count), adapter, batch, precision, name) for count in (2, 3))
@@ -102,7 +101,7 @@ def _count_by_kind(model: nn.Module) -> dict[str, int]:
     output = model.get_output_embeddings()  # type: ignore[operator]
     head = id(output.weight) if isinstance(output, nn.Linear) else None
     counts = dict.fromkeys(("linear layers", "embeddings", "output layer", "norms and biases"), 0)
-    for parameter in model.parameters():  # tied ones come once
+    for parameter in model.parameters():  # tied parameters come once
         kind = "linear layers" if parameter.ndim > 1 else "norms and biases"
         if id(parameter) in embeddings:
             kind = "embeddings"
@@ -123,7 +122,7 @@ def _with_layers(config: Any, count: int) -> Any:
 
 
 def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, attention_name: str) -> int:
-    """Bytes of all tensors that autograd saves of one forward pass, apart from the model's own."""
+    """Bytes of all tensors that autograd saves in one forward pass, without the model's own tensors."""
     for name, attend in ((FUSED, _attend_fused), (PRODUCTS, _attend_products)):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, sdpa_mask)
@@ -142,7 +141,7 @@ def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precisio
         try:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 answer_loss(adapted, _empty_batch(batch, is_seq2seq=seq2seq))
-        except Exception as error:  # whatever an architecture does with the content of its tensors
+        except Exception as error:  # an architecture may do anything with the content of its tensors
             raise ConfigError(
                 f"The activations of a {config.model_type} cannot be sized without its weights "
                 f"({type(error).__name__})."
@@ -151,19 +150,19 @@ def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precisio
 
 
 def _empty_batch(batch: BatchShape, *, is_seq2seq: bool) -> dict[str, Tensor]:
-    """A batch as `AnswerCollator` makes it, without content."""
+    """A batch in the form of `AnswerCollator`, without content."""
     rows, tokens, answer = batch.num_rows, batch.num_tokens, batch.num_answer_tokens
     labels = torch.zeros(rows, answer, dtype=torch.long)
     if is_seq2seq:
         return {"input_ids": torch.zeros(rows, tokens - answer, dtype=torch.long), "labels": labels}
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
-    # a mask of four dimensions is taken as it is: to make one, its content would be looked at
+    # transformers uses a mask of four dimensions unchanged; to make one, it would read the content of another
     mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": input_ids, "labels": labels}
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps what it is given, and its output if asked to."""
+    """Saves its inputs for the backward pass, and optionally its output."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What to change in a spec whose run does not fit its device."""
+"""Suggest changes to a spec whose run does not fit its device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MemoryOf = Callable[[TrainConfig, str], MemoryPlan]
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """A change, and what the run takes with it.
+    """A change, and the run's memory with it.
 
     Attributes:
-        change: Keys and values, as they are written in a spec.
-        total_bytes: Of the plan with the change.
-        fits: Whether that is within the limit.
+        change: Keys and values in the form of a spec.
+        total_bytes: Total of the plan with the change.
+        fits: Whether the total is within the limit.
     """
 
     change: str
@@ -29,15 +29,15 @@ class Remedy:
 
 
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:
-    """Return single changes that bring something, each with what it brings, and all of them together last.
+    """Return single changes that save memory, and at the end all of them together.
 
-    A smaller batch is made up for by accumulation, so that a step still learns from as many rows.
+    With a smaller batch, gradient accumulation is raised, so that a step still learns from as many rows.
 
     Args:
-        memory_of: Works out a plan.
+        memory_of: Computes a plan.
         train: The settings that do not fit.
-        precision: Of the frozen weights.
-        limit: Bytes that the plan may take.
+        precision: Precision of the frozen weights.
+        limit: Most bytes that the plan may take.
     """
     found: list[tuple[str, TrainConfig, str]] = []
     if not train.gradient_checkpointing:
@@ -72,7 +72,7 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
     return tuple(
         Remedy(change=change, total_bytes=total, fits=total <= limit)
         for (change, _, _), total in zip(found, totals, strict=True)
-        if total < before  # shorter prompts bring nothing where the rows are short
+        if total < before  # for example, a lower limit of prompts saves nothing if the rows are short
     )
 
 

@@ -1,4 +1,4 @@
-"""Ways of learning a task, behind one interface."""
+"""Strategies: ways of learning a task, with one interface."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:
-    """Return a strategy, ready to take a model; the errors are `strategy_class`'s."""
+    """Return a new strategy; the errors are those of `strategy_class`."""
     return strategy_class(name)(config, seed)
 
 

@@ -1,4 +1,4 @@
-"""DEAL: retain the adapter's core spectrum, learn the new task in what is free (arXiv 2509.18942)."""
+"""DEAL: retain the adapter's core spectrum, learn the new task in the free slots (arXiv 2509.18942)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskCon
 class Deal(Strategy):
     """The first task of a lineage is plain LoRA.
 
-    Each step of a later task carries its batch and questions about the old tasks: see `deal_core.strategies.rehearsal`.
-    With a soft or frozen core it trains the parameters of the retention network instead of A and B.
+    A step of a later task has its batch and questions about the old tasks; see `deal_core.strategies.rehearsal`.
+    With a soft or frozen core, the parameters of the retention network are trained instead of A and B.
     """
 
     name = "deal"
@@ -29,11 +29,11 @@ class Deal(Strategy):
 
     @property
     def stores(self) -> Stores:
-        """Nothing, unless the rehearsal keeps rows."""
+        """"data" if the rehearsal keeps rows, else "nothing"."""
         return "data" if self.config.rehearsal.keeps_rows else "nothing"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Ask the parent about the old tasks; with a core, decompose its adapter and write what to start from."""
+        """Ask the parent about the old tasks. With a core, decompose its adapter and write the starting factors."""
         super().prepare(model, state, context)
         self.deal = self.config.deal
         self._rows = {} if state is None else state.stored_rows
@@ -54,7 +54,7 @@ class Deal(Strategy):
         self._drift = self._rehearsal.drift(model) if self._rehearsal and self.deal.recycle else None
 
     def _start_first_task(self, generator: torch.Generator) -> None:
-        """With one side trained, the other must not be the zero one, or no gradient ever flows."""
+        """Freeze the untrained side. If only A is trained, B must not be zero, or A would never receive a gradient."""
         if self.deal.sides == "both":
             return
         for stack in self.stacks:
@@ -69,14 +69,13 @@ class Deal(Strategy):
         return self._rehearsal
 
     def parameters(self) -> Sequence[nn.Parameter]:
-        """Return g, c, Ω and b; for the first task and with a free core, A and B."""
+        """Return g, c, Ω and b; for the first task, or with a free core, return A and B."""
         return super().parameters() if self.network is None else list(self.network.parameters())
 
     def before_step(self) -> None:
-        """Pull the gradients of A and B back to the method's parameters, and add that of the λ terms of Eq. 12.
+        """Pull the gradients of A and B back to the method's parameters, and add the gradient of the λ terms of Eq. 12.
 
-        So there is no `penalty` of its own: at the sizes of large models each further pass over the numbers costs as
-        much as these two together.
+        `penalty` is not used, because one more pass over a large model's numbers would cost as much as both steps here.
         """
         if self.network is not None:
             self.network.pull_back(penalised=True)
@@ -91,27 +90,27 @@ class Deal(Strategy):
         return {} if self.network is None else dict(self.network.state_dict())
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take parameters and constants back, and materialise from them."""
+        """Restore parameters and constants, and materialise A and B from them."""
         if self.network is not None:
             self.network.load_state_dict(tensors)
             self.network.materialise()
 
     @torch.no_grad()
     def finish(self) -> MethodState:
-        """Take the version between parent and trained adapter."""
+        """Interpolate between parent and trained adapter, and keep rows if the rehearsal stores them."""
         for stack, parent in zip(self.stacks, self._parent, strict=False):
             stack.write(*interpolate(parent, stack.read(), self.deal.interpolation))
         kept = keep_rows(self.config.rehearsal, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)
 
     def notes(self) -> tuple[str, ...]:
-        """Say what was rehearsed, how much of the adapter was core, and whether it is full."""
+        """Describe the rehearsal, the size of the adapter's core, and whether the adapter is full."""
         found = list(super().notes())
         config = self.config.rehearsal
         if config.asks_about_arrival and (names := not_asked(self.context.old_tasks, self.context.task)):
             has_rows = config.keeps_rows and self._rows
-            how = "rehearsed by its stored rows alone, if it has any" if has_rows else "not rehearsed"
-            found.append(f"{how}, as it cannot be asked about these texts apart from the new task: {names}")
+            how = "rehearsed on stored rows only, if there are any" if has_rows else "not rehearsed"
+            found.append(f"{how}, because the new task has the same prompt or rows of another format: {names}")
         if self.network is None or not self.network.num_core_slots:
             return tuple(found)
         counts = self.network.num_core_slots

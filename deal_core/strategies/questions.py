@@ -1,4 +1,4 @@
-"""What is asked about old tasks while a new one is learned: by which texts, and whose answers are held."""
+"""Make the rehearsal's questions about old tasks: choose texts, and record the parent's answers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, wi
 from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
 
 MIN_SHARING = 8
-"""With fewer questions for each old task, those of all tasks go together: a batch for each would be nearly empty."""
+"""With fewer questions per old task, all tasks share batches: a batch per task would be nearly empty."""
 
 
 def make_rehearsal(
     config: RehearsalConfig, model: PeftModel, context: TaskContext, rows: Mapping[str, Tensor], seed: int
 ) -> Rehearsal | None:
-    """Return the rehearsal of a task that arrives, or None where there is nothing to ask.
+    """Return the rehearsal of an arriving task, or None if there are no questions.
 
     Args:
-        config: Which texts, how many.
-        model: The parent, its adapter on and untouched.
+        config: Kind and number of texts.
+        model: The parent with its adapter, before any training step.
         context: The arrival.
         rows: The stored rows of the parent's method state.
-        seed: Decides what is drawn.
+        seed: Seed of all random choices.
     """
     stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
-    stored = [questions for questions in stored if questions]  # those of a task that was forgotten are gone
-    seed += SEED_STRIDE * len(stored)  # another order with every arrival, or the same few rows would always be put
+    stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
+    seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     asked: list[list[Question]] = []
     if config.asks_about_arrival:
         num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if stored else 1)
@@ -50,7 +50,7 @@ def make_rehearsal(
 def keep_rows(
     config: RehearsalConfig, context: TaskContext, rows: Mapping[str, Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """Return the stored rows of all tasks, the new one's sample among them; empty where none are kept."""
+    """Return the stored rows of all tasks, with a sample of the new task's rows; empty if no rows are kept."""
     if not config.keeps_rows:
         return {}
     new = list(context.encoded)
@@ -60,10 +60,10 @@ def keep_rows(
 
 
 def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:
-    """Return the old tasks that can be asked about the new one's texts, each way of asking once.
+    """Return the old tasks that can be asked about the new task's texts. Of tasks with one wording, one is kept.
 
-    A chat's rows are conversations, those of the other formats are texts. A task that asks as the new one does would
-    put the new rows' own prompts, and hold them to another answer than their label.
+    A chat task can be asked only about chats, and other tasks only about texts. An old task with the new task's wording
+    is left out: its questions would be the new rows' own prompts, with another answer than their label.
     """
     askable = (old for old in olds if (old.format == "chat") == (new.format == "chat"))
     by_wording = {_wording(old): old for old in askable if old.name != new.name}
@@ -72,13 +72,13 @@ def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema
 
 
 def not_asked(olds: Sequence[TaskSchema], new: TaskSchema) -> str:
-    """Return the names of the old tasks that no question is put for; empty where every one is asked."""
+    """Return the names of the old tasks without questions; empty if every old task is asked."""
     asked = {_wording(old) for old in tasks_to_ask(olds, new)}
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 
 
 def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
-    """What a prompt says beside its text, whatever the order of the options."""
+    """All parts of a prompt except its text; the order of the options does not count."""
     shows_labels = task.template is None or "{options}" in task.template
     return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template
 
@@ -86,7 +86,7 @@ def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
 def _about_arrival(
     config: RehearsalConfig, model: PeftModel, context: TaskContext, seed: int, num_put: int
 ) -> list[list[Question]]:
-    """Questions about the new one's texts for every old task that can be asked so, no more than the steps put."""
+    """Questions about the new task's texts, for every old task that can be asked; no more than the steps use."""
     olds = tasks_to_ask(context.old_tasks, context.task)
     num_each = math.ceil(min(config.num_texts, num_put) / max(1, len(olds)))
     groups = [[old] for old in olds] if num_each >= MIN_SHARING else [olds]
@@ -105,9 +105,9 @@ def _on_new_texts(
     olds: Sequence[tuple[TaskSchema, int]],
     num_each: int,
 ) -> list[list[Question]]:
-    """The new task's texts, drawn by a seed for each old task, under its instruction, with the parent's answers.
+    """Texts of the new task under each old task's instruction, with the parent's answers; each task has its own seed.
 
-    The tasks given are asked together, in the same batches; of one alone the instruction is read once for all texts.
+    The given tasks share batches. For a single task, the instruction is computed once for all texts.
     """
     tokenizer, train, evaluate = context.base.tokenizer, context.train, EvaluateConfig()
     texts = list(context.rows["input"])
@@ -131,5 +131,5 @@ def _on_new_texts(
 
 
 def _until_end(answer: list[int], end: int | None) -> list[int]:
-    """The tokens up to the end token and with it; all of them where the answer did not end."""
+    """The tokens up to and including the end token; all tokens if there is no end token."""
     return answer[: answer.index(end) + 1] if end in answer else answer

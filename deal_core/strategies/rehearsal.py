@@ -1,4 +1,4 @@
-"""Rehearsal: while a new task is learned, the model is asked about old ones, and held to the answers it had.
+"""Rehearsal: while a new task is learned, questions about old tasks keep the model at its earlier answers.
 
 Shapes: B questions, K tokens of the longest answer, V vocabulary, N most likely tokens that a target keeps.
 """
@@ -16,21 +16,21 @@ from torch.nn.functional import cross_entropy
 from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits
 
 NUM_KEPT = 64
-"""Most likely tokens of a target distribution that are kept; the rest of its mass counts as one more token."""
+"""Number of most likely tokens that a target keeps; the remaining probability counts as one more token."""
 NUM_DRIFT_STEPS = 4
-"""Steps whose questions tell what an arrival's start does to old answers."""
+"""Number of steps whose questions measure how the start of an arrival changes old answers."""
 TINY = 1e-6
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, the answer to hold, and how sure its author was.
+    """One prompt, its target answer, and the target distribution if it is known.
 
     Attributes:
         prompt_ids: Tokens of the prompt.
-        answer_ids: Tokens of the answer, K of them.
-        tokens_KN: The likeliest tokens at each of the answer's positions; None: the answer alone is held.
-        shares_KN: Their probabilities.
+        answer_ids: The K tokens of the answer.
+        tokens_KN: The most likely tokens at each position of the answer; None: only the answer is the target.
+        shares_KN: The probabilities of `tokens_KN`.
     """
 
     prompt_ids: Sequence[int]
@@ -40,18 +40,19 @@ class Question:
 
 
 class Rehearsal:
-    """Puts a few questions at every step and gives their loss.
+    """Chooses a few questions for every step and gives their loss.
 
-    The kinds of questions take turns, and of each kind the old tasks, so that a step asks as much of one as of another.
+    The kinds of questions take turns, and within a kind the old tasks take turns, so all get an equal share of a step.
+    The step's number alone decides its questions, so a resumed run asks the same ones. When all questions of a set
+    were asked, the set starts again.
 
     Args:
-        kinds: Of each kind the sets of questions, one for an old task; what is empty is passed over.
-        collate: Pads them to a batch.
-        num_rows: Questions of one step.
-        weight: Of their loss.
-        temperature: T: both distributions are softened by it, and the loss is multiplied by T².
-        seed: Decides the order. Which are put at a step follows from the step's number, so that a resumed run puts the
-            same; a set's questions come round again once all of them were put.
+        kinds: For each kind, one set of questions per old task. Empty sets and kinds are ignored.
+        collate: Pads questions to a batch.
+        num_rows: Questions per step.
+        weight: Weight of the questions' loss.
+        temperature: T: softens both distributions; the loss is multiplied by T².
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Rehearsal:
         self._temperature = temperature
 
     def describe(self) -> str:
-        """Return what a person should know: how much is asked."""
+        """Return a note for people: the number of questions."""
         sets = [questions for kind in self.kinds for questions in kind]
         num_questions = sum(len(questions) for questions in sets)
         return f"rehearsed {num_questions} questions about old tasks (sets: {len(sets)}), {self._num_rows} a step"
@@ -95,14 +96,14 @@ class Rehearsal:
         return sets[task][again % len(sets[task])]
 
     def loss(self, model: nn.Module, step: int, *, rank: int = 0, num_processes: int = 1) -> Tensor | None:
-        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy where only an answer is known.
+        """Return weight·T²·KL(target ‖ model) per answer token, or cross-entropy if only an answer is known.
 
-        Several processes share the questions; the mean of what they return is what one alone would.
+        Several processes divide the questions. The mean of their results equals the result of a single process.
         """
         drawn = self.draw(step)
         if not drawn:
             return None
-        # with fewer questions than processes some put the first one for nothing: all have to take part in the step
+        # every process must take part in a step: one without a question asks the first question with weight 0
         questions = drawn[rank::num_processes] or drawn[:1]
         share = num_processes if rank < len(drawn) else 0
         num_tokens = sum(len(question.answer_ids) for question in drawn)
@@ -110,7 +111,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float | None:
-        """Return KL(target ‖ model) per answer token over the first steps' questions; None where no target is known."""
+        """Return KL(target ‖ model) per answer token over the first steps' questions; None if no target is known."""
         drawn = (question for step in range(NUM_DRIFT_STEPS) for question in self.draw(step))
         questions = [question for question in drawn if question.tokens_KN is not None]
         if not questions:
@@ -152,7 +153,7 @@ def ask(
     temperature: float,
     batch_size: int = 16,
 ) -> list[Question]:
-    """Add the model's own distribution at every position of each answer, softened by the temperature."""
+    """Add the model's own distribution, softened by the temperature, at every position of each answer."""
     model.eval()
     device = next(model.parameters()).device
     answered: list[Question] = []
@@ -168,7 +169,7 @@ def ask(
 
 
 def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Question:
-    """Return the question with the distribution of these logits as what is held, softened by the temperature."""
+    """Return the question with the logits' distribution, softened by the temperature, as its target."""
     shares_KV = (logits_KV.float() / temperature).softmax(-1)
     top = shares_KV.topk(min(NUM_KEPT, shares_KV.shape[-1]), dim=-1)
     return replace(question, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu())
@@ -185,7 +186,7 @@ def pack(questions: Sequence[Question]) -> Tensor:
 
 
 def unpack(packed: Tensor) -> list[Question]:
-    """The inverse of `pack`."""
+    """Read the questions back from a tensor that `pack` wrote."""
     numbers, questions, at = packed.tolist(), [], 0
     while at < len(numbers):
         num_prompt, num_answer = numbers[at : at + 2]

@@ -1,4 +1,4 @@
-"""SeqLoRA: keep training the same LoRA, the lower bound every method of the field is measured against."""
+"""The methods that `deal` is compared with. SeqLoRA, the usual lower bound, keeps training one LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SeqLora(Strategy):
 
 
 class IncLora(Strategy):
-    """Trains the slots that a task adds; those of earlier tasks stay as they are. The adapter grows with every task.
+    """Trains only the slots that a task adds; slots of earlier tasks stay fixed. The adapter grows with every task.
 
     Attributes:
         a_new: A of the new slots, M×R×I, one per stack; empty for the first task, which is plain LoRA.
@@ -38,11 +38,11 @@ class IncLora(Strategy):
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:
-        """Every task brings a whole adapter."""
+        """Return the adapter's rank: every later task adds a whole adapter."""
         return adapter.rank
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0; others than every task before."""
+        """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0. Every arrival gets other seeds."""
         super().prepare(model, state, context)
         self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
         self.past: list[tuple[Tensor, Tensor]] = []
@@ -62,7 +62,7 @@ class IncLora(Strategy):
         return [*self.a_new, *self.b_new] if self.past else super().parameters()
 
     def before_step(self) -> None:
-        """Take the new slots' part of the factors' gradients."""
+        """Copy the new slots' part of the factors' gradients."""
         for stack, a, b in zip(self.stacks, self.a_new, self.b_new, strict=False):
             grad_A, grad_B = stack.gradients()
             a.grad, b.grad = grad_A[:, -a.shape[1] :].clone(), grad_B[:, :, -b.shape[2] :].clone()
@@ -79,7 +79,7 @@ class IncLora(Strategy):
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take the new slots' factors back."""
+        """Restore the new slots' factors."""
         for kind, parameters in (("a", self.a_new), ("b", self.b_new)):
             for i, parameter in enumerate(parameters):
                 parameter.copy_(tensors[f"{kind}.{i}"])
@@ -89,14 +89,14 @@ class IncLora(Strategy):
 class Slao(Strategy):
     """Single LoRA, orthogonal initialisation, time-aware merging.
 
-    Task t starts from A = Qᵀ of the QR of A_{t−1}ᵀ and from the B that task t−1 ended with; the version is that task's
-    A with B_merged ← B_merged + (B − B_merged)/√t. The unmerged B rides in the state.
+    Task t starts from A = Qᵀ of the QR of A_{t−1}ᵀ and from the B that task t−1 ended with. The version is that task's
+    A with B_merged ← B_merged + (B − B_merged)/√t. The method state holds the unmerged B.
     """
 
     name = "slao"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Orthonormalise A and take the last task's own B back."""
+        """Orthonormalise A and restore the last task's unmerged B."""
         super().prepare(model, state, context)
         self._merged: list[Tensor] = []
         if state is None:
@@ -106,7 +106,7 @@ class Slao(Strategy):
             self._merged.append(b_MOR)
             basis_MIR, triangle_MRR = torch.linalg.qr(a_MRI.mT)
             signs_M1R = torch.where(triangle_MRR.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(1)
-            # a parent that another strategy made has one B: it is both
+            # a parent of another strategy has a single B, used as merged and as unmerged B
             stack.write((basis_MIR * signs_M1R).mT, state.tensors.get(f"b.{i}", b_MOR).to(b_MOR.device))
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class Slao(Strategy):
 
 
 class OLora(IncLora):
-    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (its Eq. 7 with the absolute values of its released code)."""
+    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (O-LoRA's Eq. 7 with the absolute values of its released code)."""
 
     name = "o_lora"
     reads = ("rivals.o_lora_weight",)
@@ -165,15 +165,15 @@ NUM_FISHER_ROWS = 64
 class Ewc(Strategy):
     """SeqLoRA with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)² on the factors.
 
-    θ* are the parent's factors and F the sum over tasks of the diagonal Fisher information after each (one quadratic
-    term around the newest optimum, Huszár's form of the method, so that what is kept does not grow).
+    θ* are the parent's factors. F is the sum, over the tasks, of the diagonal Fisher information after each task. This
+    is Huszár's form: one quadratic term around the newest optimum, so the state does not grow.
     """
 
     name = "ewc"
     reads = ("rivals.ewc_weight",)
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Take over the information of the earlier tasks and remember where the factors stand."""
+        """Load the Fisher information of the earlier tasks and remember the parent's factors."""
         super().prepare(model, state, context)
         self.fisher = {} if state is None or state.strategy != self.name else state.tensors
         self.anchors = {name: p.detach().clone() for name, p in self._named()} if self.fisher else {}
@@ -182,7 +182,7 @@ class Ewc(Strategy):
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def penalty(self) -> Tensor | None:
-        """Return the quadratic term; its gradient goes to the factors themselves."""
+        """Return the quadratic term, a function of the factors."""
         if not self.anchors:
             return None
         terms = [
@@ -211,7 +211,7 @@ class Ewc(Strategy):
 
 
 class Lwf(Strategy):
-    """SeqLoRA with T²·KL(parent ‖ model) on new rows, a few of them a step, at the positions of their answers."""
+    """SeqLoRA with T²·KL(parent ‖ model) at the answer positions of a few new rows per step."""
 
     name = "lwf"
     reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")
@@ -236,7 +236,7 @@ class Lwf(Strategy):
 
 
 class Replay(Strategy):
-    """SeqLoRA with stored rows, whatever `rehearsal.texts` says: it is the method that keeps data."""
+    """SeqLoRA with stored rows of old tasks. `rehearsal.texts` is ignored: this method always keeps data."""
 
     name = "replay"
     reads = ("rehearsal.stored_share", "rehearsal.rows_per_step", "rehearsal.weight")
@@ -244,21 +244,21 @@ class Replay(Strategy):
 
     @property
     def stores(self) -> Stores:
-        """Rows of old tasks."""
+        """Always "data": rows of old tasks."""
         return "data"
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Take the stored rows."""
+        """Make questions of the parent's stored rows."""
         super().prepare(model, state, context)
         self._stored = replace(self.config.rehearsal, texts="stored")
         self._rows = {} if state is None else state.stored_rows
         self._rehearsal = make_rehearsal(self._stored, model, context, self._rows, self.seed)
 
     def rehearsal(self) -> Rehearsal | None:
-        """Return questions from stored rows, held to their labels."""
+        """Return questions from stored rows, with their labels as targets."""
         return self._rehearsal
 
     def finish(self) -> MethodState:
-        """Add a sample of this task's rows to what is kept."""
+        """Add a sample of this task's rows to the stored rows."""
         kept = keep_rows(self._stored, self.context, self._rows, self.seed)
         return MethodState(strategy=self.name, stores=self.stores, tensors=kept)

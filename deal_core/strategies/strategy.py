@@ -1,4 +1,4 @@
-"""The interface behind which every way of learning a task stands."""
+"""The interface of all strategies."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from deal_core.strategies.rehearsal import Rehearsal
 
 Stores = Literal["nothing", "data"]
 SEED_STRIDE = 1_000_003
-"""Between the seeds of two arrivals; the seeds that people give are closer to each other."""
+"""Distance between the seeds of two arrivals; it is larger than usual distances between users' seeds."""
 STORED_ROWS = "rows."
-"""What the names of tensors that hold rows of old tasks begin with."""
+"""Name prefix of tensors that hold rows of old tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodState:
-    """What a strategy carries from one task to the next beside the adapter itself.
+    """Data that a strategy carries from one task to the next, in addition to the adapter.
 
     Attributes:
-        strategy: Name of the strategy that wrote it.
-        stores: Whether it keeps anything of the old tasks' data.
-        tensors: Its tensors, by name.
-        num_arrivals: Arrivals that the adapter has learned, by whichever strategies.
+        strategy: Name of the strategy that wrote the state.
+        stores: Whether the state holds data of old tasks.
+        tensors: Tensors by name.
+        num_arrivals: Arrivals that the adapter has learned, with any strategy.
     """
 
     strategy: str
@@ -43,27 +43,27 @@ class MethodState:
 
     @property
     def num_bytes(self) -> int:
-        """Size of what is carried, in bytes."""
+        """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     @property
     def stored_rows(self) -> dict[str, Tensor]:
-        """Those of its tensors that hold rows of old tasks: what strategies that keep rows leave to one another."""
+        """The tensors that hold rows of old tasks. A change of strategy hands on only these."""
         return {name: value for name, value in self.tensors.items() if name.startswith(STORED_ROWS)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """What a strategy may look at when a task arrives.
+    """Data that a strategy may read when a task arrives.
 
     Attributes:
         base: The base model and its tokenizer.
         task: How a row of the new task becomes a prompt.
-        rows: Its training rows, columns input and output.
+        rows: Training rows of the new task, columns input and output.
         encoded: The same rows as tokens, columns prompt_ids, answer_ids, length and is_prompt_cut.
         old_tasks: Instructions and labels of the tasks that the parent has learned, in order; never their rows.
         adapter: Shape of a lineage's first adapter.
-        train: How long and how fast.
+        train: Steps, batches and learning rate.
     """
 
     base: BaseModel
@@ -75,22 +75,22 @@ class TaskContext:
     train: TrainConfig
 
     def collator(self) -> AnswerCollator:
-        """Return what pads rows of this base model to a batch."""
+        """Return the collator that pads rows to a batch for this base model."""
         return AnswerCollator(self.base.tokenizer, is_seq2seq=self.base.kind == "seq2seq")
 
 
 class Strategy:
-    """Hooks around the one training loop; this base is plain LoRA, continued from the parent's factors.
+    """Hooks of the training loop. This base class is plain LoRA, continued from the parent's factors.
 
-    Order of calls: prepare, then for every optimiser step rehearsal and before_step (gradients are accumulated), the
-    gradient of penalty, clip, step, after_step; finish at the end.
+    Order of calls: first prepare. Then, for every optimiser step: loss of the rehearsal, before_step (gradients are
+    accumulated by then), gradient of penalty, clip, step, after_step. At the end finish.
     """
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
-    """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that decide what it does."""
+    """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that the strategy uses."""
     revision: ClassVar[int] = 1
-    """Raised whenever the same settings give other results: the benchmark then takes no stored cell for it."""
+    """Increased whenever the same settings give other results, so that the benchmark does not reuse older cells."""
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext
@@ -101,19 +101,19 @@ class Strategy:
 
     @property
     def stores(self) -> Stores:
-        """What is kept of old tasks' data."""
+        """Whether the strategy keeps data of old tasks."""
         return "nothing"
 
     @classmethod
     def num_new_slots(cls, adapter: AdapterConfig) -> int:
-        """Return by how many slots a later task widens the adapter: none, or the lineage's versions would grow."""
+        """Return the number of slots that a later task adds to the adapter. 0: all versions have one size."""
         del adapter
         return 0
 
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
-        """Take the model, its adapter already loaded; `state` is None for the first task of a lineage.
+        """Prepare for a task; the model has its adapter on. `state` is None for the first task of a lineage.
 
-        Where another strategy made the parent, `state` has the stored rows alone.
+        If another strategy made the parent, `state` holds only the stored rows.
         """
         self.model = model
         self.stacks = collect_stacks(model)
@@ -121,40 +121,40 @@ class Strategy:
         self.num_arrivals = 0 if state is None else state.num_arrivals
 
     def fresh(self) -> torch.Generator:
-        """Return what draws new slots' seeds on the CPU, so alike on every device: others for every arrival."""
+        """Return the generator of new slots' seeds. It is on the CPU, the same for every device; arrivals differ."""
         return torch.Generator().manual_seed(self.seed + SEED_STRIDE * self.num_arrivals)
 
     def parameters(self) -> Sequence[nn.Parameter]:
-        """Return what the optimiser holds."""
+        """Return the parameters that the optimiser trains."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def rehearsal(self) -> Rehearsal | None:
-        """Return the questions about old tasks whose loss is added to every optimiser step's."""
+        """Return the questions about old tasks; their loss is added to every optimiser step."""
         return None
 
     def penalty(self) -> Tensor | None:
-        """Return a term of the loss that is added once per optimiser step."""
+        """Return a loss term that is added once per optimiser step."""
         return None
 
     def before_step(self) -> None:
         """Turn the adapter's accumulated gradients into gradients of `parameters()`."""
 
     def after_step(self) -> None:
-        """Bring the adapter in line with the parameters that were just stepped."""
+        """Update the adapter from the parameters after an optimiser step."""
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """Return the tensors that a resumed run needs beside the adapter and the optimiser."""
+        """Return the tensors that a resumed run needs in addition to the adapter and the optimiser."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `checkpoint` returned."""
+        """Restore the tensors that `checkpoint` returned."""
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a person should know about how this task was learned."""
+        """Return remarks for people about how this task was learned."""
         rehearsal = self.rehearsal()
         return () if rehearsal is None else (rehearsal.describe(),)
 
     @torch.no_grad()
     def finish(self) -> MethodState:
-        """End the task; the adapter then holds the result."""
+        """End the task and return the state to keep. The adapter then holds the result."""
         return MethodState(strategy=self.name, stores=self.stores)

@@ -37,13 +37,11 @@ from deal_core.training.train import OnLog, TrainingResult, TrainingSetup, train
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """The arguments of `train_adapter`, by reference; fields of the same name mean the same.
+    """The arguments of `train_adapter` in a form that can be written to a file.
 
     Attributes:
-        base_source: As for `load_base`.
-        base_sha256: The model that must be found there.
-        cache_folder: As for `load_base`.
-        precision: As for `load_base`.
+        base_source: As for `load_base`, like `cache_folder` and `precision`.
+        base_sha256: Digest of the base model that `base_source` must hold.
         rows_file: Parquet file of the training rows.
     """
 
@@ -58,34 +56,34 @@ class TrainingJob:
     checkpoint_folder: Path
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the job as JSON."""
         path.write_bytes(TypeAdapter(TrainingJob).dump_json(self, indent=2))
 
     @classmethod
     def read(cls, path: Path) -> TrainingJob:
-        """Read what `write` wrote."""
+        """Read the job from a file of `write`."""
         return TypeAdapter(cls).validate_json(path.read_bytes())
 
 
 END_SECONDS = 60.0
-"""How long the processes have to end when they are told to, before they are killed."""
+"""Time that the processes have to end before they are killed."""
 
 
 def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = None) -> TrainingResult:
     """Do what `train_adapter` does, with `job.setup.train.num_processes` processes on this machine.
 
-    When one of them dies all end; when this process dies, they end too. Called again it goes on from the last complete
-    checkpoint, whatever the number of processes was and is.
+    If one process dies, all end. If this process dies, they end too. A second call continues from the last complete
+    checkpoint; the number of processes may differ.
 
     Args:
-        job: What to train.
-        folder: For the job's file and the processes' logs; emptied first.
-        on_log: As for `train_adapter`; what it raises ends the processes.
+        job: The training job.
+        folder: Folder for the job's file and the processes' logs; emptied first.
+        on_log: As for `train_adapter`; an exception from it ends the processes.
 
     Raises:
         ConfigError: There are fewer CUDA devices than processes.
-        RankError: A process died; it names the rank and its last words.
-        DealError: What a process raised on purpose.
+        RankError: A process died; the message names the rank and the last line of its log.
+        DealError: A process raised this error on purpose.
     """
     num_processes = job.setup.train.num_processes
     require_devices(num_processes)
@@ -109,10 +107,10 @@ def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = No
 
 
 def require_devices(num_processes: int) -> None:
-    """Refuse more processes than there are CUDA devices; without any the processes share the CPU.
+    """Refuse more processes than there are CUDA devices. On a machine without CUDA, processes share the CPU.
 
     Raises:
-        ConfigError: There are fewer.
+        ConfigError: There are fewer CUDA devices than processes.
     """
     num_devices = torch.cuda.device_count()
     if 0 < num_devices < num_processes:
@@ -124,18 +122,18 @@ def require_devices(num_processes: int) -> None:
 
 @contextmanager
 def _launched(arguments: list[str], log_file: Path) -> Iterator[Iterator[dict[str, Any]]]:
-    """Start the launcher and give what the processes say; when the block is left they end.
+    """Start the launcher and yield the processes' messages. At the end of the block the processes end.
 
-    Launcher and ranks hold the reading end of a pipe whose other end this process has alone: they see it die.
+    Launcher and ranks hold the reading end of a pipe, and only this process the writing end: they notice its death.
     """
     with log_file.open("wb") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-m", "deal_core.training.ranks", "launch", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(int(arguments[1])),
-            start_new_session=True,  # an interrupt from the keyboard is this process's to handle, at its next step
+            start_new_session=True,  # only this process handles a keyboard interrupt, at its next step
         )  # fmt: skip
     assert launcher.stdin is not None and launcher.stdout is not None
-    # ranks that outlive their launcher would keep standard output open, and this process waiting
+    # ranks that outlive the launcher would keep standard output open, and this process would wait forever
     threading.Thread(target=_close_after, args=(launcher, launcher.stdin), daemon=True).start()
     try:
         yield map(json.loads, launcher.stdout)
@@ -155,19 +153,19 @@ def _close_after(launcher: subprocess.Popen[str], lifeline: IO[str]) -> None:
 
 
 def _environment(num_processes: int) -> dict[str, str]:
-    """The ranks find this package wherever the parent found it, and share the CPU's cores."""
+    """Environment in which the ranks import this same package and divide the CPU's cores."""
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_processes)),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # of libraries to each other; they would be a rank's last words
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # else a library's warning may be the last line of a rank's log
         "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()).lower(),
     }
 
 
 def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> DealError:
-    """Return what a rank raised on purpose, or one error that says how it died; `failure` is the launcher's."""
+    """Turn the launcher's `failure` into the error that a rank raised on purpose, or a RankError about its death."""
     rank, exitcode, message = failure["rank"], failure["exitcode"], failure["message"]
     kind, _, text = message.partition(": ")
     known = getattr(errors, kind, None)
@@ -188,9 +186,9 @@ def _last_words(log: Path) -> str:
 
 
 def end_with_parent() -> None:
-    """From now on end, at whatever point, when nobody has the other end of standard input any more.
+    """End this process at once when the other end of standard input closes.
 
-    A process that is killed closes its pipes, and says nothing else.
+    The kernel closes the pipes of a killed process; a killed process gives no other sign.
     """
     threading.Thread(target=_wait, daemon=True).start()
 
@@ -203,7 +201,7 @@ def _wait() -> None:
 
 @record
 def run_rank(job_file: str) -> None:
-    """Train; what goes wrong is recorded for the launcher, which then ends the other ranks."""
+    """Train as one rank. An error is recorded for the launcher, which then ends the other ranks."""
     end_with_parent()
     disable_progress_bars()
     to_parent, state = _take_stdout(), PartialState(cpu=not torch.cuda.is_available())
@@ -234,12 +232,10 @@ def _train(job: TrainingJob, on_log: OnLog) -> TrainingResult:
 
 
 def _take_stdout() -> TextIO:
-    """Keep standard output for messages: what libraries print goes to standard error, which is the rank's log."""
+    """Reserve standard output for messages: prints of libraries go to standard error, which is the rank's log."""
     kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return kept
-
-
 
 
 def launch(job_file: str, num_processes: int, log_folder: str) -> None:
@@ -264,17 +260,18 @@ def launch(job_file: str, num_processes: int, log_folder: str) -> None:
 
 
 def describe(failures: Mapping[int, ProcessFailure]) -> dict[str, Any]:
-    """Say which rank died first, with which exit code, and what it raised (empty where it raised nothing)."""
+    """Describe the rank that died first: its number, exit code and error message (empty if it raised nothing)."""
     rank, failure = first_to_fail(failures)
     message = failure.error_file_data["message"]["message"] if _recorded(failure) else ""
     return {"rank": rank, "exitcode": failure.exitcode, "message": message}
 
 
 def first_to_fail(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank whose death was the cause of the others'.
+    """The rank whose death caused the others to die.
 
-    A rank that is killed leaves no record, and the others soon fail for lack of it; SIGTERM is what the agent ends
-    the rest with. Among records the older one is the cause.
+    A killed rank leaves no error record, and the other ranks fail soon after, so a rank without a record comes first.
+    A rank that died by SIGTERM comes last, because the agent ends the remaining ranks with SIGTERM. Of several records,
+    the oldest is the cause.
     """
 
     def order(item: tuple[int, ProcessFailure]) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Train one adapter on one task, whatever the strategy; resumable at every checkpoint."""
+"""Train one adapter on one task, with any strategy. Training can resume at every checkpoint."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ OnLog = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a training run did.
+    """Result of a training run.
 
     Attributes:
-        num_steps: Optimiser steps of the whole run, those before a resume included.
+        num_steps: Optimiser steps of the whole run, including those before a resume.
         seconds: Wall time of this call's training loop.
         rows_per_second: Training rows per second in this call.
-        losses: (step, mean loss per answer token) of every step, those before a resume included.
-        resumed_from_step: The checkpoint's step when the run was continued, else None.
+        losses: (step, mean loss per answer token) of every step, including those before a resume.
+        resumed_from_step: Step of the checkpoint that the run continued from, or None.
         fill: Share of each module's slots that the trained adapter uses.
-        notes: What a person should know about how the task was learned.
+        notes: Remarks for people about how the task was learned.
     """
 
     num_steps: int
@@ -50,15 +50,15 @@ class TrainingResult:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What is learned, by which strategy, and with which settings.
+    """The task, the strategy and all settings of one training.
 
     Attributes:
         task: How a row becomes a prompt.
-        old_tasks: What the parent has learned, in order: instructions and labels, never rows.
+        old_tasks: The tasks that the parent has learned, in order: instructions and labels, never rows.
         strategy: Name of the strategy.
-        adapter: Shape of a new adapter; a parent's keeps its own.
-        method: Settings of the strategies; each reads its own part.
-        train: How long and how fast.
+        adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
+        method: Settings of the strategies; each strategy reads its own part.
+        train: Steps, batches and learning rate.
     """
 
     task: TaskSchema
@@ -82,22 +82,22 @@ def train_adapter(
 ) -> TrainingResult:
     """Continue the parent's adapter (or start one) on the rows of a task, and save the result.
 
-    Called again with the same arguments after it died, it goes on from the last complete checkpoint.
+    A second call with the same arguments continues from the last complete checkpoint of a call that died.
 
     Args:
-        base: The base model; it is bare again when this returns.
+        base: The base model. It has no adapter again after the call.
         rows: Training rows with columns input and output.
         setup: The task, the strategy and their settings.
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
-        output_folder: Gets the PEFT folder and the method's state.
-        checkpoint_folder: Gets the checkpoints.
+        output_folder: Folder for the PEFT files and the method's state.
+        checkpoint_folder: Folder for the checkpoints.
         joined: Further tasks with their rows, learned in the same run; for joint training.
-        on_log: Called after every optimiser step with the step and its loss and gradient norm; after a resume first
-            for the steps before it.
+        on_log: Called after every optimiser step with the step and its loss and gradient norm. After a resume it is
+            first called for the earlier steps.
 
     Raises:
         DataValidationError: There is no row to train on.
-        ConfigError: This is not one of `train.num_processes` processes; `deal_core.ranks` starts them.
+        ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
@@ -108,14 +108,14 @@ def train_adapter(
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
-            "processes itself, and everything else trains in one."
+            "processes itself, and any other training uses one process."
         )
-    if not base.is_quantized:  # what is quantized is where it shall be, and cannot be moved
-        base.model.to(args.device)  # before the strategy reads the factors: what it makes of them lives beside them
+    if not base.is_quantized:  # a quantized model is on its device already and cannot be moved
+        base.model.to(args.device)  # first, because the strategy creates its tensors on the factors' device
     parent_state = None if parent_folder is None else load_method_state(parent_folder)
     inherited = parent_state
     if parent_state is not None and parent_state.strategy != strategy:
-        inherited = replace(parent_state, tensors=parent_state.stored_rows)  # the rest means nothing to this strategy
+        inherited = replace(parent_state, tensors=parent_state.stored_rows)  # other tensors are the old strategy's own
     if parent_folder is None:
         model = attach_adapter(base.model, setup.adapter, seed=train.seed)
     else:
@@ -144,7 +144,7 @@ def train_adapter(
             group_by_length=train.group_by_length,
         )
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
-        with trainer.accelerator.main_process_first():  # it removes what does not count
+        with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
         trainer.run(checkpoint)
@@ -159,20 +159,20 @@ def train_adapter(
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
-    """What a change of strategy let go, for people."""
+    """Notes about kept data of the parent that a change of strategy or settings dropped."""
     if parent is None:
         return
     if parent.stored_rows and not state.stored_rows:
         yield (
             f"the rows kept of {len(parent.stored_rows)} earlier arrivals are gone: {state.strategy} with these "
-            "settings keeps none"
+            "settings keeps no rows"
         )
     if parent.strategy != state.strategy and parent.tensors.keys() - parent.stored_rows.keys():
-        yield f"what {parent.strategy} kept beside the parent's adapter is gone: {state.strategy} cannot use it"
+        yield f"the data that {parent.strategy} kept with the parent's adapter is gone: {state.strategy} cannot use it"
 
 
 def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
-    """What was too long; answers of all the length that there is have as a rule lost their end."""
+    """Notes about cut rows. An answer of exactly the maximal length counts as cut."""
     if num_prompts := sum(encoded["is_prompt_cut"]):
         yield (
             f"{num_prompts} of {len(encoded)} training prompts are longer than train.max_prompt_tokens "
@@ -182,12 +182,12 @@ def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
     if num_answers:
         yield (
             f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
-            f"({train.max_answer_tokens}): what is longer was cut"
+            f"({train.max_answer_tokens}): longer answers were cut"
         )
 
 
 def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
-    """Translate our settings into transformers' own."""
+    """Translate this project's settings into transformers' TrainingArguments."""
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
         output_dir=str(checkpoint_folder),
@@ -219,9 +219,9 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
 
 
 class _WatchSteps(TrainerCallback):
-    """Passes on what every step found, and ends a training that diverged.
+    """Reports every step's figures, and ends a training that diverged.
 
-    A step's figures come before its checkpoint, so none holds what no later step could mend.
+    A step is checked before its checkpoint is written, so no checkpoint holds parameters that are not finite.
     """
 
     def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
@@ -231,7 +231,7 @@ class _WatchSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """After a resume, say again what a killed process may not have passed on."""
+        """After a resume, report the earlier steps again: a killed process may not have reported them all."""
         for logs in state.log_history:
             self._report(int(logs["step"]), logs)
 
@@ -246,7 +246,7 @@ class _WatchSteps(TrainerCallback):
         for name in ("loss", "grad_norm"):
             value = float((logs or {}).get(name, 0.0))
             if not math.isfinite(value):
-                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # a step too large may have come before
+                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # an earlier step may have diverged already
                 raise TrainingDivergedError(
                     f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
                     f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
@@ -259,7 +259,7 @@ class _WatchSteps(TrainerCallback):
 
 
 def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
-    """Rows that the first `step` optimiser steps have seen: the last step of an epoch takes what is left."""
+    """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
     epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
     return epochs * num_rows + steps * rows_per_step
 

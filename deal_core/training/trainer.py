@@ -34,8 +34,8 @@ class AdapterTrainer(Trainer):
     (gradients of the factors become gradients of the method's parameters) → gradient of strategy.penalty → clip →
     AdamW → strategy.after_step.
 
-    Several processes each take their share of every batch and of the rehearsal, with the gradients of the factors
-    averaged among them; from before_step on all do the same.
+    With several processes, each takes its share of every batch and of the rehearsal. The gradients of the factors are
+    averaged over the processes; from before_step on, all processes do the same.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AdapterTrainer(Trainer):
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._group_by_length = group_by_length
-        # the loss below is a sum over tokens divided by the tokens of the whole accumulated batch
+        # compute_loss gives a sum over tokens divided by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
@@ -64,7 +64,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(_StepStrategy(strategy))
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train, from a checkpoint when one is given.
+        """Train, from a checkpoint if one is given.
 
         Raises:
             AdapterStateError: The processes did not end with the same parameters.
@@ -83,7 +83,7 @@ class AdapterTrainer(Trainer):
         )  # fmt: skip
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the strategy's parameters, which may live outside the model."""
+        """AdamW over the strategy's parameters, which need not be parameters of the model."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
                 list(self.strategy.parameters()), lr=self.args.learning_rate, weight_decay=0.0
@@ -97,7 +97,7 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the answer's tokens; logits are computed for their positions alone."""
+        """Cross-entropy of the answer's tokens; logits are computed only at their positions."""
         loss_sum = answer_loss(model, inputs)
         if num_items_in_batch is None:
             loss = loss_sum / inputs["labels"].ne(IGNORED).sum()
@@ -106,7 +106,7 @@ class AdapterTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; at the last of a step the gradients become those of the strategy's parameters."""
+        """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             if self._rehearsal is not None:
@@ -128,12 +128,12 @@ class AdapterTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             return grad_norm
-        # clipping is off: report the norm all the same
+        # the norm is reported even if clipping is off
         return self.accelerator.clip_grad_norm_(self.strategy.parameters(), float("inf"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes a file of its own
+        self.accelerator.wait_for_everyone()  # each process writes its own file
         if not self.args.should_save:
             return
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -157,7 +157,7 @@ class _StepStrategy(TrainerCallback):
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint; remove those that a killed process left half-written."""
+    """Return the newest complete checkpoint; remove incomplete ones that a killed process left."""
     if not folder.is_dir():
         return None
     found = []
@@ -170,16 +170,16 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 TOLERANCE = 1e-4
-"""Largest difference from rank 0, relative to the parameter's norm; equal steps on equal devices leave none at all."""
+"""Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
 TINY = 1e-12
 
 
 @torch.no_grad()
 def require_in_step(parameters: Iterable[nn.Parameter]) -> None:
-    """Compare every rank's parameters with rank 0's; each rank has to call it.
+    """Compare every rank's parameters with rank 0's. Every rank must call this function.
 
     Raises:
-        AdapterStateError: A rank holds others; raised on all.
+        AdapterStateError: The parameters of a rank differ; raised on all ranks.
     """
     differences = [_difference(parameter) for parameter in parameters]
     largest_N = gather(torch.stack(differences).max().reshape(1))

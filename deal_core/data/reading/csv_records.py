@@ -1,4 +1,4 @@
-"""CSV records one at a time, and back on its feet after a record that cannot be read."""
+"""Read CSV records one at a time, and continue after a record that cannot be read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DELIMITERS = ",;\t"
 
 
 class CsvFile:
-    """An open CSV file: its header is read, its rows can be read once.
+    """An open CSV file. Its header is read already; its rows can be read once.
 
-    Quoted fields may hold line ends. A quote that is never closed would swallow the good rows after it: then only the
-    line with the quote is a bad row, and reading goes on with the line after it.
+    Quoted fields may hold line ends. A quote that is never closed would swallow the good rows after it. Therefore only
+    the line with such a quote is a bad row, and reading continues with the next line.
     """
 
     def __init__(self, path: Path) -> None:
-        # The limit belongs to the process and is never lowered, so that two readers do not disturb each other.
+        # The limit is global and is never lowered, so two readers do not disturb each other.
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_CHARS))
         self._name = path.name
         self._stream = open_text(path, newline="")
@@ -49,7 +49,7 @@ class CsvFile:
         self._stream.close()
 
     def rows(self) -> Iterator[tuple[RawRow, int]]:
-        """The rows under the header, and how many characters each takes; blank lines are no rows."""
+        """The rows under the header, each with its number of characters; blank lines are skipped."""
         names = _distinct(self.header)
         for number, (lines, record) in enumerate(self._records(), start=1):
             if isinstance(record, csv.Error) or len(record) != len(names):
@@ -66,7 +66,7 @@ class CsvFile:
             yield row, sum([len(line.text) for line in lines])
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:
-        """Each record, or why there is none, with the lines it was read from."""
+        """Each record, or the error of reading it, with its lines."""
         while True:
             self._feed.start_record()
             try:
@@ -81,7 +81,7 @@ class CsvFile:
 
     def _read_header(self) -> tuple[str, ...]:
         lines, record = next(self._records(), ([], csv.Error("the file is empty")))
-        if isinstance(record, csv.Error):  # said without the line, which is a row's text where there is no header
+        if isinstance(record, csv.Error):  # the line is not quoted: without a header it is a row's text
             where = f"line {lines[0].number}: " if lines else ""
             raise DataValidationError(
                 f"{self._name} does not begin with a line that names its columns ({where}{record}); give it one."
@@ -96,10 +96,10 @@ class CsvFile:
 
 
 class _Feed:
-    """Gives lines to csv.reader, and takes back those that a record without an end has swallowed.
+    """Gives lines to csv.reader, and takes back the lines that a record without an end has swallowed.
 
-    What such a record shows of the lines after it holds for every record that is still open when it comes to them:
-    they are not read once more for each of those. So each line is read a fixed number of times.
+    The result of reading on is remembered: it holds for every later record that is still open at the same lines. So
+    each line is read a fixed number of times, even in a file with many unclosed quotes.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -107,17 +107,17 @@ class _Feed:
         self._source = lines
         self._buffer: list[Line] = []
         self._base = 0
-        """Places are counted from the first line of the file; this is the place of the buffer's first line."""
+        """Place of the buffer's first line; places count from the first line of the file."""
         self._start = self._place = 0
         """Places of the record's first line and of the next line."""
         self._start_chars = self._first_chars = self._chars = 0
         """Characters of the file before the record, up to the end of its first line, and up to the next line."""
         self._open_end = self._open_chars = 0
-        """The lines before this place, from the record's second one on, leave open a quoted field that is open before
-        them; and the characters of the file up to there."""
+        """A place, and the characters of the file before it. A quoted field that is open after the record's first line
+        is still open at this place."""
         self._fate: csv.Error | Line | None = None
-        """What the line at that place does to the field: why it cannot be read on, or the line if it closes the
-        field; None where that is not known."""
+        """Effect of the line at `_open_end` on the open field: the error of reading on, or the line if it closes the
+        field. None: not known."""
 
     def __iter__(self) -> _Feed:
         return self
@@ -140,11 +140,9 @@ class _Feed:
 
     @property
     def taken(self) -> list[Line]:
-        """The lines of the record."""
         return self._buffer[self._start - self._base : self._place - self._base]
 
     def start_record(self) -> None:
-        """The next line begins a record."""
         self._start, self._start_chars = self._place, self._chars
         num_done = self._place - self._base
         if 2 * num_done > len(self._buffer):
@@ -152,7 +150,7 @@ class _Feed:
             self._base = self._place
 
     def give_back_all_but_first(self, error: csv.Error) -> None:
-        """Only the first line of the record belongs to it, for reading on has failed with this error."""
+        """Keep only the first line of the record, because reading on failed with this error."""
         last = self._place - 1
         if last > self._open_end:
             line = self._buffer[last - self._base]
@@ -161,14 +159,14 @@ class _Feed:
         self._place, self._chars = self._start + 1, self._first_chars
 
     def peek(self) -> str:
-        """The first line that is not blank; the blank ones before it are dropped."""
+        """The first line that is not blank; blank lines before it are dropped."""
         while (line := self._line_at(self._place)) and not line.text.strip():
             self._place += 1
             self.start_record()
         return line.text if line else ""
 
     def _line_at(self, place: int) -> Line | None:
-        """The line at a place that is at most one beyond the buffer; None at the end of the file."""
+        """The line at a place in the buffer or directly after it; None at the end of the file."""
         if place == self._base + len(self._buffer):
             line = next(self._source, None)
             if line is None:
@@ -177,7 +175,7 @@ class _Feed:
         return self._buffer[place - self._base]
 
     def _raise_if_never_closed(self) -> None:
-        """Raise what reading on would come to, if the field that is open never ends within the record's bound."""
+        """Raise the error that reading on would give, if the open field does not end within the record's bound."""
         while self._fate is None and not self._is_too_long(self._open_chars):
             line = self._line_at(self._open_end)
             if line is None:
@@ -196,7 +194,7 @@ class _Feed:
             raise csv.Error(*self._fate.args)
 
     def _closed_by(self, line: Line) -> csv.Error | Line | None:
-        """The line if it closes a field that is open before it, why it cannot be read; None if the field stays open."""
+        """The line if it closes an open field, or the error of reading it; None if the field stays open."""
         lines = iter([f'"{line.text}', '"'])
         try:
             next(csv.reader(lines, delimiter=self.delimiter, strict=True, skipinitialspace=True))
@@ -205,7 +203,7 @@ class _Feed:
         return line if next(lines, None) else None
 
     def _is_too_long(self, chars: int) -> bool:
-        """Whether a record that ends after so many characters of the file is longer than a record may be."""
+        """Whether a record that ends after `chars` characters of the file is too long."""
         return chars - self._start_chars > MAX_LINE_CHARS
 
 
@@ -214,7 +212,7 @@ def _too_long() -> csv.Error:
 
 
 def _find_delimiter(header: str) -> str:
-    """The one of comma, semicolon and tab that gives the header the most columns."""
+    """The delimiter (comma, semicolon or tab) that gives the header the most columns."""
 
     def count_columns(delimiter: str) -> int:
         return len(next(csv.reader([header], delimiter=delimiter), []))
@@ -223,7 +221,7 @@ def _find_delimiter(header: str) -> str:
 
 
 def _distinct(header: tuple[str, ...]) -> list[str]:
-    """Names to keep every field under: a doubled name is numbered from its second occurrence on."""
+    """Distinct names for all fields: a repeated name is numbered from its second occurrence on."""
     seen: Counter[str] = Counter()
     names = []
     for name in header:

@@ -1,4 +1,4 @@
-"""Bytes and lines of a text file, plain or gzip, with a bound on what one line, and one small file, can become."""
+"""Bytes and lines of a text file, plain or gzip, with bounds on the size of a line and of an unpacked file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from deal_core.errors import DataValidationError
 from deal_core.regular_file import IrregularFileError, open_regular
 
 MAX_LINE_CHARS = 4 * 2**20
-"""The rest of a longer line is skipped."""
+"""Longest line; the rest of a longer line is skipped."""
 MAX_SKIPPED_CHARS = 256 * 2**20
-"""A file with a line longer still is refused: it holds no rows of text."""
+"""Most characters of a line that are skipped. A file with a longer line is refused: it holds no rows of text."""
 MAX_EMPTY_LINES = 1_000_000
-"""A file with more empty lines in a row is refused: a small gzip file can hold billions of them."""
+"""Most empty lines in a row. A file with more is refused: a small gzip file can hold billions of empty lines."""
 MAX_UNPACKED_BYTES = 2**28
 MAX_UNPACKED_RATIO = 200
-"""A gzip file may unpack to MAX_UNPACKED_BYTES or to this many times its size, whichever is more. Text packs 2 to 20
+"""A gzip file may unpack to MAX_UNPACKED_BYTES or this many times its size, the larger of both. Text packs 2 to 20
 times, a gzip bomb 1000 times."""
 FREE_ROWS = 100_000
-"""A packed file may have as many rows, and more where it has two bytes for each. Rows that repeat others are bad, and
-different ones take more."""
+"""Number of rows that a packed file may always have. More rows need two bytes each: repeated rows are bad rows, and
+different rows take more space."""
 
 
 class Line(NamedTuple):
-    """A line with its end; `is_whole` is False where only its beginning was kept."""
+    """A line with its end; `is_whole` is False if only the line's beginning was kept."""
 
     number: int
     text: str
@@ -37,11 +37,11 @@ class Line(NamedTuple):
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """The file's bytes, unpacked where its first bytes are those of gzip, whatever its name.
+    """The file's bytes. They are unpacked if they begin like gzip; the file's name does not count.
 
     Raises:
-        DataValidationError: It is no regular file.
-        OSError: It cannot be opened.
+        DataValidationError: The path is not a regular file.
+        OSError: The file cannot be opened.
     """
     try:
         file = open_regular(path)
@@ -53,10 +53,10 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Digest of a file's bytes as they lie there, packed or not.
+    """Digest of a file's stored bytes; a packed file is not unpacked.
 
     Raises:
-        DataValidationError: There is no such file, or it is no regular one.
+        DataValidationError: There is no such file, or it is not a regular file.
     """
     try:
         with open_regular(path) as file:
@@ -66,11 +66,11 @@ def sha256_of_file(path: Path) -> str:
 
 
 def open_text(path: Path, *, newline: str) -> TextIO:
-    r"""The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, for the row's check to find.
+    r"""The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, which the row's check finds.
 
     Args:
         path: The file.
-        newline: "" lets each of LF, CR and CR LF end a line, "\n" only LF; line ends are kept either way.
+        newline: "": LF, CR and CR LF end a line. "\n": only LF ends a line. Line ends are kept in both cases.
 
     Raises:
         DataValidationError: The file is UTF-16.
@@ -86,7 +86,7 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
     """The stream's lines, counted from 1.
 
     Raises:
-        DataValidationError: A line goes on for more than MAX_SKIPPED_CHARS, or MAX_EMPTY_LINES are empty in a row.
+        DataValidationError: A line is far too long, or more than MAX_EMPTY_LINES lines in a row are empty.
     """
     number = num_empty = 0
     while text := stream.readline(MAX_LINE_CHARS):
@@ -94,7 +94,7 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
         num_empty = num_empty + 1 if len(text) < 3 and text.isspace() else 0
         if num_empty > MAX_EMPTY_LINES:
             raise DataValidationError(
-                f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty, which is no file of rows; remove them."
+                f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them."
             )
         ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
         yield Line(number, text, ends)
@@ -104,23 +104,23 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
             skipped += len(rest)
             if skipped > MAX_SKIPPED_CHARS:
                 raise DataValidationError(
-                    f"Line {number} has more than {MAX_SKIPPED_CHARS // 2**20} million characters, which is no row of "
-                    "text; write the file again with one row a line."
+                    f"Line {number} has more than {MAX_SKIPPED_CHARS // 2**20} million characters, too many for a row "
+                    "of text; write the file again with one row per line."
                 )
 
 
 def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | None:
-    """What is said of a packed file with more rows than its size has room for; None where it is as it should be."""
+    """The error for a packed file with more rows than its size has room for; None if the number is plausible."""
     if num_rows <= max(FREE_ROWS, size // 2):
         return None
     return DataValidationError(
-        f"{name} has {num_rows:,} rows in {size:,} bytes, and texts that differ do not pack so small; if that is "
-        "meant, land them as JSON lines, unpacked."
+        f"{name} has {num_rows:,} rows in {size:,} bytes, and different texts do not pack so small. If the file is "
+        "right, land it as unpacked JSON lines."
     )
 
 
 class _UnpackGuard(io.RawIOBase):
-    """The content of a gzip file, up to a limit: a small file must not unpack for ever."""
+    """The content of a gzip file up to a limit, because a small file could unpack without end."""
 
     def __init__(self, packed: io.BufferedReader, name: str) -> None:
         self._packed = packed
@@ -138,8 +138,8 @@ class _UnpackGuard(io.RawIOBase):
         self._left -= count
         if self._left < 0:
             raise DataValidationError(
-                f"{self._name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not; "
-                "if that is meant, land it unpacked."
+                f"{self._name} unpacks to more than {MAX_UNPACKED_RATIO} times its size, which text does not. "
+                "If the file is right, land it unpacked."
             )
         self._num_lines += bytes(buffer[:count]).count(b"\n")
         if problem := too_many_rows(self._name, self._num_lines, self._size):

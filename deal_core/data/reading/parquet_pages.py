@@ -1,7 +1,7 @@
-"""What the pages of a Parquet file unpack to, read from their headers: no page is unpacked to find that out.
+"""Unpacked sizes of a Parquet file's pages, read from the page headers without unpacking the pages.
 
-A file's footer only says how much a row group holds by its own account, and counts a dictionary once, however often its
-values are repeated. The headers of the pages are what a reader obeys.
+The footer's sizes can be wrong, and they count a dictionary once even if its values are repeated often. Readers follow
+the page headers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _HEADER_BYTES = 2**13
-"""Read for a page's header at first; it is longer where it holds statistics of long texts."""
+"""Bytes read first for a page's header. A header with statistics of long texts is longer."""
 _MAX_HEADER_BYTES = 2**24
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _DELTA_BYTE_ARRAY = 7
 _TEXT = "BYTE_ARRAY"
 _CODECS = {"LZ4": "lz4_raw"}
-"""Arrow's name of a codec, where it is not the footer's in lower case."""
-MANY = 2**63
-_CODECS = {"LZ4": "lz4_raw"}
-"""Arrow's name of a codec, where it is not the footer's in lower case."""
+"""Arrow's name of a codec, if it is not the footer's name in lower case."""
 MANY = 2**63
 
 
@@ -35,31 +32,31 @@ class Page(NamedTuple):
     """One page of a column chunk."""
 
     place: int
-    """Of its content in the file."""
+    """Place of the page's content in the file."""
     packed_bytes: int
     unpacked_bytes: int
     num_values: int
-    """Nulls and empty lists included; 0 in a dictionary."""
+    """Number of values, including nulls and empty lists; 0 in a dictionary."""
     is_dictionary: bool
     repeats: bool
-    """Whether its values can be written as the beginnings of earlier ones."""
+    """Whether the encoding can repeat the beginning of earlier values."""
 
 
 class ChunkPages(NamedTuple):
-    """The pages of a column chunk in a few numbers."""
+    """Totals and extremes of the pages of a column chunk."""
 
     num_values: int
-    """As in `Page.num_values`, of all pages."""
+    """Sum of `Page.num_values` over all pages."""
     unpacked_bytes: int
-    """Of all pages."""
+    """Sum over all pages."""
     largest_page: int
-    """Bytes of the largest page, unpacked."""
+    """Bytes of the largest unpacked page."""
     fewest_values: int
-    """Of a page of data that another one follows; MANY where there is none."""
+    """Fewest values of a data page, except the last data page; MANY if there is no such page."""
     longest_repeated: int
-    """Bytes of the longest text that a few bytes of the file may repeat; 0 where there is none."""
+    """Bytes of the longest text that a few bytes of the file may repeat; 0 if there is none."""
     has_delta_texts: bool
-    """Whether texts are written as differences from earlier ones."""
+    """Whether texts are written as differences from earlier texts."""
 
 
 def look_at_chunk(file: BinaryIO, chunk: pq.ColumnChunkMetaData, max_page_bytes: int) -> ChunkPages:
@@ -67,8 +64,8 @@ def look_at_chunk(file: BinaryIO, chunk: pq.ColumnChunkMetaData, max_page_bytes:
 
     Args:
         file: The Parquet file, open and seekable.
-        chunk: What its footer says of the chunk.
-        max_page_bytes: A dictionary is unpacked to measure its texts only if it is no larger.
+        chunk: The footer's metadata of the chunk.
+        max_page_bytes: Largest dictionary that is unpacked to measure its texts.
 
     Raises:
         PageError: A header cannot be read.
@@ -122,10 +119,10 @@ def _page_at(file: BinaryIO, place: int) -> Page:
 
 
 def _page(header: dict[int, Any], place: int) -> Page:
-    """The page of a header; the numbers are those of parquet.thrift."""
+    """The page that a header describes; the field numbers are those of parquet.thrift."""
     kind, unpacked, packed = header[1], header[2], header[3]
     if packed < 0 or unpacked < 0:
-        raise KeyError("a page of less than nothing")
+        raise KeyError("a page of negative size")
     details = header[{_DATA: 5, _DATA_V2: 8}[kind]] if kind in (_DATA, _DATA_V2) else {}
     encoding = details[{_DATA: 2, _DATA_V2: 4}[kind]] if details else None
     return Page(
@@ -139,7 +136,7 @@ def _page(header: dict[int, Any], place: int) -> Page:
 
 
 def _longest_text(file: BinaryIO, page: Page, codec: str, max_page_bytes: int) -> int:
-    """Bytes of a dictionary's longest text; those of the whole dictionary where it is not to be unpacked."""
+    """Bytes of a dictionary's longest text; the size of the whole dictionary if it cannot be unpacked."""
     if page.unpacked_bytes > max_page_bytes:
         return page.unpacked_bytes
     file.seek(page.place)
@@ -158,11 +155,11 @@ def _longest_text(file: BinaryIO, page: Page, codec: str, max_page_bytes: int) -
     return min(longest, page.unpacked_bytes)
 
 
-# --- Thrift's compact protocol, as much of it as a header needs. None of the libraries that are installed reads it.
+# --- The part of Thrift's compact protocol that a header needs. No installed library reads it.
 
 
 def _read_struct(stream: io.BytesIO, depth: int = 0) -> dict[int, Any]:
-    """The fields of a struct, by their numbers."""
+    """The fields of a struct by number."""
     if depth > 16:
         raise RecursionError
     fields: dict[int, Any] = {}

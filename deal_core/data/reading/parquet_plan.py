@@ -1,4 +1,4 @@
-"""How many rows of a Parquet file are decoded at a time, so that neither they nor one of their pages fill memory."""
+"""Plan how many rows of a Parquet file are decoded at a time, so that rows and pages fit in memory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from deal_core.data.reading.parquet_pages import ChunkPages, PageError, look_at_
 from deal_core.errors import DataValidationError
 
 _PIECE_BYTES = 2**26
-"""What the rows that are decoded together may take."""
+"""Most bytes of rows that are decoded together."""
 _MAX_PAGE_BYTES = 2**27
-"""The largest pages of the columns together: of each column one page is in memory, whole."""
+"""Most bytes of the columns' largest pages together: one whole page per column is in memory."""
 _MAX_DELTA_BYTES = 2**28
-"""What the texts of a list column that are stored as differences may take: how long one row's are cannot be told."""
+"""Most bytes of a list column's texts that are stored as differences: the length of one row's texts is unknown."""
 _FREE_VALUES, _VALUES_PER_BYTE = 2**24, 8
-"""A list column may have so many values, or so many for each byte of the file: all may stand in one row."""
+"""Most values of a list column, in total and per byte of the file (the larger counts): all may be in one row."""
 
 _OFFSET_BYTES = 8
 
 
 class DecodingPlan(NamedTuple):
-    """How a file is decoded."""
+    """Row counts and columns for decoding a file."""
 
     runs: list[tuple[int, list[int]]]
-    """Rows at a time, and the row groups, in order, that are decoded so."""
+    """Rows per piece, and the row groups in order that are decoded in such pieces."""
     as_dictionary: list[str]
-    """Paths of columns of lists whose texts stay in their dictionary, for a few bytes may repeat a long one."""
+    """Paths of list columns whose texts stay in their dictionary, because a few bytes may repeat a long text."""
 
 
 class _Column(NamedTuple):
@@ -46,16 +46,16 @@ class _Column(NamedTuple):
 
 
 def plan_decoding(file: pq.ParquetFile, source: BinaryIO, path: Path, piece_rows: int) -> DecodingPlan:
-    """Look at the headers of all pages and see how the file can be decoded within bounds.
+    """Read the headers of all pages and plan how to decode the file within bounds.
 
     Args:
         file: The file.
-        source: The same, to read its pages' headers from.
-        path: Where it lies, for its size and for messages.
-        piece_rows: How many rows are decoded together where they may not be large.
+        source: The same file's bytes, for the page headers.
+        path: The file's path, for its size and for messages.
+        piece_rows: Number of rows that are decoded together if they are small.
 
     Raises:
-        DataValidationError: It cannot, or a page has no header.
+        DataValidationError: The file cannot be decoded within bounds, or a page header cannot be read.
     """
     metadata = file.metadata
     size = path.stat().st_size
@@ -90,29 +90,29 @@ def _look(
 
 
 def _rows_at_a_time(columns: Sequence[_Column], path: Path) -> int:
-    """So many rows take no more than _PIECE_BYTES, whatever they are; at least 1."""
+    """Number of rows, at least 1, that take at most _PIECE_BYTES with any content."""
     largest = sum(column.pages.largest_page for column in columns)
     if largest > _MAX_PAGE_BYTES:
         raise DataValidationError(
-            f"{path.name} has pages of {largest / 2**20:,.0f} MiB, which is no file of rows of text; write it with "
+            f"{path.name} has pages of {largest / 2**20:,.0f} MiB, too large for rows of text; write it with "
             "smaller pages (data_page_size of pyarrow) or shorter texts."
         )
     flat = [column.pages for column in columns if not column.is_list]
     repeated = sum(pages.longest_repeated for pages in flat)
-    # Rows that stand side by side lie in so many pages and two more, each of which they may fill.
+    # Consecutive rows may fill all pages that they cross, and two more at the ends.
     fewest = min((pages.fewest_values for pages in flat), default=1)
     by_page = fewest * max(0, _PIECE_BYTES // max(1, largest) - 2) if fewest < 2**16 else fewest
     return max(1, min(_PIECE_BYTES // max(1, repeated), by_page))
 
 
 def _check_lists(column: _Column, path: Path, size: int) -> bool:
-    """Whether a column's texts must stay in their dictionary, for all of them may stand in one row."""
+    """Whether a column's texts must stay in their dictionary, because all of them may be in one row."""
     if not column.is_list:
         return False
     num_values, longest = column.pages.num_values, column.pages.longest_repeated
     if num_values > max(_FREE_VALUES, _VALUES_PER_BYTE * size):
         raise DataValidationError(
-            f"{path.name} has {num_values:,} values in lists, more than {_VALUES_PER_BYTE} for each of its bytes; "
+            f"{path.name} has {num_values:,} values in lists, more than {_VALUES_PER_BYTE} per byte of the file; "
             f"leave out the column {column.path}."
         )
     if column.pages.has_delta_texts and num_values * longest > _MAX_DELTA_BYTES:
@@ -124,16 +124,16 @@ def _check_lists(column: _Column, path: Path, size: int) -> bool:
 
 
 def decoded_size(cells: Any) -> int:
-    """Bytes that an array's or a batch's cells take, with each text of a dictionary as often as it stands there."""
+    """Bytes of an array's or a batch's cells; a dictionary's text counts once per cell that holds it."""
     if isinstance(cells, pa.RecordBatch):
         return sum(decoded_size(column) for column in cells.columns)
     if pa.types.is_dictionary(cells.type):
-        texts = pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py()  # Arrow reads only texts so
+        texts = pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py()  # always texts in Arrow
         return int(texts or 0) + int(cells.indices.nbytes)
     if pa.types.is_nested(cells.type) and _holds_dictionary(cells.type):
         if pa.types.is_struct(cells.type):
             return sum(decoded_size(field) for field in cells.flatten())
-        return _OFFSET_BYTES * len(cells) + decoded_size(cells.flatten())  # its nbytes have the whole dictionary
+        return _OFFSET_BYTES * len(cells) + decoded_size(cells.flatten())  # its nbytes include the whole dictionary
     return int(cells.nbytes)
 
 
@@ -144,8 +144,8 @@ def _holds_dictionary(kind: pa.DataType) -> bool:
 
 
 def too_much(path: Path, ratio: int) -> DataValidationError:
-    """What is said of a file whose content is out of proportion to its size."""
+    """The error for a file whose content is too large for its size."""
     return DataValidationError(
-        f"{path.name} unpacks to more than {ratio} times its size, which text does not; if that is meant, write it "
+        f"{path.name} unpacks to more than {ratio} times its size, which text does not. If the file is right, write it "
         "without compression and without dictionaries."
     )

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, a batch at a time."""
+"""Read the rows of a Parquet file in batches."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, grouped, text_array
 
 _PIECE_ROWS = 256
 _PART_BYTES = 2**24
-"""Rows of no more than this, or one row, become Python's objects at a time."""
+"""Most bytes of rows that become Python objects together; a single row may be larger."""
 MAX_DECODED_RATIO = 1000
-"""All cells of a file may take this many times its size, or MAX_UNPACKED_BYTES. Texts that repeat are stored once."""
+"""All cells of a file may take this many times its size, or MAX_UNPACKED_BYTES. Repeated texts are stored once."""
 _NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError, RecursionError)
-"""A text that is not UTF-8 (UnicodeDecodeError), a date beyond Python's, an unknown time zone, too deep a nesting."""
+"""Errors of a text that is not UTF-8, a date beyond Python's range, an unknown time zone, or too deep nesting."""
 _KINDS_OF_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """The file, read page by page; one in a gzip wrapper is unpacked to disk first, for it is read from its end."""
+    """Open a file to be read page by page. A gzip file is first unpacked to disk, because Parquet needs seeking."""
     with _open_source(path) as source:
         yield _parquet_file(source, path)
 
 
 def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[ParquetBatch]:
-    """The file's rows; `values` holds the wanted columns, `raw` all of them."""
+    """The file's rows; `values` holds the wanted columns, `raw` all columns."""
     with _open_source(path) as source:
         file = _parquet_file(source, path)
         plan = plan_decoding(file, source, path, _PIECE_ROWS)
@@ -71,7 +71,7 @@ def _parquet_file(source: Any, path: Path, **options: Any) -> pq.ParquetFile:
 
 
 def _sized_pieces(file: pq.ParquetFile, plan: DecodingPlan, path: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Few rows at a time, and their bytes: how large they are is known only once they are unpacked."""
+    """Pieces of a few rows with their bytes. The size of rows is known only after they are unpacked."""
     left = max(MAX_UNPACKED_BYTES, MAX_DECODED_RATIO * path.stat().st_size)
     for num_rows, groups in plan.runs:
         for piece in file.iter_batches(batch_size=num_rows, row_groups=groups, use_threads=False):
@@ -83,7 +83,7 @@ def _sized_pieces(file: pq.ParquetFile, plan: DecodingPlan, path: Path) -> Itera
 
 
 def _split(piece: pa.RecordBatch, size: int) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The piece in parts of few bytes, unless one row has more."""
+    """Split a piece into parts of at most _PART_BYTES; a single row may be larger."""
     if size <= _PART_BYTES or piece.num_rows == 1:
         yield piece, size
         return
@@ -93,7 +93,7 @@ def _split(piece: pa.RecordBatch, size: int) -> Iterator[tuple[pa.RecordBatch, i
 
 
 class ParquetBatch:
-    """A batch of a Parquet file's rows, see `RowBatch`."""
+    """A batch of rows of a Parquet file, see `RowBatch`."""
 
     def __init__(self, pieces: Sequence[pa.RecordBatch], wanted: Sequence[int], first: int) -> None:
         self._pieces = pieces
@@ -103,7 +103,7 @@ class ParquetBatch:
         self.num_rows: int = sum(piece.num_rows for piece in pieces)
 
     def rows(self, places: Sequence[int]) -> list[RawRow]:
-        """See `RowBatch.rows`. A row of more than MAX_LINE_CHARS bytes is bad, as one of a text file is."""
+        """See `RowBatch.rows`. A row of more than MAX_LINE_CHARS bytes is bad, as in a text file."""
         found: dict[int, RawRow] = {}
         start = 0
         for piece, over_long in zip(self._pieces, self._over_long, strict=True):
@@ -120,7 +120,7 @@ class ParquetBatch:
         return [found[place] for place in places]
 
     def column(self, name: str) -> pa.Array:
-        """See `RowBatch.column`; null in a row that is too long, too."""
+        """See `RowBatch.column`; cells of rows that are too long are null too."""
         index = self._pieces[0].schema.get_all_field_indices(name)[-1]
         return pa.concat_arrays(
             [_short_texts(piece.column(index), rows) for piece, rows in zip(self._pieces, self._over_long, strict=True)]
@@ -128,14 +128,14 @@ class ParquetBatch:
 
 
 def _over_long_rows(piece: pa.RecordBatch) -> set[int]:
-    """Places of the rows of more than MAX_LINE_CHARS bytes."""
+    """Places of the rows with more than MAX_LINE_CHARS bytes."""
     if decoded_size(piece) <= MAX_LINE_CHARS:
         return set()
     return {row for row in range(piece.num_rows) if decoded_size(piece.slice(row, 1)) > MAX_LINE_CHARS}
 
 
 def _over_long_row(piece: pa.RecordBatch, index: int, number: int) -> RawRow:
-    """A row whose cells are not even made Python's objects; quarantine keeps how large each is."""
+    """A row that is too large to become Python objects. Quarantine keeps the size of each cell instead."""
     sizes = {
         f"bytes of {name}": decoded_size(column.slice(index, 1))
         for name, column in zip(piece.schema.names, piece.columns, strict=True)
@@ -145,7 +145,7 @@ def _over_long_row(piece: pa.RecordBatch, index: int, number: int) -> RawRow:
 
 
 def _short_texts(cells: pa.Array, over_long: Set[int]) -> pa.Array:
-    """The cells as `text_array` gives them; null in a row that is too long, whose text is not even looked at."""
+    """The cells as `text_array` gives them. Rows that are too long get null, and their text is not read."""
     if not over_long:
         return _texts(cells)
     nothing = pa.nulls(1, pa.string())
@@ -172,7 +172,7 @@ def _parquet_raw(batch: pa.RecordBatch, index: int) -> Any:
 
 
 def _pick_rows(batch: pa.RecordBatch, places: Sequence[int]) -> list[dict[str, Any]]:
-    """Some of the batch's rows; Arrow's own `take` does not know every type."""
+    """Some of the batch's rows; Arrow's `take` does not support every type."""
     if len(places) < batch.num_rows // 4:
         return [_batch_rows(batch.slice(place, 1))[0] for place in places]
     rows = _batch_rows(batch)
@@ -180,7 +180,7 @@ def _pick_rows(batch: pa.RecordBatch, places: Sequence[int]) -> list[dict[str, A
 
 
 def _batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The batch's rows. A text that is not UTF-8 keeps its bytes, for the row's check to find."""
+    """The batch's rows. A text that is not UTF-8 stays bytes, which the row's check finds."""
     cells = [_cells(column) for column in batch.columns]
     return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*cells, strict=True)]
 

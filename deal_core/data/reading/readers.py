@@ -1,7 +1,7 @@
-"""Raw rows from CSV, JSON lines and Parquet, plain or gzip, a batch at a time: memory does not grow with the file.
+"""Raw rows from CSV, JSON lines and Parquet, plain or gzip, in batches: memory does not grow with the file.
 
-A row that cannot be read is a row with a fault, not an exception; what makes the whole file unreadable (not what its
-name says, damaged, cut off) is a DataValidationError.
+A row that cannot be read becomes a row with a fault. A file that cannot be read (another format than its name says,
+damaged, cut off) raises a DataValidationError.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", "
 
 
 def file_kind(path: Path) -> Kind:
-    """What the file's name says it is.
+    """The file's kind, from its name.
 
     Raises:
-        DataValidationError: The name ends in nothing that can be read, or is not UTF-8.
+        DataValidationError: The name has an unknown ending, or is not UTF-8.
     """
     if not is_utf8(str(path)):
         raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
@@ -51,13 +51,14 @@ def file_kind(path: Path) -> Kind:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in _KINDS:
         raise DataValidationError(
-            f"{path.name} is not named like a file of rows; it must end in {', '.join(_KINDS)}, or in these with .gz."
+            f"{path.name} is not named like a file of rows; the name must end in {', '.join(_KINDS)}, or one of these "
+            "and .gz."
         )
     return _KINDS[suffixes[-1]]
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """Names of the file's columns, a doubled one twice; of JSON lines the keys in its first thousand readable rows.
+    """Names of the file's columns with repetitions; of JSON lines the keys in the first thousand readable rows.
 
     Raises:
         DataValidationError: The file cannot be read.
@@ -86,10 +87,10 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ra
     Args:
         path: A UTF-8 file whose name ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header
             and may use semicolons or tabs.
-        columns: The columns that `values` must hold, None for all of them; only Parquet makes use of it.
+        columns: The columns that `values` must hold; None: all columns. Only Parquet uses it.
 
     Raises:
-        DataValidationError: The file as a whole cannot be read, or not to its end.
+        DataValidationError: The file cannot be read to its end.
 
     Example:
         >>> [row.values["label"] for row in read_rows(Path("tickets.csv"))]
@@ -139,7 +140,7 @@ _ARRAY_OF_ROWS = re.compile(r"\[\s*(\{|$)")
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
-    """The rows, and how many characters each takes."""
+    """The rows, each with its number of characters."""
     with open_text(path, newline="\n") as stream:
         is_first = True
         for line in numbered_lines(stream):
@@ -180,14 +181,14 @@ def _parse(text: str) -> Any:
             return values
     except ValueError:
         pass
-    return json.loads(text, object_pairs_hook=unique_keys)  # what is wrong, in its own words
+    return json.loads(text, object_pairs_hook=unique_keys)  # raises json's own message
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of these pairs, for `object_pairs_hook`.
 
     Raises:
-        ValueError: A key stands there twice.
+        ValueError: A key occurs twice.
     """
     values = dict(pairs)
     if len(values) < len(pairs):

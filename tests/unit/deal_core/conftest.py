@@ -66,7 +66,7 @@ def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
 
 @dataclass
 class Run:
-    """What a test needs of one training run."""
+    """Results of one training run for a test."""
 
     result: TrainingResult
     folder: Path
@@ -78,7 +78,7 @@ Train = Callable[..., Run]
 
 @pytest.fixture
 def train(base: BaseModel, tmp_path: Path) -> Train:
-    """Train with small defaults that a test overrides; every call gets a folder of its own."""
+    """Train with small defaults that a test overrides; every call gets its own folder."""
     count = 0
 
     def run(strategy: str = "deal", parent: Path | None = None, **changes: Any) -> Run:

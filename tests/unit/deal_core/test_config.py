@@ -75,7 +75,7 @@ def test_a_number_has_a_limit_that_its_schema_shows(section: str, name: str, goo
         (lambda: TrainConfig(learning_rate=math.inf), "train.learning_rate is inf; give a finite number."),
         (lambda: GateConfig(confidence=1), "gate.confidence is 1; give less than 1."),
         (lambda: DealConfig(core="hot"), "deal.core is 'hot'; give 'frozen', 'soft' or 'free'."),  # type: ignore[arg-type]
-        (lambda: DealConfig(widths=()), "deal.widths is (); give one width at least."),
+        (lambda: DealConfig(widths=()), "deal.widths is (); give at least one width."),
         (lambda: DealConfig(widths=(0.5, -1.0)), "deal.widths.1 is -1.0; give more than 0."),
         (lambda: DealConfig(a=1.0, b=2.0), "deal.a is 1.0 and deal.b is 2.0; the method needs a >= b."),
         (lambda: replace(TrainConfig(), batch_size=0), "train.batch_size is 0; give at least 1."),
@@ -113,7 +113,7 @@ def test_a_schema_version_is_a_whole_number(value: Any) -> None:
 
 
 def test_settings_stay_what_they_were_in_digests_and_json() -> None:
-    """The values are those of the release before settings had declared limits: runs and cells are found by them."""
+    """The digests must equal those of the release before declared limits, because runs and cells are found by them."""
     changed = {"train": {"learning_rate": 1, "quantize": "4bit"}, "deal": {"widths": [1, 2], "a": 6}}
     spec = parse(AdaptSpec, {"task": TASK, **changed}, "a")
     assert spec.config_sha256(AdapterConfig(), "deal")[:16] == "454911db7d0c4422"

@@ -1,6 +1,6 @@
-"""Losses of a fixed run against those once recorded: a change of the mathematics shows, one of style does not.
+"""Losses of a fixed run, compared with recorded ones: a change of the mathematics shows, a change of style does not.
 
-Write them anew, after a change that is meant to move them, with
+After an intended change, record them again with
     DEAL_RECORD_GOLDEN=1 python -m pytest tests/unit/deal_core/test_golden_losses.py
 """
 

@@ -1,4 +1,4 @@
-"""docs/plain_peft.py, with no code of ours, gives the logits that `deal predict` shows."""
+"""docs/plain_peft.py, without this project's code, gives the logits that `deal predict` shows."""
 
 from __future__ import annotations
 

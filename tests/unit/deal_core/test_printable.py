@@ -1,4 +1,4 @@
-"""What is shown of texts from outside: nothing that a terminal acts on, and no more than a screen holds."""
+"""Texts from outside are shown without characters that control a terminal, and no longer than a screen."""
 
 from __future__ import annotations
 

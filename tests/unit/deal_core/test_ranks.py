@@ -114,7 +114,7 @@ def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_p
 
 
 def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(base, job, tmp_path):
-    """Four steps an epoch, and more epochs than the ranks could come to the end of by themselves."""
+    """Four steps per epoch, and more epochs than the ranks could finish."""
     job = retrained(job, num_epochs=9999, gradient_accumulation_steps=2)
     job = replace(job, setup=replace(job.setup, strategy="seq_lora"))
     job.write(tmp_path / "job.json")
@@ -132,7 +132,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     assert len(children) >= 3 and not alive  # the launcher and two ranks
     checkpoint = find_checkpoint(job.checkpoint_folder)
     assert checkpoint is not None
-    num_steps = int(checkpoint.name.split("-")[1])  # that two processes did, of those that are compared
+    num_steps = int(checkpoint.name.split("-")[1])  # steps that two processes did
     job = retrained(job, num_epochs=num_steps // 4 + 1)
     shutil.move(job.checkpoint_folder, tmp_path / "one-cp")
     gone_on = train_in_one(base, job, tmp_path)
@@ -143,7 +143,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
 
 
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
-    """In the middle of whatever it does: a killed parent is not noticed only when a step is reported."""
+    """A killed parent is noticed at any moment, not only when a step is reported."""
     code = "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n" \
         "threading.Event().wait()"
     command = [sys.executable, "-c", code]
@@ -203,7 +203,7 @@ def failure(rank: int, exitcode: int, error_file: Path | None = None) -> tuple[i
 
 
 def recorded(error: Exception, path: Path, at: float, monkeypatch) -> Path:
-    """The file in which PyTorch keeps what a process raised."""
+    """The file in which PyTorch records the error of a process."""
 
     @record
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Files of others: only regular ones are read, and nothing that stands in a file's place holds a reader up."""
+"""Only regular files are read, and a FIFO, socket or device in a file's place does not block a reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deal_core.regular_file import IrregularFileError, open_regular, read_start
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """A reader that waits is ended, and fails."""
+    """A reader that waits is stopped, and its test fails."""
 
     def end(number: int, frame: object) -> None:
         raise AssertionError("it hangs")

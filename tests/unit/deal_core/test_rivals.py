@@ -1,4 +1,4 @@
-"""What defines each rival, as a property of what it leaves behind."""
+"""The defining property of each rival, checked on its results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_earlier_slots_stay_and_new_ones_are_added(strategy, train, parent):
 
 
 def test_every_arrival_draws_seeds_of_its_own(train, parent):
-    """Or a new adapter would read what the one before it reads, and a recycled slot what the core already holds."""
+    """With equal seeds, a new adapter would read the directions of the one before, and a recycled slot the core's."""
     second = train("inc_lora", parent, train=STILL).folder
     third = weights(train("inc_lora", second, train=STILL).folder)
     for name in a_names(third):
@@ -171,7 +171,7 @@ def test_replay_keeps_its_share_of_every_tasks_rows(train):
 
 
 def test_replay_asks_the_stored_rows(train):
-    """With the stored rows' weight at its height, the later task moves the adapter elsewhere."""
+    """With a very large weight of the stored rows, the later task changes the adapter in another way."""
     first = train("replay", rehearsal=RehearsalConfig(stored_share=0.25)).folder
     light, heavy = (
         train("replay", first, train=LONG, rehearsal=RehearsalConfig(stored_share=0.25, weight=weight)).folder
@@ -226,7 +226,7 @@ def test_widening_resumes(strategy, train, parent, tmp_path):
 
 
 def test_widening_goes_on_beyond_the_size_of_a_layer(train):
-    """A new lineage refuses such a rank; an adapter per task gets there after enough tasks."""
+    """A new lineage refuses such a rank; a growing adapter reaches it after enough tasks."""
     adapter = AdapterConfig(rank=16)
     first = train("inc_lora", adapter=adapter).folder
     second = train("inc_lora", first, adapter=adapter)

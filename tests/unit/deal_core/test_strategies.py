@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_lora(base, task, rows, train: TrainConfig) -> dict[str, torch.Tensor]:
-    """A loop of our own with torch and PEFT alone: full logits, no Trainer."""
+    """A training loop with only torch and PEFT: full logits, no Trainer."""
     torch.manual_seed(train.seed)
     model = get_peft_model(
         base.model,
@@ -75,7 +75,7 @@ def test_first_task_of_deal_equals_that_of_seq_lora_bit_for_bit(train):
 
 
 def test_later_task_with_everything_off_is_plain_lora(parent, train):
-    """Balancing, filter, recycling, projection and λ off, over 20 fp32 steps."""
+    """Over 20 fp32 steps, with balancing, filter, recycling, projection and λ turned off."""
     ours, plain = (weights(train(s, parent, deal=OFF, train=STEPS).folder) for s in ("deal", "seq_lora"))
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4)

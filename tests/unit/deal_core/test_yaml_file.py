@@ -97,7 +97,7 @@ def test_a_device_that_never_ends_is_no_spec() -> None:
 def test_a_large_file_is_not_read_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "large.yaml"
     with path.open("wb") as file:
-        file.truncate(2**40)  # sparse: it takes no room, and no memory would hold it
+        file.truncate(2**40)  # sparse: it takes no disk space, but is larger than memory
     with pytest.raises(ConfigError, match="is larger than 256 KiB"):
         read_yaml(path)
 

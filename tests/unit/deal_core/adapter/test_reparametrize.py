@@ -102,7 +102,7 @@ def test_nothing_of_the_core_is_lost_before_the_first_step(name):
 
 
 def test_every_slot_can_learn_after_recycling():
-    """A slot near zero in both factors is a dead saddle."""
+    """A slot near zero in both factors gets no gradient and cannot learn."""
     for sides in ("both", "A", "B"):
         network, _ = network_of(DealConfig(sides=sides))
         y_A, y_B = factors(network)
@@ -166,7 +166,7 @@ def test_pulled_back_gradients_equal_autograd_through_the_network(name):
 @pytest.mark.parametrize("block_bytes", [1, spectral_factor.BLOCK_BYTES])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monkeypatch):
-    """Against autograd through the factors and the penalty as they are written down, module by module and at once."""
+    """Compared with autograd through `forward` and `penalty`, for single modules and for all modules together."""
     monkeypatch.setattr(spectral_factor, "BLOCK_BYTES", block_bytes)
     network, stack = network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5))
     step(network, stack, 3)
@@ -252,7 +252,7 @@ def test_state_restores_constants_and_parameters_bit_for_bit():
 
 
 def test_literal_form_follows_its_equation():
-    """Against Ψ_j formed in full, for one layer and perturbed g and c."""
+    """Compared with a full Ψ_j, for one layer and perturbed g and c."""
     network, _ = network_of(DealConfig(form="literal", num_layers=1))
     side = network.sides[0][1]
     retention = side.retention
@@ -300,7 +300,7 @@ def test_haar_gates_scale_sums_and_differences_of_neighbours(num_features):
 
 
 def perturbed(config: DealConfig) -> Reparametrization:
-    """A network whose every parameter is away from its start."""
+    """A network in which every parameter differs from its start."""
     network, _ = network_of(config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -13,7 +13,7 @@ B, H, G, T, D = 2, 6, 2, 7, 4
 
 
 class Layer(nn.Module):
-    """What transformers hands to an attention function: a layer that knows how it attends."""
+    """A layer as transformers passes it to an attention function."""
 
     is_causal = True
     num_key_value_groups = H // G
@@ -33,7 +33,7 @@ def gradients(function, mask, **options):
     output, weights = function(Layer(), *inputs, mask, **options)
     assert weights is None
     upstream = torch.randn(output.shape, generator=generator)
-    upstream[0, :3] = 0.0  # nobody reads what padding attends to
+    upstream[0, :3] = 0.0  # the output at padding is never read
     output.backward(upstream)
     return output, [each.grad for each in inputs]
 

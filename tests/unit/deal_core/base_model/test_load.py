@@ -23,7 +23,7 @@ KINDS = ("Hub id", "local folder", ".gguf file", DEFAULT_BASE)
 
 @pytest.fixture(scope="module")
 def gguf_file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base as a GGUF file; expected.pt beside it holds what its weights are worth."""
+    """The tiny base as a GGUF file; expected.pt in the same folder holds the weights that a reader should get."""
     file = tmp_path_factory.mktemp("gguf") / "Tiny model.gguf"
     torch.save(write_gguf(tiny_base, file), file.with_name("expected.pt"))
     return file
@@ -56,7 +56,7 @@ def test_a_converted_folder_is_plain_safetensors(gguf_file: Path, tmp_path: Path
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".gguf")) for name in names)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    given = load_base(str(folder), tmp_path)  # what resolve_base gave is a source too, and the same base
+    given = load_base(str(folder), tmp_path)  # a folder that resolve_base returned is a source too, for the same base
     assert (given.sha256, given.name) == (load_base(str(gguf_file), tmp_path).sha256, "Tiny model")
 
 
@@ -69,7 +69,7 @@ def test_a_folder_that_states_its_own_digest_is_believed_in_the_cache_alone(
     told = copy_of(tiny_base, tmp_path / "told")
     shutil.copy(entry / "deal_source.json", told)
     hashed = load_base(str(tiny_base), cache).sha256
-    for place in (cache, told.parent, told):  # whatever folder is the cache, `told` does not lie in its models/
+    for place in (cache, told.parent, told):  # `told` is in no cache folder's models/
         found = load_base(str(told), place)
         assert (found.sha256, found.name) == (hashed, "told"), "a folder passed for another base model"
     moved = copy_of(entry, tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""A cell on the tiny base: what it learns, what it scores, and how it goes on after it died."""
+"""A cell on the tiny base: what it learns and scores, and how it continues after it died."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_every_version_says_on_what_machine_it_was_made(run):
 
 
 def test_bounds_learn_every_task_alone_and_all_at_once_in_as_many_steps(run):
-    """Six of nine test rows are reported; a model that has learned that a task has two answers is right on half."""
+    """Six of nine test rows are reported. A model that learned only the two possible answers is right on half."""
     learned = replace(TRAIN, num_epochs=12, learning_rate=0.01)
     each, joint = run("per_task", train=learned), run("joint", train=learned)
     assert scored(each) == [[name] for name in sorted(TWO)] and scored(joint) == [sorted(TWO)]

@@ -101,16 +101,16 @@ NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instru
     ("file", "content", "message"),
     [
         ("agnews.train.jsonl", GOOD + b'\n\n{"text": \n', r"Line 3 of .*train\.jsonl is not JSON \(.*; correct"),
-        ("agnews.train.jsonl", b'\n{"text": "x"}\n', r"Line 2 of .*train\.jsonl has not both 'text' and 'label'; give"),
-        ("agnews.test.jsonl", GOOD + b'\n["x", "a"]\n', r"Line 2 of .*test\.jsonl begins no JSON object; put one"),
+        ("agnews.train.jsonl", b'\n{"text": "x"}\n', r"Line 2 of .*train\.jsonl lacks 'text' or 'label'; give"),
+        ("agnews.test.jsonl", GOOD + b'\n["x", "a"]\n', r"Line 2 of .*test\.jsonl does not begin a JSON object"),
         ("agnews.test.jsonl", GOOD + b'\n{"text": "\xff"}\n', r"Line 2 of .*agnews\.test\.jsonl is not UTF-8; save"),
         ("tasks.json", b'{\n"agnews": {"labels": ["a"]\n', r"Line 3 of .*tasks\.json is not JSON \(.*; correct it"),
-        ("tasks.json", b"[]", r"Line 1 of .*tasks\.json begins no JSON object"),
+        ("tasks.json", b"[]", r"Line 1 of .*tasks\.json does not begin a JSON object"),
         ("tasks.json", b'{"agnews": {"instruction": "What is it?"}}', NO_TASK),
         ("tasks.json", b'{"agnews": {"instruction": "What is it?", "labels": "ab"}}', NO_TASK),
         ("tasks.json", b'{"agnews": {"labels": ["a", "b"]}}', NO_TASK),
         ("tasks.json", b'{"agnews": ["a", "b"]}', NO_TASK),
-        ("agnews.train.jsonl", b"\n\n", r"agnews\.train\.jsonl holds no row; give it one at least"),
+        ("agnews.train.jsonl", b"\n\n", r"agnews\.train\.jsonl holds no rows; give it at least one"),
     ],
 )
 def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, message, json_lines):
@@ -123,13 +123,13 @@ def test_a_broken_file_of_json_lines_is_named_with_its_line(file, content, messa
     ("file", "content", "message"),
     [
         ("train.json", '[\n{"sentence": "x", "label": "a"},\n', r"Line 3 of .*train\.json is not JSON \(.*; correct"),
-        ("train.json", '{"sentence": "x"}', r"Line 1 of .*train\.json begins no JSON list; put one there"),
-        ("train.json", '[{"label": "a"}]', r"Row 1 of .*train\.json has not both 'sentence' and 'label'; give"),
-        ("train.json", "[1]", r"Row 1 of .*train\.json has not both"),
+        ("train.json", '{"sentence": "x"}', r"Line 1 of .*train\.json does not begin a JSON list; put one there"),
+        ("train.json", '[{"label": "a"}]', r"Row 1 of .*train\.json lacks 'sentence' or 'label'; give"),
+        ("train.json", "[1]", r"Row 1 of .*train\.json lacks"),
         ("dev.json", "", r"Line 1 of .*dev\.json is not JSON"),
-        ("train.json", "[]", r"train\.json holds no row; give it one at least"),
+        ("train.json", "[]", r"train\.json holds no rows; give it at least one"),
         ("labels.json", '["a", "b"', r"Line 1 of .*labels\.json is not JSON"),
-        ("labels.json", "[1, 2]", r"labels\.json holds other things than labels; make it a list of texts"),
+        ("labels.json", "[1, 2]", r"labels\.json does not hold labels; make it a list of texts"),
     ],
 )
 def test_a_broken_file_of_cl_benchmark_is_named_with_its_line(file, content, message, cl_benchmark):

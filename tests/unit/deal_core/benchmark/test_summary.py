@@ -1,4 +1,4 @@
-"""What is made of cells: the figures of the benchmark's tables."""
+"""The figures of the benchmark's tables, computed from cells."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(cells: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]
 
 
 def test_figures_of_the_summary():
-    """Two orders of the same tasks: a test row that stands in both is one unit of the interval."""
+    """Two orders of the same tasks: a test row in both orders is one unit of the interval."""
     cells = [made("base", [{"yahoo": "1000", "agnews": "0000"}], tasks=["agnews", "yahoo"])]
     for order in (["yahoo", "agnews"], ["agnews", "yahoo"]):
         for strategy, bits in (("seq_lora", "1100"), ("deal", "1110")):

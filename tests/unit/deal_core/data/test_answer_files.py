@@ -1,4 +1,4 @@
-"""Files of answers: what they hold, and that one begun twice is the same as one begun once."""
+"""Files of answers: their content, and that an interrupted run gives the same file as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(json_lines: Path, tmp_path
     with pytest.raises(ConfigError, match=r"begun with version '1' \(now '2'\).*delete the folder"):
         files.begin({**STATE, "version": "2"})
     write_all(json_lines, tmp_path / "out.jsonl")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         files.begin(STATE)
 
 

@@ -1,4 +1,4 @@
-"""A batch of rows comes out of the checks as its rows do one by one, and the compact set of digests is a set."""
+"""The checks of a batch give the same results as the checks of single rows, and DigestSet behaves like a set."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TASKS = {
 
 
 def assert_checked_alike(batch: Any, kind: str) -> None:
-    """What comes out of the batch is what comes out of its rows."""
+    """The results of the batch equal the results of its single rows."""
     task, names = TASKS[kind]
     columns = Columns(format=task.format, names=names)
     good, bad = BatchChecker(task, columns, 24).check(batch)
@@ -108,7 +108,7 @@ def test_labels_that_are_no_texts_are_checked_as_one_by_one(numbers: pa.DataType
 
 
 def test_plain_characters_are_no_white_space_and_stay_as_they_are_in_normal_form() -> None:
-    """Alone, and after any character that composes with what follows it."""
+    """Each character alone, and after any character that composes with a following one."""
     found = [c for c in map(chr, range(sys.maxunicode + 1)) if re.match(f"[{PLAIN}]", c)]
     assert len(found) > 30_000
     assert not any(c.isspace() or unicodedata.combining(c) for c in found)
@@ -184,7 +184,7 @@ def test_digests_are_written_as_python_writes_them() -> None:
 
 
 def test_a_batch_of_a_parquet_file_holds_many_small_rows_and_few_large_ones(tmp_path: Path) -> None:
-    """Also where the large ones are small in the file: each is the same text, which its dictionary holds once."""
+    """This holds too if large rows are small in the file: all have one text, which the dictionary holds once."""
     texts = [*(f"small {number}" for number in range(3000)), *["x" * 20_000] * 1000]
     pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet", compression="zstd")
     batches = list(read_batches(tmp_path / "rows.parquet"))

@@ -146,7 +146,7 @@ def test_columns_that_the_task_names_win() -> None:
         (
             ("text", "y"),
             {},
-            "f.csv has the columns 'text', 'y', and labelled rows need text and label; nothing is named",
+            "f.csv has the columns 'text', 'y', and labelled rows need text and label; no column is named",
         ),
         (("x", "y"), {"format": "auto"}, "completion rows need prompt and completion or chat rows need messages"),
         (("text", "label", "messages"), {"format": "auto"}, "more than one format (labelled, chat)"),
@@ -173,7 +173,7 @@ def test_columns_that_do_not_fit_are_refused_by_name(
 
 @pytest.mark.parametrize("named", [{}, {"text": "note"}, {"text": "report", "label": "Finding"}])
 def test_without_texts_only_names_that_are_looked_for_are_quoted(named: dict[str, str]) -> None:
-    """Without a header, a row's texts are taken for names."""
+    """Without a header, a row's texts would be read as column names."""
     columns = (" Finding ", "Topic", "I am Jane Doe", "4111")
     with pytest.raises(DataValidationError) as error:
         resolve_columns(columns, TaskSchema(name="t", columns=named), "f.jsonl")

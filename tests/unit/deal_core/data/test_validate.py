@@ -1,4 +1,4 @@
-"""An arrival becomes a dataset: every bad row is named, no good row is lost, and the split holds for good."""
+"""A file becomes a dataset: every bad row is named, no good row is lost, and the split is permanent."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_a_refused_arrival_leaves_no_earlier_dataset_behind(tmp_path: Path) -> N
 
 
 def frozen_of(tmp_path: Path) -> list[bytes]:
-    """What the test rows of the dataset just built freeze."""
+    """Digests of the frozen texts: the test rows of the dataset just built."""
     return [stored_input_digest("labelled", row["input"]) for row in rows_of(tmp_path, "test")]
 
 
@@ -498,7 +498,7 @@ LINES = st.one_of(
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(lines=st.lists(LINES, max_size=25))
 def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[Any]) -> None:
-    """Whatever arrives; and what is kept is exactly the distinct good rows."""
+    """For any file, the kept rows are exactly the distinct good rows."""
     manifest = build(write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *lines]))
     kept, rejected = rows_of(tmp_path), quarantine_of(tmp_path)
     assert manifest.num_read == 100 + len(lines) == len(kept) + len(rejected)

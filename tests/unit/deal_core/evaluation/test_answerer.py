@@ -36,7 +36,7 @@ NewVersion = Callable[..., Path]
 
 @pytest.fixture
 def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
-    """Train an adapter that answers otherwise; the folder of its version."""
+    """Train an adapter that gives other answers; return the folder of its version."""
 
     def make(**changes: Any) -> Path:
         settings = TrainConfig(max_steps=12, batch_size=4, learning_rate=3e-2, max_prompt_tokens=64, seed=5)
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 
 
 class HeldModel:
-    """`generate_answers` that waits, the first time it is called, until it is let go on."""
+    """`generate_answers` that waits at its first call until the test lets it continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
@@ -168,7 +168,7 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
 def test_another_version_answers_as_if_it_were_loaded_alone(
     answerer: Answerer, served_folder: Path, new_version: NewVersion, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """The same form is copied into place; another rank, or other layers, are put beside the old one, which goes."""
+    """An adapter of the same form is copied over the old one; one of another rank or other layers replaces it."""
     folder = new_version(adapter=AdapterConfig(**{"rank": 4, **changes}))
     before, wanted = answers_alone(served_folder, tmp_path), answers_alone(folder, tmp_path)
     assert before != wanted

@@ -1,4 +1,4 @@
-"""What lies beside an adapter, and which rows a version can be asked."""
+"""The content of deal.json, and which rows fit a version."""
 
 from __future__ import annotations
 

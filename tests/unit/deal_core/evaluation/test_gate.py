@@ -1,4 +1,4 @@
-"""The gate accepts and refuses by its thresholds alone, and says all it found."""
+"""The gate decides only by its thresholds, and reports all reasons."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_report_without_an_old_tasks_accuracy_is_refused() -> None:
 
 
 def outcomes(num_rows: int, *, lost: int, gained: int) -> tuple[str, str]:
-    """Outcomes of a parent and of its child that lost and gained so many rows."""
+    """Outcomes of a parent and of its child that lost and gained the given numbers of rows."""
     kept = num_rows - lost - gained
     return "1" * (kept + lost) + "0" * gained, "1" * kept + "0" * lost + "1" * gained
 

@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_answers(base, task, rows, folder):
 
 
 def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
-    """A base model that never ends its answers: more tokens than a label has would be wasted."""
+    """A base model may never end its answers: tokens beyond a label's length would be wasted."""
     inputs = rows(2)["input"]
     tokens = base.tokenizer
 

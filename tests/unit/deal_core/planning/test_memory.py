@@ -1,4 +1,4 @@
-"""What a run takes, against what it really takes: counted on real tensors of a tiny model."""
+"""The planned memory of a run, compared with the real tensors of a tiny model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps_of_a_real_batch(on_cpu: bool) -> No
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -62,7 +62,7 @@ def test_nothing_to_ask_is_no_loss(base, collate):
 
 
 def test_loss_is_the_divergence_from_the_kept_distribution(base, collate):
-    """Against KL over the whole vocabulary, at both ends of a padded batch; the kept tail is small."""
+    """Compared with KL over the whole vocabulary, at both ends of a padded batch; the cut tail is small."""
     questions = [question(base, "a long prompt about the sea and more", "red"), question(base, "short", "blue sky")]
     with torch.no_grad():
         answered = ask(base.model, collate, questions, temperature=2.0)
@@ -103,7 +103,7 @@ def test_packed_rows_come_back():
 
 @pytest.mark.parametrize("strategy", ["deal"])
 def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, parent, rows):
-    """`parent` answers OLD somehow; learning the colours again must move these answers less with rehearsal."""
+    """`parent` has some answers to OLD. With rehearsal, learning the colours again must change these answers less."""
 
     def drift(config: RehearsalConfig) -> float:
         folder = train(strategy, parent, train=LONG, rehearsal=config, old_tasks=(OLD,)).folder
@@ -136,7 +136,7 @@ def test_every_setting_changes_the_result(change, parent, train):
 
 @pytest.mark.parametrize(("num_old", "num_texts", "expected"), [(1, 256, 16), (4, 256, 4), (3, 6, 2)])
 def test_no_more_questions_are_made_than_the_steps_put(num_old, num_texts, expected, parent, train):
-    """Four steps of four: what an arrival costs does not grow with the number of old tasks."""
+    """Four steps of four questions: the cost of an arrival does not grow with the number of old tasks."""
     olds = [TaskSchema(name=f"old-{i}", labels=("large", "small"), instruction=f"How big? {i}") for i in range(num_old)]
     done = train("deal", parent, rehearsal=RehearsalConfig(num_texts=num_texts), old_tasks=olds)
     note = f"rehearsed {expected * num_old} questions about old tasks (sets: {num_old}), 4 a step"
@@ -159,11 +159,11 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
 def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, task):
     alike = TaskSchema(name="alike", labels=task.labels[::-1], instruction=task.instruction + " ")
     notes = train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD, alike)).result.notes
-    assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith("apart from the new task: alike")
+    assert "about old tasks (sets: 1)" in notes[0] and notes[1].endswith(": alike")
     assert len(train("deal", parent, deal=DealConfig(core="free"), old_tasks=(OLD,)).result.notes) == 1
     both = RehearsalConfig(texts="both")
     second = train("deal", train("deal", rehearsal=both).folder, rehearsal=both, old_tasks=(alike,))
-    assert second.result.notes[1].startswith("rehearsed by its stored rows alone, if it has any")
+    assert second.result.notes[1].startswith("rehearsed on stored rows only")
 
 
 def test_deal_keeps_rows_only_when_asked_to(parent, train):
@@ -174,7 +174,7 @@ def test_deal_keeps_rows_only_when_asked_to(parent, train):
 
 
 def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent, train, base, task, rows):
-    """The parent has not moved at all, an adapter whose slots were emptied has."""
+    """The untouched parent has no drift; an adapter whose slots were emptied has."""
     recycled, kept = (train("deal", parent, deal=DealConfig(recycle=on), old_tasks=(OLD,)) for on in (True, False))
     (said,) = (note for note in recycled.result.notes if "recycling" in note)
     assert float(re.search(r"KL to what they were: ([0-9.]+) a token", said)[1]) > 0
@@ -204,7 +204,7 @@ def test_rehearsed_run_resumes(train, parent, tmp_path):
 
 
 def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, rows):
-    """With fewer steps than rows the same few would be put again and again, and the others never."""
+    """Otherwise, with fewer steps than rows, the same few rows would be asked every time, and the others never."""
     kept = [pack([Question([task, row], [row]) for row in range(40)]) for task in range(3)]
     put = []
     with adapter_on(base.model, parent) as model:
@@ -222,7 +222,7 @@ def test_stored_rows_are_put_in_another_order_by_every_arrival(base, parent, row
 
 @pytest.mark.parametrize("num_stored", [1, 3])
 def test_both_asks_half_by_labels_of_stored_rows_and_half_by_the_parents_answers(num_stored, base, parent, rows):
-    """However many old tasks have rows, and however few can be asked about the arrival's texts."""
+    """This holds for any number of old tasks with rows, and of tasks that can be asked about the arrival's texts."""
     stored = {f"rows.{n:04d}": pack([Question([1, row], [row]) for row in range(40)]) for n in range(num_stored)}
     stored["rows.0003"] = pack([])  # of a task that was forgotten
     with adapter_on(base.model, parent) as model:
@@ -240,7 +240,7 @@ def test_both_asks_half_by_labels_of_stored_rows_and_half_by_the_parents_answers
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_parent_is_asked_once_and_its_answer_held_as_it_was(temperature, base, parent, task, rows):
-    """What generation saw at each token is what a pass over prompt and answer gives."""
+    """Generation's distribution at each token equals that of a pass over prompt and answer."""
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
             base=base, task=TaskSchema(name="new", labels=("a", "b")), rows=rows(6), encoded=rows(6), old_tasks=(task,),

@@ -83,7 +83,7 @@ def test_prompts_and_answers_that_were_cut_are_counted(base, task, rows, train):
     (note,) = train(train=replace(SHORT, max_prompt_tokens=max(lengths) - 1)).result.notes
     assert f"{lengths.count(max(lengths))} of 24 training prompts are longer than train.max_prompt_tokens" in note
     (note,) = train(train=replace(SHORT, max_answer_tokens=2)).result.notes
-    assert "training answers fill train.max_answer_tokens (2): what is longer was cut" in note
+    assert "training answers fill train.max_answer_tokens (2)" in note and "cut" in note
 
 
 def test_no_checkpoint_is_kept_when_none_is_wanted(train, tmp_path):
@@ -302,7 +302,7 @@ def test_losses_are_reported_step_by_step(train):
 
 
 def test_a_resumed_run_says_the_earlier_steps_again(train, tmp_path):
-    """A killed process may not have passed its last ones on."""
+    """A killed process may not have reported its last steps."""
     config = replace(SHORT, checkpoint_steps=2)
     folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
 
@@ -341,7 +341,7 @@ def test_batches_hold_rows_of_similar_length_and_every_row_once():
 
 
 def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):
-    """Ten rows in batches of four: the third step of an epoch takes two."""
+    """Ten rows in batches of four: the third step of an epoch has two rows."""
     config = TrainConfig(num_epochs=2, batch_size=4, max_prompt_tokens=64, checkpoint_steps=0)
     result = train("seq_lora", rows=rows(10), train=config).result
     assert result.num_steps == 6

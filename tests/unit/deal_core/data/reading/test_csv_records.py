@@ -1,4 +1,4 @@
-"""A CSV record without an end costs one row, and finding that out costs no more than reading the file a few times."""
+"""A CSV record without an end costs one row, and the file is read only a fixed number of times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADER = "text,label\n"
 
 
 def rows_of(path: Path) -> list[tuple[int, bool, list[str]]]:
-    """Line, whether it is a bad row, and what it holds, of each row."""
+    """For each row: its line, whether it is bad, and its values."""
     with CsvFile(path) as file:
         return [
             (row.line or 0, row.fault is not None, [row.raw()] if row.fault else list(row.values.values()))
@@ -30,9 +30,9 @@ def rows_of(path: Path) -> list[tuple[int, bool, list[str]]]:
 
 
 def expected_rows(content: str, max_chars: int) -> Iterator[tuple[int, bool, list[str]]]:
-    """The same by the rule as it is said: where no record begins, the line is a bad row, and reading goes on after it.
+    """The same by the literal rule: a line that begins no record is a bad row, and reading continues after it.
 
-    Each try reads on to its end; a file of lines that open a quote is read once for every line.
+    Each try reads to its end, so a file of lines that open a quote is read once per line.
     """
     lines = content.splitlines(keepends=True)
     place = 0
@@ -58,7 +58,7 @@ def expected_rows(content: str, max_chars: int) -> Iterator[tuple[int, bool, lis
 def test_rows_are_those_of_the_rule(
     lines: list[str], ends_in_line_end: bool, max_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where records are longer than the bound, which lets a later one reach further than an earlier one."""
+    """This holds for records above the bound too, where a later record reaches further than an earlier one."""
     lines = [line.replace("\r", "") for line in lines if len(line) < max_chars]
     content = "\n".join(lines) + "\n" * ends_in_line_end
     (tmp_path / "rows.csv").write_text(HEADER + content)

@@ -1,4 +1,4 @@
-"""What a Parquet file unpacks to is known before it is unpacked, and what is decoded at a time stays within bounds."""
+"""The unpacked size of a Parquet file is known before unpacking, and rows decoded together stay within bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def repeated(value: str, num_rows: int) -> pa.DictionaryArray:
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "zstd", "lz4"])
 def test_pages_are_as_they_were_written(codec: str, version: str) -> None:
-    """Their sizes add up to what the footer says of an honest file, but for their headers."""
+    """Without their headers, the pages' sizes add up to the footer's size of an honest file."""
     texts = ["short", LONG, None] * 4000
     table = pa.table({"text": texts, "plain": [f"{number} {'x' * 40}" for number in range(12_000)]})
     content, file = write(
@@ -95,7 +95,7 @@ def test_damage_in_a_header_is_said_or_costs_nothing(place: int, noise: bytes, t
 def test_rows_are_the_same_however_few_are_decoded_at_a_time(
     piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts of lists that stay in their dictionary included."""
+    """This includes texts of lists that stay in their dictionary."""
     rows = [
         {"id": number, "text": LONG[: number * 40], "messages": chat, "tags": ["x", LONG] if number % 3 else None}
         for number, chat in enumerate(CHATS)

@@ -1,4 +1,4 @@
-"""Raw rows come out of every kind of file, whole and in order, and a bad row does not take good ones with it."""
+"""Every kind of file gives its raw rows complete and in order, and a bad row does not spoil good rows."""
 
 from __future__ import annotations
 
