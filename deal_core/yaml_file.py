@@ -26,8 +26,8 @@ _FRACTION = re.compile(
     r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-_TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted; no settings do."
-_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep; no settings are."
+_TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file."
 
 
 class _RefusedError(Exception):
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             for each in (value.value if isinstance(value, yaml.SequenceNode) else [value]) if key.tag == _MERGE else ():
                 if not isinstance(each, yaml.MappingNode):
-                    raise _RefusedError(f"merges what is no mapping{_place(key)}; name one there.")
+                    raise _RefusedError(f"merges a value that is not a mapping{_place(key)}; name a mapping there.")
                 self.flatten_mapping(each)
                 for pair in each.value:
                     found.setdefault(pair[0].value, pair)
@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is no path of a file: {error}.") from None
+        raise ConfigError(f"{str(path)!r} is not the path of a file: {error}.") from None
     return yaml_mapping(content, str(path))
 
 
@@ -102,7 +102,7 @@ def yaml_mapping(content: bytes, origin: str) -> dict[str, Any]:
         ConfigError: it is not a mapping, has a key twice, or breaks a bound; the message begins with `origin`.
     """
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{origin} is larger than {MAX_BYTES // 2**10} KiB, which no settings are; check the file.")
+        raise ConfigError(f"{origin} is larger than {MAX_BYTES // 2**10} KiB, too large for settings; check the file.")
     try:
         loaded = _load(content.decode("utf-8"))
     except (ValueError, OverflowError, yaml.YAMLError) as error:
@@ -165,7 +165,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (_TEXT, _MERGE):
             found = f" {shorten(key.value)}" if isinstance(key, yaml.ScalarNode) else ""
-            raise _RefusedError(f"has a key{found}{_place(key)} that is no text; write it in quotes.")
+            raise _RefusedError(f"has a key{found}{_place(key)} that is not a text; write it in quotes.")
         if key.value in seen:
             raise _RefusedError(f"has the key {shorten(key.value)!r} twice, again{_place(key)}; keep one of them.")
         seen.add(key.value)

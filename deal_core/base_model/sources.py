@@ -288,4 +288,4 @@ def require_all_weights(info: Mapping[str, Any]) -> None:
     """
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
-        raise ValueError(f"{len(absent)} weights are missing or of another shape, {absent[0]} the first")
+        raise ValueError(f"{len(absent)} weights are missing or of another shape; the first is {absent[0]}")

@@ -56,9 +56,9 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     """Learn the cell's tasks and return its result.
 
     Returns:
-        JSON values: `versions` (a list; each has the learned task, its cost, `adapter_bytes`, and for every scored task
-        ROUGE-1 and a string with 0 or 1 per test row), `perplexity` of the base and after the last version, `stores`
-        and `state_bytes` of the last version's method state.
+        JSON values. `versions` is a list: each has the learned task, its cost, `adapter_bytes`, and the scores of every
+        scored task (ROUGE-1 and a string with 0 or 1 per test row). `perplexity` is that of the base and of the last
+        version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
         DealError: the errors of `train_adapter`.

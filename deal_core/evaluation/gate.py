@@ -97,7 +97,7 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
         yield Veto(
             kind="gain", task=task, value=gain, limit=wanted,
             message=f"{task}: accuracy {_percent(report.accuracies[task])} is {gain:+.1f} points from the champion's "
-                    f"{_percent(before)}, beyond noise; at least {wanted:+.1f} is asked.",
+                    f"{_percent(before)}, beyond noise; at least {wanted:+.1f} is required.",
         )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _adapter(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     if facts.norm is None or not math.isfinite(facts.norm):
         yield _of_adapter("The adapter holds numbers that are not finite.")
     elif facts.norm == 0:
-        yield _of_adapter("The adapter is empty: it changes nothing of the base model.", 0.0)
+        yield _of_adapter("The adapter is empty: it does not change the base model.", 0.0)
     elif config.max_norm_ratio is not None and facts.parent_norm:
         ratio = facts.norm / facts.parent_norm
         if not 1 / config.max_norm_ratio <= ratio <= config.max_norm_ratio:

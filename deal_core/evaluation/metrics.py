@@ -40,7 +40,7 @@ class AccuracyMatrix(VersionedJson):
         if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
             raise ValueError(
                 f"The matrix has {len(self.rows)} rows for {len(self.trained)} versions and {len(self.base)} base "
-                f"accuracies for {len(self.tasks)} tasks; give one row a version and one base accuracy a task."
+                f"accuracies for {len(self.tasks)} tasks; give one row per version and one base accuracy per task."
             )
         for values in (*self.rows, self.base):
             if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
@@ -177,7 +177,7 @@ def exact_match(answer: str, expected: str) -> bool:
 
 
 def outcomes_of(answers: Iterable[str], references: Iterable[str]) -> str:
-    """One character per row: 1 where the answer is an exact match, else 0.
+    """One character per row: 1 for an exact match, else 0.
 
     Example:
         >>> outcomes_of(["Yes", "no"], ["yes", "yes"])

@@ -120,7 +120,7 @@ class Deal(Strategy):
             share = f"{100 * self.network.recycled_share:.1f} %"
             found.append(f"recycling the free slots removed {share} of the adapter's norm")
             if self._drift is not None:
-                found[-1] += f"; the old answers' KL to what they were: {self._drift:.3f} a token"
+                found[-1] += f"; KL of the old answers to the parent's: {self._drift:.3f} per token"
         if self.network.is_full:
             found.append(
                 f"the adapter is full in {len(self.network.is_full)} of {len(counts)} modules: their core was cut to "

@@ -90,7 +90,7 @@ class Strategy:
     reads: ClassVar[tuple[str, ...]] = ()
     """Parts ("deal") or single settings ("rivals.ewc_weight") of MethodConfig that the strategy uses."""
     revision: ClassVar[int] = 1
-    """Increased whenever the same settings give other results, so that the benchmark does not reuse older cells."""
+    """Raised when the same settings give other results; the benchmark then does not reuse older cells."""
     model: PeftModel
     stacks: tuple[LoraStack, ...]
     context: TaskContext

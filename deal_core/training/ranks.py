@@ -175,7 +175,7 @@ def error_of(failure: Mapping[str, Any], num_processes: int, folder: Path) -> De
     killed = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"died with exit code {exitcode}"
     return RankError(
         f"Rank {rank} of the {num_processes} processes that train the adapter {killed}, and the others were ended. Its "
-        f"last words: {message or _last_words(log)} Its log: {log}. Started again, the run goes on from its last "
+        f"last words: {message or _last_words(log)} Its log: {log}. Start the run again: it continues from its last "
         "checkpoint."
     )
 

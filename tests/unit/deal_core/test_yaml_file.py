@@ -40,9 +40,9 @@ def test_a_value_is_what_it_looks_like(text: str, value: Any) -> None:
         ("a: [{b: 1, b: 1}]", "has the key 'b' twice"),
         ("x: &x {c: 1}\na:\n  <<: *x\n  <<: *x", "has the key '<<' twice"),
         ('a: 1\n"a": 2', "has the key 'a' twice"),
-        ("1: x", "has a key 1 in line 1 that is no text; write it in quotes"),
-        ("yes: x", "has a key yes in line 1 that is no text"),
-        ("? [a, b]\n: x", "has a key in line 1 that is no text"),
+        ("1: x", "has a key 1 in line 1 that is not a text; write it in quotes"),
+        ("yes: x", "has a key yes in line 1 that is not a text"),
+        ("? [a, b]\n: x", "has a key in line 1 that is not a text"),
         ("a: !!set {b}", "has the tag"),
         ("a: !!binary aGVsbG8=", "has the tag"),
         ("a: !!python/object/apply:os.system [x]", "has the tag"),
@@ -64,8 +64,8 @@ def test_a_value_is_what_it_looks_like(text: str, value: Any) -> None:
         ("a: " + "x" * MAX_BYTES, "is larger than 256 KiB"),
         ("a: \x1b[31m", "is not valid YAML"),
         ("a: 1\n---\na: 2", "is not valid YAML"),
-        ("<<: 3", "merges what is no mapping in line 1"),
-        ("<<: [{a: 1}, b]", "merges what is no mapping in line 1"),
+        ("<<: 3", "merges a value that is not a mapping in line 1"),
+        ("<<: [{a: 1}, b]", "merges a value that is not a mapping in line 1"),
         ("a: <<", "is not valid YAML"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_large_file_is_not_read_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_name_that_can_be_no_file_is_said_to_be_none() -> None:
-    with pytest.raises(ConfigError, match="no path of a file"):
+    with pytest.raises(ConfigError, match="not the path of a file"):
         read_yaml(Path("a\0b"))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(Path("x" * 5000))

@@ -101,8 +101,8 @@ def test_a_version_between_that_was_not_scored_is_passed_over() -> None:
     ("change", "message"),
     [
         ({"tasks": ("b", "a", "c")}, "order of first arrival"),
-        ({"base": (0.1,)}, "one base accuracy a task"),
-        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4))}, "one row a version"),
+        ({"base": (0.1,)}, "one base accuracy per task"),
+        ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4))}, "one row per version"),
         ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 50.0))}, "shares from 0 to 1"),
         ({"rows": ((None, 0.3, None), (0.9, 0.7, 0.4), (0.6, 0.8, 0.5))}, "lacks an accuracy of 'a'"),
         ({"rows": ((0.8, 0.3, None), (0.9, 0.7, 0.4), (0.6, None, 0.5))}, "lacks an accuracy of 'b'"),

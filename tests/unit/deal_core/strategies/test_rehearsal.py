@@ -177,7 +177,7 @@ def test_what_recycling_does_to_old_answers_is_said_before_the_first_step(parent
     """The untouched parent has no drift; an adapter whose slots were emptied has."""
     recycled, kept = (train("deal", parent, deal=DealConfig(recycle=on), old_tasks=(OLD,)) for on in (True, False))
     (said,) = (note for note in recycled.result.notes if "recycling" in note)
-    assert float(re.search(r"KL to what they were: ([0-9.]+) a token", said)[1]) > 0
+    assert float(re.search(r"to the parent's: ([0-9.]+) per token", said)[1]) > 0
     assert not any("recycling" in note for note in kept.result.notes)
     with adapter_on(base.model, parent) as model:
         context = TaskContext(
