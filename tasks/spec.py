@@ -203,7 +203,7 @@ def _from(folder: Path, path: str) -> Path:
     try:
         return Path(os.path.realpath(folder / os.path.expanduser(path)))
     except ValueError as error:
-        raise ConfigError(f"{shorten(path)!r} is no path of a file: {error}.") from None
+        raise ConfigError(f"{shorten(path)!r} is not the path of a file: {error}.") from None
 
 
 def read_spec(path: Path) -> AdaptSpec:

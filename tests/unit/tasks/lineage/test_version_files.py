@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError, StoreError
 from infra.ledger import Ledger
-from infra.promotions import PromotionLog
+from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.open import open_store
 from infra.tracking.registry import VersionFacts
@@ -91,9 +91,8 @@ def test_a_file_beside_an_adapter_is_named_with_its_version(store: ObjectStore, 
 
 
 def test_of_the_champion_it_is_said_what_still_works(store: ObjectStore) -> None:
-    PromotionLog(store).add(
-        None, action="promoted", lineage="l", version="3", before=None, champion="3", who="gate", why="passed"
-    )
+    change = Change(action="promoted", lineage="l", version="3", before=None, champion="3", who="gate", why="passed")
+    PromotionLog(store).add(None, change)
     with pytest.raises(ObjectNotFoundError, match=r"record\.json, a file of version 3, champion of 'l', is missing"
                                                   r".*deal rollback --to N --lineage l.*deal predict --version N"):
         read_record(store, ADAPTER)  # fmt: skip
