@@ -17,7 +17,8 @@ from deal_core.printable import listed
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
 from infra.disk import disk_full
-from tasks.adaptation.begin import count_attempts, find_own, find_parent, find_registered, find_repeat, make_run_key
+from tasks.adaptation.repeats import (count_attempts, find_own, find_registered, find_repeat, make_run_key)
+from tasks.adaptation.parent import (find_parent)
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.promote import promote_version

@@ -19,7 +19,7 @@ from infra.ledger import Ledger
 from infra.promotions import Action, Change, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
-from tasks.adaptation.begin import arrival_digests, descent, standing_of
+from tasks.lineage.versions import (arrival_digests, descent, standing_of)
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.context import current_store

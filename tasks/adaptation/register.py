@@ -18,7 +18,7 @@ from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.begin import version_ref
+from tasks.lineage.versions import (version_ref)
 from tasks.adaptation.evaluate import renewed_task
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store

@@ -25,7 +25,7 @@ from infra.tracking.rebuilding import LineageRebuild
 from infra.tracking.registry import Alias, Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
-from tasks.adaptation.begin import version_ref
+from tasks.lineage.versions import (version_ref)
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import dataset_of, read_findings

@@ -18,7 +18,7 @@ from deal_core.errors import IntegrityError
 from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.tracking.registry import Registry, VersionInfo
-from tasks.adaptation.begin import version_ref
+from tasks.lineage.versions import (version_ref)
 from tasks.lineage.adapters import borrowed_adapter, borrowed_parent, replacing
 from tasks.references import AdapterRef
 from tests.unit.tasks.housekeeping.test_garbage import version

@@ -1,4 +1,4 @@
-"""Where a lineage stands: its champion, what it has learned already, and what a crash left undone."""
+"""Whether an arrival was learned before: by its rows, by the run's key, or by this flow run itself."""
 
 from __future__ import annotations
 
@@ -19,30 +19,7 @@ from tasks.adaptation.resume import finish_run
 from tasks.context import current_store
 from tasks.lineage.stored_lineage import require_in_registry
 from tasks.references import BaseRef, DatasetRef, Standing, VersionRef
-
-
-@task(name="parent", cache_policy=NO_CACHE)
-def find_parent(lineage: str) -> VersionRef | None:
-    """The champion, which the next version continues; None: the lineage starts from the base.
-
-    What a crash left undone of the newest run that registered a version is done first, so that no accepted version is
-    passed over.
-
-    Raises:
-        RegistryError: the registry has lost the versions, or the champion was deleted in MLflow. Nobody but a person
-            decides what takes its place: started from the base, the lineage would lose its tasks.
-    """
-    registry, store = open_registry(), current_store()
-    require_in_registry(registry, store, lineage)
-    number, _ = settle_aliases(registry, PromotionLog(store), lineage)
-    if versions := registry.versions(lineage):
-        VersionLog(store).keep_missing(lineage, versions)
-        newest = next(version for version in versions if version.run_key == versions[-1].run_key)  # it may be doubled
-        finish_run(registry, newest, version_ref(newest))
-    champion = registry.champion(lineage)
-    if champion is None and number is not None:
-        raise RegistryError(champion_deleted(lineage, number))
-    return version_ref(champion) if champion else None
+from tasks.lineage.versions import descent, standing_of, version_ref
 
 
 @task(name="repeat", cache_policy=NO_CACHE)
@@ -103,51 +80,3 @@ def make_run_key(
     origin = parent.version if parent else "base"
     parts = [lineage, base.sha256, dataset.task, dataset.sha256, origin, config_sha256, attempt, *dataset.new_labels]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:
-    """A version and those it continues, newest first; none without a version."""
-    by_number = {each.version: each for each in versions}
-    line: list[VersionInfo] = []
-    while version is not None:
-        line.append(version)
-        version = by_number.get(version.parent_version or "")
-    return tuple(line)
-
-
-def arrival_digests(version: VersionInfo, versions: Sequence[VersionInfo]) -> frozenset[str]:
-    """By what the arrival that a version learned is known again among `versions`.
-
-    Not by its rows alone where the version continues one that had learned them: they landed again to bring test rows.
-    """
-    is_renewal = any(older.landed_sha256 == version.landed_sha256 for older in descent(versions, version)[1:])
-    return version.digests - {version.landed_sha256} if is_renewal else version.digests
-
-
-def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
-    """What has become of a version, given the champion's descent."""
-    if not version.accepted:
-        return "rejected by the gate"
-    if version.approval == "refused":
-        return "rejected by a person"
-    if any(each.version == version.version for each in line):
-        return "learned"
-    continues_champion = version.parent_version == (line[0].version if line else None)
-    return "awaiting approval" if version.approval == "awaiting" and continues_champion else "left behind"
-
-
-def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionRef:
-    """The reference to a registered version."""
-    return VersionRef(
-        lineage=info.lineage,
-        version=info.version,
-        run_key=info.run_key,
-        adapter_uri=info.adapter_uri,
-        adapter_sha256=info.adapter_sha256,
-        files_sha256=dict(info.files_sha256) if info.files_sha256 is not None else None,
-        accepted=info.accepted,
-        reasons=info.reasons,
-        parent_version=info.parent_version,
-        approval=info.approval,
-        standing=standing,
-    )
