@@ -17,12 +17,12 @@ from deal_core.printable import listed
 from flows.lock import hold_lineage
 from flows.results import AdaptResult, adapted, repeated
 from infra.disk import disk_full
-from tasks.adaptation.repeats import (count_attempts, find_own, find_registered, find_repeat, make_run_key)
-from tasks.adaptation.parent import (find_parent)
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
+from tasks.adaptation.parent import find_parent
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import decide_gate, register_version
+from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import keep_findings
 from tasks.adaptation.train import train_version

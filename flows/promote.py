@@ -1,12 +1,14 @@
-"""Promote, roll back, reject: a person decides which version of a lineage serves.
+"""Promote, roll back, reject, rebuild: a person decides which version of a lineage serves.
 
 None of them waits for a run that is at work: a rollback takes effect at once, and the run finds the champion moved.
 """
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 from collections.abc import Sequence
+from contextlib import suppress
 
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
@@ -19,15 +21,17 @@ from infra.ledger import Ledger
 from infra.promotions import Action, Change, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
-from tasks.lineage.versions import (arrival_digests, descent, standing_of)
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.context import current_store
 from tasks.lineage.history import find_version, unknown_lineage
+from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.lineage.resolve_spec import arrival_of
 from tasks.lineage.stored_lineage import require_in_registry
 from tasks.lineage.tombstones import refuse_forgotten
+from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce
+from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 from tasks.spec import AdaptSpec, parse
 
 
@@ -310,3 +314,21 @@ def _is_learned(registry: Registry, version: VersionInfo) -> bool:
     versions = registry.versions(version.lineage)
     wanted = arrival_digests(version, versions)
     return any(each.digests & wanted for each in descent(versions, registry.champion(version.lineage)))
+
+
+async def rebuild(lineage: str) -> RebuildResult:
+    """Register a lineage's versions again; see `tasks.lineage.rebuild`. Cancelled, it ends at the next version.
+
+    Raises:
+        LineageBusyError: a run works on the lineage.
+    """
+    raise_if_stopped()  # from here on the thread shares what asks it to stop
+    async with hold_lineage(lineage, wait=False):
+        working = asyncio.create_task(asyncio.to_thread(rebuild_lineage, lineage))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            ask_to_stop()
+            with suppress(Interrupted):
+                await working
+            raise

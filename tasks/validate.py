@@ -13,11 +13,11 @@ from deal_core.data.arrival import ValidationReport
 from deal_core.data.validate import validate_file
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
-from tasks.lineage.versions import (version_ref)
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
 from tasks.context import current_store, local_file
 from tasks.lineage.record import read_record
 from tasks.lineage.resolve_spec import spec_from_options
+from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 
 

@@ -172,7 +172,7 @@ def add(
 @command(lineage_app, "rebuild")
 def rebuild(deal: Session, lineage: Annotated[str, Argument(help="Name of the lineage.")]) -> CommandResult:
     """Register a lineage's versions again from the store, after MLflow's database was lost."""
-    from flows.rebuild import rebuild as rebuild_held
+    from flows.promote import rebuild as rebuild_held
     from tasks.progress import reporting_to
 
     with reporting_to(deal.screen):

@@ -18,12 +18,12 @@ from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.lineage.versions import (version_ref)
 from tasks.adaptation.evaluate import renewed_task
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.record import KnownTask, LineageRecord, read_record, write_record
+from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
 from tasks.spec import AdaptSpec
 

@@ -25,7 +25,6 @@ from infra.tracking.rebuilding import LineageRebuild
 from infra.tracking.registry import Alias, Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
-from tasks.lineage.versions import (version_ref)
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import dataset_of, read_findings
@@ -34,6 +33,7 @@ from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.older_versions import find_older
 from tasks.lineage.record import read_record
 from tasks.lineage.stored_lineage import stored_numbers
+from tasks.lineage.versions import version_ref
 from tasks.progress import advance, raise_if_stopped
 from tasks.references import RunRef, TrainSummary, VersionRef
 

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
-from prefect import runtime, task
-from prefect.cache_policies import NO_CACHE
-
-from deal_core.errors import RegistryError
-from infra.ledger import Ledger
-from infra.promotions import PromotionLog
-from infra.tracking.registry import VersionInfo, open_registry
-from infra.version_log import VersionLog
-from tasks.adaptation.promote import champion_deleted, settle_aliases
-from tasks.adaptation.resume import finish_run
-from tasks.context import current_store
-from tasks.lineage.stored_lineage import require_in_registry
-from tasks.references import BaseRef, DatasetRef, Standing, VersionRef
+from infra.tracking.registry import VersionInfo
+from tasks.references import Standing, VersionRef
 
 
 def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:

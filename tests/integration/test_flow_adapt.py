@@ -21,7 +21,7 @@ from flows.forget import forget
 from flows.results import AdaptResult
 from infra.ledger import Ledger
 from infra.tracking.registry import Registry, open_registry
-from tasks.adaptation.parent import (find_parent)
+from tasks.adaptation.parent import find_parent
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.record import read_record

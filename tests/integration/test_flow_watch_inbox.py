@@ -122,7 +122,9 @@ def test_a_task_file_is_read_again_when_it_has_changed_and_not_before(
     land(home, "parcels/task.yaml", b"instruction: Which?\n")
     read: list[str] = []
     original = FileStore.get_bytes
-    monkeypatch.setattr(FileStore, "get_bytes", lambda self, key: read.append(key) or original(self, key))
+    monkeypatch.setattr(
+        FileStore, "get_bytes", lambda self, key, **limit: read.append(key) or original(self, key, **limit)
+    )
     store, test_files = current_store(), TestFiles()
     for _ in range(2):
         assert [info.key for info in look_at_inbox(store, test_files).arrivals] == ["inbox/bank/new.jsonl"]

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from deal_core.errors import RegistryError
-from flows.promote import roll_back
-from flows.rebuild import rebuild
+from flows.promote import rebuild, roll_back
 from infra.settings import TrackingSettings
 from infra.tracking.rebuilding import LineageRebuild
 from infra.tracking.registry import VersionInfo, open_registry

@@ -12,8 +12,8 @@ import pytest
 from infra.ledger import Ledger
 from infra.store.open import open_store
 from infra.tracking.registry import VersionInfo
-from tasks.adaptation.repeats import (find_repeat)
 from tasks.adaptation.promote import note_learned
+from tasks.adaptation.repeats import find_repeat
 from tasks.references import DatasetRef
 
 NOW = DatasetRef(

@@ -18,8 +18,8 @@ from deal_core.errors import IntegrityError
 from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.tracking.registry import Registry, VersionInfo
-from tasks.lineage.versions import (version_ref)
 from tasks.lineage.adapters import borrowed_adapter, borrowed_parent, replacing
+from tasks.lineage.versions import version_ref
 from tasks.references import AdapterRef
 from tests.unit.tasks.housekeeping.test_garbage import version
 
