@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save
 
 from deal_core.adapter.files import as_recorded, digests_of
-from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
+from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from flows.serve_vllm import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
@@ -23,7 +25,10 @@ from tasks.context import current_store
 from tasks.serving.registered import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
-CONFIG = {"r": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none", "peft_type": "LORA"}
+CONFIG = {
+    "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "bias": "none",
+    "peft_type": "LORA",
+}  # fmt: skip
 FACTS = VersionFacts(
     run_key="", task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
     adapter_uri="", adapter_sha256="", parent_version=None, accepted=True, reasons=(), average_accuracy=0.5,
@@ -32,6 +37,10 @@ FACTS = VersionFacts(
 Sync = Callable[..., ServingRoute]
 
 pytestmark = pytest.mark.usefixtures("home")
+
+
+def weights_of(version: str) -> bytes:
+    return save({"weight": numpy.full(2, int(version), dtype=numpy.float32)})
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         folder = tmp_path / f"adapter-{lineage}-{version}"
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **config}))
-        (folder / "adapter_model.safetensors").write_bytes(version.encode())
+        (folder / "adapter_model.safetensors").write_bytes(weights_of(version))
         uri = f"adapters/{lineage}/run-{version}"
         current_store().upload_folder(folder, uri)
         files = as_recorded(digests_of(folder))
@@ -76,7 +85,7 @@ def test_the_server_follows_the_champion_there_and_back(tmp_path: Path, server: 
     first = sync()
     assert (first.model, first.version, first.state, first.problem) == ("l-v1", "1", "in step", None)
     assert server.calls == [("load", "l-v1"), ("ask", "l-v1")]
-    assert Path(server.adapters["l-v1"], "adapter_model.safetensors").read_bytes() == b"1"
+    assert Path(server.adapters["l-v1"], "adapter_model.safetensors").read_bytes() == weights_of("1")
 
     promote(tmp_path, "2")
     server.calls.clear()
@@ -226,7 +235,7 @@ def test_a_damaged_adapter_is_never_handed_over(
     promote(tmp_path, "2")
     file = tmp_path / "home" / "store" / "adapters" / "l" / "run-2" / name
     recorded, whole = digests_of(file.parent)[name], file.read_bytes()
-    file.write_bytes(whole + b" ")
+    file.write_bytes(whole + b" " if name == "adapter_config.json" else whole[:-1] + bytes([whole[-1] ^ 1]))
     server.calls.clear()
     with pytest.raises(IntegrityError, match=rf"Version 2 of 'l' is damaged.*{name} has sha256 .*{recorded}"):
         sync(**settings)
@@ -236,7 +245,7 @@ def test_a_damaged_adapter_is_never_handed_over(
     assert route is not None and (route.model, route.state) == ("l-v1", "behind")
     assert route.problem and "is damaged" in route.problem
     file.write_bytes(b"\xff" if name == "adapter_config.json" else b"")
-    with pytest.raises(IntegrityError, match="Version 2 of 'l' is damaged"):
+    with pytest.raises(StoreError, match=rf"{name}, a file of version 2 of 'l', is damaged"):
         sync(**settings)
     file.write_bytes(whole)
     assert sync(**settings).model == "l-v2"
