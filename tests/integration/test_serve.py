@@ -144,7 +144,8 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
         temporary.unlink()
         registry.set_alias(LINEAGE, "champion", "1")
         wait_for(lambda: state(url)["version"] == "1")
-        assert process.poll() is None and list(temporary.iterdir()) == []
+        wait_for(lambda: list(temporary.iterdir()) == [])
+        assert process.poll() is None
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
