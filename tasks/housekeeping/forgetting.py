@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,8 +30,10 @@ from tasks.inbox.listing import read_state, write_state
 from tasks.lineage.adapters import replacing
 from tasks.lineage.record import RECORD_FILE, read_record
 
-Kind = Literal["training rows", "test rows", "quarantine", "inbox file", "work folder", "answers", "artifacts",
-               "rows kept by the method", "adapter of no version", "temporary files"]  # fmt: skip
+Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
+               "answers", "inbox file", "quarantine", "training rows", "test rows"]  # fmt: skip
+ORDER: tuple[Kind, ...] = get_args(Kind)
+"""In this order they are removed: while the rows are there, the arrival is found again after an interruption."""
 
 
 class Held(BaseModel):
@@ -140,21 +142,24 @@ def plan_forgetting(
 
 def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
     """Remove what a plan found. Each step can be repeated: the tombstone stays, and with it the arrival is found."""
-    by_kind: dict[str, list[Held]] = {}
-    for each in plan.held:
-        by_kind.setdefault(each.kind, []).append(each)
-    for each in by_kind.get("artifacts", ()):
-        assert each.run_id is not None
-        remover.remove_run_files(each.run_id, each.address.split(", "))
-    for lineage in sorted({each.lineage for each in by_kind.get("rows kept by the method", ()) if each.lineage}):
-        _empty_method_rows(store, remover, registry, lineage, (plan.sha256, *plan.splits))
-    for each in by_kind.get("work folder", ()):
-        shutil.rmtree(each.address, ignore_errors=True)
-    for each in by_kind.get("temporary files", ()):
-        remove_local(each.address)
-    for kind in ("adapter of no version", "answers", "inbox file", "quarantine", "training rows", "test rows"):
-        for each in by_kind.get(kind, ()):
-            store.delete(each.address)
+    emptied: set[str] = set()
+    for each in sorted(plan.held, key=lambda each: ORDER.index(each.kind)):
+        match each.kind:
+            case "artifacts":
+                assert each.run_id is not None
+                remover.remove_run_files(each.run_id, each.address.split(", "))
+            case "rows kept by the method":
+                if each.lineage and each.lineage not in emptied:
+                    _empty_method_rows(store, remover, registry, each.lineage, (plan.sha256, *plan.splits))
+                    emptied.add(each.lineage)
+            case "work folder":
+                shutil.rmtree(each.address, ignore_errors=True)
+            case "temporary files":
+                remove_local(each.address)
+            case "adapter of no version" | "answers" | "inbox file" | "quarantine" | "training rows" | "test rows":
+                store.delete(each.address)
+            case _:
+                assert_never(each.kind)
     for sha256 in (*plan.splits, plan.sha256):  # the named one last: while it is there, its manifest finds the others
         store.delete(keys.dataset_folder(plan.task, sha256))
 
