@@ -1,6 +1,7 @@
-"""Promote, roll back, reject, rebuild: a person decides which version of a lineage serves.
+"""Promote, roll back, reject, requeue, rebuild: a person decides which version of a lineage serves.
 
-None of them waits for a run that is at work: a rollback takes effect at once, and the run finds the champion moved.
+Promote, rollback and reject do not wait for a run: a rollback takes effect at once, and the run finds the champion
+moved. Requeue learns again what a rollback left behind.
 """
 
 from __future__ import annotations

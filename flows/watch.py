@@ -1,4 +1,4 @@
-"""Watch: files that land in the inbox are adapted as they come, each content once."""
+"""Watch: files that land in the inbox are adapted one by one, oldest first, each content once."""
 
 from __future__ import annotations
 

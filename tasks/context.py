@@ -1,4 +1,4 @@
-"""What the stages reach the outside world through, made from the environment where it is needed."""
+"""The store, the work folder and the MLflow run of an adaptation, made from the environment where they are needed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from infra.store.open import open_store
 from infra.tracking.tracker import open_tracker
 from tasks.lineage.version_files import CONFIG, reading_beside, require_readable
 from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
+
+logger = logging.getLogger(__name__)
 
 
 def current_store() -> ObjectStore:
@@ -80,9 +82,6 @@ def _outside_store(address: str, store: ObjectStore) -> Path:
     if parts.scheme != "file":
         raise StoreError(f"{address} is not in the store {store.uri}; give a local path, or set DEAL_STORE_URI.")
     return Path(unquote(parts.path))
-
-
-logger = logging.getLogger(__name__)
 
 
 @task(name="start", cache_policy=NO_CACHE)

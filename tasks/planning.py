@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OnProgress = Callable[[str], None]
+NUM_PROBE_STEPS = 3
 
 
 class PlannedRemedy(BaseModel):
@@ -288,9 +289,6 @@ def _memory(
         precision=precision,
         on_cpu=device.is_cpu,
     )
-
-
-NUM_PROBE_STEPS = 3
 
 
 def probe_step(source: str, parent: VersionRef | None, rows: Dataset, setup: TrainingSetup) -> float:

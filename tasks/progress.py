@@ -1,8 +1,8 @@
-"""How a run tells whoever started it where it stands.
+"""How a run reports its progress, runs its stages in threads, and is stopped.
 
-The stages report to the reporter of the current context: the command shows bars and lines, a worker writes log lines.
-The callbacks of `advance` are also where a run that was asked to stop does stop, since stages run in threads that
-nothing can kill.
+The stages report to the reporter of the current context: a command shows bars and lines, a worker writes log lines. The
+callbacks of `advance` are also the places where a run stops if it was asked to, because nothing can kill a thread.
+`patient` bridges a Prefect server that is away.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import httpx
 import tenacity
 
 logger = logging.getLogger(__name__)
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+PATIENCE_SECONDS = 180.0
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: somebody asked for it
@@ -134,10 +137,6 @@ def advance(stage: str, total: float | None = None) -> Callable[..., None]:
     return callback
 
 
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
-
-
 class Stages:
     """The stages of one run and how long each took."""
 
@@ -164,12 +163,10 @@ class Stages:
         reporter().stage_finished(name, self.seconds[name], detail)
 
 
-MAX_SECONDS = 180.0
-
 patient = tenacity.retry(
     retry=tenacity.retry_if_exception_type(httpx.TransportError),
     wait=tenacity.wait_exponential(multiplier=0.5, max=10.0) + tenacity.wait_random(0.0, 1.0),
-    stop=tenacity.stop_after_delay(MAX_SECONDS),
+    stop=tenacity.stop_after_delay(PATIENCE_SECONDS),
     before_sleep=tenacity.before_sleep_log(logging.getLogger(__name__), logging.WARNING),
     reraise=True,
 )

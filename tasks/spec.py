@@ -34,6 +34,15 @@ from deal_core.masking import holds_secret
 from deal_core.printable import brief, shorten
 from deal_core.yaml_file import read_yaml
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Format = Literal["labelled", "completion", "chat"]
+Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
+DEFAULT_STRATEGY: Strategy = "deal"
+MAX_PROBLEMS = 20
+"""Of those that a file has; the others are counted."""
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def refuse_secrets(address: str) -> str:
     """Return an address that holds no user, password or token.
@@ -52,16 +61,6 @@ def refuse_secrets(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(refuse_secrets)]
 """A path, a name or an address without a secret in it."""
-
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Format = Literal["labelled", "completion", "chat"]
-Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
-DEFAULT_STRATEGY: Strategy = "deal"
-MAX_PROBLEMS = 20
-"""Of those that a file has; the others are counted."""
-Model = TypeVar("Model", bound=BaseModel)
 
 
 def _require_utf8(name: str) -> str:

@@ -1,6 +1,9 @@
-"""Retention network: which part of the old spectrum a new task keeps (arXiv 2509.18942, Eq. 8-10).
+"""Retention network and controlled update: what of the old spectrum a new task keeps (arXiv 2509.18942, Eq. 8-11).
 
 Shapes: M modules of one shape, N features of the side (I for A, O for B), R rank, J kernel widths, K layers.
+
+Kernels are logarithms, so that the inverse kernel is a subtraction. Their arguments broadcast against each other:
+singular values s (0 to 1), learnable centres c (1 at the start) and fixed widths σ.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ FLOOR = 1e-3
 SMALL = 1e-6
 
 LogKernel = Callable[[Tensor, Tensor | float, Tensor], Tensor]
+START_CENTRE = 1.0
 
 
 def log_heat(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tensor:
@@ -36,9 +40,6 @@ def log_spline(spectrum: Tensor, centre: Tensor | float, width: Tensor) -> Tenso
 
 
 LOG_KERNELS: dict[str, LogKernel] = {"heat": log_heat, "linear_decay": log_linear_decay, "spline": log_spline}
-
-
-START_CENTRE = 1.0
 
 
 class SpectralRetention(nn.Module):
@@ -135,7 +136,7 @@ class LiteralRetention(nn.Module):
 
 
 class ControlledUpdate(nn.Module):
-    """O = X̂ + X̂Ω + b. Ω (M×R×R) and b (M×N×R) are zero at the start, so O = X̂ before the first step.
+    """Eq. 11: O = X̂ + X̂Ω + b. Ω (M×R×R) and b (M×N×R) are zero at the start, so O = X̂ before the first step.
 
     Args:
         start_MNR: The factor; it gives shape and device.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Factors = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -66,11 +68,11 @@ def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
     return count_M.clamp(max=sigma_MR.shape[1] - num_free)
 
 
-Factors = tuple[Tensor, Tensor]
-
-
 def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
     """Return factors of the best rank-R approximation of (1 − share)·ΔW_parent + share·ΔW_trained.
+
+    Points between fine-tuned weights and the weights before trade new knowledge for old better than either end
+    (Wortsman et al., arXiv 2109.01903, for full weights).
 
     Args:
         parent: A (M×R×I) and B (M×O×R) of the parent version.

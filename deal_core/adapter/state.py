@@ -50,6 +50,7 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
         ("q_proj", "v_proj"),
     ),
 }
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @contextmanager
@@ -293,11 +294,10 @@ __all__ = [
 ]
 
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-
-
 def adapter_norm(folder: Path) -> float | None:
     """‖ΔW‖_F over all modules of a PEFT folder, scaling included; None if a factor is not finite.
+
+    The norm of a broken adapter stands out at once.
 
     ΔW is never formed, because ‖BA‖² = ⟨BᵀB, AAᵀ⟩.
 

@@ -162,6 +162,8 @@ def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments with which `from_pretrained` loads a quantized model onto this process's device.
 
+    The adapter on it keeps full precision (QLoRA, arXiv 2305.14314).
+
     Args:
         quantize: 8bit: LLM.int8(); 4bit: NF4 with its constants quantized too.
         dtype: Type of the products with 4-bit weights.

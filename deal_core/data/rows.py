@@ -27,6 +27,10 @@ Reason = Literal[
     "duplicate row",
     "text of a test row",
 ]
+BATCH_ROWS = 4096
+BATCH_CHARS = 2**19
+"""Most rows and characters of a batch. A single row (in Parquet a single piece) may be larger."""
+Item = TypeVar("Item")
 
 
 class Problem(NamedTuple):
@@ -108,13 +112,6 @@ def stored_input_digest(kind: Format, stored: str) -> bytes:
     if kind == "chat":
         return row_digest(*(part for message in json.loads(stored) for part in (message["role"], message["content"])))
     return row_digest(stored)
-
-
-BATCH_ROWS = 4096
-BATCH_CHARS = 2**19
-"""Most rows and characters of a batch. A single row (in Parquet a single piece) may be larger."""
-
-Item = TypeVar("Item")
 
 
 class RowBatch(Protocol):

@@ -31,6 +31,8 @@ LOGIT_COPIES = 3
 """Number of fp32 copies of the answers' logits that exist at once in the backward pass."""
 HEADROOM = 0.9
 """Share of a device's memory that a plan may fill; the rest is for the allocator and for uncounted memory."""
+NUM_LONGEST = 64
+"""Number of rows that are tokenised: the rows with the most characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +237,6 @@ def rehearsed_rows(method: MethodConfig, *, num_old_tasks: int, strategy: str) -
 def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> int:
     """Rank of the adapter in training: some strategies widen it at every later task."""
     return adapter.rank + num_versions * strategy_class(strategy).num_new_slots(adapter)
-
-
-NUM_LONGEST = 64
-"""Number of rows that are tokenised: the rows with the most characters."""
 
 
 def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:

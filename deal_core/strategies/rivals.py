@@ -1,4 +1,4 @@
-"""The methods that `deal` is compared with. SeqLoRA, the usual lower bound, keeps training one LoRA."""
+"""The methods that `deal` is compared with, and plain LoRA, the lower bound for all of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from deal_core.strategies.questions import keep_rows, make_rehearsal
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask
 from deal_core.strategies.strategy import MethodState, Stores, Strategy, TaskContext
 
+NUM_FISHER_ROWS = 64
+"""Rows over which the Fisher information is averaged, one gradient each."""
+
 
 class SeqLora(Strategy):
-    """Plain LoRA fine-tuning, task after task, on one adapter."""
+    """Plain LoRA fine-tuning, task after task, on one adapter: the lower bound for every method of the field."""
 
     name = "seq_lora"
 
 
 class IncLora(Strategy):
-    """Trains only the slots that a task adds; slots of earlier tasks stay fixed. The adapter grows with every task.
+    """Trains only the slots that a task adds; slots of earlier tasks stay fixed: ΔW = Σ_i B_i A_i.
+
+    The adapter grows with every task.
 
     Attributes:
         a_new: A of the new slots, M×R×I, one per stack; empty for the first task, which is plain LoRA.
@@ -87,7 +92,7 @@ class IncLora(Strategy):
 
 
 class Slao(Strategy):
-    """Single LoRA, orthogonal initialisation, time-aware merging.
+    """SLAO: single LoRA, orthogonal initialisation, time-aware merging (arXiv 2512.23017).
 
     Task t starts from A = Qᵀ of the QR of A_{t−1}ᵀ and from the B that task t−1 ended with. The version is that task's
     A with B_merged ← B_merged + (B − B_merged)/√t. The method state holds the unmerged B.
@@ -122,7 +127,10 @@ class Slao(Strategy):
 
 
 class OLora(IncLora):
-    """IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ| (O-LoRA's Eq. 7 with the absolute values of its released code)."""
+    """O-LoRA (arXiv 2310.14152): IncLoRA with the penalty λ Σ_i Σ |A_i A_newᵀ|.
+
+    The penalty is Eq. 7 with the absolute values of the released code. New slots read directions orthogonal to the old.
+    """
 
     name = "o_lora"
     reads = ("rivals.o_lora_weight",)
@@ -136,7 +144,7 @@ class OLora(IncLora):
 
 
 class Ella(IncLora):
-    """IncLoRA with the penalty λ‖ΔW_new ⊙ W_past‖²_F, W_past = Σ_i ΔW_i, over all modules."""
+    """ELLA (arXiv 2601.02232): IncLoRA with the penalty λ‖ΔW_new ⊙ W_past‖²_F over all modules, W_past = Σ_i ΔW_i."""
 
     name = "ella"
     reads = ("rivals.ella_weight",)
@@ -158,12 +166,8 @@ class Ella(IncLora):
         return self.config.rivals.ella_weight * torch.stack(overlaps).sum()
 
 
-NUM_FISHER_ROWS = 64
-"""Rows over which the Fisher information is averaged, one gradient each."""
-
-
 class Ewc(Strategy):
-    """SeqLoRA with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)² on the factors.
+    """EWC (arXiv 1612.00796): SeqLoRA with the penalty λ/2 Σ_i F_i (θ_i − θ*_i)² on the factors.
 
     θ* are the parent's factors. F is the sum, over the tasks, of the diagonal Fisher information after each task. This
     is Huszár's form: one quadratic term around the newest optimum, so the state does not grow.
@@ -211,7 +215,7 @@ class Ewc(Strategy):
 
 
 class Lwf(Strategy):
-    """SeqLoRA with T²·KL(parent ‖ model) at the answer positions of a few new rows per step."""
+    """LwF (arXiv 1606.09282): SeqLoRA with T²·KL(parent ‖ model) at the answers of a few new rows per step."""
 
     name = "lwf"
     reads = ("rivals.lwf_weight", "rivals.lwf_temperature", "rehearsal.rows_per_step")

@@ -34,6 +34,9 @@ from deal_core.base_model.load import Precision, load_base
 from deal_core.errors import ConfigError, DealError, RankError
 from deal_core.training.train import OnLog, TrainingResult, TrainingSetup, train_adapter
 
+END_SECONDS = 60.0
+"""Time that the processes have to end before they are killed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
@@ -63,10 +66,6 @@ class TrainingJob:
     def read(cls, path: Path) -> TrainingJob:
         """Read the job from a file of `write`."""
         return TypeAdapter(cls).validate_json(path.read_bytes())
-
-
-END_SECONDS = 60.0
-"""Time that the processes have to end before they are killed."""
 
 
 def train_in_processes(job: TrainingJob, folder: Path, on_log: OnLog | None = None) -> TrainingResult:

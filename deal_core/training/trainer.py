@@ -25,6 +25,9 @@ from deal_core.strategies.strategy import Strategy
 
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
+TOLERANCE = 1e-4
+"""Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
+TINY = 1e-12
 
 
 class AdapterTrainer(Trainer):
@@ -167,11 +170,6 @@ def find_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(found)[1] if found else None
-
-
-TOLERANCE = 1e-4
-"""Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
-TINY = 1e-12
 
 
 @torch.no_grad()

@@ -1,10 +1,14 @@
-"""Automations that bring runs back whose process died: a Prefect server carries them, nobody has to look.
+"""Automations on a Prefect server: they bring back runs whose process died, and tell people what became of a run.
 
-    a run falls silent (machine lost, worker killed)  → Crashed, by `silent runs`
-    a run was handed to a worker and never began      → Crashed, by `runs that never began`
-    a run that learns or watches has crashed          → scheduled once more, by `crashed runs`, three times at most
+    a run sends no heartbeat (machine lost, worker killed)  → Crashed, by `silent runs`
+    a worker took a run and did not start it                → Crashed, by `runs that never began`
+    a run that learns or watches has crashed                → scheduled again, by `crashed runs`, at most three times
 
-The run that is scheduled once more has the same id and goes on from its last checkpoint.
+The run that is scheduled again has the same id and continues from its last checkpoint.
+
+The automations that tell people hand one event of `tasks.notices` each to a notification block of Prefect (Slack,
+e-mail, Teams). DEAL_NOTIFICATION_BLOCK names the block. Without a block these automations are on the server, switched
+off, so that the server shows what can be told.
 """
 
 from __future__ import annotations
@@ -39,6 +43,21 @@ NEVER_BEGAN = timedelta(hours=1)
 PROCESS_NEVER_BEGAN = timedelta(minutes=3)
 """One that is a process of its worker waits for nothing; until it is given up it keeps its place in the pool."""
 MAX_RERUNS = 3
+TITLES: dict[Kind, str] = {
+    "promoted": "version {{ event.payload.version }} was promoted",
+    "rejected": "version {{ event.payload.version }} was rejected",
+    "awaiting-approval": "version {{ event.payload.version }} waits for approval",
+    "rolled-back": "version {{ event.payload.version }} is champion again",
+    "failed": "an adaptation failed",
+}
+BODY = """\
+Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
+{% for reason in event.payload.reasons %}- {{ reason }}
+{% endfor %}{% if event.payload.error %}{{ event.payload.error }}
+{% endif %}{% if event.payload.version %}deal report {{ event.payload.version }} --lineage {{ event.payload.lineage }}
+{% endif %}"""
+ACTION_FAILED = "prefect.automation.action.failed"
+"""Prefect's own; its resource is the automation, and its payload has the reason."""
 
 
 def automations(never_began: timedelta) -> list[AutomationCore]:
@@ -90,23 +109,6 @@ async def apply_automations(client: PrefectClient, never_began: timedelta) -> No
             await client.create_automation(automation)
         for double in known[1:]:
             await client.delete_automation(double.id)
-
-
-TITLES: dict[Kind, str] = {
-    "promoted": "version {{ event.payload.version }} was promoted",
-    "rejected": "version {{ event.payload.version }} was rejected",
-    "awaiting-approval": "version {{ event.payload.version }} waits for approval",
-    "rolled-back": "version {{ event.payload.version }} is champion again",
-    "failed": "an adaptation failed",
-}
-BODY = """\
-Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
-{% for reason in event.payload.reasons %}- {{ reason }}
-{% endfor %}{% if event.payload.error %}{{ event.payload.error }}
-{% endif %}{% if event.payload.version %}deal report {{ event.payload.version }} --lineage {{ event.payload.lineage }}
-{% endif %}"""
-ACTION_FAILED = "prefect.automation.action.failed"
-"""Prefect's own; its resource is the automation, and its payload has the reason."""
 
 
 def notifications(block_id: UUID | None) -> list[AutomationCore]:

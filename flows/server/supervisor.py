@@ -1,4 +1,4 @@
-"""The keeper of the local whole: starts again what died and keeps logs short, until `deal down` ends it.
+"""The supervisor of the local servers: it restarts what died and keeps logs short, until `deal down` ends it.
 
 python -m flows.server.supervisor HOME
 """

@@ -1,4 +1,4 @@
-"""The paper that figures are drawn on: no global state, colours that everybody can tell apart."""
+"""The figures of a run and of a sequence of tasks: accuracy matrix, training, result. Colours differ for every eye."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4
 """Okabe and Ito's palette, without the yellow that vanishes on white."""
 MARKERS = "osD^vPX*"
 MUTED = "#666666"
+COLOUR_MAP = colormaps["YlGnBu"]
+"""Light to dark in one direction, also in grey."""
+GAP = 0.12
+"""Between the base model's row and the versions', in rows."""
+DARK_FROM = 68.0
+"""Per cent from which the numbers are white."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -65,14 +71,6 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
         moved[here] = max(moved[here], moved[before] + gap)
     excess = (max(moved) - max(positions)) / 2 if moved else 0.0
     return [position - excess for position in moved]
-
-
-COLOUR_MAP = colormaps["YlGnBu"]
-"""Light to dark in one direction, also in grey."""
-GAP = 0.12
-"""Between the base model's row and the versions', in rows."""
-DARK_FROM = 68.0
-"""Per cent from which the numbers are white."""
 
 
 def accuracy_heatmap(matrix: AccuracyMatrix) -> Figure:

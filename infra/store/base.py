@@ -29,6 +29,7 @@ RESERVED = ".incoming"
 """No key may start with it: a folder store writes unfinished files there, and an S3 store its test object."""
 _warned: set[tuple[str, str]] = set()
 """Pairs of a store and an unsafe key that this process has logged."""
+TEMPORARY = "tmp"
 
 
 class ObjectNotFoundError(StoreError):
@@ -267,12 +268,12 @@ class ObjectStore(ABC):
         return num_files
 
 
-TEMPORARY = "tmp"
-
-
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A new, empty folder, gone afterwards; only its user can look into it."""
+    """A new, empty folder in HOME/tmp, gone afterwards; only its user can look into it.
+
+    A killed process leaves the folder, and the folder may hold rows. `deal gc` and `deal forget` find it there.
+    """
     place = HomeSettings().home / TEMPORARY
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:

@@ -23,6 +23,9 @@ from infra.tracking.tracker import Tracker
 RUN_ARTIFACTS = ("report.json", "report.html")
 """At the top of a run: examples gained and lost, and rows in quarantine. Whoever logs rows elsewhere adds the name, or
 that of the folder."""
+PAGE = 1000
+REMOVED = "deal.adapter_removed"
+"""Tag of a version, and of its logged model, whose adapter is gone: the day."""
 
 
 def artifacts_with_rows(paths: Iterable[str]) -> tuple[str, ...]:
@@ -33,11 +36,6 @@ def artifacts_with_rows(paths: Iterable[str]) -> tuple[str, ...]:
         ('report.html',)
     """
     return tuple(path for path in paths if path.split("/")[0] in RUN_ARTIFACTS)
-
-
-PAGE = 1000
-REMOVED = "deal.adapter_removed"
-"""Tag of a version, and of its logged model, whose adapter is gone: the day."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Examples: which test rows a version answers rightly that the version before it did not, and the other way round."""
+"""The answers of a version and of its parent to every test row, and which rows were gained or lost.
+
+The answers stay in the object store next to the adapter, like the rows. MLflow gets none of them.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ ANSWERS_FILE = "answers.json"
 
 Answers = dict[str, dict[str, str]]
 """Task to the digest (sha256) of a test row to the answer."""
+MAX_EXAMPLES = 10
+"""Of each kind and task."""
+MAX_CHARS = 400
+"""Of each text that is shown."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,6 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
         values = json.loads(store.get_bytes(key))
         require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
         return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]))
-
-
-MAX_EXAMPLES = 10
-"""Of each kind and task."""
-MAX_CHARS = 400
-"""Of each text that is shown."""
 
 
 class _Row(NamedTuple):

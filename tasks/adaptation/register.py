@@ -1,4 +1,4 @@
-"""Register: an evaluated adapter becomes one version of its lineage, with all that the next arrival must know."""
+"""The gate's decision, and registration: an adapter becomes a version with all that the next arrival needs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
 from tasks.spec import AdaptSpec
 
+VETO_FIELDS = ("kind", "task", "value", "limit")
+
 
 @task(name="gate", cache_policy=NO_CACHE)
 def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
     """Judge a version. A rejection is a result, not an error."""
     return decide(report, config)
-
-
-VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
 @task(name="register", cache_policy=NO_CACHE)

@@ -48,6 +48,9 @@ from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 MAX_LOSSES = 1000
 """Kept for the page; MLflow has all of them as a metric."""
 LIBRARIES = ("deal-pipeline", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "mlflow", "prefect")
+EVALUATION_FILE = "evaluation.json"
+NEWEST = 30
+"""Versions in the matrix of the Markdown page, which Prefect's database keeps one of for each run."""
 
 
 def gather_report(
@@ -170,11 +173,6 @@ def _problem(entry: Mapping[str, Any], include_texts: bool) -> str:
 
 def _link(info: VersionInfo) -> Link:
     return Link(**{name: getattr(info, name) for name in Link.model_fields})
-
-
-EVALUATION_FILE = "evaluation.json"
-NEWEST = 30
-"""Versions in the matrix of the Markdown page, which Prefect's database keeps one of for each run."""
 
 
 @task(name="report", cache_policy=NO_CACHE)

@@ -1,4 +1,4 @@
-"""Finish: what a run that died after it had registered its version left undone is done by the lineage's next run."""
+"""Resume: the lineage's next run completes a run that died after it had registered its version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sweep: look at what there is of a lineage, and remove what a plan says. Whoever calls holds the lineage."""
+"""What is stored of lineages and of one arrival, and what killed processes left: the base of `gc` and `forget`.
+
+The caller holds the lineage.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,12 @@ from tasks.context import local_file
 from tasks.housekeeping.garbage import Folder, Holdings, Removal
 from tasks.inbox.listing import read_state
 from tasks.lineage.tombstones import find_tombstone
+
+SERVE = "serve"
+"""Where `deal serve` of earlier releases kept the versions that it had fetched."""
+AGE = timedelta(days=1)
+"""What nobody has written to for so long has lost its process: all that is needed later is read at once."""
+MIN_PREFIX = 6
 
 
 def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
@@ -157,12 +166,6 @@ def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
     return Folder(address, sum(info.size for info in infos), max(info.modified for info in infos).astimezone(UTC))
 
 
-SERVE = "serve"
-"""Where `deal serve` of earlier releases kept the versions that it had fetched."""
-AGE = timedelta(days=1)
-"""What nobody has written to for so long has lost its process: all that is needed later is read at once."""
-
-
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     """Temporary folders, files that a folder store was taking in, and what earlier releases left in HOME/serve."""
     home = HomeSettings().home
@@ -197,9 +200,6 @@ def local_folder(path: Path) -> Folder:
     stats = [each.lstat() for each in (path, *path.rglob("*"))]
     num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
     return Folder(str(path), num_bytes, datetime.fromtimestamp(max(found.st_mtime for found in stats), UTC))
-
-
-MIN_PREFIX = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Labels that a lineage's task has gained by command: its arrivals may bring them, those that come first and all later.
+"""Labels that a task of a lineage gains by command (`deal labels`). The next arrival may bring rows with them.
 
-They stay once a version knows them: what a task file or an older spec says of the task is read as of before.
+Labels stay once a version knows them. A task file or an older spec is then read without these labels, as before.
 """
 
 from __future__ import annotations

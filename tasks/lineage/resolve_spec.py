@@ -1,4 +1,4 @@
-"""What a person asks of a lineage: options win over a spec, a spec over the lineage's file, the file over defaults."""
+"""Merge the settings of a run: options win over the spec, the spec over the lineage's file, the file over defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answer one text with a version of a lineage."""
+"""Answer one text, or a whole file, with a version of a lineage. A file is streamed; an interrupted one continues."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
 
 NUM_TOKENS = 5
+SCHEMA_VERSION = 1
+CHUNK_ROWS = 1024
+"""Rows that are read, answered in batches of similar length, and written together."""
+OnProgress = Callable[[int, int], None]
 
 
 class Answer(BaseModel):
@@ -110,13 +114,6 @@ def choose_version(lineage: str, number: str | None) -> VersionInfo:
     if number is None:
         require_through_gate(info)
     return info
-
-
-SCHEMA_VERSION = 1
-CHUNK_ROWS = 1024
-"""Rows that are read, answered in batches of similar length, and written together."""
-
-OnProgress = Callable[[int, int], None]
 
 
 class FileAnswers(BaseModel):
