@@ -14,6 +14,7 @@ from contextlib import suppress
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from flows.adapt import learn_arrival
 from flows.lock import hold_lineage
@@ -241,7 +242,7 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
             f"({champion.base_sha256[:12]}); a new base model starts a new lineage."
         )
     store = current_store()
-    if not store.exists(f"{version.adapter_uri}/adapter_model.safetensors"):
+    if not store.exists(f"{version.adapter_uri}/{WEIGHTS_FILE}"):
         raise RegistryError(f"{name} has no adapter in the store any more ({store.uri_of(version.adapter_uri)}).")
 
 

@@ -13,13 +13,14 @@ from urllib.parse import unquote, urlsplit
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.adapter.files import CONFIG_FILE
 from deal_core.errors import RegistryError, StoreError
 from infra.settings import HomeSettings, StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.local import FileStore
 from infra.store.open import open_store
 from infra.tracking.tracker import open_tracker
-from tasks.lineage.version_files import CONFIG, reading_beside, require_readable
+from tasks.lineage.version_files import reading_beside, require_readable
 from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
     """
     with temporary_folder() as temporary:
         folder = temporary / "folder"
-        with reading_beside(store, uri, CONFIG):
+        with reading_beside(store, uri, CONFIG_FILE):
             store.download_folder(uri, folder)
         require_readable(store, uri, folder)
         yield folder

@@ -9,9 +9,11 @@ from pathlib import Path
 from deal_core.base_model.fingerprint import sha256_of_file
 from deal_core.errors import IntegrityError
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+METHOD_FILE, METHOD_TENSORS_FILE = "method.json", "method.safetensors"
+PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """Files that answering needs."""
-METHOD_FILES = ("method.json", "method.safetensors")
+METHOD_FILES = (METHOD_FILE, METHOD_TENSORS_FILE)
 """Further files that training the adapter on needs; an adapter may lack them."""
 ADAPTER_FILES = (*PEFT_FILES, *METHOD_FILES)
 TOGETHER = "adapter"

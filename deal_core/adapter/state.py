@@ -12,11 +12,11 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, WEIGHTS_FILE
 from deal_core.adapter.spectrum import count_core_slots, decompose
 from deal_core.adapter.stack import ADAPTER_NAME, check_rank, collect_stacks
 from deal_core.config import AdapterConfig
@@ -24,8 +24,6 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.schema_version import require_schema_version
 from deal_core.strategies.strategy import STORED_ROWS, MethodState
 
-METHOD_JSON = "method.json"
-METHOD_TENSORS = "method.safetensors"
 SCHEMA_VERSION = 1
 
 # The query and value projections, as in arXiv 2509.18942, under the names each model type gives them.
@@ -151,10 +149,10 @@ def read_adapter(folder: Path) -> SavedAdapter:
     Raises:
         AdapterStateError: The folder holds no adapter.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not (folder / "adapter_config.json").is_file() or not path.is_file():
+    path = folder / WEIGHTS_FILE
+    if not (folder / CONFIG_FILE).is_file() or not path.is_file():
         raise AdapterStateError(
-            f"{folder} holds no adapter (adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}); "
+            f"{folder} holds no adapter ({CONFIG_FILE} and {WEIGHTS_FILE}); "
             "give the folder of a version."
         )
     config = LoraConfig.from_pretrained(str(folder))
@@ -206,9 +204,9 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    _order_config(folder / "adapter_config.json")
+    _order_config(folder / CONFIG_FILE)
     if state.tensors:
-        save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS)
+        save_file({name: t.contiguous() for name, t in state.tensors.items()}, folder / METHOD_TENSORS_FILE)
     _write_header(folder, state)
 
 
@@ -220,7 +218,7 @@ def _write_header(folder: Path, state: MethodState) -> None:
         "num_bytes": state.num_bytes,
         "num_arrivals": state.num_arrivals,
     }
-    (folder / METHOD_JSON).write_text(json.dumps(header, indent=2) + "\n")
+    (folder / METHOD_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 
 def _order_config(path: Path) -> None:
@@ -237,12 +235,12 @@ def load_method_state(folder: Path) -> MethodState:
     Raises:
         AdapterStateError: The state is missing, or this release does not read its schema version.
     """
-    path = folder / METHOD_JSON
+    path = folder / METHOD_FILE
     if not path.is_file():
         raise AdapterStateError(f"{path} is missing; the folder was not written by this project.")
     header = json.loads(path.read_text())
     require_schema_version(header, SCHEMA_VERSION, str(path), AdapterStateError)
-    tensors_path = folder / METHOD_TENSORS
+    tensors_path = folder / METHOD_TENSORS_FILE
     tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
     num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
     return MethodState(
@@ -252,7 +250,7 @@ def load_method_state(folder: Path) -> MethodState:
 
 def stored_rows(folder: Path) -> dict[str, int]:
     """Names and sizes of the tensors for old tasks' rows in a saved method state; there is one tensor per dataset."""
-    path = folder / METHOD_TENSORS
+    path = folder / METHOD_TENSORS_FILE
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:
@@ -264,7 +262,7 @@ def empty_stored_rows(folder: Path, names: Collection[str]) -> None:
     """Empty these tensors of a saved method state. The empty tensors stay, so the other tensors keep their names."""
     state = load_method_state(folder)
     tensors = {name: t.new_empty(0) if name in names else t for name, t in state.tensors.items()}
-    save_file(tensors, folder / METHOD_TENSORS)
+    save_file(tensors, folder / METHOD_TENSORS_FILE)
     _write_header(folder, replace(state, tensors=tensors))
 
 
@@ -304,9 +302,9 @@ def adapter_norm(folder: Path) -> float | None:
     Args:
         folder: a folder with adapter_config.json and the weights.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    tensors = load_file(folder / WEIGHTS_FILE)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         return None
     total = 0.0

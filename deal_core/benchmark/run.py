@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 from filelock import FileLock
 
+from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
@@ -26,7 +27,6 @@ from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

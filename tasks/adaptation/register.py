@@ -9,7 +9,7 @@ from pathlib import Path
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.adapter.files import as_recorded, digests_of
+from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
 from deal_core.config import GateConfig
 from deal_core.evaluation.gate import GateDecision, decide
@@ -101,7 +101,7 @@ def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord
 
     base_folder = resolve_base(record.base.source, HomeSettings().cache_dir)
     model = folder.with_name("model")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     licence = licence_of_base(record.base.source, base_folder)
     write_served_folder(
         folder, model, card=write_card(record, facts, licence, config["task_type"]),

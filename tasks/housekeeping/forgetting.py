@@ -10,6 +10,7 @@ from typing import Literal, assert_never, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
@@ -274,7 +275,7 @@ def _kept_by_method(
     concerned = [version for version in versions if version.version in affected and not version.adapter_removed]
     names = _method_rows(store, versions, arrival.sha256s) if concerned else {}
     return [
-        Held(kind="rows kept by the method", address=f"{version.adapter_uri}/method.safetensors",
+        Held(kind="rows kept by the method", address=f"{version.adapter_uri}/{METHOD_TENSORS_FILE}",
              lineage=version.lineage, version=version.version)
         for version in concerned if names.get(version.version)
     ]  # fmt: skip
@@ -322,7 +323,6 @@ def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None
 
 
 def _method_files(store: ObjectStore, adapter_uri: str) -> list[ObjectInfo]:
-    names = ("method.json", "method.safetensors")
-    return [info for info in store.list(adapter_uri) if keys.file_name(info.key) in names]
+    return [info for info in store.list(adapter_uri) if keys.file_name(info.key) in METHOD_FILES]
 
 

@@ -74,8 +74,8 @@ def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with
     Raises:
         IntegrityError: as for `borrowed_adapter`.
     """
-    found, recorded = digests_of(folder), _recorded_of(adapter)
-    names = ADAPTER_FILES if with_method else PEFT_FILES
+    recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
+    found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
     if TOGETHER in recorded and find_damage(found, recorded) and _is_from_before(adapter) and _was_emptied(folder):
         return
     require_undamaged(

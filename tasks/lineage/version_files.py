@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, PEFT_FILES, WEIGHTS_FILE
 from deal_core.errors import DataValidationError, DealError, StoreError
 from deal_core.masking import without_secrets
 from infra.promotions import PromotionLog
@@ -17,8 +18,6 @@ from infra.store.keys import lineage_of
 from infra.tracking.registry import open_registry
 from infra.version_log import VersionLog
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-METHOD, METHOD_TENSORS = "method.json", "method.safetensors"
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """safetensors reads no longer ones."""
@@ -81,14 +80,14 @@ def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None
         ObjectNotFoundError: a file is missing.
         StoreError: a file is damaged.
     """
-    for name in (CONFIG, WEIGHTS):
+    for name in PEFT_FILES:
         with reading_beside(store, adapter_uri, name):
             if not (folder / name).is_file():
                 raise ObjectNotFoundError(name)
-    with reading_beside(store, adapter_uri, CONFIG):
-        _check_config(json.loads((folder / CONFIG).read_bytes()))
-    with reading_beside(store, adapter_uri, WEIGHTS):
-        _open_weights(folder / WEIGHTS)
+    with reading_beside(store, adapter_uri, CONFIG_FILE):
+        _check_config(json.loads((folder / CONFIG_FILE).read_bytes()))
+    with reading_beside(store, adapter_uri, WEIGHTS_FILE):
+        _open_weights(folder / WEIGHTS_FILE)
 
 
 def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
@@ -97,12 +96,12 @@ def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) 
     Raises:
         StoreError: it is damaged.
     """
-    if (folder / METHOD).is_file():
-        with reading_beside(store, adapter_uri, METHOD):
-            _require_object(json.loads((folder / METHOD).read_bytes()))
-    if (folder / METHOD_TENSORS).is_file():
-        with reading_beside(store, adapter_uri, METHOD_TENSORS):
-            _open_weights(folder / METHOD_TENSORS)
+    if (folder / METHOD_FILE).is_file():
+        with reading_beside(store, adapter_uri, METHOD_FILE):
+            _require_object(json.loads((folder / METHOD_FILE).read_bytes()))
+    if (folder / METHOD_TENSORS_FILE).is_file():
+        with reading_beside(store, adapter_uri, METHOD_TENSORS_FILE):
+            _open_weights(folder / METHOD_TENSORS_FILE)
 
 
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
@@ -114,10 +113,10 @@ def require_stored(store: ObjectStore, adapter_uri: str) -> None:
         ObjectNotFoundError: a file is missing.
         StoreError: a file is damaged.
     """
-    with reading_beside(store, adapter_uri, CONFIG):
-        _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG}")))
-    with reading_beside(store, adapter_uri, WEIGHTS):
-        _check_header(store, f"{adapter_uri}/{WEIGHTS}")
+    with reading_beside(store, adapter_uri, CONFIG_FILE):
+        _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}")))
+    with reading_beside(store, adapter_uri, WEIGHTS_FILE):
+        _check_header(store, f"{adapter_uri}/{WEIGHTS_FILE}")
 
 
 def _require_object(values: object) -> dict[str, object]:
@@ -141,7 +140,7 @@ def _check_header(store: ObjectStore, key: str) -> None:
     if not 8 < num_bytes <= min(info.size, MAX_HEADER_BYTES):
         raise ValueError(f"its {info.size} bytes have no safetensors header")
     with temporary_folder() as folder:
-        path = folder / WEIGHTS
+        path = folder / WEIGHTS_FILE
         with path.open("wb") as file:
             file.write(store.get_bytes(key, at_most=num_bytes))
             file.truncate(info.size)

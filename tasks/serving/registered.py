@@ -19,7 +19,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
-from deal_core.adapter.files import PEFT_FILES, digests_of, require_undamaged
+from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
 from deal_core.masking import without_secrets
 from deal_core.schema_version import require_schema_version
@@ -32,7 +32,7 @@ from infra.tracking.registry import VersionInfo, open_registry, require_through_
 from tasks.context import current_store
 from tasks.lineage.adapters import borrowed_adapter, remedy_for, require_recorded
 from tasks.lineage.stored_lineage import lost_in_registry
-from tasks.lineage.version_files import CONFIG, reading_stored, require_stored
+from tasks.lineage.version_files import reading_stored, require_stored
 from tasks.progress import reporter
 from tasks.references import Reference
 
@@ -179,7 +179,7 @@ def _move(
 
 
 def _config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
-    key = f"{champion.adapter_uri}/{CONFIG}"
+    key = f"{champion.adapter_uri}/{CONFIG_FILE}"
     try:
         return dict(json.loads(store.get_bytes(key)))
     except ValueError:
