@@ -90,16 +90,21 @@ def start_run(
     run_key: str, base: BaseRef, parent: VersionRef | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
 ) -> RunRef:
     """Start the run of this key, or continue the one that a crash left."""
-    tags = {
-        "deal.task": dataset.task,
-        "deal.dataset_sha256": dataset.sha256,
-        "deal.base_sha256": base.sha256,
-        "deal.parent_version": parent.version if parent else "base",
-    }
+    tags = run_tags(dataset.task, dataset.sha256, base.sha256, parent.version if parent else None)
     tracked = open_tracker().start(lineage, run_key, name=dataset.task, params={"base": base.name, **params}, tags=tags)
     counts = {"train": dataset.num_train, "test": dataset.num_test, "rejected": dataset.num_rejected}
     tracked.log_dataset(dataset.task, dataset.sha256, current_store().uri_of(dataset.uri), counts)
     return RunRef(lineage=lineage, task=dataset.task, run_key=run_key, tracking_id=tracked.run_id)
+
+
+def run_tags(task: str, dataset_sha256: str, base_sha256: str, parent_version: str | None) -> dict[str, str]:
+    """The tags of an adaptation's MLflow run; without a parent version the run starts from the base."""
+    return {
+        "deal.task": task,
+        "deal.dataset_sha256": dataset_sha256,
+        "deal.base_sha256": base_sha256,
+        "deal.parent_version": parent_version or "base",
+    }
 
 
 def end_run(run: RunRef, status: Literal["FINISHED", "FAILED"]) -> None:

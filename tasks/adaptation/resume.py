@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
         if findings is not None:
-            _report(run, version, reference, findings)
+            report_findings(report_run.fn, run, reference, version, findings)
         status = "FINISHED"
     with _logging(version, "announce it"):
         if findings is not None:
@@ -144,8 +144,19 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
         )  # fmt: skip
 
 
-def _report(run: RunRef, version: VersionInfo, reference: VersionRef, findings: Mapping[str, Any]) -> None:
-    report_run.fn(
+def report_findings(
+    write: Callable[..., object], run: RunRef, reference: VersionRef, version: VersionInfo, findings: Mapping[str, Any]
+) -> None:
+    """Write the report of a version again, from the findings that lie next to its adapter.
+
+    Args:
+        write: `report_run`'s function, or `write_report` for the part of it that MLflow keeps.
+        run: whose report it is.
+        reference: the version.
+        version: what the registry knows of the version.
+        findings: as `read_findings` returns them.
+    """
+    write(
         run, reference, dataset_of(current_store(), findings, version),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
         include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),

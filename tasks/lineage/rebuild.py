@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
-from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.settings import HomeSettings
@@ -27,15 +26,15 @@ from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
-from tasks.adaptation.resume import dataset_of, read_findings
-from tasks.context import current_store
+from tasks.adaptation.resume import read_findings, report_findings
+from tasks.context import current_store, run_tags
 from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.older_versions import find_older
 from tasks.lineage.record import read_record
 from tasks.lineage.stored_lineage import stored_numbers
-from tasks.lineage.versions import version_ref
+from tasks.lineage.versions import ref_by_facts, version_ref
 from tasks.progress import advance, raise_if_stopped
-from tasks.references import RunRef, TrainSummary, VersionRef
+from tasks.references import RunRef
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def rebuild_lineage(lineage: str) -> RebuildResult:
     rebuild.leave_out(stored.number, plan.last, stored.facts, tracking_id=run.tracking_id, model_id=model_id)
     aliases = aliases_after(plan.versions, plan.moves)
     for stored in plan.versions:
-        _end_run(store, registry, stored, runs[stored.version], problems)
+        _end_run(registry, stored, runs[stored.version], problems)
     rebuild.end(aliases)
     return RebuildResult(
         lineage=lineage, versions=tuple(each.version for each in plan.versions), left_out=plan.left_out,
@@ -187,19 +186,13 @@ def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> 
     facts = stored.facts
     spec = _spec_of(facts.adapter_uri)
     params = {name: spec[name] for name in SETTINGS if spec.get(name) is not None}
-    tags = {
-        "deal.task": facts.task, "deal.dataset_sha256": facts.dataset_sha256, "deal.base_sha256": facts.base_sha256,
-        "deal.parent_version": facts.parent_version or "base", "deal.version": stored.version, "deal.rebuilt": "true",
-    }  # fmt: skip
+    tags = run_tags(facts.task, facts.dataset_sha256, facts.base_sha256, facts.parent_version)
+    tags |= {"deal.version": stored.version, "deal.rebuilt": "true"}
     tracked = open_tracker().start(stored.lineage, facts.run_key, name=facts.task, params=params, tags=tags)
     run = RunRef(lineage=stored.lineage, task=facts.task, run_key=facts.run_key, tracking_id=tracked.run_id)
     if stored.adapter_removed is None:
         try:
-            version = VersionRef(
-                lineage=stored.lineage, version=stored.version, run_key=facts.run_key, adapter_uri=facts.adapter_uri,
-                adapter_sha256=facts.adapter_sha256, accepted=facts.accepted, parent_version=facts.parent_version,
-                files_sha256=dict(facts.files_sha256) if facts.files_sha256 is not None else None,
-            )  # fmt: skip
+            version = ref_by_facts(stored.lineage, stored.version, facts)
             with borrowed_adapter(store, version, with_method=True) as folder:
                 return run, log_adapter(run, facts.task, folder, read_record(store, facts.adapter_uri), facts)
         except DealError as error:
@@ -223,21 +216,14 @@ def _spec_of(adapter_uri: str) -> Mapping[str, Any]:
         return {}
 
 
-def _end_run(
-    store: ObjectStore, registry: Registry, stored: StoredVersion, run: RunRef, problems: list[str]
-) -> None:
+def _end_run(registry: Registry, stored: StoredVersion, run: RunRef, problems: list[str]) -> None:
     """Write scores and report of a version to its run, and end that."""
     tracked = open_tracker().run(run.tracking_id)
     try:
         findings = read_findings(stored.facts.adapter_uri)
         info = registry.version(stored.lineage, stored.version)
         if findings is not None and info is not None:
-            evaluation = EvaluationReport.from_json(findings["evaluation"])
-            write_report(
-                run, version_ref(info), dataset_of(store, findings, info), evaluation,
-                TrainSummary.model_validate(findings["training"]), {},
-                include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
-            )  # fmt: skip
+            report_findings(write_report, run, version_ref(info), info, findings)
     except Exception as error:  # whatever it is: a page must not cost the lineage its versions
         reason = without_secrets(str(error).split("\n")[0])
         logger.error("Cannot write the report of version %s again: %s", stored.version, reason)

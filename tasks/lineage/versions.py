@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.tracking.registry import VersionInfo
+from infra.tracking.registry import VersionFacts, VersionInfo
 from tasks.references import Standing, VersionRef
 
 
@@ -41,16 +41,21 @@ def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
 
 def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionRef:
     """The reference to a registered version."""
+    return ref_by_facts(info.lineage, info.version, info, standing)
+
+
+def ref_by_facts(lineage: str, version: str, facts: VersionFacts, standing: Standing | None = None) -> VersionRef:
+    """The reference to a version of which the facts are known; the registry need not know the version."""
     return VersionRef(
-        lineage=info.lineage,
-        version=info.version,
-        run_key=info.run_key,
-        adapter_uri=info.adapter_uri,
-        adapter_sha256=info.adapter_sha256,
-        files_sha256=dict(info.files_sha256) if info.files_sha256 is not None else None,
-        accepted=info.accepted,
-        reasons=info.reasons,
-        parent_version=info.parent_version,
-        approval=info.approval,
+        lineage=lineage,
+        version=version,
+        run_key=facts.run_key,
+        adapter_uri=facts.adapter_uri,
+        adapter_sha256=facts.adapter_sha256,
+        files_sha256=dict(facts.files_sha256) if facts.files_sha256 is not None else None,
+        accepted=facts.accepted,
+        reasons=facts.reasons,
+        parent_version=facts.parent_version,
+        approval=facts.approval,
         standing=standing,
     )
