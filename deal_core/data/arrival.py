@@ -25,7 +25,7 @@ from deal_core.data.check_batch import (
     merged,
 )
 from deal_core.data.columns import Columns, resolve_columns
-from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_batches, read_columns
 from deal_core.data.rows import BadRow, Problem, Reason, RowBatch, shorten
 from deal_core.data.schema import (
@@ -205,7 +205,7 @@ class ArrivalReader:
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
-            files=tuple(sha256_of_file(path) for path in self._landed),
+            files=tuple(sha256_of_input(path) for path in self._landed),
             landed_sha256=self._digest(landed),
         )
 

@@ -13,7 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import DataConfig
-from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
@@ -82,9 +82,9 @@ def ingest_arrival(
     ):
         folder = temporary / "dataset"
         if not again:
-            refuse_forgotten(store, arrival.task, [sha256_of_file(source)])
+            refuse_forgotten(store, arrival.task, [sha256_of_input(source)])
             if test_source is not None:
-                refuse_forgotten(store, arrival.task, [sha256_of_file(test_source)], "test rows")
+                refuse_forgotten(store, arrival.task, [sha256_of_input(test_source)], "test rows")
         try:
             manifest = build_dataset(
                 source,

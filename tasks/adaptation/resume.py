@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.errors import DataValidationError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
@@ -84,7 +84,7 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
     found = []
     for address in filter(None, (arrival.data, arrival.test_data)):
         with local_file(store, address) as path:
-            found.append(sha256_of_file(path))
+            found.append(sha256_of_input(path))
         if files and found[-1] not in files:  # older manifests do not have them
             raise DataValidationError(
                 f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.masking import without_secrets
@@ -364,4 +364,4 @@ def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Han
 
 def _digest_of(store: ObjectStore, key: str) -> str:
     with local_file(store, store.uri_of(key)) as path:
-        return sha256_of_file(path)
+        return sha256_of_input(path)

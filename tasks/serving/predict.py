@@ -20,7 +20,7 @@ from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.prompts import render_prompt
-from deal_core.data.reading.lines import sha256_of_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
@@ -179,7 +179,7 @@ def predict_file(
     files = AnswerFiles(output, survey.types, own_names(survey.types))
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # tokens cut a prompt
     state = {
-        "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_file(data), "lineage": lineage,
+        "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_input(data), "lineage": lineage,
         "task": asked.known.schema.name, "version": info.version, "adapter": info.adapter_uri,
         "column": next(iter(columns.names.values())), "chunk_rows": chunk_rows,
     }  # fmt: skip

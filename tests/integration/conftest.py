@@ -1,11 +1,13 @@
-"""Homes that several modules copy."""
+"""A home that several modules copy, and an S3 server."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
@@ -23,3 +25,13 @@ def three_versions(
         found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
         assert found == ["promoted", "rejected", "promoted"]
     return folder
+
+
+@pytest.fixture
+def s3_server() -> Iterator[str]:
+    """Address of an S3 and SQS server over HTTP that keeps everything in memory."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

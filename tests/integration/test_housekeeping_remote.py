@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from moto.server import ThreadedMotoServer
 
 from flows.forget import forget
 from flows.gc import gc
@@ -23,13 +22,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """An empty store on an S3 server over HTTP, which the settings point at."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
     settings = {
-        "STORE_URI": "s3://team/store", "S3_ENDPOINT_URL": f"http://{host}:{port}", "S3_REGION": "us-east-1",
+        "STORE_URI": "s3://team/store", "S3_ENDPOINT_URL": s3_server, "S3_REGION": "us-east-1",
         "S3_ACCESS_KEY_ID": "somebody", "S3_SECRET_ACCESS_KEY": "secret",
     }  # fmt: skip
     for name, value in settings.items():
@@ -37,8 +33,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
     store = current_store()
     assert isinstance(store, S3Store)
     store.client.create_bucket(Bucket=store.bucket)
-    yield store
-    moto.stop()
+    return store
 
 
 @pytest.fixture

@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from infra.landing import LandingQueue, open_landing_queue
 from infra.settings import LandingSettings
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
-
-
-def settings(server: str, queue: str | None, **changes: Any) -> LandingSettings:
+def settings(s3_server: str, queue: str | None, **changes: Any) -> LandingSettings:
     values = {
-        "s3_endpoint_url": server, "s3_region": "us-east-1", "s3_access_key_id": "somebody",
+        "s3_endpoint_url": s3_server, "s3_region": "us-east-1", "s3_access_key_id": "somebody",
         "s3_secret_access_key": "secret", "landing_queue_url": queue, **changes,
     }  # fmt: skip
     return LandingSettings.model_validate(values)
 
 
-def test_a_notification_comes_again_until_what_it_spoke_of_was_looked_at(server: str) -> None:
+def test_a_notification_comes_again_until_what_it_spoke_of_was_looked_at(s3_server: str) -> None:
     keys = {"aws_access_key_id": "somebody", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
-    sqs = boto3.client("sqs", endpoint_url=server, **keys)
+    sqs = boto3.client("sqs", endpoint_url=s3_server, **keys)
     url = sqs.create_queue(QueueName="landed", Attributes={"VisibilityTimeout": "0"})["QueueUrl"]
-    queue = open_landing_queue(settings(server, url))
+    queue = open_landing_queue(settings(s3_server, url))
     assert queue is not None and not queue.wait(0)
     sqs.send_message(QueueUrl=url, MessageBody="{}")
     assert queue.wait(5)
-    assert LandingQueue(settings(server, url)).wait(5), "whoever dies before it looked leaves it to the next"
+    assert LandingQueue(settings(s3_server, url)).wait(5), "whoever dies before it looked leaves it to the next"
     queue.done()
-    assert not LandingQueue(settings(server, url)).wait(0)
+    assert not LandingQueue(settings(s3_server, url)).wait(0)
 
 
-def test_a_queue_that_fails_is_silent(server: str, caplog: pytest.LogCaptureFixture) -> None:
-    queue = open_landing_queue(settings(server, f"{server}/000000000000/none"))
+def test_a_queue_that_fails_is_silent(s3_server: str, caplog: pytest.LogCaptureFixture) -> None:
+    queue = open_landing_queue(settings(s3_server, f"{s3_server}/000000000000/none"))
     assert queue is not None and not queue.wait(0)
     assert "does not answer" in caplog.text
 
 
 def test_without_a_queue_or_a_region_looks_go_on_alone(
-    server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    s3_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert open_landing_queue(settings(server, None)) is None
+    assert open_landing_queue(settings(s3_server, None)) is None
     for name in ("AWS_DEFAULT_REGION", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
-    assert open_landing_queue(settings(server, "http://q", s3_region=None)) is None
+    assert open_landing_queue(settings(s3_server, "http://q", s3_region=None)) is None
     assert "DEAL_S3_REGION" in caplog.text

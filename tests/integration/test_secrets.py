@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings
 
@@ -150,21 +149,12 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
     assert f"***@127.0.0.1:{free_port}" in said, "the address itself is still said"
 
 
-@pytest.fixture
-def s3_address() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"{host}:{port}"
-    server.stop()
-
-
 def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
-    tiny_base: Path, tmp_path: Path, mlflow_server: str, s3_address: str, receiver: Receiver
+    tiny_base: Path, tmp_path: Path, mlflow_server: str, s3_server: str, receiver: Receiver
 ) -> None:
     home, hook = tmp_path / "home", "http://" + receiver.url.removeprefix("http://").rstrip("/")
     secrets = {
-        "DEAL_STORE_URI": "s3://bucket/deal", "DEAL_S3_ENDPOINT_URL": f"http://{s3_address}",
+        "DEAL_STORE_URI": "s3://bucket/deal", "DEAL_S3_ENDPOINT_URL": s3_server,
         "DEAL_S3_ACCESS_KEY_ID": f"key-{WORD}", "DEAL_S3_SECRET_ACCESS_KEY": f"secret-{WORD}",
         "DEAL_WEBHOOK_URL": f"{hook}/services/{WORD}", "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
         "DEAL_VLLM_API_KEY": f"vllm-{WORD}",

@@ -31,8 +31,8 @@ ONLY_IN = {
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOT_IMPORTED_BY_US = {"gguf": "transformers reads GGUF files with it"}
-WITHOUT_A_FLOW = {"results", "lock", "hooks"}
-"""Modules in the root of flows/ that hold no flow: what flows return, what they hold, what they tell."""
+WITHOUT_A_FLOW = {"results", "lock"}
+"""Modules in the root of flows/ that hold no flow: what flows return, and what they hold."""
 MAX_MODULES = 15
 MAX_PARAMETERS = 8
 

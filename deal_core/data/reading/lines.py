@@ -52,7 +52,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     return io.BufferedReader(_UnpackGuard(file, path.name), buffer_size=2**17)
 
 
-def sha256_of_file(path: Path) -> str:
+def sha256_of_input(path: Path) -> str:
     """Digest of a file's stored bytes; a packed file is not unpacked.
 
     Raises:

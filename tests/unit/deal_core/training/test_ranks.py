@@ -32,7 +32,7 @@ from deal_core.training.trainer import find_checkpoint, require_in_step
 STEPS = TrainConfig(
     num_epochs=2, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=4, num_processes=2
 )
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 MAIN = "import sys; from pathlib import Path\nfrom deal_core.training.ranks import TrainingJob\n" \
     "from deal_core.training.ranks import train_in_processes\njob, folder = map(Path, sys.argv[1:])\n" \
     "train_in_processes(TrainingJob.read(job), folder, lambda step, _: print(step, flush=True))\n"
