@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class KilledError(BaseException):
+    """Stands for the end of the process. (KeyboardInterrupt would stop the event loop of the test, too.)"""
+
+
 @contextmanager
 def put_back() -> Iterator[None]:
     """Undo at the end what commands set in this process: the environment, and where warnings go."""

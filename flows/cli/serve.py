@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Option
 
+from deal_core.errors import RegistryError
 from deal_core.printable import printable_json
 from flows.cli.session import CommandResult, Lineage, Session, command
 from infra.store.keys import route_key
@@ -43,7 +44,9 @@ def serve(
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
     import asyncio
 
+    from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
+    from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
         if deal.screen.as_json:  # one line for each event, because this command does not end
@@ -59,9 +62,12 @@ def serve(
         told = {"url": url, "lineage": lineage, "version": version}
         tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
-    has_ended = asyncio.run(serve_champion(
-        lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
-    ))  # fmt: skip
+    try:
+        has_ended = asyncio.run(serve_champion(
+            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
+        ))  # fmt: skip
+    except NoChampionError:
+        raise RegistryError(unknown_lineage(lineage)) from None
     if not has_ended:  # at its exit Python would wait for the thread that asks MLflow
         sys.stdout.flush()
         os._exit(0)

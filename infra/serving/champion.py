@@ -44,6 +44,10 @@ class ServingError(DealError):
     """A version cannot be served."""
 
 
+class NoChampionError(RegistryError):
+    """The registry knows no champion of the lineage; only the caller can tell why."""
+
+
 class Champion:
     """The model that answers for a lineage, kept in step with the alias by `follow`."""
 
@@ -86,16 +90,14 @@ class Champion:
         """Load the champion.
 
         Raises:
-            RegistryError: there is no champion that may serve, or the registry does not answer.
+            NoChampionError: there is no champion.
+            RegistryError: the champion may not serve, or the registry does not answer.
             ServingError: the champion does not load.
         """
         self._registry = open_registry()
         champion = self._registry.champion(self.lineage)
         if champion is None:
-            raise RegistryError(
-                f"Lineage '{self.lineage}' has no champion here. Adapt it first (deal adapt), promote an accepted one "
-                f"(see deal history --lineage {self.lineage}), or name another home with --home."
-            )
+            raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
         require_through_gate(champion)
         self._champion = champion.version
         self._try(champion.version)

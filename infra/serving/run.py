@@ -59,7 +59,8 @@ async def serve(
 
     Raises:
         ConfigError: the address cannot be listened on.
-        RegistryError: there is no champion that may serve, or the registry does not answer.
+        NoChampionError: there is no champion.
+        RegistryError: the champion may not serve, or the registry does not answer.
         ServingError: the champion does not load.
     """
     listener = _listen(host, port)

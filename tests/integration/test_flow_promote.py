@@ -28,6 +28,7 @@ from tasks.adaptation.promote import complete_version, move_champion
 from tasks.context import current_store
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
 from tasks.spec import AdaptSpec, parse
+from tests.in_process import KilledError
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -73,7 +74,7 @@ def lineage(home: Path, two_versions: Path) -> None:
 
 def die(*args: Any) -> None:
     """Stands for a step at which the process ends."""
-    raise KeyboardInterrupt
+    raise KilledError
 
 
 def aliases() -> dict[str, str]:
@@ -248,7 +249,7 @@ def test_of_two_moves_at_once_one_wins_and_the_other_is_told() -> None:
 def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "set_alias", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             roll_back("l", "1", **BY)
     assert aliases()["champion"] == "2"
     parent = find_parent.fn("l")
@@ -260,7 +261,7 @@ def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "set_alias", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             learn(tiny_base, "clinic")
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "the log alone has it"
     assert roll_back("l", None, **BY).before == "3"
@@ -296,7 +297,7 @@ def test_a_rejection_that_was_cut_short_holds(
     waiting = open_registry().versions("l")[-1]
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "tag_version", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             reject_version("l", "3", **BY)
     log = PromotionLog(current_store())
     for before in (waiting, replace(waiting, approval=None)):  # as one who has read it before the rejection has it
@@ -331,7 +332,7 @@ def test_an_approval_that_was_cut_short_is_completed(
     learn(tiny_base, "clinic", approval="person")
     with monkeypatch.context() as patch:
         patch.setattr(step, die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             promote_to("l", "3", **BY)
     if read_moves("l")[-1].version == "3":
         assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")

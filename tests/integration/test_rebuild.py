@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
+from flows.cli.app import app
 from flows.promote import rebuild, roll_back
 from infra.settings import TrackingSettings
 from infra.tracking.rebuilding import LineageRebuild
@@ -22,6 +25,7 @@ from tasks.lineage.rebuild import RebuildResult
 from tasks.progress import LogReporter, reporting_to
 from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, run
+from tests.in_process import KilledError, put_back
 
 BY = {"who": "tester", "why": "a test"}
 LOST = r"knows no version of lineage 'l', while the store .* knows 3 versions and version 3 as champion.*" \
@@ -63,6 +67,9 @@ def test_a_lost_database_is_said_and_the_lineage_goes_on_after_a_rebuild(
                 lambda: predict("Where is my card?", lineage="l", task=None, version="1")):  # fmt: skip
         with pytest.raises(RegistryError, match=LOST):
             act()
+    with put_back():
+        served = CliRunner().invoke(app, ["serve", "--lineage", "l", "--home", str(home), "--port", "0"])
+    assert served.exit_code == 1 and re.search(LOST, " ".join(served.output.split()))
     store = files_of(home / "store")
     done = rebuilt()
     assert (done.versions, done.left_out, done.problems) == (("1", "2", "3"), (), ())
@@ -127,12 +134,12 @@ def test_a_rebuild_that_was_cut_short_is_given_again(
 
     def die_at_the_third(self: LineageRebuild, number: int, *args: Any, **options: Any) -> None:
         if number == 3:
-            raise KeyboardInterrupt
+            raise KilledError
         make(self, number, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(LineageRebuild, "make", die_at_the_third)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KilledError):
             rebuilt()
     with pytest.raises(RegistryError, match=r"cut short.*deal lineage rebuild l"):
         run(tiny_base, BANK)
