@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class KilledError(BaseException):
-    """Stands for the end of the process. (KeyboardInterrupt would stop the event loop of the test, too.)"""
+    """Stands for the end of the process; KeyboardInterrupt would stop the event loop of the test too."""
 
 
 @contextmanager
