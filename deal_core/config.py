@@ -54,6 +54,9 @@ class AdapterConfig:
 
 
 Quantize = Literal["none", "8bit", "4bit"]
+Schedule = Literal["constant", "linear"]
+LATER: dict[str, Any] = {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False}
+"""Settings of TrainConfig that the first release did not have → the value that changes nothing."""
 
 
 @settings("train")
@@ -61,11 +64,15 @@ class TrainConfig:
     """How one task is learned. All strategies use these settings."""
 
     learning_rate: Positive = 5e-4
-    """Constant rate of AdamW; no warm-up, no weight decay."""
+    """Rate of AdamW at the first step; no warm-up, no weight decay."""
+    schedule: Schedule = "constant"
+    """Course of the learning rate: it stays constant, or it falls linearly to zero at the last step."""
     num_epochs: Count = 1
     """Passes over the training rows."""
+    min_steps: CountOrZero = 0
+    """Fewest optimiser steps: a task with few rows is passed over more often than num_epochs says."""
     max_steps: Count | None = None
-    """Optimiser steps; a value here replaces num_epochs."""
+    """Optimiser steps; a value here replaces num_epochs and min_steps."""
     batch_size: Count = 8
     """Rows per micro-batch, summed over all processes."""
     gradient_accumulation_steps: Count = 1
@@ -82,6 +89,8 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     group_by_length: Flag = True
     """Fill batches with rows of similar length."""
+    balance_labels: Flag = False
+    """Give every batch the labels in the shares that they have among all rows."""
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1
@@ -99,18 +108,16 @@ class TrainConfig:
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, for digests: all but num_processes.
 
-        quantize is left out if it is "none", so digests match those of releases without this setting.
+        A setting that an earlier release did not have is left out where it changes nothing, so digests match.
         """
         values = asdict(self)
         del values["num_processes"]
-        if self.quantize == "none":
-            del values["quantize"]
-        return values
+        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
-        return self.max_steps or math.ceil(num_rows / rows_per_step) * self.num_epochs
+        return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
 
 
 @settings("evaluate")

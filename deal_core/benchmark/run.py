@@ -18,10 +18,12 @@ from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
+from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, Cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
 from deal_core.evaluation.general_ability import perplexity
+from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import LanguageModel, evaluate_task
 from deal_core.training.train import TrainingSetup, train_adapter
 
@@ -57,8 +59,8 @@ def run_cell(run: CellRun) -> dict[str, Any]:
 
     Returns:
         JSON values. `versions` is a list: each has the learned task, its cost, `adapter_bytes`, and the scores of every
-        scored task (ROUGE-1 and a string with 0 or 1 per test row). `perplexity` is that of the base and of the last
-        version. `stores` and `state_bytes` describe the last version's method state.
+        scored task: ROUGE-1, a string with 0 or 1 per test row, and what `pack_answers` keeps. `perplexity` is that of
+        the base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
         DealError: the errors of `train_adapter`.
@@ -165,15 +167,19 @@ def _rows(run: CellRun, name: str) -> Dataset:
 def _score(
     run: CellRun, model: LanguageModel, names: Sequence[str], done: float, num_versions: float
 ) -> dict[str, dict[str, Any]]:
-    """For every task the right test rows, the mean ROUGE-1 and the majority rate."""
+    """Return every task's right test rows, mean ROUGE-1, majority rate, answers and log-probabilities of labels."""
     cell = run.cell
     scores = {}
     for name in names:
         run.on_progress(done, num_versions, f"scoring {name}")
         rows = run.tasks[name].part(cell.part, cell.max_test_rows)
+        task, tokenizer, longest = run.tasks[name].schema, run.base.tokenizer, cell.train.max_prompt_tokens
         found = evaluate_task(
-            model, run.base.tokenizer, run.tasks[name].schema, Dataset.from_list(list(rows)), EvaluateConfig(),
-            max_prompt_tokens=cell.train.max_prompt_tokens,
-        )  # fmt: skip
+            model, tokenizer, task, Dataset.from_list(list(rows)), EvaluateConfig(), max_prompt_tokens=longest
+        )
         scores[name] = {"correct": found.outcomes, "rouge1": found.rouge1, "majority_rate": found.majority_rate}
+        if task.labels:
+            texts = [row["input"] for row in rows]
+            log_probs_NL = label_log_probs(model, tokenizer, task, texts, EvaluateConfig(), max_prompt_tokens=longest)
+            scores[name] |= pack_answers(found.answers, [row["output"] for row in rows], task.labels, log_probs_NL)
     return scores

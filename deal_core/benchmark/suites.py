@@ -33,6 +33,10 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
         "3": ("yahoo", "amazon", "agnews", "dbpedia"),
     },
     "8": {"1": ("dbpedia", "QQP", "amazon", "RTE", "agnews", "BoolQA", "yahoo", "MNLI")},
+    "9": {
+        "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
+        "2": ("BoolQA", "yahoo", "agnews", "dbpedia", "SST-2", "IMDB", "MNLI", "amazon", "yelp"),
+    },
     "15": {
         "1": ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo",
               "MultiRC", "BoolQA", "WiC"),
@@ -40,7 +44,8 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
               "agnews", "MultiRC", "yahoo"),
     },
 }  # fmt: skip
-"""Suite → order → tasks. "8" is this project's own: consecutive tasks differ much, so forgetting is strong."""
+"""Suite → order → tasks. "8" and "9" are this project's own. In "8" consecutive tasks differ much, so forgetting is
+strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words."""
 
 HUB_SCHEME = "hf://"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T tokens of the longest row, K tokens of the longest 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -121,16 +121,25 @@ class BucketSampler(Sampler[int]):
         batch_size: Rows of a batch.
         seed: Decides the order.
         group_by_length: Whether to sort by length.
+        labels: Every row's label; every batch then holds the labels in their shares. None: labels do not count.
         blank: The row that fills up the last batch; None: the last batch may be smaller.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool, blank: int | None = None
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        group_by_length: bool,
+        labels: Sequence[Hashable] | None = None,
+        blank: int | None = None,
     ) -> None:
         self._lengths = list(lengths)
         self._batch_size = batch_size
         self._seed = seed
         self._group_by_length = group_by_length
+        self._labels = labels
         self._fill = [] if blank is None else [blank] * (-len(self._lengths) % batch_size)
         self._epoch = 0
 
@@ -145,14 +154,29 @@ class BucketSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         if not self._group_by_length:
-            return iter(order + self._fill)
+            return iter(self._balanced(order, generator) + self._fill)
         bucket = self._batch_size * BATCHES_PER_BUCKET
         batches: list[list[int]] = []
         for start in range(0, len(order), bucket):
             members = sorted(order[start : start + bucket], key=self._lengths.__getitem__)
+            members = self._balanced(members, generator)
             batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
         # a partial batch must come last; elsewhere it would shift the borders of later batches
         partial = [batch for batch in batches if len(batch) < self._batch_size]
         full = [batch for batch in batches if len(batch) == self._batch_size]
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
         return iter([row for batch in shuffled + partial for row in batch] + self._fill)
+
+    def _balanced(self, rows: list[int], generator: torch.Generator) -> list[int]:
+        """Spread each label's rows evenly over the list; a label's rows keep their order."""
+        if self._labels is None:
+            return rows
+        by_label: dict[Hashable, list[int]] = {}
+        for row in rows:
+            by_label.setdefault(self._labels[row], []).append(row)
+        places = [
+            ((number + float(torch.rand((), generator=generator))) / len(members), row)
+            for members in by_label.values()
+            for number, row in enumerate(members)
+        ]
+        return [row for _, row in sorted(places)]

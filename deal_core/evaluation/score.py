@@ -171,9 +171,9 @@ def generate(
             most MAX_LOGIT_BYTES.
     """
     model.eval()
-    prefix = _read_prefix(model, prompts)
+    prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
-    for batch in _batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
+    for batch in batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
         chosen = [prompts[i] for i in batch]
         yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
 
@@ -184,7 +184,7 @@ def first_answer_logits(
 ) -> Tensor:
     """Logits of the first answer token, shape (vocabulary,), as fp32."""
     model.eval()
-    input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=_device(model))
+    input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=device_of(model))
     if model.config.is_encoder_decoder:
         start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
         logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
@@ -204,7 +204,7 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: E
     return min(config.max_new_tokens, longest + 1)
 
 
-def _batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
     """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
@@ -214,30 +214,31 @@ def _batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -
         start += size
 
 
-def _device(model: LanguageModel) -> torch.device:
+def device_of(model: LanguageModel) -> torch.device:
+    """Return the device of the model's parameters."""
     return next(model.parameters()).device
 
 
-class _Prefix(NamedTuple):
+class Prefix(NamedTuple):
     """Length of the prefix that all prompts share, with its keys and values; length 0 if nothing is shared."""
 
     length: int
     cache: Cache | None
 
 
-def _read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> _Prefix:
-    """Compute the prompts' shared prefix once, such as a task's instruction and options."""
+def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
+    """Compute the prefix that all prompts share, such as a task's instruction and options."""
     if model.config.is_encoder_decoder or len(prompts) < 2:
-        return _Prefix(0, None)
+        return Prefix(0, None)
     first, last = min(map(list, prompts)), max(map(list, prompts))  # their common prefix is that of all prompts
     shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
     if len(shared) < MIN_PREFIX:
-        return _Prefix(0, None)
-    cache = model(input_ids=torch.tensor([shared], device=_device(model)), use_cache=True, logits_to_keep=1).cache
+        return Prefix(0, None)
+    cache = model(input_ids=torch.tensor([shared], device=device_of(model)), use_cache=True, logits_to_keep=1).cache
     # padding follows the prefix: a sliding window would count it, and a recurrent state would read it
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return _Prefix(0, None)
-    return _Prefix(len(shared), cache)
+        return Prefix(0, None)
+    return Prefix(len(shared), cache)
 
 
 def _generate(
@@ -245,7 +246,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    prefix: _Prefix,
+    prefix: Prefix,
     with_logits: bool,
 ) -> tuple[list[list[int]], Tensor | None]:
     is_seq2seq = model.config.is_encoder_decoder
@@ -255,15 +256,15 @@ def _generate(
         side="right" if is_seq2seq else "left",
     )
     # an index tensor instead of generate's default number: see answer_logits
-    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=_device(model))}
+    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device_of(model))}
     if prefix.cache is not None:
         shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
         more["cache"] = copy.deepcopy(prefix.cache)
         more["cache"].batch_repeat_interleave(len(prompts))
     output = cast(GenerationMixin, model).generate(
-        input_ids=input_ids.to(_device(model)),
-        attention_mask=mask.to(_device(model)),
+        input_ids=input_ids.to(device_of(model)),
+        attention_mask=mask.to(device_of(model)),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

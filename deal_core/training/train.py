@@ -142,6 +142,7 @@ def train_adapter(
             data_collator=context.collator(),
             strategy=learner,
             group_by_length=train.group_by_length,
+            balance_labels=train.balance_labels,
         )
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
@@ -194,11 +195,10 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         per_device_train_batch_size=train.batch_size // train.num_processes,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=train.schedule,
         weight_decay=0.0,
         max_grad_norm=train.max_grad_norm,
-        num_train_epochs=train.num_epochs,
-        max_steps=train.max_steps or -1,
+        max_steps=train.num_steps(num_rows),
         logging_steps=1,
         save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
         save_steps=max(save_steps, 1),

@@ -48,9 +48,11 @@ class AdapterTrainer(Trainer):
         train_dataset: Dataset,
         strategy: Strategy,
         group_by_length: bool,
+        balance_labels: bool = False,
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
+        self._labels = [tuple(ids) for ids in train_dataset["answer_ids"]] if balance_labels else None
         if args.world_size > 1:
             train_dataset = add_blank_row(train_dataset)
         super().__init__(args=args, train_dataset=train_dataset, **kwargs)
@@ -82,7 +84,8 @@ class AdapterTrainer(Trainer):
         num_rows, num_processes = len(self._lengths), self.args.world_size
         return BucketSampler(
             self._lengths, self.args.train_batch_size * num_processes, self.args.seed,
-            group_by_length=self._group_by_length, blank=num_rows if num_processes > 1 else None,
+            group_by_length=self._group_by_length, labels=self._labels,
+            blank=num_rows if num_processes > 1 else None,
         )  # fmt: skip
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -17,7 +17,10 @@ from deal_core.benchmark.cell import BOUNDS, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, answer_loss
+from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task, first_answer_logits
 from deal_core.strategies import STRATEGIES
 
@@ -110,3 +113,17 @@ def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     )  # fmt: skip
     assert all(len(score["correct"]) == 4 for score in result["versions"][-1]["scores"].values())
     assert set(result["perplexity"].values()) == {None}  # running text has no source to be conditioned on
+
+
+@torch.no_grad()
+def test_log_probabilities_of_labels_are_those_of_single_rows(base):
+    labelled = TaskSchema(name="shades", labels=("red", "a very light blue"), instruction="Which shade is it?")
+    texts = ["rose", "the sea on a day without wind"]
+    found = label_log_probs(base.model, base.tokenizer, labelled, texts, EvaluateConfig(), max_prompt_tokens=64)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=True)
+    for row, text in enumerate(texts):
+        for column, label in enumerate(labelled.labels):
+            prompt = encode_prompt(base.tokenizer, labelled, text, 64)
+            answer = encode_answer(base.tokenizer, labelled, label, 64)
+            loss = answer_loss(base.model, collate([{"prompt_ids": prompt, "answer_ids": answer}]))
+            torch.testing.assert_close(found[row, column], -loss, atol=1e-3, rtol=1e-4)

@@ -14,12 +14,12 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import (
     MIN_PREFIX,
-    _read_prefix,
     count_too_long,
     evaluate_task,
     first_answer_logits,
     generate,
     generate_answers,
+    read_prefix,
 )
 
 ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
@@ -106,8 +106,8 @@ def test_a_model_that_looks_back_a_few_tokens_only_reads_every_prompt_whole(base
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval()
     prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in rows(12)["input"]]
-    assert _read_prefix(model, prompts).length == 0
-    assert _read_prefix(base.model, prompts).length > 0
+    assert read_prefix(model, prompts).length == 0
+    assert read_prefix(base.model, prompts).length > 0
 
 
 def test_scores_are_those_of_the_answers(base, task, rows, folder):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, DealConfig, TrainConfig
@@ -131,6 +131,8 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, paren
         {"max_answer_tokens": 1},
         {"seed": 1},
         {"group_by_length": False},
+        {"balance_labels": True},
+        {"schedule": "linear"},
     ],
     ids=str,
 )
@@ -338,6 +340,40 @@ def test_batches_hold_rows_of_similar_length_and_every_row_once():
     assert list(sampler) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_balanced_batches_hold_every_label_in_its_share(grouped):
+    lengths = [(i * 37) % 100 for i in range(128)]
+    labels = ["often" if i % 8 < 6 else "seldom" for i in range(128)]
+    sampler = BucketSampler(lengths, 8, seed=0, group_by_length=grouped, labels=labels)
+    order = list(sampler)
+    batches = [order[start : start + 8] for start in range(0, 128, 8)]
+    counts = [sum(labels[row] == "seldom" for row in batch) for batch in batches]
+    assert sorted(order) == list(range(128)) and set(counts) <= {1, 2, 3} and counts.count(2) >= 10
+    if grouped:
+        spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
+        assert sum(spread) / len(spread) < 25  # 86 without groups
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_a_task_with_few_rows_is_passed_over_until_the_fewest_steps_are_made(train, rows):
+    few = TrainConfig(batch_size=4, max_prompt_tokens=64, min_steps=7, checkpoint_steps=0)
+    assert train("seq_lora", rows=rows(10), train=few).result.num_steps == 7
+    assert train("seq_lora", rows=rows(30), train=few).result.num_steps == 8
+
+
+def test_a_linear_schedule_begins_at_the_rate_and_ends_at_zero(tmp_path):
+    args = training_arguments(TrainConfig(schedule="linear", max_steps=4, learning_rate=0.1), tmp_path, 10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, num_training_steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025]) and optimizer.param_groups[0]["lr"] == 0
 
 
 def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):

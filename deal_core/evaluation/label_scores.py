@@ -1,0 +1,113 @@
+"""Log-probabilities of a task's labels, whatever the model would answer by itself.
+
+Shapes: N rows, B rows of a batch, T tokens of the longest prompt, L labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from deal_core.config import EvaluateConfig
+from deal_core.data.collate import pad_batch
+from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.score import LanguageModel, Prefix, batches_by_length, device_of, read_prefix
+
+
+@torch.inference_mode()
+def label_log_probs(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+) -> Tensor:
+    """Return log p(label | prompt) for every row and label of a labelled task.
+
+    The log-probability of a label is the sum over its tokens and the end token. So the labels' probabilities sum to
+    less than 1 by what the model would answer outside the options.
+
+    Returns:
+        Shape (N, L), fp32, on the CPU; the labels are in the schema's order.
+    """
+    model.eval()
+    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    labels = [encode_answer(tokenizer, task, label, max_prompt_tokens) for label in task.labels]
+    found_NL = torch.zeros(len(prompts), len(labels))
+    prefix = read_prefix(model, prompts)
+    for batch in batches_by_length([len(prompt) for prompt in prompts], config.max_batch_tokens, len(prompts)):
+        chosen = [prompts[i] for i in batch]
+        pad = int(tokenizer.pad_token_id or 0)
+        score = _score_seq2seq if model.config.is_encoder_decoder else _score_decoder
+        found_NL[batch] = score(model, chosen, labels, pad, prefix)
+    return found_NL
+
+
+def _score_decoder(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int, prefix: Prefix
+) -> Tensor:
+    """Read the prompts once, then every label after them. The cache is cut back to the prompts after each label."""
+    device, num_rows = device_of(model), len(prompts)
+    input_ids, own_mask = pad_batch([prompt[prefix.length :] for prompt in prompts], pad, side="left")
+    mask = torch.cat([torch.ones(num_rows, prefix.length, dtype=torch.long), own_mask], 1).to(device)
+    lengths_B1 = mask.sum(1, keepdim=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, prefix.length :]
+    cache = copy.deepcopy(prefix.cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(num_rows)
+    output = model(
+        input_ids=input_ids.to(device), attention_mask=mask, position_ids=positions, cache=cache,
+        use_cache=True, logits_to_keep=torch.tensor([-1], device=device),
+    )  # fmt: skip
+    cache, first_BV = output.cache, output.logits[:, -1].float().log_softmax(-1)
+    found = []
+    for label in labels:
+        score_B = first_BV[:, label[0]]
+        if len(label) > 1:
+            ids = torch.tensor([list(label[:-1])], device=device).expand(num_rows, -1)
+            extended = _to_extend(cache)
+            logits_BKV = model(
+                input_ids=ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
+                position_ids=lengths_B1 + torch.arange(ids.shape[1], device=device), cache=extended, use_cache=True,
+            ).logits  # fmt: skip
+            score_B = score_B + _chosen(logits_BKV, label[1:])
+            if extended is cache:
+                cache.crop(-ids.shape[1])
+        found.append(score_B)
+    return torch.stack(found, 1).cpu()
+
+
+def _score_seq2seq(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int, prefix: Prefix
+) -> Tensor:
+    """Encode the prompts once, then decode every label."""
+    device = device_of(model)
+    input_ids, mask = (each.to(device) for each in pad_batch(prompts, pad, side="right"))
+    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask)
+    found = []
+    for label in labels:
+        ids = torch.tensor([[model.config.decoder_start_token_id, *label[:-1]]], device=device)
+        logits_BKV = model(
+            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=ids.expand(len(prompts), -1)
+        ).logits
+        found.append(_chosen(logits_BKV, label))
+    return torch.stack(found, 1).cpu()
+
+
+def _to_extend(cache: Cache) -> Cache:
+    """The cache, if it can be cut back after it was extended; else a copy."""
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else copy.deepcopy(cache)
+
+
+def _chosen(logits_BKV: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Sum of the tokens' log-probabilities, one per row."""
+    index = torch.tensor(list(tokens), device=logits_BKV.device)[None, :, None].expand(len(logits_BKV), -1, 1)
+    return logits_BKV.float().log_softmax(-1).gather(-1, index).sum((1, 2))

@@ -1,0 +1,71 @@
+"""Criterion and knowledge: what a shift of one label's score changes, and what it must not change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from deal_core.evaluation.criterion import (
+    collapsed,
+    constrained_accuracy,
+    label_figures,
+    offsets,
+    ranking_auc,
+    recentred_accuracy,
+)
+
+
+def scored(num_rows: int = 900, signal: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of three labels for rows that are half label 0, a third label 1 and a sixth label 2."""
+    random = np.random.default_rng(0)
+    targets = random.choice(3, num_rows, p=[1 / 2, 1 / 3, 1 / 6])
+    scores = random.normal(size=(num_rows, 3))
+    scores[np.arange(num_rows), targets] += signal
+    return log_softmax(scores, axis=1), targets
+
+
+def test_a_favoured_label_costs_accuracy_but_no_knowledge():
+    log_probs, targets = scored()
+    shifted = log_softmax(log_probs + np.array([0.0, 0.0, 4.0]), axis=1)
+    assert constrained_accuracy(shifted, targets) < constrained_accuracy(log_probs, targets) - 0.3
+    assert recentred_accuracy(shifted, targets) == pytest.approx(recentred_accuracy(log_probs, targets), abs=1e-3)
+    assert ranking_auc(shifted, targets) == pytest.approx(ranking_auc(log_probs, targets))
+
+
+def test_without_signal_nothing_is_known():
+    log_probs, targets = scored(signal=0.0)
+    assert recentred_accuracy(log_probs, targets) == pytest.approx(1 / 4 + 1 / 9 + 1 / 36, abs=0.05)
+    assert ranking_auc(log_probs, targets) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_offsets_reach_the_shares():
+    log_probs, _ = scored()
+    goal = np.array([0.2, 0.2, 0.6])
+    shifted = np.exp(log_softmax(log_probs + offsets(log_probs, goal), axis=1))
+    assert shifted.mean(0) == pytest.approx(goal, abs=1e-4)
+
+
+def test_the_area_of_two_labels_is_that_of_their_ranks():
+    log_probs = np.log(np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]))
+    targets = np.array([0, 0, 1, 1])
+    assert ranking_auc(log_probs, targets) == pytest.approx(3 / 4)  # of four pairs one is in the wrong order
+    assert ranking_auc(log_probs, np.zeros(4, dtype=np.int64)) is None
+
+
+def test_recall_and_share_of_each_label():
+    answers = [" Good", "bad", "bad", "BAD ", "who knows"]
+    figures = label_figures(answers, ["good", "good", "bad", "bad", "good"], ("Good", "Bad", "Neutral"))
+    assert [(each.label, each.num_rows, each.recall, each.share) for each in figures] == [
+        ("Good", 3, pytest.approx(1 / 3), 0.2), ("Bad", 2, 1.0, 0.6), ("Neutral", 0, None, 0.0), (None, 0, None, 0.2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [("aaaaaaaaab", "a"), ("aaaaabbbbb", None), ("xxxxxxxxab", None), ("aabbcccccc", "c")],
+)
+def test_a_collapse_is_a_label_that_is_answered_far_too_often(answers, expected):
+    figures = label_figures(list(answers), list("aaabbbbccc"), ("a", "b", "c"))
+    found = collapsed(figures)
+    assert (found.label if found else None) == expected

@@ -1,0 +1,53 @@
+"""Log-probabilities of labels: one batched pass gives what one pass per row and label gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from deal_core.adapter.state import adapter_on
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, answer_logits
+from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.label_scores import label_log_probs
+
+TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
+TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]
+
+
+def one_by_one(model, tokenizer, task: TaskSchema, *, is_seq2seq: bool) -> torch.Tensor:
+    """Every row with every label as a batch of its own, as training reads them."""
+    collate = AnswerCollator(tokenizer, is_seq2seq=is_seq2seq)
+    found = []
+    for text in TEXTS:
+        prompt = encode_prompt(tokenizer, task, text, 64)
+        for label in task.labels:
+            answer = encode_answer(tokenizer, task, label, 64)
+            inputs = collate([{"prompt_ids": prompt, "answer_ids": answer}])
+            log_probs_KV = answer_logits(model, inputs)[0].float().log_softmax(-1)
+            found.append(log_probs_KV.gather(-1, torch.tensor(answer)[:, None]).sum())
+    return torch.stack(found).reshape(len(TEXTS), len(task.labels))
+
+
+@pytest.mark.parametrize("max_batch_tokens", [64, 4096])
+def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, base, train):
+    folder = train("seq_lora", train=TrainConfig(max_steps=20, learning_rate=3e-2)).folder
+    config = EvaluateConfig(max_batch_tokens=max_batch_tokens)
+    with torch.no_grad(), adapter_on(base.model, folder) as model:
+        found = label_log_probs(model, base.tokenizer, TASK, TEXTS, config, max_prompt_tokens=64)
+        expected = one_by_one(model, base.tokenizer, TASK, is_seq2seq=False)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    assert len(set(found.argmax(1).tolist())) > 1 or found.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_sliding_window_gives_them_too(base):
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=base.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=12,
+    ))  # fmt: skip
+    found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
+    torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
