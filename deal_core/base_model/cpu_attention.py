@@ -39,8 +39,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend like transformers' "sdpa". Returns the output, shape B×T×H×D, and None for the weights."""
-    is_same = query_BHTD.shape[2] == key_BGSD.shape[2]  # no cache, no cross-attention
-    is_plain = is_same and dropout == 0.0 and kwargs.get("position_bias") is None
+    is_known = query_BHTD.shape[2] == key_BGSD.shape[2] or attention_mask is not None  # all keys, or those of the mask
+    is_plain = is_known and dropout == 0.0 and kwargs.get("position_bias") is None
     is_plain = is_plain and query_BHTD.shape[:3].numel() * key_BGSD.shape[2] <= MAX_SCORES
     if not (torch.is_grad_enabled() and query_BHTD.device.type == "cpu" and is_plain):
         found: tuple[Tensor, None] = sdpa_attention_forward(

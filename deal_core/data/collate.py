@@ -1,12 +1,13 @@
 """From rows to batches: rows are tokenised once, batches hold rows of similar length, logits are for answers only.
 
-Shapes: B rows of a batch, T tokens of the longest row, K tokens of the longest answer.
+Shapes: B rows of a batch, P tokens of a prefix that all rows share, T tokens of the longest row without the prefix,
+K tokens of the longest answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -14,12 +15,26 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
 
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
+MIN_PREFIX = 8
+"""Smallest number of common first tokens for which a shared prefix is computed once."""
+
+
+class HasPrompt(Protocol):
+    """Something with the tokens of a prompt."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """The tokens."""
+
+
+Row = TypeVar("Row", bound=HasPrompt)
 
 
 def encode_rows(
@@ -50,15 +65,64 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
-class AnswerCollator:
-    """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers."""
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Return the number of first tokens that all prompts share and that are worth computing once; 0 if they are few.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool) -> None:
+    The last token of a prompt is never counted: its logits are the first token of the answer.
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # their common prefix is that of all prompts
+    longest = min(map(len, prompts)) - 1
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), longest)
+    shared = min(shared, longest)
+    return shared if shared >= MIN_PREFIX else 0
+
+
+def can_be_continued(cache: Cache | None) -> bool:
+    """Whether texts that begin with padding can be read after a prefix with this cache.
+
+    A sliding window would count the padding, and a recurrent state would read it.
+    """
+    return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@torch.no_grad()
+def can_share_prefix(model: nn.Module) -> bool:
+    """Whether a decoder-only model can read a prefix once and several texts after it; the model reads one token."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    return can_be_continued(getattr(model(input_ids=token, use_cache=True), "cache", None))
+
+
+class AnswerCollator:
+    """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers.
+
+    Args:
+        tokenizer: Source of the padding token.
+        is_seq2seq: Whether the model is an encoder-decoder.
+        shares_prefix: Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The
+            other tensors then hold only what follows, but the mask counts the prefix.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool, shares_prefix: bool = False
+    ) -> None:
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._is_seq2seq = is_seq2seq
+        self._shares_prefix = shares_prefix
+
+    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
+        if not self._shares_prefix:
+            return [list(rows)]
+        by_start: dict[tuple[int, ...], list[Row]] = {}
+        for row in rows:
+            by_start.setdefault(tuple(row.prompt_ids[:MIN_PREFIX]), []).append(row)
+        single = [row for group in by_start.values() if len(group) == 1 for row in group]
+        return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """Return input_ids and attention_mask (B×T) and labels (B×K), the answers' tokens only."""
+        """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only."""
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
         prompts = [list(row["prompt_ids"]) for row in rows]
@@ -66,26 +130,37 @@ class AnswerCollator:
             input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        input_ids, mask = pad_batch([p + a for p, a in zip(prompts, answers, strict=True)], self._pad_id, side="left")
+        shared = common_prefix(prompts) if self._shares_prefix else 0
+        tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
+        input_ids, mask = pad_batch(tails, self._pad_id, side="left")
+        mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         labels, _ = pad_batch(labels_of, IGNORED, side="left")
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
             "labels": labels,
         }
+        return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions."""
+    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions.
+
+    A shared prefix is computed once. Its gradients are the sum over the rows, so the result is that of whole rows.
+    """
     if "position_ids" not in inputs:  # an encoder-decoder, whose decoder has only the answer
         return cast(Tensor, model(**inputs).logits)
-    features = {name: value for name, value in inputs.items() if name != "labels"}
+    features: dict[str, Any] = {name: value for name, value in inputs.items() if name not in ("labels", "prefix_ids")}
     # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
     # copies its whole weight once per row
-    length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
+    (num_rows, length), num_answer = inputs["input_ids"].shape, inputs["labels"].shape[1]
     positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
-    return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
+    if "prefix_ids" not in inputs:
+        return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
+    cache = model(input_ids=inputs["prefix_ids"], logits_to_keep=positions[:1] * 0, use_cache=True).cache
+    cache.batch_repeat_interleave(num_rows)
+    return cast(Tensor, model(**features, cache=cache, logits_to_keep=positions, use_cache=True).logits)
 
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

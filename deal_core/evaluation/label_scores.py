@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import pad_batch
+from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import LanguageModel, Prefix, batches_by_length, device_of, read_prefix
@@ -104,7 +104,7 @@ def _score_seq2seq(
 
 def _to_extend(cache: Cache) -> Cache:
     """The cache, if it can be cut back after it was extended; else a copy."""
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else copy.deepcopy(cache)
+    return cache if can_be_continued(cache) else copy.deepcopy(cache)
 
 
 def _chosen(logits_BKV: Tensor, tokens: Sequence[int]) -> Tensor:

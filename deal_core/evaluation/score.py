@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,19 +13,17 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import pad_batch
+from deal_core.data.collate import can_be_continued, common_prefix, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import outcomes_of, rouge1
 
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
-MIN_PREFIX = 8
-"""Smallest number of common first tokens for which the shared prefix is computed once."""
 MAX_LOGIT_BYTES = 2**30
 """Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
 times as many."""
@@ -228,17 +225,14 @@ class Prefix(NamedTuple):
 
 def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Compute the prefix that all prompts share, such as a task's instruction and options."""
-    if model.config.is_encoder_decoder or len(prompts) < 2:
+    if model.config.is_encoder_decoder:
         return Prefix(0, None)
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # their common prefix is that of all prompts
-    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
-    if len(shared) < MIN_PREFIX:
+    shared = common_prefix(prompts)
+    if not shared:
         return Prefix(0, None)
-    cache = model(input_ids=torch.tensor([shared], device=device_of(model)), use_cache=True, logits_to_keep=1).cache
-    # padding follows the prefix: a sliding window would count it, and a recurrent state would read it
-    if not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return Prefix(0, None)
-    return Prefix(len(shared), cache)
+    ids = torch.tensor([prompts[0][:shared]], device=device_of(model))
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
+    return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
 
 
 def _generate(

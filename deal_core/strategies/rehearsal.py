@@ -122,14 +122,15 @@ class Rehearsal:
 
     def _summed(self, model: nn.Module, questions: Sequence[Question]) -> Tensor:
         device = next(model.parameters()).device
-        inputs = {name: value.to(device) for name, value in self._collate([vars(q) for q in questions]).items()}
-        logits_BKV = answer_logits(model, inputs).float()
-        is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
         losses = []
-        for logits_KV, labels_K, question in zip(logits_BKV, inputs["labels"], questions, strict=True):
-            length = len(question.answer_ids)
-            part = slice(-length, None) if is_right else slice(0, length)
-            losses.append(self._question_loss(logits_KV[part], labels_K[part], question))
+        for group in self._collate.groups(questions):
+            inputs = {name: value.to(device) for name, value in self._collate([vars(q) for q in group]).items()}
+            logits_BKV = answer_logits(model, inputs).float()
+            is_right = "position_ids" in inputs  # answers of a decoder-only model end at the right edge
+            for logits_KV, labels_K, question in zip(logits_BKV, inputs["labels"], group, strict=True):
+                length = len(question.answer_ids)
+                part = slice(-length, None) if is_right else slice(0, length)
+                losses.append(self._question_loss(logits_KV[part], labels_K[part], question))
         return torch.stack(losses).sum()
 
     def _question_loss(self, logits_KV: Tensor, labels_K: Tensor, question: Question) -> Tensor:

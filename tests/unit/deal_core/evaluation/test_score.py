@@ -9,11 +9,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
-from deal_core.data.collate import encode_rows
+from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import (
-    MIN_PREFIX,
     count_too_long,
     evaluate_task,
     first_answer_logits,

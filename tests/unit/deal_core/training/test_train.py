@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, DealConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.score import first_answer_logits
 from deal_core.strategies import MethodState
+from deal_core.strategies.rehearsal import Question
 from deal_core.training.train import training_arguments
 from deal_core.training.trainer import AdapterTrainer
 
@@ -340,6 +341,46 @@ def test_batches_hold_rows_of_similar_length_and_every_row_once():
     assert list(sampler) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+def test_a_prefix_that_is_read_once_gives_the_losses_and_gradients_of_whole_rows(base, task, rows):
+    model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
+    encoded = encode_rows(rows(5), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape) if "lora_B" in name else 0)
+    found = []
+    for shares_prefix in (False, True):
+        batch = AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=shares_prefix)(list(encoded))
+        assert ("prefix_ids" in batch) == shares_prefix
+        model.zero_grad()
+        loss = answer_loss(model, batch)
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    whole, shared = found
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-4)
+    assert batch["prefix_ids"].shape[1] >= MIN_PREFIX and len(set(batch["attention_mask"].sum(1).tolist())) > 1
+    model.unload()
+
+
+def test_rows_of_different_tasks_and_single_rows_share_no_prefix(base, task, rows):
+    encoded = encode_rows(rows(2), base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=8)
+    foreign = replace(task, instruction="x")
+    other = encode_rows(rows(2), base.tokenizer, foreign, max_prompt_tokens=64, max_answer_tokens=8)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=True)
+    assert "prefix_ids" not in collate([encoded[0]]) and "prefix_ids" not in collate([encoded[0], other[0]])
+    same = collate([encoded[0], encoded[0]])
+    assert same["input_ids"].shape[1] == 1 + len(encoded[0]["answer_ids"]), "a prompt's last token stays with the row"
+
+
+def test_questions_of_one_task_are_one_batch(base):
+    def question(start: int, text: int) -> Question:
+        return Question([start] * MIN_PREFIX + [text], [1])
+
+    asked = [question(2, 5), question(3, 6), question(2, 7), question(4, 8)]
+    share = AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=True)
+    assert share.groups(asked) == [[asked[0], asked[2]], [asked[1], asked[3]]]
+    assert AnswerCollator(base.tokenizer, is_seq2seq=False).groups(asked) == [asked]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
