@@ -6,6 +6,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
+from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from infra.report.run_report import Changed, Example, Link, Origin, Quality, QuarantinedRow, RunReport, Training
@@ -28,6 +29,11 @@ def sample_evaluation() -> EvaluationReport:
     return EvaluationReport(
         task=TASKS[2], accuracies=last, parent_accuracies={"bank": 0.9, "clinic": 0.8}, base_accuracy=0.21,
         parent_accuracy_new_task=0.22, num_rows=dict.fromkeys(TASKS, 20), matrix=matrix, notes=("A note.",),
+        labels={"bank": (
+            LabelFigures(label="lost card", num_rows=12, recall=0.75, share=0.45),
+            LabelFigures(label="fee <dispute>", num_rows=8, recall=None, share=0.5),
+            LabelFigures(label=None, num_rows=0, recall=None, share=0.05),
+        )},
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deal_core.evaluation.metrics import plain_answer
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledAnswers:
@@ -40,12 +42,12 @@ def pack_answers(
     answers: Sequence[str], references: Sequence[str], labels: Sequence[str], log_probs_NL: Tensor
 ) -> dict[str, Any]:
     """Return JSON values. Log-probabilities are half-precision floats in base64, row by row: three digits are kept."""
-    numbers = {label.strip().casefold(): number for number, label in enumerate(labels)}
+    numbers = {plain_answer(label): number for number, label in enumerate(labels)}
     half_NL = log_probs_NL.clamp(min=-6e4).numpy().astype("<f2")
     return {
         "labels": list(labels),
-        "targets": [numbers[reference.strip().casefold()] for reference in references],
-        "answers": [numbers.get(answer.strip().casefold(), answer) for answer in answers],
+        "targets": [numbers[plain_answer(reference)] for reference in references],
+        "answers": [numbers.get(plain_answer(answer), answer) for answer in answers],
         "log_probs": base64.b64encode(half_NL.tobytes()).decode(),
     }
 

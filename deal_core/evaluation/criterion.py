@@ -1,16 +1,12 @@
-"""Where a model draws the line between labels: recall per label, share of each answer, and accuracy without a bias.
+"""Accuracy without a bias towards a label, from the log-probabilities of all labels.
 
-A model can know a task and still answer one label too often. Accuracy then falls although nothing was forgotten. The
-figures here separate the two: `recentred_accuracy` and `ranking_auc` do not change when one label is favoured.
+A model can know a task and still answer one label too often. Accuracy then falls although nothing was forgotten.
+`recentred_accuracy` and `ranking_auc` do not change when one label is favoured.
 
 Shapes: N rows, L labels.
 """
 
 from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,61 +19,7 @@ NUM_ROUNDS = 200
 """Rounds of the fixed point that finds the labels' offsets; it settles within some dozens."""
 DAMPING = 0.7
 """Share of each round's correction that is applied."""
-COLLAPSE_SHARE, COLLAPSE_FACTOR = 0.5, 2.0
-"""Answers to a task have collapsed if one label is at least this share of them, and this many times its share of the
-references."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class LabelFigures:
-    """How one label is answered.
-
-    Attributes:
-        label: The label; None stands for all answers that are no label.
-        num_rows: Test rows with this label.
-        recall: Share of these rows that are answered with it; None without such rows.
-        share: Its share of all answers.
-    """
-
-    label: str | None
-    num_rows: int
-    recall: float | None
-    share: float
-
-
-def label_figures(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> list[LabelFigures]:
-    """Return the figures of every label in the schema's order; answers outside the labels come last, if there are any.
-
-    Answers and labels are compared as accuracy compares them: stripped and case-folded.
-    """
-    answered = [_plain(answer) for answer in answers]
-    expected = [_plain(reference) for reference in references]
-    given, wanted = Counter(answered), Counter(expected)
-    right = Counter(answer for answer, reference in zip(answered, expected, strict=True) if answer == reference)
-    total = max(1, len(answered))
-    found = [
-        LabelFigures(
-            label=label,
-            num_rows=wanted[name],
-            recall=right[name] / wanted[name] if wanted[name] else None,
-            share=given[name] / total,
-        )
-        for label in labels
-        for name in (_plain(label),)
-    ]
-    outside = len(answered) - sum(given[_plain(label)] for label in labels)
-    if outside:
-        found.append(LabelFigures(label=None, num_rows=0, recall=None, share=outside / total))
-    return found
-
-
-def collapsed(figures: Sequence[LabelFigures]) -> LabelFigures | None:
-    """Return the label that has taken over the answers, or None."""
-    num_rows = max(1, sum(each.num_rows for each in figures))
-    most = max(figures, key=lambda each: each.share, default=None)
-    if most is None or most.share < COLLAPSE_SHARE or most.share < COLLAPSE_FACTOR * most.num_rows / num_rows:
-        return None
-    return most
 
 
 def constrained_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
@@ -130,7 +72,3 @@ def ranking_auc(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float | N
 def _shares(targets_N: NDArray[np.int64], num_labels: int) -> Floats:
     counts_L: Floats = np.bincount(targets_N, minlength=num_labels).astype(np.float64)
     return counts_L / max(1, len(targets_N))
-
-
-def _plain(text: str) -> str:
-    return text.strip().casefold()

@@ -166,6 +166,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
+def plain_answer(text: str) -> str:
+    """Return an answer as answers are compared: stripped and case-folded."""
+    return text.strip().casefold()
+
+
 def exact_match(answer: str, expected: str) -> bool:
     """Whether two answers are the same after strip and case-fold.
 
@@ -173,7 +178,7 @@ def exact_match(answer: str, expected: str) -> bool:
         >>> exact_match(" Card Lost", "card lost")
         True
     """
-    return answer.strip().casefold() == expected.strip().casefold()
+    return plain_answer(answer) == plain_answer(expected)
 
 
 def outcomes_of(answers: Iterable[str], references: Iterable[str]) -> str:

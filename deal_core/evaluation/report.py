@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import KeptMatrix
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.schema_version import Kept, VersionedJson
@@ -27,8 +28,8 @@ class AdapterFacts:
 class EvaluationReport(VersionedJson):
     """Scores of one version, its parent and the untouched base. Accuracies are shares, 0 to 1."""
 
-    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=2, reads=(1, 2))
-    """What 2 has more than 1 may be missing."""
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=3, reads=(1, 2, 3))
+    """Fields that a later version added may be missing."""
 
     task: str
     """The task that the version was trained on."""
@@ -58,6 +59,8 @@ class EvaluationReport(VersionedJson):
     """None: not examined."""
     majority_rate: float | None = None
     """Accuracy of always giving the most common answer of the task, 0 to 1; None: not counted."""
+    labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
+    """Per labelled task, the new version's recall and share of answers of each label."""
 
     def __post_init__(self) -> None:
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)

@@ -20,7 +20,8 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.metrics import outcomes_of, rouge1
+from deal_core.evaluation.label_figures import LabelFigures, label_figures
+from deal_core.evaluation.metrics import outcomes_of, plain_answer, rouge1
 
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
@@ -41,6 +42,7 @@ class TaskEvaluation:
         majority_rate: Share of the most common reference: the accuracy of a constant answer.
         answers: The generated answers, in the rows' order.
         outcomes: One character per row, in the rows' order: 1 for a right answer, else 0.
+        labels: How each label is answered; empty for an open task.
     """
 
     task: str
@@ -50,6 +52,7 @@ class TaskEvaluation:
     majority_rate: float
     answers: tuple[str, ...]
     outcomes: str
+    labels: tuple[LabelFigures, ...]
 
 
 def evaluate_task(
@@ -76,7 +79,7 @@ def evaluate_task(
     num_rows = len(references)
     pairs = list(zip(answers, references, strict=True))
     outcomes = outcomes_of(answers, references)
-    commonest = Counter(reference.strip().casefold() for reference in references).most_common(1)
+    commonest = Counter(map(plain_answer, references)).most_common(1)
     return TaskEvaluation(
         task=task.name,
         accuracy=outcomes.count("1") / num_rows if num_rows else 0.0,
@@ -85,6 +88,7 @@ def evaluate_task(
         majority_rate=commonest[0][1] / num_rows if commonest else 0.0,
         answers=tuple(answers),
         outcomes=outcomes,
+        labels=tuple(label_figures(answers, references, task.labels)) if task.labels else (),
     )
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of
+from deal_core.evaluation.label_figures import collapsed
+from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of, plain_answer
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
-from deal_core.printable import listed
+from deal_core.printable import brief, listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from tasks.adaptation.answers import Answers, KeptAnswers, keep_answers, read_answers
@@ -29,7 +31,7 @@ from tasks.progress import advance
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 if TYPE_CHECKING:
-    from deal_core.evaluation.score import TaskEvaluation
+    from deal_core.evaluation.score import LanguageModel, TaskEvaluation
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -76,7 +78,7 @@ def evaluate_version(
         if open_rows:
             asked = scorer.score(parent_folder, open_rows).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
-        now = scorer.score(folder, all_sets, general=True)
+        now = scorer.score(folder, all_sets, general=True, explain=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     learned = now.evaluations[dataset.task]
     own = [each for each in all_sets if each.schema.name == dataset.task]
@@ -87,6 +89,7 @@ def evaluate_version(
     if any(scorer.count_too_long(each, dataset.new_labels) for each in own):
         notes = (*notes, f"new labels of {dataset.task} are longer than an answer may be since its first arrival "
                          "(evaluate.max_new_tokens), so that no version can give them")  # fmt: skip
+    notes = (*notes, *collapse_notes(now))
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
     keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
@@ -121,6 +124,7 @@ def evaluate_version(
         base_perplexity=on_base.perplexity,
         adapter=facts,
         majority_rate=learned.majority_rate,
+        labels={name: found.labels for name, found in now.evaluations.items() if found.labels},
     )
 
 
@@ -132,6 +136,8 @@ class Scored:
     answers: Answers
     perplexity: float | None
     """Of plain English; None where it was not asked, or cannot be told."""
+    recentred: Mapping[str, float] = field(default_factory=dict)
+    """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -167,13 +173,22 @@ class Scorer:
         """Announce the test sets that will be scored, so that progress has a total."""
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
-    def score(self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False) -> Scored:
-        """Score one adapter (None: the untouched base model) on each test set; `general`: on plain English too."""
+    def score(
+        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False
+    ) -> Scored:
+        """Score one adapter (None: the untouched base model) on each test set.
+
+        Args:
+            adapter_folder: the adapter.
+            sets: the test sets.
+            general: score it on plain English too.
+            explain: measure what the collapse of a task's answers costs.
+        """
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluation.general_ability import perplexity
         from deal_core.evaluation.score import evaluate_task
 
-        found, answers = {}, {}
+        found, answers, recentred = {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
                 evaluation = evaluate_task(
@@ -188,7 +203,22 @@ class Scorer:
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-            return Scored(found, answers, perplexity(model, self._base.tokenizer) if general else None)
+                if explain and collapsed(evaluation.labels) is not None:
+                    recentred[evaluation.task] = self._recentred(model, test_set)
+            known = perplexity(model, self._base.tokenizer) if general else None
+        return Scored(found, answers, known, recentred)
+
+    def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
+        from deal_core.evaluation.criterion import recentred_accuracy
+        from deal_core.evaluation.label_scores import label_log_probs
+
+        numbers = {plain_answer(label): number for number, label in enumerate(test_set.schema.labels)}
+        targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
+        log_probs_NL = label_log_probs(
+            model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
+            max_prompt_tokens=test_set.max_prompt_tokens,
+        )  # fmt: skip
+        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str]) -> int:
         """References that no answer to the test set's rows can match."""
@@ -199,6 +229,23 @@ class Scorer:
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
         self._report(self._done, self._total, name)
+
+
+def collapse_notes(scored: Scored) -> tuple[str, ...]:
+    """Say which label has taken over the answers to a task, and what that costs."""
+    notes = []
+    for name, recentred in scored.recentred.items():
+        found = scored.evaluations[name]
+        label = collapsed(found.labels)
+        assert label is not None
+        answer = "no label of the task" if label.label is None else brief(label.label)
+        rows = 100 * label.num_rows / found.num_rows
+        notes.append(
+            f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
+            f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
+            f"{100 * found.accuracy:.1f} %"
+        )
+    return tuple(notes)
 
 
 def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> tuple[str, ...]:

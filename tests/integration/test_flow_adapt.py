@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from flows.forget import forget
 from flows.results import AdaptResult
 from infra.ledger import Ledger
 from infra.tracking.registry import Registry, open_registry
+from infra.tracking.tracker import open_tracker
 from tasks.adaptation.parent import find_parent
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
@@ -493,3 +495,22 @@ def test_the_frozen_test_rows_are_those_of_the_file(first: AdaptResult, tmp_path
     current_store().download_file(f"{first.dataset.uri}/test.parquet", path)
     wanted = {json.loads(line)["text"] for line in Path(BANK["test_data"]).read_text().splitlines()}
     assert set(pq.read_table(path).column("input").to_pylist()) == wanted
+
+
+def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: Path, tmp_path: Path) -> None:
+    files = {}
+    for split, is_open in (("train", lambda i: i % 12 == 0), ("test", lambda i: i % 2 == 0)):
+        files[split] = tmp_path / f"{split}.jsonl"
+        rows = [{"text": f"{split} message {i}", "label": "open" if is_open(i) else "closed"} for i in range(24)]
+        files[split].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = {"name": "tickets", "data": str(files["train"]), "test_data": str(files["test"])}
+    result = run(tiny_base, task, train={"max_steps": 60, "learning_rate": 0.02, "max_prompt_tokens": 64})
+    assert result.tracking_id is not None
+    evaluation = open_tracker().run(result.tracking_id).read_json("evaluation.json")
+    labels = sorted(tuple(each.values()) for each in evaluation["labels"]["tickets"])
+    assert labels == [("closed", 12, 1.0, 1.0), ("open", 12, 0.0, 0.0)]
+    (note,) = [note for note in evaluation["notes"] if "of the answers" in note]
+    assert re.fullmatch(
+        r"tickets: 100 % of the answers are 'closed', but 50 % of the test rows are. If every label were answered as "
+        r"often as it occurs, accuracy would be \d+\.\d % instead of 50\.0 %", note
+    )  # fmt: skip

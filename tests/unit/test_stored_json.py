@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import AdapterStateError, DataValidationError, StoreError
 from deal_core.evaluation.answering import ServedTask, ServedVersion
+from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from infra.ledger import LedgerEntry
@@ -31,6 +33,8 @@ REPORT = EvaluationReport(
     parent_accuracy_new_task=None, num_rows={"bank": 20, "talk": 3}, matrix=MATRIX, notes=("Größe.",),
     outcomes={"bank": "1" * 20, "talk": "100"}, parent_outcomes={"bank": "1" * 18 + "00"}, perplexity=31.5,
     base_perplexity=float("inf"), adapter=AdapterFacts(norm=1.25, parent_norm=None, is_changed=True), majority_rate=0.5,
+    labels={"bank": (LabelFigures(label="Überweisung", num_rows=20, recall=1.0, share=0.95),
+                     LabelFigures(label=None, num_rows=0, recall=None, share=0.05))},
 )  # fmt: skip
 MANIFEST = DatasetManifest(
     task=TASKS[0], sha256="ab" * 32, source="März.csv", num_read=10, num_train=5, num_test=3, num_rejected=2,
@@ -82,7 +86,7 @@ def test_what_earlier_code_wrote_is_read(name: str) -> None:
 @pytest.mark.parametrize("found", [99, "1", None])
 def test_what_another_release_wrote_is_refused(name: str, found: object) -> None:
     value, error = STORED[name]
-    with pytest.raises(error, match=rf"has schema version {found}, this release reads 1( or 2)?; ") as raised:
+    with pytest.raises(error, match=rf"has schema version {found}, this release reads 1( or 2 or 3)?; ") as raised:
         type(value).from_json({**golden(name), "schema_version": found})
     assert "\n" not in str(raised.value)
 
@@ -137,3 +141,7 @@ def test_a_task_from_before_answers_had_a_length_has_the_default() -> None:
     values = golden("record")
     del values["tasks"][0]["max_new_tokens"]
     assert LineageRecord.from_json(values).tasks[0].max_new_tokens == EvaluateConfig().max_new_tokens
+
+
+def test_an_evaluation_of_an_earlier_release_has_no_figures_of_labels() -> None:
+    assert EvaluationReport.from_json(golden("evaluation-2")) == replace(REPORT, labels={})

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from deal_core.evaluation.criterion import (
-    collapsed,
-    constrained_accuracy,
-    label_figures,
-    offsets,
-    ranking_auc,
-    recentred_accuracy,
-)
+from deal_core.evaluation.criterion import constrained_accuracy, offsets, ranking_auc, recentred_accuracy
 
 
 def scored(num_rows: int = 900, signal: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
@@ -51,21 +44,3 @@ def test_the_area_of_two_labels_is_that_of_their_ranks():
     targets = np.array([0, 0, 1, 1])
     assert ranking_auc(log_probs, targets) == pytest.approx(3 / 4)  # of four pairs one is in the wrong order
     assert ranking_auc(log_probs, np.zeros(4, dtype=np.int64)) is None
-
-
-def test_recall_and_share_of_each_label():
-    answers = [" Good", "bad", "bad", "BAD ", "who knows"]
-    figures = label_figures(answers, ["good", "good", "bad", "bad", "good"], ("Good", "Bad", "Neutral"))
-    assert [(each.label, each.num_rows, each.recall, each.share) for each in figures] == [
-        ("Good", 3, pytest.approx(1 / 3), 0.2), ("Bad", 2, 1.0, 0.6), ("Neutral", 0, None, 0.0), (None, 0, None, 0.2),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [("aaaaaaaaab", "a"), ("aaaaabbbbb", None), ("xxxxxxxxab", None), ("aabbcccccc", "c")],
-)
-def test_a_collapse_is_a_label_that_is_answered_far_too_often(answers, expected):
-    figures = label_figures(list(answers), list("aaabbbbccc"), ("a", "b", "c"))
-    found = collapsed(figures)
-    assert (found.label if found else None) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_the_page_tells_the_whole_run() -> None:
         "A note.", "evaluate2 min", "deal report 4 --lineage support", DIGEST, "q_proj", "2026-05-04 12:30 UTC",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_the_page_shows_how_each_label_is_answered() -> None:
+    (body,) = re.findall(r"<h2>Each label</h2>.*?<h2>", render(), re.DOTALL)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr><td.*?</tr>", body, re.DOTALL)]
+    assert rows == [
+        ["<bdi>lost card</bdi>", "75.0", "60.0", "45.0"], ["<bdi>fee &lt;dispute&gt;</bdi>", "–", "40.0", "50.0"],
+        ["<i>no label of the task</i>", "–", "0.0", "5.0"],
+    ]  # fmt: skip
+    assert "bank: 20 test rows, 2 labels" in body
+    assert "Each label" not in render_page(sample_report(), replace(sample_evaluation(), labels={}))
 
 
 def test_of_a_file_that_was_forgotten_the_page_has_the_numbers() -> None:
