@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from benchmarks.output import DEAL
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
-from infra.store.open import open_store
+from infra.store.local import open_store
 from infra.tracking.registry import open_registry
 
 ARRIVALS = {"a": 3, "b": 2}

@@ -11,8 +11,8 @@ from prefect import flow, runtime
 
 from deal_core.errors import DealError
 from flows.lock import is_held_on_server
-from infra.landing import open_landing_queue
 from infra.store.base import ObjectStore
+from infra.store.s3 import open_landing_queue
 from tasks.context import current_store
 from tasks.inbox.announcements import announce, announce_again, read_announcement
 from tasks.inbox.listing import InboxState, KnownStates

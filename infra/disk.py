@@ -1,11 +1,11 @@
-"""A full disk: told from other failures, and said with what is full and how much is free."""
+"""Full disks: finds them behind other errors, and names the full place and its free bytes."""
 
 from __future__ import annotations
 
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,61 +13,56 @@ from deal_core.errors import DiskFullError
 from infra.settings import StoreSettings, TrackingSettings
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SAID = (
+FULL_TEXTS = (
     "no space left on device", "database or disk is full", "storagefull", "disk quota exceeded", "file too large",
     "not enough free disk space",
 )  # fmt: skip
-"""What libraries say of these, whose errors carry no number."""
+"""Texts of libraries whose errors have no number."""
 LITTLE_BYTES = 1 << 20
-"""A disk with less is taken for the reason of a failure that nobody expected."""
+"""With less free space, a full disk counts as the cause of an unexpected error."""
 ROOM_BYTES = 32 << 20
-"""What the home folder needs to begin a run: its databases and logs grow by 7 MB in a small one."""
+"""Free space in the home folder that a run needs to begin: its databases and logs grow by 7 MB in a small run."""
 ROOM_TO_REMOVE_BYTES = 4 << 20
-"""What a command needs that makes room."""
+"""Free space that a command needs to remove files."""
 
 
 def disk_full(error: BaseException) -> DiskFullError | None:
-    """The error that says which disk is full, where that made `error` happen; else None.
-
-    Args:
-        error: what was raised, with what it was raised from.
-    """
+    """Return an error that names the full disk, if a full disk caused `error` or one of its causes; else None."""
     if isinstance(error, DiskFullError):
         return error
     chain = list(_chain(error))
-    found = next((each for each in chain if _is_full(each)), None)
-    if found is None:
+    if not any(_is_full(each) for each in chain):
         return None
-    # a copy that finds no room names its source first
+    # the error of a failed copy names the source first, so the named place with the least space is taken
     named = [name for each in chain if isinstance(each, OSError) for name in (each.filename, each.filename2)]
     paths = [Path(name) for name in named if isinstance(name, str)]
-    return _full(min(paths, key=_free) if paths else fullest_place())
+    return _full_error(min(paths, key=_free) if paths else fullest_place())
 
 
 def disk_full_unexpected(error: Exception) -> DiskFullError | None:
-    """As `disk_full`, but for an error that nobody expected: a disk that is all but full made it happen."""
+    """Like `disk_full`, but for an unexpected error, which an almost full disk may have caused."""
     found = disk_full(error)
     if found is None and (place := fullest_place()) and _free(place) < LITTLE_BYTES:
-        return _full(place)
+        return _full_error(place)
     return found
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
-    """Say that a disk is full before anything is begun that could not be ended.
+    """Require free space before work begins that a full disk would interrupt.
 
     Raises:
-        DiskFullError: there is less room than `num_bytes`.
+        DiskFullError: Less than `num_bytes` are free.
     """
     if _free(folder) < num_bytes:
-        raise _full(folder, f"; at least {num_bytes >> 20} MB are needed to begin")
+        raise _full_error(folder, f"; at least {num_bytes >> 20} MB are needed to begin")
 
 
 def fullest_place() -> Path:
-    """Of the folders that a run writes to, the one on the disk with the least room."""
+    """Return the folder with the least free space of the folders that a run writes to."""
     temporary = Path(tempfile.gettempdir())
     try:
         settings, tracking = StoreSettings(), TrackingSettings()
-    except ValueError:  # settings that do not fit, which may be the very error that is looked into
+    except ValueError:  # invalid settings may be the error that is examined
         return temporary
     addresses = [settings.store_uri, tracking.artifact_uri, tracking.tracking_uri]
     local = [address for address in addresses if address.startswith(("file:///", "sqlite:///"))]
@@ -75,22 +70,22 @@ def fullest_place() -> Path:
     return min([settings.home, settings.cache_dir, temporary, *places], key=_free)
 
 
-def _full(place: Path, why: str = "") -> DiskFullError:
+def _full_error(place: Path, why: str = "") -> DiskFullError:
     return DiskFullError(
-        f"The disk of {place} is full: {_free(place) / (1 << 20):.1f} MB are free{why}. Make room (deal gc lists what "
-        "may go), then run the same command again: it goes on from the last checkpoint."
+        f"The disk of {place} is full: {_free(place) / (1 << 20):.1f} MB are free{why}. Free some space (deal gc "
+        "lists files that can be removed), then run the same command again: it continues from the last checkpoint."
     )
 
 
 def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in FULL:
         return True
-    said = str(error).lower()
-    return any(text in said for text in SAID)
+    message = str(error).lower()
+    return any(text in message for text in FULL_TEXTS)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it was raised from or while."""
+    """Yield an error and its causes."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -100,14 +95,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _free(place: Path) -> int:
-    """Bytes that may be written at a path; of its nearest folder where it is not there yet."""
-    for folder in _with_parents(place.absolute()):
+    """Return the free bytes at a path, or at its nearest existing folder."""
+    place = place.absolute()
+    for folder in (place, *place.parents):
         try:
             return shutil.disk_usage(folder).free
         except OSError:
             continue
     return 0
-
-
-def _with_parents(path: Path) -> Iterable[Path]:
-    return (path, *path.parents)

@@ -1,4 +1,4 @@
-"""Logs: no secret in what is logged, and files that many processes append to, one after another."""
+"""Logs without secrets, and log files that several processes append to."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_BYTES = 10 << 20
 
 
 class PlainFormatter(logging.Formatter):
-    """Lines in which nothing is left that a terminal acts on: people look at logs with `cat`."""
+    """Writes lines without terminal control characters, because people read logs with `cat`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Return the record as text."""
         return printable(super().format(record))
 
 
 def mask_logs() -> None:
-    """Mask secrets in every record that this process logs, whichever library logs it and wherever it goes.
+    """Mask secrets in every log record of this process, for all libraries and all handlers. Can be repeated.
 
-    A handler's filter would not do: Prefect has handlers of its own, which a worker sets up. Can be repeated.
+    A filter on handlers would not reach the handlers that a Prefect worker adds.
     """
     make_record = logging.getLogRecordFactory()
     if isinstance(make_record, _Masked):
@@ -35,7 +35,7 @@ def mask_logs() -> None:
 
 
 class _Masked:
-    """A factory of log records whose message, arguments and traceback hold no secret."""
+    """A factory of log records without secrets in message, arguments and traceback."""
 
     def __init__(self, make_record: Any) -> None:
         self._make_record = make_record
@@ -43,10 +43,10 @@ class _Masked:
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record: logging.LogRecord = self._make_record(*args, **kwargs)
-        with suppress(TypeError, ValueError, KeyError):  # arguments that do not fit are logging's own to complain of
+        with suppress(TypeError, ValueError, KeyError):  # logging itself reports arguments that do not fit
             message = record.getMessage()
             masked = without_secrets(message)
-            if masked != message:  # else the arguments stay, which some formatters read
+            if masked != message:  # otherwise the arguments are kept for formatters that read them
                 record.msg, record.args = masked, ()
         if record.exc_info and record.exc_info[0]:
             record.exc_text = without_secrets(self._formatter.formatException(record.exc_info))
@@ -54,9 +54,9 @@ class _Masked:
 
 
 def ready_log(log: Path) -> Path:
-    """Make a log's folder, and give one that has grown past 10 MB the name LOG.1, in place of the one before.
+    """Make a log's folder; rename a log of more than 10 MB to LOG.1, which is replaced. Return the log's path.
 
-    Call it before the log is opened. Whoever has it open writes on into the old one.
+    Call this function before the log is opened. A process that has the log open still writes to the renamed log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if is_full(log):
@@ -65,20 +65,20 @@ def ready_log(log: Path) -> Path:
 
 
 def is_full(log: Path) -> bool:
-    """Whether a log has grown past 10 MB."""
+    """Return whether a log has more than 10 MB."""
     with suppress(FileNotFoundError):
         return log.stat().st_size > MAX_BYTES
     return False
 
 
 def cut_log(log: Path) -> None:
-    """Copy a log to LOG.1, in place of the one before, and empty it.
+    """Copy a log to LOG.1, which is replaced, and empty the log.
 
-    Processes may have it open, if they opened it to append: they go on at its new end. A line that is written just then
-    may be lost.
+    Processes that have opened the log to append continue at its new end. A line that is written during the copy may be
+    lost.
 
     Raises:
-        OSError: there is no room for the copy; the log is left as it is.
+        OSError: There is no space for the copy; the log is not changed.
     """
     shutil.copyfile(log, _old(log))
     os.truncate(log, 0)

@@ -1,46 +1,51 @@
-"""The promotion log of a store: which version of a lineage was champion when, who moved it, and why.
+"""Two records of a lineage in the object store, both only added to: the promotion log and the ledger.
 
-One object per move, `promotions/<lineage>/<number>.json`, written with a conditional put: of two moves at once one gets
-the next number, the other finds it taken. The log is the truth; the registry's alias follows it.
+The promotion log says which version was champion when, who moved the alias, and why. It has one object per move,
+`promotions/<lineage>/<number>.json`, written with a conditional put: of two concurrent moves one gets the next number,
+and the other finds the number taken. The registry's alias follows the log.
+
+The ledger says which version learned a dataset. It has one object per dataset, `ledger/<lineage>/<sha256>.json`.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deal_core.errors import StoreError
+from deal_core.schema_version import Kept, VersionedJson
 from infra.store import keys
-from infra.store.base import ObjectStore
+from infra.store.base import ObjectNotFoundError, ObjectStore
 
 Action = Literal["promoted", "rolled back", "rejected"]
 
 
 class Change(BaseModel):
-    """What a move does, and who wants it."""
+    """A change of the champion, and its author."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     action: Action
     lineage: str
     version: str
-    """The version it is about."""
+    """The version that was promoted, rolled back or rejected."""
     before: str | None
     """The champion before; None: there was none."""
     champion: str | None
-    """The champion from then on; as before, where a version was rejected."""
+    """The champion after; the same as before if a version was rejected."""
     who: str
-    """A person's account, or the part of the pipeline that moved it."""
+    """A person's account, or the part of the pipeline that made the change."""
     why: str
     run: str | None = None
-    """Key of the adaptation run, where one moved it."""
+    """Key of the adaptation run, if a run made the change."""
 
 
 class Move(Change):
-    """One entry of the log."""
+    """An entry of the promotion log."""
 
     schema_version: Literal[1] = 1
     number: int = Field(ge=1)
@@ -49,32 +54,31 @@ class Move(Change):
 
 
 class PromotionLog:
-    """The entries of one store; they are only ever added."""
+    """The promotion logs of a store's lineages."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
     def moves(self, lineage: str) -> tuple[Move, ...]:
-        """All moves of a lineage, oldest first."""
+        """Return all moves of a lineage, oldest first."""
         found = sorted(info.key for info in self.store.list(keys.promotion_folder(lineage)))
         return tuple(self._read(key) for key in found)
 
     def last(self, lineage: str) -> Move | None:
-        """The newest move, if there is one."""
+        """Return the newest move, if there is one."""
         key = max((info.key for info in self.store.list(keys.promotion_folder(lineage))), default=None)
         return self._read(key) if key else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
-        """The version that was champion at a moment, as far as the log goes back; None: none was."""
+        """Return the version that was champion at a time; None: the log names no champion for this time."""
         moves = [move for move in self.moves(lineage) if move.when <= when]
         return moves[-1].champion if moves else None
 
     def add(self, after: Move | None, change: Change) -> Move | None:
-        """Write the move that follows `after`; None: somebody else was faster, and nothing was written."""
+        """Write the move that follows `after`; None: another writer was faster, and nothing was written."""
         move = Move(number=after.number + 1 if after else 1, when=datetime.now(UTC), **change.model_dump())
-        data = json.dumps(move.model_dump(mode="json"), ensure_ascii=False, indent=2).encode()
         key = keys.promotion_key(move.lineage, move.number)
-        won = self.store.put_bytes(key, data, if_absent=True)
+        won = self.store.put_bytes(key, move.model_dump_json(indent=2).encode(), if_absent=True)
         return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
 
     def _read(self, key: str) -> Move:
@@ -86,3 +90,44 @@ class PromotionLog:
                 "do not fit). Restore it from a backup of the store, or use the program version that wrote it. The "
                 "lineage still predicts and serves; until then its champion does not move, and nothing is learned."
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry(VersionedJson):
+    """A dataset that a version of a lineage has learned."""
+
+    kept: ClassVar[Kept] = Kept("The ledger entry", StoreError, version=1)
+
+    lineage: str
+    sha256: str
+    task: str
+    run_key: str
+    version: str
+
+
+class Ledger:
+    """The ledgers of a store's lineages."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def find(self, lineage: str, sha256: str) -> LedgerEntry | None:
+        """Return the entry of a dataset in a lineage, if there is one.
+
+        Raises:
+            StoreError: The entry is damaged, or another release wrote it.
+        """
+        key = keys.ledger_key(lineage, sha256)
+        try:
+            return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
+        except ObjectNotFoundError:
+            return None
+        except StoreError as error:
+            raise StoreError(f"{error} It is {self.store.uri_of(key)}.") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StoreError(f"The ledger entry {key} in {self.store.uri} is damaged: {error}; delete it.") from error
+
+    def record(self, entry: LedgerEntry) -> bool:
+        """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""
+        data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
+        return self.store.put_bytes(keys.ledger_key(entry.lineage, entry.sha256), data, if_absent=True)

@@ -1,56 +1,76 @@
-"""What MLflow loads to serve a version: the `loader_module` of its logged model (no pickle, no code in the artifact).
+"""A version as MLflow serves it: the folder of its logged model, and the `loader_module` that loads the folder.
 
     mlflow models serve -m models:/LINEAGE@champion --env-manager local
 
-The model takes rows of `input` and, if wanted, `task`, and gives rows of `output`, `task`, `version` and `lineage`.
+The folder contains no pickle and no code. The model takes rows of `input` and optionally `task`, and returns rows of
+`output`, `task`, `version` and `lineage`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
 
+from deal_core.adapter.files import PEFT_FILES
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answerer, load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
 from infra.settings import HomeSettings, ServingSettings
+from infra.store.base import temporary_folder
 
+LOADER = "infra.served_model"
+"""This module, as registered models name it."""
+PROJECT = "deal-pipeline"
+MLFLOW_FILES = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
+                "serving_input_example.json")  # fmt: skip
+REQUIREMENTS = ("accelerate", "mlflow", "pandas", "peft", "safetensors", "torch", "transformers")
+"""The libraries that serving needs. This project is not listed: it is in no public index, where anyone could register
+its name."""
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "input"), ColSpec(DataType.string, "task", required=False)]),
+    outputs=Schema([ColSpec(DataType.string, name) for name in ("output", "task", "version", "lineage")]),
+)
 REGISTERED_FILE = "registered_model_meta"
-"""MLflow writes it beside a model that it fetches by the name of a version: the number is not known before."""
+"""A file with the version's number. MLflow adds this file to a model that it downloads by the name of a version."""
 SERVED_VERSION = "DEAL_SERVED_VERSION"
 VERSION = "version"
-"""Where a table of answers names the version that gave them: among its attributes."""
+"""The attribute of a table of answers that names the version."""
 
 
 class ServedModel:
-    """A version that MLflow asks for predictions."""
+    """A version that MLflow calls for predictions."""
 
     def __init__(self, answerer: Answerer, is_given_up: Callable[[], bool] = lambda: False) -> None:
         self.answerer = answerer
         self._is_given_up = is_given_up
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answer a table of rows.
+        """Answer a table with the columns `input` and optionally `task`. A row without a task gets the newest task.
 
-        Args:
-            model_input: columns `input` and, if wanted, `task`; a row without a task gets the newest.
-            params: there are none; MLflow passes the argument.
+        MLflow passes `params`, which are not used.
 
         Raises:
-            MlflowException: a row cannot be asked; a server answers 400 then.
+            MlflowException: A row is not valid. A server then answers 400.
         """
         inputs = model_input["input"].tolist()
         tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
         try:
-            if any(not isinstance(text, str) for text in inputs):
-                raise ConfigError(f"Row {_first_missing(inputs)} has no text as its input; give the text to answer.")
-            named = [task if isinstance(task, str) else None for task in tasks]  # a missing one comes as NaN
+            for number, text in enumerate(inputs, 1):
+                if not isinstance(text, str):
+                    raise ConfigError(f"Row {number} has no text as its input; give the text to answer.")
+            named = [task if isinstance(task, str) else None for task in tasks]  # a missing task is NaN
             rows = [InputRow(text, task) for text, task in zip(inputs, named, strict=True)]
             found = self.answerer.ask(rows, self._is_given_up)
         except ConfigError as error:
@@ -61,12 +81,12 @@ class ServedModel:
             "version": found.version,
             "lineage": found.served.lineage,
         })  # fmt: skip
-        table.attrs[VERSION] = found.version  # a table without rows names it too
+        table.attrs[VERSION] = found.version  # so that a table without rows names the version too
         return table
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:
-    """MLflow's entry point: load the version whose folder this is."""
+    """Load the version in a folder. MLflow calls this function."""
     folder = Path(data_path)
     settings = ServingSettings()
     version = _version_of(folder, read_served(folder).lineage)
@@ -76,7 +96,7 @@ def _load_pyfunc(data_path: str) -> ServedModel:
 
 
 def _version_of(folder: Path, lineage: str) -> str:
-    """The version's number: as who starts the server says, else as MLflow noted when it fetched the folder."""
+    """Return the version's number: from the environment, or from the file that MLflow added."""
     if number := os.environ.get(SERVED_VERSION):
         return number
     path = folder / REGISTERED_FILE
@@ -84,8 +104,47 @@ def _version_of(folder: Path, lineage: str) -> str:
         return UNKNOWN_VERSION
     noted = yaml.safe_load(path.read_text(encoding="utf-8"))
     name, number = str(noted["model_name"]), str(noted["model_version"])
-    return number if name == lineage else f"{name}/{number}"  # a copy under another name counts for itself
+    return number if name == lineage else f"{name}/{number}"  # a copy under another name has its own numbers
 
 
-def _first_missing(inputs: list[Any]) -> int:
-    return next(number for number, text in enumerate(inputs, 1) if not isinstance(text, str))
+def write_served_folder(
+    adapter: Path,
+    target: Path,
+    *,
+    card: str,
+    served: Mapping[str, Any],
+    served_file: str,
+    example: Sequence[Mapping[str, str]],
+    run_id: str,
+) -> None:
+    """Write the folder of a version's logged model: the PEFT files and MLflow's files.
+
+    The method's state is left out: only training needs it, and training reads it from the object store.
+
+    Args:
+        adapter: A plain PEFT folder. It is not changed.
+        target: An empty or missing folder.
+        card: The model card, which becomes README.md.
+        served: Values for the loader, which become `served_file`.
+        served_file: Name of the file.
+        example: Rows of input and task.
+        run_id: The MLflow run of the version.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in PEFT_FILES:
+        shutil.copyfile(adapter / name, target / name)
+    (target / "README.md").write_text(card, encoding="utf-8")
+    text = json.dumps(served, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    (target / served_file).write_text(text, encoding="utf-8")
+    # a local build such as torch's +cpu is in no index, so its suffix is cut off
+    pinned = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]
+    project = importlib.metadata.version(PROJECT)
+    with temporary_folder() as temporary:
+        folder = temporary / "model"
+        mlflow.pyfunc.save_model(
+            str(folder), loader_module=LOADER, mlflow_model=Model(run_id=run_id), signature=SIGNATURE,
+            input_example=pd.DataFrame(list(example)), pip_requirements=pinned,
+            metadata={PROJECT: project, "base_model": served["base_name"], "base_sha256": served["base_sha256"]},
+        )  # fmt: skip
+        for name in MLFLOW_FILES:  # by name, because MLflow also copies the uv files of the working folder
+            shutil.copyfile(folder / name, target / name)

@@ -1,6 +1,6 @@
-"""Where the pipeline runs: one settings class per concern, read from the environment when it is made.
+"""Settings of the machine, the store, MLflow and servers: one class per subject, read from the environment.
 
-Everything has a default under one folder, DEAL_HOME, so that nothing needs to be set to run on one machine.
+All defaults are below the folder DEAL_HOME, so one machine needs no settings.
 
 Example:
     >>> StoreSettings(home="/srv/deal").store_uri
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from deal_core.errors import ConfigError
 
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.realpath(path.expanduser())))]
-"""A path made absolute, so that it means the same after a change of directory; it need not exist."""
+"""An absolute path, so that a change of directory does not change its meaning. It need not exist."""
 
 QUIET = {
     "DO_NOT_TRACK": "true",
@@ -30,152 +30,141 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""What keeps Prefect and MLflow from calling home, and off the screen."""
+"""Variables that turn off the telemetry and the screen output of Prefect and MLflow."""
 
 
-class HomeSettings(BaseSettings):
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+
+
+class HomeSettings(_Settings):
     """Folders of this machine."""
 
-    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(populate_by_name=True)
 
     home: Folder = Field(default=Path("deal-home"), validate_default=True)
-    """Everything the pipeline writes when it runs embedded (DEAL_HOME)."""
+    """Folder of everything that the pipeline writes without servers (DEAL_HOME)."""
     cache_dir: Folder = Field(default_factory=lambda: platformdirs.user_cache_path("deal"))
     """Base models that were downloaded or converted (DEAL_CACHE_DIR)."""
 
 
-class LockSettings(BaseSettings):
-    """The hold of a run on its lineage, where a Prefect server keeps it."""
-
-    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+class LockSettings(_Settings):
+    """The lock of a run on its lineage in a Prefect server."""
 
     lease_seconds: float = Field(default=300.0, ge=60.0)
-    """A holder that is gone is taken to be gone after so long (DEAL_LEASE_SECONDS). A live one renews its hold at three
-    quarters of it and tries for about a minute, so that five minutes bridge a server that is away for one."""
-
-
-def _default_store(data: dict[str, Any]) -> str:
-    return str((data["home"] / "store").as_uri())
+    """Time after which a lock that is not renewed ends (DEAL_LEASE_SECONDS). A run renews its lock after three quarters
+    of this time and repeats a failed renewal for about a minute. So five minutes bridge one minute without the server.
+    """
 
 
 class StoreSettings(HomeSettings):
-    """The object store. Keys that are not set are left to boto3's own sources (AWS_* variables, profiles, roles)."""
+    """The object store. boto3's own sources (AWS_* variables, profiles, roles) give the keys that are not set."""
 
-    store_uri: str = Field(default_factory=_default_store)
+    store_uri: str = Field(default_factory=lambda data: (data["home"] / "store").as_uri())
     """file:///folder or s3://bucket/prefix (DEAL_STORE_URI)."""
     s3_endpoint_url: str | None = None
     """Address of an S3 server other than Amazon's (DEAL_S3_ENDPOINT_URL)."""
     s3_region: str | None = None
     """Region of the bucket (DEAL_S3_REGION)."""
     s3_access_key_id: SecretStr | None = None
-    """Access key (DEAL_S3_ACCESS_KEY_ID); needs the secret key too."""
+    """Access key (DEAL_S3_ACCESS_KEY_ID). It needs the secret key."""
     s3_secret_access_key: SecretStr | None = None
     """Secret key (DEAL_S3_SECRET_ACCESS_KEY)."""
     s3_max_attempts: int = Field(default=5, ge=1)
-    """How often a request is sent before it counts as failed, with growing pauses (DEAL_S3_MAX_ATTEMPTS). Five are over
-    in about ten seconds; fifteen bridge a minute's outage, which is what workers want."""
+    """Number of attempts of a request, with growing pauses (DEAL_S3_MAX_ATTEMPTS). Five attempts take about 10 s.
+    Fifteen bridge an outage of a minute and are recommended for workers."""
     s3_encryption: Literal["AES256", "aws:kms"] | None = None
-    """Server-side encryption of what is written (DEAL_S3_ENCRYPTION); None leaves it to the bucket."""
+    """Server-side encryption of written objects (DEAL_S3_ENCRYPTION); None: the bucket decides."""
     s3_kms_key_id: str | None = None
-    """Key of aws:kms (DEAL_S3_KMS_KEY_ID); None: the bucket's or account's own."""
+    """Key of aws:kms (DEAL_S3_KMS_KEY_ID); None: the key of the bucket or account."""
 
 
 class LandingSettings(StoreSettings):
-    """Notifications of the bucket; address, region and keys are the store's."""
+    """Notifications of the bucket. Address, region and keys are those of the store."""
 
     landing_queue_url: str | None = None
-    """Address of the SQS queue that the bucket's events go to (DEAL_LANDING_QUEUE_URL)."""
+    """Address of the SQS queue of the bucket's events (DEAL_LANDING_QUEUE_URL)."""
 
 
-class NoticeSettings(BaseSettings):
-    """Who is told what became of an adaptation, besides the Prefect server."""
-
-    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+class NoticeSettings(_Settings):
+    """Receivers of notices about adaptations, in addition to the Prefect server."""
 
     webhook_url: SecretStr | None = None
-    """Address that gets every notice as signed JSON (DEAL_WEBHOOK_URL); https, or http on loopback. It may hold a
-    token, so it is treated as a secret."""
+    """Address that gets every notice as signed JSON (DEAL_WEBHOOK_URL): https, or http on loopback. It is a secret,
+    because it may contain a token."""
     webhook_secret: SecretStr | None = None
-    """Key of the signature (DEAL_WEBHOOK_SECRET); needed where the address is given."""
+    """Key of the signature (DEAL_WEBHOOK_SECRET). It is required with an address."""
     notification_block: str | None = None
-    """`type/name` of a Prefect notification block (DEAL_NOTIFICATION_BLOCK), which `deal deploy` ties to the
-    automations that tell people, for example slack-webhook/operators."""
-
-
-def _default_tracking(data: dict[str, Any]) -> str:
-    return f"sqlite:///{_in_uri(data['home'])}/mlflow.db"
+    """`type/name` of a Prefect notification block (DEAL_NOTIFICATION_BLOCK), for example slack-webhook/operators.
+    `deal deploy` adds the block to its automations."""
 
 
 def _in_uri(folder: Path) -> Path:
-    """The folder, if a database uri can name it: a '?' would cut the path, and versions of SQLAlchemy differ on '%'."""
+    """Return the folder if a database uri can contain it.
+
+    A '?' would cut the path, and versions of SQLAlchemy differ on '%'.
+    """
     if {"?", "%"} & set(str(folder)):
         raise ConfigError(f"The home folder {folder} has a '?' or '%' in its path; set DEAL_HOME to one without.")
     return folder
 
 
-def _default_artifacts(data: dict[str, Any]) -> str:
-    return str((data["home"] / "mlflow-artifacts").as_uri())
-
-
 class TrackingSettings(HomeSettings):
-    """MLflow: runs, models and their artifacts. User and password are MLflow's own MLFLOW_TRACKING_* variables."""
+    """MLflow: runs, models and their artifacts. MLflow's own MLFLOW_TRACKING_* variables give user and password."""
 
-    tracking_uri: str = Field(default_factory=_default_tracking, validation_alias="MLFLOW_TRACKING_URI")
-    """A tracking server, or a database (MLFLOW_TRACKING_URI)."""
-    artifact_uri: str = Field(default_factory=_default_artifacts)
-    """Where artifacts go when tracking_uri is a database (DEAL_ARTIFACT_URI); a server decides for itself."""
+    tracking_uri: str = Field(
+        default_factory=lambda data: f"sqlite:///{_in_uri(data['home'])}/mlflow.db",
+        validation_alias="MLFLOW_TRACKING_URI",
+    )
+    """Address of a tracking server or a database (MLFLOW_TRACKING_URI)."""
+    artifact_uri: str = Field(default_factory=lambda data: (data["home"] / "mlflow-artifacts").as_uri())
+    """Folder of the artifacts if tracking_uri is a database (DEAL_ARTIFACT_URI). A server has its own folder."""
 
 
-class ServingSettings(BaseSettings):
-    """How a version is served on this machine."""
-
-    model_config = SettingsConfigDict(env_prefix="DEAL_", env_ignore_empty=True, frozen=True)
+class ServingSettings(_Settings):
+    """The base model with which this machine serves."""
 
     base_model: str | None = None
-    """Where the base model is here (DEAL_BASE_MODEL); None: where the version says. Another one is refused."""
+    """Place of the base model (DEAL_BASE_MODEL); None: the place that the version names. Another model is refused."""
     serving_precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the base model's weights (DEAL_SERVING_PRECISION); auto is as in training. In bf16 the rounding of a batch may
-    tip an answer that hung in the balance; in fp32 an answer does not depend on what else is asked at that moment."""
+    """Precision of the base model's weights (DEAL_SERVING_PRECISION); auto: as in training. In bf16 the other rows of a
+    batch may change an answer that is a close decision; in fp32 they do not."""
 
 
 class VllmSettings(BaseSettings):
-    """A vLLM server that is kept in step with a lineage's champion, and what it was started to allow."""
+    """A vLLM server that serves a lineage's champion, and the options that the server was started with."""
 
     model_config = SettingsConfigDict(env_prefix="DEAL_VLLM_", env_ignore_empty=True, frozen=True)
 
     url: str | None = None
-    """Address of the server (DEAL_VLLM_URL), such as http://127.0.0.1:8000."""
+    """Address of the server (DEAL_VLLM_URL), for example http://127.0.0.1:8000."""
     api_key: SecretStr | None = None
-    """What the server was given as --api-key (DEAL_VLLM_API_KEY)."""
+    """The server's --api-key (DEAL_VLLM_API_KEY)."""
     adapter_dir: Folder | None = None
-    """Folder that both this machine and the server see (DEAL_VLLM_ADAPTER_DIR); adapters are copied into it."""
+    """Folder for adapters that this machine and the server can read (DEAL_VLLM_ADAPTER_DIR)."""
     server_adapter_dir: str | None = None
-    """Path of that folder on the server (DEAL_VLLM_SERVER_ADAPTER_DIR); None: the same."""
+    """Path of that folder on the server (DEAL_VLLM_SERVER_ADAPTER_DIR); None: the same path."""
     max_lora_rank: int = Field(default=16, ge=1)
-    """The server's --max-lora-rank (DEAL_VLLM_MAX_LORA_RANK); its default is 16."""
+    """The server's --max-lora-rank (DEAL_VLLM_MAX_LORA_RANK). Its default is 16."""
     target_modules: frozenset[str] = frozenset(
         {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
     )
-    """Layers that the server lets carry an adapter (DEAL_VLLM_TARGET_MODULES, a JSON list)."""
+    """Layers that may have an adapter in the server (DEAL_VLLM_TARGET_MODULES, a JSON list)."""
     grace_seconds: float = Field(default=30.0, ge=0.0)
-    """How long the adapter that served before stays loaded (DEAL_VLLM_GRACE_SECONDS), for who has not looked again."""
+    """Time for which the adapter before stays loaded, for clients that still use it (DEAL_VLLM_GRACE_SECONDS)."""
     max_attempts: int = Field(default=5, ge=1)
-    """How often a request is sent before the server counts as away, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
+    """Number of attempts of a request, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
 
 
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment variables that let Prefect and MLflow run without a server, quietly, inside `home`.
+    """Return the variables with which Prefect and MLflow run without a server, without output, and inside `home`.
 
-    The command sets them before it imports either; a tracking server that is away is given up after half a minute
-    rather than four. A variable that `environment` has is left out; so is Prefect's
-    database when PREFECT_API_URL names a server.
-
-    Args:
-        home: the folder that takes everything; see HomeSettings.
-        environment: what the user has set.
+    They must be set before the import of Prefect and MLflow. With them, requests to a tracking server that does not
+    answer end after half a minute, not after four. Variables in `environment` are left out. So is Prefect's database
+    if PREFECT_API_URL names a server.
 
     Raises:
-        ConfigError: the path of `home` does not fit into a database uri.
+        ConfigError: A database uri cannot contain the path of `home`.
     """
     values = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4"}
     if not environment.get("PREFECT_API_URL"):

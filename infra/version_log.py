@@ -1,7 +1,7 @@
-"""The versions of a store's lineages as the registry had them: with these a registry that was lost is built again.
+"""The store's copy of a lineage's versions in the registry. A lost registry can be rebuilt from this copy.
 
-One object per version, `versions/<lineage>/<number>.json`. The registry is the truth; these are its copy. They do not
-lie in the adapter's folder, since a version stays in the history when its adapter is removed.
+There is one object per version, `versions/<lineage>/<number>.json`. The objects are not in the adapter's folder,
+because a version stays in the history after its adapter was removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from infra.tracking.registry import VersionFacts, VersionInfo
 
 
 class StoredVersion(BaseModel):
-    """What the store knows of one version."""
+    """The copy of one version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,16 +31,16 @@ class StoredVersion(BaseModel):
     adapter_removed: str | None = None
     """Day on which its adapter was removed."""
     facts: VersionFacts
-    """As they were when this was written; what became of the version since is in the promotion log."""
+    """The facts when the copy was written. Later changes are in the promotion log."""
 
     @property
     def number(self) -> int:
-        """The version's number, to count with."""
+        """The version as a number."""
         return int(self.version)
 
     @classmethod
     def of(cls, info: VersionInfo) -> StoredVersion:
-        """What the registry knows of a version."""
+        """Make the copy of a registered version."""
         facts = VersionFacts(**{field.name: getattr(info, field.name) for field in fields(VersionFacts)})
         return cls(
             lineage=info.lineage, version=info.version, created=info.created, adapter_removed=info.adapter_removed,
@@ -49,24 +49,24 @@ class StoredVersion(BaseModel):
 
 
 class VersionLog:
-    """The versions that one store knows."""
+    """The copies of versions in one store."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
     def keep(self, info: VersionInfo) -> None:
-        """Write what the registry knows of a version, in place of what was written before."""
+        """Write the copy of a registered version; replace an older copy."""
         self._put(StoredVersion.of(info))
 
     def keep_missing(self, lineage: str, infos: Iterable[VersionInfo]) -> None:
-        """Write those versions of a lineage that an earlier release, or a run that died, did not write."""
+        """Write the missing copies of a lineage's versions. Earlier releases and killed runs did not write them."""
         known = self.numbers(lineage)
         for info in infos:
             if int(info.version) not in known:
                 self.keep(info)
 
     def note_removed(self, lineage: str, version: str, day: str) -> None:
-        """Write that a version's adapter was removed; nothing where the version is not known."""
+        """Write that a version's adapter was removed, if the version has a copy."""
         try:
             known = self.read(lineage, int(version))
         except ObjectNotFoundError:
@@ -74,16 +74,17 @@ class VersionLog:
         self._put(known.model_copy(update={"adapter_removed": day}))
 
     def numbers(self, lineage: str) -> frozenset[int]:
-        """The numbers of the versions that are written."""
-        names = (keys.file_name(info.key) for info in self.store.list(keys.version_folder(lineage)))
-        return frozenset(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdecimal())
+        """Return the numbers of the versions that have a copy."""
+        infos = self.store.list(keys.version_folder(lineage))
+        names = [keys.file_name(info.key).removesuffix(".json") for info in infos]
+        return frozenset(int(name) for name in names if name.isdecimal())
 
     def read(self, lineage: str, number: int) -> StoredVersion:
-        """One version.
+        """Return the copy of one version.
 
         Raises:
-            ObjectNotFoundError: it was not written.
-            StoreError: its file is damaged, or another release wrote it.
+            ObjectNotFoundError: The version has no copy.
+            StoreError: The copy is damaged, or another release wrote it.
         """
         key = keys.version_key(lineage, number)
         try:

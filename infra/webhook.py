@@ -1,6 +1,6 @@
-"""A webhook: signed JSON to one address, told again until it is taken or patience ends.
+"""A webhook: signed JSON to one address, sent again until the receiver accepts it or the attempts end.
 
-The receiver can tell who sent it, when, and whether it has it already; docs/notifications.md shows how.
+A receiver can check the sender and the time, and can recognise a repeated notice; see docs/notifications.md.
 
 Example:
     >>> open_webhook().send("deal.version.promoted", body, delivery)  # doctest: +SKIP
@@ -26,21 +26,21 @@ from infra.settings import NoticeSettings
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 5.0
-"""To connect, and between two signs of life."""
+"""For the connection, and between two parts of the answer."""
 MAX_ATTEMPTS = 6
 MAX_PAUSE_SECONDS = 20.0
-"""Pauses are random, up to a length that doubles from a second: six attempts are spread over half a minute at most."""
+"""Pauses are random; their limit starts at a second and doubles. Six attempts take at most about half a minute."""
 
 
 class _NotNowError(Exception):
-    """The receiver may take it later."""
+    """The receiver may accept the notice later."""
 
 
 class Webhook:
-    """One receiver of notices.
+    """A receiver of notices.
 
     Raises:
-        ConfigError: the address is neither https nor on loopback.
+        ConfigError: The address is neither https nor on loopback.
     """
 
     def __init__(self, url: str, secret: bytes) -> None:
@@ -49,18 +49,14 @@ class Webhook:
         self._url = url
         self._secret = secret
         parts = urlsplit(url)
-        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path may hold a token
+        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path may contain a token
         self._wait = tenacity.wait_random_exponential(multiplier=1, max=MAX_PAUSE_SECONDS)
 
     def send(self, event: str, body: bytes, delivery: uuid.UUID) -> bool:
-        """Post a body; return whether it was taken. A failure is logged and nothing else.
+        """Post a body; return whether the receiver accepted it. A failure is logged, not raised.
 
-        Network errors, 429 and 5xx are tried again; every attempt is signed afresh and carries the same delivery.
-
-        Args:
-            event: name of the event.
-            body: JSON.
-            delivery: identity of the notice, by which a receiver knows one that it has.
+        Network errors, 429 and 5xx are tried again. Every attempt has a new signature and the same `delivery`, with
+        which a receiver recognises a repeated notice.
         """
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((httpx.TransportError, _NotNowError)),
@@ -86,17 +82,17 @@ class Webhook:
             "X-Deal-Delivery": str(delivery), "X-Deal-Timestamp": timestamp,
             "X-Deal-Signature": sign(self._secret, timestamp, body),
         }  # fmt: skip
-        with client.stream("POST", self._url, content=body, headers=headers) as response:  # nobody reads the answer
+        with client.stream("POST", self._url, content=body, headers=headers) as response:
             if response.status_code == 429 or response.status_code >= 500:
                 raise _NotNowError(f"it answers {response.status_code}")
             return response.status_code
 
 
 def open_webhook(settings: NoticeSettings | None = None) -> Webhook | None:
-    """The webhook that the environment, or `settings`, names; None where there is none.
+    """Return the webhook of `settings`, or of the environment; None: there is no address.
 
     Raises:
-        ConfigError: it has no secret, or its address is not safe.
+        ConfigError: The secret is missing, or the address is not safe.
     """
     settings = settings or NoticeSettings()
     if settings.webhook_url is None:
@@ -107,7 +103,7 @@ def open_webhook(settings: NoticeSettings | None = None) -> Webhook | None:
 
 
 def _is_safe(url: str) -> bool:
-    """Whether nobody on the way can read what is sent there."""
+    """Return whether third parties cannot read the notices: https, or loopback."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -118,7 +114,7 @@ def _is_safe(url: str) -> bool:
 
 
 def sign(secret: bytes, timestamp: str, body: bytes) -> str:
-    """The value of X-Deal-Signature: HMAC-SHA256 of `timestamp.body`, so that an old body cannot be sent as a new one.
+    """Return the value of X-Deal-Signature: HMAC-SHA256 of `timestamp.body`, so an old body cannot get a new time.
 
     Example:
         >>> sign(b"secret", "1700000000", b"{}")[:15]

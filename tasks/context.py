@@ -17,8 +17,7 @@ from deal_core.adapter.files import CONFIG_FILE
 from deal_core.errors import RegistryError, StoreError
 from infra.settings import HomeSettings, StoreSettings
 from infra.store.base import ObjectStore, temporary_folder
-from infra.store.local import FileStore
-from infra.store.open import open_store
+from infra.store.local import FileStore, open_store
 from infra.tracking.tracker import open_tracker
 from tasks.lineage.version_files import reading_beside, require_readable
 from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run once by PostgreSQL's image when its volume is empty: one database for each server.
+# PostgreSQL's image runs this script once, while its volume is empty: it makes one database for each server.
 set -eu
 for name in prefect mlflow mlflow_auth; do
   psql --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --command "CREATE DATABASE $name"

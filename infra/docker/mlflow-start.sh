@@ -1,8 +1,8 @@
 #!/bin/sh
-# Writes the file that basic auth is configured by, from the environment, and starts the server.
+# Writes the configuration of basic auth from the environment, and starts the server.
 set -eu
 umask 077
-# the file is read with interpolation, where a % is written twice
+# the file is read with interpolation, so each % is doubled
 written() { printf '%s' "$1" | sed 's/%/%%/g'; }
 cat > "$HOME/auth.ini" <<EOF
 [mlflow]
@@ -12,6 +12,6 @@ admin_username = $(written "${MLFLOW_ADMIN_USERNAME}")
 admin_password = $(written "${MLFLOW_ADMIN_PASSWORD}")
 EOF
 export MLFLOW_AUTH_CONFIG_PATH="$HOME/auth.ini"
-# the store's address has a password: MLflow reads both from the environment, since arguments are seen by everybody
+# MLflow reads the addresses, which have passwords, from the environment, because all users can see arguments
 : "${MLFLOW_BACKEND_STORE_URI:?}" "${MLFLOW_ARTIFACTS_DESTINATION:?}"
 exec mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000 --workers 2 --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-*}"

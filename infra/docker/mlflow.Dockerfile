@@ -1,4 +1,4 @@
-# MLflow's server with PostgreSQL, S3 and basic auth, which upstream's image leaves out.
+# MLflow's server with PostgreSQL, S3 and basic auth, which MLflow's own image does not have.
 FROM python:3.11.9-slim-bookworm
 ENV PIP_NO_CACHE_DIR=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 RUN pip install "mlflow[auth]>=3.17,<3.18" "psycopg2-binary>=2.9,<3" "boto3>=1.36" \

@@ -1,4 +1,7 @@
-"""The figures of a run and of a sequence of tasks: accuracy matrix, training, result. Colours differ for every eye."""
+"""The figures of a run and of a sequence of tasks: accuracy matrix, training, result.
+
+Colour-blind readers can tell the colours apart.
+"""
 
 from __future__ import annotations
 
@@ -22,32 +25,32 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from deal_core.evaluation.metrics import AccuracyMatrix
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444")
-"""Okabe and Ito's palette, without the yellow that vanishes on white."""
+"""Okabe and Ito's palette, without its yellow, which is hardly visible on white."""
 MARKERS = "osD^vPX*"
 MUTED = "#666666"
 COLOUR_MAP = colormaps["YlGnBu"]
-"""Light to dark in one direction, also in grey."""
+"""Values from low to high are light to dark, also in a grey print."""
 GAP = 0.12
-"""Between the base model's row and the versions', in rows."""
+"""Space between the base model's row and the versions' rows, in rows."""
 DARK_FROM = 68.0
-"""Per cent from which the numbers are white."""
+"""Cells from this per cent have white numbers."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure; sizes in inches. It lays out its axes itself."""
+    """Return an empty white figure that arranges its axes itself. Sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG of 150 dots per inch."""
+    """Write the figure as a PNG with 150 dots per inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150)
 
 
 def tidy(axes: Axes) -> None:
-    """Leave away the frame, and draw a light grid behind the values."""
+    """Remove the frame, and draw a light grid behind the values."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -58,13 +61,13 @@ def tidy(axes: Axes) -> None:
 
 
 def say_empty(axes: Axes, text: str) -> None:
-    """Say why there is nothing to see, instead of showing empty axes."""
+    """Write why there are no values, and hide the empty axes."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", color=MUTED, transform=axes.transAxes)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart to at least `gap`, keeping their order: for labels beside the ends of lines."""
+    """Move positions apart to at least `gap`, in their order. Used for labels at the ends of lines."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     moved = list(positions)
     for before, here in pairwise(order):
@@ -74,9 +77,9 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def accuracy_heatmap(matrix: AccuracyMatrix) -> Figure:
-    """Tasks in columns, the base model and then the versions in rows, values in per cent.
+    """Draw the accuracy matrix in per cent: a column per task, a row for the base model and one per version.
 
-    The cell of the task that a version was trained on has a frame; cells that were not measured are hatched.
+    A version's cell for its new task has a frame. Cells that were not measured are hatched.
     """
     num_rows, num_tasks = len(matrix.rows) + 1, max(len(matrix.tasks), 1)
     cell = min(0.5, 24 / num_rows)
@@ -98,7 +101,7 @@ def accuracy_heatmap(matrix: AccuracyMatrix) -> Figure:
 
 
 def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0) -> None:
-    """Draw the matrix, its base row first, into axes that exist."""
+    """Draw the matrix into `axes`, the base model's row first."""
     values = 100 * numpy.array([matrix.base, *matrix.rows], dtype=float)
     tops = [-GAP, *range(1, len(values))]
     for (row, column), value in numpy.ndenumerate(values):
@@ -125,7 +128,7 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0)
 
 
 def name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> None:
-    """Write the tasks' names below their columns, slanted where they would run into each other."""
+    """Write the tasks' names below their columns. Long names and many names are slanted."""
     axes.set_xticks([column + offset for column in range(len(names))], names, fontsize=9)
     if len(names) > 6 or max(map(len, names)) > 12:
         for label in axes.get_xticklabels():
@@ -133,26 +136,15 @@ def name_columns(axes: Axes, names: Sequence[str], *, offset: float = 0.0) -> No
 
 
 def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ()) -> Figure:
-    """One line a task, from the version that first learned it to the last.
+    """Draw one line per task, from the version that first learned the task to the last version.
 
-    Args:
-        matrix: one row a version.
-        versions: what to call each version; without them they are counted.
+    Without names, the versions are numbered from 1.
     """
     figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
     if not matrix.rows:
         say_empty(axes, "no version yet")
         return figure
-    draw_lines(axes, matrix)
-    if versions:
-        _name_steps(axes, versions)
-    axes.set_title(f"Accuracy of every task, version by version{describe(matrix, ' · ')}", fontsize=11, loc="left")
-    return figure
-
-
-def draw_lines(axes: Axes, matrix: AccuracyMatrix) -> None:
-    """Draw a line a task with its name at the end, into axes that exist."""
     last = len(matrix.rows)
     ends = []
     for column, task in enumerate(matrix.tasks):
@@ -171,13 +163,12 @@ def draw_lines(axes: Axes, matrix: AccuracyMatrix) -> None:
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
-
-
-def _name_steps(axes: Axes, versions: Sequence[str]) -> None:
-    """Write the names of the versions, which count from 1, below their steps; where there are many, of some."""
-    ticks = MaxNLocator(nbins=12, integer=True).tick_values(1, max(len(versions), 2))
-    steps = [int(tick) for tick in ticks if 1 <= tick <= len(versions)]
-    axes.set_xticks(steps, [versions[step - 1] for step in steps])
+    if versions:  # many versions get names at some steps only
+        ticks = MaxNLocator(nbins=12, integer=True).tick_values(1, max(len(versions), 2))
+        steps = [int(tick) for tick in ticks if 1 <= tick <= len(versions)]
+        axes.set_xticks(steps, [versions[step - 1] for step in steps])
+    axes.set_title(f"Accuracy of every task, version by version{describe(matrix, ' · ')}", fontsize=11, loc="left")
+    return figure
 
 
 def _mark(axes: Axes, column: int, steps: list[Any], values: list[float], **options: Any) -> None:
@@ -186,7 +177,7 @@ def _mark(axes: Axes, column: int, steps: list[Any], values: list[float], **opti
 
 
 def describe(matrix: AccuracyMatrix, separator: str = "") -> str:
-    """Average accuracy and forgetting in words, after the separator; forgetting only where it is defined."""
+    """Return the separator and the defined ones of average accuracy and forgetting; empty if both are undefined."""
     parts = []
     if matrix.average_accuracy is not None:
         parts.append(f"average {100 * matrix.average_accuracy:.1f}")
@@ -196,11 +187,7 @@ def describe(matrix: AccuracyMatrix, separator: str = "") -> str:
 
 
 def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
-    """The training loss over optimiser steps, with its running mean where there are many points.
-
-    Args:
-        losses: pairs of step and loss, in order.
-    """
+    """Draw the training loss over optimiser steps, from ordered pairs; from 60 points on also its running mean."""
     figure = new_figure(7.5, 3.6)
     axes = figure.subplots()
     points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
@@ -228,10 +215,9 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
 
 
 def fill_bars(fill: Mapping[str, float]) -> Figure:
-    """How full the adapter is: one row of bars a projection, one bar a layer.
+    """Draw how full the adapter is: one row of bars per projection, one bar per layer.
 
-    Args:
-        fill: module name (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
+    `fill` maps a module (`model.layers.3.self_attn.q_proj`) to the share of its slots in use, 0 to 1.
     """
     groups = by_projection(fill)
     figure = new_figure(7.5, 1.0 + 1.25 * max(len(groups), 1))
@@ -260,7 +246,7 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
 
 
 def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Projection to layer to share; the first number in a module's name is its layer."""
+    """Return the share by projection and layer. The first number in a module's name is its layer."""
     found: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for module, share in fill.items():
         parts = module.split(".")
@@ -276,13 +262,9 @@ def by_projection(fill: Mapping[str, float]) -> dict[str, dict[int, float]]:
 def result_figure(
     matrix: AccuracyMatrix, rival: AccuracyMatrix | None = None, *, name: str = "deal", rival_name: str = "seq_lora"
 ) -> Figure:
-    """The accuracy matrix beside its rival's, and what is left of each task at the end.
+    """Draw the accuracy matrix, the matrix of a rival strategy, and the final accuracy of each task.
 
-    Args:
-        matrix: at least one version.
-        rival: the same tasks in the same order, learned another way.
-        name: what to call the first.
-        rival_name: what to call the second.
+    Each matrix has at least one version, and both have the same tasks in the same order.
     """
     matrices = {name: matrix} if rival is None else {name: matrix, rival_name: rival}
     panel = max(3.6, 0.62 * len(matrix.tasks))
@@ -299,7 +281,7 @@ def result_figure(
 
 
 def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
-    """Accuracy of every task after the last one was learned, beside the base model's."""
+    """Draw the final accuracy of every task next to the base model's."""
     first = next(iter(matrices.values()))
     series = {"base model": first.base, **{name: matrix.rows[-1] for name, matrix in matrices.items()}}
     colours = ("#BBBBBB", COLOURS[0], COLOURS[5])

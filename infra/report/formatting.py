@@ -1,4 +1,4 @@
-"""What a run's page says in words: the same in HTML and in Markdown."""
+"""Texts and numbers of a run's report, for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infra.report.run_report import Changed, RunReport
 
 
 def verdict_of(report: RunReport) -> str:
-    """What became of the version, in one sentence."""
+    """Return the gate's verdict on the version as a sentence."""
     version = f"Version {report.version} of {report.lineage}"
     if report.verdict == "promoted":
         return f"{version} has learned {report.task}, passed the gate and was promoted."
@@ -20,9 +20,9 @@ def verdict_of(report: RunReport) -> str:
 
 
 def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
-    """The numbers of the versions that the matrix has rows of: this one's ancestors, oldest first, and itself.
+    """Return the versions of the matrix's rows: this version's ancestors, oldest first, then this version.
 
-    What the gate rejected, and what a rollback left, are versions of the lineage without a row.
+    Rejected versions have no row, and neither have versions that a rollback left out.
     """
     known = {link.version: link.parent_version for link in report.lineage_so_far}
     chain: list[str] = []
@@ -35,12 +35,12 @@ def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
 
 
 def origin_of(report: RunReport) -> str:
-    """What the version continues."""
+    """Return the name of the version's parent."""
     return f"version {report.parent_version}" if report.parent_version else "the base model"
 
 
 def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
-    """The few numbers that matter, each with its name."""
+    """Return the main results, each with its name."""
     matrix, task = evaluation.matrix, evaluation.task
     before = evaluation.parent_accuracy_new_task
     start = evaluation.base_accuracy if before is None else before
@@ -50,36 +50,29 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     ]
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
-    if (worst := worst_change(evaluation)) is not None:
-        scores.append((f"largest change of an old task: {worst[0]}", f"{points(worst[1], sign=True)} points"))
+    parents = evaluation.parent_accuracies
+    changes = {old: evaluation.accuracies[old] - parents[old] for old in parents if old != task}
+    if changes:
+        worst = min(changes, key=lambda old: changes[old])
+        scores.append((f"largest change of an old task: {worst}", f"{points(changes[worst], sign=True)} points"))
     if report.changed:
         gained, lost = totals(report.changed)
         scores.append(("test rows gained, lost", f"+{gained}, −{lost}"))
     return scores
 
 
-def worst_change(evaluation: EvaluationReport) -> tuple[str, float] | None:
-    """The old task that lost most against the parent, or gained least; None where there is no old task."""
-    changes = {
-        task: evaluation.accuracies[task] - before
-        for task, before in evaluation.parent_accuracies.items()
-        if task != evaluation.task
-    }
-    return min(changes.items(), key=lambda item: item[1]) if changes else None
-
-
 def totals(changed: tuple[Changed, ...]) -> tuple[int, int]:
-    """How many test rows were gained and lost, over all tasks."""
+    """Return the numbers of gained and lost test rows of all tasks."""
     return sum(each.num_gained for each in changed), sum(each.num_lost for each in changed)
 
 
 def percent(share: float | None) -> str:
-    """A share in hundredths; a dash where it is undefined."""
+    """Return a share in per cent; a dash if it is undefined."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     return [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         for cells in (header, ["---"] * len(header), *rows)
@@ -87,13 +80,13 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 
 def points(share: float, *, sign: bool = False) -> str:
-    """A difference of shares in points; the minus is a minus, not a hyphen, and nothing has no sign."""
+    """Return a difference of shares in percentage points, with a minus sign, not a hyphen. Zero has no sign."""
     value = round(100 * share, 1) + 0.0
     return f"{value:{'+' if sign and value else ''}.1f}".replace("-", "−")
 
 
 def count(number: int, noun: str) -> str:
-    """A number and what it counts.
+    """Return a number with its noun.
 
     Example:
         >>> count(2, "task")
@@ -103,7 +96,7 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A wall time as people say it."""
+    """Return a wall time as text."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:

@@ -1,14 +1,18 @@
-"""What a run's page is made of, beside the evaluation: plain values that MLflow keeps as `report.json`."""
+"""The values of a run's page that `evaluation.json` does not have. MLflow keeps them as `report.json`."""
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
+from infra.settings import TrackingSettings
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -17,16 +21,16 @@ Verdict = Literal["promoted", "rejected", "awaiting-approval"]
 
 
 class ReportPart(BaseModel):
-    """Base of all parts: immutable, unknown keys refused."""
+    """Base of all parts: immutable and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Example(ReportPart):
-    """One test row; texts are there only if the run was allowed to show them."""
+    """A test row. The texts are None unless the run may show them."""
 
     row: str
-    """Its digest (sha256), as the dataset has it."""
+    """The row's digest (SHA-256) in the dataset."""
     text: str | None = None
     expected: str | None = None
     before: str | None = None
@@ -36,30 +40,30 @@ class Example(ReportPart):
 
 
 class Changed(ReportPart):
-    """The test rows of one task whose answers became right or wrong."""
+    """The test rows of a task whose answers became right or wrong."""
 
     task: str
     num_rows: int
     num_gained: int
     num_lost: int
     gained: tuple[Example, ...]
-    """The first ones."""
+    """The first gained rows."""
     lost: tuple[Example, ...]
-    """The first ones."""
+    """The first lost rows."""
 
 
 class QuarantinedRow(ReportPart):
-    """One row in quarantine."""
+    """A row in quarantine."""
 
     file: str
     row: int
     line: int | None
     problems: tuple[str, ...]
-    """Reasons, each with the value that shows it if texts may be shown."""
+    """Reasons, each with the bad value if the run may show texts."""
 
 
 class Quality(ReportPart):
-    """What validation said of the arrival; only numbers of rows where it was forgotten before its page was written."""
+    """The result of validation; only numbers of rows if the arrival was forgotten before its page was written."""
 
     source: str | None = None
     """Name of the file that landed."""
@@ -73,13 +77,13 @@ class Quality(ReportPart):
     problems: dict[str, int] = {}
     """Reason to number of problems."""
     quarantine: str | None = None
-    """Key in the object store of the rows that were put aside."""
+    """Key of the bad rows in the object store."""
     bad_rows: tuple[QuarantinedRow, ...] = ()
-    """The first ones."""
+    """The first bad rows."""
 
 
 class Training(ReportPart):
-    """How it was learned."""
+    """The result of the training."""
 
     strategy: str
     num_steps: int
@@ -87,13 +91,13 @@ class Training(ReportPart):
     rows_per_second: float
     resumed_from_step: int | None
     losses: tuple[tuple[int, float], ...]
-    """Step and loss; thinned out where there are very many."""
+    """Step and loss; long series are thinned out."""
     fill: dict[str, float]
     """Module to the share of its slots in use."""
 
 
 class Link(ReportPart):
-    """One version of the lineage."""
+    """A version of the lineage."""
 
     version: str
     task: str
@@ -105,7 +109,7 @@ class Link(ReportPart):
 
 
 class Origin(ReportPart):
-    """What the version is made of."""
+    """The digests and names of a version's inputs."""
 
     base: str
     base_sha256: str
@@ -118,7 +122,7 @@ class Origin(ReportPart):
 
 
 class RunReport(ReportPart):
-    """Everything that the page of a run shows and `evaluation.json` does not have."""
+    """The values of a run's page that `evaluation.json` does not have."""
 
     schema_version: Literal[1] = 1
     lineage: str
@@ -134,19 +138,38 @@ class RunReport(ReportPart):
     quality: Quality
     changed: tuple[Changed, ...]
     seconds: dict[str, float]
-    """Stage to wall time; of a run that was completed after a crash only what is known."""
+    """Wall time of each stage; after a crash, only of the known stages."""
     lineage_so_far: tuple[Link, ...]
     origin: Origin
 
     @classmethod
     def from_json(cls, values: Any) -> RunReport:
-        """The report that `model_dump(mode="json")` gave.
+        """Read the result of `model_dump(mode="json")`.
 
         Raises:
-            RegistryError: it has another schema version, or is damaged.
+            RegistryError: The report has another schema version, or is damaged.
         """
         require_schema_version(values, 1, REPORT_FILE, RegistryError)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise RegistryError(f"{REPORT_FILE} is damaged: {error.error_count()} of its values do not fit.") from None
+
+
+def kept_reports(settings: TrackingSettings, lineage: str) -> tuple[RunReport, ...]:
+    """Return the readable reports in this machine's artifact folder; empty if the artifacts are not in a folder.
+
+    The reports stay readable after the database of the runs was lost.
+    """
+    parts = urlsplit(settings.artifact_uri)
+    if parts.scheme != "file":
+        return ()
+    found = []
+    for path in sorted((Path(unquote(parts.path)) / lineage).glob(f"*/artifacts/{REPORT_FILE}")):
+        try:
+            report = RunReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (RegistryError, ValueError, OSError):
+            continue
+        if report.lineage == lineage:
+            found.append(report)
+    return tuple(found)

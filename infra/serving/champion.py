@@ -1,7 +1,7 @@
-"""A lineage's champion in this process: one base model, and the adapter of whichever version the alias names.
+"""A lineage's champion in this process: one base model, and the adapter of the version with the alias champion.
 
-A thread looks at the alias. When the alias moves, the thread fetches the new version's files, reads them, and swaps the
-adapter. What serves goes on where that fails, and while MLflow is away.
+A thread watches the alias. When the alias moves, the thread downloads the new version and swaps the adapter. If this
+fails, or MLflow does not answer, the loaded version continues to serve.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from mlflow.pyfunc import FLAVOR_NAME, PyFuncModel
 from deal_core.errors import DealError, RegistryError
 from deal_core.evaluation.answerer import Answerer, load_answerer, load_base_of
 from deal_core.evaluation.answering import read_served
-from infra.served_model import ServedModel
-from infra.serving.served_folder import LOADER
+from infra.served_model import LOADER, ServedModel
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 
 POLL_SECONDS = 0.5
-"""Between two looks at the alias."""
+"""Pause between two reads of the alias."""
 MAX_POLL_SECONDS = 10.0
-"""Between two looks while MLflow is away: the pause doubles up to this."""
+"""Longest pause while MLflow does not answer; the pause doubles from read to read."""
 PAUSE_SECONDS = 60.0
-"""A version that did not load is tried again after this."""
+"""Pause before a version that did not load is tried again."""
 
 LOG = logging.getLogger("deal.serving")
 
@@ -41,15 +40,15 @@ Say = Callable[[str], None]
 
 
 class ServingError(DealError):
-    """A version cannot be served."""
+    """A version does not load, or may not be loaded."""
 
 
 class NoChampionError(RegistryError):
-    """The registry knows no champion of the lineage; only the caller can tell why."""
+    """The lineage has no champion. The caller adds the reason."""
 
 
 class Champion:
-    """The model that answers for a lineage, kept in step with the alias by `follow`."""
+    """The model that answers for a lineage. `follow` loads the version that the alias names."""
 
     def __init__(self, lineage: str, say: Say) -> None:
         self.lineage = lineage
@@ -60,10 +59,10 @@ class Champion:
         self._starting: str | None = None
         self._problem: str | None = None
         self._failed: tuple[str, float] | None = None
-        """The version that did not load, and when it was tried."""
+        """The version that did not load, and the time of the attempt."""
 
     def state(self) -> dict[str, Any]:
-        """What GET /version says."""
+        """Return the body of GET /version."""
         return {
             "lineage": self.lineage,
             "version": self.version,
@@ -74,25 +73,24 @@ class Champion:
 
     @property
     def version(self) -> str | None:
-        """Number of the version that answers; None: it is being loaded."""
+        """Number of the version that answers; None: no version is loaded yet."""
         return None if self._answerer is None else self._answerer.version
 
     def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
-        """What answers one request, as MLflow's servers ask it: tables are checked against the model's signature.
+        """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.
 
-        Args:
-            is_given_up: whether the client has gone.
+        The model stops when `is_given_up` returns True, because the client has closed the connection.
         """
-        assert self._answerer is not None and self._meta is not None, "requests are taken once the champion is loaded"
+        assert self._answerer is not None and self._meta is not None, "requests come after the champion was loaded"
         return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(self._answerer, is_given_up))
 
     def begin(self) -> None:
         """Load the champion.
 
         Raises:
-            NoChampionError: there is no champion.
-            RegistryError: the champion may not serve, or the registry does not answer.
-            ServingError: the champion does not load.
+            NoChampionError: There is no champion.
+            RegistryError: The champion may not serve, or the registry does not answer.
+            ServingError: The champion does not load.
         """
         self._registry = open_registry()
         champion = self._registry.champion(self.lineage)
@@ -105,7 +103,7 @@ class Champion:
             raise ServingError(self._problem or "")
 
     def follow(self, stopped: threading.Event) -> None:
-        """Keep in step with the alias until stopped; a call of MLflow that hangs is not interrupted."""
+        """Load each new champion until `stopped` is set. A call to MLflow that hangs is not interrupted."""
         pause = POLL_SECONDS
         while not stopped.wait(pause):
             try:
@@ -114,24 +112,24 @@ class Champion:
                 if not isinstance(error, RegistryError):
                     LOG.exception("Following the alias failed")
                 problem = str(error) if isinstance(error, RegistryError) else f"{type(error).__name__}: {error}."
-                self._note(f"{problem} What serves goes on.")
+                self._note(f"{problem} The loaded version continues to serve.")
                 pause = min(2 * pause, MAX_POLL_SECONDS)
             else:
                 pause = POLL_SECONDS
 
     def stop(self) -> None:
-        """Give up what is computed."""
+        """Stop the running computations."""
         if self._answerer is not None:
             self._answerer.stop()
 
     def _keep_up_with(self, champion: VersionInfo | None) -> None:
         if champion is None:
-            self._note(f"{self.lineage} has no champion any more; what serves goes on.")
+            self._note(f"{self.lineage} has no champion any more; the loaded version continues to serve.")
             return
         try:
             require_through_gate(champion)
         except RegistryError as error:
-            self._note(f"{error} What serves goes on.")
+            self._note(f"{error} The loaded version continues to serve.")
             return
         if champion.version != self._champion:
             self._failed = None
@@ -142,17 +140,17 @@ class Champion:
             self._try(champion.version)
 
     def _try(self, version: str) -> None:
-        """Let a version answer; where that fails, say why."""
+        """Load a version; if this fails, report the reason."""
         started, self._starting = time.monotonic(), version
         try:
             with temporary_folder() as temporary:
                 self._load(version, temporary / "version")
-        except Exception as error:  # a full disk, damaged files, too little memory: what answers must go on
+        except Exception as error:  # a full disk, damaged files, too little memory: the loaded version must serve on
             if not isinstance(error, DealError | OSError):
                 LOG.exception("Version %s does not load", version)
             self._failed = version, time.monotonic()
             kind = "" if isinstance(error, DealError | OSError) else f"{type(error).__name__}: "
-            serving = f"; version {self.version} goes on serving" if self.version else ""
+            serving = f"; version {self.version} continues to serve" if self.version else ""
             self._note(f"Version {version} does not load: {kind}{' '.join(str(error).split()).rstrip('.')}{serving}.")
         else:
             self._failed = self._problem = None
@@ -178,7 +176,7 @@ class Champion:
         self._meta = meta
 
     def _say(self, text: str) -> None:
-        with suppress(OSError):  # nobody reads the command's output any more
+        with suppress(OSError):  # the reader of the command's output has ended
             self._print(text)
 
     def _note(self, problem: str) -> None:
@@ -188,13 +186,13 @@ class Champion:
 
 
 def require_own_loader(folder: Path) -> Model:
-    """MLflow's description of a version, if the version is to be loaded by this project's code alone.
+    """Return MLflow's description of a version, if only this project's code loads the version.
 
-    MLflow would import the module that the folder's MLmodel names, and code that lies beside it. Everyone who may
-    register models could run code here.
+    MLflow would import the module that the MLmodel names, and code in the folder. So every user who may register models
+    could run code on this machine.
 
     Raises:
-        ServingError: the MLmodel names another loader, or code.
+        ServingError: The MLmodel names another loader, or code.
     """
     meta = Model.load(str(folder))
     flavor = meta.flavors.get(FLAVOR_NAME, {})

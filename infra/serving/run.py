@@ -1,4 +1,4 @@
-"""`deal serve` as a process: it listens, loads the champion, answers, and ends within seconds."""
+"""The process of `deal serve`: it listens, loads the champion, answers, and ends within seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import threading
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -23,12 +24,12 @@ from infra.serving.champion import LOG, Champion, Say
 from infra.serving.server import LOOPBACK_NAMES, make_app
 
 HEAD_SECONDS = 20.0
-"""A client has this long to send the head of a request."""
+"""Time for a client to send the head of a request."""
 KEEP_ALIVE_SECONDS = 30.0
-"""A connection without a request is closed after this; longer than clients usually keep theirs."""
+"""Time after which an idle connection is closed. Most clients close idle connections earlier."""
 MAX_CONNECTIONS = 512
 GRACE_SECONDS = 10
-"""Requests in flight have this long at the end."""
+"""Time for open requests when the server ends."""
 JOIN_SECONDS = 1.0
 EVERYWHERE = ("0.0.0.0", "::", "")
 
@@ -43,30 +44,31 @@ async def serve(
     say: Say,
     ready: Callable[[str, str], None],
 ) -> bool:
-    """Serve the champion until SIGINT or SIGTERM; requests in flight are answered first. A second signal ends at once.
+    """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second signal ends them.
 
     Args:
-        lineage: whose champion.
-        home: folder for the log.
-        host: address to listen on.
-        port: port; 0 takes a free one.
-        trusted_hosts: names under which the server may be asked, besides loopback's and `host`.
-        say: told what happens.
-        ready: called once with the address and the version that answers.
+        lineage: The lineage of the champion.
+        home: Folder for the log.
+        host: Address to listen on.
+        port: Port; 0: any free port.
+        trusted_hosts: Host names that clients may use, in addition to those of loopback and `host`.
+        say: Called with each message for the user.
+        ready: Called once with the address and the version that answers.
 
     Returns:
-        Whether everything has ended. False: a thread still waits for MLflow, and would hold the process for minutes.
+        Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
 
     Raises:
-        ConfigError: the address cannot be listened on.
-        NoChampionError: there is no champion.
-        RegistryError: the champion may not serve, or the registry does not answer.
-        ServingError: the champion does not load.
+        ConfigError: The server cannot listen on the address.
+        NoChampionError: There is no champion.
+        RegistryError: The champion may not serve, or the registry does not answer.
+        ServingError: The champion does not load.
     """
     listener = _listen(host, port)
-    champion, ended = Champion(lineage, say), threading.Event()
-    begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    follower = _follow_in_thread(champion, begun, ended)
+    champion, ended, loaded = Champion(lineage, say), threading.Event(), Future[None]()
+    follower = threading.Thread(target=_follow, args=(champion, loaded, ended), name="champion", daemon=True)
+    follower.start()
+    begun = asyncio.wrap_future(loaded)
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), _signals() as (stopped, again):
         await asyncio.wait([begun, stopped], return_when=asyncio.FIRST_COMPLETED)
         try:
@@ -84,20 +86,20 @@ async def serve(
 class ImpatientProtocol(H11Protocol):
     """Closes a connection whose client does not send the head of a request in time.
 
-    uvicorn itself closes idle connections only after an answer, and waits for ever for the rest of a head.
+    uvicorn closes idle connections only after an answer, and has no time limit for a head.
     """
 
     _timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Start to wait for a request."""
+        """Start the time limit for a request."""
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        """Wait no more once the head is there."""
+        """End the time limit when the head is complete."""
         super().data_received(data)
         if not self._has_request():
             self._wait_for_head()
@@ -106,13 +108,13 @@ class ImpatientProtocol(H11Protocol):
             self._timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """End the time limit."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        if self._timer is None:  # one byte now and then does not win time
+        if self._timer is None:  # further bytes do not restart the time limit
             self._timer = self.loop.call_later(HEAD_SECONDS, self._close_without_request)
 
     def _has_request(self) -> bool:
@@ -125,7 +127,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to `serve`."""
+    """A server without signal handlers, because `serve` has them."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -149,37 +151,22 @@ async def _answer_until(
     await serving
 
 
-def _follow_in_thread(champion: Champion, begun: asyncio.Future[None], ended: threading.Event) -> threading.Thread:
-    """Load the champion and follow the alias in a thread that the process does not wait for."""
-    loop = asyncio.get_running_loop()
-
-    def tell(error: Exception | None) -> None:
-        if begun.done():
-            return
-        if error is None:
-            begun.set_result(None)
-        else:
-            begun.set_exception(error)
-
-    def follow() -> None:
-        try:
-            champion.begin()
-        except Exception as error:
-            if not ended.is_set():
-                loop.call_soon_threadsafe(tell, error)
-            return
+def _follow(champion: Champion, loaded: Future[None], ended: threading.Event) -> None:
+    """Load the champion and follow the alias. `loaded` gets the result of the first load."""
+    try:
+        champion.begin()
+    except Exception as error:
         if not ended.is_set():
-            loop.call_soon_threadsafe(tell, None)
+            loaded.set_exception(error)
+        return
+    if not ended.is_set():
+        loaded.set_result(None)
         champion.follow(ended)
-
-    thread = threading.Thread(target=follow, name="champion", daemon=True)
-    thread.start()
-    return thread
 
 
 @contextmanager
 def _signals() -> Iterator[tuple[asyncio.Future[None], asyncio.Future[None]]]:
-    """Two futures: the first SIGINT or SIGTERM is done with the first, the next one with the second."""
+    """Yield two futures. The first SIGINT or SIGTERM sets the first future, the next signal the second."""
     loop = asyncio.get_running_loop()
     futures: tuple[asyncio.Future[None], asyncio.Future[None]] = loop.create_future(), loop.create_future()
 
@@ -197,7 +184,7 @@ def _signals() -> Iterator[tuple[asyncio.Future[None], asyncio.Future[None]]]:
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """Let the server and asyncio write into a file, which stays small, and not to the screen."""
+    """Send the logs of the server and asyncio to a file of limited size, not to the screen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -1,10 +1,10 @@
-"""The web application of `deal serve`: MLflow's request format in, answers of the champion out, and limits.
+"""The web application of `deal serve`: requests in MLflow's format, answers of the champion, and limits.
 
     POST /invocations    {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
     GET  /health, /ping  200 while a version answers
-    GET  /version        which version answers, which one is being loaded, and what is wrong
+    GET  /version        the version that answers, the version that is being loaded, and the current problem
 
-Every refusal is `{"error": "one sentence"}`.
+The body of every refusal is `{"error": "a sentence"}`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -29,35 +28,19 @@ from starlette.routing import Route
 
 from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
-from infra.serving.champion import LOG
+from infra.serving.champion import LOG, Champion
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-"""Names under which a server on this machine is asked. A page of the web comes under the name of its own site."""
+"""Host names of this machine. Requests of a foreign web page have the host name of its own site."""
 MAX_BODY_BYTES = 16 << 20
 MAX_IN_FLIGHT = 64
-"""Requests that are read, wait or are answered; one more gets 503."""
+"""Number of open requests; further requests get 503."""
 BODY_SECONDS = 30.0
-"""A client has this long to send its rows."""
+"""Time for a client to send its rows."""
 ANSWER_SECONDS = 300.0
-"""A request that takes longer is given up."""
+"""Time after which a request is given up."""
 RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
-
-
-class Serving(Protocol):
-    """What the application needs of the champion."""
-
-    lineage: str
-
-    @property
-    def version(self) -> str | None:
-        """Number of the version that answers."""
-
-    def state(self) -> dict[str, Any]:
-        """What GET /version says."""
-
-    def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
-        """What answers one request."""
 
 
 class RefusalError(Exception):
@@ -70,19 +53,14 @@ class RefusalError(Exception):
 
 
 class Predictions(NamedTuple):
-    """A body that answers a request, and the version that gave the answers."""
+    """The body of an answer, and the version that gave the answer."""
 
     body: str
     version: str
 
 
-def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) -> Starlette:
-    """The web application.
-
-    Args:
-        serving: the champion.
-        trusted_hosts: names under which the server may be asked; "*" stands for all.
-    """
+def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) -> Starlette:
+    """Return the web application. Clients may use the host names in `trusted_hosts`; "*" allows all."""
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
     places = asyncio.Semaphore(MAX_IN_FLIGHT)
 
@@ -95,9 +73,10 @@ def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) ->
             async with places:
                 found = await _answer(serving, pool, request, await _read(request))
         except RefusalError as refusal:
+            body = json.dumps({"error": str(refusal)}, ensure_ascii=False)
             named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
-            return _error(refusal.status, str(refusal), {**named, **refusal.headers})
-        except ClientDisconnect:  # there is no client to tell
+            return Response(body, refusal.status, {**named, **refusal.headers}, "application/json")
+        except ClientDisconnect:  # no client reads this answer
             return Response(status_code=400)
         headers = {"X-Deal-Version": found.version, "X-Deal-Lineage": serving.lineage}
         return Response(found.body, 200, headers, "application/json")
@@ -111,9 +90,7 @@ def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) ->
 
     return Starlette(
         routes=[
-            Route("/invocations", invoke, methods=["POST"]),
-            Route("/health", health),
-            Route("/ping", health),
+            Route("/invocations", invoke, methods=["POST"]), Route("/health", health), Route("/ping", health),
             Route("/version", version),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
@@ -121,7 +98,7 @@ def make_app(serving: Serving, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) ->
 
 
 def _require_json(request: Request) -> None:
-    """A page of another site can send text without asking the browser's leave, but no JSON."""
+    """Refuse other content types: browsers let foreign web pages send text, but not JSON."""
     kind, _, parameters = request.headers.get("content-type", "").lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "")
     if kind.strip() != "application/json" or charset not in ("", "charset=utf-8"):
@@ -149,16 +126,16 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _answer(serving: Serving, pool: ThreadPoolExecutor, request: Request, body: bytes) -> Predictions:
-    """Answer in a thread; what nobody waits for any more is given up.
+async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes) -> Predictions:
+    """Answer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
-        ClientDisconnect: the client has gone.
-        RefusalError: it cannot be answered.
+        ClientDisconnect: The client has closed the connection.
+        RefusalError: The request cannot be answered.
     """
     given_up = threading.Event()
     work = asyncio.get_running_loop().run_in_executor(pool, predict, serving, body, given_up.is_set)
-    gone = asyncio.ensure_future(request.receive())  # after the body there is nothing but the client's leaving
+    gone = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
     waited: list[asyncio.Future[Any]] = [work, gone]
     try:
         await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -171,19 +148,14 @@ async def _answer(serving: Serving, pool: ThreadPoolExecutor, request: Request, 
         given_up.set()
         gone.cancel()
         if not work.done():
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> Predictions:
-    """Answer the body of a request.
-
-    Args:
-        serving: the champion.
-        body: JSON as MLflow defines it: dataframe_records, dataframe_split, instances or inputs.
-        is_given_up: whether the client has gone.
+def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> Predictions:
+    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
 
     Raises:
-        RefusalError: 400 where the body is no table of rows that can be asked, 500 where the model breaks.
+        RefusalError: 400: the body is no valid table of rows. 500: the model fails.
     """
     model = serving.model(is_given_up)
     values = _decode(body)
@@ -192,7 +164,7 @@ def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> P
         table = infer_and_parse_data(values, schema)
     except MlflowException as error:
         raise RefusalError(400, _reason(error)) from None
-    except Exception as error:  # pandas has many ways to refuse what is no table
+    except Exception as error:  # pandas raises many kinds of errors
         raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
     try:
         predictions: Any = model.predict(table)
@@ -202,7 +174,7 @@ def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> P
         raise RefusalError(503, str(error), RETRY) from None
     except Exception:
         LOG.exception("A request could not be answered")
-        raise RefusalError(500, "The model broke on this request; the server's log says how.") from None
+        raise RefusalError(500, "The model failed on this request; the server's log has the error.") from None
     written = io.StringIO()
     predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
     return Predictions(written.getvalue(), predictions.attrs[VERSION])
@@ -211,7 +183,7 @@ def predict(serving: Serving, body: bytes, is_given_up: Callable[[], bool]) -> P
 def _decode(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body)
-        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate is no text
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except RecursionError:
         raise RefusalError(400, "The body is nested too deeply; send a table of rows.") from None
     except UnicodeEncodeError:
@@ -220,19 +192,14 @@ def _decode(body: bytes) -> dict[str, Any]:
         raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
     if not isinstance(values, dict):
         raise RefusalError(400, 'The body is no JSON object; send {"dataframe_records": [{"input": "the text"}]}.')
-    values.pop("params", None)  # MLflow's clients may send it; there are none
+    values.pop("params", None)  # MLflow's clients may send params; the model has none
     return values
 
 
 def _reason(error: MlflowException) -> str:
-    """What MLflow says, in one sentence and without the request's texts, which it repeats before it."""
+    """Return MLflow's message as one sentence, without the texts of the request."""
     message = str(error.message)
     if "Failed to enforce schema" in message:
         message = message.rpartition("Error: ")[2]
-    message = message.split("\nInput:")[0].split(" IMPORTANT:")[0]  # the request again; advice on MLflow 1
+    message = message.split("\nInput:")[0].split(" IMPORTANT:")[0]  # the texts of the request; advice on MLflow 1
     return " ".join(message.split())[:1000]
-
-
-def _error(status: int, message: str, headers: Mapping[str, str]) -> Response:
-    body = json.dumps({"error": message}, ensure_ascii=False)
-    return Response(body, status, headers, "application/json")

@@ -1,6 +1,6 @@
-"""A vLLM server's adapters, through its documented endpoints: load, list, ask, unload.
+"""A client of vLLM's documented endpoints for adapters: load, list, complete, unload.
 
-vLLM takes adapters while it runs when it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora
+A running vLLM server loads adapters if it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora
 (https://docs.vllm.ai, LoRA Adapters, "Dynamically serving LoRA Adapters").
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.masking import without_secrets
@@ -21,11 +21,11 @@ from infra.settings import VllmSettings
 ANSWER_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.5
 AWAY = frozenset({429, 502, 503, 504})
-"""Answers of a server, or of what stands before it, that is starting or too busy."""
+"""Status codes of a server or proxy that is starting or too busy."""
 
 
 class VllmError(DealError):
-    """The vLLM server refused what was asked."""
+    """The vLLM server refused a request."""
 
 
 class VllmAwayError(VllmError):
@@ -38,13 +38,13 @@ class LoadedModel:
 
     name: str
     root: str
-    """Where the server read it."""
+    """The path from which the server loaded the model."""
     parent: str | None
-    """The base model of an adapter; None: it is the base model."""
+    """The base model of an adapter; None: the entry is the base model."""
 
 
 class VllmClient:
-    """One server."""
+    """A client of one server."""
 
     def __init__(self, settings: VllmSettings) -> None:
         if not settings.url:
@@ -54,9 +54,10 @@ class VllmClient:
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=ANSWER_SECONDS)
         self._max_attempts = settings.max_attempts
+        self._shown = without_secrets(self.url)
 
     def models(self) -> dict[str, LoadedModel]:
-        """What the server has, by name: its base model and the adapters."""
+        """Return the base model and the adapters of the server, by name."""
         answer = self._send("list its models", "GET", "/v1/models")
         return {
             entry["id"]: LoadedModel(entry["id"], str(entry.get("root") or ""), entry.get("parent"))
@@ -64,21 +65,21 @@ class VllmClient:
         }
 
     def load(self, name: str, path: str) -> None:
-        """Load an adapter from a path that the server sees.
+        """Load an adapter from a path on the server.
 
         Raises:
-            VllmError: the server refuses it.
-            VllmAwayError: the server does not answer.
+            VllmError: The server refuses the adapter.
+            VllmAwayError: The server does not answer.
         """
         try:
             self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except VllmError:
             known = self.models().get(name)
-            if known is None or known.root != path:  # else an attempt whose answer got lost had loaded it
+            if known is None or known.root != path:  # otherwise an earlier attempt loaded it, and its answer got lost
                 raise
 
     def unload(self, name: str) -> None:
-        """Unload an adapter; one that is not there is none to unload."""
+        """Unload an adapter, if it is loaded."""
         try:
             self._send(f"unload {name}", "POST", "/v1/unload_lora_adapter", {"lora_name": name})
         except VllmError:
@@ -86,51 +87,43 @@ class VllmClient:
                 raise
 
     def complete(self, model: str, prompt: str, max_tokens: int) -> str:
-        """A greedy completion by one model.
+        """Return a greedy completion by a model.
 
         Raises:
-            VllmError: there is none, or another model answered.
+            VllmError: There is no completion, or another model answered.
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         answer = self._send(f"ask {model}", "POST", "/v1/completions", body).json()
         if answer.get("model") != model or not answer.get("choices"):
-            raise VllmError(f"The vLLM server at {self._where()} gave no completion by {model!r}.")
+            raise VllmError(f"The vLLM server at {self._shown} gave no completion by {model!r}.")
         return str(answer["choices"][0]["text"])
 
-    def _send(self, doing: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        """Send a request, again while the server is away."""
+    def _send(self, action: str, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+        """Send a request; repeat it while the server does not answer."""
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts), wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
-            retry=retry_if_exception(lambda error: isinstance(error, VllmAwayError)), reraise=True,
+            retry=retry_if_exception_type(VllmAwayError), reraise=True,
         )  # fmt: skip
-        for attempt in retrying:
-            with attempt:
-                return self._send_once(doing, method, path, body)
-        raise AssertionError("unreachable")
+        return retrying(self._send_once, action, method, path, body)
 
-    def _send_once(self, doing: str, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+    def _send_once(self, action: str, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
         try:
             answer = self._client.request(method, path, json=body)
         except httpx.TransportError as error:
             raise VllmAwayError(
-                f"The vLLM server at {self._where()} is away ({type(error).__name__}: {error}); start it, then run "
+                f"The vLLM server at {self._shown} is away ({type(error).__name__}: {error}); start it, then run "
                 "this again."
             ) from None
         if answer.status_code in AWAY:
             raise VllmAwayError(
-                f"The vLLM server at {self._where()} is not ready ({answer.status_code}); run this again when "
-                "it is."
+                f"The vLLM server at {self._shown} is not ready ({answer.status_code}); run this again when it is."
             )
         if answer.is_success:
             return answer
-        raise VllmError(f"The vLLM server at {self._where()} did not {doing}: {_reason(answer, path)}")
-
-    def _where(self) -> str:
-        return without_secrets(self.url)
-
+        raise VllmError(f"The vLLM server at {self._shown} did not {action}: {_reason(answer, path)}")
 
 def _reason(answer: httpx.Response, path: str) -> str:
-    """What the server says; releases differ in whether its error lies one level down."""
+    """Return the server's message. In some releases it is inside `error`, in others at the top level."""
     if answer.status_code == 401:
         return "it wants an API key; set DEAL_VLLM_API_KEY."
     try:

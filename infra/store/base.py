@@ -1,7 +1,7 @@
-"""The interface of every store: bytes and files under keys, with a conditional put.
+"""The interface of every object store: bytes and files under keys, with a conditional put.
 
-Keys are relative paths with `/` between their parts. A prefix names a folder: `adapters/base` holds
-`adapters/base/x`, not `adapters/base2/x`; the empty prefix holds everything. No key may be the folder of another one.
+A key is a relative path with `/` between its parts. A prefix names a folder: `adapters/base` contains
+`adapters/base/x`, but not `adapters/base2/x`. The empty prefix contains all keys. No key may be the folder of another.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 MAX_KEY_BYTES = 1024
 MAX_PART_BYTES = 255
 RESERVED = ".incoming"
-"""No key may start with it: a folder store writes unfinished files there, and an S3 store its test object."""
-_warned: set[tuple[str, str]] = set()
-"""Pairs of a store and an unsafe key that this process has logged."""
+"""First part of no key: a folder store writes unfinished files there, and an S3 store its test object."""
 TEMPORARY = "tmp"
+_warned: set[tuple[str, str]] = set()
+"""Pairs of a store's address and a key that this process has logged a warning about."""
 
 
 class ObjectNotFoundError(StoreError):
-    """Nothing is stored under the key or prefix asked for."""
+    """Nothing is stored under the key or prefix."""
 
 
 class UnusableObjectError(StoreError):
-    """What lies under the key is not read: no regular file, or a link that leads elsewhere."""
+    """The key names no regular file, or a link that leads elsewhere. The store does not read such objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,16 @@ class ObjectInfo:
     etag: str
     modified: datetime
     problem: str | None = None
-    """Why what lies there is not read."""
+    """Why the store does not read the object; None: it can be read."""
 
 
 def check_key(key: str) -> str:
-    """Return `key` if it is safe on every store.
+    """Return `key` if every store can use it.
 
     Raises:
-        StoreError: it is empty, absolute, too long, has an empty, `.` or `..` part, or a control character.
+        StoreError: The key is empty, absolute or too long, or has an empty, `.` or `..` part or a control character.
     """
-    problem = _problem_of(key)
-    if problem:
+    if problem := _problem_of(key):
         raise StoreError(f"The key {key!r} {problem}; use a relative path such as 'inbox/billing/may.csv'.")
     return key
 
@@ -78,23 +77,19 @@ def _problem_of(key: str) -> str | None:
 
 
 def _skipped_for(info: ObjectInfo) -> str | None:
-    """Why a listing leaves an object out, and what to do."""
+    """Why a listing skips an object, and what to do."""
     problem = _problem_of(info.key)
     return f"the key {problem}; rename it" if problem else info.problem
 
 
 def folder_of(prefix: str) -> str:
-    """The prefix as it starts the keys below it: checked, with one trailing slash, or empty."""
+    """Return the checked prefix with one slash at its end; empty if the prefix is empty."""
     bare = prefix.removesuffix("/")
     return check_key(bare) + "/" if bare else ""
 
 
 def check_source(local: Path, key: str) -> Path:
-    """Return the file `local`, which is about to be stored under `key`.
-
-    Raises:
-        StoreError: there is no such file.
-    """
+    """Return the path of a file that is to be stored under `key`; raise StoreError if it does not exist."""
     if not local.is_file():
         raise StoreError(f"Cannot store {key!r}: there is no file {local}; check the path.")
     return local
@@ -102,7 +97,7 @@ def check_source(local: Path, key: str) -> Path:
 
 @contextmanager
 def complete_file(target: Path) -> Iterator[Path]:
-    """Give a path to write to; what was written becomes `target` in one step, or not at all."""
+    """Yield a temporary path. After the block its file becomes `target` in one step; after an error it is deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
@@ -113,56 +108,46 @@ def complete_file(target: Path) -> Iterator[Path]:
 
 
 class ObjectStore(ABC):
-    """A store of objects under keys. Each method raises StoreError for a bad key or a store that does not answer."""
+    """Objects under keys.
+
+    Raises:
+        StoreError: In every method: the key is not valid, or the store does not answer.
+    """
 
     uri: str
 
     @abstractmethod
     def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
-        """The object's content.
-
-        Args:
-            key: where it lies.
-            at_most: give only this many of its first bytes: somebody else may have stored more than memory holds.
+        """Return the object's content, or its first `at_most` bytes.
 
         Raises:
-            ObjectNotFoundError: there is none.
-            UnusableObjectError: it is no regular file, or a link that leads elsewhere.
+            ObjectNotFoundError: No object has this key.
+            UnusableObjectError: The key names no regular file, or a link that leads elsewhere.
         """
 
     @abstractmethod
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Store `data` under `key`, whole or not at all.
+        """Store all of `data`, or nothing; return whether it was stored.
 
-        Args:
-            key: where to.
-            data: the content.
-            if_absent: keep an object that is already there. Of several concurrent writers exactly one wins.
-
-        Returns:
-            Whether `data` was stored. False only with `if_absent`, when the key was taken.
+        With `if_absent` an existing object is kept. Of several concurrent writers exactly one stores its data.
         """
 
     def check(self) -> None:  # noqa: B027 - a folder needs no check: hard links are atomic
-        """Test whether the server honours a conditional put.
-
-        Raises:
-            StoreError: the server ignores the condition, so concurrent writers would overwrite each other.
-        """
+        """Raise StoreError if the server ignores the condition of a put, so writers would overwrite each other."""
 
     @abstractmethod
     def find(self, key: str) -> ObjectInfo | None:
-        """The entry of the object under exactly this key; None when there is none."""
+        """Return the entry of the object with exactly this key; None: no object has it."""
 
     def exists(self, key: str) -> bool:
-        """Whether an object is stored under exactly this key."""
+        """Return whether an object has exactly this key."""
         return self.find(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects below `prefix`, sorted by the bytes of their keys.
+        """Yield the objects below `prefix`, sorted by the bytes of their keys.
 
-        Objects that other programs stored under unsafe keys are skipped, and so is what is no regular file. Each key is
-        logged once.
+        Objects with invalid keys, which other programs stored, are skipped, and so are irregular files. Each skipped
+        key is logged once.
         """
         for info in self._list_all(prefix):
             problem = _skipped_for(info)
@@ -172,37 +157,37 @@ class ObjectStore(ABC):
                 self.warn_once(info.key, f"Skipped {info.key!r} in {self.uri}: {problem}.")
 
     def warn_once(self, key: str, message: str) -> None:
-        """Log a problem with a key, once in a process."""
+        """Log a problem with a key, once per process."""
         if (self.uri, key) not in _warned:
             _warned.add((self.uri, key))
             logger.warning("%s", message)
 
     def unusable_keys(self, prefix: str = "") -> dict[str, str]:
-        """The keys below `prefix` that `list` skips: what is wrong with each, and what to do."""
+        """Return the keys below `prefix` that `list` skips, each with its problem and what to do."""
         problems = ((info.key, _skipped_for(info)) for info in self._list_all(prefix))
         return {key: problem for key, problem in problems if problem is not None}
 
     @abstractmethod
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All entries below `prefix`, those with unsafe keys included."""
+        """Yield all entries below `prefix`, including those with invalid keys."""
 
     @abstractmethod
     def upload_file(self, local: Path, key: str) -> None:
-        """Store a file's content without holding it in memory; whole or not at all."""
+        """Store a file in pieces that fit into memory. A reader sees the complete object or none."""
 
     @abstractmethod
     def download_file(self, key: str, local: Path) -> None:
-        """Write the object to `local` without holding it in memory; whole or not at all.
+        """Write the object to `local` in pieces that fit into memory. A reader sees the complete file or none.
 
         Raises:
-            ObjectNotFoundError: nothing is stored under `key`.
+            ObjectNotFoundError: No object has this key.
         """
 
     def delete(self, prefix: str) -> int:
         """Delete the object `prefix` and all objects below it; return the number of deleted objects.
 
         Raises:
-            StoreError: the prefix is empty, which would delete the whole store.
+            StoreError: The prefix is empty, so the whole store would be deleted.
         """
         whole = check_key(prefix.removesuffix("/"))
         keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
@@ -212,25 +197,19 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def _delete_one(self, key: str) -> None:
-        """Delete the object under exactly this key, if there is one."""
+        """Delete the object with exactly this key, if it exists."""
 
     def uri_of(self, key: str) -> str:
-        """Full address of a key or prefix, for people and other programs."""
+        """Return the full address of a key or prefix, for people and other programs."""
         return f"{self.uri.rstrip('/')}/{check_key(key)}"
 
     def upload_folder(self, local: Path, prefix: str, *, marker: str | None = None) -> int:
-        """Store every file below the folder `local` under `prefix`.
+        """Store every file below the folder `local` under `prefix`; return the number of files.
 
-        Args:
-            local: an existing folder.
-            prefix: where to.
-            marker: name of the file that goes last: once it is there, the rest is too.
-
-        Returns:
-            The number of files.
+        The file with the name `marker` is uploaded last, so its object shows that the upload is complete.
 
         Raises:
-            StoreError: `local` is no folder, is empty, or lacks the marker.
+            StoreError: `local` is no folder, is empty, or does not contain the marker.
         """
         files = sorted(path for path in local.rglob("*") if path.is_file())
         names = {path: path.relative_to(local).as_posix() for path in files}
@@ -242,16 +221,13 @@ class ObjectStore(ABC):
         return len(files)
 
     def download_folder(self, prefix: str, local: Path) -> int:
-        """Write every object below `prefix` into the folder `local`.
+        """Write every object below `prefix` into the folder `local`; return the number of files.
 
-        A folder that did not exist appears complete or not at all; in one that did, files are replaced one by one and
-        others stay.
-
-        Returns:
-            The number of files.
+        A new folder appears when all its files exist. In an existing folder, files are replaced one by one, and its
+        other files are kept.
 
         Raises:
-            ObjectNotFoundError: there is no object below `prefix`.
+            ObjectNotFoundError: There is no object below `prefix`.
         """
         local.parent.mkdir(parents=True, exist_ok=True)
         start = len(folder_of(prefix))
@@ -270,9 +246,9 @@ class ObjectStore(ABC):
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A new, empty folder in HOME/tmp, gone afterwards; only its user can look into it.
+    """Yield a new, empty folder in HOME/tmp, which is deleted after the block. Only its user can read it.
 
-    A killed process leaves the folder, and the folder may hold rows. `deal gc` and `deal forget` find it there.
+    A killed process leaves the folder, which may contain rows. `deal gc` and `deal forget` find it.
     """
     place = HomeSettings().home / TEMPORARY
     place.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,19 @@
-"""Where everything lies in the object store. Every key is built and parsed in this file.
+"""The keys of the object store. Every key is built and parsed in this file.
 
-    inbox/TASK/FILE                           a file that landed; task.yaml says what is known of the task
+    inbox/TASK/FILE                           a file that landed; task.yaml describes the task
     datasets/TASK/SHA256/LINEAGE/SCHEMA/FILE  the checked rows of an arrival, and their manifest
     quarantine/TASK/SHA256/FILES.jsonl        the bad rows of an arrival
     adapters/LINEAGE/RUN/FILE                 the adapter of a version, its record and its findings
     ledger/LINEAGE/SHA256.json                which version learned a dataset
-    versions/LINEAGE/NUMBER.json              what the registry knows of a version
+    versions/LINEAGE/NUMBER.json              a copy of a version's entry in the registry
     promotions/LINEAGE/NUMBER.json            the promotion log
     lineages/LINEAGE.yaml                     the stored settings of a lineage
     labels/LINEAGE/TASK.json                  labels that were added by command
-    watch/LINEAGE.json                        what a watch has handled
+    watch/LINEAGE.json                        arrivals that a watch has handled
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
-    serving/LINEAGE.json                      the name under which a vLLM server answers for a lineage
+    serving/LINEAGE.json                      the model name of a lineage in a vLLM server
 
-Older stores have `datasets/TASK/SHA256/FILE`: lineages shared a dataset then.
+Older stores have `datasets/TASK/SHA256/FILE`, because lineages shared a dataset.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ TEST_FILE = "test.parquet"
 
 
 def file_name(key: str) -> str:
-    """The last part of a key."""
+    """Return the last part of a key."""
     return key.rsplit("/", 1)[-1]
 
 
 def lineage_of(key: str) -> str:
-    """The lineage of a key in `adapters/`, `ledger/`, `versions/` or `promotions/`."""
+    """Return the lineage of a key in `adapters/`, `ledger/`, `versions/` or `promotions/`."""
     return key.split("/")[1]
 
 
@@ -56,22 +56,22 @@ class DatasetFile(NamedTuple):
     sha256: str
     """Digest of the dataset's rows."""
     lineage: str | None
-    """The lineage that has the dataset; None in older stores, where lineages shared it."""
+    """The lineage of the dataset; None in older stores, where lineages shared a dataset."""
     name: str
 
 
 def dataset_folder(task: str, sha256: str) -> str:
-    """The folder of all datasets with the same rows."""
+    """Return the folder of all datasets with the same rows."""
     return f"{DATASETS}/{task}/{sha256}"
 
 
 def dataset_uri(task: str, sha256: str, lineage: str, schema_sha256: str) -> str:
-    """The folder of one lineage's dataset."""
+    """Return the folder of one lineage's dataset."""
     return f"{dataset_folder(task, sha256)}/{lineage}/{schema_sha256[:16]}"
 
 
 def parse_dataset_file(key: str) -> DatasetFile | None:
-    """Read the key of a dataset's file; None: the key has another form."""
+    """Parse the key of a dataset's file; None: the key has another form."""
     match key.split("/"):
         case [folder, task, sha256, lineage, _, name] if folder == DATASETS:
             return DatasetFile(task, sha256, lineage, name)
@@ -81,7 +81,7 @@ def parse_dataset_file(key: str) -> DatasetFile | None:
 
 
 def dataset_sha256(uri: str) -> str:
-    """The digest of a dataset's rows, from its folder or from a file in it.
+    """Return the digest of a dataset's rows, from its folder or the key of a file in it.
 
     Example:
         >>> dataset_sha256("datasets/bank/3fa9/support/77c1")
@@ -91,31 +91,23 @@ def dataset_sha256(uri: str) -> str:
 
 
 def quarantine_folder(task: str, sha256: str) -> str:
-    """The folder of the bad rows of arrivals with the same good rows."""
+    """Return the folder of the bad rows of all arrivals with the same good rows."""
     return f"{QUARANTINE}/{task}/{sha256}"
 
 
 def quarantine_key(task: str, sha256: str, files: Sequence[str]) -> str:
-    """The file of an arrival's bad rows.
-
-    Arrivals with the same good rows share a folder and have a file each.
-
-    Args:
-        task: name of the task.
-        sha256: digest of the good rows.
-        files: digests of the files that landed.
-    """
+    """Return the key of an arrival's bad rows, from the digests of its good rows and of its files."""
     return f"{quarantine_folder(task, sha256)}/{'-'.join(digest[:16] for digest in files)}.jsonl"
 
 
 def task_and_digest(key: str) -> tuple[str, str]:
-    """The task and the digest of a key in `datasets/` or `quarantine/`."""
+    """Return the task and the digest of a key in `datasets/` or `quarantine/`."""
     _, task, sha256, *_ = key.split("/")
     return task, sha256
 
 
 class AdapterFile(NamedTuple):
-    """A file next to an adapter's weights, or the weights."""
+    """A file in an adapter's folder."""
 
     lineage: str
     run: str
@@ -124,17 +116,17 @@ class AdapterFile(NamedTuple):
 
 
 def adapters_folder(lineage: str) -> str:
-    """The folder of all adapters of a lineage."""
+    """Return the folder of all adapters of a lineage."""
     return f"{ADAPTERS}/{lineage}"
 
 
 def adapter_uri(lineage: str, run: str) -> str:
-    """The folder of the adapter that a run made."""
+    """Return the folder of the adapter that a run made."""
     return f"{adapters_folder(lineage)}/{run}"
 
 
 def parse_adapter_file(key: str) -> AdapterFile | None:
-    """Read the key of an adapter's file; None: the key has another form."""
+    """Parse the key of an adapter's file; None: the key has another form."""
     match key.split("/", 3):
         case [folder, lineage, run, name] if folder == ADAPTERS:
             return AdapterFile(lineage, run, name)
@@ -142,84 +134,81 @@ def parse_adapter_file(key: str) -> AdapterFile | None:
 
 
 def inbox_folder(task: str) -> str:
-    """Where the files of a task land."""
+    """Return the folder in which the files of a task land."""
     return f"{INBOX}/{task}"
 
 
 def task_of(key: str) -> str:
-    """The task of a file in the inbox."""
+    """Return the task of a file in the inbox."""
     return key.split("/")[1]
 
 
 def task_file_of(key: str) -> str:
-    """The file that says what is known of the task of an arrival."""
+    """Return the key of the task file for an arrival in the inbox."""
     return f"{inbox_folder(task_of(key))}/{TASK_FILE}"
 
 
 def is_arrival(key: str) -> bool:
-    """Whether a file of the inbox is to be learned.
-
-    It lies in its task's folder, is not hidden, and is not the task file.
-    """
+    """Return whether a file of the inbox is to be learned: it is in a task's folder, not hidden, and no task file."""
     parts = key.split("/")
     return len(parts) == 3 and parts[2] != TASK_FILE and not parts[2].startswith(".")
 
 
 def ledger_folder(lineage: str) -> str:
-    """The folder of a lineage's ledger entries."""
+    """Return the folder of a lineage's ledger entries."""
     return f"{LEDGER}/{lineage}"
 
 
 def ledger_key(lineage: str, sha256: str) -> str:
-    """The ledger entry of a dataset."""
+    """Return the key of a dataset's ledger entry."""
     return f"{ledger_folder(lineage)}/{sha256}.json"
 
 
 def version_folder(lineage: str) -> str:
-    """The folder of what the store knows of a lineage's versions."""
+    """Return the folder of the copies of a lineage's versions."""
     return f"{VERSIONS}/{lineage}"
 
 
 def version_key(lineage: str, number: int) -> str:
-    """What the store knows of one version; keys sort by number."""
+    """Return the key of the copy of a version. The keys sort by number."""
     return f"{version_folder(lineage)}/{number:08d}.json"
 
 
 def promotion_folder(lineage: str) -> str:
-    """The folder of a lineage's promotion log."""
+    """Return the folder of a lineage's promotion log."""
     return f"{PROMOTIONS}/{lineage}"
 
 
 def promotion_key(lineage: str, number: int) -> str:
-    """One entry of the promotion log; keys sort by number."""
+    """Return the key of an entry of the promotion log. The keys sort by number."""
     return f"{promotion_folder(lineage)}/{number:08d}.json"
 
 
 def settings_key(lineage: str) -> str:
-    """The stored settings of a lineage."""
+    """Return the key of a lineage's stored settings."""
     return f"{LINEAGES}/{lineage}.yaml"
 
 
 def labels_key(lineage: str, task: str) -> str:
-    """The labels that were added to a task by command."""
+    """Return the key of the labels that were added to a task by command."""
     return f"{LABELS}/{lineage}/{task}.json"
 
 
 def watch_key(lineage: str) -> str:
-    """What a watch has handled for a lineage."""
+    """Return the key of the arrivals that a watch has handled for a lineage."""
     return f"{WATCH}/{lineage}.json"
 
 
 def lineage_of_watch(key: str) -> str:
-    """The lineage whose watch wrote a key."""
+    """Return the lineage of a key in `watch/`."""
     return file_name(key).removesuffix(".json")
 
 
 def tombstone_key(task: str, sha256: str) -> str:
-    """The tombstone of a forgotten dataset or file."""
+    """Return the key of the tombstone of a forgotten dataset or file."""
     return f"{FORGOTTEN}/{task}/{sha256}.json"
 
 
 def route_key(lineage: str) -> str:
-    """The route of a lineage: under which name a vLLM server answers."""
+    """Return the key of a lineage's route: its model name in a vLLM server."""
     return f"serving/{lineage}.json"

@@ -1,4 +1,10 @@
-"""An object store in a folder."""
+"""The object store in a folder, and the choice of the store for an address.
+
+Example:
+    >>> store = open_store("file:///srv/deal/store")
+    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
+    True
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from deal_core.errors import StoreError
+from deal_core.errors import ConfigError, StoreError
+from deal_core.masking import without_secrets
 from deal_core.regular_file import IrregularFileError, irregularity, open_regular
+from infra.settings import StoreSettings
 from infra.store.base import (
     RESERVED,
     ObjectInfo,
@@ -28,15 +37,40 @@ from infra.store.base import (
 )
 
 NUM_TRIES = 20
-"""How often a writer creates its folder again. A concurrent deleter removes folders that it finds empty."""
+"""How often a writer creates its folder again. A concurrent delete removes empty folders."""
+
+
+def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
+    """Return the store at `uri`. Nothing is read or written yet.
+
+    Args:
+        uri: file:///folder, s3://bucket, s3://bucket/prefix, or the path of a folder.
+        settings: Address and keys of the S3 server; None: read from the environment.
+
+    Raises:
+        ConfigError: The uri has another form, or it contains a user or a password.
+    """
+    if "://" not in uri:
+        return FileStore(Path(uri))
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path and not parts.query:
+        return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and parts.netloc and not {"@", ":"} & set(parts.netloc) and not parts.query:
+        from infra.store.s3 import S3Store  # here, because the import of boto3 takes a quarter of a second
+
+        return S3Store(parts.netloc, parts.path.strip("/"), settings or StoreSettings())
+    shown = without_secrets(uri).partition("?")[0]  # a query may contain a token
+    raise ConfigError(
+        f"The store {shown!r} is neither file:///folder nor s3://bucket/prefix; set DEAL_STORE_URI to one, without '?' "
+        "and without keys: those of S3 go into DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."
+    )
 
 
 class FileStore(ObjectStore):
-    """Objects are files below `root`. The first write creates `root`.
+    """A store whose objects are files below `root`. The first write creates `root`.
 
-    Each file is written in the folder `.incoming` and then linked or renamed to its key. So a reader never sees half
-    a file, and a killed writer leaves its unfinished file in `.incoming` alone. Of several writers that must not
-    overwrite each other, the first hard link wins.
+    Each file is written in the folder `.incoming` and then linked or renamed to its key. So a reader never sees an
+    incomplete file, and a killed writer leaves an incomplete file only in `.incoming`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,65 +79,63 @@ class FileStore(ObjectStore):
 
     def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
         """Read the file."""
-        with self._saying("read", key), open_regular(self.path_of(key)) as file:
+        with self._report_errors("read", key), open_regular(self.path_of(key)) as file:
             return file.read(at_most)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write the file; of several concurrent writers the first hard link wins."""
+        """Write the file. Of several concurrent writers with `if_absent`, the first hard link wins."""
         target = self._path(key)
-        with self._saying("write", key), self._incoming() as part:
-            with part.open("wb") as writer:
-                writer.write(data)
-                writer.flush()
-                os.fsync(writer.fileno())
+        with self._report_errors("write", key), self._incoming() as part:
+            _copy(io.BytesIO(data), part)
             return _place(part, target, if_absent=if_absent)
 
     def find(self, key: str) -> ObjectInfo | None:
         """Look at the file."""
-        with self._saying("look up", key), suppress(FileNotFoundError):
-            return self._info(key) if self._path(key).is_file() else None
+        with self._report_errors("look up", key), suppress(FileNotFoundError):
+            path = self._path(key)
+            return _info_of(key, path.stat()) if path.is_file() else None
         return None
 
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Files below a folder."""
+        """Yield the files below a folder."""
         folder = folder_of(prefix)
         found = []
-        with self._saying("list", prefix):
+        with self._report_errors("list", prefix):
             for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
                 if Path(parent) == self.root and RESERVED in folders:
                     folders.remove(RESERVED)
                 found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
         for key in sorted(found, key=os.fsencode):
-            with suppress(FileNotFoundError):  # deleted since, or a dangling link
+            with suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
                 yield self._listed(key)
 
     def upload_file(self, local: Path, key: str) -> None:
         """Copy a file in."""
         target = self._path(key)
-        with self._saying("write", key), self._incoming() as part:
+        with self._report_errors("write", key), self._incoming() as part:
             with open_regular(check_source(local, key)) as source:
                 _copy(source, part)
             _place(part, target, if_absent=False)
 
     def download_file(self, key: str, local: Path) -> None:
         """Copy a file out."""
-        with self._saying("read", key), open_regular(self.path_of(key)) as source, complete_file(local) as part:
+        with self._report_errors("read", key), open_regular(self.path_of(key)) as source, complete_file(local) as part:
             _copy(source, part)
 
     def _delete_one(self, key: str) -> None:
-        """Delete the file, and the folders that are empty then."""
+        """Delete the file and the folders that become empty."""
         path = self._path(key)
-        with self._saying("delete", key):
+        with self._report_errors("delete", key):
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # the folder is not empty, or gone already
+            with suppress(OSError):  # the folder is not empty, or does not exist
                 while (path := path.parent) != self.root:
                     path.rmdir()
 
     def path_of(self, key: str) -> Path:
-        """Where an object lies that is about to be read.
+        """Return the path of an object that is to be read.
 
         Raises:
-            UnusableObjectError: a link leads out of the key's top folder, to what nobody has put into the store.
+            UnusableObjectError: A link leads out of the key's top folder.
         """
         path = self._path(key)
         if self._leads_out(key):
@@ -115,13 +147,13 @@ class FileStore(ObjectStore):
         return self.root / check_key(key)
 
     def _leads_out(self, key: str) -> bool:
-        """Whether a link, the top folder's own left aside, leads to a file outside the key's top folder."""
+        """Return whether a link below the key's top folder leads to a file outside. The top folder may be a link."""
         top = os.path.realpath(self.root / key.split("/")[0])
         path = os.path.realpath(self.root / key)
         return path != top and not path.startswith(top + os.sep)
 
     def _listed(self, key: str) -> ObjectInfo:
-        """What a listing tells of a file that others may have made."""
+        """Return the entry of a file that other programs may have made."""
         path = self.root / key
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -136,9 +168,6 @@ class FileStore(ObjectStore):
         kind = irregularity(status.st_mode)
         return _info_of(key, status, kind and f"it is {kind}, and only regular files are read; remove it")
 
-    def _info(self, key: str) -> ObjectInfo:
-        return _info_of(key, (self.root / key).stat())
-
     @contextmanager
     def _incoming(self) -> Iterator[Path]:
         folder = self.root / RESERVED
@@ -150,42 +179,42 @@ class FileStore(ObjectStore):
             part.unlink(missing_ok=True)
 
     @contextmanager
-    def _saying(self, doing: str, key: str) -> Iterator[None]:
-        """Turn an error of the system into a StoreError that says what failed and where."""
+    def _report_errors(self, action: str, key: str) -> Iterator[None]:
+        """Replace an OSError by a StoreError with the action and the place that failed."""
         try:
             yield
         except OSError as error:
-            if doing == "read" and isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+            if action == "read" and isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
             if isinstance(error, IrregularFileError):
-                raise UnusableObjectError(f"Cannot {doing} {key!r} in {self.uri}: {error.strerror}.") from error
+                raise UnusableObjectError(f"Cannot {action} {key!r} in {self.uri}: {error.strerror}.") from error
             if error.errno == errno.ELOOP:
                 problem = f"{key!r} in {self.uri} is a link that leads to itself; remove it."
                 raise UnusableObjectError(problem) from error
             reason = error.strerror or str(error)
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {reason}; check the folder.") from error
+            raise StoreError(f"Cannot {action} {key!r} in {self.uri}: {reason}; check the folder.") from error
 
 
 def _raise_unless_gone(error: OSError) -> None:
-    """Raise the error, unless the folder is missing or is a file: an unreadable folder must not look empty."""
+    """Raise the error unless the folder does not exist or is a file. An unreadable folder must not look empty."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
 def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
-    """Give a complete file its name; return False when `if_absent` is set and the name is taken."""
+    """Give a complete file its name; return False if `if_absent` is set and the name exists."""
     for remaining in reversed(range(NUM_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # it was there and is gone again, or a file is in the way
+        except FileExistsError:  # the folder was deleted meanwhile, or a file has its name
             if not remaining:
                 raise
             continue
         try:
-            if not if_absent:
-                os.replace(part, target)
-            else:
+            if if_absent:
                 os.link(part, target)
+            else:
+                os.replace(part, target)
             return True
         except FileExistsError:
             if target.is_dir():
@@ -203,8 +232,8 @@ def _info_of(key: str, status: os.stat_result, problem: str | None = None) -> Ob
     return ObjectInfo(key=key, size=status.st_size, etag=etag, modified=modified, problem=problem)
 
 
-def _copy(reader: io.BufferedReader, target: Path) -> None:
-    """Copy a file in pieces of 1 MiB and wait until it is on the disk."""
+def _copy(reader: io.BufferedIOBase, target: Path) -> None:
+    """Copy a file in pieces of 1 MiB and wait until the copy is on the disk."""
     with target.open("wb") as writer:
         shutil.copyfileobj(reader, writer, 1 << 20)
         writer.flush()

@@ -1,7 +1,8 @@
-"""An object store in an S3 bucket, Amazon's or another server's."""
+"""S3, of Amazon or another server: the object store in a bucket, and the queue of the bucket's events."""
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -15,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.masking import without_secrets
-from infra.settings import StoreSettings
+from infra.settings import LandingSettings, StoreSettings
 from infra.store.base import (
     RESERVED,
     ObjectInfo,
@@ -27,19 +28,22 @@ from infra.store.base import (
     folder_of,
 )
 
+logger = logging.getLogger(__name__)
+
 PROBE = f"{RESERVED}/if-none-match"
+NUM_TRIES = 20
+"""How often a conditional put is sent again while the server reports a conflict with another put."""
+MAX_WAIT_SECONDS = 20
+MAX_MESSAGES = 10
 _probed: set[tuple[str, str]] = set()
 """Pairs of a server and a bucket that refused a second conditional put in this process."""
 
-NUM_TRIES = 20
-"""How often a conditional put is sent again while the server reports another one in progress."""
-
 
 def make_client(settings: StoreSettings, service: str = "s3") -> Any:
-    """A boto3 client of S3 or another service. boto3's own sources give what the settings leave open.
+    """Return a boto3 client of S3 or another service. boto3's own sources give the settings that are not set.
 
     Raises:
-        ConfigError: only one of the two keys is set, or the server's address is not usable or holds a password.
+        ConfigError: Only one of the two keys is set, or the server's address is not valid or contains a password.
     """
     key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
     if (key is None) != (secret is None):
@@ -63,7 +67,7 @@ def make_client(settings: StoreSettings, service: str = "s3") -> Any:
         reason = without_secrets(str(error)).rstrip(".")
         raise ConfigError(f"The S3 settings do not fit: {reason}; check DEAL_S3_* and AWS_*.") from None
     address = client.meta.endpoint_url
-    if "@" in address:  # S3 makes no use of it, and every error would show it
+    if "@" in address:  # S3 ignores a password there, and every error would show it
         raise ConfigError(
             f"The address {without_secrets(address)} has a user or a password in it; take it out of "
             "DEAL_S3_ENDPOINT_URL (or AWS_ENDPOINT_URL), and set DEAL_S3_ACCESS_KEY_ID and DEAL_S3_SECRET_ACCESS_KEY."
@@ -72,26 +76,33 @@ def make_client(settings: StoreSettings, service: str = "s3") -> Any:
 
 
 class S3Store(ObjectStore):
-    """Objects of one bucket, below an optional prefix. The bucket must exist."""
+    """A store whose objects are in one bucket, below an optional prefix. The bucket must exist.
+
+    Raises:
+        ConfigError: As `make_client`, or a key is set for an encryption that uses none.
+    """
 
     def __init__(self, bucket: str, root: str, settings: StoreSettings) -> None:
         self.bucket = bucket
         self.root = folder_of(root)
         self.uri = f"s3://{bucket}/{self.root}".removesuffix("/")
         self.client = make_client(settings)
-        self._encryption = _encryption_of(settings)
+        if settings.s3_kms_key_id and settings.s3_encryption != "aws:kms":
+            raise ConfigError("DEAL_S3_KMS_KEY_ID is set, but DEAL_S3_ENCRYPTION is not aws:kms; set both or none.")
+        encryption = {"ServerSideEncryption": settings.s3_encryption, "SSEKMSKeyId": settings.s3_kms_key_id}
+        self._encryption = {name: value for name, value in encryption.items() if value}
 
     def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
         """Read the object."""
-        with self._saying("read", key):
+        with self._report_errors("read", key):
             answer = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
-            with closing(answer["Body"]) as body:  # what is left of it is not fetched
+            with closing(answer["Body"]) as body:  # so the rest is not fetched
                 return bytes(body.read(at_most))
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write the object; with `If-None-Match: *` exactly one of several concurrent writers wins."""
+        """Write the object. With `If-None-Match: *` exactly one of several concurrent writers wins."""
         name = self._name(key)
-        with self._saying("write", key):
+        with self._report_errors("write", key):
             if if_absent:
                 self.check()
                 return self._put_if_absent(name, data)
@@ -99,23 +110,22 @@ class S3Store(ObjectStore):
             return True
 
     def check(self) -> None:
-        """Put one test object twice, once in a process; one request is enough when the object is there already."""
+        """Put one test object twice, once per process. One request is enough if the object exists already."""
         place = (self.client.meta.endpoint_url, self.bucket)
         if place in _probed:
             return
-        with self._saying("write", PROBE):
+        with self._report_errors("write", PROBE):
             if self._put_if_absent(self.root + PROBE, b"") and self._put_if_absent(self.root + PROBE, b""):
                 raise StoreError(
-                    f"{place[0]} takes no notice of If-None-Match: of two writers at once both would believe to be "
-                    "first, and what one wrote would be lost. Use a server that keeps conditional writes, as those of "
-                    "Amazon, Ceph and MinIO do."
+                    f"{place[0]} ignores If-None-Match, so concurrent writers would overwrite each other's objects. "
+                    "Use a server that supports conditional writes, such as those of Amazon, Ceph and MinIO."
                 )
         _probed.add(place)
 
     def find(self, key: str) -> ObjectInfo | None:
-        """Ask for the object's head."""
+        """Request the object's head."""
         try:
-            with self._saying("look up", key):
+            with self._report_errors("look up", key):
                 head = self.client.head_object(Bucket=self.bucket, Key=self._name(key))
         except ObjectNotFoundError:
             return None
@@ -123,38 +133,38 @@ class S3Store(ObjectStore):
         return ObjectInfo(key=key, size=head["ContentLength"], etag=etag, modified=head["LastModified"])
 
     def _list_all(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects below a folder, page by page."""
+        """Yield the objects below a folder, page by page."""
         folder = self.root + folder_of(prefix)
-        with self._saying("list", prefix):
+        with self._report_errors("list", prefix):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
             for item in (item for page in pages for item in page.get("Contents", ())):
                 key = item["Key"].removeprefix(self.root)
-                if key.endswith("/") or key == PROBE:  # consoles store the former to show an empty folder
+                if key.endswith("/") or key == PROBE:  # consoles store keys with / at the end as empty folders
                     continue
                 etag = item["ETag"].strip('"')
                 yield ObjectInfo(key=key, size=item["Size"], etag=etag, modified=item["LastModified"])
 
     def upload_file(self, local: Path, key: str) -> None:
         """Upload in parts, as boto3's transfer manager does."""
-        with self._saying("write", key):
+        with self._report_errors("write", key):
             source = str(check_source(local, key))
             self.client.upload_file(source, self.bucket, self._name(key), ExtraArgs=self._encryption)
 
     def download_file(self, key: str, local: Path) -> None:
         """Download in parts, as boto3's transfer manager does."""
-        with self._saying("read", key), complete_file(local) as part:
+        with self._report_errors("read", key), complete_file(local) as part:
             self.client.download_file(self.bucket, self._name(key), str(part))
 
     def _delete_one(self, key: str) -> None:
-        """Delete the object by a request of its own: some servers refuse the checksum of the call for many."""
-        with self._saying("delete", key):
+        """Delete the object by its own request: some servers refuse the checksum of the request for many objects."""
+        with self._report_errors("delete", key):
             self.client.delete_object(Bucket=self.bucket, Key=self._name(key))
 
     def _name(self, key: str) -> str:
         return self.root + check_key(key)
 
     def _put_if_absent(self, name: str, data: bytes) -> bool:
-        """Store unless the key is taken. A put whose answer got lost is sent again and then finds its own object."""
+        """Store unless the key exists. boto3 repeats a put whose answer got lost; the repeat finds its own object."""
         writer = uuid.uuid4().hex
         for remaining in reversed(range(NUM_TRIES)):
             try:
@@ -173,37 +183,30 @@ class S3Store(ObjectStore):
         raise AssertionError("unreachable")
 
     @contextmanager
-    def _saying(self, doing: str, key: str) -> Iterator[None]:
-        """Turn an error of boto3 into a StoreError that says what failed, where, and what to do."""
+    def _report_errors(self, action: str, key: str) -> Iterator[None]:
+        """Replace an error of boto3 by a StoreError with the action and place that failed, and what to do."""
         try:
             yield
         except (ClientError, BotoCoreError, Boto3Error, OSError) as error:
-            # the transfer manager wraps the server's answer
+            # boto3's transfer manager wraps the server's answer
             answer = error.__context__ if isinstance(error, Boto3Error) else error
             if isinstance(answer, ClientError) and _code_of(answer) in ("NoSuchKey", "NotFound", "404"):
                 raise ObjectNotFoundError(f"There is no object {key!r} in {self.uri}; check the name.") from error
-            raise StoreError(f"Cannot {doing} {key!r} in {self.uri}: {_explain(answer or error)}.") from error
-
-
-def _encryption_of(settings: StoreSettings) -> dict[str, str]:
-    """Arguments of every write.
-
-    Raises:
-        ConfigError: a key is named for an encryption that uses none.
-    """
-    if settings.s3_kms_key_id and settings.s3_encryption != "aws:kms":
-        raise ConfigError("DEAL_S3_KMS_KEY_ID is set, but DEAL_S3_ENCRYPTION is not aws:kms; set both or none.")
-    found = {"ServerSideEncryption": settings.s3_encryption, "SSEKMSKeyId": settings.s3_kms_key_id}
-    return {name: value for name, value in found.items() if value}
+            raise StoreError(f"Cannot {action} {key!r} in {self.uri}: {_explain(answer or error)}.") from error
 
 
 def _explain(error: BaseException) -> str:
-    """What happened, and what to do about it."""
+    """Return the reason of an error, and what to do."""
     if isinstance(error, ClientError):
-        return f"{_code_of(error)}; {_remedy(_code_of(error))}"
+        code = _code_of(error)
+        if code == "NoSuchBucket":
+            return f"{code}; make the bucket first"
+        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+            return f"{code}; check the keys and what they are allowed to do"
+        return f"{code}; check the server's log"
     if isinstance(error, NoCredentialsError):
         return "no keys; set AWS_* or DEAL_S3_*"
-    if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some are both
+    if isinstance(error, OSError) and not isinstance(error, BotoCoreError):  # some errors are both
         return f"{error.strerror or error}; check the local path"
     return f"{str(error).rstrip('.')}; check address and network"
 
@@ -212,9 +215,53 @@ def _code_of(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
 
 
-def _remedy(code: str) -> str:
-    if code == "NoSuchBucket":
-        return "make the bucket first"
-    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-        return "check the keys and what they are allowed to do"
-    return "check the server's log"
+class LandingQueue:
+    """The SQS queue of the bucket's events: a notification says that a file may have landed.
+
+    The inbox itself is read from the store, so repeated, late and lost notifications are harmless.
+    """
+
+    def __init__(self, settings: LandingSettings) -> None:
+        assert settings.landing_queue_url is not None
+        self._url = settings.landing_queue_url
+        self._shown = without_secrets(self._url)
+        self._client = make_client(settings, "sqs")
+        self._received: list[str] = []
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a notification, at most so long and at most 20 s; return whether a notification came.
+
+        If the queue does not answer, a warning is logged and the result is False.
+        """
+        try:
+            answer = self._client.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=MAX_MESSAGES,
+                WaitTimeSeconds=max(0, min(MAX_WAIT_SECONDS, int(seconds))),
+            )
+        except (ClientError, BotoCoreError) as error:
+            logger.warning("The queue %s does not answer: %s; the inbox is read without it.", self._shown, error)
+            return False
+        self._received += [message["ReceiptHandle"] for message in answer.get("Messages", ())]
+        return bool(self._received)
+
+    def done(self) -> None:
+        """Delete the received notifications from the queue, after the inbox was read."""
+        while self._received:
+            handle = self._received.pop()
+            try:
+                self._client.delete_message(QueueUrl=self._url, ReceiptHandle=handle)
+            except (ClientError, BotoCoreError) as error:
+                logger.warning("The queue %s keeps a notification: %s; it will come again.", self._shown, error)
+
+
+def open_landing_queue(settings: LandingSettings | None = None) -> LandingQueue | None:
+    """Return the queue of DEAL_LANDING_QUEUE_URL; None: it is not set, or not usable, which is logged."""
+    settings = settings or LandingSettings()
+    if not settings.landing_queue_url:
+        return None
+    try:
+        return LandingQueue(settings)
+    except ConfigError as error:  # for example without a region
+        logger.error("The queue cannot be used: %s; check DEAL_S3_REGION. The inbox is read without it.", error)
+        return None

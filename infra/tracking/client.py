@@ -1,14 +1,18 @@
-"""How MLflow is reached: clients with an explicit address, and errors that a user can act on."""
+"""Access to MLflow: clients with an explicit address, pages of results, and errors that say what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+import mlflow
 import tenacity
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
@@ -16,29 +20,34 @@ from deal_core.masking import without_secrets
 from infra.settings import TrackingSettings
 
 RUN_KEY = "deal.run_key"
-"""Tag that says which adaptation a run, a model and a version belong to."""
+"""Tag of a run, a model and a version: the key of their adaptation."""
 FILES_SHA256 = "deal.files_sha256"
 """Tag of a logged model: SHA-256 of each of its files, as JSON."""
+PAGE = 1000
+"""Number of results that are requested at once."""
+Found = TypeVar("Found")
+
+_address_lock = threading.Lock()
 
 
 def open_client(settings: TrackingSettings) -> MlflowClient:
-    """A client of the tracking server or database; the folder of an SQLite file is made.
+    """Return a client of the tracking server or database. The folder of an SQLite file is created.
 
     Raises:
-        RegistryError: nothing answers at the address.
+        RegistryError: The address does not answer.
     """
     uri = settings.tracking_uri
-    with saying("open MLflow", uri):
+    with report_errors("open MLflow", uri):
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextmanager
-def saying(doing: str, uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into one that says what failed, and where.
+def report_errors(action: str, uri: str) -> Iterator[None]:
+    """Replace MLflow's errors by a RegistryError with the action and the place that failed.
 
-    Its cause stays hidden where it or the address has a password: tracebacks go to logs.
+    The cause is left out if it or the address contains a password, because logs show tracebacks.
     """
     try:
         yield
@@ -47,17 +56,55 @@ def saying(doing: str, uri: str) -> Iterator[None]:
         where = without_secrets(uri)
         quoted = f"{uri} {error}"
         cause = error if without_secrets(quoted) == quoted else None
-        raise RegistryError(f"Cannot {doing} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from cause
+        raise RegistryError(f"Cannot {action} at {where}: {reason}; check MLFLOW_TRACKING_URI.") from cause
 
 
-again_if_overtaken = tenacity.retry(
+@contextmanager
+def global_address(uri: str) -> Iterator[None]:
+    """Make `uri` MLflow's global address during the block. A database store reads logged models through it."""
+    with _address_lock:
+        if mlflow.get_tracking_uri() == uri:  # set by MLFLOW_TRACKING_URI; a setting would outlive the variable
+            yield
+            return
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+
+
+def all_pages(
+    search: Callable[..., PagedList[Found]], *args: Any, max_results: int = PAGE, **options: Any
+) -> Iterator[Found]:
+    """Yield the results of a search. Each page of `max_results` is requested when its first result is needed."""
+    token = None
+    while True:
+        page = search(*args, max_results=max_results, page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def found_or_none(read: Callable[..., Found], *args: Any) -> Found | None:
+    """Return the result of a call to MLflow; None: the run, model or version does not exist."""
+    try:
+        return read(*args)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+retry_if_overtaken = tenacity.retry(
     retry=tenacity.retry_if_exception_message(match="(?i).*(unique|duplicate)"),
     wait=tenacity.wait_random(max=0.2),
     stop=tenacity.stop_after_attempt(3),
     reraise=True,
 )
-"""Decorates what sets a value, and can be repeated.
+"""Decorator for a function that sets a value and can be repeated.
 
-MLflow looks whether the value's row is there, then inserts or updates it: of two that set it first at once, one is told
-that the row is there by now. Its second try updates it.
+MLflow looks for the value's row, then inserts or updates the row. If two processes insert the row at the same time, one
+of them gets an error. Its second attempt updates the row.
 """

@@ -1,6 +1,6 @@
-"""Adapter versions in MLflow's model registry: one registered model per lineage, its name the lineage's.
+"""Adapter versions in MLflow's model registry. Each lineage has one registered model with the lineage's name.
 
-What is known of a version lies in its tags, so that the registry alone tells the lineage's history.
+The facts of a version are its tags, so the registry alone has the history of the lineage.
 
 Example:
     >>> registry = open_registry()  # doctest: +SKIP
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
@@ -28,22 +26,29 @@ from deal_core.adapter.files import Recorded, as_recorded, digests_of, require_u
 from deal_core.errors import RegistryError
 from deal_core.masking import without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.client import FILES_SHA256, RUN_KEY, again_if_overtaken, open_client, saying
+from infra.tracking.client import (
+    FILES_SHA256,
+    PAGE,
+    RUN_KEY,
+    all_pages,
+    found_or_none,
+    global_address,
+    open_client,
+    report_errors,
+    retry_if_overtaken,
+)
 
 Alias = Literal["champion", "challenger", "previous"]
-"""champion serves, previous did before it, challenger is the newest version that passed its run."""
+"""champion serves, previous served before it, and challenger is the newest version that passed its run."""
 ApprovalState = Literal["awaiting", "given", "refused"]
 OWNER = {"deal.kind": "lineage"}
-"""Tag of the registered models that are ours."""
+"""Tag of the registered models that are lineages."""
 DESCRIPTION = "Versions of one adapter, task by task."
-PAGE = 1000
-
-_global_address = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionFacts:
-    """What is known of a version when it is registered; each field is a tag `deal.<field>`."""
+    """The facts of a version when it is registered; each field is a tag `deal.<field>`."""
 
     run_key: str
     task: str
@@ -53,22 +58,22 @@ class VersionFacts:
     config_sha256: str
     adapter_uri: str
     adapter_sha256: str
-    """Digest of all files of the adapter together, as it was trained; see `sha256_together`."""
+    """Digest of all files of the trained adapter together; see `sha256_together`."""
     files_sha256: Recorded | None = None
-    """The digests that the adapter's files may have, by name; None of versions of earlier releases."""
+    """The digests that each file of the adapter may have, by name; None for versions of earlier releases."""
     parent_version: str | None
     accepted: bool
     reasons: tuple[str, ...]
     vetoes: tuple[Mapping[str, Any], ...] = ()
-    """What the reasons say, for programs: kind, task, value and limit of each."""
+    """The reasons for programs: kind, task, value and limit of each."""
     approval: ApprovalState | None = None
-    """Whether a person has to agree, or has; None: nobody was asked."""
+    """State of a person's approval; None: no approval is needed."""
     flow_run: str | None = None
-    """Id of the flow run that trained it, which a run that is started again keeps."""
+    """Id of the flow run that trained the version. A restarted run keeps its id."""
     landed_sha256: str | None = None
-    """Digest of the arrival's rows whichever test rows the lineage knew; None of older versions."""
+    """Digest of the arrival's rows, independent of the lineage's test rows; None for older versions."""
     requeued_sha256: str | None = None
-    """Digest of the dataset of the version in whose place it was learned by a requeue."""
+    """Digest of the dataset of the version that a requeue replaced by this version."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -76,11 +81,11 @@ class VersionFacts:
 
     @property
     def digests(self) -> frozenset[str]:
-        """Two versions of a lineage learned the same arrival if they share one of these."""
+        """Digests of the arrival. Two versions of a lineage learned the same arrival if they share a digest."""
         return frozenset(filter(None, (self.dataset_sha256, self.landed_sha256, self.requeued_sha256)))
 
     def tags(self) -> dict[str, str]:
-        """The facts as registry tags; what is undefined is left out."""
+        """Return the facts as registry tags, without undefined facts."""
         special = {
             "gate": "accepted" if self.accepted else "rejected",
             "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
@@ -103,13 +108,13 @@ class VersionInfo(VersionFacts):
     tracking_id: str
     model_id: str
     promoted: str | None = None
-    """Number of the newest entry of the promotion log that promoted it; None: it was never promoted."""
+    """Number of the newest entry of the promotion log that promoted the version; None: it was never promoted."""
     adapter_removed: str | None = None
-    """Day on which its adapter was removed; the version stays in the history."""
+    """Day on which the adapter was removed; the version stays in the history."""
 
 
 def open_registry(settings: TrackingSettings | None = None) -> Registry:
-    """A registry as the environment, or `settings`, describes it."""
+    """Return the registry of `settings`, or of the environment."""
     return Registry(settings or TrackingSettings())
 
 
@@ -121,28 +126,28 @@ class Registry:
         self.client = open_client(settings)
 
     def register(self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str) -> VersionInfo:
-        """Register a version, or return the one that was registered under the same run key.
+        """Register a version, or return the version that was registered with the same run key.
 
-        MLflow's client sends the call that makes a version again if its answer is lost, which may make a second one:
-        the oldest of a run key counts, here and in `find_version`.
+        MLflow's client repeats a call whose answer is lost, which may make a second version. The oldest version with a
+        run key counts, here and in `find_version`.
 
         Args:
-            lineage: the registered model's name.
-            facts: they become the version's tags, in the call that makes it.
-            tracking_id: the MLflow run.
-            model_id: what `TrackedRun.log_adapter` returned.
+            lineage: Name of the registered model.
+            facts: They become the version's tags.
+            tracking_id: The MLflow run.
+            model_id: The result of `TrackedRun.log_adapter`.
 
         Raises:
-            RegistryError: a registered model of that name exists that is no lineage, or MLflow refuses.
+            RegistryError: A registered model with this name exists and is no lineage, or MLflow refuses.
         """
         known = self.find_version(facts.run_key)
         if known is not None:
             return known
-        with saying(f"register a version of {lineage!r}", self.uri):
+        with report_errors(f"register a version of {lineage!r}", self.uri):
             self._require_lineage(lineage)
             self.make_version(lineage, facts, tracking_id=tracking_id, model_id=model_id)
             first = self.find_version(facts.run_key)
-            assert first is not None, "it was made just now"
+            assert first is not None, "the version was made just now"
             self.show_version(lineage, first.version, model_id)
         return first
 
@@ -150,17 +155,12 @@ class Registry:
         self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str,
         more: Mapping[str, str] | None = None,
     ) -> str:
-        """Make a version of a lineage that is there, and return its number: the one after the highest that there was.
+        """Make a version of an existing lineage; return its number, which follows the highest number.
 
-        Args:
-            lineage: the registered model's name.
-            facts: they become the version's tags.
-            tracking_id: the MLflow run.
-            model_id: what `TrackedRun.log_adapter` returned.
-            more: further tags `deal.<name>`, which replace those of the facts.
+        The arguments are those of `register`; `more` are further tags `deal.<name>`, which replace tags of the facts.
         """
         tags = facts.tags() | {f"deal.{name}": value for name, value in (more or {}).items()}
-        with saying(f"make a version of {lineage!r}", self.uri), _addressed(self.uri):
+        with report_errors(f"make a version of {lineage!r}", self.uri), global_address(self.uri):
             made = self.client.create_model_version(
                 lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
                 model_id=model_id,
@@ -168,82 +168,63 @@ class Registry:
         return str(made.version)
 
     def show_version(self, lineage: str, version: str, model_id: str) -> None:
-        """Let MLflow's pages of a logged model name the version that was made of it."""
+        """Tag a logged model with its version, so that MLflow's pages of the model show the version."""
         shown = [{"name": lineage, "version": version}]
-        with saying(f"tag the model of version {version} of {lineage!r}", self.uri):
+        with report_errors(f"tag the model of version {version} of {lineage!r}", self.uri):
             self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
 
     def find_model(self, lineage: str) -> RegisteredModel | None:
-        """The registered model of that name, if there is one."""
-        with saying(f"read {lineage!r}", self.uri):
-            try:
-                return self.client.get_registered_model(lineage)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                return None
+        """Return the registered model with this name, if there is one."""
+        with report_errors(f"read {lineage!r}", self.uri):
+            return found_or_none(self.client.get_registered_model, lineage)
 
     def find_version(self, run_key: str) -> VersionInfo | None:
-        """The version that was registered under a run key, the oldest if it was doubled; None: there is none."""
+        """Return the oldest version with a run key; None: no version has it."""
         found = self._search(f"tags.`{RUN_KEY}` = '{run_key}'")
         if not found:
             return None
         return _read(found[0], self._aliases(found[0].name))
 
     def versions(self, lineage: str, *, newest: int | None = None) -> tuple[VersionInfo, ...]:
-        """Versions of a lineage, all or so many of the newest ones, oldest first; none if the lineage is unknown."""
+        """Return all or the `newest` versions of a lineage, oldest first; empty if the lineage is unknown."""
         found = self._search(f"name = '{lineage}'", newest)
         aliases = self._aliases(lineage) if found else {}
         return tuple(_read(version, aliases) for version in found)
 
     def champion(self, lineage: str) -> VersionInfo | None:
-        """The version that serves, if the lineage has one."""
+        """Return the lineage's champion, if it has one."""
         return self.with_alias(lineage, "champion")
 
     def lineages_with(self, alias: Alias) -> tuple[str, ...]:
-        """Names of the lineages of which a version carries an alias, in alphabetical order."""
-        names: list[str] = []
-        token = None
-        with saying("search lineages", self.uri):
-            while True:
-                page = self.client.search_registered_models(max_results=PAGE, order_by=["name"], page_token=token)
-                own = [model for model in page if OWNER.items() <= model.tags.items()]
-                names += [model.name for model in own if alias in model.aliases]
-                token = page.token
-                if not token:
-                    return tuple(names)
+        """Return the names of the lineages with an alias, in alphabetical order."""
+        with report_errors("search lineages", self.uri):
+            models = all_pages(self.client.search_registered_models, order_by=["name"])
+            own = [model for model in models if OWNER.items() <= model.tags.items()]
+        return tuple(model.name for model in own if alias in model.aliases)
 
     def with_alias(self, lineage: str, alias: Alias) -> VersionInfo | None:
-        """The version that carries an alias, if one does."""
+        """Return the version with an alias, if there is one."""
         aliases = self._aliases(lineage)
         if alias not in aliases:
             return None
-        with saying(f"read {lineage}@{alias}", self.uri):
+        with report_errors(f"read {lineage}@{alias}", self.uri):
             return _read(self.client.get_model_version(lineage, aliases[alias]), aliases)
 
     def version(self, lineage: str, number: str) -> VersionInfo | None:
-        """A version by its number, if there is one."""
-        with saying(f"read version {number} of {lineage!r}", self.uri):
-            found = self._find(lineage, number)
+        """Return the version with a number, if there is one."""
+        with report_errors(f"read version {number} of {lineage!r}", self.uri):
+            found = found_or_none(self.client.get_model_version, lineage, number)
         return None if found is None else _read(found, self._aliases(lineage))
 
-    def _find(self, lineage: str, number: str) -> ModelVersion | None:
-        try:
-            return self.client.get_model_version(lineage, number)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-
     def download(self, lineage: str, version: str, folder: Path) -> None:
-        """Fetch a version's logged model into a folder, which appears complete or not at all.
+        """Download a version's logged model into a new folder, which appears when it is complete.
 
-        The files are compared with the digests that the logged model had when it was made. A model that an earlier
-        release made has none; its files are taken as they are.
+        The files are compared with the recorded digests of the logged model. A model of an earlier release has no
+        recorded digests, so its files are not checked.
 
         Raises:
-            IntegrityError: the bytes of a file are not the recorded ones.
-            RegistryError: MLflow does not give it, or it is no model that MLflow can serve.
+            IntegrityError: A file does not have its recorded digest.
+            RegistryError: MLflow does not give the model, or the model cannot be served.
         """
         from mlflow.artifacts import download_artifacts
 
@@ -251,7 +232,7 @@ class Registry:
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
             target = Path(part) / "model"
             target.mkdir()
-            with saying(f"fetch version {version} of {lineage!r}", self.uri), _addressed(self.uri):
+            with report_errors(f"fetch version {version} of {lineage!r}", self.uri), global_address(self.uri):
                 fetched = Path(download_artifacts(artifact_uri=f"models:/{lineage}/{version}", dst_path=str(target)))
             if not (fetched / "MLmodel").is_file():
                 raise RegistryError(
@@ -263,7 +244,7 @@ class Registry:
             fetched.rename(folder)
 
     def _require_recorded(self, lineage: str, version: str, folder: Path) -> None:
-        with saying(f"read the digests of version {version} of {lineage!r}", self.uri):
+        with report_errors(f"read the digests of version {version} of {lineage!r}", self.uri):
             source = self.client.get_model_version(lineage, version).source or ""
             model = self.client.get_logged_model(source.removeprefix("models:/"))
         recorded = as_recorded(json.loads(model.tags.get(FILES_SHA256, "{}")))
@@ -274,15 +255,15 @@ class Registry:
                    f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
         )  # fmt: skip
 
-    @again_if_overtaken
+    @retry_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
-        """Move an alias to a version; of several that move it at once, the last one wins.
+        """Move an alias to a version. Of several concurrent moves, the last move wins.
 
         Raises:
-            RegistryError: there is no such version, or the gate rejected it.
+            RegistryError: The version does not exist, or the gate rejected it.
         """
-        with saying(f"set {lineage}@{alias}", self.uri):
-            found = self._find(lineage, version)
+        with report_errors(f"set {lineage}@{alias}", self.uri):
+            found = found_or_none(self.client.get_model_version, lineage, version)
             if found is None:
                 raise RegistryError(f"Lineage {lineage!r} has no version {version}; look into its history.")
             if found.tags.get("deal.gate") != "accepted":
@@ -292,20 +273,15 @@ class Registry:
                 )
             self.client.set_registered_model_alias(lineage, alias, version)
 
-    def drop_alias(self, lineage: str, alias: Alias) -> None:
-        """Take an alias away from whichever version has it."""
-        with saying(f"drop {lineage}@{alias}", self.uri):
-            self.client.delete_registered_model_alias(lineage, alias)
-
-    @again_if_overtaken
+    @retry_if_overtaken
     def tag_version(self, lineage: str, version: str, tags: Mapping[str, str]) -> None:
-        """Add tags `deal.<name>` to a version; a later value replaces an earlier one."""
-        with saying(f"tag version {version} of {lineage!r}", self.uri):
+        """Add tags `deal.<name>` to a version, or replace their values."""
+        with report_errors(f"tag version {version} of {lineage!r}", self.uri):
             for name, value in tags.items():
                 self.client.set_model_version_tag(lineage, version, f"deal.{name}", value)
 
     def _require_lineage(self, name: str) -> None:
-        """Make the registered model if it is new; refuse one that somebody else made."""
+        """Make the registered model if it is new; refuse a registered model of another program."""
         try:
             self.client.create_registered_model(name, tags=OWNER, description=DESCRIPTION)
         except MlflowException as error:
@@ -319,29 +295,25 @@ class Registry:
                 ) from None
 
     def _search(self, condition: str, newest: int | None = None) -> list[ModelVersion]:
-        found: list[ModelVersion] = []
-        token = None
-        with saying("search versions", self.uri):
-            while True:
-                page = self.client.search_model_versions(
-                    condition, min(newest or PAGE, PAGE), order_by=["version_number DESC"], page_token=token
-                )
-                found += [version for version in page if RUN_KEY in version.tags]
-                token = page.token
-                if not token or (newest is not None and len(found) >= newest):
-                    return sorted(found, key=lambda version: int(version.version))[-(newest or 0) :]
+        with report_errors("search versions", self.uri):
+            versions = all_pages(
+                self.client.search_model_versions, condition, max_results=min(newest or PAGE, PAGE),
+                order_by=["version_number DESC"],
+            )  # fmt: skip
+            found = list(islice((version for version in versions if RUN_KEY in version.tags), newest))
+        return sorted(found, key=lambda version: int(version.version))
 
     def _aliases(self, lineage: str) -> dict[str, str]:
-        """Alias to version number."""
+        """Return the version number of each alias."""
         model = self.find_model(lineage)
         return {key: str(value) for key, value in model.aliases.items()} if model else {}
 
 
 def require_through_gate(champion: VersionInfo) -> None:
-    """Refuse to serve a version that has the alias champion by hand alone: in MLflow anybody can move it.
+    """Refuse to serve a champion that did not pass the gate: every user of MLflow can move the alias.
 
     Raises:
-        RegistryError: the gate or a person rejected the version, or a person has yet to agree to it.
+        RegistryError: The gate or a person rejected the version, or the version waits for approval.
     """
     lineage, number = champion.lineage, champion.version
     remedy = f"Set the alias back to the champion that deal history --moves --lineage {lineage} names"
@@ -361,23 +333,8 @@ def require_through_gate(champion: VersionInfo) -> None:
 
 
 def files_tag(recorded: Recorded) -> str:
-    """The value of the tag `deal.files_sha256`."""
+    """Return the value of the tag `deal.files_sha256`."""
     return json.dumps(recorded)
-
-
-@contextmanager
-def _addressed(uri: str) -> Iterator[None]:
-    """Make `uri` MLflow's global address for a moment: a database store looks a logged model up through that."""
-    with _global_address:
-        if mlflow.get_tracking_uri() == uri:  # as MLFLOW_TRACKING_URI has it: setting it would outlive the variable
-            yield
-            return
-        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
-        mlflow.set_tracking_uri(uri)
-        try:
-            yield
-        finally:
-            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
 
 
 def _describe(facts: VersionFacts) -> str:
@@ -386,46 +343,32 @@ def _describe(facts: VersionFacts) -> str:
     return f"Learned **{facts.task}** with {facts.strategy}; {origin}. Gate: {verdict}"[:5000]
 
 
-def _created(version: ModelVersion, tags: Mapping[str, str]) -> datetime:
-    """When it was registered; of a version that was registered again, the first time."""
-    if "created" in tags:
-        return datetime.fromisoformat(tags["created"])
-    return datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
-
-
 def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
     tags = {key.removeprefix("deal."): value for key, value in version.tags.items()}
-
-    def number(name: str) -> float | None:
-        return float(tags[name]) if name in tags else None
-
+    created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+    if "created" in tags:  # a rebuilt registry has the time of the first registration as a tag
+        created = datetime.fromisoformat(tags["created"])
     values: dict[str, Any] = {
-        "parent_version": tags.get("parent_version"),
         "accepted": tags.get("gate") == "accepted",
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
         "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
-        "files_sha256": _files_of(tags),
-        "approval": tags.get("approval"),
-        "flow_run": tags.get("flow_run"),
-        "landed_sha256": tags.get("landed_sha256"),
-        "requeued_sha256": tags.get("requeued_sha256"),
-        **{name: number(name) for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")},
+        "files_sha256": None,
     }
+    if "files_sha256" in tags:
+        values["files_sha256"] = {name: tuple(each) for name, each in json.loads(tags["files_sha256"]).items()}
+    for name in ("parent_version", "approval", "flow_run", "landed_sha256", "requeued_sha256"):
+        values[name] = tags.get(name)
+    for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"):
+        values[name] = float(tags[name]) if name in tags else None
     values |= {field.name: tags.get(field.name, "") for field in fields(VersionFacts) if field.name not in values}
     return VersionInfo(
         **values,
         lineage=version.name,
         version=str(version.version),
         aliases=tuple(sorted(alias for alias, holder in aliases.items() if holder == str(version.version))),
-        created=_created(version, tags),
+        created=created,
         tracking_id=version.run_id or "",
         model_id=(version.source or "").removeprefix("models:/"),
         promoted=tags.get("promoted"),
         adapter_removed=tags.get("adapter_removed"),
     )
-
-
-def _files_of(tags: Mapping[str, str]) -> Recorded | None:
-    if "files_sha256" not in tags:
-        return None
-    return {name: tuple(digests) for name, digests in json.loads(tags["files_sha256"]).items()}

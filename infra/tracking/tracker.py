@@ -1,6 +1,6 @@
-"""MLflow runs: one per adaptation, found again by its key when it is continued, and always ended.
+"""MLflow runs: one run per adaptation. A continued adaptation finds its run by its key.
 
-Everything goes through clients with an explicit address; MLflow's global state is left as it is.
+Everything uses clients with an explicit address. MLflow's global state is not changed.
 
 Example:
     >>> tracker = open_tracker()  # doctest: +SKIP
@@ -10,31 +10,50 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, Self
 
-from mlflow.entities import ViewType
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
+from deal_core.adapter.files import digests_of
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.masking import holds_secret, without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.client import RUN_KEY, open_client, saying
-from infra.tracking.tracked_run import TrackedRun
+from infra.store.base import temporary_folder
+from infra.tracking.client import FILES_SHA256, RUN_KEY, open_client, report_errors
 
-__all__ = ["TrackedRun", "Tracker", "open_tracker"]
+logger = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 1.0
+"""The live curve is sent at most this often."""
+MAX_PAUSE_SECONDS = 3600.0
+"""The longest pause after failed sends."""
+MODEL_TYPE = "lora-adapter"
+ADAPTER_SHA256 = "deal.adapter_sha256"
+"""Tag of a logged model: the digest of its adapter."""
 
 
 def open_tracker(settings: TrackingSettings | None = None) -> Tracker:
-    """A tracker as the environment, or `settings`, describes it."""
+    """Return the tracker of `settings`, or of the environment."""
     return Tracker(settings or TrackingSettings())
 
 
 class Tracker:
-    """Finds and starts the runs of lineages; each lineage has one experiment, `deal/<lineage>`.
+    """Finds and starts the runs of lineages. Each lineage has one experiment, `deal/<lineage>`.
 
     Raises:
-        ConfigError: the address of the artifacts holds a password.
+        ConfigError: The address of the artifacts contains a password.
     """
 
     def __init__(self, settings: TrackingSettings) -> None:
@@ -48,24 +67,15 @@ class Tracker:
         self.client = open_client(settings)
 
     def start(
-        self,
-        lineage: str,
-        run_key: str,
-        *,
-        name: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, str] | None = None,
+        self, lineage: str, run_key: str, *, name: str,
+        params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None,
     ) -> TrackedRun:
-        """The run of an adaptation: a new one, or the one that `run_key` was started with before.
+        """Return the run with `run_key`; start it if it does not exist.
 
-        Args:
-            lineage: whose run it is.
-            run_key: identity of the adaptation.
-            name: what people see.
-            params: settings, nested as they come; those that the run has already are left as they are.
-            tags: set anew each time.
+        MLflow's pages show `name`. `params` may be nested; existing parameters of the run are kept. `tags` replace
+        existing tags.
         """
-        with saying("start a run", self.uri):
+        with report_errors("start a run", self.uri):
             experiment_id = self._experiment(lineage)
             own_run = f"tags.`{RUN_KEY}` = '{run_key}'"
             found = self.client.search_runs([experiment_id], own_run, ViewType.ACTIVE_ONLY, max_results=1)
@@ -81,11 +91,14 @@ class Tracker:
         return run
 
     def run(self, run_id: str) -> TrackedRun:
-        """A run that was started before, by its id."""
+        """Return a run by its id."""
         return TrackedRun(self.client, run_id)
 
     def _experiment(self, lineage: str) -> str:
+        """Return the id of the lineage's experiment; make the experiment if it is new."""
         name = f"deal/{lineage}"
+        is_server = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
+        location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
         for _ in range(2):
             experiment = self.client.get_experiment_by_name(name)
             if experiment is not None:
@@ -93,14 +106,206 @@ class Tracker:
                     self.client.restore_experiment(experiment.experiment_id)
                 return str(experiment.experiment_id)
             try:
-                return str(self.client.create_experiment(name, artifact_location=self._artifact_location(lineage)))
+                return str(self.client.create_experiment(name, artifact_location=location))
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was first
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was faster
                     raise
         where = without_secrets(self.uri)
         raise RegistryError(f"MLflow at {where} neither finds nor makes the experiment {name!r}; look into its UI.")
 
-    def _artifact_location(self, lineage: str) -> str | None:
-        """Where a database's artifacts go (MLflow's default is the working directory); None: the server decides."""
-        is_server = self.uri.startswith(("http://", "https://"))
-        return None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
+
+class TrackedRun:
+    """A run. As a context manager it ends the run with the status FINISHED or FAILED."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self._curve: list[Metric] = []
+        """Points that an earlier process may have logged already."""
+        self._waiting: list[Metric] = []
+        self._last_steps: dict[str, int] = {}
+        self._pause = FLUSH_SECONDS
+        self._next_send = 0.0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add points to live curves, in order of steps. Steps that an earlier process has logged are skipped.
+
+        Points are sent about once a second and by `flush` and `end`. If the server does not answer, training continues
+        and the points wait. A failed send may take minutes, because MLflow repeats it; the pause after it is as long as
+        the send, and doubles with each further failed send.
+        """
+        now = int(time.time() * 1000)
+        self._curve += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        began = monotonic()
+        if began < self._next_send:
+            return
+        try:
+            self._send()
+            self._pause = FLUSH_SECONDS
+        except MlflowException as error:
+            self._pause = min(max(2 * self._pause, monotonic() - began), MAX_PAUSE_SECONDS)
+            where, reason = self.client.tracking_uri, str(error).split("\n")[0]
+            logger.warning(
+                "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
+                without_secrets(where), self._pause, without_secrets(reason),
+            )  # fmt: skip
+        self._next_send = monotonic() + self._pause
+
+    def flush(self) -> None:
+        """Send the waiting points; raise RegistryError if MLflow does not accept them."""
+        with self._report_errors("log metrics"):
+            self._send()
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
+        """Log results. Undefined results, which are None, are skipped."""
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, float(value), now, step) for key, value in metrics.items() if value is not None]
+        self.flush()
+
+    def log_stage(self, stage: str, seconds: float, num_rows: int | None = None) -> None:
+        """Log a stage's wall time, and its rows per second if the number of rows is known."""
+        rate = num_rows / seconds if num_rows is not None and seconds > 0 else None
+        self.log_metrics({f"seconds/{stage}": seconds, f"rows_per_second/{stage}": rate})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log settings; nested settings get dotted names. Existing parameters of the run are kept."""
+        flat = dict(_flatten(params))
+        with self._report_errors("log parameters"):
+            known = self.client.get_run(self.run_id).data.params if flat else {}
+            new = [Param(key, value) for key, value in flat.items() if key not in known]
+            self.client.log_batch(self.run_id, params=new)
+        for key in flat.keys() & known.keys():
+            if known[key] != flat[key]:
+                logger.warning("Run %s keeps %s = %s; now it is %s.", self.run_id, key, known[key], flat[key])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags, or replace their values."""
+        with self._report_errors("set tags"):
+            for key, value in tags.items():
+                self.client.set_tag(self.run_id, key, value)
+
+    def log_dataset(
+        self, name: str, sha256: str, uri: str, counts: Mapping[str, int], *, context: str = "training"
+    ) -> None:
+        """Log a task's dataset as the run's input: its digest, its address in the store and its numbers of rows.
+
+        MLflow's digest field has the first 36 characters of the digest, and a tag has all. `context` is "training" or
+        "evaluation".
+        """
+        dataset = Dataset(
+            name=name,
+            digest=sha256[:MAX_DATASET_DIGEST_SIZE],
+            source_type="s3" if uri.startswith("s3://") else "local",
+            source=json.dumps({"uri": uri}),
+            profile=json.dumps(dict(counts)),
+        )
+        tags = [InputTag("mlflow.data.context", context), InputTag("deal.dataset_sha256", sha256)]
+        with self._report_errors("log the dataset"):
+            self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
+
+    def log_figure(self, name: str, figure: Figure) -> None:
+        """Log a figure as figures/<name>.png."""
+        with self._report_errors("keep a figure"):
+            self.client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs={"dpi": 150})
+
+    def log_json(self, file: str, value: Any) -> None:
+        """Log a value as a JSON artifact, for example `evaluation.json`."""
+        self.log_text(file, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+    def log_text(self, file: str, text: str) -> None:
+        """Log a text as an artifact, for example `report.html`."""
+        with self._report_errors("keep an artifact"):
+            self.client.log_text(self.run_id, text, file)
+
+    def read_json(self, file: str) -> Any:
+        """Return the value that `log_json` logged.
+
+        Raises:
+            RegistryError: The run does not have the artifact, or the artifact is damaged.
+        """
+        with self._report_errors(f"read {file}"), temporary_folder() as folder:
+            if file not in {entry.path for entry in self.client.list_artifacts(self.run_id)}:
+                raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
+                                    "made it.")  # fmt: skip
+            path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise RegistryError(f"{file} of run {self.run_id} is damaged; it is no JSON.") from None
+
+    def log_adapter(self, folder: Path, name: str, *, sha256: str, params: Mapping[str, Any] | None = None) -> str:
+        """Log the adapter's plain PEFT folder as a logged model of the run; return the model's id.
+
+        A continued run completes or returns its logged model of the same adapter. A run that was trained again on
+        another machine may have a logged model of another adapter. Characters that MLflow refuses are replaced.
+        """
+        with self._report_errors("keep the adapter"):
+            run = self.client.get_run(self.run_id)
+            own = f"source_run_id = '{self.run_id}' AND tags.`{ADAPTER_SHA256}` = '{sha256}'"
+            found = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
+            model = found[0] if found else self.client.create_logged_model(
+                run.info.experiment_id, name=re.sub(r"[^A-Za-z0-9_-]", "-", name), source_run_id=self.run_id,
+                tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, params=dict(_flatten(params or {})),
+                model_type=MODEL_TYPE,
+            )  # fmt: skip
+            model_id = str(model.model_id)
+            if str(model.status) != "READY":
+                names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+                digests = json.dumps(digests_of(folder, names))
+                self.client.set_logged_model_tags(model_id, {FILES_SHA256: digests})
+                self.client.log_model_artifacts(model_id, str(folder))
+                self.client.finalize_logged_model(model_id, "READY")
+            outputs = run.outputs.model_outputs if run.outputs else []
+            if model_id not in [output.model_id for output in outputs]:
+                self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
+        return model_id
+
+    def is_finished(self) -> bool:
+        """Return whether the run has ended without an error."""
+        with self._report_errors("read the state"):
+            return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
+
+    def end(self, status: Literal["FINISHED", "FAILED"] = "FINISHED") -> None:
+        """Send the waiting points and end the run."""
+        try:
+            self.flush()
+        finally:
+            with self._report_errors("end the run"):
+                self.client.set_terminated(self.run_id, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.end("FINISHED")
+            return
+        try:  # an error here must not hide the run's error
+            self.set_tags({"deal.error": kind.__name__})
+            self.end("FAILED")
+        except RegistryError as second:
+            logger.warning("%s", second)
+
+    def _send(self) -> None:
+        for point in self._curve:
+            if point.key not in self._last_steps:
+                history = self.client.get_metric_history(self.run_id, point.key)
+                self._last_steps[point.key] = max((logged.step for logged in history), default=-1)
+            if point.step > self._last_steps[point.key]:
+                self._waiting.append(point)
+                self._last_steps[point.key] = point.step
+        self._curve = []
+        if self._waiting:
+            self.client.log_batch(self.run_id, metrics=self._waiting)
+            self._waiting = []
+
+    def _report_errors(self, action: str) -> AbstractContextManager[None]:
+        return report_errors(f"{action} of run {self.run_id}", self.client.tracking_uri)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, str(value)

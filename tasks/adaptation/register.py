@@ -96,7 +96,7 @@ def register_version(
 def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord, facts: VersionFacts) -> str:
     """Keep a copy of the adapter's folder in MLflow, with what makes it a model that MLflow serves."""
     from deal_core.evaluation.answering import SERVED_FILE
-    from infra.serving.served_folder import write_served_folder
+    from infra.served_model import write_served_folder
     from tasks.adaptation.model_card import example_rows, served_version, write_card
 
     base_folder = resolve_base(record.base.source, HomeSettings().cache_dir)

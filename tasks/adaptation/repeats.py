@@ -8,7 +8,7 @@ import json
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.ledger import Ledger
+from infra.promotions import Ledger
 from infra.tracking.registry import VersionInfo, open_registry
 from tasks.context import current_store
 from tasks.lineage.versions import descent, standing_of, version_ref

@@ -10,10 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from deal_core.errors import DealError
-from infra.ledger import Ledger
-from infra.promotions import Move
-from infra.report.kept import kept_reports
-from infra.report.run_report import RunReport
+from infra.promotions import Ledger, Move
+from infra.report.run_report import RunReport, kept_reports
 from infra.settings import TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore

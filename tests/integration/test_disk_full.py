@@ -1,4 +1,4 @@
-"""A disk that fills up during an adaptation: one message, nothing half registered, and the next run goes on."""
+"""A full disk during an adaptation: one message, no incomplete version, and the next run continues."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spec_of(folder: Path, base: Path, **changes: Any) -> Path:
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """No file grows past a limit: the system's answer is the error of a full disk, on every machine."""
+    """Limit the size of files. On every machine the system's error is that of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, before[1]))
     try:
@@ -108,7 +108,7 @@ for name, (variables, kilobytes) in given["cases"].items():
 
 
 def namespace() -> list[str]:
-    """How to start a command whose mounts are its own; the test is skipped where the machine allows none."""
+    """The prefix of a command with its own mounts. If the machine does not allow mounts, the test is skipped."""
     for words in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
         if shutil.which("unshare"):
             probe = [*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each[0] for each in found] == list(cases)
     for name, full, before, again, after, report in found:
-        is_registered = name == "report"  # of a version that is champion already the next run writes the report
+        is_registered = name == "report"  # the version is champion already, and the next run writes its report
         assert full["code"] == 1 and full["err"].count("\n") == 1, (name, full)
         message = json.loads(full["err"])["error"]
         assert f"The disk of {place}" in message and "MB are free" in message, (name, message)

@@ -20,7 +20,7 @@ from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.evaluate import evaluate
 from flows.forget import forget
 from flows.results import AdaptResult
-from infra.ledger import Ledger
+from infra.promotions import Ledger
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.parent import find_parent
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 def bank_home(
     prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, AdaptResult]:
-    """A home whose lineage has learned its first task, and how that ended."""
+    """A home whose lineage has learned its first task, and the result."""
     folder = tmp_path_factory.mktemp("bank-home")
     shutil.copy(mlflow_database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     dataset, adapter = result.dataset.uri, f"adapters/l/{result.run_key[:16]}"
     assert dataset.startswith(f"datasets/bank/{result.dataset.sha256}/l/")
     kept = {info.key.removeprefix(f"{dataset}/") for info in store.list(dataset)}
-    assert kept == {"test.parquet", "manifest.json"}, "training rows are deleted once they are learned"
+    assert kept == {"test.parquet", "manifest.json"}, "training rows are deleted after the training"
     names = {info.key.removeprefix(f"{adapter}/") for info in store.list(adapter)}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "method.json", "record.json"}
 
@@ -87,7 +87,7 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert record.matrix.to_json() == result.matrix
     entry = Ledger(store).find("l", result.dataset.sha256)
     assert entry is not None and (entry.version, entry.run_key) == ("1", result.run_key)
-    assert not list((home / "work").rglob("*.*")), "checkpoints are left behind"
+    assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
 def test_a_lineage_keeps_its_strategy_until_another_is_asked_for(tiny_base: Path) -> None:
@@ -180,7 +180,7 @@ def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home
     history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(result.tracking_id or "", "train/loss")
     assert [point.step for point in history] == [1, 2, 3]
     assert set(result.accuracies) == {"bank", "clinic"}
-    assert not list((home / "work").rglob("*.*")), "what the processes wrote is left behind"
+    assert not list((home / "work").rglob("*.*")), "the files of the processes were not deleted"
 
 
 def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
@@ -256,7 +256,7 @@ def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: P
     rows = ({"prompt": f"Count to {number}.", "completion": "one two three four"} for number in range(40))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(tiny_base, {"name": "counts", "data": str(file)}, evaluate={"max_new_tokens": 2})
-    later = run(tiny_base, CLINIC)  # with the default, which is longer
+    later = run(tiny_base, CLINIC)  # with the default, which has more steps
     known = read_record(current_store(), f"adapters/l/{later.run_key[:16]}").tasks
     assert [task.max_new_tokens for task in known] == [2, 50]
     answer = predict("Count to 3.", lineage="l", task="counts", version=None).answer
@@ -337,7 +337,7 @@ def test_the_lineage_supplies_base_and_adapter_shape(tiny_base: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the process's death."""
+    """The death of a process."""
 
 
 @pytest.mark.parametrize("alias", ["champion", "challenger"])
@@ -370,7 +370,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
 
     with monkeypatch.context() as patch:
         patch.setattr("flows.adapt.report_run", die)
-        patch.setattr("flows.adapt.fail_run", die)  # as if the machine went down: the run goes on for ever
+        patch.setattr("flows.adapt.fail_run", die)  # a crashed machine: the status of the run stays RUNNING
         with pytest.raises(Killed):
             run(tiny_base, CLINIC, gate=gate)
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
@@ -402,7 +402,7 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     num_train = json.loads(current_store().get_bytes(f"{version.tags['deal.adapter_uri']}/findings.json"))["dataset"][
         "num_train"
     ]
-    client.delete_run(version.run_id)  # as people do with failed runs in MLflow's UI
+    client.delete_run(version.run_id)  # a person deletes failed runs in MLflow's UI
     told: list[str | None] = []
     monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
     parent = find_parent.fn("l")
@@ -414,7 +414,7 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     asyncio.run(forget(version.tags["deal.dataset_sha256"]))
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "2"
-    assert client.get_run(version.run_id).info.status == "FINISHED", "tried again, the report is there"
+    assert client.get_run(version.run_id).info.status == "FINISHED", "the second attempt finds the report"
     report, page = read_page(version.run_id)
     assert (report.quality.num_train, report.quality.source) == (num_train, None)
     assert "A file that was forgotten since" in page
@@ -466,7 +466,7 @@ def test_a_version_that_another_has_overtaken_is_not_promoted(
         patch.setattr(Registry, "register", overtaken)
         with pytest.raises(RegistryError, match=r"no version is champion now.*Run the same command again"):
             run(tiny_base, CLINIC)
-    assert versions()[1] == ("2", "clinic", ()), "accepted, and still not promoted over what it does not continue"
+    assert versions()[1] == ("2", "clinic", ()), "accepted, but not promoted, because it does not continue the champion"
 
 
 def test_a_run_that_died_after_training_is_marked_failed_and_not_trained_again(

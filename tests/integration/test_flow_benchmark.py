@@ -1,4 +1,4 @@
-"""The benchmark flow on the tiny base: cells are stored, kept, shared between processes, and fail one by one."""
+"""The benchmark flow on the tiny base: cells are stored, reused, shared between processes, and fail separately."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
     assert [row["strategy"] for row in table["rows"]] == ["deal", "seq_lora"]
     assert "difference_points_ci95" in table["rows"][1]
     left = {path.name for path in (home / "work" / "benchmark").iterdir() if path.is_dir()}
-    assert left == {"first-versions"}, "a cell's versions are gone once its figures are stored"
+    assert left == {"first-versions"}, "a cell's versions are deleted after its figures were stored"
 
     before = stamps(spec)
     again = run(spec, strategies=("seq_lora", "deal", "base"))
@@ -75,7 +75,7 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, home: Path) -> None:
-    """The other one ends without a result, so that the cell is done here after all, after all the others."""
+    """The other process ends without a result, so this process runs the cell after all others."""
     base = identify_base(spec.base_model)
     held = cells_of(spec, base)[0][0]
     work = home / "work" / "benchmark"
@@ -97,7 +97,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, ho
 
 
 def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None:
-    """Rank 40 does not fit a layer of width 32, which only training finds."""
+    """Rank 40 does not fit a layer of width 32. Only training finds this error."""
     result = run(spec, strategies=("base", "seq_lora"), adapter=spec.adapter.__class__(rank=40))
     assert [cell.status for cell in result.cells] == ["done", "failed"] and result.num_failed == 1
     assert "rank" in result.cells[1].message and len(stamps(spec)) == 1

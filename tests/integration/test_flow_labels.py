@@ -1,4 +1,4 @@
-"""A task gains a label by command: rows that were bad for it are learned, and every version is judged as it serves."""
+"""A command adds a label to a task: its rows become good rows, and evaluation asks every version as serving does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 @pytest.fixture
 def deal() -> Iterator[Deal]:
-    """Runs a command on lineage `l` and returns what it says to machines; the environment is put back."""
+    """Runs a command on lineage `l` and returns its JSON output; the environment is restored."""
 
     def invoke(*words: str) -> Any:
         result = CliRunner().invoke(app, [*words, "--lineage", "l", "--json"])
@@ -51,14 +51,14 @@ def deal() -> Iterator[Deal]:
 
 @pytest.fixture
 def more(tmp_path: Path) -> Path:
-    """A file for the known task, with rows of a label that it has not."""
+    """A file for the known task, with rows of an unknown label."""
     path = tmp_path / "more.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
 
 
 def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
-    """Of each test set that a model answers from now on: its task, whether the new label is offered, how many rows."""
+    """Each test set that a model answers from now on: task, whether the new label is offered, number of rows."""
     asked: list[tuple[str, bool, int]] = []
     evaluate_task = deal_core.evaluation.score.evaluate_task
 
@@ -84,8 +84,8 @@ def test_rows_of_a_new_label_are_bad_until_the_label_is_added(deal: Deal, tiny_b
 
     added = deal("labels", "bank", "--add", NEW, "--add", "Lost  card")
     assert (added["added"], added["present"], added["labels"]) == ([NEW], ["Lost  card"], [*LABELS, NEW])
-    assert deal("labels", "bank", "--add", NEW)["added"] == [], "said again it is there"
-    assert labels_of(2) == LABELS, "a version stays as it is"
+    assert deal("labels", "bank", "--add", NEW)["added"] == [], "a repeated command finds the label"
+    assert labels_of(2) == LABELS, "a version does not change"
     assert deal("validate", str(more), "--task", "bank")["num_rejected"] == 0
 
     store = current_store()
@@ -139,7 +139,7 @@ def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
 
 
 def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, tiny_base: Path, more: Path) -> None:
-    """The dataset is another one than that of the version left behind, whose place the new version takes."""
+    """The new version replaces the version that was left behind, whose dataset is different."""
     run(tiny_base, {**BANK, "labels": LABELS})
     assert run(tiny_base, {"name": "bank", "data": str(more)}).dataset.num_rejected == 3
     roll_back("l", "1", who="someone", why="test")

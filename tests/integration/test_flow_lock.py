@@ -1,4 +1,4 @@
-"""With a Prefect server, one run per lineage at a time is the server's business, and the home's too."""
+"""With a Prefect server, the server and the home both allow one run per lineage at a time."""
 
 from __future__ import annotations
 

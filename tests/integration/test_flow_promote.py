@@ -68,12 +68,12 @@ def two_versions(
 
 @pytest.fixture
 def lineage(home: Path, two_versions: Path) -> None:
-    """The two versions, in a home of this test's own."""
+    """The two versions, in a copy of the home."""
     shutil.copytree(two_versions, home, dirs_exist_ok=True)
 
 
 def die(*args: Any) -> None:
-    """Stands for a step at which the process ends."""
+    """A step at which the process ends."""
     raise KilledError
 
 
@@ -114,7 +114,7 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
         return await asyncio.gather(requeue("l"), requeue("l"))
 
     nothing, (result,) = sorted(asyncio.run(requeue_twice_at_once()), key=len)
-    assert nothing == [], "the second one looks when the first has ended"
+    assert nothing == [], "the second run looks after the first has ended"
     assert (result.status, result.task, result.version, result.parent_version) == ("promoted", "parcels", "4", "3")
     assert find_left_behind("l") == ()
     (named,) = asyncio.run(requeue("l", ["2"]))
@@ -125,7 +125,7 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
 def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny_base: Path, lineage: None) -> None:
     learn(tiny_base, "clinic")
     before = learn(tiny_base, "clinic, more")
-    assert (before.version, before.dataset.num_test) == ("4", 0), "the file before it brought the test rows"
+    assert (before.version, before.dataset.num_test) == ("4", 0), "the file before it had the test rows"
     roll_back("l", "2", **BY)
     assert "deal requeue 4 --lineage l" in learn(tiny_base, "clinic, more").message
     (after,) = asyncio.run(requeue("l", ["4"]))
@@ -263,7 +263,7 @@ def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
         patch.setattr(Registry, "set_alias", die)
         with pytest.raises(KilledError):
             learn(tiny_base, "clinic")
-    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "the log alone has it"
+    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "only the log has it"
     assert roll_back("l", None, **BY).before == "3"
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "2" == aliases()["champion"]
@@ -300,7 +300,7 @@ def test_a_rejection_that_was_cut_short_holds(
         with pytest.raises(KilledError):
             reject_version("l", "3", **BY)
     log = PromotionLog(current_store())
-    for before in (waiting, replace(waiting, approval=None)):  # as one who has read it before the rejection has it
+    for before in (waiting, replace(waiting, approval=None)):  # read before the rejection
         with pytest.raises(RegistryError, match="rejected by a person"):
             move_champion(open_registry(), log, before, expected="2", action="promoted", **BY)
     with pytest.raises(RegistryError, match="rejected by a person"):
@@ -325,7 +325,7 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
 
 
-@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
+@pytest.mark.parametrize("step", ["infra.promotions.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

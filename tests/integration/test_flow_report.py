@@ -1,4 +1,4 @@
-"""A run's page, its notices, and that no text of a row gets out: two adaptations looked at from all sides."""
+"""A run's page and notices, and that no text of a row leaves the store: checked after two adaptations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def learn(base: Path, file: Path, lineage: str, task: str, **settings: Any) -> A
 
 
 def deal(*arguments: str) -> Any:
-    """What a command prints as JSON; what it sets in this process is undone."""
+    """The JSON output of a command. Its changes in this process are undone."""
     with put_back():
         result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
@@ -78,7 +78,7 @@ def ask(path: str, body: Any) -> Any:
 
 
 def events_of(name: str, resource: str, number: int) -> list[dict[str, Any]]:
-    """Events that the server has written down, which it does in batches."""
+    """Events that the server has stored. The server stores them in batches."""
     wanted = {"event": {"name": [name]}, "resource": {"id": [resource]}}
     for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(60)):
         with attempt:
@@ -124,7 +124,7 @@ def test_a_page_is_kept_and_written_again_from_mlflow_alone(
 
     assert [each.task for each in report.changed] == ["first", "second"]
     before = {"first": results[0].accuracies["first"], "second": results[1].matrix["rows"][0][1]}  # type: ignore[index]
-    for each in report.changed:  # the rows that changed sides are the difference of the accuracies
+    for each in report.changed:  # the rows whose answers changed explain the difference of the accuracies
         assert each.num_rows == 12
         gain = each.num_gained - each.num_lost
         assert gain == round(12 * (results[1].accuracies[each.task] - before[each.task]))
@@ -164,7 +164,7 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
         )  # fmt: skip
         key = f"adapters/quiet/{result.run_key[:16]}/{ANSWERS_FILE}"
         known = json.loads(current_store().get_bytes(key))
-        # the tiny model learns nothing in three steps: as if it had known everything before, so that rows change
+        # the tiny model learns nothing in three steps, so its stored answers are replaced by right ones
         rows = pq.read_table(home / "store" / result.dataset.uri / "test.parquet").to_pylist()
         known["now"][task] = {row["sha256"]: row["output"] for row in rows}
         current_store().put_bytes(key, json.dumps(known).encode())
@@ -178,10 +178,10 @@ def test_no_text_of_a_row_gets_out_unless_it_may(
     assert not kept & {"method.safetensors", ANSWERS_FILE}, "the first holds rows as tokens"
     assert not files_with(home / "mlflow-artifacts", PLANTED)
     assert PLANTED.encode() not in (home / "mlflow.db").read_bytes()
-    assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "the store alone has them"
+    assert any(name.endswith(".jsonl") for name in files_with(home / "store", PLANTED)), "only the store has them"
     assert set(known["now"]) == {"first", "second"}
     file = save_report("quiet", "2", tmp_path / "page.html").file.read_text(encoding="utf-8")
-    assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest alone"
+    assert "Lost: 1" in file and "data.include_texts is off" in file, "rows were lost, and named by digest only"
 
     notices = receiver.told()
     assert [each["event"].rpartition(".")[2] for each in notices] == ["promoted", "promoted", "failed"]
@@ -237,7 +237,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
 
     try:
         asyncio.run(switch_on())
-        monkeypatch.delenv("DEAL_WEBHOOK_URL")  # what comes now comes from the server
+        monkeypatch.delenv("DEAL_WEBHOOK_URL")  # from here on the server sends the notices
         announce("promoted", Notice(lineage="blocks", task="a", version="6"))
         announce("rejected", Notice(lineage="blocks", task="a", version="7", reasons=("too low",)), once="x")
         receiver.wait_for(1)

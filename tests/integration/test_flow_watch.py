@@ -1,4 +1,4 @@
-"""The watch flow: what lands in the inbox is adapted in order, once, and what cannot be used is said once."""
+"""The watch flow: arrivals are adapted once and in order, and an unusable arrival is reported once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 class Said:
-    """Keeps what a run says."""
+    """Keeps the messages of a run."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -114,7 +114,7 @@ def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base
         asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
     with reporting_to(Stopping()):
         result = asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
-    assert outcomes(result) == [("parcels/c.jsonl", "refused")], "nothing was left to do"
+    assert outcomes(result) == [("parcels/c.jsonl", "refused")], "no arrival was left"
 
 
 def test_a_later_arrival_needs_no_task_file(tiny_base: Path, home: Path) -> None:
@@ -310,10 +310,10 @@ def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     assert [run.task for run in deal.runs] == ["bank", "clinic", "parcels"] == [run.task for run in rival.runs]
     assert [run.dataset.sha256 for run in deal.runs] == [run.dataset.sha256 for run in rival.runs]
     assert deal.matrix is not None and rival.matrix is not None
-    assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both"
+    assert deal.matrix["rows"][0][0] == rival.matrix["rows"][0][0], "the first task is plain LoRA for both strategies"
     assert not result.rejected and not result.failed
     left = [info.key for info in current_store().list("inbox")]
-    assert left == ["inbox/other/other.jsonl"], "other lineages shall not learn the demo's files"
+    assert left == ["inbox/other/other.jsonl"], "other lineages must not learn the demo's files"
     assert mine.read_bytes() == b"mine"
     assert result.picture == picture and picture.read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""What a server is told of the inbox: each open arrival once, again when its run got lost, for every lineage."""
+"""The announcements of the inbox to a server: once per open arrival and lineage, and again after its run was lost."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def lineage(name: str, **settings: Any) -> WatchedLineage:
 
 
 def look() -> int:
-    """Announcements of one look."""
+    """The announcements after one read of the inbox."""
     return asyncio.run(watch_inbox(for_seconds=0))
 
 
 def numbers() -> list[int]:
-    """How often each arrival was announced before, for all lineages."""
+    """The number of earlier announcements of each arrival, for all lineages."""
     return sorted(each.number for each in announced())
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_may_still_be_written_waits_for_the_next_look(home: Path) ->
     store = current_store()
     inbox = look_at_inbox(store)
     looks = [asyncio.run(announce_open(store, inbox, lineage("default"), InboxState(), seen, 60)) for _ in range(2)]
-    assert looks == [(0, 1), (1, 0)], "the second look saw the same"
+    assert looks == [(0, 1), (1, 0)], "the second read found the same"
 
 
 def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
@@ -161,8 +161,8 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
             inbox = look_at_inbox(current_store())
             return (await announce_open(current_store(), inbox, lineage("lost"), InboxState(), {}, 0)).num_announced
 
-    assert asyncio.run(look_while_held()) == 0, "whoever holds it looks again before it ends"
-    assert look() == 1, "one run takes whatever is open"
+    assert asyncio.run(look_while_held()) == 0, "the run that holds the lineage reads the inbox again before it ends"
+    assert look() == 1, "one run takes all open arrivals"
     assert numbers() == [0, 1]
 
 
@@ -251,7 +251,7 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
         async with hold_lineage("shared"):
             options = {"settle_seconds": 0.01, "retry_now": False, "wait": True}
             waiting = asyncio.create_task(taken.take(current_store(), spec, (), **options))
-            await asyncio.sleep(0)  # it has looked, and waits
+            await asyncio.sleep(0)  # the flow has read the inbox, and waits
             (info,) = list_arrivals(current_store().list("inbox"))
             state = InboxState()
             state.record(info, "promoted", "", now=info.modified)
@@ -309,4 +309,4 @@ def test_an_event_of_others_starts_a_run_with_or_without_a_payload(home: Path) -
     try:
         assert asyncio.run(started()) == [{"lineage": "bare"}, {"lineage": "said"}]
     finally:
-        asyncio.run(clear())  # the server serves other tests as well
+        asyncio.run(clear())  # other tests use the same server

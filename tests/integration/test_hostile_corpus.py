@@ -1,4 +1,4 @@
-"""Hundreds of hostile data files, as `deal validate` reads them: none hangs or fills memory, and good rows stay.
+"""Hundreds of hostile data files in `deal validate`: no file hangs or fills memory, and good rows are kept.
 
 To add families, write a module like `tests.hostile_texts` and name it here.
 """
@@ -33,7 +33,7 @@ def shown(found: Found) -> str:
 def test_hostile_files_do_no_harm(kind: str, half: int, tmp_path: Path) -> None:
     cases = cases_of(FAMILIES[kind])
     assert len(cases) >= MIN_CASES[kind]
-    cases = cases[half::2]  # two processes share the work
+    cases = cases[half::2]  # two processes divide the files
     found = run_cases(cases, tmp_path)
     slow = [f"{each.name}: {each.seconds:.1f} s" for each in found if each.seconds > MAX_SECONDS]
     assert not slow

@@ -1,4 +1,4 @@
-"""Broken and hostile files: each is refused or loses its bad rows, says why, and takes no longer than ten seconds."""
+"""Broken and hostile files: each is refused or loses its bad rows, with a reason, within ten seconds."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def damage(seed: int) -> tuple[str, bytes]:
     for _ in range(chance.randint(1, 3)):
         content = chance.choice(DAMAGES)(content, chance) or b"\0"
     if chance.random() < 0.1:
-        name = chance.choice(list(FILES))  # not what its name says
+        name = chance.choice(list(FILES))  # another format than its name says
     return name, content
 
 

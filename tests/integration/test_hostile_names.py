@@ -1,4 +1,4 @@
-"""What cannot be a file, a name or a text is refused in one line by the commands that are given it."""
+"""Commands refuse invalid files, names and texts with one line."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_it_is_refused_in_one_line(case: str, as_json: bool, files: Path, home: 
 
 
 def test_no_text_of_a_task_holds_a_lone_surrogate() -> None:
-    """Those of a command's options included, where bytes that are not UTF-8 become surrogates."""
+    """This includes a command's options, where bytes that are not UTF-8 become surrogates."""
     fields: list[dict[str, Any]] = [
         {"labels": ("late", "\udcff")}, {"instruction": "\udcff"}, {"template": "\udcff {text}"},
         {"columns": {"text": "\udcff"}},

@@ -1,4 +1,4 @@
-"""Hostile specs, task files, lineage files and names: refused in one plain line, or of no effect but to be read.
+"""Hostile specs, task files, lineage files and names: each is refused with one plain line, or read without any effect.
 
 Every case runs in this process, under a guard: ten seconds of processor time, 1 GB of memory, no file written outside
 the test's folder, nothing on the screen that a terminal acts on.
@@ -29,7 +29,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.cli.app import app
 from flows.server.status import _unusable_files
 from infra.store.base import ObjectStore
-from infra.store.open import open_store
+from infra.store.local import open_store
 from tasks.adaptation.ingest import TaskFieldsError
 from tasks.context import local_file
 from tasks.inbox.state import look, task_spec
@@ -66,18 +66,18 @@ sys.addaudithook(_note)
 
 
 class Hung(BaseException):
-    """A case waits for what never comes."""
+    """A case that never ends."""
 
 
 class Place(NamedTuple):
-    """Where the cases play."""
+    """The folders of the cases."""
 
     folder: Path
     store: ObjectStore
     data: Path
 
     def deal(self, *arguments: str, code: int | None = None) -> str:
-        """Call the command; what it shows."""
+        """Call the command; return its output."""
         done = CliRunner().invoke(app, [*arguments, "--home", str(self.folder / "home")])
         assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
         assert done.exit_code in ((0, 1, 2) if code is None else (code,)), done.output
@@ -90,7 +90,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A home, a file of good rows, and beside the home what nobody may read."""
+    """A home, a file of good rows, and a file next to the home that must not be read."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "tmp").mkdir()
     (folder / "secret.yaml").write_text(f"instruction: {SECRET}\n")
@@ -109,7 +109,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def guard(place: Place) -> Iterator[None]:
-    """End what hangs, and fail what takes too much or writes elsewhere."""
+    """End a case that hangs, and fail a case that uses too much or writes outside its folder."""
 
     def end(number: int, frame: object) -> None:
         raise Hung
@@ -131,7 +131,7 @@ def guard(place: Place) -> Iterator[None]:
 
 @contextmanager
 def refused(kind: type[DealError] = ConfigError) -> Iterator[None]:
-    """Inside, an error of ours is raised: one line, not long, and nothing from outside."""
+    """Expect an error of this project: one short line without foreign content."""
     with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
@@ -143,7 +143,7 @@ def refused(kind: type[DealError] = ConfigError) -> Iterator[None]:
 
 
 def _wrong_values() -> dict[str, tuple[str, str]]:
-    """A section, and a field with a value that is not its own; the kinds of wrong values take turns."""
+    """A section and a field with a value of a wrong type. The wrong types take turns."""
     wrong = {
         float: (".nan", ".inf", "-.inf", "true", "'3'", "1:30", "010", "1e999", "[1.0]", "9" * 400, "0x1F"),
         int: ("true", "'3'", "1:30", "010", "1.5", "1.0", ".inf", "9" * 400, "9" * 5000, "0b11", "[1]"),
@@ -183,7 +183,7 @@ def test_a_field_takes_no_value_of_another_type(case: str, place: Place) -> None
         read_spec(spec)
 
 
-# --- YAML that is a trap, in every file that is YAML
+# --- hostile YAML, in every YAML file
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
 TRAPS: dict[str, bytes] = {
@@ -255,7 +255,7 @@ def test_yaml_that_is_a_trap_is_refused_wherever_it_is_read(case: str, place: Pl
     place.store.delete("lineages")
 
 
-# --- what stands in the place of a file
+# --- other things in the place of a file
 
 
 def _fifo(path: Path) -> None:
@@ -297,7 +297,7 @@ def test_what_stands_in_a_files_place_holds_nobody_up(case: str, name: str, plac
             assert task_spec(place.store, "inbox/t/a.csv").instruction is None
         if name == "b.csv" and not is_file:
             place.deal("validate", str(place.data), "--test-data", place.store.uri_of("inbox/t/b.csv"), code=1)
-        if not (name == "b.csv" and is_file) and "link" not in case:  # a person may name any file that is one
+        if not (name == "b.csv" and is_file) and "link" not in case:  # a person may name any regular file
             place.deal("validate", str(place.data), "--test-data", str(path), code=1)
             place.deal("validate", str(place.data), "--spec", str(path), code=2)
     finally:
@@ -318,7 +318,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:30])
 def test_a_name_that_could_do_anything_is_refused(name: str, place: Place) -> None:
-    asks_command = NAMES.index(name) % 4 == 0 and "\0" not in name and "\ud800" not in name  # no shell passes these
+    asks_command = NAMES.index(name) % 4 == 0 and "\0" not in name and "\ud800" not in name  # no shell passes them
     if asks_command:
         place.deal("validate", str(place.data), f"--task={name}", code=2)
         place.deal("validate", str(place.data), f"--lineage={name}", code=2)

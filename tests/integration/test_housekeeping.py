@@ -1,4 +1,4 @@
-"""Retention, gc, forget, validation by what a lineage knows, and prediction in bulk, on a base model of two layers."""
+"""Retention, gc, forget, validation with a lineage's test rows, and bulk prediction, on a base model of two layers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_training_rows_stay_only_where_an_arrival_asks_for_it(tiny_base: Path, f
     assert not store.exists(train) and store.exists(f"{first.dataset.uri}/test.parquet")
     test_rows = store.get_bytes(f"{first.dataset.uri}/test.parquet")
     assert run(tiny_base, land()).status == "repeat"
-    assert not store.exists(train), "a repeat leaves none either"
+    assert not store.exists(train), "a repeated run leaves none"
     assert store.get_bytes(f"{first.dataset.uri}/test.parquet") == test_rows
     rejected = run(tiny_base, CLINIC, gate=FAIL)
     assert not store.exists(f"{rejected.dataset.uri}/train.parquet")
@@ -126,7 +126,7 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
         left.parent.mkdir(exist_ok=True)
         left.write_bytes(bytes(7))
         os.utime(left, (0, 0))
-    assert collect("l").removals == (), "all of it is younger than thirty days"
+    assert collect("l").removals == (), "all files are younger than thirty days"
     before = {path for path in home.joinpath("store").rglob("*") if path.is_file()}
     planned = collect(older_than="0h", dry_run=True)
     assert {path for path in home.joinpath("store").rglob("*") if path.is_file()} == before and work.is_dir()
@@ -207,7 +207,7 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
 
 
 def holding(home: Path, text: str) -> list[str]:
-    """Files under the home that hold a text, in the clear or in a Parquet file; databases and logs left out."""
+    """Files in the home that contain a text, as plain text or in a Parquet file, without databases and logs."""
     found = []
     for path in (path for part in ("store", "mlflow-artifacts", "work") for path in home.joinpath(part).rglob("*")):
         if not path.is_file():
@@ -246,7 +246,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     }
 
     old = find_version(open_registry(), "l", "1")
-    store.download_folder(old.adapter_uri, tmp_path / "old")  # earlier releases gave MLflow the method's state as well
+    store.download_folder(old.adapter_uri, tmp_path / "old")  # earlier releases also logged the method's state
     tracker.client.log_model_artifact(old.model_id, str(tmp_path / "old" / "method.safetensors"))
     done = asyncio.run(forget("inbox/bank/may.jsonl", "the customer asked"))
     assert done.plan.held == plan.held
@@ -262,7 +262,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
         assert [copy.name for copy in copies] == (["method.safetensors"] if number == "1" else [])
         assert all(copy.read_bytes() == (local / copy.name).read_bytes() for copy in copies)
     assert done.tombstone.versions == ("l/1", "l/2")
-    assert asyncio.run(forget(first.dataset.sha256)).plan.held == (), "a second time finds nothing"
+    assert asyncio.run(forget(first.dataset.sha256)).plan.held == (), "a second command finds nothing"
 
     task = land()
     with pytest.raises(DataValidationError, match=r"forgotten on .* \(the customer asked\)"):
@@ -276,7 +276,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
 
 
 def _judged_anew(tiny_base: Path, tmp_path: Path, before: AdaptResult) -> None:
-    """The next arrival of the task brings the rows that judge it."""
+    """The next arrival of the task has the test rows."""
     arrival = tmp_path / "june.jsonl"
     rows = [{"text": f"Message {number} about my card.", "label": "lost card"} for number in range(12)]
     rows = [{**row, "split": "test" if number < 4 else "train"} for number, row in enumerate(rows)]
@@ -354,7 +354,7 @@ def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     assert kept and all(key.startswith(stays.dataset.uri) for key in kept), "other rows of the task stay"
     assert done.tombstone.versions == ("l/1", "m/2", "n/1")
     for digest in digests:
-        assert asyncio.run(forget(digest)).plan.held == (), "by none of its digests is anything left"
+        assert asyncio.run(forget(digest)).plan.held == (), "no file has one of its digests"
 
     again = tmp_path / "again.csv"
     again.write_text("text,label\n" + "".join(f"{text},lost card\n" for text in texts))
@@ -425,7 +425,7 @@ def test_a_file_is_answered_and_a_killed_call_goes_on_to_the_same_bytes(
     tiny_base: Path, first: AdaptResult, questions: Path, tmp_path: Path
 ) -> None:
     class Killed(BaseException):
-        """Stands for the process's death."""
+        """The death of a process."""
 
     def die(done: int, total: int) -> None:
         assert total == 11

@@ -1,4 +1,4 @@
-"""gc and forget where the rows lie on an S3 server and MLflow is a server that keeps the artifacts itself."""
+"""gc and forget with the rows on an S3 server and the artifacts in an MLflow server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    """An empty store on an S3 server over HTTP, which the settings point at."""
+    """An empty store on an S3 server over HTTP, which the settings name."""
     settings = {
         "STORE_URI": "s3://team/store", "S3_ENDPOINT_URL": s3_server, "S3_REGION": "us-east-1",
         "S3_ACCESS_KEY_ID": "somebody", "S3_SECRET_ACCESS_KEY": "secret",
@@ -38,16 +38,16 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
 
 @pytest.fixture
 def artifacts(mlflow_server: str, tmp_path: Path) -> Iterator[Path]:
-    """Folder of the artifacts of an MLflow server that the settings point at."""
+    """Folder of the artifacts of the MLflow server that the settings name."""
     before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
         yield tmp_path / "server" / "artifacts"
-    assert mlflow.get_tracking_uri() == before, "what the variable said does not outlive it"
+    assert mlflow.get_tracking_uri() == before, "the address does not outlive the variable"
 
 
 def holding(store: S3Store, artifacts: Path, text: str) -> list[str]:
-    """Objects and files of the MLflow server that hold a text in the clear."""
+    """Objects and files of the MLflow server that contain a text."""
     found = [info.key for info in store.list("") if text.encode() in store.get_bytes(info.key)]
     return found + [str(path) for path in artifacts.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 

@@ -1,4 +1,4 @@
-"""Notifications through SQS: they say when to look, and a queue that fails stops nobody."""
+"""Notifications through SQS: they say when to read the inbox, and a queue that fails stops no flow."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import boto3
 import pytest
 
-from infra.landing import LandingQueue, open_landing_queue
 from infra.settings import LandingSettings
+from infra.store.s3 import LandingQueue, open_landing_queue
 
 
 def settings(s3_server: str, queue: str | None, **changes: Any) -> LandingSettings:
@@ -27,7 +27,7 @@ def test_a_notification_comes_again_until_what_it_spoke_of_was_looked_at(s3_serv
     assert queue is not None and not queue.wait(0)
     sqs.send_message(QueueUrl=url, MessageBody="{}")
     assert queue.wait(5)
-    assert LandingQueue(settings(s3_server, url)).wait(5), "whoever dies before it looked leaves it to the next"
+    assert LandingQueue(settings(s3_server, url)).wait(5), "the next process gets it if this process dies now"
     queue.done()
     assert not LandingQueue(settings(s3_server, url)).wait(0)
 

@@ -1,4 +1,4 @@
-"""Runs and versions in a real MLflow on SQLite; every test has lineages of its own."""
+"""Runs and versions in a real MLflow on SQLite. Every test has its own lineages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever is done here leaves MLflow's global address alone and the working directory empty."""
+    """No test changes MLflow's global address or writes to the working folder."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -194,7 +194,7 @@ def test_a_dead_mlflow_takes_ever_less_of_the_training_and_no_point_is_lost(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, sends = 0.0, []
-    monkeypatch.setattr("infra.tracking.tracked_run.monotonic", lambda: now)
+    monkeypatch.setattr("infra.tracking.tracker.monotonic", lambda: now)
     run = tracker.start("dead", "k", name="x")
 
     def give_up_late(*_: object, **__: object) -> None:
@@ -214,10 +214,10 @@ def test_a_dead_mlflow_takes_ever_less_of_the_training_and_no_point_is_lost(
     now += 3600.0
     run.log(4000, {"loss": 4000.0})
     wanted = [(step, float(step)) for step in range(4001)]
-    assert points(run, "loss") == wanted, "it is back"
+    assert points(run, "loss") == wanted, "the server answers again"
     now += 1.0
     run.log(4001, {"loss": 4001.0})
-    assert len(points(run, "loss")) == 4002, "and asked as often as before"
+    assert len(points(run, "loss")) == 4002, "and points are sent every second again"
     run.end()
 
 
@@ -333,7 +333,7 @@ def test_registering_again_makes_no_second_version(
 
     facts = replace(FACTS, run_key="twice-1")
     with monkeypatch.context() as patch:
-        patch.setattr(registry.client, "set_logged_model_tags", die)  # called right after the version was made
+        patch.setattr(registry.client, "set_logged_model_tags", die)  # called after the version was made
         with pytest.raises(KeyboardInterrupt):
             register(tracker, registry, adapter, "twice", facts)
     version = register(tracker, registry, adapter, "twice", facts)

@@ -1,4 +1,4 @@
-"""The same code against an MLflow server over HTTP, which keeps the artifacts itself."""
+"""The same code with an MLflow server over HTTP, which stores the artifacts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_a_run_and_its_version_over_http(mlflow_server: str, tmp_path: Path) -> 
         adapter_uri="adapters/base/key", adapter_sha256="a", parent_version=None, accepted=True, reasons=(),
         average_accuracy=0.5, forgetting=None, backward_transfer=None, forward_transfer=None,
     )  # fmt: skip
-    params = {f"p{number:03d}": number for number in range(150)}  # more than the server takes at once
-    for _ in range(2):  # as when the process died just before the end
+    params = {f"p{number:03d}": number for number in range(150)}  # more than the server accepts in one request
+    for _ in range(2):  # the process died just before the end
         with tracker.start("base", "key", name="billing", params=params) as run:
             for step in range(1500):
                 run.log(step, {"loss": 1.0})

@@ -1,7 +1,7 @@
-"""The contract of the object store, the same for a folder and for an S3 server that is talked to over HTTP.
+"""The object store's contract, for a folder and for an S3 server over HTTP.
 
-The server is moto's, in this process. With DEAL_TEST_S3=http://KEY:SECRET@HOST:PORT the same tests run against
-a real one.
+The server is moto's, in this process. With DEAL_TEST_S3=http://KEY:SECRET@HOST:PORT the same tests use a real
+server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.open import open_store
+from infra.store.local import open_store
 from infra.store.s3 import S3Store, make_client
 
 
@@ -277,7 +277,7 @@ def test_a_server_that_ignores_conditions_is_refused_before_anything_is_written(
 
     s3_store.client.meta.events.register("provide-client-params.s3.PutObject", ignore)
     for attempt in (s3_store.check, lambda: s3_store.put_bytes("ledger/one", b"x", if_absent=True)):
-        with pytest.raises(StoreError, match="takes no notice of If-None-Match"):
+        with pytest.raises(StoreError, match="ignores If-None-Match"):
             attempt()
     assert keys(s3_store) == []
     s3_store.client.meta.events.unregister("provide-client-params.s3.PutObject", ignore)
@@ -328,7 +328,7 @@ def test_a_denied_access_is_told_apart_and_shows_no_key(
     s3_store: S3Store, s3_settings: StoreSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3_store.put_bytes("a", b"1")
-    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on, moto looks at the keys
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from here on, moto checks the keys
     keys = settings_for(s3_settings.s3_endpoint_url or "", "nobody-known", "top-secret")
     stranger = S3Store(s3_store.bucket, s3_store.root, keys)
     for attempt in (

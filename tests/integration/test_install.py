@@ -1,4 +1,4 @@
-"""The project installs as a wheel, and works from outside the checkout."""
+"""The project installs as a wheel and works outside the checkout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for name in packages:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder that the project was installed into from a copy, as building writes beside the sources."""
+    """A folder into which the project was installed from a copy, because the build writes next to the sources."""
     folder = tmp_path_factory.mktemp("install")
     shutil.copytree(ROOT, folder / "copy", ignore=IGNORED)
     subprocess.run(
@@ -39,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
-    result = subprocess.run(  # -I: neither the working folder nor PYTHONPATH can lend a module
+    result = subprocess.run(  # -I: no module comes from the working folder or PYTHONPATH
         [sys.executable, "-I", "-c", IMPORT_PACKAGES, str(installed), *packages],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip

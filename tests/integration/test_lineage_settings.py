@@ -1,4 +1,4 @@
-"""A lineage's own settings hold for what a person starts: its gate waits, its training counts, unless told else."""
+"""A lineage's stored settings apply to commands of a person, unless options replace them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 @pytest.fixture
 def deal(home: Path) -> Iterator[Deal]:
-    """Runs a command in this process and returns what it says to machines; the environment is put back."""
+    """Runs a command in this process and returns its JSON output; the environment is restored."""
 
     def invoke(*words: str) -> Any:
         result: Result = CliRunner().invoke(app, [*words, "--home", str(home), "--json"])
@@ -45,7 +45,7 @@ def deal(home: Path) -> Iterator[Deal]:
 
 @pytest.fixture
 def support(tiny_base: Path) -> dict[str, Any]:
-    """The settings of lineage `support` as they lie in the store: a person approves, two steps, one task."""
+    """The stored settings of lineage `support`: a person approves, two steps, one task."""
     settings = {
         "tasks": ["parcels"], "base_model": str(tiny_base), "strategy": "seq_lora",
         "gate": {**NO_LIMITS, "approval": "person"},
@@ -117,7 +117,7 @@ def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_an
     land("parcels/may.jsonl")
     assert watch() == [("inbox/parcels/may.jsonl", "rejected")]
     store_settings({**support, "gate": NO_LIMITS})
-    assert watch() == [], "what was decided of a file stands"
+    assert watch() == [], "the decision about a file is kept"
     land("parcels/may-again.jsonl")
     assert watch() == [("inbox/parcels/may-again.jsonl", "promoted")]
 

@@ -1,4 +1,4 @@
-"""A home made by the code of an earlier commit opens with the code of today; tests/data/README.md tells its origin."""
+"""Today's code opens a home of an earlier commit; tests/data/README.md describes its origin."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LINEAGE = "desk"
 
 @pytest.fixture
 def old_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The unpacked home; the test runs in its parent folder, where its base model and its rows lie."""
+    """The unpacked home. The test runs in its parent folder, which has the base model and the rows."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     name_folder_in_database(home / "mlflow.db", MADE_IN, str(tmp_path))
@@ -63,7 +63,7 @@ def name_folder_in_database(path: Path, before: str, now: str) -> None:
 
 
 def learn(task: str) -> AdaptResult:
-    """Adapt to a task's rows in the archive, with the settings that the home's versions were made with."""
+    """Adapt to a task's rows in the archive, with the settings of the home's versions."""
     values: dict[str, Any] = {
         "lineage": LINEAGE, "base_model": "base", "gate": PASS,
         "task": {"name": task, "data": f"data/{task}-train.jsonl", "test_data": f"data/{task}-test.jsonl"},
@@ -74,7 +74,7 @@ def learn(task: str) -> AdaptResult:
 
 
 def command(*arguments: str, home: Path) -> Any:
-    """What a command prints as JSON."""
+    """The JSON output of a command."""
     with put_back():
         said = CliRunner().invoke(app, [*arguments, "--home", str(home), "--json"])
     assert said.exit_code == 0, said.output
@@ -82,7 +82,7 @@ def command(*arguments: str, home: Path) -> Any:
 
 
 def known_answers() -> tuple[list[str], dict[str, list[str]]]:
-    """Texts, and what each version answered to them when the home was made."""
+    """Texts, and the answers of each version when the home was made."""
     noted = json.loads(Path("answers.json").read_text(encoding="utf-8"))
     return noted["inputs"], noted["outputs"]
 
@@ -146,7 +146,7 @@ def test_forget(old_home: Path) -> None:
 def test_mlflow_models_load(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{old_home / 'mlflow.db'}")
     texts, expected = known_answers()
-    assert expected["1"] != expected["3"] != expected["2"], "the answers tell the versions apart"
+    assert expected["1"] != expected["3"] != expected["2"], "the answers of the versions differ"
     table = pd.DataFrame({"input": texts, "task": "bank"})
     for name, version in (("1", "1"), ("2", "2"), ("3", "3")):
         answers = mlflow.pyfunc.load_model(f"models:/{LINEAGE}/{name}").predict(table)

@@ -1,4 +1,4 @@
-"""deal plan on a tiny base model, and the flow's refusal of what cannot fit."""
+"""deal plan on a tiny base model, and the flow's refusal of a training that does not fit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
     assert found["total_bytes"] == sum(found["memory"].values())
     assert found["expected_seconds"] == pytest.approx(found["seconds_per_step"] * found["num_steps"])
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.parent.name != "logs"]
-    assert not left, "a plan keeps nothing"
+    assert not left, "a plan stores nothing"
 
 
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
@@ -90,8 +90,8 @@ def test_a_run_is_refused_only_where_it_certainly_cannot_fit(tmp_path: Path, tin
             str(base), AdapterConfig(), "deal", MethodConfig(), TrainConfig(batch_size=10**6), num_versions=0
         )
 
-    check(tiny_base)  # whatever the batch
-    check(tmp_path / "nowhere")  # loading it will say so
+    check(tiny_base)  # with any batch
+    check(tmp_path / "nowhere")  # loading reports it
     huge = config_only(tmp_path / "huge", hidden_size=2**17, intermediate_size=2**22)
     with pytest.raises(ConfigError, match=r"weights .* adapter and optimiser take .* GiB"):
         check(huge)

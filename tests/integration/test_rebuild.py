@@ -1,4 +1,4 @@
-"""A lineage whose MLflow database is gone is registered again from the store."""
+"""A lineage whose MLflow database was lost is registered again from the store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 @pytest.fixture
 def known(home: Path, three_versions: Path, mlflow_database: Path) -> list[dict[str, Any]]:
-    """What MLflow knew of the versions, before its database was replaced by an empty one."""
+    """The versions in MLflow before an empty database replaced its database."""
     shutil.copytree(three_versions, home, dirs_exist_ok=True)
     before = what_is_known()
     shutil.copy(mlflow_database, home / "mlflow.db")
@@ -102,7 +102,7 @@ def test_numbers_of_versions_that_nobody_knows_stay_unused(home: Path, known: li
     assert what_is_known() == [facts]
     registry, info = open_registry(), open_registry().versions("l")[0]
     made = registry.make_version("l", info, tracking_id=info.tracking_id, model_id=info.model_id)
-    assert made == "4", "the promotion log has heard of version 3"
+    assert made == "4", "the promotion log names version 3"
 
 
 def test_a_home_of_an_earlier_release_is_rebuilt_from_records_log_and_reports(
@@ -174,7 +174,7 @@ def test_a_rebuild_that_is_cancelled_ends_at_the_next_version_and_leaves_the_lin
         patch.setattr(LineageRebuild, "make", wait)
         asyncio.run(cancel())
     assert [info.version for info in open_registry().versions("l")] == ["1"]
-    assert rebuilt().versions == ("1", "2", "3"), "nobody holds the lineage"
+    assert rebuilt().versions == ("1", "2", "3"), "no run holds the lineage"
 
 
 def test_a_registered_model_of_somebody_else_is_left_alone(known: list[dict[str, Any]]) -> None:

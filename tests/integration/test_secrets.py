@@ -1,4 +1,4 @@
-"""A secret in every setting that can hold one, and a search for them wherever the pipeline writes."""
+"""A secret in every setting that can contain one, and a search for these secrets in all output of the pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings
 
 from benchmarks.tiny_base import NO_LIMITS
 from infra import settings
-from infra.store.open import open_store
+from infra.store.local import open_store
 from tests.adapting import BANK
 from tests.receiver import Receiver
 
@@ -52,7 +52,7 @@ for step in json.load(sys.stdin):
 
 
 def planted(port: int) -> dict[str, str]:
-    """Every variable of ours that can hold a secret, with one; nothing answers at the addresses."""
+    """Every variable of this project that can contain a secret, with a secret. No server answers at the addresses."""
     host = f"me:{{}}-{WORD}@127.0.0.1:{port}"
     return {
         "DEAL_STORE_URI": f"s3://me:store-{WORD}@bucket/deal",
@@ -82,7 +82,7 @@ def test_every_setting_that_can_hold_a_secret_is_planted() -> None:
 
 
 def holding(content: bytes, where: str) -> list[str]:
-    """Where a planted secret stands in a content, with what stands around it."""
+    """Each secret in a content, with the text around it."""
     places = [found.start() for found in re.finditer(WORD.encode(), content)]
     return [f"{where}: {content[max(0, place - 120) : place + 40]!r}" for place in places]
 
@@ -146,7 +146,7 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
     found = [*holding(done.stdout.encode(), "stdout"), *holding(done.stderr.encode(), "stderr"), *holding_files(home)]
     assert found == []
     assert said.count("== ") >= 40 and "== adapt " in said and "HF_TOKEN for a Hub" in said
-    assert f"***@127.0.0.1:{free_port}" in said, "the address itself is still said"
+    assert f"***@127.0.0.1:{free_port}" in said, "the address is still shown"
 
 
 def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(

@@ -1,4 +1,4 @@
-"""Versions as others use them: `deal serve` while the champion moves, `mlflow models serve`, PEFT alone."""
+"""Versions in use: `deal serve` while the champion moves, `mlflow models serve`, and plain PEFT."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ TEXTS = texts_to_ask()[:12]
 def versions(
     prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Expected]:
-    """A home with two versions, and what each answers; the environment names it while the module runs."""
+    """A home with two versions, and the answers of each. The environment names the home while the module runs."""
     folder = tmp_path_factory.mktemp("served-home")
     shutil.copy(mlflow_database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("DEAL_HOME", str(folder))
-        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # in which a batch's rounding tips no answer
+        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # so that the rounding of a batch changes no answer
         patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
         learn_versions(str(tiny_base), max_steps=4, learning_rate=0.02)
         expected = answers_of(["1", "2"], TEXTS, "bank")
@@ -70,7 +70,7 @@ def state(url: str) -> dict[str, str | None]:
 
 
 def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
-    """A version as they were before they could be served: a plain PEFT folder."""
+    """A version of an earlier release, which cannot be served: a plain PEFT folder."""
     registry = open_registry()
     newest = registry.versions(LINEAGE)[-1]
     facts = VersionFacts(**{name: getattr(newest, name) for name in VersionFacts.__dataclass_fields__})
@@ -82,7 +82,7 @@ def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
 
 
 def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expected, tmp_path: Path) -> None:
-    """No limit in seconds: a client waits for the first answer of the new version, however long this machine takes."""
+    """There is no time limit: a client waits for the first answer of the new version."""
     registry = open_registry()
     registry.set_alias(LINEAGE, "champion", "2")
     moves: list[tuple[float, str]] = []
@@ -108,7 +108,7 @@ def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expec
             wait_for(lambda: state(url)["problem"] is None)
         assert [each.problem for each in clients.answers if each.problem] == []
         assert stale(clients.answers, moves) == 0
-        assert psutil.Process(process.pid).children() == [], "one process holds the one base model"
+        assert psutil.Process(process.pid).children() == [], "one process has the one base model"
 
         check_requests(url)
         process.terminate()
@@ -116,7 +116,7 @@ def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expec
 
 
 def register_again(version: str, run_key: str) -> str:
-    """A further version of the same files; its number."""
+    """Register a further version of the same files; return its number."""
     info = next(each for each in open_registry().versions(LINEAGE) if each.version == version)
     facts = VersionFacts(**{name: getattr(info, name) for name in VersionFacts.__dataclass_fields__})
     again = replace(facts, run_key=run_key)
@@ -134,10 +134,10 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
         temporary = home / "tmp"
         assert list(temporary.iterdir()) == [], "the version is in memory"
         temporary.rmdir()
-        temporary.touch()  # no folder can be made there, as on a disk that is full
+        temporary.touch()  # no folder can be made there, as on a full disk
         registry.set_alias(LINEAGE, "champion", "2")
         wait_for(lambda: state(url)["problem"] is not None)
-        assert f"version {third} goes on serving" in str(state(url)["problem"]) and str(temporary) in str(state(url))
+        assert f"version {third} continues to serve" in str(state(url)["problem"]) and str(temporary) in str(state(url))
         row = {"input": TEXTS[0], "task": "bank"}
         answer = httpx.post(f"{url}/invocations", json={"dataframe_records": [row]}, timeout=60)
         assert answer.headers["X-Deal-Version"] == third
@@ -149,7 +149,7 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracking server that takes connections and never answers holds a call of MLflow's client for minutes."""
+    """A tracking server accepts connections and never answers, so a call of MLflow's client takes minutes."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         process = subprocess.Popen(
@@ -159,14 +159,14 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
             silent.settimeout(WAIT_SECONDS)
             with silent.accept()[0]:
                 process.send_signal(signal.SIGINT)
-                said, _ = process.communicate(timeout=60)  # it is over in one or two; MLflow gives up after ten minutes
+                said, _ = process.communicate(timeout=60)  # it takes one or two; MLflow gives up after ten minutes
         finally:
             process.kill()
         assert (process.returncode, said) == (0, b"")
 
 
 def check_requests(url: str) -> None:
-    """Tasks, batches, and one clear sentence for what cannot be answered."""
+    """Tasks, batches, and one clear sentence for each refused request."""
     assert httpx.get(f"{url}/health").status_code == 200
 
     def ask(body: object) -> httpx.Response:
@@ -292,6 +292,6 @@ def test_the_registrys_folder_says_what_it_is_and_holds_no_row(versions: Expecte
     assert not model.signature.inputs.input_dict()["task"].required
     pins = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
     assert pins["mlflow"] == mlflow.__version__ and {"torch", "peft", "transformers"} <= pins.keys()
-    assert "deal-pipeline" not in pins, "anybody could take the name on a public index"
+    assert "deal-pipeline" not in pins, "anyone could register the name in a public index"
     everything = "".join((folder / name).read_text() for name in names if not name.endswith(".safetensors"))
     assert not any(text in everything for text in texts_to_ask())

@@ -1,4 +1,4 @@
-"""What `benchmarks.sft_trainer` promises of its rows, and of a machine without TRL."""
+"""The rows of `benchmarks.sft_trainer`, and its message on a machine without TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vLLM server in step with the champion: a stand-in (tests/fake_vllm.py) beside a real registry and store."""
+"""A vLLM server follows the champion: a fake server (tests/fake_vllm.py) with a real registry and store."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
 
 
 def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) -> None:
-    """Make a version of the lineage, unless it is there, and let it be champion."""
+    """Make a version of the lineage, unless it exists, and make it champion."""
     registry = open_registry()
     if version not in [info.version for info in registry.versions(lineage)]:
         folder = tmp_path / f"adapter-{lineage}-{version}"
@@ -179,7 +179,7 @@ def test_a_server_that_is_away_is_said_and_the_route_stays(tmp_path: Path, serve
     server.failing = [503] * 3
     with pytest.raises(VllmAwayError, match=r"not ready \(503\)"):
         sync(max_attempts=3)
-    assert server.failing == [], "asked less often than allowed"
+    assert server.failing == [], "fewer requests than allowed"
     route = read_route(current_store(), "l")
     assert route is not None and (route.model, route.state, route.champion) == ("l-v1", "behind", "2")
     with pytest.raises(VllmAwayError, match=r"http://127\.0\.0\.1:9 is away"):
@@ -219,7 +219,7 @@ def test_a_load_whose_answer_got_lost_counts(tmp_path: Path, server: FakeVllm) -
     client = vllm.VllmClient(VllmSettings(url=server.url))
     path = str(Path(current_store().uri.removeprefix("file://")) / "adapters/l/run-1")
     client.load("l-v1", path)
-    client.load("l-v1", path)  # as its second attempt would: the server says 400, already loaded
+    client.load("l-v1", path)  # a second attempt gets 400, already loaded
     with pytest.raises(VllmError, match="already been loaded"):
         client.load("l-v1", "/another/path")
 
@@ -256,7 +256,7 @@ def test_a_damaged_copy_is_not_loaded_again(tmp_path: Path, server: FakeVllm, sy
     sync(adapter_dir=tmp_path / "shared")
     (copy,) = (tmp_path / "shared").iterdir()
     (copy / "adapter_model.safetensors").write_bytes(b"flipped")
-    assert sync(adapter_dir=tmp_path / "shared").state == "in step", "what the server has in memory goes on"
+    assert sync(adapter_dir=tmp_path / "shared").state == "in step", "the server keeps its loaded adapter"
     server.adapters.clear()
     with pytest.raises(IntegrityError, match=r"copy of version 1 of 'l' is damaged.*Remove that folder"):
         sync(adapter_dir=tmp_path / "shared")
@@ -284,7 +284,7 @@ def test_copies_go_once_their_adapter_is_unloaded_and_come_back_with_it(
 ) -> None:
     shared = tmp_path / "shared"
     others = [shared / name for name in (f"other-v1-{'1' * 12}", f"l-v1-v1-{'1' * 12}", "notes")]
-    for folder in (*others, shared / f".l-v7-{'7' * 12}"):  # the last one by a call that was cut short
+    for folder in (*others, shared / f".l-v7-{'7' * 12}"):  # an interrupted call left the last one
         folder.mkdir(parents=True)
         (folder / "file").write_text("x")
     for version in ("1", "2", "1"):
@@ -325,7 +325,7 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
         asyncio.run(serve_vllm.fn(**scheduled))
     assert list(server.adapters) == ["a-v1", "c-v1"]
 
-    open_registry().drop_alias("b", "champion")
+    open_registry().client.delete_registered_model_alias("b", "champion")
     routes = asyncio.run(serve_vllm.fn(**scheduled))
     assert isinstance(routes, list) and [route.model for route in routes] == ["a-v1", "c-v1"]
     route = asyncio.run(serve_vllm.fn("c"))

@@ -14,7 +14,7 @@ from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.promote import promote_to, reject_version, roll_back
 from flows.results import adapted, repeated
 from infra.promotions import Change, PromotionLog
-from infra.store.open import open_store
+from infra.store.local import open_store
 from infra.tracking.registry import VersionInfo
 from tasks.adaptation.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef

@@ -1,4 +1,4 @@
-"""A full disk is told from other failures, and said with its place and what is free."""
+"""Full disks are recognised, and the error names the place and its free space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs hold no secret, and log files do not grow for ever."""
+"""Logs contain no secrets, and log files have a limited size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_commands_log_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def logged() -> Iterator[Callable[[], str]]:
-    """What a handler has written since, of a logger whose records are masked."""
+    """The output of a handler, of a logger with masked records."""
     before, stream = logging.getLogRecordFactory(), io.StringIO()
     handler, logger = logging.StreamHandler(stream), logging.getLogger("a library")
     logger.addHandler(handler)

@@ -1,7 +1,8 @@
-"""The promotion log: only added to, one winner of moves at once, and a memory of who served when."""
+"""The promotion log and the ledger: entries are only added, and one of several concurrent writers wins."""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from deal_core.errors import StoreError
-from infra.promotions import Change, Move, PromotionLog
-from infra.store.open import open_store
+from infra.promotions import Change, Ledger, LedgerEntry, Move, PromotionLog
+from infra.store.local import FileStore, open_store
 
 
 @pytest.fixture
@@ -56,7 +57,53 @@ def test_the_champion_of_any_moment_is_known(log: PromotionLog) -> None:
     assert log.champion_at("l", two.when) == log.champion_at("l", datetime.now(UTC)) == "2"
 
 
-def test_a_damaged_entry_is_named(log: PromotionLog) -> None:
+def test_a_damaged_move_is_named(log: PromotionLog) -> None:
     log.store.put_bytes("promotions/l/00000001.json", b"{}")
     with pytest.raises(StoreError, match=r"00000001\.json is damaged"):
         log.last("l")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def entry(run_key: str = "r1", lineage: str = "base") -> LedgerEntry:
+    return LedgerEntry(lineage=lineage, sha256="ab" * 32, task="billing", run_key=run_key, version="3")
+
+
+def test_a_ledger_entry_is_found_again_in_its_own_lineage_only(store: FileStore) -> None:
+    ledger = Ledger(store)
+    assert ledger.find("base", "ab" * 32) is None
+    assert ledger.record(entry())
+    assert Ledger(store).find("base", "ab" * 32) == entry()
+    assert ledger.find("other", "ab" * 32) is None
+    assert ledger.find("base", "cd" * 32) is None
+
+
+def test_the_first_ledger_entry_stays(store: FileStore) -> None:
+    ledger = Ledger(store)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: ledger.record(entry(f"run-{number}")), range(8)))
+    assert sum(won) == 1
+    found = ledger.find("base", "ab" * 32)
+    assert found is not None and found.run_key == f"run-{won.index(True)}"
+    assert not ledger.record(entry("late"))
+
+
+def test_ledger_entries_carry_a_schema_version_and_another_one_is_refused(store: FileStore) -> None:
+    ledger = Ledger(store)
+    ledger.record(entry())
+    key = f"ledger/base/{'ab' * 32}.json"
+    written = json.loads(store.get_bytes(key))
+    assert written["schema_version"] == 1
+    store.put_bytes(key, json.dumps({**written, "schema_version": 2}).encode())
+    with pytest.raises(StoreError, match="schema version 2, this release reads 1"):
+        ledger.find("base", "ab" * 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema_version": 1}', b"[]", b"\xff"])
+def test_a_damaged_ledger_entry_is_named(store: FileStore, content: bytes) -> None:
+    store.put_bytes(f"ledger/base/{'ab' * 32}.json", content)
+    with pytest.raises(StoreError, match="ledger"):
+        Ledger(store).find("base", "ab" * 32)

@@ -1,4 +1,4 @@
-"""Settings: their defaults, the variables they come from, and what they do."""
+"""The settings: their defaults, variables and effects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment
-from infra.store.open import open_store
+from infra.store.local import open_store
 
 NAMES = (
     "DEAL_HOME", "DEAL_CACHE_DIR", "DEAL_STORE_URI", "DEAL_ARTIFACT_URI", "MLFLOW_TRACKING_URI", "DEAL_S3_ENDPOINT_URL",
@@ -110,7 +110,7 @@ def test_a_server_with_a_password_is_refused_and_the_password_not_shown(
     name: str, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, f"http://me:{host}")
-    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "somebody")  # so that boto3 asks no metadata server for keys
+    monkeypatch.setenv("DEAL_S3_ACCESS_KEY_ID", "somebody")  # so that boto3 requests no keys from a server
     monkeypatch.setenv("DEAL_S3_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(ConfigError, match="DEAL_S3_") as refused:
         open_store("s3://bucket")

@@ -1,4 +1,4 @@
-"""What the project ships for Docker and Kubernetes, held against their schemas; it is not run here."""
+"""The files for Docker and Kubernetes fit their schemas. These tests do not run them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_prefects_server_keeps_what_its_pod_may_not_lose() -> None:
     (volume,), (mount,) = values["server"]["extraVolumes"], values["server"]["extraVolumeMounts"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert (volume["name"], mount["mountPath"]) == (mount["name"], "/home/prefect/.prefect"), "the image's PREFECT_HOME"
-    assert values["server"]["updateStrategy"]["type"] == "Recreate", "a second pod would wait for the volume for ever"
+    assert values["server"]["updateStrategy"]["type"] == "Recreate", "a second pod would never get the volume"
     assert values["postgresql"]["primary"]["persistence"]["enabled"] is True
 
 
@@ -150,7 +150,7 @@ def test_mlflow_is_started_with_no_password_among_the_arguments(tmp_path: Path) 
 
     done = start(environment)
     assert done.stdout.startswith("server --app-name basic-auth") and "secret" not in done.stdout, done.stderr
-    written = configparser.ConfigParser()  # as MLflow reads it
+    written = configparser.ConfigParser()  # MLflow reads the file with interpolation
     written.read(tmp_path / "auth.ini")
     assert {name: written["mlflow"][name] for name in ("admin_username", "admin_password", "database_uri")} == {
         "admin_username": "secret-50%", "admin_password": "secret-50%", "database_uri": "secret-50%",

@@ -1,4 +1,4 @@
-"""The store's copy of what the registry knows of versions."""
+"""The store's copy of the versions in the registry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.store.base import ObjectNotFoundError
-from infra.store.open import open_store
+from infra.store.local import open_store
 from infra.tracking.registry import VersionFacts, VersionInfo
 from infra.version_log import VersionLog
 

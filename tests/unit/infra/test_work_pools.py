@@ -1,4 +1,4 @@
-"""The templates of the work pools: what Prefect makes of them, and that Kubernetes would take it."""
+"""The templates of the work pools: the configuration that Prefect makes of them, and that Kubernetes accepts it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_variables_are_a_schema_and_their_defaults_fit(name: str) -> None:
     given = {key: value.get("default") for key, value in schema["properties"].items()}
     defaults = {key: value for key, value in given.items() if value is not None}
     assert list(Draft202012Validator(schema).iter_errors(defaults)) == []
-    assert configuration(name).env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30", "without it a lost run is never seen"
+    assert configuration(name).env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30", "without it a lost run is never found"
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.server.status import _reason, _unusable_files
 from infra.store.base import ObjectInfo
-from infra.store.open import open_store
+from infra.store.local import open_store
 from tasks.inbox.listing import InboxState
 from tasks.inbox.state import look
 

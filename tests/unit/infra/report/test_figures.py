@@ -1,4 +1,4 @@
-"""The figures: what they must show, read from the figure itself."""
+"""The contents of the figures, read from the figures."""
 
 from __future__ import annotations
 
@@ -215,11 +215,11 @@ def test_unusual_input_gives_a_picture_with_something_on_it(figure: Figure, tmp_
     picture = pixels(figure, tmp_path)
     assert picture[..., :3].min() < 0.5
     border = numpy.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    assert border[:, :3].min() > 0.9, "something is cut off at the border"
+    assert border[:, :3].min() > 0.9, "a part is cut off at the border"
 
 
 def test_the_colours_are_told_apart_without_red_or_green() -> None:
-    """Simulated deuteranopia (Machado et al., 2009) leaves every pair of line colours distinct."""
+    """All line colours differ with simulated deuteranopia (Machado et al., 2009)."""
     simulate = numpy.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
     seen = [simulate @ [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)] for colour in COLOURS]
     distances = [numpy.linalg.norm(one - other) for index, one in enumerate(seen) for other in seen[:index]]

@@ -1,4 +1,4 @@
-"""A run's page: what stands on it, that nothing on it can run or load, and that it can be read."""
+"""A run's page and its figures: their content, their colours, and that they run and load nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 import infra.report
 from deal_core.errors import RegistryError
 from deal_core.evaluation.report import EvaluationReport
+from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
 from infra.report.formatting import count, duration, points, verdict_of, versions_of
-from infra.report.page import NUM_SHADES, matrix_rows, render_page
+from infra.report.page import NUM_SHADES, PAGE_COLOURS, inline_svg, matrix_rows, render_page
 from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
+PLAIN = {"svg", "title", "defs", "g", "path", "use", "text", "clipPath", "rect"}
 CSS = Path(infra.report.__file__).parent / "templates" / "page.css"
 
 
@@ -56,7 +60,7 @@ def test_the_verdict_comes_first_with_every_reason() -> None:
 def test_the_page_tells_the_whole_run() -> None:
     text = " ".join(Tags(render()).text.split())
     for said in (
-        "22.0 → 25.0 %", "−15.0 points", "+1, −3", "120 steps in 14 min, 3.2 rows/s; it was interrupted and went on "
+        "22.0 → 25.0 %", "−15.0 points", "+1, −3", "120 steps in 14 min, 3.2 rows/s; it was interrupted and continued "
         "from step 40", "may.csv: 130 rows read, 96 for training, 20 for testing, 14 in quarantine", "empty text10",
         "row 12 (line 14): label outside the task's set: 'cardd'", "Lost: 3", "Gained: 1", "Where is my card?",
         "A note.", "evaluate2 min", "deal report 4 --lineage support", DIGEST, "q_proj", "2026-05-04 12:30 UTC",
@@ -95,12 +99,12 @@ def test_nothing_on_the_page_runs_or_is_loaded_whatever_a_row_says() -> None:
     page = render_page(report, sample_evaluation())
     plain = {tag for tag, _ in Tags(render()).tags}
     found = Tags(page)
-    assert {tag for tag, _ in found.tags} == plain, "a row has made a tag"
+    assert {tag for tag, _ in found.tags} == plain, "a row's text became a tag"
     assert not plain & {"script", "img", "iframe", "link", "object", "form", "a"}
     for tag, attributes in found.tags:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "action")], tag
         assert (attributes.get("href") or "#").startswith("#"), "a part of the same page"
-    assert found.text.count("{{ 7*7 }}") == 13, "as it is: reason, file twice, problem twice, two rows' four texts"
+    assert found.text.count("{{ 7*7 }}") == 13, "unchanged: reason, file twice, problem twice, two rows' four texts"
     assert page.count("url(") == page.count("url(#"), "a part of the same page"
     assert "@import" not in page and "http://" not in page and "https://" not in page
     (policy,) = (each["content"] for tag, each in found.tags if each.get("http-equiv") == "Content-Security-Policy")
@@ -133,7 +137,7 @@ def test_rows_of_the_matrix_have_the_numbers_of_their_versions() -> None:
     assert [cell.is_trained for cell in rows[3].cells] == [False, False, True]
     assert rows[1].cells[2].shade is None and rows[1].cells[0].shade == 9
     unknown = sample_report(lineage_so_far=())
-    assert versions_of(unknown, evaluation) == ["row 1", "row 2", "row 3"], "no number is better than a wrong one"
+    assert versions_of(unknown, evaluation) == ["row 1", "row 2", "row 3"], "no number instead of a wrong number"
 
 
 def test_what_is_not_known_is_said() -> None:
@@ -181,3 +185,51 @@ def test_differences_have_their_sign_and_times_their_unit() -> None:
     assert [points(share, sign=True) for share in (0.1, -0.1, 0.0, -0.0001)] == ["+10.0", "−10.0", "0.0", "0.0"]
     assert [duration(seconds) for seconds in (0.04, 119.0, 150.0, 9000.0)] == ["0.0 s", "119.0 s", "2 min", "2.5 h"]
     assert (count(1, "row"), count(0, "row")) == ("1 row", "0 rows")
+
+
+def figures() -> dict[str, Figure]:
+    training = sample_report().training
+    return {
+        "tasks": accuracy_over_versions(sample_evaluation().matrix), "loss": loss_curve(training.losses),
+        "fill": fill_bars(training.fill),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tasks", "loss", "fill"])
+def test_a_figure_gives_the_same_text_each_time(name: str) -> None:
+    assert inline_svg(figures()[name], name, "A title") == inline_svg(figures()[name], name, "A title")
+
+
+def test_ids_are_unique_on_a_page_and_every_reference_finds_its_own() -> None:
+    same = [inline_svg(loss_curve([(1, 2.0), (2, 1.0)]), name, "Loss") for name in ("first", "second")]
+    ids = [re.findall(r' id="([^"]*)"', drawn) for drawn in same]
+    assert ids[0] and len(set(ids[0] + ids[1])) == len(ids[0] + ids[1])
+    for drawn, own in zip(same, ids, strict=True):
+        assert set(re.findall(r'(?:href="|url\()#([^")]*)', drawn)) <= set(own)
+
+
+def test_an_element_loads_nothing_styles_nothing_else_and_says_what_it_shows() -> None:
+    for name, figure in figures().items():
+        root = ElementTree.fromstring(inline_svg(figure, name, 'Before & after "it" <b>'))
+        assert root.attrib["role"] == "img" and root.attrib["aria-label"] == root.findtext("title")
+        assert root.findtext("title") == 'Before & after "it" <b>'
+        assert {each.tag for each in root.iter()} <= PLAIN
+        assert all(each.attrib.get("href", "#").startswith("#") for each in root.iter())
+
+
+def test_text_stays_text() -> None:
+    root = ElementTree.fromstring(inline_svg(accuracy_over_versions(sample_evaluation().matrix), "tasks", "t"))
+    texts = ["".join(each.itertext()).replace("\xa0", " ") for each in root.iter("text")]
+    assert [text.split() for text in texts if "." in text and text[0].isdigit()] == [
+        ["75.0", "bank"], ["85.0", "clinic"], ["25.0", TASKS[2]],
+    ]  # fmt: skip
+
+
+def test_colours_that_would_vanish_on_a_dark_screen_are_the_pages_own() -> None:
+    css = CSS.read_text(encoding="utf-8")
+    for name, figure in figures().items():
+        drawn = inline_svg(figure, name, "t").lower()
+        assert not [colour for colour in PAGE_COLOURS if colour.lower() in drawn]
+        assert "#ffffff" not in drawn and "fill: #000" not in drawn, "the page shows through"
+        for variable in re.findall(r"var\((--\w+)\)", drawn):
+            assert css.count(f"{variable}:") == 2, "one value for light, one for dark"

@@ -1,4 +1,4 @@
-"""The champion in memory follows the alias, before a registry that is away, refuses, or has damaged versions."""
+"""The champion in memory follows the alias, also with a registry that does not answer or has damaged versions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.evaluation.answering import SERVED_FILE, ServedVersion
+from infra.served_model import PEFT_FILES, write_served_folder
 from infra.serving import champion as serving
 from infra.serving.champion import Champion, ServingError, require_own_loader
-from infra.serving.served_folder import PEFT_FILES, write_served_folder
 
 WAIT_SECONDS = 60
 
 
 class Registry:
-    """Says which version is champion, or that it is away; gives folders of versions."""
+    """A registry that names the champion, or does not answer, and gives folders of versions."""
 
     def __init__(self) -> None:
         self.version: str | None = "1"
@@ -50,7 +50,7 @@ class Registry:
 
 
 class Answerer:
-    """Takes every version but those that are named."""
+    """Accepts every version except the damaged ones."""
 
     damaged: ClassVar[set[str]] = set()
 
@@ -91,7 +91,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry:
 
 
 class Following:
-    """A champion that is followed in a thread, and what it said."""
+    """A champion that follows the alias in a thread, and its messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -108,13 +108,13 @@ class Following:
             self._changed.notify_all()
 
     def wait_for(self, text: str) -> str:
-        """The first thing said that has the text in it."""
+        """The first message that contains the text."""
         with self._changed:
             assert self._changed.wait_for(lambda: any(text in each for each in self.said), WAIT_SECONDS), self.said
             return next(each for each in self.said if text in each)
 
     def looks(self, registry: Registry, number: int) -> None:
-        """Wait until the alias was looked at so many more times."""
+        """Wait until the alias was read so many more times."""
         wanted, pause = registry.num_looks + number, threading.Event()
         for _ in range(WAIT_SECONDS * 100):
             if registry.num_looks >= wanted:
@@ -159,10 +159,10 @@ def test_what_serves_goes_on_while_mlflow_is_away_and_it_is_said_once(
     registry: Registry, following: Following
 ) -> None:
     registry.is_away = True
-    following.wait_for("MLflow is away. What serves goes on.")
+    following.wait_for("MLflow is away. The loaded version continues to serve.")
     following.looks(registry, 5)
     assert following.champion.state()["version"] == "1"
-    assert following.champion.state()["problem"] == "MLflow is away. What serves goes on."
+    assert following.champion.state()["problem"] == "MLflow is away. The loaded version continues to serve."
     registry.version, registry.is_away = "2", False
     following.wait_for("Version 2 serves")
     assert following.champion.state()["problem"] is None
@@ -216,7 +216,7 @@ def test_an_alias_that_was_moved_past_the_gate_moves_nothing_and_is_said_once(
     passed, registry.facts = registry.facts, {**registry.facts, **facts}
     registry.version = "2"
     problem = following.wait_for("Version 2 of 'l'")
-    assert reason in problem and problem.endswith("What serves goes on.")
+    assert reason in problem and problem.endswith("The loaded version continues to serve.")
     following.looks(registry, 5)
     assert (following.champion.state()["version"], following.champion.state()["champion"]) == ("1", "1")
     registry.facts = {**passed, "approval": "awaiting", "promoted": "7"}
@@ -243,7 +243,7 @@ def test_a_version_that_does_not_load_is_tried_again_after_a_pause(
 ) -> None:
     Answerer.damaged.add("2")
     registry.version = "2"
-    problem = following.wait_for("Version 2 does not load: the files of 2 are damaged; version 1 goes on serving.")
+    problem = following.wait_for("Version 2 does not load: the files of 2 are damaged; version 1 continues to serve.")
     following.looks(registry, 5)
     assert registry.num_downloads == 2, "it is not tried at every look"
     assert following.champion.state() | {"problem": None} == {
@@ -269,7 +269,7 @@ def test_a_rollback_from_a_version_that_does_not_load_clears_the_problem(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A version's folder, beside a module and code that must not be imported."""
+    """A version's folder with a module and code that must not be imported."""
     folder = tmp_path / "version"
     (folder / "code").mkdir(parents=True)
     (tmp_path / "evil_loader.py").write_text("def _load_pyfunc(path): return None\n")

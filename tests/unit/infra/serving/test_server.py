@@ -1,4 +1,4 @@
-"""What the server answers, what it refuses, and what it does with clients that are slow, gone or hostile."""
+"""The answers and refusals of the server, also to clients that are slow, gone or hostile."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from mlflow.pyfunc import PyFuncModel
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow
-from infra.served_model import ServedModel
+from infra.served_model import SIGNATURE, ServedModel
 from infra.serving import run, server
-from infra.serving.served_folder import SIGNATURE
 from infra.serving.server import make_app
 
 WAIT_SECONDS = 60
@@ -33,7 +32,7 @@ ROW = {"dataframe_records": [{"input": "a text", "task": "bank"}]}
 
 
 class Champion:
-    """Answers in capitals; a text may ask for trouble."""
+    """Answers in capitals. Some texts cause errors."""
 
     lineage = "l"
     version = "3"
@@ -82,7 +81,7 @@ def champion() -> Iterator[Champion]:
 
 @contextmanager
 def running(champion: Champion, log: Path, *trusted: str) -> Iterator[int]:
-    """The server on a port of loopback, in a thread; it writes into `log`."""
+    """The server on a loopback port, in a thread. Its log is `log`."""
     listener = socket.create_server(("127.0.0.1", 0))
     stops: list[Callable[[], None]] = []
     is_up = threading.Event()
@@ -253,7 +252,7 @@ def test_one_request_too_many_is_told_when_to_come_again(champion: Champion, tmp
             champion.wait_until(lambda: champion.num_inside == 2)
             found = ask(port, ROW)
             assert (found.status_code, found.headers["Retry-After"]) == (503, "2")
-            assert httpx.get(f"http://127.0.0.1:{port}/health").is_success, "it is busy, not ill"
+            assert httpx.get(f"http://127.0.0.1:{port}/health").is_success, "it is busy, but works"
             champion.may_answer.set()
             for thread in threads:
                 thread.join(WAIT_SECONDS)
@@ -278,7 +277,7 @@ def test_clients_that_break_off_leave_no_line_in_the_log(port: int, champion: Ch
     for sent in (b"POST /invoc", HEAD, HEAD + b"Content-Length: 100\r\n\r\n", HEAD + b"Content-Length: 100\r\n\r\n{"):
         connection = socket.create_connection(("127.0.0.1", port))
         connection.sendall(sent)
-        time.sleep(0.05)  # else the server may see nothing of it
+        time.sleep(0.05)  # otherwise the server may not see it
         connection.close()
     champion.may_answer.clear()
     for number in range(1, 4):
@@ -295,7 +294,7 @@ def test_clients_that_break_off_leave_no_line_in_the_log(port: int, champion: Ch
 def test_connections_that_send_no_request_are_closed(
     champion: Champion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time is short here; the test fails if a connection stays open for a minute."""
+    """The time limit is short here. The test fails if a connection stays open for a minute."""
     monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(run, "KEEP_ALIVE_SECONDS", 0.3)
     monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
@@ -310,7 +309,7 @@ def test_connections_that_send_no_request_are_closed(
         assert [answer.count(b" 200 ") for answer in found.values()] == [0, 0, 1, 1, 0]
         assert b" 408 " in list(found.values())[-1]
 
-        with socket.create_connection(("127.0.0.1", port)) as connection:  # one byte now and then wins no time
+        with socket.create_connection(("127.0.0.1", port)) as connection:  # further bytes do not restart the time limit
             connection.sendall(b"POST /invocations HTTP/1.1\r\nX: ")
             deadline = time.monotonic() + WAIT_SECONDS
             with suppress(ConnectionError):  # that it is closed
@@ -319,7 +318,7 @@ def test_connections_that_send_no_request_are_closed(
                     connection.sendall(b"x")
                     time.sleep(0.05)
 
-        champion.may_answer.clear()  # a request that is answered slowly is no idle connection
+        champion.may_answer.clear()  # a slow answer is no idle connection
         asking = socket.create_connection(("127.0.0.1", port))
         body = json.dumps(ROW).encode()
         asking.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)

@@ -1,4 +1,4 @@
-"""What only the folder store does; its contract is tested together with S3's in tests/integration."""
+"""The folder store's own behaviour. tests/integration tests the contract that it shares with S3."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 from deal_core.errors import StoreError
 from infra.store import base
 from infra.store.base import UnusableObjectError
-from infra.store.local import FileStore
-from infra.store.open import open_store
+from infra.store.local import FileStore, open_store
 from tasks.context import local_file
 
 
@@ -73,14 +72,14 @@ def test_a_killed_writer_leaves_its_unfinished_file_in_one_place_alone(tmp_path:
     script = tmp_path.parent / "writer.py"
     script.write_text(
         "import os, signal\nfrom pathlib import Path\nfrom infra.store.local import FileStore\n"
-        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # all is written, and has no name yet
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # the file is complete and has no name yet
         f"FileStore(Path({str(tmp_path)!r})).{write}\n"
     )
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, str(script)], env=paths, check=False).returncode == -signal.SIGKILL
     assert [info.key for info in store.list()] == ["inbox/a"] and not store.exists("inbox/b")
     (left,) = (path for path in tmp_path.rglob("*") if path.is_file() and path != tmp_path / "inbox" / "a")
-    assert left.parent == tmp_path / base.RESERVED, "where gc and forget look for it"
+    assert left.parent == tmp_path / base.RESERVED, "the place where gc and forget search"
     assert store.put_bytes("inbox/b", b"new", if_absent=True)
 
 
@@ -148,7 +147,7 @@ def test_files_with_odd_names_are_skipped_and_said(tmp_path: Path, caplog: pytes
     assert [info.key for info in store.list("inbox")] == ["inbox/good"]
     assert caplog.text.count("Skipped") == 2
     assert [info.key for info in FileStore(tmp_path).list()] == ["inbox/good"]
-    assert caplog.text.count("Skipped") == 2, "a watch looks every two seconds"
+    assert caplog.text.count("Skipped") == 2, "a watch lists every two seconds"
     assert list(store.unusable_keys("inbox")) == ["inbox/bad\nname", "inbox/latin-\udce4"]
 
 

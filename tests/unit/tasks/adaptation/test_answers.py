@@ -15,7 +15,7 @@ from deal_core.data.schema import ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.base import ObjectStore
-from infra.store.open import open_store
+from infra.store.local import open_store
 from tasks.adaptation.answers import (
     ANSWERS_FILE,
     MAX_CHARS,

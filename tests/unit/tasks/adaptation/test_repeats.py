@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from infra.ledger import Ledger
-from infra.store.open import open_store
+from infra.promotions import Ledger
+from infra.store.local import open_store
 from infra.tracking.registry import VersionInfo
 from tasks.adaptation.promote import note_learned
 from tasks.adaptation.repeats import find_repeat

@@ -11,8 +11,7 @@ import pytest
 from deal_core.errors import StoreError
 from infra.store.base import ObjectInfo
 from infra.store.keys import INBOX, task_of
-from infra.store.local import FileStore
-from infra.store.open import open_store
+from infra.store.local import FileStore, open_store
 from tasks.inbox.listing import (
     PAUSE,
     Beside,

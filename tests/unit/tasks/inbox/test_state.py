@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.store.open import open_store
+from infra.store.local import open_store
 from tasks.adaptation.ingest import TaskFieldsError
 from tasks.inbox.state import look, task_spec
 

@@ -13,10 +13,9 @@ from safetensors.numpy import save_file
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError, StoreError
-from infra.ledger import Ledger
-from infra.promotions import Change, PromotionLog
+from infra.promotions import Change, Ledger, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.open import open_store
+from infra.store.local import open_store
 from infra.tracking.registry import VersionFacts
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.answers import read_answers
