@@ -31,7 +31,7 @@ from tasks.housekeeping.inventory import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
-from tasks.serving.predict import FileAnswers, predict, predict_file
+from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, FAIL, run
 

@@ -22,8 +22,8 @@ from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
 from tasks.lineage.history import read_history
 from tasks.lineage.rebuild import RebuildResult
+from tasks.predict import predict
 from tasks.progress import LogReporter, reporting_to
-from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, run
 from tests.in_process import KilledError, put_back
 
