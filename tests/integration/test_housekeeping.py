@@ -270,7 +270,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     assert keys("datasets/bank") == []
     scores = asyncio.run(evaluate("l"))
     assert set(scores.accuracies) == {"clinic"} and "forgotten" in scores.unjudged["bank"]
-    with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' that brings test rows"):
+    with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' with test rows"):
         run(tiny_base, CLINIC, again=True)
     _judged_anew(tiny_base, tmp_path, second)
 

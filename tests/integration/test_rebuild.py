@@ -141,7 +141,7 @@ def test_a_rebuild_that_was_cut_short_is_given_again(
         patch.setattr(LineageRebuild, "make", die_at_the_third)
         with pytest.raises(KilledError):
             rebuilt()
-    with pytest.raises(RegistryError, match=r"cut short.*deal lineage rebuild l"):
+    with pytest.raises(RegistryError, match=r"interrupted.*deal lineage rebuild l"):
         run(tiny_base, BANK)
     assert rebuilt().versions == ("1", "2", "3")
     assert what_is_known() == known
