@@ -25,10 +25,9 @@ from infra.version_log import VersionLog
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.context import current_store
-from tasks.lineage.history import find_version, unknown_lineage
+from tasks.lineage.history import find_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
-from tasks.lineage.resolve_spec import arrival_of
-from tasks.lineage.stored_lineage import require_in_registry
+from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
 from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce

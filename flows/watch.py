@@ -18,9 +18,19 @@ from flows.results import AdaptResult
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from tasks.context import current_store
-from tasks.inbox.announcements import drop_announcement
-from tasks.inbox.listing import Handled, InboxState, KnownStates, Outcome, read_state, write_state
-from tasks.inbox.state import TestFiles, look, settle, task_spec
+from tasks.inbox import (
+    Handled,
+    InboxState,
+    KnownStates,
+    Outcome,
+    TestFiles,
+    drop_announcement,
+    look,
+    read_state,
+    settle,
+    task_spec,
+    write_state,
+)
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.spec import AdaptSpec, LineageSpec

@@ -14,9 +14,17 @@ from flows.lock import is_held_on_server
 from infra.store.base import ObjectStore
 from infra.store.s3 import open_landing_queue
 from tasks.context import current_store
-from tasks.inbox.announcements import announce, announce_again, read_announcement
-from tasks.inbox.listing import InboxState, KnownStates
-from tasks.inbox.state import InboxLook, TestFiles, look, settle
+from tasks.inbox import (
+    InboxLook,
+    InboxState,
+    KnownStates,
+    TestFiles,
+    announce,
+    announce_again,
+    look,
+    read_announcement,
+    settle,
+)
 from tasks.lineage.settings import WatchedLineage, list_lineages
 from tasks.progress import is_stopped, reporter
 

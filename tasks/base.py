@@ -1,7 +1,7 @@
-"""The base model of a run, loaded once per process and lent to the stages that need it.
+"""The base model of a run: loaded once per process and lent to the stages that need it.
 
-torch and transformers are imported here and in the stages that compute, when they begin: a run starts, looks and often
-ends (nothing new, somebody else is at it) in a third of the time that importing them takes.
+torch and transformers are imported only in functions that compute. Many runs end before they need a model, and the two
+imports take most of the start of a process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.config import Quantize
+from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings
 from tasks.progress import advance
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from deal_core.base_model.load import BaseModel
 
 _loaded: dict[tuple[str, Quantize], BaseModel] = {}
+"""The base model in memory, by source and quantization. There is at most one."""
 
 
 def lend_base(reference: BaseRef) -> BaseModel:
-    """A base model, bare; whoever puts an adapter on it takes it off again.
+    """Return a base model without an adapter. A caller that attaches an adapter removes the adapter again.
 
     Raises:
-        ConfigError: what lies at its source is another model than it was.
+        ConfigError: The model at this source has changed since the reference was made.
     """
     base = _load(reference.source, reference.quantize)
     if base.sha256 != reference.sha256:
@@ -40,7 +41,7 @@ def lend_base(reference: BaseRef) -> BaseModel:
 
 
 def release_base() -> None:
-    """Give the memory of a base model back, for other processes that load it."""
+    """Free the memory of the base model for other processes."""
     import torch
 
     _loaded.clear()
@@ -48,17 +49,12 @@ def release_base() -> None:
     torch.cuda.empty_cache()
 
 
-def is_loaded(source: str) -> bool:
-    """Whether this process holds the base model already."""
-    return any(known == source for known, _ in _loaded)
-
-
 def _load(source: str, quantize: Quantize) -> BaseModel:
     key = source, quantize
     if key not in _loaded:
         from deal_core.base_model.load import load_base
 
-        _loaded.clear()  # one at a time: base models are large
+        _loaded.clear()
         report = advance("base")
         _loaded[key] = load_base(
             source,
@@ -71,10 +67,48 @@ def _load(source: str, quantize: Quantize) -> BaseModel:
 
 @task(name="base", cache_policy=NO_CACHE)
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
-    """Load a base model and say which one it is.
+    """Load a base model and return its name and digest.
 
     Raises:
-        ConfigError: it cannot be loaded, or not quantized; see `deal_core.base_model.load.load_base`.
+        ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
     """
     base = _load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
+
+
+def refuse_what_cannot_fit(
+    source: str, adapter: AdapterConfig, strategy: str, method: MethodConfig, train: TrainConfig, *, num_versions: int
+) -> None:
+    """Refuse a run whose weights, adapter and optimiser alone need more memory than the device has.
+
+    The check comes before the weights are loaded. A model that cannot be measured passes. `num_versions` is the number
+    of versions that the lineage has learned, 0 for the first task.
+
+    Raises:
+        ConfigError: The run cannot fit. The message gives the bytes that are needed.
+    """
+    if any(known == source for known, _ in _loaded):
+        return
+    from deal_core.base_model.config import find_config
+    from deal_core.base_model.device import current_device
+    from deal_core.base_model.load import precision_name
+    from deal_core.planning.memory import NO_ACTIVATIONS, NO_BATCH, MethodShape, adapter_rank, plan_memory
+    from deal_core.planning.meta_model import measure_model
+
+    try:
+        model = measure_model(find_config(source, HomeSettings().cache_dir).config, adapter)
+    except ConfigError:
+        return
+    device, precision = current_device(), precision_name("auto")
+    rank = adapter_rank(adapter, strategy, num_versions)
+    shape = MethodShape(rank=rank, strategy=strategy, method=method, is_first_task=num_versions == 0)
+    needed = plan_memory(
+        model, NO_ACTIVATIONS, NO_BATCH, shape, train=train, precision=precision, on_cpu=device.is_cpu
+    ).certain
+    held = precision if train.quantize == "none" else train.quantize
+    if needed > device.total_bytes:
+        raise ConfigError(
+            f"{source} cannot be adapted here, not even with the smallest batch: weights ({held}), adapter and "
+            f"optimiser take {needed / 2**30:.1f} GiB, and {device.name} has {device.total_bytes / 2**30:.1f} GiB. "
+            "Give a smaller base model or a device with more memory; deal plan shows how much a run takes."
+        )

@@ -1,4 +1,4 @@
-"""Benchmark: one cell, unless it is stored already or another process is at it."""
+"""Run one cell of a benchmark, unless its result is stored or another process runs the cell."""
 
 from __future__ import annotations
 
@@ -24,40 +24,31 @@ CellStatus = Literal["done", "stored", "busy"]
 
 
 @task(name="cell", cache_policy=NO_CACHE, task_run_name="{cell.strategy}-{cell.seed}")
-def make_cell_file(
-    base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path
-) -> CellStatus:
+def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path) -> CellStatus:
     """Run a cell and store its figures as one JSON file.
 
     Args:
         base: The base model.
-        cell: What to run.
-        method: Settings of the strategies; the cell records those that its strategy reads.
+        cell: The tasks, the strategy and the seed.
+        method: Settings of the strategies. The cell records the settings that its strategy reads.
         data: Folder of the tasks.
-        out: Folder of the cells.
-        work: Folder for what a cell needs to go on after it died; processes that share cells share it.
+        out: Folder of the results.
+        work: Folder of the checkpoints and locks. Processes that share cells share this folder.
 
     Returns:
-        "busy" where another process holds the cell.
+        "busy": another process runs the cell.
     """
-    path = out / cell.file_name
+    path, folder = out / cell.file_name, work / cell.digest()
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / f"{cell.digest()}.lock", timeout=0):
             if path.is_file():
                 return "stored"
-            folder = work / cell.digest()
             report = advance("cell")
-            run = CellRun(
-                base=lend_base(base),
-                cell=cell,
-                tasks=load_suite(data, cell.tasks),
-                method=method,
-                work=folder,
-                shared=work / "first-versions",
-                on_progress=report,
-            )
-            result = run_cell(run)
+            result = run_cell(CellRun(
+                base=lend_base(base), cell=cell, tasks=load_suite(data, cell.tasks), method=method, work=folder,
+                shared=work / "first-versions", on_progress=report,
+            ))  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(path) as part:
                 part.write_text(json.dumps({"settings": cell.to_json(), **result}, indent=1) + "\n", encoding="utf-8")

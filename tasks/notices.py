@@ -1,13 +1,7 @@
-"""Notices: what became of an adaptation, told to the Prefect server as an event and to a webhook as signed JSON.
+"""Notices about adaptations: events for the Prefect server and signed JSON for a webhook.
 
-    promoted             → deal.version.promoted
-    rejected             → deal.version.rejected
-    awaiting-approval    → deal.version.awaiting-approval
-    rolled-back          → deal.version.rolled-back
-    failed               → deal.adaptation.failed
-
-The event's resource is `deal.lineage.<name>`, its payload a `Notice`; docs/notifications.md describes both for those
-who receive them. No notice holds a text of a row, unless an error does and the run may show texts.
+The event's resource is `deal.lineage.NAME`. Its payload is a `Notice`; docs/notifications.md describes both. A notice
+contains no text of a row, unless an error quotes one and the run may show texts.
 """
 
 from __future__ import annotations
@@ -44,7 +38,7 @@ MAX_MESSAGE_CHARS = 2000
 
 
 class Notice(BaseModel):
-    """The payload of an event, and the `payload` of a webhook's body; None where it does not apply."""
+    """The payload of an event and of a webhook's body. A field that does not apply is None or empty."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,46 +47,41 @@ class Notice(BaseModel):
     task: str | None = None
     version: str | None = None
     parent_version: str | None = None
-    """What the version continues; None for one that starts from the base model."""
+    """The version that this version continues; None: it starts from the base model."""
     reasons: tuple[str, ...] = ()
-    """Why the gate, or a person, rejected the version; or why a person moved the champion."""
+    """Why the gate or a person rejected the version, or why a person moved the champion."""
     who: str | None = None
-    """The person, where one decided."""
+    """The person who decided."""
     accuracies: dict[str, float] = {}
-    """Task to the version's accuracy on it, 0 to 1."""
+    """Accuracy of the version by task, 0 to 1."""
     average_accuracy: float | None = None
     forgetting: float | None = None
     error: str | None = None
     """Why the adaptation failed."""
     tracking_id: str | None = None
-    """The MLflow run; `report.html` among its artifacts is the page."""
+    """The MLflow run. Its artifact `report.html` is the report."""
     run_key: str | None = None
 
 
 def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
-    """Tell the Prefect server, if there is one, and the webhook, if one is set. Whatever fails is logged, never raised.
+    """Send a notice to the Prefect server and to the webhook, where they are configured.
 
-    It waits, minutes if need be, for a server that is away; call it where waiting does no harm.
-
-    Args:
-        kind: what happened.
-        notice: to which version, and why.
-        once: identity of what happened: told again, after a crash say, receivers know it as the same; None: each call
-            is a notice of its own.
+    The call waits up to minutes for a server that is away. An error is logged, never raised. `once` is the identity of
+    the event, by which receivers recognise a repeated event; None: every call is a new event.
     """
     event = EVENTS[kind]
     identity = uuid.uuid4() if once is None else uuid.uuid5(uuid.NAMESPACE_URL, f"{event} {notice.lineage} {once}")
     occurred = datetime.now(UTC)
-    for tell in (_tell_server, _tell_webhook):
+    for receiver, send in (("Prefect server", _tell_server), ("webhook", _tell_webhook)):
         try:
-            tell(event, identity, occurred, notice)
-        except Exception as error:  # a version is promoted whether or not anybody hears of it
+            send(event, identity, occurred, notice)
+        except Exception as error:  # a failed notice must not undo a promotion
             reason = without_secrets(str(error).split("\n")[0])
-            logger.error("Nobody was told of %s by %s: %s: %s", event, tell.__name__, type(error).__name__, reason)
+            logger.error("The %s did not receive %s: %s: %s", receiver, event, type(error).__name__, reason)
 
 
 def announce_version(version: VersionRef, *, task: str, evaluation: EvaluationReport, tracking_id: str) -> None:
-    """Announce how the run of a version ended: once, however often the end of the run is repeated."""
+    """Announce how the run of a version ended. Receivers count repeated calls once."""
     matrix = evaluation.matrix
     notice = Notice(
         lineage=version.lineage,
@@ -110,17 +99,14 @@ def announce_version(version: VersionRef, *, task: str, evaluation: EvaluationRe
 
 
 def announce_failure(lineage: str, task: str, error: Exception) -> None:
-    """Announce that an adaptation failed.
-
-    Of an error that is not ours only the kind is told, as nobody knows what it quotes.
-    """
+    """Announce that an adaptation failed. Only a DealError's text is sent: the text of others may quote anything."""
     words = " ".join(str(error).split()) if isinstance(error, DealError) else "see the run's log"
     message = without_secrets(f"{type(error).__name__}: {words}")[:MAX_MESSAGE_CHARS]
     announce("failed", Notice(lineage=lineage, task=task, error=message))
 
 
 def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: Notice) -> None:
-    if not get_current_settings().api.url:  # embedded: nobody listens
+    if not get_current_settings().api.url:  # the embedded server has no listeners
         return
     run_id = runtime.flow_run.id
     related = [{"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}]
@@ -139,7 +125,7 @@ def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: No
 
 @patient
 def _post_event(event: dict[str, Any]) -> None:
-    """Hand an event in and see it taken, which `emit_event` leaves to a thread that ends with the process."""
+    """Post an event and wait for the answer. `emit_event` would use a thread that ends with the process."""
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[event]).raise_for_status()
 

@@ -1,20 +1,23 @@
-"""What an adaptation will take, said before it: memory by kind, steps, time, and whether it fits the device."""
+"""Plan an adaptation before it runs (`deal plan`): memory by kind, steps, time, and whether the run fits the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+import transformers
+from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.base_model.config import BaseConfig, find_config
 from deal_core.base_model.device import Device, current_device, parse_bytes
-from deal_core.base_model.load import Precision, precision_name
-from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.base_model.load import Precision, load_base, precision_name
+from deal_core.config import TrainConfig
+from deal_core.data.schema import DatasetManifest
 from deal_core.data.validate import build_dataset
 from deal_core.errors import ConfigError
 from deal_core.planning.memory import (
@@ -32,38 +35,25 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.planning.suggestions import find_remedies
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
 from tasks.context import current_store, local_file
 from tasks.lineage.record import LineageRecord, read_record
-from tasks.lineage.resolve_spec import arrival_of, choose_adapter, choose_base, choose_strategy
+from tasks.lineage.settings import arrival_of, choose_adapter, choose_base, choose_strategy
+from tasks.lineage.version_files import borrowed_parent
 from tasks.references import VersionRef
 from tasks.spec import AdaptSpec
 from tasks.validate import known_champion
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from deal_core.training.train import TrainingSetup
-
-
-import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from tasks.lineage.adapters import borrowed_parent
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 OnProgress = Callable[[str], None]
 NUM_PROBE_STEPS = 3
 
 
 class PlannedRemedy(BaseModel):
-    """A change to the spec, and what the run takes with it."""
+    """A change to the spec, and the memory that the run takes with the change."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,7 +63,7 @@ class PlannedRemedy(BaseModel):
 
 
 class PlanResult(BaseModel):
-    """What a run will take."""
+    """What a run takes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -90,7 +80,7 @@ class PlanResult(BaseModel):
     num_steps: int
     rows_per_step: int
     rehearsed_per_step: int
-    """Questions about old tasks that every step asks beside its rows."""
+    """Questions about old tasks in every step, in addition to the step's rows."""
     batch_rows: int
     longest_row_tokens: int
     longest_answer_tokens: int
@@ -103,7 +93,7 @@ class PlanResult(BaseModel):
     verdict: Literal["fits", "tight", "refused"]
     remedies: tuple[PlannedRemedy, ...]
     seconds_per_step: float | None
-    """From a probe on this machine; None: not probed."""
+    """From a probe on this machine; None: there was no probe."""
     expected_seconds: float | None
     notes: tuple[str, ...]
 
@@ -111,6 +101,22 @@ class PlanResult(BaseModel):
     def refused(self) -> bool:
         """Whether the run cannot fit."""
         return self.verdict == "refused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The run that is planned."""
+
+    source: str
+    base: BaseConfig
+    precision: Literal["bf16", "fp32"]
+    champion: VersionRef | None
+    rank: int
+    setup: TrainingSetup
+
+    def largest_batch(self, train: TrainConfig) -> int:
+        setup = self.setup
+        return largest_batch(train, setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy)
 
 
 def plan(
@@ -121,101 +127,74 @@ def plan(
     probe: bool = True,
     on_progress: OnProgress = lambda doing: None,
 ) -> PlanResult:
-    """Work out what the run of a spec takes; nothing is kept, and no weights are fetched.
+    """Compute what the run of a spec takes. Nothing is stored and no weights are fetched.
 
     Args:
-        spec: The arrival, the lineage, and how it learns.
-        device_memory: Memory to plan for, such as "24GiB"; None: what is free on this machine's device.
-        precision: Of the frozen weights on the device that is planned for.
-        probe: Take three steps, where the base model is on this machine and the plan fits.
-        on_progress: Told what is being done.
+        spec: The arrival, the lineage and the settings.
+        device_memory: Memory to plan for, such as "24GiB"; None: the free memory of this machine's device.
+        precision: Precision of the frozen weights on the planned device.
+        probe: Time three steps, if the base model is on this machine and the run fits.
+        on_progress: Called with the current step in a few words.
 
     Raises:
-        ConfigError: The config of the base model cannot be reached, or something in the spec does not fit.
-        DataValidationError: The file is refused whole.
+        ConfigError: The config of the base model cannot be read, or a setting does not fit.
+        DataValidationError: The whole file is refused.
     """
     champion = known_champion(spec.lineage)
     record = read_record(current_store(), champion.adapter_uri) if champion else None
     on_progress("reading the base model's config")
-    base = find_config(choose_base(spec, record), HomeSettings().cache_dir)
-    run = _Run(spec, champion, record, base, precision_name(precision), choose_adapter(spec, record))
-    with ExitStack() as stack:
-        on_progress("reading the file")
-        folder = stack.enter_context(temporary_folder())
-        manifest = _check_rows(run, folder / "dataset")
-        from datasets import Dataset
-
+    source = choose_base(spec, record)
+    base = find_config(source, HomeSettings().cache_dir)
+    adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
+    num_versions = len(record.matrix.trained) if record else 0
+    on_progress("reading the file")
+    with temporary_folder() as folder:
+        manifest = _check_rows(spec, record, folder / "dataset")
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
+        run = _Run(
+            source=source, base=base, precision=precision_name(precision), champion=champion,
+            rank=adapter_rank(adapter, strategy, num_versions),
+            setup=TrainingSetup(
+                task=manifest.task, old_tasks=tuple(known.schema for known in record.tasks) if record else (),
+                strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
+            ),
+        )  # fmt: skip
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a plan is about."""
-
-    spec: AdaptSpec
-    champion: VersionRef | None
-    record: LineageRecord | None
-    base: BaseConfig
-    precision: Literal["bf16", "fp32"]
-    adapter: AdapterConfig
-
-    @property
-    def strategy(self) -> str:
-        return choose_strategy(self.spec, self.record)
-
-    @property
-    def source(self) -> str:
-        return choose_base(self.spec, self.record)
-
-    @property
-    def old_tasks(self) -> list[TaskSchema]:
-        return [known.schema for known in self.record.tasks] if self.record else []
-
-    @property
-    def num_versions(self) -> int:
-        return len(self.record.matrix.trained) if self.record else 0
-
-
-def _check_rows(run: _Run, folder: Path) -> DatasetManifest:
-    """The dataset of the arrival, in a folder of its own, as ingest would make it."""
-    arrival, store = arrival_of(run.spec), current_store()
-    with ExitStack() as stack:
-        source = stack.enter_context(local_file(store, arrival.data))
-        test_source = stack.enter_context(local_file(store, arrival.test_data)) if arrival.test_data else None
+def _check_rows(spec: AdaptSpec, record: LineageRecord | None, folder: Path) -> DatasetManifest:
+    """Make the arrival's dataset in a local folder, by the rules of ingest."""
+    arrival, store = arrival_of(spec), current_store()
+    with (
+        local_file(store, arrival.data) as source,
+        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
+    ):
         return build_dataset(
-            source, choose_schema(store, arrival, run.record), folder, run.spec.data, test_source=test_source,
-            frozen_test_inputs=frozen_test_inputs(store, run.record, arrival.task),
+            source, choose_schema(store, arrival, record), folder, spec.data, test_source=test_source,
+            frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
         )  # fmt: skip
 
 
 def _plan_rows(
     run: _Run, manifest: DatasetManifest, rows: Dataset, device_memory: str | None, probe: bool, on_progress: OnProgress
 ) -> PlanResult:
-    train, method, strategy = run.spec.train, run.spec.method, run.strategy
-    rank = adapter_rank(run.adapter, strategy, run.num_versions)
-    model = measure_model(run.base.config, run.adapter)
-    num_old = len(run.old_tasks)
+    setup, train = run.setup, run.setup.train
+    model = measure_model(run.base.config, setup.adapter)
     on_progress("measuring rows and activations")
-    num_rows = largest_batch(train, method, num_old_tasks=num_old, strategy=strategy)
-    batch = _batch(run, manifest.task, rows, train, num_rows)
-    here = current_device()
-    device = here
+    batch = _batch(run, rows)
+    here = device = current_device()
     if device_memory is not None:
-        device_bytes = parse_bytes(device_memory)
-        device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=device_bytes,
-                        total_bytes=device_bytes)  # fmt: skip
-    notes: list[str] = []
+        num_bytes = parse_bytes(device_memory)
+        device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
 
     def memory_of(changed: TrainConfig, precision: str) -> MemoryPlan:
-        rows_at_once = largest_batch(changed, method, num_old_tasks=num_old, strategy=strategy)
-        shape = replace(_cut(batch, changed), num_rows=rows_at_once)
-        return _memory(run, model, shape, changed, precision, rank, device)
+        shape = replace(_cut(batch, changed), num_rows=run.largest_batch(changed))
+        return _memory(run, model, shape, changed, precision, device)
 
     memory = memory_of(train, run.precision)
     limit = device.free_bytes
     refused = memory.total > limit
-    remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
+    notes: list[str] = []
     seconds = None
     if run.base.folder is None:
         notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
@@ -223,51 +202,44 @@ def _plan_rows(
         notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
     elif probe and not refused and memory.total <= here.free_bytes:
         on_progress("taking three steps")
-        from deal_core.training.train import TrainingSetup
-
-        setup = TrainingSetup(
-            task=manifest.task, old_tasks=tuple(run.old_tasks), strategy=strategy, adapter=run.adapter, method=method,
-            train=train,
-        )  # fmt: skip
-        seconds = probe_step(run.source, run.champion, rows, setup)
+        seconds = _probe_step(run, rows)
         if device_memory is not None:
             notes.append("the time is this machine's, not that of the device planned for")
     if train.num_processes > 1:
         notes.append(f"memory and time are those of one process with the whole batch; {train.num_processes} share it")
-    if strategy in ("o_lora", "ella", "ewc", "lwf") and num_old:
-        notes.append(f"what {strategy} keeps of earlier tasks beside the adapter is not counted")
+    if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
+        notes.append(f"the tensors that {setup.strategy} keeps for earlier tasks are not counted")
+    remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     steps = train.num_steps(manifest.num_train)
     return PlanResult(
         base=run.source, model_type=model.model_type, parameters=dict(model.parameters),
-        adapter_parameters=sum(model.num_factor_numbers(rank)), rank=rank, strategy=strategy, precision=run.precision,
-        num_train=manifest.num_train, num_test=manifest.num_test, num_rejected=manifest.num_rejected, num_steps=steps,
+        adapter_parameters=sum(model.num_factor_numbers(run.rank)), rank=run.rank, strategy=setup.strategy,
+        precision=run.precision, num_train=manifest.num_train, num_test=manifest.num_test,
+        num_rejected=manifest.num_rejected, num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        rehearsed_per_step=rehearsed_rows(method, num_old_tasks=num_old, strategy=strategy),
+        rehearsed_per_step=rehearsed_rows(
+            setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy
+        ),
         batch_rows=batch.num_rows, longest_row_tokens=batch.num_tokens, longest_answer_tokens=batch.num_answer_tokens,
-        lengths_from="limits" if run.base.folder is None else "rows",
-        memory={name: getattr(memory, name) for name in
-                ("weights", "adapter", "optimiser", "activations", "workspace")},
-        total_bytes=memory.total, device=device.name, device_bytes=limit,
+        lengths_from="limits" if run.base.folder is None else "rows", memory=vars(memory), total_bytes=memory.total,
+        device=device.name, device_bytes=limit,
         verdict="refused" if refused else "fits" if memory.total <= HEADROOM * limit else "tight",
         remedies=tuple(PlannedRemedy(**vars(each)) for each in remedies),
         seconds_per_step=seconds, expected_seconds=None if seconds is None else seconds * steps, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _batch(run: _Run, task: TaskSchema, rows: Dataset, train: TrainConfig, num_rows: int) -> BatchShape:
+def _batch(run: _Run, rows: Dataset) -> BatchShape:
+    setup, num_rows = run.setup, run.largest_batch(run.setup.train)
     if run.base.folder is None:
-        return limits_of(train, num_rows)
-    tokenizer = _tokenizer(run.base.folder, run.source)
-    return longest_of(rows, tokenizer, task, run.old_tasks, train, num_rows)
-
-
-def _tokenizer(folder: Path, source: str) -> Any:
-    import transformers
-
+        return limits_of(setup.train, num_rows)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged files break their readers in many ways
-        raise ConfigError(f"The tokenizer of {source!r} cannot be read ({type(error).__name__}: {error}).") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run.base.folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file can raise any error
+        raise ConfigError(
+            f"The tokenizer of {run.source!r} cannot be read ({type(error).__name__}: {error})."
+        ) from error
+    return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows)
 
 
 def _cut(batch: BatchShape, train: TrainConfig) -> BatchShape:
@@ -278,41 +250,34 @@ def _cut(batch: BatchShape, train: TrainConfig) -> BatchShape:
 
 
 def _memory(
-    run: _Run, model: ModelSize, batch: BatchShape, train: TrainConfig, precision: str, rank: int, device: Device
+    run: _Run, model: ModelSize, batch: BatchShape, train: TrainConfig, precision: str, device: Device
 ) -> MemoryPlan:
-    activations = measure_activations(run.base.config, replace(run.adapter, rank=rank), batch, precision,
-                                      on_cpu=device.is_cpu)  # fmt: skip
-    return plan_memory(
-        model, activations, batch,
-        MethodShape(rank=rank, strategy=run.strategy, method=run.spec.method, is_first_task=run.record is None),
-        train=train,
-        precision=precision,
-        on_cpu=device.is_cpu,
+    setup, on_cpu = run.setup, device.is_cpu
+    adapter = replace(setup.adapter, rank=run.rank)
+    activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
+    shape = MethodShape(
+        rank=run.rank, strategy=setup.strategy, method=setup.method, is_first_task=run.champion is None
     )
+    return plan_memory(model, activations, batch, shape, train=train, precision=precision, on_cpu=on_cpu)
 
 
-def probe_step(source: str, parent: VersionRef | None, rows: Dataset, setup: TrainingSetup) -> float:
-    """Take three optimiser steps on the rows and return the seconds of one; the first is left out, nothing is kept.
+def _probe_step(run: _Run, rows: Dataset) -> float:
+    """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept.
 
     Raises:
         ConfigError: The base model cannot be loaded.
     """
-    from deal_core.base_model.load import load_base
-    from deal_core.training.train import train_adapter
-
     times: list[float] = []
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
         times.append(time.perf_counter())
 
-    with (
-        temporary_folder() as temporary,
-        borrowed_parent(current_store(), parent) as parent_folder,
-    ):
+    train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
+    with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
         train_adapter(
-            load_base(source, HomeSettings().cache_dir, quantize=setup.train.quantize),
+            load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize),
             rows,
-            replace(setup, train=replace(setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)),
+            replace(run.setup, train=train),
             parent_folder=parent_folder,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",

@@ -1,8 +1,7 @@
-"""How a run reports its progress, runs its stages in threads, and is stopped.
+"""Report a run's progress, run its stages in threads, and stop the run.
 
-The stages report to the reporter of the current context: a command shows bars and lines, a worker writes log lines. The
-callbacks of `advance` are also the places where a run stops if it was asked to, because nothing can kill a thread.
-`patient` bridges a Prefect server that is away.
+Stages report to the reporter of the current context: a command shows bars and lines, a worker writes log lines. A
+thread cannot be killed, so a run that was asked to stop ends in the callbacks of `advance`.
 """
 
 from __future__ import annotations
@@ -26,43 +25,43 @@ Output = TypeVar("Output")
 PATIENCE_SECONDS = 180.0
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: somebody asked for it
-    """The user asked the run to stop; it goes on from its last checkpoint when it is started again."""
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """The user asked the run to stop. A new start continues from the last checkpoint."""
 
 
 class Reporter(Protocol):
-    """Receives what happens in a run. Methods are called from worker threads."""
+    """Receives the progress of a run. Worker threads call the methods."""
 
     def stage_started(self, stage: str) -> None:
-        """A stage begins."""
+        """A stage started."""
 
     def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """`done` of `total` units of a stage are through."""
+        """`done` of `total` units of a stage are finished."""
 
     def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        """A stage ended; `detail` is its result in a few words."""
+        """A stage ended. `detail` is its result in a few words."""
 
     def said(self, message: str) -> None:
-        """Something worth a line of its own."""
+        """A message of one line."""
 
 
 class LogReporter:
-    """Writes stages as log lines: what a worker or a test wants."""
+    """Writes the progress as log lines, for workers and tests."""
 
     def stage_started(self, stage: str) -> None:
-        """Log it."""
+        """Log at level info."""
         logger.info("%s started", stage)
 
     def advanced(self, stage: str, done: float, total: float | None, detail: str = "") -> None:
-        """Log it, for those who debug."""
+        """Log at level debug."""
         logger.debug("%s %s/%s %s", stage, done, total, detail)
 
     def stage_finished(self, stage: str, seconds: float, detail: str) -> None:
-        """Log it."""
+        """Log at level info."""
         logger.info("%s finished in %.1f s: %s", stage, seconds, detail)
 
     def said(self, message: str) -> None:
-        """Log it."""
+        """Log at level info."""
         logger.info("%s", message)
 
 
@@ -76,7 +75,7 @@ _current: ContextVar[_Context | None] = ContextVar("deal_progress", default=None
 
 
 def _context() -> _Context:
-    """The current one; where nobody has made one, as on a worker, one that the threads started from here share."""
+    """The current context. Without one, as on a worker, a new context that threads started from here share."""
     context = _current.get()
     if context is None:
         context = _Context()
@@ -86,7 +85,7 @@ def _context() -> _Context:
 
 @contextmanager
 def reporting_to(reporter: Reporter) -> Iterator[threading.Event]:
-    """Send what happens inside to `reporter`; setting the event that is returned stops the run at its next step."""
+    """Send the progress of the block to `reporter`. Set the returned event to stop the run at its next step."""
     context = _Context(reporter=reporter)
     token = _current.set(context)
     try:
@@ -96,12 +95,12 @@ def reporting_to(reporter: Reporter) -> Iterator[threading.Event]:
 
 
 def reporter() -> Reporter:
-    """The reporter of the current context."""
+    """Return the reporter of the current context."""
     return _context().reporter
 
 
 def ask_to_stop() -> None:
-    """Let the run of the current context end at its next step."""
+    """Stop the run of the current context at its next step."""
     _context().stop.set()
 
 
@@ -111,22 +110,22 @@ def is_stopped() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """End here if the run was asked to stop.
+    """Stop here if the run was asked to stop.
 
     Raises:
-        Interrupted: it was.
+        Interrupted: The run was asked to stop.
     """
     if is_stopped():
         raise Interrupted
 
 
 def advance(stage: str, total: float | None = None) -> Callable[..., None]:
-    """A callback `(done, total=None, detail="")` for code that reports progress of `stage`.
+    """Return a callback `(done, total=None, detail="")` that reports the progress of `stage`.
 
     Raises:
-        Interrupted: from the callback, when the run was asked to stop.
+        Interrupted: From the callback: the run was asked to stop.
     """
-    context = _context()  # the caller's, whichever thread the callback runs in
+    context = _context()  # the caller's context; the callback may run in another thread
     default_total = total
 
     def callback(done: float, total: float | None = None, detail: str = "") -> None:
@@ -146,20 +145,20 @@ class Stages:
     async def run(
         self, name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs
     ) -> Output:
-        """Run one stage; what it has to say comes with `done`."""
+        """Run one stage in a thread. Call `done` with the stage's result afterwards."""
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
         try:
             output = await asyncio.to_thread(call, *args, **kwargs)
-        except asyncio.CancelledError:  # SIGTERM, say; nothing but the stage itself can end its thread
+        except asyncio.CancelledError:  # for example SIGTERM; only the stage itself can end its thread
             ask_to_stop()
             raise
         self.seconds[name] = time.perf_counter() - started
         return output
 
     def done(self, name: str, detail: str) -> None:
-        """Report the result of the stage that just ended, in a few words."""
+        """Report the result of the stage that ended last, in a few words."""
         reporter().stage_finished(name, self.seconds[name], detail)
 
 
@@ -170,4 +169,4 @@ patient = tenacity.retry(
     before_sleep=tenacity.before_sleep_log(logging.getLogger(__name__), logging.WARNING),
     reraise=True,
 )
-"""Decorates a function, plain or async, that may be called again: three minutes without an answer are bridged."""
+"""Decorator: calls a function, plain or async, again until the Prefect server answers, for up to three minutes."""

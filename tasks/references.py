@@ -1,52 +1,52 @@
-"""What the stages of a run hand to each other: small frozen references, never frames, models or clients.
+"""References that the stages of a run pass to each other: small, frozen and JSON-able.
 
-A `uri` is relative to the root of the object store, so that a store can be moved or read from elsewhere.
+A `uri` is relative to the root of the object store, so a store can be moved.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import AdapterConfig, Quantize
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import DatasetManifest, TaskSchema
 
 Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
-"""left behind: accepted, but not in the champion's descent, as the lineage was rolled back or went on without it.
+"""left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
 
-Of those that need approval only one that continues the champion still awaits it."""
+A version awaits approval only while its parent is champion."""
 
 
 class Reference(BaseModel):
-    """Base of all references: immutable, JSON-able, unknown keys refused."""
+    """Base class of the references."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BaseRef(Reference):
-    """A base model: how to load it, and the hash of its weights that a lineage is bound to."""
+    """A base model: its source, and the digest of its files. A lineage keeps one base model."""
 
     source: str
     name: str
     sha256: str
     quantize: Quantize = "none"
-    """How its linear layers are held, which the hash knows nothing of."""
+    """Quantization of the linear layers. The digest does not depend on it."""
 
 
 class Arrival(Reference):
-    """A file that landed for a task, with what is known of the task's rows."""
+    """A file that landed for a task."""
 
     task: str
     data: str
-    """Local path, or a full uri inside the store."""
+    """Local path, or a full uri in the store."""
     test_data: str | None = None
     given: dict[str, Any] = {}
     """Fields of the task's schema that the user gave."""
 
 
 class DatasetRef(Reference):
-    """A validated arrival in the store (`datasets/<task>/<sha256>/<lineage>/<digest of the task's schema>`)."""
+    """The dataset of an arrival in the store (`datasets/TASK/SHA256/LINEAGE/SCHEMA`)."""
 
     task: str
     uri: str
@@ -55,19 +55,30 @@ class DatasetRef(Reference):
     num_test: int
     num_rejected: int
     quarantine: str | None = None
-    """Key of the file's bad rows; None if it had none."""
+    """Key of the file with the bad rows; None: there are no bad rows."""
     landed_sha256: str | None = None
-    """As in the manifest."""
+    """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
-    """Labels, added by command, that its task lacks in the version that the run continues."""
+    """Labels that were added by command and that the task lacks in the parent version."""
+
+    @classmethod
+    def of(
+        cls, manifest: DatasetManifest, uri: str, *, quarantine: str | None = None, new_labels: tuple[str, ...] = ()
+    ) -> Self:
+        """Return the reference to the dataset with this manifest."""
+        return cls(
+            task=manifest.task.name, uri=uri, sha256=manifest.sha256, num_train=manifest.num_train,
+            num_test=manifest.num_test, num_rejected=manifest.num_rejected, quarantine=quarantine,
+            landed_sha256=manifest.landed_sha256, new_labels=new_labels,
+        )  # fmt: skip
 
     def widen(self, schema: TaskSchema) -> TaskSchema:
-        """How a task is asked once the dataset is learned: its own has the new labels too."""
+        """Add the new labels to the schema of the dataset's task; other schemas stay as they are."""
         return schema.with_labels(self.new_labels) if schema.name == self.task else schema
 
 
 class AdapterRef(Reference):
-    """A plain PEFT folder in the store (`adapters/<lineage>/<run>`)."""
+    """A plain PEFT folder in the store (`adapters/LINEAGE/RUN`)."""
 
     lineage: str
     run_key: str
@@ -77,7 +88,7 @@ class AdapterRef(Reference):
 
 
 class VersionRef(Reference):
-    """A registered adapter version: where its folder is and what the gate said of it."""
+    """A registered version: its adapter and the gate's decision."""
 
     lineage: str
     version: str
@@ -90,20 +101,20 @@ class VersionRef(Reference):
     reasons: tuple[str, ...] = ()
     parent_version: str | None = None
     approval: Literal["awaiting", "given", "refused"] | None = None
-    """Whether a person has to agree, or has; None: nobody was asked."""
+    """State of a person's approval; None: no approval is needed."""
     standing: Standing | None = None
-    """What has become of it since; None: not looked at."""
+    """The present state of the version; None: not looked up."""
 
     @property
     def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval"]:
-        """How its run ended."""
+        """How the version's run ended."""
         if not self.accepted or self.approval == "refused":
             return "rejected"
         return "awaiting-approval" if self.approval == "awaiting" else "promoted"
 
 
 class RunRef(Reference):
-    """One adaptation run: its identity and the MLflow run that belongs to it."""
+    """An adaptation run: its key and its MLflow run."""
 
     lineage: str
     task: str
@@ -112,12 +123,12 @@ class RunRef(Reference):
 
     @property
     def short_key(self) -> str:
-        """The part of the key that names folders."""
+        """The part of the key that folder names use."""
         return self.run_key[:16]
 
 
 class AdaptationJob(Reference):
-    """What one adaptation run works on; the stages from training to registration share it."""
+    """The inputs of an adaptation run, for the stages from training to registration."""
 
     run: RunRef
     base: BaseRef
@@ -127,11 +138,11 @@ class AdaptationJob(Reference):
     """Shape of the lineage's adapter."""
     strategy: str
     config_sha256: str
-    """Digest of every setting that decides the result."""
+    """Digest of all settings that can change the result."""
 
 
 class TrainSummary(Reference):
-    """What training reports of itself; kept beside the adapter until the run is registered."""
+    """Figures of a training, kept in the work folder until the run is registered."""
 
     adapter_sha256: str
     num_steps: int
@@ -151,10 +162,10 @@ class TrainedAdapter(Reference):
 
 
 class VersionScores(Reference):
-    """Fresh accuracies of a version, those of its own run, and how many rows they are of, by task."""
+    """New accuracies of a version, the accuracies of its own run, and the number of test rows, by task."""
 
     accuracies: dict[str, float]
     recorded: dict[str, float]
     num_rows: dict[str, int]
     unjudged: dict[str, str] = {}
-    """Why a task could not be judged."""
+    """Tasks that could not be judged, with the reason."""

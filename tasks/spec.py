@@ -1,4 +1,4 @@
-"""What to run: the spec, one YAML file or the same thing as a flow's parameter.
+"""The spec of an adaptation: a YAML file or the parameter of a flow.
 
 Example:
     >>> read_spec(Path("examples/bank/spec.yaml")).task.name  # doctest: +SKIP
@@ -40,19 +40,19 @@ Format = Literal["labelled", "completion", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
 MAX_PROBLEMS = 20
-"""Of those that a file has; the others are counted."""
+"""Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def refuse_secrets(address: str) -> str:
-    """Return an address that holds no user, password or token.
+    """Return the address.
 
     Raises:
-        ConfigError: it holds one.
+        ConfigError: The address contains a user, password or token.
     """
     if holds_secret(address):
         raise ConfigError(
-            f"{address!r} holds a user, password or token, which would be kept with every run; leave it out of the "
+            f"{address!r} contains a user, password or token, and every run would store it; remove it from the "
             "address. Credentials come from the environment: HF_TOKEN for a Hub, DEAL_S3_ACCESS_KEY_ID and "
             "DEAL_S3_SECRET_ACCESS_KEY for the store, DEAL_VLLM_API_KEY for a vLLM server."
         )
@@ -60,7 +60,7 @@ def refuse_secrets(address: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(refuse_secrets)]
-"""A path, a name or an address without a secret in it."""
+"""A path, a name or an address without a secret."""
 
 
 def _require_utf8(name: str) -> str:
@@ -74,60 +74,60 @@ def _require_utf8(name: str) -> str:
 FileAddress = Annotated[Address, AfterValidator(_require_utf8)]
 
 
-def _one(value: object) -> object:
-    if type(value) is not int:  # true and 1.0 are equal to 1
+def _require_int(value: object) -> object:
+    if type(value) is not int:  # true and 1.0 equal 1
         raise ValueError("give 1")
     return value
 
 
-SchemaVersion = Annotated[Literal[1], BeforeValidator(_one)]
+SchemaVersion = Annotated[Literal[1], BeforeValidator(_require_int)]
 
 
 class TaskFields(BaseModel):
-    """What can be said of a task besides its name; None where the lineage or the file itself has to tell."""
+    """The settings of a task without its name. None: the lineage or the file decides."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Format | None = None
-    """Kind of rows: (text, label), (prompt, completion) or (messages)."""
+    """Columns of a row: (text, label), (prompt, completion) or (messages)."""
     labels: tuple[str, ...] | None = None
-    """The answers of a labelled task; None: those of the lineage, else those found in the file."""
+    """The answers of a labelled task; None: the lineage's labels, or else the labels in the file."""
     instruction: str | None = None
     """First line of the prompt."""
     template: str | None = None
-    """Replaces the built-in prompt layout; fields {instruction}, {options}, {text}."""
+    """Replaces the built-in layout of prompts; fields {instruction}, {options}, {text}."""
     columns: dict[str, str] = {}
-    """Canonical column name to the name in the file, where convention does not find it."""
+    """Canonical column name to the name in the file, for columns with unusual names."""
 
     def given(self) -> dict[str, Any]:
-        """The fields that say something, as a dict."""
+        """Return the fields that were given."""
         fields = self.model_dump(include=set(TaskFields.model_fields))
         return {name: value for name, value in fields.items() if value not in (None, {})}
 
 
 class TaskSpec(TaskFields):
-    """One arrival: the task it belongs to, and its file."""
+    """One arrival: its task and its file."""
 
     name: Name
     data: FileAddress
-    """Path or store uri of the file with training rows (and test rows, unless test_data is given)."""
+    """Path or store uri of the file with the training rows, and with the test rows unless test_data is given."""
     test_data: FileAddress | None = None
-    """Path of a file whose rows are all test rows."""
+    """Path or store uri of a file with test rows only."""
 
 
 class LineageSpec(BaseModel):
-    """Everything of a run but the arrival: which lineage, learned how, judged by what."""
+    """The settings of a run without its arrival."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: SchemaVersion = 1
     lineage: Name = "default"
     base_model: Address | None = None
-    """Hub id, local folder or GGUF file; None: the lineage's own, else the built-in default."""
+    """Hub id, local folder or GGUF file; None: the lineage's base model, or else the built-in default."""
     strategy: Strategy | None = None
-    """How a task is learned; None: as the lineage's champion was, else `deal`."""
+    """None: the strategy of the lineage's champion, or else `deal`."""
     adapter: AdapterConfig | None = None
-    """None: the shape of the lineage's adapter, else the default shape."""
+    """None: the shape of the lineage's adapter, or else the default shape."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
@@ -142,37 +142,26 @@ class LineageSpec(BaseModel):
         return MethodConfig(deal=self.deal, rehearsal=self.rehearsal, rivals=self.rivals)
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
-        """The spec of one arrival in this lineage."""
+        """Return the spec of one arrival in this lineage."""
         shared = {name: getattr(self, name) for name in LineageSpec.model_fields}
         return AdaptSpec(task=task, **shared)
 
 
 class AdaptSpec(LineageSpec):
-    """One adaptation: the flow's parameter."""
+    """The spec of one adaptation."""
 
     task: TaskSpec
 
-    def resolved(self, folder: Path) -> Self:
-        """The same spec with its relative paths taken from `folder`."""
-        base = self.base_model and resolve_base(self.base_model, folder)
-        return self.with_files_from(folder).model_copy(update={"base_model": base})
-
     def with_files_from(self, folder: Path) -> Self:
-        """The same spec with the relative paths of its arrival taken from `folder`."""
-        task = self.task.model_copy(
-            update={
-                "data": _resolve(self.task.data, folder),
-                "test_data": self.task.test_data and _resolve(self.task.test_data, folder),
-            }
-        )
-        return self.model_copy(update={"task": task})
+        """Return the spec with the relative paths of its arrival resolved against `folder`."""
+        files = {"data": self.task.data, "test_data": self.task.test_data}
+        resolved = {name: path and _resolve(path, folder) for name, path in files.items()}
+        return self.model_copy(update={"task": self.task.model_copy(update=resolved)})
 
     def config_sha256(self, adapter: AdapterConfig, strategy: str) -> str:
-        """Digest of every setting that can change the run's result; where the files lie is none of them.
+        """Return the digest of every setting that can change the run's result. The paths of the files do not count.
 
-        Args:
-            adapter: the adapter's shape after the lineage's was filled in.
-            strategy: the strategy likewise.
+        `adapter` and `strategy` have the lineage's values where the spec has none.
         """
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
@@ -185,10 +174,10 @@ class AdaptSpec(LineageSpec):
 
 
 def resolve_base(base: str, folder: Path) -> str:
-    """A base that is a path, made absolute; a name is left as it is.
+    """Make a base model's path absolute. A name that is not a path stays as it is.
 
     Raises:
-        ConfigError: it can be no path.
+        ConfigError: The text contains characters that no path may contain.
     """
     path = _from(folder, base)
     return str(path) if os.path.exists(path) else base
@@ -206,19 +195,20 @@ def _from(folder: Path, path: str) -> Path:
 
 
 def read_spec(path: Path) -> AdaptSpec:
-    """Read the spec of one adaptation; relative paths in it are relative to its folder.
+    """Read the spec of one adaptation. Relative paths in the file are relative to its folder.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or a key or value does not fit.
+        ConfigError: The file is missing or is not a YAML mapping, or a key or a value is not valid.
     """
-    return parse(AdaptSpec, read_yaml(path), str(path)).resolved(Path(os.path.realpath(path)).parent)
+    spec = parse(AdaptSpec, read_lineage_values(path), str(path))
+    return spec.with_files_from(Path(os.path.realpath(path)).parent)
 
 
 def read_lineage_values(path: Path) -> dict[str, Any]:
-    """The mapping in a file of a lineage's settings; a relative base model in it is relative to its folder.
+    """Read the settings of a lineage. A relative path of a base model is relative to the file's folder.
 
     Raises:
-        ConfigError: the file is missing or holds something else.
+        ConfigError: The file is missing or is not a YAML mapping.
     """
     values = read_yaml(path)
     if isinstance(values.get("base_model"), str):
@@ -227,10 +217,10 @@ def read_lineage_values(path: Path) -> dict[str, Any]:
 
 
 def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
-    """Check `values` against `model`, and say in one line per problem what is wrong.
+    """Make a `model` of the values. `origin` names their source in messages.
 
     Raises:
-        ConfigError: with every problem found, its key and the remedy.
+        ConfigError: A value is not valid. The message lists every problem with its key and the remedy.
     """
     try:
         return model.model_validate(dict(values))
@@ -254,7 +244,7 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Keys that the part of the spec at `location` may have."""
+    """The keys that are allowed in the part of the spec at `location`."""
     current: Any = model
     for part in location:
         annotation = get_type_hints(current).get(part) if isinstance(current, type) else None

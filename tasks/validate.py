@@ -1,28 +1,27 @@
-"""The checks of ingest alone, for a file that has not landed yet."""
+"""Check a file by the rules of ingest before the file lands (`deal validate`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.data.arrival import ValidationReport
 from deal_core.data.validate import validate_file
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
 from tasks.context import current_store, local_file
 from tasks.lineage.record import read_record
-from tasks.lineage.resolve_spec import spec_from_options
+from tasks.lineage.settings import spec_from_options
 from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 
 
 class RefusedRow(BaseModel):
-    """One row that would go to quarantine."""
+    """A row that would go to quarantine."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,7 +31,7 @@ class RefusedRow(BaseModel):
 
 
 class ValidateResult(BaseModel):
-    """What the checks say of a file."""
+    """The result of the checks of a file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +46,7 @@ class ValidateResult(BaseModel):
     num_rejected: int
     problems: dict[str, int]
     bad_rows: tuple[RefusedRow, ...]
-    """The first ones."""
+    """The first bad rows."""
     sha256: str
 
 
@@ -60,60 +59,39 @@ def validate(
     test_data: str | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ValidateResult:
-    """Check a file as ingest would: with the labels and the test rows that the lineage knows the task by.
+    """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
 
-    Whatever the spec says of texts, the result shows them: it goes to who holds the file, and nowhere else.
+    The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
-        file: the file.
-        spec: a spec whose task, test file and data settings apply, over the lineage's; its own data file is not read.
-        task: name of the task, where there is no spec.
-        lineage: instead of the spec's.
-        test_data: file of test rows, instead of the spec's.
-        on_progress: called now and then with the number of rows read.
+        file: The file.
+        spec: A spec with the task, the test file and the data settings. Its own data file is not read.
+        task: Name of the task if there is no spec.
+        lineage: Replaces the spec's lineage.
+        test_data: Replaces the spec's file of test rows.
+        on_progress: Called now and then with the number of rows read.
 
     Raises:
-        DataValidationError: the file cannot be read to its end.
-        ConfigError: the task's name does not fit, or the spec says other things of the task than the lineage knows.
+        DataValidationError: The file cannot be read to its end.
+        ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
+    store = current_store()
     arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": str(file)}
-    read = spec_from_options(current_store(), spec, **arrival_options, test_data=None, lineage=lineage)
+    read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
     test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
-    record = read_record(current_store(), champion.adapter_uri) if champion else None
+    record = read_record(store, champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
-    schema = choose_schema(current_store(), arrival, record)
-    with _local(test_data) as test_source:
+    schema = choose_schema(store, arrival, record)
+    with local_file(store, test_data) if test_data is not None else nullcontext() as test_source:
         report = validate_file(
             file,
             schema,
             replace(read.data, include_texts=True),
             test_source=test_source,
-            frozen_test_inputs=frozen_test_inputs(current_store(), record, read.task.name),
+            frozen_test_inputs=frozen_test_inputs(store, record, read.task.name),
             on_progress=on_progress,
         )
-    return _result(file, report)
-
-
-def known_champion(lineage: str) -> VersionRef | None:
-    """The lineage's champion; None where there is none. No registry is made to find that out."""
-    address = TrackingSettings().tracking_uri
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
-        return None
-    champion = open_registry().champion(lineage)
-    return version_ref(champion) if champion else None
-
-
-@contextmanager
-def _local(address: str | None) -> Iterator[Path | None]:
-    if address is None:
-        yield None
-        return
-    with local_file(current_store(), address) as path:
-        yield path
-
-
-def _result(file: Path, report: ValidationReport) -> ValidateResult:
     manifest = report.manifest
     return ValidateResult(
         file=str(file),
@@ -127,10 +105,17 @@ def _result(file: Path, report: ValidationReport) -> ValidateResult:
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(
-                row=bad.row, line=bad.line, reasons=tuple(f"{reason}: {value}" for reason, value in bad.problems)
-            )
+            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found in bad.problems))
             for bad in report.bad_rows
         ),
         sha256=manifest.sha256,
     )
+
+
+def known_champion(lineage: str) -> VersionRef | None:
+    """Return the lineage's champion, or None. The call never creates the registry's database."""
+    address = TrackingSettings().tracking_uri
+    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
+        return None
+    champion = open_registry().champion(lineage)
+    return version_ref(champion) if champion else None

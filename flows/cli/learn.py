@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flows.watch import WatchResult
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
-    from tasks.serving.predict import FileAnswers
+    from tasks.predict import FileAnswers
     from tasks.validate import ValidateResult
 
 learn_app = typer.Typer()
@@ -118,7 +118,7 @@ def adapt(
 ) -> CommandResult:
     """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
     from tasks.context import current_store
-    from tasks.lineage.resolve_spec import spec_from_options
+    from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
         current_store(), spec, task=task, data=data, test_data=test_data,
@@ -148,7 +148,7 @@ def watch(
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
     from tasks.context import current_store
-    from tasks.lineage.resolve_spec import watched_from_options
+    from tasks.lineage.settings import watched_from_options
 
     watched = watched_from_options(
         current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy
@@ -282,8 +282,8 @@ def predict(
         text = typer.get_text_stream("stdin").read().strip()
     with deal.screen.working("reading" if text is None else "predicting"):
         from flows.server.embedded import calm_libraries
-        from tasks.serving.predict import predict as predict_answer
-        from tasks.serving.predict import predict_file
+        from tasks.predict import predict as predict_answer
+        from tasks.predict import predict_file
 
         calm_libraries()
         if text is not None:

@@ -39,7 +39,7 @@ def plan(
     """Say what a run will take (memory, steps, time) and whether it fits. Fetches no weights and stores nothing."""
     from flows.server.embedded import calm_libraries
     from tasks.context import current_store
-    from tasks.lineage.resolve_spec import spec_from_options
+    from tasks.lineage.settings import spec_from_options
     from tasks.planning import plan as plan_run
 
     calm_libraries()

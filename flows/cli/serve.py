@@ -19,7 +19,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 from infra.store.keys import route_key
 
 if TYPE_CHECKING:
-    from tasks.serving.registered import ServingRoute
+    from tasks.vllm import ServingRoute
 
 serve_app = typer.Typer()
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)

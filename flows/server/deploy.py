@@ -22,7 +22,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
 from flows.server.stack import CPU_POOL, GPU_POOL
 from tasks.context import current_store
-from tasks.inbox.announcements import LANDED
+from tasks.inbox import LANDED
 
 PoolType = Literal["process", "docker", "kubernetes"]
 TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"

@@ -30,11 +30,9 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from tasks.context import current_store
-from tasks.housekeeping.health import look_at_champion
-from tasks.inbox.listing import Handled, read_state
-from tasks.inbox.state import InboxLook, look
+from tasks.inbox import Handled, InboxLook, look, read_state
+from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
-from tasks.lineage.stored_lineage import known_lineages
 
 DAY = timedelta(days=1)
 NEWEST = 20

@@ -1,8 +1,8 @@
-"""Evaluate: a version's answers on the frozen test rows of every task its lineage knows."""
+"""Evaluate a version on the frozen test rows of every task of its lineage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,23 @@ from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.printable import brief, listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
-from tasks.adaptation.answers import Answers, KeptAnswers, keep_answers, read_answers
-from tasks.adaptation.frozen_rows import TestSet, answered_rows, load_test_set, load_test_sets, within_budget
+from tasks.adaptation.frozen_rows import (
+    Answers,
+    KeptAnswers,
+    TestSet,
+    answered_rows,
+    keep_answers,
+    load_test_set,
+    load_test_sets,
+    read_answers,
+    within_budget,
+)
 from tasks.adaptation.ingest import read_manifest
 from tasks.base import lend_base
 from tasks.context import current_store
-from tasks.lineage.adapters import borrowed_adapter, borrowed_parent
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
+from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.progress import advance
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
@@ -44,14 +53,14 @@ def evaluate_version(
     max_prompt_tokens: int,
     notes: tuple[str, ...] = (),
 ) -> EvaluationReport:
-    """Score the new adapter on every task, and the base model and the parent on a task that is new.
+    """Score the new adapter on every task, and the base model and the parent on a new task.
 
-    A task that the lineage knows is asked as when it was new, whatever `config` says of the length of answers.
+    A known task keeps its first prompts and lengths; `config.max_new_tokens` applies to new tasks only. The rows of a
+    known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
+    parent is asked only rows without a stored answer.
 
-    On tasks that the lineage knows, the base's accuracies stand in the record, and the parent's answers beside its
-    adapter: the rows are frozen. The parent is asked now what it was not asked then, as its share of a task's rows was
-    smaller. Of a task whose rows were forgotten, the arrival's own test rows take their place. Of a task that gains
-    labels, the new version is asked its frozen rows with them and the parent without: each as it serves.
+    If a task's test rows were forgotten, the arrival's test rows replace them. If a task gains labels, the new version
+    is asked with the new labels and the parent without them, as each of them serves.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
@@ -65,7 +74,7 @@ def evaluate_version(
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     else:
-        notes = (*notes, *_unused_test_rows(store, record, dataset), *_unjudged_labels(dataset))
+        notes = (*notes, *_notes_on_known_task(store, record, dataset))
     kept = read_answers(store, parent.adapter_uri) if parent else None
     answered = kept.now if kept else {}
     open_rows = _unanswered(sets, answered)
@@ -80,15 +89,13 @@ def evaluate_version(
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
         now = scorer.score(folder, all_sets, general=True, explain=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
-    learned = now.evaluations[dataset.task]
-    own = [each for each in all_sets if each.schema.name == dataset.task]
-    num_too_long = sum(scorer.count_too_long(each, each.rows["output"]) for each in own)
-    if num_too_long:
-        notes = (*notes, f"{num_too_long} of {learned.num_rows} test answers of {dataset.task} are longer than "
-                         "an answer may be (evaluate.max_new_tokens), so that none can match them")  # fmt: skip
-    if any(scorer.count_too_long(each, dataset.new_labels) for each in own):
-        notes = (*notes, f"new labels of {dataset.task} are longer than an answer may be since its first arrival "
-                         "(evaluate.max_new_tokens), so that no version can give them")  # fmt: skip
+    (own,) = (each for each in all_sets if each.schema.name == dataset.task)
+    if num_too_long := scorer.count_too_long(own, own.rows["output"]):
+        notes = (*notes, f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
+                         "evaluate.max_new_tokens allows, so no answer can match them")  # fmt: skip
+    if scorer.count_too_long(own, dataset.new_labels):
+        notes = (*notes, f"new labels of {dataset.task} are longer than the evaluate.max_new_tokens of its first "
+                         "arrival allows, so no version can answer with them")  # fmt: skip
     notes = (*notes, *collapse_notes(now))
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
@@ -105,8 +112,8 @@ def evaluate_version(
         matrix = matrix.remeasured(
             dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[dataset.task]
         )
-        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows: those before were forgotten, "
-                         "and figures of versions before the parent are of them")  # fmt: skip
+        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows, because the old rows were "
+                         "forgotten; figures of versions before the parent are of the old rows")  # fmt: skip
     return EvaluationReport(
         task=dataset.task,
         accuracies=now.accuracies,
@@ -123,35 +130,35 @@ def evaluate_version(
         perplexity=now.perplexity,
         base_perplexity=on_base.perplexity,
         adapter=facts,
-        majority_rate=learned.majority_rate,
+        majority_rate=now.evaluations[dataset.task].majority_rate,
         labels={name: found.labels for name, found in now.evaluations.items() if found.labels},
     )
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one adapter was found to do."""
+    """The scores and answers of one adapter."""
 
     evaluations: Mapping[str, TaskEvaluation]
     answers: Answers
     perplexity: float | None
-    """Of plain English; None where it was not asked, or cannot be told."""
+    """Perplexity on plain English; None: not measured, or not defined."""
     recentred: Mapping[str, float] = field(default_factory=dict)
     """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """By task."""
+        """Accuracy by task."""
         return {name: found.accuracy for name, found in self.evaluations.items()}
 
     @property
     def outcomes(self) -> dict[str, str]:
-        """By task."""
+        """Outcomes by task."""
         return {name: found.outcomes for name, found in self.evaluations.items()}
 
 
 def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> KnownTask | None:
-    """The dataset's task as the lineage knows it, if its test rows were forgotten: the dataset's replace them."""
+    """Return the known task of the dataset if its test rows were forgotten, otherwise None."""
     known = record.task(dataset.task) if record else None
     if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is None:
         return None
@@ -159,7 +166,7 @@ def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: Data
 
 
 class Scorer:
-    """Scores adapters on test sets, and reports how far it is."""
+    """Scores adapters on test sets and reports the progress."""
 
     def __init__(self, base: BaseRef, config: EvaluateConfig) -> None:
         self._base = lend_base(base)
@@ -170,7 +177,7 @@ class Scorer:
         self.num_rows: dict[str, int] = {}
 
     def expect(self, *passes: Sequence[TestSet]) -> None:
-        """Announce the test sets that will be scored, so that progress has a total."""
+        """Set the total of the progress. Each pass is a sequence of test sets that will be scored."""
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
     def score(
@@ -248,20 +255,20 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _unused_test_rows(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> tuple[str, ...]:
-    """What to say of test rows that an arrival of a known task was given."""
+def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> Iterator[str]:
+    """Notes about unused test rows of an arrival, and about labels that came after the test rows were frozen."""
     known = record.task(dataset.task)
     is_frozen = known is not None and dataset_sha256(known.dataset_uri) == dataset.sha256
-    if known is None or is_frozen or read_manifest(store, dataset.uri).split != "given":
-        return ()
-    return (f"{dataset.task} stays judged on the {known.num_test} test rows it came with first; the {dataset.num_test} "
-            "of this arrival are neither learned nor asked",) if dataset.num_test else ()  # fmt: skip
-
-
-def _unjudged_labels(dataset: DatasetRef) -> tuple[str, ...]:
-    """What to say of labels that a task gains after its test rows were frozen."""
-    return (f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its test rows came before and have none "
-            "of them, so that no figure tells how well they are learned",) if dataset.new_labels else ()  # fmt: skip
+    if known and dataset.num_test and not is_frozen and read_manifest(store, dataset.uri).split == "given":
+        yield (
+            f"{dataset.task} stays judged on the {known.num_test} test rows of its first arrival; the "
+            f"{dataset.num_test} test rows of this arrival are neither learned nor asked"
+        )
+    if dataset.new_labels:
+        yield (
+            f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its frozen test rows have none of them, "
+            "so no figure shows how well they are learned"
+        )
 
 
 def _widened(test_set: TestSet, dataset: DatasetRef) -> TestSet:
@@ -269,7 +276,7 @@ def _widened(test_set: TestSet, dataset: DatasetRef) -> TestSet:
 
 
 def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
-    """The rows that have no answer yet, of the tasks that have such."""
+    """The rows without an answer, for each task that has such rows."""
     found = []
     for test_set in sets:
         answers = answered.get(test_set.schema.name, {})
@@ -302,7 +309,7 @@ def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
 
 @task(name="score", cache_policy=NO_CACHE)
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
-    """Score a registered version afresh on the frozen test rows that its own evaluation took of every task it knows."""
+    """Score a registered version again on the frozen test rows of its own evaluation."""
     store = current_store()
     record, kept = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri)
     sets, unjudged = [], {}

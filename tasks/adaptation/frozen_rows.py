@@ -1,24 +1,41 @@
-"""The frozen test rows that judge a lineage's tasks, and which of them a new version answers."""
+"""The frozen test rows of a lineage's tasks, the rows that a new version answers, and the stored answers.
+
+Answers stay in the object store next to the adapter. MLflow gets no answer.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.schema import ROW_SCHEMA, TaskSchema
+from deal_core.errors import StoreError
+from deal_core.evaluation.metrics import exact_match
+from deal_core.schema_version import require_schema_version
+from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE
-from tasks.lineage.record import KnownTask
+from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import require_test_rows
 from tasks.lineage.version_files import reading_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+SCHEMA_VERSION = 1
+ANSWERS_FILE = "answers.json"
+
+Answers = dict[str, dict[str, str]]
+"""Answers by task and by digest (sha256) of the test row."""
+MAX_EXAMPLES = 10
+"""Examples of each kind and task."""
+MAX_CHARS = 400
+"""Characters of each text in an example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +49,10 @@ class TestSet:
 
 
 def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestSet]:
-    """The test sets of tasks that a lineage knows.
+    """Load the test sets of known tasks.
 
     Raises:
-        TestRowsForgottenError: the rows of one were forgotten.
+        TestRowsForgottenError: The test rows of a task were forgotten.
     """
     return [
         load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
@@ -43,8 +60,46 @@ def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestS
     ]
 
 
+def load_test_set(
+    store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
+) -> TestSet:
+    """Load the test rows of one dataset.
+
+    Raises:
+        TestRowsForgottenError: The rows were forgotten.
+        ObjectNotFoundError: The file of the rows is missing.
+        StoreError: The file of the rows is damaged.
+    """
+    from datasets import Dataset
+
+    require_test_rows(store, schema.name, dataset_uri)
+    remedy = (
+        f"Restore it from a backup of the store: without it no version can be judged on '{schema.name}'. Versions "
+        "that know the task still predict and serve."
+    )
+    with reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{schema.name}'", remedy):
+        rows = Dataset(read_test_rows(store, dataset_uri, ROW_SCHEMA.names))
+    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+
+
+def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a dataset's test rows.
+
+    Raises:
+        ObjectNotFoundError: The file is missing.
+        ValueError: The file is damaged.
+    """
+    with temporary_folder() as temporary:
+        path = temporary / TEST_FILE
+        store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
+        try:
+            return pq.read_table(path, memory_map=False, columns=list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(str(error)) from None
+
+
 def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[TestSet]:
-    """The test sets with no more than `max_rows` rows in all; that of the task just learned is always whole."""
+    """Cut the test sets of old tasks to `max_rows` rows together. The set of the task `learned` stays whole."""
     old = {test_set.schema.name: len(test_set.rows) for test_set in sets if test_set.schema.name != learned}
     shares = share_rows(old, max_rows)
     return [
@@ -55,15 +110,15 @@ def within_budget(sets: Sequence[TestSet], learned: str, max_rows: int) -> list[
 
 
 def answered_rows(test_set: TestSet, answers: Collection[str]) -> TestSet:
-    """The test set with the rows of these digests; whole where none of them is there."""
+    """Keep the rows with these digests. If no row has one of them, the set stays whole."""
     found = [number for number, digest in enumerate(test_set.rows["sha256"]) if digest in answers]
     return replace(test_set, rows=test_set.rows.select(found)) if found else test_set
 
 
 def share_rows(num_rows: Mapping[str, int], max_rows: int) -> dict[str, int]:
-    """Share a budget of rows among tasks evenly; what a small task does not need goes to the others.
+    """Share a budget of rows evenly among tasks. Rows that a small task does not need go to the other tasks.
 
-    No task is left without a row, so that with more tasks than rows the budget is exceeded.
+    Every task gets at least one row. So the sum exceeds the budget if there are more tasks than rows.
 
     Example:
         >>> share_rows({"a": 10, "b": 500, "c": 400}, 300)
@@ -77,39 +132,103 @@ def share_rows(num_rows: Mapping[str, int], max_rows: int) -> dict[str, int]:
 
 
 def first_rows(rows: Dataset, num_rows: int) -> Dataset:
-    """So many of the rows: those of the smallest digests (column sha256), so that of two shares one holds the other."""
+    """Return the rows with the smallest digests (column sha256). So a larger share contains every smaller share."""
     digests = rows["sha256"]
     return rows.select(sorted(range(len(rows)), key=digests.__getitem__)[:num_rows])
 
 
-def load_test_set(
-    store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
-) -> TestSet:
-    """The test rows of one dataset.
+@dataclass(frozen=True)
+class KeptAnswers:
+    """The answers of an evaluation."""
+
+    now: Answers
+    """The version's answers to every task of its lineage."""
+    before: Answers
+    """Answers to compare with. For a new task: the parent's, or the base model's for a first version. For other tasks:
+    the parent's, if the parent's own evaluation did not ask all of the rows."""
+
+
+def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> None:
+    """Store the answers next to the adapter."""
+    values = {"schema_version": SCHEMA_VERSION, "now": answers.now, "before": answers.before}
+    store.put_bytes(f"{adapter_uri}/{ANSWERS_FILE}", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
+    """Read the answers next to an adapter; None: an earlier release stored no answers.
 
     Raises:
-        TestRowsForgottenError: they were forgotten.
-        ObjectNotFoundError: their file is missing.
-        StoreError: their file is damaged.
+        StoreError: The file is damaged or has another schema version.
     """
-    from datasets import Dataset
-
-    require_test_rows(store, schema.name, dataset_uri)
-    with temporary_folder() as temporary:
-        path = temporary / TEST_FILE
-        key = f"{dataset_uri}/{TEST_FILE}"
-        remedy = (
-            f"Restore it from a backup of the store: without it no version can be judged on '{schema.name}'. Versions "
-            "that know the task still predict and serve."
-        )
-        with reading_stored(store, key, f"the test rows of task '{schema.name}'", remedy):
-            store.download_file(key, path)
-            rows = Dataset(_read_table(path))
-    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+    key = f"{adapter_uri}/{ANSWERS_FILE}"
+    if not store.exists(key):
+        return None
+    remedy = "Restore it from a backup of the store, or delete it: the next evaluation then asks its rows anew."
+    with reading_stored(store, key, "the kept answers of a version", remedy):
+        values = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return KeptAnswers(now=dict(values["now"]), before=dict(values["before"]))
 
 
-def _read_table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, memory_map=False, columns=ROW_SCHEMA.names)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(str(error)) from None
+class _Row(NamedTuple):
+    input: str
+    output: str
+    sha256: str
+
+
+def compare_answers(
+    store: ObjectStore, adapter_uri: str, parent_uri: str | None, *, include_texts: bool
+) -> tuple[Changed, ...]:
+    """Compare a version's answers to each task's frozen test rows with its parent's, or else with the base model's.
+
+    A task without stored answers to compare with is left out. The examples have texts and answers only with
+    `include_texts`; otherwise they have only the digests of the rows.
+    """
+    kept = read_answers(store, adapter_uri)
+    if kept is None:
+        return ()
+    parent = read_answers(store, parent_uri) if parent_uri else None
+    found = []
+    for known in read_record(store, adapter_uri).tasks:
+        name = known.schema.name
+        before = kept.before.get(name) or (parent.now.get(name) if parent else None)
+        if before and name in kept.now:
+            table = read_test_rows(store, known.dataset_uri, _Row._fields)
+            rows = [_Row(**values) for values in table.to_pylist()]
+            found.append(_compare(name, rows, before, kept.now[name], include_texts))
+    return tuple(found)
+
+
+def _compare(
+    task: str, rows: list[_Row], before: Mapping[str, str], now: Mapping[str, str], include_texts: bool
+) -> Changed:
+    gained: list[_Row] = []
+    lost: list[_Row] = []
+    num_rows = 0
+    for row in rows:
+        if row.sha256 not in before or row.sha256 not in now:
+            continue
+        num_rows += 1
+        was_right, is_right = (exact_match(answers[row.sha256], row.output) for answers in (before, now))
+        if was_right != is_right:
+            (gained if is_right else lost).append(row)
+
+    def examples(found: list[_Row]) -> tuple[Example, ...]:
+        return tuple(_example(row, before, now, include_texts) for row in found[:MAX_EXAMPLES])
+
+    return Changed(
+        task=task, num_rows=num_rows, num_gained=len(gained), num_lost=len(lost), gained=examples(gained),
+        lost=examples(lost),
+    )  # fmt: skip
+
+
+def _example(row: _Row, before: Mapping[str, str], now: Mapping[str, str], include_texts: bool) -> Example:
+    if not include_texts:
+        return Example(row=row.sha256)
+    shown = {"text": row.input, "expected": row.output, "before": before[row.sha256], "now": now[row.sha256]}
+    return Example(row=row.sha256, **{name: cut(text) for name, text in shown.items()})
+
+
+def cut(text: str) -> str:
+    """Cut a text that is too long for an example."""
+    return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"

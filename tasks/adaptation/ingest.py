@@ -1,4 +1,4 @@
-"""Ingest: a landed file becomes a validated, content-addressed dataset in the store."""
+"""Ingest: check a landed file and store its rows as a dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -21,7 +20,8 @@ from deal_core.errors import ConfigError, DataValidationError
 from deal_core.printable import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
-from infra.store.keys import MANIFEST_FILE, TEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from tasks.adaptation.frozen_rows import read_test_rows
 from tasks.context import current_store, local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord, read_record
@@ -34,15 +34,15 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 class TaskFieldsError(ConfigError, DataValidationError):
-    """What is said of an arrival's task is wrong in itself, or the lineage learned it otherwise."""
+    """A setting of an arrival's task is not valid, or contradicts the lineage."""
 
 
 @contextmanager
 def reading_the_task() -> Iterator[None]:
-    """Whatever does not fit inside is said of the arrival's task: no later try can make it fit.
+    """Turn a ConfigError in the block into a TaskFieldsError, which a later try cannot cure.
 
     Raises:
-        TaskFieldsError: in place of a ConfigError, which elsewhere is about the lineage or the machine.
+        TaskFieldsError: A setting of the arrival's task is not valid.
     """
     try:
         yield
@@ -54,25 +54,25 @@ def reading_the_task() -> Iterator[None]:
 def ingest_arrival(
     arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
 ) -> DatasetRef:
-    """Validate an arrival and put its dataset into the store; bad rows go to quarantine.
+    """Check an arrival and store its dataset. Bad rows go to quarantine.
 
     Args:
-        arrival: the file, and what is said of its task.
-        config: how it is checked and split.
-        parent: the version that knows the task's labels and test rows.
-        lineage: whose dataset it becomes; lineages that learn the same rows do not share what one of them may delete.
-        again: also where these rows were forgotten.
+        arrival: The file and the settings of its task.
+        config: Settings of the checks and the split.
+        parent: The version that knows the task's labels and test rows.
+        lineage: The lineage of the dataset. Each lineage has a dataset of its own, which it may delete.
+        again: Accept forgotten rows.
 
     Raises:
-        DataValidationError: the file is refused whole; what is wrong with it lies in quarantine.
-        ForgottenRowsError: somebody had the rows forgotten.
-        TaskFieldsError: the user says other things of the task than the lineage knows.
+        DataValidationError: The whole file is refused. The quarantine has the bad rows.
+        ForgottenRowsError: The rows were forgotten.
+        TaskFieldsError: The settings of the task contradict the lineage.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
     with reading_the_task():
         schema = choose_schema(store, arrival, record)
-    for known in record.tasks if record else ():  # said now rather than after the training
+    for known in record.tasks if record else ():  # fail before the training, not after it
         if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
@@ -96,7 +96,7 @@ def ingest_arrival(
                 on_progress=advance("ingest"),
             )
         except ArrivalRefusedError as error:
-            # by the file: of one without a good row the dataset is empty, and all such have one digest
+            # named by the digest of the file: all datasets without a good row have the same digest
             files = error.report.manifest.files
             kept = _publish_quarantine(store, folder, arrival.task, files[0], files)
             message = str(error).replace(str(folder / QUARANTINE_FILE), store.uri_of(kept) if kept else "")
@@ -112,13 +112,12 @@ def ingest_arrival(
 
 
 def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
-    """What the user says of the task, else what the lineage knows of it, else what the file will show.
+    """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
 
-    A task that the lineage knows has the labels too that it has gained by command. Who names the labels of before says
-    nothing against them.
+    A known task also has the labels that were added by command. The user may still give the labels without them.
 
     Raises:
-        ConfigError: the lineage knows the task otherwise.
+        ConfigError: The settings contradict the lineage.
     """
     known = record.task(arrival.task) if record else None
     if record is None or known is None:
@@ -126,30 +125,26 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
     asked, widened = replace(known.schema, **arrival.given).with_labels(added), known.schema.with_labels(added)
     for name in ("format", "labels", "instruction", "template"):
-        said, stands = getattr(asked, name), getattr(widened, name)
-        if said != stands:
+        given, learned = getattr(asked, name), getattr(widened, name)
+        if given != learned:
             adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
             remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
             raise ConfigError(
-                f"task.{name} of '{arrival.task}' is {brief(said)}, but the lineage learned it as "
-                f"{brief(stands)}; leave it out, "
-                f"{remedy} a new lineage."
+                f"task.{name} of '{arrival.task}' is {brief(given)}, but the lineage learned it as {brief(learned)}; "
+                f"leave it out, {remedy} a new lineage."
             )
     return asked
 
 
 def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
-    """Digests of the texts that judge the task for good; none where the arrival has to bring them.
+    """Return the digests of the task's frozen test texts.
 
-    That is the task's first one, and one after its test rows were forgotten.
+    The result is empty for a new task and for a task whose test rows were forgotten: the arrival brings the test rows.
     """
     known = record.task(task_name) if record else None
     if known is None or forgotten_tests(store, task_name, known.dataset_uri):
         return ()
-    with temporary_folder() as temporary:
-        path = temporary / TEST_FILE
-        store.download_file(f"{known.dataset_uri}/{TEST_FILE}", path)
-        inputs = pq.read_table(path, columns=["input"]).column("input").to_pylist()
+    inputs = read_test_rows(store, known.dataset_uri, ["input"]).column("input").to_pylist()
     assert known.schema.format != "auto", "a task that was learned has a format"
     kind = known.schema.format
     return frozenset(stored_input_digest(kind, stored) for stored in inputs)
@@ -158,9 +153,9 @@ def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_na
 def _publish(
     store: ObjectStore, folder: Path, manifest: DatasetManifest, lineage: str, new_labels: tuple[str, ...]
 ) -> DatasetRef:
-    """Put the dataset where it belongs to one lineage and one way of asking.
+    """Store the dataset for one lineage and one schema.
 
-    Test rows that are there stay to the byte: they judge the task for good, and a digest is blind to blanks.
+    Present test rows stay as they are: they are frozen, and equal digests do not mean equal bytes.
     """
     quarantine = _publish_quarantine(store, folder, manifest.task.name, manifest.sha256, manifest.files)
     uri = keys.dataset_uri(manifest.task.name, manifest.sha256, lineage, manifest.task.sha256)
@@ -176,23 +171,13 @@ def _publish(
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
-    return DatasetRef(
-        task=manifest.task.name,
-        uri=uri,
-        sha256=manifest.sha256,
-        num_train=manifest.num_train,
-        num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected,
-        quarantine=quarantine,
-        landed_sha256=manifest.landed_sha256,
-        new_labels=new_labels,
-    )
+    return DatasetRef.of(manifest, uri, quarantine=quarantine, new_labels=new_labels)
 
 
 def _publish_quarantine(
     store: ObjectStore, folder: Path, task_name: str, sha256: str, files: Sequence[str]
 ) -> str | None:
-    """Move the bad rows out of the dataset's folder into the store; return their key, None if there are none."""
+    """Move the bad rows from the dataset's folder to the store; return their key, or None without bad rows."""
     rows = folder / QUARANTINE_FILE
     key = quarantine_key(task_name, sha256, files) if rows.is_file() and rows.stat().st_size else None
     if key is not None:
@@ -202,10 +187,12 @@ def _publish_quarantine(
 
 
 def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
-    """Whoever forgets these rows meanwhile wrote the tombstone before looking for rows: one of the two sees the other.
+    """Delete the dataset if its rows were forgotten while they were stored.
+
+    `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
 
     Raises:
-        ForgottenRowsError: they were forgotten while they were stored.
+        ForgottenRowsError: The rows were forgotten meanwhile.
     """
     try:
         refuse_forgotten(store, dataset.task, _digests_of(dataset))
@@ -216,24 +203,21 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
 
 
 def _digests_of(rows: DatasetManifest | DatasetRef) -> list[str]:
-    """What a tombstone of these rows lies under: as they are split here, and as they landed."""
+    """The digests under which the rows may have a tombstone: with this split, and as they landed."""
     return [digest for digest in (rows.sha256, rows.landed_sha256) if digest]
 
 
 def drop_training_rows(store: ObjectStore, dataset_uri: str) -> None:
-    """Delete the training rows of a dataset that is learned, unless its arrival asked to retain them.
+    """Delete the training rows of a learned dataset, unless the arrival retains them. The call can be repeated.
 
-    A run never needs what an earlier one left: it reads its file anew. Can be repeated.
+    No later run needs these rows: each run reads its own file.
     """
     if not retains_training_rows(store, dataset_uri):
         store.delete(f"{dataset_uri}/{TRAIN_FILE}")
 
 
 def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
-    """Whether a dataset's arrival asked to retain its training rows; not where there is no manifest.
-
-    Such a dataset was forgotten, or never completed.
-    """
+    """Return whether a dataset retains its training rows. A dataset without a manifest is incomplete or forgotten."""
     try:
         return read_manifest(store, dataset_uri).retain_training_rows
     except ObjectNotFoundError:
@@ -241,11 +225,11 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:
-    """The manifest of a dataset in the store.
+    """Read the manifest of a dataset.
 
     Raises:
-        ObjectNotFoundError: it is missing.
-        StoreError: it is damaged, or of another schema version.
+        ObjectNotFoundError: The manifest is missing.
+        StoreError: The manifest is damaged or has another schema version.
     """
     key = f"{dataset_uri}/{MANIFEST_FILE}"
     remedy = "Restore it from a backup of the store. Versions that learned the dataset still predict and serve."

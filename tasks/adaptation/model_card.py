@@ -1,4 +1,4 @@
-"""The model card of a version, written from its record: what it is, what it learned, how well, and its limits."""
+"""Write the model card of a version from its record: origin, tasks, accuracy and limits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import formatting as words
 from infra.store.keys import dataset_sha256
 from infra.tracking.registry import VersionFacts
-from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.record import SCORES, KnownTask, LineageRecord
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 
 
 def served_version(record: LineageRecord) -> ServedVersion:
-    """What lies beside the adapter so that it can be served without the object store."""
+    """Return the facts that serving needs without the object store."""
     return ServedVersion(
         lineage=record.lineage,
         base_source=record.base.source,
@@ -28,28 +28,26 @@ def served_version(record: LineageRecord) -> ServedVersion:
 
 
 def served_task(known: KnownTask) -> ServedTask:
-    """How a task is asked, as it lies beside the adapter."""
+    """Return the task's part of `served_version`."""
     return ServedTask(
         schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
     )
 
 
 def example_rows(record: LineageRecord) -> list[dict[str, str]]:
-    """A row to try each task with; never one that was learned, since a model card is passed around."""
+    """Return an invented row for each task. A real row must not leave with the model."""
     return [{"input": _example(known.schema), "task": known.schema.name} for known in record.tasks]
 
 
 def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, task_type: str) -> str:
-    """The card as Markdown with the front matter that model hubs read.
+    """Return the card as Markdown with the front matter of model hubs.
 
-    Args:
-        record: the lineage at this version.
-        facts: what is registered of the version.
-        licence: the base model's; None where nothing states it.
-        task_type: as the adapter's configuration says it.
+    `licence` is the base model's licence, or None if its files state none. `task_type` is a field of the adapter's
+    configuration.
     """
     base = record.base
     loader = f"AutoModelFor{'Seq2SeqLM' if task_type == 'SEQ_2_SEQ_LM' else 'CausalLM'}"
+    loadable = base.name if "/" in base.name else f"FOLDER OF {base.name}"
     origin = f"continues version {facts.parent_version}" if facts.parent_version else "starts from the base model"
     verdict = "accepted" if facts.accepted else "rejected: " + " ".join(facts.reasons)
     lines = [
@@ -76,7 +74,7 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         "```python",
         "from peft import PeftModel",
         f"from transformers import {loader}",
-        f'base = {loader}.from_pretrained("{_loadable(record)}")',
+        f'base = {loader}.from_pretrained("{loadable}")',
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
         "```", "",
         "As a server, with MLflow and deal-pipeline installed: "
@@ -87,7 +85,7 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
 
 def _front_matter(record: LineageRecord, licence: str | None) -> list[str]:
     lines = ["---", "library_name: peft"]
-    if "/" in record.base.name:  # a Hub id; other names would be dead links there
+    if "/" in record.base.name:  # a Hub id; a hub shows other names as dead links
         lines.append(f"base_model: {json.dumps(record.base.name)}")
     lines += [f"license: {json.dumps(licence)}"] if licence else []
     return [*lines, "tags: [lora, continual-learning]", "---"]
@@ -105,29 +103,23 @@ def _matrix(record: LineageRecord) -> list[str]:
 
 
 def _scores(facts: VersionFacts) -> list[str]:
-    named = {
-        "average accuracy": facts.average_accuracy, "forgetting": facts.forgetting,
-        "backward transfer": facts.backward_transfer, "forward transfer": facts.forward_transfer,
-    }  # fmt: skip
-    return [f"- {name}: {100 * value:.1f} points" for name, value in named.items() if value is not None]
+    scores = {name: getattr(facts, name) for name in SCORES}
+    return [
+        f"- {name.replace('_', ' ')}: {100 * value:.1f} points" for name, value in scores.items() if value is not None
+    ]
 
 
 def _limits(record: LineageRecord) -> list[str]:
     few = [known.schema.name for known in record.tasks if known.num_test < 100]
     lines = [
-        "- It was judged on the tasks above and nothing else; what else the base model could do may have changed.",
-        "- It answers greedily in the form of each task's rows; a text of another kind gets such an answer too.",
+        "- It was judged only on the tasks above; other abilities of the base model may have changed.",
+        "- It answers greedily in the form of each task's rows, even to a text of another kind.",
         *(f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
           f"answers end after {known.max_new_tokens} tokens." for known in record.tasks),
     ]  # fmt: skip
     if few:
         lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
-    return [*lines, "- Biases of the base model and of the data are still in it; nobody has looked for them."]
-
-
-def _loadable(record: LineageRecord) -> str:
-    """What transformers can load the base model by, as far as it has a name that means something elsewhere."""
-    return record.base.name if "/" in record.base.name else f"FOLDER OF {record.base.name}"
+    return [*lines, "- It has the biases of the base model and of the data. They were not measured."]
 
 
 def _example(schema: TaskSchema) -> str:

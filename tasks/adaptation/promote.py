@@ -1,8 +1,7 @@
-"""Promote: the champion of a lineage moves, and the promotion log tells when, by whom and why.
+"""Move the champion of a lineage. The promotion log has the time, the person and the reason of every move.
 
-The log is written first; aliases and the versions' tags follow it, so that a move that was cut short is completed by
-whoever looks next, and before the log's next entry. Nobody has to hold the lineage for it: of two moves at once, the
-log lets one win.
+A move is written to the log first. Aliases and tags of the versions follow. The next reader completes an interrupted
+move, before the log gets its next entry. A move needs no lock: of two moves at once, the log accepts one.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from tasks.references import VersionRef
 logger = logging.getLogger(__name__)
 
 GATE = "gate"
-"""Who moves the champion where nobody has to be asked."""
+"""The name in the log for a move without a person."""
 
 
 @task(name="promote", cache_policy=NO_CACHE)
 def promote_version(version: VersionRef) -> None:
-    """Make an accepted version the champion, unless a person has to agree first."""
+    """Make an accepted version the champion, unless a person must approve it first."""
     registry = open_registry()
     known = registry.find_version(version.run_key)
     assert known is not None, "the version was registered by this run"
@@ -34,14 +33,14 @@ def promote_version(version: VersionRef) -> None:
 
 
 def is_complete(version: VersionInfo) -> bool:
-    """Whether nothing of a version's promotion is left to do."""
+    """Return whether a version's promotion is complete."""
     return not version.accepted or version.approval == "refused" or "challenger" in version.aliases
 
 
 def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
-    """Whether a version that its run has yet to promote would lose a task.
+    """Return whether the promotion of a new version would lose a task.
 
-    So it does where the champion is neither the version nor what it continues.
+    This is so if the champion is neither the version nor its parent.
     """
     if version.approval is not None or version.promoted is not None:
         return False
@@ -50,12 +49,13 @@ def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
 
 
 def complete_version(registry: Registry, version: VersionInfo) -> None:
-    """The last steps of an accepted version; each can be repeated, and `challenger` moves last, as the sign of the end.
+    """Do the last steps of an accepted version. Each step can be repeated.
 
-    A version that was promoted is not promoted again: since then somebody may have gone back to another.
+    The alias `challenger` moves last and marks the end. A promoted version is not promoted again, because the lineage
+    may have been rolled back since.
 
     Raises:
-        RegistryError: another version took the place of the one that this version continues, or a person rejected it.
+        RegistryError: Another version is champion instead of this version's parent, or a person rejected the version.
     """
     store = current_store()
     if version.approval == "refused":
@@ -73,42 +73,30 @@ def complete_version(registry: Registry, version: VersionInfo) -> None:
 
 
 def note_learned(ledger: Ledger, version: VersionInfo) -> None:
-    """Enter that the lineage has learned from the version's dataset."""
-    ledger.record(
-        LedgerEntry(
-            lineage=version.lineage,
-            sha256=version.dataset_sha256,
-            task=version.task,
-            run_key=version.run_key,
-            version=version.version,
-        )
-    )
+    """Enter the version's dataset in the ledger of learned datasets."""
+    ledger.record(LedgerEntry(
+        lineage=version.lineage, sha256=version.dataset_sha256, task=version.task, run_key=version.run_key,
+        version=version.version,
+    ))  # fmt: skip
 
 
 def move_champion(
     registry: Registry, log: PromotionLog, version: VersionInfo, *, expected: str | None, action: Action, who: str,
     why: str, run: str | None = None,
 ) -> None:
-    """Make a version the champion in place of the one that the caller has seen; nothing if it is champion already.
+    """Make a version the champion in place of the expected champion. Do nothing if the version is champion already.
 
-    Args:
-        registry: carries the aliases.
-        log: takes the move.
-        version: the champion to be.
-        expected: number of the champion that the caller decided upon; None: there was none.
-        action: what kind of move it is.
-        who: who decided.
-        why: for what reason.
-        run: key of the adaptation run, where one decided.
+    `expected` is the number of the champion when the caller decided, or None without a champion. `run` is the key of
+    the adaptation run if its gate decided.
 
     Raises:
-        RegistryError: the champion is another by now, or a person has rejected the version.
+        RegistryError: The champion has changed since, or a person has rejected the version.
     """
     lineage = version.lineage
     champion, last = settle_aliases(registry, log, lineage)
     if champion == version.version:
         return
-    known = registry.version(lineage, version.version)  # as the log has it: the caller may have read it earlier
+    known = registry.version(lineage, version.version)  # the caller's copy may be older than the log
     if known is not None and known.approval == "refused":
         raise RegistryError(rejected_by_person(version))
     if champion == expected:
@@ -124,20 +112,19 @@ def move_champion(
     by = f" by {winner.who} ({winner.why})" if winner else ""
     raise RegistryError(
         f"Version {version.version} of '{lineage}' was not made champion: meanwhile version "
-        f"{winner.champion if winner else champion} was{by}. Look at deal history --lineage {lineage}, and decide anew."
+        f"{winner.champion if winner else champion} was{by}. See deal history --lineage {lineage}, and decide again."
     )
 
 
 def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple[str | None, Move | None]:
-    """Set aliases and tags as the newest move says; without a move they stand as they are.
+    """Set aliases and tags by the newest move. Without a move they stay as they are.
 
-    Whoever adds to the log has called this before, so that of earlier moves nothing is left to do. An alias that was
-    moved by hand is set back: the log is what later decisions rest on. The alias of a version that was deleted in
-    MLflow is left out. The log is read again after each setting: whoever has set what is no longer the newest mends it,
-    so that the newest move wins in the end.
+    Every writer calls this function before it adds to the log, so earlier moves are complete. An alias that was moved
+    by hand is set back, because the log is authoritative. The alias of a version that was deleted in MLflow is left
+    out. The log is read again after the aliases are set, until no newer move is found. So the newest move wins.
 
     Returns:
-        The champion's number, and the move that says so. The registry need not have that version any more.
+        The champion's number and its move. The registry may no longer have this version.
     """
     move = log.last(lineage)
     while True:
@@ -149,7 +136,7 @@ def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple
 
 
 def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
-    """Set aliases and tags as a move says, and return the champion's number."""
+    """Set aliases and tags by a move; return the champion's number."""
     champion = registry.champion(lineage)
     current = champion.version if champion else None
     if move is not None:
@@ -166,10 +153,10 @@ def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
 
 
 def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> bool:
-    """Set an alias to a version, if the version is still there; return whether it is."""
+    """Set an alias if the version still exists; return whether it exists."""
     if registry.version(lineage, version) is None:
         logger.warning(
-            "Version %s, %s of '%s' by the promotion log, was deleted in MLflow; nothing carries that alias.",
+            "Version %s, %s of '%s' by the promotion log, was deleted in MLflow; no version has this alias.",
             version, alias, lineage,
         )  # fmt: skip
         return False
@@ -178,7 +165,7 @@ def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> 
 
 
 def champion_deleted(lineage: str, number: str) -> str:
-    """What to say where the version that the promotion log has as champion is gone from the registry."""
+    """Return the message for a champion by the promotion log that the registry no longer has."""
     return (
         f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
         f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
@@ -186,20 +173,27 @@ def champion_deleted(lineage: str, number: str) -> str:
 
 
 def _tag(registry: Registry, move: Move) -> None:
-    """Tag the version that a move is about; nothing if it is tagged, or was deleted in MLflow by hand."""
+    """Tag the version of a move, unless the version is tagged or was deleted in MLflow."""
     version = registry.version(move.lineage, move.version)
     if version is None:
         return
-    if move.action == "rejected" and version.approval != "refused":
-        tags = {"refused_by": move.who, "refused_why": move.why, "approval": "refused"}
-        registry.tag_version(move.lineage, move.version, tags)
-    if move.action == "promoted" and version.promoted != str(move.number):
+    is_tagged = {"rejected": version.approval == "refused", "promoted": version.promoted == str(move.number)}
+    if not is_tagged.get(move.action, True):
+        registry.tag_version(move.lineage, move.version, tags_of(move))
+
+
+def tags_of(move: Move) -> dict[str, str]:
+    """Return the tags that a move gives to its version. The last tag marks that all are set."""
+    if move.action == "rejected":
+        return {"refused_by": move.who, "refused_why": move.why, "approval": "refused"}
+    if move.action == "promoted":
         given = {"approval": "given"} if move.run is None else {}
-        registry.tag_version(move.lineage, move.version, {**given, "promoted": str(move.number)})
+        return {**given, "promoted": str(move.number)}
+    return {}
 
 
 def rejected_by_person(version: VersionInfo) -> str:
-    """What to say where a version that a person rejected would become champion."""
+    """Return the message for a version that a person rejected and that shall become champion."""
     return (
         f"Version {version.version} of '{version.lineage}' was rejected by a person; learn its arrival again with: "
         f"deal requeue {version.version} --lineage {version.lineage}"
@@ -212,5 +206,5 @@ def _overtaken(registry: Registry, version: VersionInfo) -> str:
     now = f"version {champion.version} is" if champion else "no version is"
     return (
         f"Version {version.version} of {version.lineage} continues {origin}, but {now} champion now; it was not "
-        "promoted. Run the same command again: it starts from the champion of now."
+        "promoted. Run the same command again: it starts from the present champion."
     )

@@ -1,4 +1,4 @@
-"""The gate's decision, and registration: an adapter becomes a version with all that the next arrival needs."""
+"""Let the gate decide, and register an adapter as a version with everything that the next arrival needs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from infra.version_log import VersionLog
 from tasks.adaptation.evaluate import renewed_task
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
-from tasks.lineage.adapters import borrowed_adapter
-from tasks.lineage.record import KnownTask, LineageRecord, read_record, write_record
+from tasks.lineage.record import KnownTask, LineageRecord, read_record, scores_of, write_record
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
 from tasks.spec import AdaptSpec
@@ -32,7 +32,7 @@ VETO_FIELDS = ("kind", "task", "value", "limit")
 
 @task(name="gate", cache_policy=NO_CACHE)
 def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
-    """Judge a version. A rejection is a result, not an error."""
+    """Decide about a version. A rejection is a result, not an error."""
     return decide(report, config)
 
 
@@ -40,7 +40,7 @@ def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
 def register_version(
     job: AdaptationJob, spec: AdaptSpec, adapter: AdapterRef, report: EvaluationReport, decision: GateDecision
 ) -> VersionRef:
-    """Write the version's record beside its adapter and register both, accepted or rejected."""
+    """Write the version's record, and register the version, accepted or rejected."""
     store = current_store()
     run, base, dataset = job.run, job.base, job.dataset
     before = read_record(store, job.parent.adapter_uri) if job.parent else None
@@ -56,35 +56,19 @@ def register_version(
         known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
     known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
     record = LineageRecord(
-        lineage=run.lineage,
-        base=base,
-        strategy=job.strategy,
-        adapter=job.adapter,
-        tasks=known,
-        matrix=report.matrix,
+        lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(
-        run_key=run.run_key,
-        task=dataset.task,
-        strategy=job.strategy,
-        base_sha256=base.sha256,
-        dataset_sha256=dataset.sha256,
-        landed_sha256=dataset.landed_sha256,
-        config_sha256=job.config_sha256,
-        adapter_uri=adapter.uri,
-        adapter_sha256=adapter.sha256,
-        parent_version=adapter.parent_version,
-        accepted=decision.accepted,
-        reasons=decision.reasons,
+        run_key=run.run_key, task=dataset.task, strategy=job.strategy, base_sha256=base.sha256,
+        dataset_sha256=dataset.sha256, landed_sha256=dataset.landed_sha256, config_sha256=job.config_sha256,
+        adapter_uri=adapter.uri, adapter_sha256=adapter.sha256, parent_version=adapter.parent_version,
+        accepted=decision.accepted, reasons=decision.reasons,
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
         approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
-        average_accuracy=report.matrix.average_accuracy,
-        forgetting=report.matrix.forgetting,
-        backward_transfer=report.matrix.backward_transfer,
-        forward_transfer=report.matrix.forward_transfer,
-    )
+        **scores_of(report.matrix),
+    )  # fmt: skip
     with borrowed_adapter(store, adapter, with_method=True) as folder:
         facts = replace(facts, files_sha256=as_recorded(digests_of(folder)))
         model_id = log_adapter(run, dataset.task, folder, record, facts)
@@ -94,7 +78,7 @@ def register_version(
 
 
 def log_adapter(run: RunRef, task_name: str, folder: Path, record: LineageRecord, facts: VersionFacts) -> str:
-    """Keep a copy of the adapter's folder in MLflow, with what makes it a model that MLflow serves."""
+    """Log a copy of the adapter's folder as a model that MLflow can serve; return the model's id."""
     from deal_core.evaluation.answering import SERVED_FILE
     from infra.served_model import write_served_folder
     from tasks.adaptation.model_card import example_rows, served_version, write_card

@@ -1,4 +1,4 @@
-"""Report: what a run found, as figures, scores and a page in MLflow, and as a shorter page in Prefect."""
+"""Write the report of a run: scores, figures and a page in MLflow, and a shorter page in Prefect."""
 
 from __future__ import annotations
 
@@ -21,49 +21,32 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from infra.report import formatting as words
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
-from infra.report.formatting import verdict_of
 from infra.report.page import matrix_rows, render_page
-from infra.report.run_report import (
-    PAGE_FILE,
-    REPORT_FILE,
-    Link,
-    Origin,
-    Quality,
-    QuarantinedRow,
-    RunReport,
-    Training,
-    Verdict,
-)
+from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 from infra.store.base import ObjectNotFoundError, ObjectStore, complete_file
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
-from tasks.adaptation.answers import MAX_EXAMPLES, compare_answers, cut
+from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store, local_file
 from tasks.lineage.history import find_version
-from tasks.lineage.record import read_record
+from tasks.lineage.record import read_record, scores_of
 from tasks.progress import patient
 from tasks.references import DatasetRef, RunRef, TrainSummary, VersionRef
 
 MAX_LOSSES = 1000
-"""Kept for the page; MLflow has all of them as a metric."""
+"""Losses in the report. MLflow has every loss as a metric."""
 LIBRARIES = ("deal-pipeline", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "mlflow", "prefect")
 EVALUATION_FILE = "evaluation.json"
 NEWEST = 30
-"""Versions in the matrix of the Markdown page, which Prefect's database keeps one of for each run."""
+"""Versions in the matrix of the Markdown page. Prefect's database stores a page for each run."""
 
 
-def gather_report(
-    run: RunRef,
-    version: VersionRef,
-    dataset: DatasetRef,
-    summary: TrainSummary,
-    seconds: Mapping[str, float],
-    *,
-    verdict: Verdict,
+def _gather_report(
+    run: RunRef, version: VersionRef, dataset: DatasetRef, summary: TrainSummary, seconds: Mapping[str, float],
     include_texts: bool,
 ) -> RunReport:
-    """Everything about a registered version that its page shows, beside its evaluation."""
+    """Collect everything about a registered version that its page shows, apart from the evaluation."""
     store = current_store()
     known = {info.version: info for info in open_registry().versions(version.lineage)}
     own = known[version.version]
@@ -73,7 +56,7 @@ def gather_report(
         version=version.version,
         task=dataset.task,
         parent_version=version.parent_version,
-        verdict=verdict,
+        verdict=version.outcome,
         reasons=version.reasons,
         created=own.created,
         include_texts=include_texts,
@@ -83,53 +66,46 @@ def gather_report(
             store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
         ),
         seconds=dict(seconds),
-        lineage_so_far=tuple(_link(info) for info in known.values() if int(info.version) <= int(version.version)),
-        origin=Origin(
-            base=read_record(store, version.adapter_uri).base.name,
-            libraries=library_versions(),
-            tracking_id=run.tracking_id,
-            run_key=own.run_key,
-            base_sha256=own.base_sha256,
-            dataset_sha256=own.dataset_sha256,
-            adapter_sha256=own.adapter_sha256,
-            config_sha256=own.config_sha256,
+        lineage_so_far=tuple(
+            Link(**{name: getattr(info, name) for name in Link.model_fields})
+            for info in known.values() if int(info.version) <= int(version.version)
         ),
-    )
+        origin=Origin(
+            base=read_record(store, version.adapter_uri).base.name, libraries=_library_versions(),
+            tracking_id=run.tracking_id, run_key=own.run_key, base_sha256=own.base_sha256,
+            dataset_sha256=own.dataset_sha256, adapter_sha256=own.adapter_sha256, config_sha256=own.config_sha256,
+        ),
+    )  # fmt: skip
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can change a result, as they are installed here."""
+def _library_versions() -> dict[str, str]:
+    """Installed versions of Python and of the libraries that can change a result."""
     found = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # a checkout that is not installed
+        except metadata.PackageNotFoundError:  # the checkout is not installed
             continue
     return found
 
 
 def _training(strategy: str, summary: TrainSummary) -> Training:
     losses = [(step, loss) for step, loss in summary.losses if math.isfinite(loss)]
+    shared = ("num_steps", "seconds", "rows_per_second", "resumed_from_step", "fill")
     return Training(
-        strategy=strategy,
-        num_steps=summary.num_steps,
-        seconds=summary.seconds,
-        rows_per_second=summary.rows_per_second,
-        resumed_from_step=summary.resumed_from_step,
-        losses=tuple(thin(losses, MAX_LOSSES)),
-        fill=summary.fill,
+        strategy=strategy, losses=tuple(thin(losses, MAX_LOSSES)), **{name: getattr(summary, name) for name in shared}
     )
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int) -> list[tuple[int, float]]:
-    """At most `limit` of the points, evenly chosen, the first and the last among them."""
+    """Choose at most `limit` points evenly, including the first and the last."""
     if len(points) <= limit:
         return list(points)
     return [points[round(number * (len(points) - 1) / (limit - 1))] for number in range(limit)]
 
 
 def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Quality:
-    """What is known of the arrival; of one that was forgotten since, the numbers of its rows."""
+    """The facts about the arrival. If it was forgotten since, only the numbers of its rows are left."""
     try:
         manifest = read_manifest(store, dataset.uri)
     except ObjectNotFoundError:
@@ -139,18 +115,11 @@ def _quality(store: ObjectStore, dataset: DatasetRef, include_texts: bool) -> Qu
     if key is not None and not store.exists(key):  # forgotten since
         key = None
     return Quality(
-        source=manifest.source,
-        format=manifest.task.format,
-        split=manifest.split,
-        num_labels=len(manifest.task.labels),
-        num_read=manifest.num_read,
-        num_train=manifest.num_train,
-        num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected,
-        problems=dict(manifest.problems),
-        quarantine=key,
-        bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
-    )
+        source=manifest.source, format=manifest.task.format, split=manifest.split,
+        num_labels=len(manifest.task.labels), num_read=manifest.num_read, num_train=manifest.num_train,
+        num_test=manifest.num_test, num_rejected=manifest.num_rejected, problems=dict(manifest.problems),
+        quarantine=key, bad_rows=_bad_rows(store, key, include_texts) if key is not None else (),
+    )  # fmt: skip
 
 
 def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[QuarantinedRow, ...]:
@@ -171,10 +140,6 @@ def _problem(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {entry['value']}") if include_texts else str(entry["reason"])
 
 
-def _link(info: VersionInfo) -> Link:
-    return Link(**{name: getattr(info, name) for name in Link.model_fields})
-
-
 @task(name="report", cache_policy=NO_CACHE)
 def report_run(
     run: RunRef,
@@ -186,16 +151,9 @@ def report_run(
     *,
     include_texts: bool = False,
 ) -> None:
-    """Complete the MLflow run and write the run's page.
+    """Write the report of a run to MLflow and Prefect.
 
-    Args:
-        run: whose page it is.
-        version: what the run has registered.
-        dataset: what it learned from.
-        report: what it was judged by.
-        summary: how it was trained.
-        seconds: wall time of the stages so far.
-        include_texts: show texts of rows.
+    `seconds` is the wall time by stage. The page shows texts of rows only with `include_texts`.
     """
     found = write_report(run, version, dataset, report, summary, seconds, include_texts=include_texts)
     patient(create_markdown_artifact)(
@@ -215,17 +173,15 @@ def write_report(
     *,
     include_texts: bool,
 ) -> RunReport:
-    """The part of `report_run` that MLflow keeps; the arguments are the same."""
+    """Write the part of `report_run` that is in MLflow. The arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)
-    log_scores(tracked, report)
+    _log_scores(tracked, report)
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
     num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
     for stage, duration in seconds.items():
         tracked.log_stage(stage, duration, num_rows.get(stage))
     tracked.log_metrics({"rows_per_second/train": summary.rows_per_second})
-    found = gather_report(
-        run, version, dataset, summary, seconds, verdict=version.outcome, include_texts=include_texts
-    )
+    found = _gather_report(run, version, dataset, summary, seconds, include_texts)
     tracked.log_json(EVALUATION_FILE, report.to_json())
     tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
     tracked.log_text(PAGE_FILE, render_page(found, report))
@@ -241,35 +197,31 @@ def write_report(
 
 
 def read_page(tracking_id: str) -> tuple[RunReport, str]:
-    """A run's page, written again from what MLflow keeps.
+    """Render a run's page again from the JSON files in MLflow.
 
     Raises:
-        RegistryError: the run keeps nothing to write it from, or MLflow does not answer.
+        RegistryError: The run has no such files, or MLflow does not answer.
     """
     tracked = open_tracker().run(tracking_id)
     report = RunReport.from_json(tracked.read_json(REPORT_FILE))
     return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)))
 
 
-def log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
-    """The version's scores as metrics; undefined ones are left out."""
-    matrix = report.matrix
+def _log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
+    """Log the version's scores as metrics. Undefined scores are left out."""
     tracked.log_metrics(
         {
-            "average_accuracy": matrix.average_accuracy,
-            "forgetting": matrix.forgetting,
-            "backward_transfer": matrix.backward_transfer,
-            "forward_transfer": matrix.forward_transfer,
+            **scores_of(report.matrix),
             "base_accuracy": report.base_accuracy,
             "parent_accuracy_new_task": report.parent_accuracy_new_task,
             **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
-            **{f"forgetting/{name}": value for name, value in matrix.forgetting_by_task.items()},
+            **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
         }
     )
 
 
 def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
-    """The heart of the page in Markdown: verdict, matrix, what was gained and lost, timings. No text of any row."""
+    """Return the short page: verdict, matrix, gained and lost rows, and timings. It has no text of a row."""
     matrix = evaluation.matrix
     versions = words.versions_of(report, evaluation)
     base, *learned = matrix_rows(matrix, versions)
@@ -305,7 +257,7 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
 
 
 class WrittenReport(BaseModel):
-    """A page and what it says first."""
+    """A written page and its verdict."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -319,16 +271,11 @@ class WrittenReport(BaseModel):
 
 
 def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
-    """Write the page of a version.
-
-    Args:
-        lineage: whose version.
-        version: its number.
-        file: where the page goes; what is there is replaced.
+    """Write the page of a version to a file. A present file is replaced.
 
     Raises:
-        RegistryError: there is no such version, or its run keeps nothing to write the page from.
-        ConfigError: the file cannot be written.
+        RegistryError: There is no such version, or its run has no report.
+        ConfigError: The file cannot be written.
     """
     report, page = read_page(find_version(open_registry(), lineage, version).tracking_id)
     try:
@@ -338,6 +285,6 @@ def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
     except OSError as error:
         raise ConfigError(f"The page cannot go to {file} ({error.strerror}); give another --out.") from None
     return WrittenReport(
-        lineage=lineage, version=version, verdict=report.verdict, summary=verdict_of(report), reasons=report.reasons,
-        file=file.resolve(),
+        lineage=lineage, version=version, verdict=report.verdict, summary=words.verdict_of(report),
+        reasons=report.reasons, file=file.resolve(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Resume: the lineage's next run completes a run that died after it had registered its version."""
+"""Find the parent of a run, and complete a run that died after it had registered its version."""
 
 from __future__ import annotations
 
@@ -8,34 +8,65 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.errors import DataValidationError, StoreError
+from deal_core.errors import DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.masking import without_secrets
+from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_folder
-from infra.tracking.registry import Registry, VersionInfo
+from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.tracking.tracker import open_tracker
+from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
-from tasks.adaptation.promote import complete_version, is_complete, is_overtaken
+from tasks.adaptation.promote import champion_deleted, complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
 from tasks.context import current_store, end_run, local_file, remove_work
+from tasks.lineage.history import require_in_registry
 from tasks.lineage.version_files import reading_beside
+from tasks.lineage.versions import version_ref
 from tasks.notices import announce_version
 from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
 
 logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
-"""Beside the adapter: what the report is made of."""
+"""A file next to the adapter with everything that a report needs."""
+
+
+@task(name="parent", cache_policy=NO_CACHE)
+def find_parent(lineage: str) -> VersionRef | None:
+    """Return the champion, which the next version continues; None: the next version starts from the base.
+
+    Before that, the newest version's run is completed if a crash interrupted it. So no accepted version is skipped.
+
+    Raises:
+        RegistryError: The registry lost the versions, or the champion was deleted in MLflow. A person must name a new
+            champion, because a run from the base would lose the lineage's tasks.
+    """
+    registry, store = open_registry(), current_store()
+    require_in_registry(registry, store, lineage)
+    number, _ = settle_aliases(registry, PromotionLog(store), lineage)
+    if versions := registry.versions(lineage):
+        VersionLog(store).keep_missing(lineage, versions)
+        # if the newest run registered its version twice, the first one counts
+        newest = next(version for version in versions if version.run_key == versions[-1].run_key)
+        _finish_run(registry, newest, version_ref(newest))
+    champion = registry.champion(lineage)
+    if champion is None and number is not None:
+        raise RegistryError(champion_deleted(lineage, number))
+    return version_ref(champion) if champion else None
 
 
 def keep_findings(
     adapter_uri: str, spec: Mapping[str, Any], dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary
 ) -> None:
-    """Keep what a run was asked and has found before its version is registered.
+    """Store the spec and the results of a run before its version is registered.
 
-    So its report can be written after a crash, and the arrival learned again after a rollback.
+    With them, the report can be written after a crash, and the arrival can be learned again after a rollback.
     """
     values = {
         "spec": spec, "dataset": dataset.model_dump(), "evaluation": report.to_json(),
@@ -45,23 +76,23 @@ def keep_findings(
 
 
 def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
-    """The spec of the run that made an adapter.
+    """Return the spec of the run that made an adapter.
 
     Raises:
-        StoreError: it was not kept.
+        StoreError: The spec was not stored.
     """
     spec = (read_findings(adapter_uri) or {}).get("spec")
     if spec is None:
         address = current_store().uri_of(f"{adapter_uri}/{FINDINGS_FILE}")
-        raise StoreError(f"{address} does not say what its run was asked; adapt its file anew with --again.")
+        raise StoreError(f"{address} does not have the spec of its run; adapt to the file again with --again.")
     return dict(spec)
 
 
 def read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
-    """What `keep_findings` kept; None: the version was registered before runs kept it.
+    """Read the values of `keep_findings`; None: an earlier release registered the version and stored none.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: The file is damaged.
     """
     store, key = current_store(), f"{adapter_uri}/{FINDINGS_FILE}"
     if not store.exists(key):
@@ -74,18 +105,19 @@ def read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
 
 
 def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInfo) -> tuple[str, ...]:
-    """The digests of an arrival's files, which have to be those that a version was trained on.
+    """Return the digests of an arrival's files. They must be the files that a version was trained on.
 
     Raises:
-        DataValidationError: they do, or nothing is there.
+        DataValidationError: A file has another content.
+        StoreError: A file is missing.
     """
     findings = read_findings(version.adapter_uri) or {}
-    files = read_manifest(store, dataset_of(store, findings, version).uri).files
+    files = read_manifest(store, _dataset_of(store, findings, version).uri).files
     found = []
     for address in filter(None, (arrival.data, arrival.test_data)):
         with local_file(store, address) as path:
             found.append(sha256_of_input(path))
-        if files and found[-1] not in files:  # older manifests do not have them
+        if files and found[-1] not in files:  # older manifests have no digests of files
             raise DataValidationError(
                 f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
                 "land the old file again, or adapt to the new one with deal adapt."
@@ -93,22 +125,21 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
     return tuple(found)
 
 
-def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
+def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) -> None:
     """Complete the run of a lineage's newest version: promotion, report, notice, end, work folder, training rows.
 
-    Nothing is done if it is complete. A version that another one has overtaken is left as it is. Each step can be
-    repeated. The next arrival builds on the promotion alone: of the other steps, what fails is logged, and tried again
-    by the next run while the version is the newest.
+    A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
+    the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
 
     Raises:
-        RegistryError: the version cannot be promoted.
+        RegistryError: The version cannot be promoted.
     """
     if not is_complete(version):
         if is_overtaken(registry, version):
             return
         complete_version(registry, version)
     run = RunRef(lineage=version.lineage, task=version.task, run_key=version.run_key, tracking_id=version.tracking_id)
-    with _logging(version, "look whether its MLflow run has ended"):
+    with _logging(version, "read the state of its MLflow run"):
         if open_tracker().run(run.tracking_id).is_finished():
             return
     status: Literal["FINISHED", "FAILED"] = "FAILED"
@@ -128,18 +159,18 @@ def finish_run(registry: Registry, version: VersionInfo, reference: VersionRef) 
         remove_work(run)
     with _logging(version, "delete its training rows"):
         if findings is not None:
-            drop_training_rows(current_store(), dataset_of(current_store(), findings, version).uri)
+            drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
 
 
 @contextmanager
 def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
-    """Log what goes wrong inside, and go on."""
+    """Log an error of the block instead of raising it."""
     try:
         yield
-    except Exception as error:  # whatever it is: a lineage must not stand still for a page
+    except Exception as error:  # a report or a notice must not stop the lineage
         reason = without_secrets(str(error).split("\n")[0])
         logger.error(
-            "Cannot %s, version %s of '%s': %s: %s; the lineage learns on without.",
+            "Cannot %s, version %s of '%s': %s: %s; the lineage continues without it.",
             doing, version.version, version.lineage, type(error).__name__, reason,
         )  # fmt: skip
 
@@ -147,33 +178,20 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
 def report_findings(
     write: Callable[..., object], run: RunRef, reference: VersionRef, version: VersionInfo, findings: Mapping[str, Any]
 ) -> None:
-    """Write the report of a version again, from the findings that lie next to its adapter.
+    """Write the report of a version again from its findings.
 
-    Args:
-        write: `report_run`'s function, or `write_report` for the part of it that MLflow keeps.
-        run: whose report it is.
-        reference: the version.
-        version: what the registry knows of the version.
-        findings: as `read_findings` returns them.
+    `write` is `report_run`'s function, or `write_report` for the part in MLflow only.
     """
     write(
-        run, reference, dataset_of(current_store(), findings, version),
+        run, reference, _dataset_of(current_store(), findings, version),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
         include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
     )  # fmt: skip
 
 
-def dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
-    """The dataset of a version, also of one trained when lineages still shared what lies under a digest."""
+def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
+    """The dataset of a version. Findings of earlier releases have no dataset: then lineages shared datasets."""
     if "dataset" in findings:
         return DatasetRef.model_validate(findings["dataset"])
     uri = dataset_folder(version.task, version.dataset_sha256)
-    manifest = read_manifest(store, uri)
-    return DatasetRef(
-        task=version.task,
-        uri=uri,
-        sha256=version.dataset_sha256,
-        num_train=manifest.num_train,
-        num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected,
-    )
+    return DatasetRef.of(read_manifest(store, uri), uri)

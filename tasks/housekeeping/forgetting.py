@@ -1,4 +1,4 @@
-"""Forget: find everything that holds rows of one arrival, and every version that learned from it; then remove it."""
+"""Forget an arrival: find its rows and the versions that learned from them, then remove the rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.store import keys
-from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
+from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
 from infra.tracking.registry import Registry, VersionInfo
 from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from infra.tracking.tracker import Tracker
-from tasks.adaptation.answers import ANSWERS_FILE
+from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
 from tasks.housekeeping.inventory import (
     KnownArrival,
@@ -27,33 +27,33 @@ from tasks.housekeeping.inventory import (
     remove_local,
     with_every_split,
 )
-from tasks.inbox.listing import read_state, write_state
-from tasks.lineage.adapters import replacing
+from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
+from tasks.lineage.version_files import replacing
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
                "answers", "inbox file", "quarantine", "training rows", "test rows"]  # fmt: skip
 ORDER: tuple[Kind, ...] = get_args(Kind)
-"""In this order they are removed: while the rows are there, the arrival is found again after an interruption."""
+"""The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
 
 class Held(BaseModel):
-    """Something that holds rows of the arrival."""
+    """A place with rows of the arrival."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: Kind
     address: str
-    """Key in the store, path on this machine, or the names of a run's artifacts."""
+    """Key in the store, path on this machine, or names of a run's artifacts."""
     num_bytes: int = 0
     run_id: str | None = None
-    """MLflow run that the artifacts are of."""
+    """The MLflow run of the artifacts."""
     lineage: str | None = None
     version: str | None = None
 
 
 class AffectedVersion(BaseModel):
-    """A version that learned from the arrival, itself or through one that it descends from."""
+    """A version that learned from the arrival, directly or through an ancestor."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,33 +61,33 @@ class AffectedVersion(BaseModel):
     version: str
     task: str
     is_direct: bool
-    """It was trained on the arrival; otherwise it continues a version that was."""
+    """Whether the version itself was trained on the arrival."""
     accepted: bool
     aliases: tuple[str, ...]
 
 
 class ForgetPlan(BaseModel):
-    """What forgetting an arrival removes, and what it cannot."""
+    """What `deal forget` removes, and which versions stay affected."""
 
     model_config = ConfigDict(frozen=True)
 
     task: str
     sha256: str
     splits: tuple[str, ...] = ()
-    """Digests of other datasets that hold the same landed rows, split otherwise: they are removed with it."""
+    """Digests of other datasets with the same landed rows but another split. They are removed too."""
     landed: tuple[str, ...] = ()
-    """Digests of the landed rows, however they are split."""
+    """Digests of the landed rows, without the split."""
     files: tuple[str, ...]
     held: tuple[Held, ...]
     learned: tuple[AffectedVersion, ...]
     unjudged: tuple[str, ...]
-    """Lineages whose champion is judged on the task by these rows: it cannot be judged on it afterwards."""
+    """Lineages whose champion is judged on the task by these rows, and cannot be judged on it afterwards."""
     shared_with: tuple[str, ...] = ()
-    """Digests of other datasets that came with one of the same files, such as the task's file of test rows."""
+    """Digests of other datasets that share a landed file, for example the task's file of test rows."""
 
 
 def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
-    """The versions of a lineage, oldest first, that learned from one of the datasets: their weights still hold it."""
+    """Return the versions of a lineage, oldest first, whose weights have learned from one of the datasets."""
     found: dict[str, AffectedVersion] = {}
     for version in versions:
         is_direct = version.dataset_sha256 in sha256s
@@ -102,17 +102,14 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
 def plan_forgetting(
     store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
 ) -> ForgetPlan:
-    """Look for everything that holds rows of an arrival. Nothing is changed.
-
-    Args:
-        store: holds rows and adapters.
-        registry: knows the versions.
-        tracker: knows the runs.
-        arrival: as `tasks.housekeeping.inventory.find_arrival` found it.
-    """
+    """Find every place with rows of an arrival. Nothing is changed."""
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
-    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival), *_temporaries(store)]
+    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival)]
+    held += [  # a killed process may have left rows of any arrival
+        Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
+        for each in find_leftovers(store, datetime.now(UTC))
+    ]
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
@@ -142,7 +139,7 @@ def plan_forgetting(
 
 
 def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, registry: Registry) -> None:
-    """Remove what a plan found. Each step can be repeated: the tombstone stays, and with it the arrival is found."""
+    """Remove the rows of a plan. Each step can be repeated: the arrival is found again by its tombstone."""
     emptied: set[str] = set()
     for each in sorted(plan.held, key=lambda each: ORDER.index(each.kind)):
         match each.kind:
@@ -161,12 +158,12 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                 store.delete(each.address)
             case _:
                 assert_never(each.kind)
-    for sha256 in (*plan.splits, plan.sha256):  # the named one last: while it is there, its manifest finds the others
+    for sha256 in (*plan.splits, plan.sha256):  # the named one last: its manifest finds the others
         store.delete(keys.dataset_folder(plan.task, sha256))
 
 
 def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> None:
-    """What the watches noted of these files may quote bad rows: say instead that they were forgotten."""
+    """Replace the messages of watches about these files by `said`. A message may quote bad rows."""
     for info in list(store.list(keys.WATCH)):
         lineage = keys.lineage_of_watch(info.key)
         state = read_state(store, lineage)
@@ -192,12 +189,6 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     return found
 
 
-def _temporaries(store: ObjectStore) -> list[Held]:
-    """What killed processes have left here, whatever rows it may hold."""
-    found = find_leftovers(store, datetime.now(UTC))
-    return [Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes) for each in found]
-
-
 def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
     landed = arrival.inbox_keys(store, registry)
     sizes = {info.key: info.size for info in store.list(keys.inbox_folder(arrival.task))}
@@ -207,7 +198,7 @@ def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) 
 def _judged_by(
     store: ObjectStore, versions: Iterable[VersionInfo], arrival: KnownArrival
 ) -> list[VersionInfo]:
-    """Versions that are judged on the task by the arrival's test rows."""
+    """The versions that the arrival's test rows judge."""
     found = []
     for version in versions:
         if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
@@ -221,7 +212,7 @@ def _judged_by(
 def _unregistered(
     versions: Iterable[VersionInfo], runs: Iterable[RunInfo], affected: Collection[str], arrival: KnownArrival
 ) -> set[str]:
-    """Short keys of the runs that learned, or continue what learned, from the arrival, and have no version."""
+    """Short keys of the runs without a version that learned from the arrival or continue an affected version."""
     registered = {version.run_key for version in versions}
     return {
         run.short_key for run in runs
@@ -231,14 +222,10 @@ def _unregistered(
 
 
 def _orphans(store: ObjectStore, lineage: str, short_keys: Collection[str]) -> list[Held]:
-    found: dict[str, int] = {}
-    for key in sorted(short_keys):
-        for info in store.list(keys.adapter_uri(lineage, key)):
-            folder = keys.adapter_uri(lineage, key)
-            found[folder] = found.get(folder, 0) + info.size
+    folders = [keys.adapter_uri(lineage, key) for key in sorted(short_keys)]
     return [
-        Held(kind="adapter of no version", address=folder, num_bytes=size, lineage=lineage)
-        for folder, size in found.items()
+        Held(kind="adapter of no version", address=folder, num_bytes=sum(info.size for info in infos), lineage=lineage)
+        for folder in folders if (infos := list(store.list(folder)))
     ]
 
 
@@ -284,7 +271,7 @@ def _kept_by_method(
 def _method_rows(
     store: ObjectStore, versions: Sequence[VersionInfo], sha256s: Collection[str]
 ) -> dict[str, set[str]]:
-    """By version, the tensors of its method state that hold rows of the datasets: own ones, and those taken over."""
+    """By version, the tensors of its method state with rows of the datasets, including inherited tensors."""
     from deal_core.adapter.state import stored_rows
 
     sizes: dict[str, dict[str, int]] = {}
@@ -318,11 +305,6 @@ def _empty_method_rows(
 
 
 def _download_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    for info in _method_files(store, adapter_uri):
-        store.download_file(info.key, folder / keys.file_name(info.key))
-
-
-def _method_files(store: ObjectStore, adapter_uri: str) -> list[ObjectInfo]:
-    return [info for info in store.list(adapter_uri) if keys.file_name(info.key) in METHOD_FILES]
-
-
+    for info in store.list(adapter_uri):
+        if keys.file_name(info.key) in METHOD_FILES:
+            store.download_file(info.key, folder / keys.file_name(info.key))

@@ -1,4 +1,4 @@
-"""Garbage: what of a lineage nobody will need again. Pure: from what there is to the exact list of removals."""
+"""Plan what `deal gc` removes from a lineage. The functions are pure: from an inventory to a list of removals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["work folder", "adapter", "training rows", "temporary files"]
 
 
 class Folder(NamedTuple):
-    """Something that lies around: where, how large, and when it was last written to."""
+    """A folder or a file: its address, its size and the time of its last change."""
 
     address: str
     """Key in the store, or path on this machine."""
@@ -24,7 +24,7 @@ class Folder(NamedTuple):
 
 
 class Removal(BaseModel):
-    """One thing to remove, and why."""
+    """One thing to remove, with the reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,45 +34,71 @@ class Removal(BaseModel):
     num_bytes: int
     reason: str
     version: str | None = None
-    """Version whose adapter it is."""
+    """The version of a removed adapter."""
     model_id: str | None = None
-    """MLflow's model of that version."""
+    """MLflow's model of this version."""
 
 
 class Holdings(NamedTuple):
-    """What there is of a lineage while nobody works on it."""
+    """The inventory of a lineage that no process is working on."""
 
     lineage: str
     versions: Sequence[VersionInfo]
     """Oldest first."""
     runs: Sequence[RunInfo]
     adapters: Mapping[str, Folder]
-    """By the short key of the run that made each."""
+    """By the short key of the run."""
     work: Mapping[str, Folder]
-    """Work folders of this machine, by short key."""
+    """Work folders on this machine, by the short key of the run."""
     training_rows: Sequence[Folder]
-    """Those that no arrival asked to retain."""
+    """Training rows that no arrival retains."""
 
 
 def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
-    """What can go, in a fixed order.
+    """Return the removals in a fixed order.
 
-    Nobody works on the lineage, so a run that MLflow calls running has died. It may still go on from its checkpoint, as
-    a failed one may, while its parent is champion and it is not older than the limit.
+    No process is working on the lineage, so a run with the status RUNNING has died. Such a run and a failed run may
+    continue from the checkpoint while their parent is champion and they are younger than the limit.
 
-    Args:
-        held: what there is.
-        now: the time.
-        older_than: how old training rows, a rejected version's adapter, and what a run left that may go on, must be.
+    `older_than` is the least age of training rows, of a rejected version's adapter, and of the folders of an open run.
     """
-    plan = _Plan(held, now - older_than)
-    return (*plan.work_folders(), *plan.adapters(), *plan.training_rows())
+    cutoff = now - older_than
+    version_of = {version.run_key[:16]: version for version in held.versions}
+    run_of = {run.short_key: run for run in held.runs}
+    kept = kept_versions(held.versions, cutoff)
+    champion = next((version.version for version in held.versions if "champion" in version.aliases), None)
+    found: list[Removal] = []
+
+    def add(kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> None:
+        number, model_id = (version.version, version.model_id) if version else (None, None)
+        found.append(Removal(
+            lineage=held.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason,
+            version=number, model_id=model_id,
+        ))  # fmt: skip
+
+    for key, folder in sorted(held.work.items()):
+        if version := version_of.get(key):  # steps after the registration need only the store
+            add("work folder", folder, f"its run has registered version {version.version}")
+        elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
+            add("work folder", folder, reason)
+    for key, folder in sorted(held.adapters.items()):
+        if version := version_of.get(key):
+            if version.version not in kept:
+                day = f"{version.created:%Y-%m-%d}"
+                add("adapter", folder, f"version {version.version} of {day} was rejected", version)
+        elif reason := _why_over(run_of.get(key), folder, champion, cutoff):
+            add("adapter", folder, f"no version names it: {reason}")
+    for folder in held.training_rows:
+        if folder.modified < cutoff:  # a run on another machine may still read younger rows
+            add("training rows", folder, "learned, or to be read anew from the file")
+    return tuple(found)
 
 
 def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]:
-    """Numbers of the versions whose adapter stays: good ones, with an alias, young, and all that these descend from.
+    """Return the numbers of the versions whose adapter stays.
 
-    Good are those that the gate accepted and nobody refused.
+    These are the accepted versions that no person rejected, versions with an alias, young versions, and all ancestors
+    of these versions.
     """
     by_number = {version.version: version for version in versions}
     kept: set[str] = set()
@@ -90,61 +116,13 @@ def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]
     return kept
 
 
-class _Plan:
-    def __init__(self, held: Holdings, cutoff: datetime) -> None:
-        self._held = held
-        self._cutoff = cutoff
-        self._version_of = {version.run_key[:16]: version for version in held.versions}
-        self._run_of = {run.short_key: run for run in held.runs}
-        self._kept = kept_versions(held.versions, cutoff)
-        champions = [version.version for version in held.versions if "champion" in version.aliases]
-        self._champion = champions[0] if champions else None
-
-    def work_folders(self) -> list[Removal]:
-        found = []
-        for key, folder in sorted(self._held.work.items()):
-            reason = self._over(key, folder)
-            if reason:
-                found.append(self._removal("work folder", folder, reason))
-        return found
-
-    def adapters(self) -> list[Removal]:
-        found = []
-        for key, folder in sorted(self._held.adapters.items()):
-            version = self._version_of.get(key)
-            if version is None:
-                reason = self._over(key, folder)
-                if reason:
-                    found.append(self._removal("adapter", folder, f"no version names it: {reason}"))
-            elif version.version not in self._kept:
-                day = f"{version.created:%Y-%m-%d}"
-                reason = f"version {version.version} of {day} was rejected"
-                removal = self._removal("adapter", folder, reason)
-                found.append(removal.model_copy(update={"version": version.version, "model_id": version.model_id}))
-        return found
-
-    def training_rows(self) -> list[Removal]:
-        return [
-            self._removal("training rows", folder, "learned, or to be read anew from the file")
-            for folder in self._held.training_rows
-            if folder.modified < self._cutoff  # a run of another machine may be about to read what is younger
-        ]
-
-    def _over(self, key: str, folder: Folder) -> str | None:
-        """Why the run that left the folder will not go on; None: it may."""
-        version, run = self._version_of.get(key), self._run_of.get(key)
-        touched = max(folder.modified, run.touched) if run else folder.modified
-        is_old = touched < self._cutoff
-        if version is not None:  # what a crash left undone after that is done from the store
-            return f"its run has registered version {version.version}"
-        if run is None:
-            return "no run is known that it belongs to" if is_old else None
-        if run.parent_version != self._champion:
-            parent = f"version {run.parent_version}" if run.parent_version else "the base model"
-            return f"its run continues {parent}, which is not champion any more"
-        return f"its run was left on {touched:%Y-%m-%d}" if is_old else None
-
-    def _removal(self, kind: Kind, folder: Folder, reason: str) -> Removal:
-        return Removal(
-            lineage=self._held.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason
-        )
+def _why_over(run: RunInfo | None, folder: Folder, champion: str | None, cutoff: datetime) -> str | None:
+    """Why the run of a folder will not continue; None: the run may continue."""
+    touched = max(folder.modified, run.touched) if run else folder.modified
+    is_old = touched < cutoff
+    if run is None:
+        return "no run is known that it belongs to" if is_old else None
+    if run.parent_version != champion:
+        parent = f"version {run.parent_version}" if run.parent_version else "the base model"
+        return f"its run continues {parent}, which is not champion any more"
+    return f"its run was left on {touched:%Y-%m-%d}" if is_old else None

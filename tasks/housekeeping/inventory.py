@@ -1,6 +1,6 @@
-"""What is stored of lineages and of one arrival, and what killed processes left: the base of `gc` and `forget`.
+"""List what `deal gc` and `deal forget` may remove: files of lineages, of an arrival, and of killed processes.
 
-The caller holds the lineage.
+The caller has locked the lineage.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from infra.version_log import VersionLog
 from tasks.adaptation.ingest import read_manifest, retains_training_rows
 from tasks.context import local_file
 from tasks.housekeeping.garbage import Folder, Holdings, Removal
-from tasks.inbox.listing import read_state
+from tasks.inbox import read_state
 from tasks.lineage.tombstones import find_tombstone
 
 SERVE = "serve"
-"""Where `deal serve` of earlier releases kept the versions that it had fetched."""
+"""The folder in which `deal serve` of earlier releases kept fetched versions."""
 AGE = timedelta(days=1)
-"""What nobody has written to for so long has lost its process: all that is needed later is read at once."""
+"""Age at which a temporary file counts as left by a killed process."""
 MIN_PREFIX = 6
 
 
 def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
-    """Every lineage that has left something in the store or in a work folder of this machine."""
+    """Return every lineage with an adapter or a dataset in the store, or a work folder on this machine."""
     found = {each.lineage for info in store.list(ADAPTERS) if (each := keys.parse_adapter_file(info.key))}
     datasets = [keys.parse_dataset_file(info.key) for info in store.list(DATASETS)]
     found |= {each.lineage for each in datasets if each and each.lineage}
@@ -66,10 +66,10 @@ def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
 
 
 def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Holdings:
-    """What there is of a lineage.
+    """Return the inventory of a lineage.
 
     Raises:
-        RegistryError: the store tells of versions that this registry does not know, so that it is the wrong one.
+        RegistryError: The store has versions that the registry does not know, so the registry is the wrong one.
     """
     versions = registry.versions(lineage)
     _require_registry_of(store, registry, lineage, versions)
@@ -88,7 +88,7 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
 
 
 def old_training_rows(store: ObjectStore, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
-    """Training rows from when lineages still shared them, and nobody deleted them; once they are old."""
+    """Return old training rows of earlier releases, in which lineages shared datasets."""
     return tuple(
         Removal(lineage="", kind="training rows", address=info.key, num_bytes=info.size,
                 reason="learned before training rows were deleted")
@@ -99,7 +99,7 @@ def old_training_rows(store: ObjectStore, *, now: datetime, older_than: timedelt
 
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
-    """What processes of this machine that were killed have left; no lineage owns it."""
+    """Return the files that killed processes left on this machine. They belong to no lineage."""
     return tuple(
         Removal(lineage="", kind="temporary files", address=each.address, num_bytes=each.num_bytes,
                 reason="left by a process that was killed")
@@ -108,14 +108,14 @@ def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]
 
 
 def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
-    """The removal with the size of what MLflow keeps of the same adapter added."""
+    """Add the size of MLflow's copy of the adapter to a removal."""
     if not removal.model_id:
         return removal
     return removal.model_copy(update={"num_bytes": removal.num_bytes + remover.model_bytes(removal.model_id)})
 
 
 def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: datetime) -> None:
-    """Do one removal. The store goes last: while it has something, the next plan names the removal again."""
+    """Do one removal. The store is last: after an interruption, the next plan finds the removal again there."""
     if removal.kind in ("work folder", "temporary files"):
         remove_local(removal.address)
         return
@@ -146,7 +146,7 @@ def _require_registry_of(
 
 
 def _training_rows(store: ObjectStore, lineage: str) -> list[Folder]:
-    """Stored training rows of a lineage that are not retained; a dataset without a manifest was never completed."""
+    """Stored training rows of a lineage that no arrival retains."""
     found = []
     for info in store.list(DATASETS):
         file = keys.parse_dataset_file(info.key)
@@ -167,14 +167,14 @@ def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
 
 
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
-    """Temporary folders, files that a folder store was taking in, and what earlier releases left in HOME/serve."""
+    """Return old temporary folders, unfinished files of a folder store, and files of earlier releases in HOME/serve."""
     home = HomeSettings().home
     places = [home / TEMPORARY, home / SERVE]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
     found = []
     for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
-        with suppress(FileNotFoundError):  # its process has just done with it
+        with suppress(FileNotFoundError):  # its process has just removed it
             folder = local_folder(path)
             if folder.modified < now - AGE:
                 found.append(folder)
@@ -182,7 +182,7 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
 
 
 def remove_local(address: str) -> None:
-    """Remove a folder or file of this machine; one that is gone already is all right."""
+    """Remove a folder or a file of this machine, if it still exists."""
     path = Path(address)
     with suppress(FileNotFoundError):
         if path.is_dir():
@@ -192,10 +192,10 @@ def remove_local(address: str) -> None:
 
 
 def local_folder(path: Path) -> Folder:
-    """A folder or file of this machine.
+    """Return the size and the last change of a folder or a file of this machine.
 
     Raises:
-        FileNotFoundError: a part of it went meanwhile.
+        FileNotFoundError: A part was removed meanwhile.
     """
     stats = [each.lstat() for each in (path, *path.rglob("*"))]
     num_bytes = sum(found.st_size for found in stats if stat.S_ISREG(found.st_mode))
@@ -204,27 +204,27 @@ def local_folder(path: Path) -> Folder:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownArrival:
-    """An arrival as far as it is known."""
+    """The known facts about an arrival."""
 
     task: str
     sha256: str
-    """Digest of the dataset, or of the file where no dataset was made of it."""
+    """Digest of the dataset, or of the file if it gave no dataset."""
     files: tuple[str, ...]
-    """Digests of the files it came in, its test file among them."""
+    """Digests of the files that landed, including a test file."""
     key: str | None = None
-    """Where it landed in the inbox, if it was named by that."""
+    """Key in the inbox, if the user named the arrival by its key."""
     splits: tuple[str, ...] = ()
-    """Digests of other datasets that hold the same landed rows, split otherwise; `with_every_split` finds them."""
+    """Digests of other datasets with the same landed rows but another split; set by `with_every_split`."""
     landed: tuple[str, ...] = ()
-    """Digests of the landed rows, however they are split; likewise."""
+    """Digests of the landed rows, without the split; set by `with_every_split`."""
 
     @property
     def sha256s(self) -> tuple[str, ...]:
-        """Digests of every dataset that holds its rows; the one that was named comes first."""
+        """Digests of every dataset with the arrival's rows. The named dataset comes first."""
         return (self.sha256, *self.splits)
 
     def inbox_keys(self, store: ObjectStore, registry: Registry) -> list[str]:
-        """Files of the inbox that are this arrival: by their bytes, or as a watch has handled them."""
+        """Return the arrival's files in the inbox, found by their bytes or by the state of a watch."""
         listing = [info for info in store.list(keys.inbox_folder(self.task)) if keys.file_name(info.key) != TASK_FILE]
         etags = {info.key: info.etag for info in listing}
         handled = {
@@ -238,15 +238,10 @@ class KnownArrival:
 
 
 def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArrival:
-    """The arrival that a person names.
-
-    Args:
-        store: holds the inbox and the datasets.
-        registry: knows what versions were trained on.
-        named: digest of a dataset, its first characters, or a key or uri in the inbox.
+    """Find an arrival by the digest of its dataset, the digest's first characters, or a key or uri in the inbox.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: There is no such arrival, or several arrivals have this name.
     """
     root = store.uri.rstrip("/") + "/"
     key = named.removeprefix(root)
@@ -267,12 +262,16 @@ def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArr
 
 
 def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> KnownArrival:
-    """The arrival with every dataset of its landed rows, however a lineage or a setting split them.
+    """Add every dataset with the arrival's landed rows, with any split.
 
-    A dataset is known by its manifest, by the versions that learned from it, and by what a tombstone kept of it.
+    Datasets are found by their manifests, by the versions that learned from them, and by tombstones.
     """
     known = [(sha256, manifest.landed_sha256, manifest.files) for sha256, manifest in manifests_of(store, arrival.task)]
-    known += [(version.dataset_sha256, version.landed_sha256, ()) for version in _versions(store, registry, arrival)]
+    known += [
+        (version.dataset_sha256, version.landed_sha256, ())
+        for lineage in list_all_lineages(store)
+        for version in registry.versions(lineage) if version.task == arrival.task
+    ]  # fmt: skip
     tombstone = find_tombstone(store, arrival.task, [arrival.sha256])
     landed = {found for sha256, found, _ in known if sha256 == arrival.sha256 and found}
     landed |= set(tombstone.landed if tombstone else ())
@@ -285,7 +284,7 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
 
 
 def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
-    """The digest and the manifest of every dataset of a task, once for each lineage that has it."""
+    """Yield the digest and the manifest of every dataset of a task, once for each lineage with the dataset."""
     for info in store.list(f"{DATASETS}/{task}"):
         folder, _, name = info.key.rpartition("/")
         if name == MANIFEST_FILE:
@@ -299,7 +298,7 @@ def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
     found |= {each.sha256 for each in _handled(store, registry, task) if each.key == key}
     if len(found) > 1 and not _is_one_arrival(store, registry, task, found):
         raise ConfigError(
-            f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; name the one that is meant by digest."
+            f"{key} landed as {len(found)} datasets: {', '.join(sorted(found))}; give the digest of one of them."
         )
     if found:
         return _known(store, task, min(found), key=key)
@@ -309,14 +308,9 @@ def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
 
 
 def _is_one_arrival(store: ObjectStore, registry: Registry, task: str, sha256s: Collection[str]) -> bool:
-    """Whether the datasets hold the same landed rows, split otherwise."""
+    """Whether the datasets have the same landed rows with different splits."""
     known = with_every_split(store, registry, _known(store, task, min(sha256s), key=None))
     return set(sha256s) <= set(known.sha256s)
-
-
-def _versions(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> Iterator[VersionInfo]:
-    for lineage in list_all_lineages(store):
-        yield from (version for version in registry.versions(lineage) if version.task == arrival.task)
 
 
 def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> KnownArrival:
@@ -326,7 +320,7 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
     tombstone = find_tombstone(store, task, [sha256])
     files |= dict.fromkeys(tombstone.files if tombstone else ())
     if not files and any(True for _ in store.list(quarantine_folder(task, sha256))):
-        files = {sha256: None}  # refused whole: it is known by its file
+        files = {sha256: None}  # the whole file was refused
     if key is not None and store.exists(key):
         files |= {_digest_of(store, key): None}
     return KnownArrival(task=task, sha256=sha256, files=tuple(files), key=key)
@@ -353,7 +347,7 @@ class _Handled(NamedTuple):
 
 
 def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Handled]:
-    """The datasets that watches made of a task's files."""
+    """The datasets that watches made from a task's files."""
     for info in store.list(keys.WATCH):
         lineage = keys.lineage_of_watch(info.key)
         sha256_of = {version.version: version.dataset_sha256 for version in registry.versions(lineage)}

@@ -1,16 +1,24 @@
-"""The history of a lineage, as the registry tells it."""
+"""The versions of a lineage, by the registry and by the store, and the health of its champion."""
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import RegistryError
+from deal_core.errors import DealError, RegistryError, StoreError
+from deal_core.masking import without_secrets
 from infra.promotions import Move, PromotionLog
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.store import keys
+from infra.store.base import ObjectStore
+from infra.tracking.rebuilding import is_being_rebuilt
+from infra.tracking.registry import Registry, VersionInfo, open_registry, require_through_gate
+from infra.version_log import VersionLog
+from tasks.adaptation.promote import champion_deleted
 from tasks.context import current_store
-from tasks.lineage.stored_lineage import lost_in_registry
+from tasks.lineage.record import read_record
+from tasks.lineage.version_files import require_stored
 
 
 class HistoryEntry(BaseModel):
@@ -29,7 +37,7 @@ class HistoryEntry(BaseModel):
     accepted: bool
     reasons: tuple[str, ...]
     approval: str | None
-    """What a person said, or that one is waited for; None: nobody was asked."""
+    """State of a person's approval; None: no approval is needed."""
     aliases: tuple[str, ...]
     created: datetime
     dataset_sha256: str
@@ -39,10 +47,10 @@ class HistoryEntry(BaseModel):
 
 
 def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
-    """The versions of a lineage, all or so many of the newest ones, oldest first.
+    """Return the versions of a lineage, oldest first. `newest` limits their number.
 
     Raises:
-        RegistryError: the lineage has no version.
+        RegistryError: The lineage has no version.
     """
     versions = open_registry().versions(lineage, newest=newest)
     if not versions:
@@ -56,20 +64,20 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
 
 
 def read_moves(lineage: str) -> tuple[Move, ...]:
-    """The promotion log of a lineage, oldest first."""
+    """Return the promotion log of a lineage, oldest entry first."""
     return PromotionLog(current_store()).moves(lineage)
 
 
 def read_champion_at(lineage: str, when: datetime) -> str | None:
-    """Number of the version that was champion at a time (local, unless it says otherwise); None: none was."""
+    """Return the number of the version that was champion at a time, or None. A time without a zone is local."""
     return PromotionLog(current_store()).champion_at(lineage, when.astimezone())
 
 
 def find_version(registry: Registry, lineage: str, version: str | None) -> VersionInfo:
-    """A version by its number; None: the champion.
+    """Return a version by its number; None: the champion.
 
     Raises:
-        RegistryError: there is none.
+        RegistryError: There is no such version, or its adapter was removed.
     """
     if version is None:
         champion = registry.champion(lineage)
@@ -91,7 +99,7 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
 
 
 def unknown_lineage(lineage: str) -> str:
-    """What to say where a lineage has no champion: whether the registry has versions of it, or the store alone."""
+    """Return the message for a lineage without a champion. The message depends on the registry and the store."""
     registry = open_registry()
     if registry.versions(lineage, newest=1):
         return (
@@ -102,3 +110,97 @@ def unknown_lineage(lineage: str) -> str:
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         "or name another home with --home or lineage with --lineage."
     )
+
+
+def known_lineages(store: ObjectStore) -> tuple[str, ...]:
+    """Return every lineage with an adapter, a version or a promotion in the store, in alphabetical order."""
+    return tuple(sorted({
+        keys.lineage_of(info.key)
+        for folder in (keys.ADAPTERS, keys.VERSIONS, keys.PROMOTIONS)
+        for info in store.list(folder) if info.key.count("/") >= 2
+    }))  # fmt: skip
+
+
+def stored_numbers(store: ObjectStore, lineage: str) -> frozenset[int]:
+    """Return the numbers of all versions in the version log, the promotion log and the ledger. Skip damaged entries."""
+    found = set(VersionLog(store).numbers(lineage))
+    for folder in (keys.promotion_folder(lineage), keys.ledger_folder(lineage)):
+        for info in store.list(folder):
+            try:
+                found.add(int(json.loads(store.get_bytes(info.key))["version"]))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+    return frozenset(found)
+
+
+def lost_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> str | None:
+    """Return a message if the store has versions of a lineage and the registry has none, otherwise None."""
+    if registry.versions(lineage, newest=1):
+        return None
+    numbers = stored_numbers(store, lineage)
+    if not numbers:
+        return None
+    what = "1 version" if len(numbers) == 1 else f"{len(numbers)} versions"
+    try:
+        last = PromotionLog(store).last(lineage)
+    except StoreError:
+        last = None
+    serves = f" and version {last.champion} as champion" if last and last.champion else ""
+    return (
+        f"MLflow at {without_secrets(registry.uri)} knows no version of lineage '{lineage}', while the store "
+        f"{without_secrets(store.uri)} knows {what}{serves}: the database was lost, or it is the wrong one. Check "
+        "MLFLOW_TRACKING_URI; if the database was lost, register the versions again with: "
+        f"deal lineage rebuild {lineage}"
+    )
+
+
+def require_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> None:
+    """Refuse to work on a lineage whose versions are missing in the registry.
+
+    Raises:
+        RegistryError: The registry lost the versions, or their rebuild is not complete.
+    """
+    problem = lost_in_registry(registry, store, lineage)
+    if problem is not None:
+        raise RegistryError(problem)
+    if is_being_rebuilt(registry, lineage):
+        raise RegistryError(
+            f"The versions of lineage '{lineage}' are being registered again, or a rebuild was interrupted. If no "
+            f"other process rebuilds the lineage, repeat the command: deal lineage rebuild {lineage}"
+        )
+
+
+def look_at_champion(store: ObjectStore, registry: Registry, lineage: str) -> tuple[VersionInfo | None, list[str]]:
+    """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
+
+    The check reads the promotion log, the registry, and the champion's record, configuration and header of the weights.
+
+    Raises:
+        RegistryError: The registry cannot be read.
+    """
+    champion, problems = registry.champion(lineage), []
+    lost = lost_in_registry(registry, store, lineage)
+    if lost is not None:
+        return None, [lost]
+    try:
+        last = PromotionLog(store).last(lineage)
+        number = last.champion if last else None
+        if number is not None and registry.version(lineage, number) is None:
+            problems.append(champion_deleted(lineage, number))
+    except DealError as error:
+        problems.append(str(error))
+    return champion, [*problems, *(_problems_of(store, champion) if champion else ())]
+
+
+def _problems_of(store: ObjectStore, champion: VersionInfo) -> list[str]:
+    problems = []
+    for check in (
+        lambda: require_through_gate(champion),
+        lambda: read_record(store, champion.adapter_uri),
+        lambda: require_stored(store, champion.adapter_uri),
+    ):
+        try:
+            check()
+        except DealError as error:
+            problems.append(str(error))
+    return problems

@@ -1,6 +1,6 @@
-"""Labels that a task of a lineage gains by command (`deal labels`). The next arrival may bring rows with them.
+"""Labels that were added to a task of a lineage by command (`deal labels`). The next arrival may use them.
 
-Labels stay once a version knows them. A task file or an older spec is then read without these labels, as before.
+A version keeps the labels that it learned. A task file or spec without the new labels stays valid.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.data.schema import label_key
 from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
-from infra.store import keys
 from infra.store.base import ObjectStore
+from infra.store.keys import labels_key
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -25,12 +25,12 @@ SCHEMA_VERSION = 1
 
 
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
-    """The labels that a task has gained by command, in the order in which it has.
+    """Return the labels that were added to a task by command, oldest first.
 
     Raises:
-        StoreError: their file is damaged, or another version of this program wrote it.
+        StoreError: The file is damaged, or another release wrote it.
     """
-    key = _key(lineage, task_name)
+    key = labels_key(lineage, task_name)
     remedy = "Restore it from a backup of the store, or delete it and add the labels again (deal labels --add)."
     if not store.exists(key):
         return ()
@@ -41,13 +41,9 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
 
 
 def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
-    """Write down all labels that a task has gained by command."""
+    """Store all labels that were added to a task by command."""
     values = {"schema_version": SCHEMA_VERSION, "labels": list(labels)}
-    store.put_bytes(_key(lineage, task_name), json.dumps(values, ensure_ascii=False).encode())
-
-
-def _key(lineage: str, task_name: str) -> str:
-    return keys.labels_key(lineage, task_name)
+    store.put_bytes(labels_key(lineage, task_name), json.dumps(values, ensure_ascii=False).encode())
 
 
 class LabelsResult(BaseModel):
@@ -58,25 +54,20 @@ class LabelsResult(BaseModel):
     lineage: str
     task: str
     labels: tuple[str, ...]
-    """All of them, as the next arrival may bring them."""
+    """All labels that the next arrival may use."""
     added: tuple[str, ...]
     present: tuple[str, ...]
-    """What was to be added and was there already."""
+    """Requested labels that the task already had."""
 
 
 def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
-    """Let a task's arrivals bring labels beside those that it has; the next version that learns it has them too.
+    """Add labels to a task, after its present labels. The next version that learns the task has the labels too.
 
-    Nothing waits for a run: one that has read its file already goes on without.
-
-    Args:
-        lineage: whose champion knows the task.
-        task: its name.
-        labels: what is added after the labels that there are, in this order.
+    A run that has already read its file ends without the new labels.
 
     Raises:
-        RegistryError: the lineage has no champion.
-        ConfigError: the lineage does not know the task, the task has no labels, or what is given can be none.
+        RegistryError: The lineage has no champion.
+        ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
     known = choose_task(read_record(store, find_version(open_registry(), lineage, None).adapter_uri), task).schema

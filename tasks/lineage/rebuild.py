@@ -1,13 +1,13 @@
-"""Rebuild: a lineage whose versions the registry has lost is registered again from the store.
+"""Rebuild: register a lineage again from the store after the registry lost its versions.
 
-Versions get their numbers, facts and aliases back, and new MLflow runs that keep scores, settings and reports. The
-store is only read. The rebuild can be cut short and given again: until its end the registered model has a tag.
+Versions get their numbers, facts and aliases back, and new MLflow runs with scores, settings and reports. The store is
+only read. An interrupted rebuild can be repeated: the registered model has a tag until the rebuild is complete.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +17,23 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.masking import without_secrets
-from infra.promotions import Move, PromotionLog
-from infra.settings import HomeSettings
+from infra.promotions import Ledger, Move, PromotionLog
+from infra.report.run_report import RunReport, kept_reports
+from infra.settings import HomeSettings, TrackingSettings
+from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import Alias, Registry, open_registry
+from infra.tracking.registry import Alias, Registry, VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
+from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
 from tasks.context import current_store, run_tags
-from tasks.lineage.adapters import borrowed_adapter
-from tasks.lineage.older_versions import find_older
-from tasks.lineage.record import read_record
-from tasks.lineage.stored_lineage import stored_numbers
+from tasks.lineage.history import stored_numbers
+from tasks.lineage.record import RECORD_FILE, read_record, scores_of
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.lineage.versions import ref_by_facts, version_ref
 from tasks.progress import advance, raise_if_stopped
 from tasks.references import RunRef
@@ -43,22 +45,22 @@ SETTINGS = ("strategy", "adapter", "deal", "rehearsal", "rivals", "train", "eval
 
 
 class RebuildResult(BaseModel):
-    """What was registered again."""
+    """The versions that were registered again."""
 
     model_config = ConfigDict(frozen=True)
 
     lineage: str
     versions: tuple[str, ...]
     left_out: tuple[str, ...]
-    """Numbers that stay unused, since the store does not know enough of their versions."""
+    """Numbers that stay unused: the store has not enough facts about these versions."""
     aliases: dict[str, str]
     problems: tuple[str, ...]
-    """What could not be brought back, and why."""
+    """One line for everything that could not be restored, with the reason."""
 
 
 @dataclass(frozen=True)
-class RebuildPlan:
-    """What will be registered."""
+class _Plan:
+    """The versions that will be registered."""
 
     lineage: str
     versions: tuple[StoredVersion, ...]
@@ -70,23 +72,22 @@ class RebuildPlan:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Numbers of the versions that cannot be registered."""
         known = {each.number for each in self.versions}
         return tuple(str(number) for number in range(1, self.last + 1) if number not in known)
 
 
 def rebuild_lineage(lineage: str) -> RebuildResult:
-    """Register the versions of a lineage again; whoever calls holds the lineage.
+    """Register the versions of a lineage again. The caller has locked the lineage.
 
     Raises:
-        RegistryError: the registry knows versions of the lineage, or the store none.
-        StoreError: the promotion log, or what the store knows of a version, is damaged.
-        ConfigError: a base model cannot be found; nothing was changed.
+        RegistryError: The registry has versions of the lineage, or the store has none.
+        StoreError: The promotion log or a stored version is damaged.
+        ConfigError: A base model cannot be found; nothing was changed.
     """
     store, registry = current_store(), open_registry()
     rebuild = LineageRebuild(registry, lineage)
     rebuild.refuse_what_is_known()
-    plan = plan_rebuild(store, lineage)
+    plan = _plan_rebuild(store, lineage)
     if not plan.versions:
         raise RegistryError(_nothing_known(store, lineage, plan))
     problems = list(plan.problems)
@@ -99,7 +100,8 @@ def rebuild_lineage(lineage: str) -> RebuildResult:
         report(done, detail=f"version {stored.version}")
         run, model_id = _log_run(store, stored, problems)
         runs[stored.version] = run
-        more = {"created": stored.created.isoformat(), **_removed(stored), **tags.get(stored.version, {})}
+        removed = {"adapter_removed": stored.adapter_removed} if stored.adapter_removed else {}
+        more = {"created": stored.created.isoformat(), **removed, **tags.get(stored.version, {})}
         rebuild.make(stored.number, stored.facts, tracking_id=run.tracking_id, model_id=model_id, more=more)
     rebuild.leave_out(stored.number, plan.last, stored.facts, tracking_id=run.tracking_id, model_id=model_id)
     aliases = aliases_after(plan.versions, plan.moves)
@@ -112,38 +114,27 @@ def rebuild_lineage(lineage: str) -> RebuildResult:
     )  # fmt: skip
 
 
-def plan_rebuild(store: ObjectStore, lineage: str) -> RebuildPlan:
-    """What the store knows of a lineage's versions: what was written of them, else what an older release left.
-
-    Raises:
-        StoreError: something of it is damaged.
-    """
+def _plan_rebuild(store: ObjectStore, lineage: str) -> _Plan:
     log, moves = VersionLog(store), PromotionLog(store).moves(lineage)
     written = [log.read(lineage, number) for number in sorted(log.numbers(lineage))]
-    older, problems = find_older(store, lineage, written, moves)
+    older, problems = _find_older(store, lineage, written, moves)
     versions = sorted([*written, *older], key=lambda stored: stored.number)
     last = max([*stored_numbers(store, lineage), *(stored.number for stored in versions)], default=0)
-    return RebuildPlan(
-        lineage=lineage, versions=tuple(versions), last=last, moves=tuple(moves), problems=tuple(problems)
-    )
+    return _Plan(lineage, tuple(versions), last, tuple(moves), tuple(problems))
 
 
 def tags_after(moves: Iterable[Move]) -> dict[str, dict[str, str]]:
-    """What the promotion log's moves have made of versions, as tags by number."""
+    """Return the tags that the promotion log's moves give to versions, by number."""
     found: dict[str, dict[str, str]] = {}
     for move in moves:
-        own = found.setdefault(move.version, {})
-        if move.action == "rejected":
-            own |= {"refused_by": move.who, "refused_why": move.why, "approval": "refused"}
-        if move.action == "promoted":
-            own |= {"promoted": str(move.number)} | ({"approval": "given"} if move.run is None else {})
+        found.setdefault(move.version, {}).update(tags_of(move))
     return found
 
 
 def aliases_after(versions: Sequence[StoredVersion], moves: Sequence[Move]) -> dict[Alias, str]:
-    """Who carries which alias after the promotion log's moves; an alias of a version that is not there is left out.
+    """Return the aliases after the promotion log's moves. An alias of a missing version is left out.
 
-    Challenger is the newest version that passed its gate and that its run has brought to the end.
+    The challenger is the newest version that passed its gate and whose run is complete.
     """
     tags = tags_after(moves)
     replaced = [move.before for move in moves if move.before is not None and move.before != move.champion]
@@ -160,31 +151,33 @@ def aliases_after(versions: Sequence[StoredVersion], moves: Sequence[Move]) -> d
     return {alias: version for alias, version in wanted.items() if version in there and version is not None}
 
 
-def _nothing_known(store: ObjectStore, lineage: str, plan: RebuildPlan) -> str:
+def _nothing_known(store: ObjectStore, lineage: str, plan: _Plan) -> str:
     where = without_secrets(store.uri)
     if not plan.last:
         return f"The store {where} knows no version of lineage '{lineage}'; check the name and DEAL_STORE_URI."
     why = f" {' '.join(plan.problems)}" if plan.problems else ""
     return (
-        f"The store {where} has heard of {plan.last} versions of lineage '{lineage}', but knows too little of them to "
-        f"register one again.{why} Restore MLflow's database from a backup, or start another lineage."
+        f"The store {where} has traces of {plan.last} versions of lineage '{lineage}', but not enough facts to "
+        f"register any of them again.{why} Restore MLflow's database from a backup, or start another lineage."
     )
 
 
-def _require_bases(store: ObjectStore, plan: RebuildPlan) -> None:
-    """See that the base models are at hand before anything is changed."""
+def _require_bases(store: ObjectStore, plan: _Plan) -> None:
+    """Find the base models before anything is changed."""
     sources = set()
     for stored in plan.versions:
-        with suppress(StoreError):  # it is told of where the version is registered
+        with suppress(StoreError):  # `_log_run` reports the damage
             sources.add(read_record(store, stored.facts.adapter_uri).base.source)
     for source in sorted(sources):
         resolve_base(source, HomeSettings().cache_dir)
 
 
 def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> tuple[RunRef, str]:
-    """The MLflow run of a version, with its settings and the adapter; what is damaged or gone is left out of it."""
+    """Make the MLflow run of a version with its settings and adapter. Damaged or missing parts are left out."""
     facts = stored.facts
-    spec = _spec_of(facts.adapter_uri)
+    spec: Mapping[str, Any] = {}
+    with suppress(StoreError):
+        spec = (read_findings(facts.adapter_uri) or {}).get("spec") or {}
     params = {name: spec[name] for name in SETTINGS if spec.get(name) is not None}
     tags = run_tags(facts.task, facts.dataset_sha256, facts.base_sha256, facts.parent_version)
     tags |= {"deal.version": stored.version, "deal.rebuilt": "true"}
@@ -205,27 +198,82 @@ def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> 
         return run, tracked.log_adapter(folder, name, sha256=facts.adapter_sha256)
 
 
-def _removed(stored: StoredVersion) -> Mapping[str, str]:
-    return {"adapter_removed": stored.adapter_removed} if stored.adapter_removed else {}
-
-
-def _spec_of(adapter_uri: str) -> Mapping[str, Any]:
-    try:
-        return dict((read_findings(adapter_uri) or {}).get("spec") or {})
-    except StoreError:
-        return {}
-
-
 def _end_run(registry: Registry, stored: StoredVersion, run: RunRef, problems: list[str]) -> None:
-    """Write scores and report of a version to its run, and end that."""
+    """Write the scores and the report of a version to its run, and end the run."""
     tracked = open_tracker().run(run.tracking_id)
     try:
         findings = read_findings(stored.facts.adapter_uri)
         info = registry.version(stored.lineage, stored.version)
         if findings is not None and info is not None:
             report_findings(write_report, run, version_ref(info), info, findings)
-    except Exception as error:  # whatever it is: a page must not cost the lineage its versions
+    except Exception as error:  # a failed report must not stop the rebuild
         reason = without_secrets(str(error).split("\n")[0])
         logger.error("Cannot write the report of version %s again: %s", stored.version, reason)
         problems.append(f"Version {stored.version} has no report: {reason}")
     tracked.end("FINISHED")
+
+
+def _find_older(
+    store: ObjectStore, lineage: str, written: Collection[StoredVersion], moves: Sequence[Move]
+) -> tuple[list[StoredVersion], list[str]]:
+    """Find versions of earlier releases, which are not in the version log; return one line for each that fails.
+
+    The promotion log names promoted versions. Other versions are found only by reports in this machine's artifact
+    folder.
+    """
+    reports = {report.origin.run_key[:16]: report for report in kept_reports(TrackingSettings(), lineage)}
+    found, problems = [], []
+    taken = {stored.version for stored in written}
+    known = {stored.facts.adapter_uri for stored in written}
+    for info in store.list(keys.adapters_folder(lineage)):
+        folder, _, name = info.key.rpartition("/")
+        if name != RECORD_FILE or folder in known:  # a run without a record did not register a version
+            continue
+        try:
+            version = _older_version(store, lineage, folder, reports.get(keys.file_name(folder)), moves)
+        except DealError as error:
+            problems.append(str(error))
+            continue
+        if version is None or version.version in taken:
+            problems.append(
+                f"{store.uri_of(folder)} is not registered: neither the promotion log nor a report says which version "
+                "it is."
+            )
+            continue
+        taken.add(version.version)
+        found.append(version)
+    return found, problems
+
+
+def _older_version(
+    store: ObjectStore, lineage: str, folder: str, report: RunReport | None, moves: Sequence[Move]
+) -> StoredVersion | None:
+    """The version by its report, or else by the ledger's entry and the move that promoted it."""
+    record, findings = read_record(store, folder), read_findings(folder) or {}
+    dataset = findings.get("dataset", {})
+    shared: dict[str, Any] = {
+        "strategy": record.strategy, "base_sha256": record.base.sha256, "adapter_uri": folder,
+        "landed_sha256": dataset.get("landed_sha256"), **scores_of(record.matrix),
+    }  # fmt: skip
+    if report is not None:
+        origin = report.origin
+        facts = VersionFacts(
+            **shared, run_key=origin.run_key, task=report.task, dataset_sha256=origin.dataset_sha256,
+            config_sha256=origin.config_sha256, adapter_sha256=origin.adapter_sha256,
+            parent_version=report.parent_version, accepted=report.verdict != "rejected", reasons=report.reasons,
+            approval="awaiting" if report.verdict == "awaiting-approval" else None,
+        )  # fmt: skip
+        return StoredVersion(lineage=lineage, version=report.version, created=report.created, facts=facts)
+    if not dataset:
+        return None
+    entry = Ledger(store).find(lineage, dataset["sha256"])
+    if entry is None or entry.run_key[:16] != keys.file_name(folder):
+        return None
+    move = next((move for move in moves if (move.action, move.version) == ("promoted", entry.version)), None)
+    if move is None:
+        return None
+    facts = VersionFacts(
+        **shared, run_key=entry.run_key, task=entry.task, dataset_sha256=dataset["sha256"], config_sha256="",
+        adapter_sha256=findings["training"]["adapter_sha256"], parent_version=move.before, accepted=True, reasons=(),
+    )  # fmt: skip
+    return StoredVersion(lineage=lineage, version=entry.version, created=move.when, facts=facts)

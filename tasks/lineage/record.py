@@ -1,6 +1,6 @@
-"""The record of a lineage: what the next arrival must know of everything before it.
+"""The record of a lineage at one version: base model, settings, tasks and accuracies.
 
-It lies as `record.json` beside the adapter of each version, so that a version can be continued, judged and served
+Each version has a `record.json` next to its adapter. With the record, a version can be continued, judged and served
 from the object store alone.
 """
 
@@ -8,42 +8,43 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
-from deal_core.evaluation.metrics import KeptMatrix
+from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
 from tasks.lineage.version_files import reading_beside
 from tasks.references import BaseRef, DatasetRef
 
 RECORD_FILE = "record.json"
+SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownTask:
-    """A task the lineage has learned, with the dataset whose test rows judge it for good: that of its first arrival."""
+    """A task that the lineage has learned. The test rows of `dataset_uri`, its first arrival, judge every version."""
 
     schema: TaskSchema
     dataset_uri: str
     num_test: int
     max_prompt_tokens: int
-    """Length of prompt that the task is judged and asked with, whatever later arrivals are trained with."""
+    """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int = EvaluateConfig().max_new_tokens
-    """Longest answer that it is judged and asked with, likewise. Older records lack it: theirs was the default."""
+    """Longest answer in evaluation and serving. Older records do not have the field; they used the default."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
-        """The same task, judged by the test rows of another dataset."""
+        """Return the task with the test rows of another dataset."""
         return replace(self, dataset_uri=dataset.uri, num_test=dataset.num_test)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LineageRecord(VersionedJson):
-    """State of a lineage at one version."""
+    """The record of a lineage at one version."""
 
     kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
@@ -56,39 +57,44 @@ class LineageRecord(VersionedJson):
     matrix: KeptMatrix
 
     def task(self, name: str) -> KnownTask | None:
-        """The known task of that name."""
+        """Return the task of that name, or None."""
         return next((known for known in self.tasks if known.schema.name == name), None)
 
     def accuracies(self) -> dict[str, float]:
-        """Accuracy of this version on every task it knows: the last row of the matrix."""
+        """Return the accuracy of this version by task: the last row of the matrix."""
         if not self.matrix.rows:
             return {}
         return {name: value for name, value in zip(self.matrix.tasks, self.matrix.rows[-1], strict=True)
                 if value is not None}  # fmt: skip
 
 
+def scores_of(matrix: AccuracyMatrix) -> dict[str, Any]:
+    """Return the scores of the newest version in a matrix, as float or None, by name."""
+    return {name: getattr(matrix, name) for name in SCORES}
+
+
 def read_record(store: ObjectStore, adapter_uri: str) -> LineageRecord:
-    """The record beside an adapter.
+    """Read the record of an adapter.
 
     Raises:
-        ObjectNotFoundError: it is missing.
-        StoreError: it is damaged, or of another schema version.
+        ObjectNotFoundError: The record is missing.
+        StoreError: The record is damaged or has another schema version.
     """
     with reading_beside(store, adapter_uri, RECORD_FILE):
         return LineageRecord.from_json(json.loads(store.get_bytes(f"{adapter_uri}/{RECORD_FILE}")))
 
 
 def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) -> None:
-    """Put the record beside an adapter."""
+    """Write the record of an adapter."""
     text = json.dumps(record.to_json(), ensure_ascii=False, indent=2, allow_nan=False)
     store.put_bytes(f"{adapter_uri}/{RECORD_FILE}", text.encode())
 
 
 def require_same_base(record: LineageRecord, base: BaseRef) -> None:
-    """A lineage has one base model.
+    """Require the lineage's base model.
 
     Raises:
-        ConfigError: the base model is another than the lineage's.
+        ConfigError: The base model is another model.
     """
     if record.base.sha256 != base.sha256:
         raise ConfigError(
@@ -98,10 +104,10 @@ def require_same_base(record: LineageRecord, base: BaseRef) -> None:
 
 
 def choose_task(record: LineageRecord, name: str | None) -> KnownTask:
-    """The task of that name; None: the one learned last.
+    """Return the task of that name; None: the task learned last.
 
     Raises:
-        ConfigError: the lineage does not know it.
+        ConfigError: The lineage does not know the task.
     """
     name = record.matrix.trained[-1] if name is None else name
     known = record.task(name)

@@ -1,41 +1,65 @@
-"""The settings of lineages: one file each in the store, `lineages/<name>.yaml`. A server looks after those."""
+"""The settings of lineages and runs.
+
+Each lineage has a file in the store, `lineages/NAME.yaml`. For a run, options win over the spec, the spec over the
+lineage's file, and the file over the defaults.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
+from pydantic import BeforeValidator
 
+from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.printable import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
+from tasks.context import current_store
+from tasks.lineage.record import LineageRecord
 from tasks.progress import Interrupted
-from tasks.spec import NAME_PATTERN, LineageSpec, Name, parse
+from tasks.references import Arrival
+from tasks.spec import (
+    DEFAULT_STRATEGY,
+    NAME_PATTERN,
+    AdaptSpec,
+    LineageSpec,
+    Name,
+    parse,
+    read_lineage_values,
+    resolve_base,
+)
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
 _logged: dict[str, str] = {}
+"""The problem that was logged last, by lineage."""
 
+Asked = TypeVar("Asked", bound=LineageSpec)
 Found = TypeVar("Found")
 
 
 class WatchedLineage(LineageSpec):
-    """A lineage that learns from what lands."""
+    """A lineage that learns from files in the inbox."""
 
     tasks: tuple[Name, ...] = ()
-    """It learns these tasks alone; none: every task of the inbox."""
+    """The tasks that the lineage learns; empty: every task of the inbox."""
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
-    """The file of a lineage; the defaults for a lineage called "default" that has none.
+    """Read a lineage's file. Without a file, the lineage "default" has the default settings.
 
     Raises:
-        ConfigError: there is no such lineage, or its file does not fit.
+        ConfigError: There is no file, or a setting is not valid.
     """
     uri = store.uri_of(keys.settings_key(lineage))
     values = _read_values(store, lineage)
@@ -46,11 +70,11 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     return parse(WatchedLineage, values, uri)
 
 
-def stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
-    """What a lineage's file says, the lineage's name included; nothing where there is none, or `lineage` is no name.
+def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
+    """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name.
 
     Raises:
-        ConfigError: the file does not fit.
+        ConfigError: A setting in the file is not valid.
     """
     if not (isinstance(lineage, str) and re.fullmatch(NAME_PATTERN, lineage)):
         return {}
@@ -62,10 +86,10 @@ def stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
 
 
 def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
-    """The mapping in a lineage's file; None where there is no file.
+    """Return the mapping in a lineage's file; None: there is no file.
 
     Raises:
-        ConfigError: it is no mapping, or about another lineage.
+        ConfigError: The file is not a YAML mapping, or names another lineage.
     """
     uri = store.uri_of(keys.settings_key(lineage))
     try:
@@ -80,7 +104,7 @@ def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
 
 
 class Lineages(NamedTuple):
-    """What the files say, and what is wrong with those that do not fit."""
+    """The lineages with valid files, and the problem of each other file."""
 
     good: list[WatchedLineage]
     problems: dict[str, str]
@@ -88,9 +112,9 @@ class Lineages(NamedTuple):
 
 
 def read_lineages(store: ObjectStore) -> Lineages:
-    """Every lineage there is a file for, by name; the default one where there is none."""
+    """Read the files of all lineages, in alphabetical order. Without any file, the lineage "default" is read."""
     names = [keys.file_name(info.key) for info in store.list(keys.LINEAGES)]
-    names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and "/" not in name]
+    names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     found = Lineages([], {})
     for name in names or [DEFAULT]:
         try:
@@ -101,7 +125,7 @@ def read_lineages(store: ObjectStore) -> Lineages:
 
 
 def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
-    """The lineages whose files fit; of the others each problem is logged once, and `deal status` shows it."""
+    """Return the lineages with valid files. Each problem of another file is logged once."""
     found = read_lineages(store)
     for name, problem in found.problems.items():
         if _logged.get(name) != problem:
@@ -113,15 +137,12 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
 async def for_each(
     names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str
 ) -> tuple[list[Found], list[str]]:
-    """Act on several lineages, one after another; one that fails holds up none of the others.
+    """Call `act` for several lineages, one after another. A failed call does not stop the others.
 
-    Args:
-        names: the lineages.
-        act: what is done with each.
-        failure: logged with the traceback where it fails; its %s is the lineage.
+    `failure` is logged with the traceback if a call fails; its %s is the lineage.
 
     Returns:
-        What `act` gave, and one line for each lineage that it failed with.
+        The results, and one line for each failed lineage.
     """
     found, failed = [], []
     for name in names:
@@ -136,8 +157,129 @@ async def for_each(
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
-    """Write a lineage's file, or replace it; return its address."""
+    """Write or replace a lineage's file; return its address."""
     given = lineage.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump({"lineage": lineage.lineage, **given}, sort_keys=False, allow_unicode=True)
     store.put_bytes(keys.settings_key(lineage.lineage), text.encode())
     return store.uri_of(keys.settings_key(lineage.lineage))
+
+
+def spec_from_options(
+    store: ObjectStore, path: Path | None, *,
+    task: str | None, data: str | None, test_data: str | None, **lineage_options: str | None,
+) -> AdaptSpec:
+    """Make the spec of one adaptation from a command's options, its spec file and the lineage's file.
+
+    Raises:
+        ConfigError: There is neither a spec file nor both a task and data, or a setting is not valid.
+    """
+    arrival = _given({"name": task, "data": data, "test_data": test_data})
+    if path is None and not (task and data):
+        raise ConfigError("Give a spec file, or both --task NAME and --data FILE.")
+    if path is not None and arrival:
+        raise ConfigError("Give either a spec file or --task, --data and --test-data, not both.")
+    values = {"task": arrival} if path is None else read_lineage_values(path)
+    spec = _parse_over_stored(AdaptSpec, store, values, lineage_options, path)
+    return spec.with_files_from(Path(os.path.realpath(path)).parent if path else Path.cwd())
+
+
+def watched_from_options(
+    store: ObjectStore, path: Path | None, *, tasks: Sequence[str] | None, **lineage_options: str | None
+) -> WatchedLineage:
+    """Make the settings of a watch from a command's options, its spec file (without the task) and the lineage's file.
+
+    Raises:
+        ConfigError: A setting is not valid.
+    """
+    values = read_lineage_values(path) if path else {}
+    values.pop("task", None)
+    return _parse_over_stored(WatchedLineage, store, values, {**lineage_options, "tasks": tasks}, path)
+
+
+def _parse_over_stored(
+    model: type[Asked], store: ObjectStore, values: Mapping[str, Any], options: Mapping[str, Any], path: Path | None
+) -> Asked:
+    """Parse the options over the spec's values over the lineage's file.
+
+    A relative base model in the options is relative to the working folder.
+
+    Raises:
+        ConfigError: A setting is not valid. The message begins with the origin of the setting.
+    """
+    given = _given(options)
+    if "base_model" in given:
+        given["base_model"] = resolve_base(given["base_model"], Path.cwd())
+    origin = str(path or "options")
+    lineage = given.get("lineage", values.get("lineage", DEFAULT))
+    stored = _stored_values(store, lineage)
+    if stored:
+        origin += f" over {store.uri_of(keys.settings_key(lineage))}"
+    merged = _over(stored, values, model)
+    if path is not None:
+        parse(model, merged, origin)
+    return parse(model, {**merged, **given}, "options" if path else origin)
+
+
+def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[LineageSpec]) -> dict[str, Any]:
+    """Put `values` over the stored values that `model` has. A section in both is merged key by key."""
+    merged = {name: value for name, value in stored.items() if name in model.model_fields}
+    for name, value in values.items():
+        below = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = {**below, **value}
+        merged[name] = value
+    return merged
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _fill_in(spec: Any) -> Any:
+    """Put a flow's mapping over the lineage's file. An AdaptSpec is complete."""
+    if not isinstance(spec, Mapping):
+        return spec
+    return _over(_stored_values(current_store(), spec.get("lineage", DEFAULT)), spec, AdaptSpec)
+
+
+AskedSpec = Annotated[AdaptSpec, BeforeValidator(_fill_in)]
+"""A spec as a flow's parameter. Missing settings come from the lineage's file when the run starts."""
+
+
+def arrival_of(spec: AdaptSpec) -> Arrival:
+    """Return the arrival of a spec."""
+    task = spec.task
+    return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())
+
+
+def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """Return the spec's base model, or else the lineage's, or else the default."""
+    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
+
+
+def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
+    """Return the adapter's shape of the spec, or else of the lineage, or else the default.
+
+    Raises:
+        ConfigError: The spec and the lineage have different shapes.
+    """
+    if record is None:
+        return spec.adapter or AdapterConfig()
+    if spec.adapter is not None and spec.adapter != record.adapter:
+        raise ConfigError(
+            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
+            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
+        )
+    return record.adapter
+
+
+def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """Return the spec's strategy, or else the lineage's, or else the default."""
+    return spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+
+
+def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
+    """Return the settings of a run for its log."""
+    parts = {"deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    settings = spec.model_dump(mode="json", include=parts)
+    return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -1,4 +1,13 @@
-"""The files beside a version's adapter: what is damaged or missing is named, with its version and what still works."""
+"""Read the files of a version in the store, and check the copy of its adapter.
+
+An error names the damaged file, its version, and what still works. A copy of an adapter is compared with the recorded
+digests. There are three kinds of versions:
+
+- Most versions have a digest for each file (`files_sha256`). The files that the caller reads are compared.
+- A version of an earlier release has one digest of all files together (`adapter_sha256`). All files are compared. If
+  an earlier release emptied the method's state (`deal forget`), it recorded no new digest, and nothing is compared.
+- A version without any digest is loaded as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +18,53 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from deal_core.adapter.files import CONFIG_FILE, METHOD_FILE, METHOD_TENSORS_FILE, PEFT_FILES, WEIGHTS_FILE
+from deal_core.adapter.files import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    METHOD_FILE,
+    METHOD_TENSORS_FILE,
+    PEFT_FILES,
+    TOGETHER,
+    WEIGHTS_FILE,
+    Recorded,
+    as_recorded,
+    digests_of,
+    find_damage,
+    require_undamaged,
+)
 from deal_core.errors import DataValidationError, DealError, StoreError
 from deal_core.masking import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
-from infra.tracking.registry import open_registry
+from infra.tracking.registry import Registry, VersionInfo, files_tag, open_registry
 from infra.version_log import VersionLog
+from tasks.references import AdapterRef, VersionRef
 
+Adapter = AdapterRef | VersionRef | VersionInfo
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
-"""safetensors reads no longer ones."""
+"""The longest header that safetensors reads."""
 BREAK_READERS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What a reader of JSON raises where that is damaged."""
+"""The errors that damaged JSON can raise in its reader."""
 
 
 @contextmanager
 def reading_stored(store: ObjectStore, key: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn what a damaged file of the store does to its reader into one error.
+    """Turn the errors of a block that reads a stored file into one error.
 
-    Args:
-        store: holds the file.
-        key: where the file lies.
-        what: what it is.
-        remedy: what to do, and what still works.
+    The message contains `what`, a name for the file, and `remedy`, which also tells what still works.
 
     Raises:
-        ObjectNotFoundError: it is missing.
-        StoreError: it is damaged, or another release wrote it.
+        ObjectNotFoundError: The file is missing.
+        StoreError: The file is damaged, or another release wrote it.
     """
     address = without_secrets(store.uri_of(key))
     try:
         yield
     except ObjectNotFoundError:
         raise ObjectNotFoundError(f"{address}, {what}, is missing. {remedy}") from None
-    except (StoreError, DataValidationError) as error:  # written by another release, or the store does not answer
+    except (StoreError, DataValidationError) as error:  # another release wrote the file, or the store does not answer
         raise StoreError(f"{address}, {what}, cannot be used: {error} {remedy}") from error
     except BREAK_READERS as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
@@ -53,13 +73,7 @@ def reading_stored(store: ObjectStore, key: str, what: str, remedy: str) -> Iter
 
 @contextmanager
 def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[None]:
-    """As `reading_stored`, for a file beside an adapter; the error names the version.
-
-    Args:
-        store: holds the adapter.
-        adapter_uri: the adapter's folder.
-        name: the file's name.
-    """
+    """Do the same as `reading_stored` for the file `name` of an adapter's folder. The error names the version."""
     try:
         yield
     except (StoreError, *BREAK_READERS) as error:
@@ -69,16 +83,11 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
 
 
 def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Refuse the local copy of an adapter's folder where its configuration or weights are missing or damaged.
-
-    Args:
-        store: where the copy is from.
-        adapter_uri: likewise.
-        folder: the copy.
+    """Require the configuration and the weights in `folder`, a local copy of an adapter's folder.
 
     Raises:
-        ObjectNotFoundError: a file is missing.
-        StoreError: a file is damaged.
+        ObjectNotFoundError: A file is missing.
+        StoreError: A file is damaged.
     """
     for name in PEFT_FILES:
         with reading_beside(store, adapter_uri, name):
@@ -91,10 +100,10 @@ def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None
 
 
 def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Refuse the local copy of an adapter's folder where its method's state is damaged, which training goes on from.
+    """Refuse a damaged method's state in `folder`, a local copy of an adapter's folder. Training continues from it.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: The state is damaged.
     """
     if (folder / METHOD_FILE).is_file():
         with reading_beside(store, adapter_uri, METHOD_FILE):
@@ -105,13 +114,13 @@ def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) 
 
 
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
-    """Refuse an adapter of the store whose configuration or weights are missing or damaged; no weights are fetched.
+    """Require the configuration and the weights of an adapter in the store.
 
-    Of the weights the header is read: it says how long the file has to be.
+    Only the header of the weights is fetched. It tells the length of the file.
 
     Raises:
-        ObjectNotFoundError: a file is missing.
-        StoreError: a file is damaged.
+        ObjectNotFoundError: A file is missing.
+        StoreError: A file is damaged.
     """
     with reading_beside(store, adapter_uri, CONFIG_FILE):
         _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}")))
@@ -132,7 +141,7 @@ def _check_config(values: object) -> None:
 
 
 def _check_header(store: ObjectStore, key: str) -> None:
-    """Check a safetensors file of the store by its header and its size, in a file that is empty but for the header."""
+    """Check a stored safetensors file by its size and header, with a local sparse file of the same size and header."""
     info = store.find(key)
     if info is None:
         raise ObjectNotFoundError(key)
@@ -156,14 +165,13 @@ def _open_weights(path: Path) -> None:
 
 
 def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
-    """Which version a file beside this adapter is of, and what to do where it is damaged."""
+    """Name of a file of this adapter with its version, and the remedy for a damaged file."""
     lineage = lineage_of(adapter_uri)
     restore, history = "Restore it from a backup of the store.", f"deal history --lineage {lineage}"
     number, is_champion = _number_of(store, lineage, adapter_uri)
     if number is None:
-        return (
-            f"a file of an adapter of '{lineage}'", f"{restore} Other versions work without it; {history} lists them."
-        )  # fmt: skip
+        others = "Other versions work without it"
+        return f"a file of an adapter of '{lineage}'", f"{restore} {others}; {history} lists them."
     if is_champion:
         return (
             f"a file of version {number}, champion of '{lineage}'",
@@ -177,7 +185,7 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
 
 
 def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str | None, bool]:
-    """The number of the version that an adapter is of, by the store or the registry, and whether it is champion."""
+    """The number of an adapter's version, by the store or the registry, and whether the version is champion."""
     log = VersionLog(store)
     try:
         stored = [log.read(lineage, number) for number in log.numbers(lineage)]
@@ -189,3 +197,134 @@ def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str 
     except DealError:
         return None, False
     return found, found is not None and last is not None and last.champion == found
+
+
+@contextmanager
+def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
+    """Give a local copy of an adapter's folder, without a comparison of digests. The copy is removed at the end.
+
+    Raises:
+        ObjectNotFoundError: The configuration or the weights are missing.
+        StoreError: The configuration or the weights are damaged.
+    """
+    with temporary_folder() as temporary:
+        folder = temporary / "folder"
+        with reading_beside(store, uri, CONFIG_FILE):
+            store.download_folder(uri, folder)
+        require_readable(store, uri, folder)
+        yield folder
+
+
+@contextmanager
+def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool = False) -> Iterator[Path]:
+    """Give a local copy of an adapter's folder. The copy is removed at the end.
+
+    With `with_method`, the files of the method's state are checked too.
+
+    Raises:
+        IntegrityError: The digest of a file that the caller reads is not the recorded digest.
+        ObjectNotFoundError: The store has no such folder.
+    """
+    with borrowed_folder(store, _uri_of(adapter)) as folder:
+        if with_method:
+            require_readable_method(store, _uri_of(adapter), folder)
+        require_recorded(store, adapter, folder, with_method=with_method)
+        yield folder
+
+
+@contextmanager
+def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
+    """Give a local copy of the parent's adapter with the method's state, or None without a parent.
+
+    Raises:
+        IntegrityError: As for `borrowed_adapter`.
+    """
+    if parent is None:
+        yield None
+        return
+    with borrowed_adapter(store, parent, with_method=True) as folder:
+        yield folder
+
+
+def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with_method: bool = False) -> None:
+    """Compare a folder with all files of an adapter with the recorded digests.
+
+    Raises:
+        IntegrityError: As for `borrowed_adapter`.
+    """
+    recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
+    found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
+    if TOGETHER in recorded and find_damage(found, recorded) and _is_from_before(adapter) and _was_emptied(folder):
+        return
+    require_undamaged(
+        found, recorded, names, what=_name_of(adapter), where=store.uri_of(_uri_of(adapter)), remedy=remedy_for(adapter)
+    )
+
+
+@contextmanager
+def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, folder: Path) -> Iterator[None]:
+    """Record the digests of the files in `folder`, while the block puts these files in place of a version's files.
+
+    During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
+    file that was damaged before keeps its recorded digest, so that the damage stays visible. Nothing is recorded for a
+    version that cannot be compared.
+    """
+    with borrowed_folder(store, version.adapter_uri) as old:
+        found = digests_of(old)
+        recorded = _recorded_of(version)
+        if TOGETHER in recorded and not find_damage(found, recorded):
+            recorded = as_recorded(found)
+        elif TOGETHER in recorded and _is_from_before(version) and _was_emptied(old):
+            recorded = {}
+    new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
+    if recorded:
+        between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
+        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
+    yield
+    if recorded:
+        after = {**recorded, **as_recorded(new)}
+        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
+        if now := registry.version(version.lineage, version.version):
+            VersionLog(store).keep(now)
+
+
+def remedy_for(adapter: Adapter) -> str:
+    """Return the remedy for a damaged adapter."""
+    if isinstance(adapter, AdapterRef):
+        return "Run the same command again: it uploads the adapter once more."
+    lineage, parent = adapter.lineage, adapter.parent_version
+    back = f", or go back to an earlier version: deal rollback --to {parent} --lineage {lineage}" if parent else ""
+    return f"Restore the folder from a backup{back} (deal history --lineage {lineage} lists the versions)."
+
+
+def _recorded_of(adapter: Adapter) -> Recorded:
+    if isinstance(adapter, AdapterRef):
+        return {TOGETHER: (adapter.sha256,)}
+    if adapter.files_sha256 is not None:
+        return adapter.files_sha256
+    return {TOGETHER: (adapter.adapter_sha256,)} if adapter.adapter_sha256 else {}
+
+
+def _is_from_before(adapter: Adapter) -> bool:
+    """Whether an earlier release registered the version, and this release's `deal forget` has not changed it."""
+    return not isinstance(adapter, AdapterRef) and adapter.files_sha256 is None
+
+
+def _was_emptied(folder: Path) -> bool:
+    """Whether `deal forget` removed rows from the method's state."""
+    from deal_core.adapter.state import stored_rows
+
+    try:
+        return 0 in stored_rows(folder).values()
+    except SafetensorError:
+        return False
+
+
+def _uri_of(adapter: Adapter) -> str:
+    return adapter.uri if isinstance(adapter, AdapterRef) else adapter.adapter_uri
+
+
+def _name_of(adapter: Adapter) -> str:
+    if isinstance(adapter, AdapterRef):
+        return f"The adapter that was just trained for '{adapter.lineage}'"
+    return f"Version {adapter.version} of '{adapter.lineage}'"

@@ -17,7 +17,7 @@ from flows.promote import roll_back
 from flows.server.status import Status, read_status
 from infra.tracking.registry import open_registry
 from tasks.lineage.history import read_history
-from tasks.serving.predict import predict
+from tasks.predict import predict
 from tests.adapting import BANK, run
 from tests.in_process import put_back
 

@@ -19,7 +19,7 @@ from flows.promote import roll_back
 from flows.results import AdaptResult
 from infra.tracking.registry import VersionInfo, open_registry
 from tasks.context import current_store
-from tasks.serving.predict import predict, predict_file
+from tasks.predict import predict, predict_file
 from tests.adapting import BANK, CLINIC, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")

@@ -23,11 +23,11 @@ from flows.results import AdaptResult
 from infra.promotions import Ledger
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
-from tasks.adaptation.parent import find_parent
 from tasks.adaptation.report import read_page
+from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.record import read_record
-from tasks.serving.predict import predict
+from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")

@@ -23,8 +23,8 @@ from flows.promote import find_left_behind, promote_to, reject_version, requeue,
 from flows.results import AdaptResult
 from infra.promotions import PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
-from tasks.adaptation.parent import find_parent
 from tasks.adaptation.promote import complete_version, move_champion
+from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
 from tasks.spec import AdaptSpec, parse

@@ -15,7 +15,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 
-import tasks.inbox.listing
+import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
@@ -27,10 +27,18 @@ from flows.watch_inbox import announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.inbox.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
-from tasks.inbox.listing import InboxState, list_arrivals, read_state, write_state
-from tasks.inbox.state import TestFiles
-from tasks.inbox.state import look as look_at_inbox
+from tasks.inbox import (
+    ARRIVAL_LANDED,
+    Announcement,
+    InboxState,
+    TestFiles,
+    announce_again,
+    list_arrivals,
+    read_announcement,
+    read_state,
+    write_state,
+)
+from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, read_lineage
 from tasks.spec import parse
 
@@ -153,7 +161,7 @@ def test_a_lost_run_is_noticed_unless_the_lineage_is_at_work(home: Path, monkeyp
     land(home, "parcels/a.jsonl")
     land(home, "parcels/b.jsonl")
     assert look() == 2
-    monkeypatch.setattr(tasks.inbox.listing, "PAUSE", timedelta(0))
+    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
 
     async def look_while_held() -> int:
         async with hold_lineage("lost"):

@@ -32,7 +32,7 @@ from infra.store.base import ObjectStore
 from infra.store.local import open_store
 from tasks.adaptation.ingest import TaskFieldsError
 from tasks.context import local_file
-from tasks.inbox.state import look, task_spec
+from tasks.inbox import look, task_spec
 from tasks.lineage.settings import read_lineages
 from tasks.spec import AdaptSpec, read_spec
 from tests.in_process import put_back

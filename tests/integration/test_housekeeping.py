@@ -31,7 +31,7 @@ from tasks.housekeeping.inventory import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
-from tasks.serving.predict import FileAnswers, predict, predict_file
+from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, FAIL, run
 
@@ -270,7 +270,7 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     assert keys("datasets/bank") == []
     scores = asyncio.run(evaluate("l"))
     assert set(scores.accuracies) == {"clinic"} and "forgotten" in scores.unjudged["bank"]
-    with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' that brings test rows"):
+    with pytest.raises(TestRowsForgottenError, match="arrival of 'bank' with test rows"):
         run(tiny_base, CLINIC, again=True)
     _judged_anew(tiny_base, tmp_path, second)
 

@@ -20,7 +20,7 @@ from flows.cli.session import FAILED, STOPPED
 from infra.tracking.registry import open_registry
 from tasks.adaptation.resume import read_spec_of
 from tasks.context import current_store
-from tasks.inbox.listing import read_state, write_state
+from tasks.inbox import read_state, write_state
 from tasks.spec import AdaptSpec
 from tests.in_process import put_back
 

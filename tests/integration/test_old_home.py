@@ -27,7 +27,7 @@ from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import read_champion_at, read_history, read_moves
 from tasks.lineage.tombstones import ForgottenRowsError
-from tasks.serving.predict import predict
+from tasks.predict import predict
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import PASS
 from tests.in_process import put_back

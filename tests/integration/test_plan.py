@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.errors import ConfigError
 from flows.cli.app import app
-from tasks.memory_check import refuse_what_cannot_fit
+from tasks.base import refuse_what_cannot_fit
 from tests.in_process import put_back
 
 BANK = Path(__file__).parents[2] / "examples" / "bank"

@@ -22,8 +22,8 @@ from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
 from tasks.lineage.history import read_history
 from tasks.lineage.rebuild import RebuildResult
+from tasks.predict import predict
 from tasks.progress import LogReporter, reporting_to
-from tasks.serving.predict import predict
 from tests.adapting import BANK, CLINIC, run
 from tests.in_process import KilledError, put_back
 
@@ -141,7 +141,7 @@ def test_a_rebuild_that_was_cut_short_is_given_again(
         patch.setattr(LineageRebuild, "make", die_at_the_third)
         with pytest.raises(KilledError):
             rebuilt()
-    with pytest.raises(RegistryError, match=r"cut short.*deal lineage rebuild l"):
+    with pytest.raises(RegistryError, match=r"interrupted.*deal lineage rebuild l"):
         run(tiny_base, BANK)
     assert rebuilt().versions == ("1", "2", "3")
     assert what_is_known() == known

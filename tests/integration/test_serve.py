@@ -32,8 +32,9 @@ from infra.served_model import _load_pyfunc
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
-from tasks.context import borrowed_folder, current_store
+from tasks.context import current_store
 from tasks.lineage.record import read_record
+from tasks.lineage.version_files import borrowed_folder
 
 WAIT_SECONDS = 300.0
 TEXTS = texts_to_ask()[:12]

@@ -11,7 +11,7 @@ import pytest
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
 from flows.watch import _adapt_to
 from infra.store.local import open_store
-from tasks.inbox.listing import Handled, InboxState, list_arrivals
+from tasks.inbox import Handled, InboxState, list_arrivals
 from tasks.spec import LineageSpec
 
 

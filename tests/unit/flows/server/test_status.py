@@ -8,8 +8,7 @@ from pathlib import Path
 from flows.server.status import _reason, _unusable_files
 from infra.store.base import ObjectInfo
 from infra.store.local import open_store
-from tasks.inbox.listing import InboxState
-from tasks.inbox.state import look
+from tasks.inbox import InboxState, look
 
 
 def test_a_failed_arrival_is_told_of_with_what_opens_it_again() -> None:
@@ -28,9 +27,9 @@ def test_files_that_lie_where_no_watch_looks_are_told_of(tmp_path: Path) -> None
         store.put_bytes(f"inbox/{key}", b"text,label\na,b\n")
     assert [info.key for info in look(store).arrivals] == ["inbox/bill/may.csv"]
     deep, shallow = _unusable_files(store, look(store))
-    assert deep.startswith(f"'inbox/bill/2026/may.csv' in {store.uri} is skipped: it lies in a folder within its task")
+    assert deep.startswith(f"'inbox/bill/2026/may.csv' in {store.uri} is skipped: it is in a subfolder of its task")
     assert deep.endswith("move it to inbox/bill/2026-may.csv.")
-    assert shallow.endswith("is skipped: it lies in no task's folder; move it to inbox/TASK/may.csv.")
+    assert shallow.endswith("is skipped: it is not in a task's folder; move it to inbox/TASK/may.csv.")
     for number in range(100):
         store.put_bytes(f"inbox/{number}.csv", b"x")
     assert _unusable_files(store, look(store))[20:] == ["82 more files in the inbox are skipped."]

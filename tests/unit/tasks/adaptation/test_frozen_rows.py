@@ -1,18 +1,107 @@
-"""Which test rows a new version answers."""
+"""The test rows that a new version answers, and the rows that it gains or loses, with answers written by hand."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deal_core.data.schema import TaskSchema
-from tasks.adaptation.frozen_rows import TestSet, share_rows, within_budget
+from deal_core.config import AdapterConfig
+from deal_core.data.schema import ROW_SCHEMA, TaskSchema
+from deal_core.errors import StoreError
+from deal_core.evaluation.metrics import AccuracyMatrix
+from infra.store.base import ObjectStore
+from infra.store.local import open_store
+from tasks.adaptation.frozen_rows import (
+    ANSWERS_FILE,
+    MAX_CHARS,
+    MAX_EXAMPLES,
+    KeptAnswers,
+    TestSet,
+    compare_answers,
+    keep_answers,
+    read_answers,
+    share_rows,
+    within_budget,
+)
+from tasks.lineage.record import KnownTask, LineageRecord, write_record
+from tasks.references import BaseRef
 
+NUM_ROWS = 30
 SIZES = st.dictionaries(st.text(max_size=3), st.integers(1, 600), min_size=1, max_size=60)
+
+
+def digest(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def answers(right: range) -> dict[str, str]:
+    """Right for the rows in the range, but for case and blanks; wrong for all others."""
+    return {digest(number): " YES " if number in right else "no" for number in range(NUM_ROWS)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    """Test rows of two tasks, and the record of a version that knows both."""
+    found = open_store(tmp_path.as_uri())
+    rows = [{"input": f"text {number} " + "x" * MAX_CHARS, "output": "yes", "sha256": digest(number)}
+            for number in range(NUM_ROWS)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), tmp_path / "rows.parquet")
+    for task in ("old", "new"):
+        found.upload_file(tmp_path / "rows.parquet", f"datasets/{task}/test.parquet")
+    tasks = tuple(
+        KnownTask(schema=TaskSchema(name=task), dataset_uri=f"datasets/{task}", num_test=NUM_ROWS,
+                  max_prompt_tokens=64, max_new_tokens=4)
+        for task in ("old", "new")
+    )  # fmt: skip
+    record = LineageRecord(
+        lineage="l", base=BaseRef(source="b", name="b", sha256="0"), strategy="deal", adapter=AdapterConfig(),
+        tasks=tasks, matrix=AccuracyMatrix(),
+    )  # fmt: skip
+    write_record(found, "adapters/child", record)
+    return found
+
+
+def keep(store: ObjectStore, uri: str, now: Mapping[str, range], before: Mapping[str, range]) -> None:
+    kept = ({task: answers(right) for task, right in each.items()} for each in (now, before))
+    keep_answers(store, uri, KeptAnswers(*kept))
+
+
+def test_rows_that_changed_sides_are_counted_and_the_first_are_shown(store: ObjectStore) -> None:
+    keep(store, "adapters/parent", {"old": range(10, 30)}, {"old": range(0)})
+    keep(store, "adapters/child", {"old": range(15), "new": range(5)}, {"new": range(4, 6)})
+    old, new = compare_answers(store, "adapters/child", "adapters/parent", include_texts=True)
+    assert (old.task, old.num_rows, old.num_gained, old.num_lost) == ("old", NUM_ROWS, 10, 15)
+    assert (new.task, new.num_gained, new.num_lost) == ("new", 4, 1), "against the parent before training"
+    assert [row.row for row in new.gained] == [digest(number) for number in range(4)]
+    assert len(old.gained) == len(old.lost) == MAX_EXAMPLES
+    (lost,) = new.lost
+    assert (lost.row, lost.expected, lost.before, lost.now) == (digest(5), "yes", " YES ", "no")
+    assert lost.text is not None and lost.text.startswith("text 5 xxx") and len(lost.text) == MAX_CHARS
+
+
+def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:
+    keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
+    (new,) = compare_answers(store, "adapters/child", None, include_texts=False)
+    assert new.num_gained == 5
+    assert [row.model_dump(exclude_none=True) for row in new.gained] == [{"row": digest(n)} for n in range(5)]
+
+
+def test_what_was_not_kept_is_not_compared(store: ObjectStore) -> None:
+    assert compare_answers(store, "adapters/child", None, include_texts=True) == ()
+    keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
+    compared = compare_answers(store, "adapters/child", "adapters/of-an-earlier-release", include_texts=True)
+    assert [each.task for each in compared] == ["new"]
+    store.put_bytes(f"adapters/child/{ANSWERS_FILE}", b'{"schema_version": 2}')
+    with pytest.raises(StoreError, match="schema version 2, this release reads 1"):
+        read_answers(store, "adapters/child")
 
 
 def make_set(name: str, num_rows: int) -> TestSet:

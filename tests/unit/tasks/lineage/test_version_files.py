@@ -18,19 +18,16 @@ from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.tracking.registry import VersionFacts
 from infra.version_log import StoredVersion, VersionLog
-from tasks.adaptation.answers import read_answers
-from tasks.adaptation.frozen_rows import load_test_set
+from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.resume import read_findings
-from tasks.context import borrowed_folder
-from tasks.inbox.listing import read_state
-from tasks.lineage.adapters import borrowed_parent
+from tasks.inbox import read_state
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import read_lineage
-from tasks.lineage.version_files import require_stored
+from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.references import VersionRef
-from tasks.serving.registered import read_route
+from tasks.vllm import read_route
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}

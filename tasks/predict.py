@@ -1,4 +1,4 @@
-"""Answer one text, or a whole file, with a version of a lineage. A file is streamed; an interrupted one continues."""
+"""Answer one text or a whole file with a version of a lineage. A file is streamed and can be continued."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from infra.tracking.registry import VersionInfo, open_registry, require_through_
 from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
 from tasks.context import current_store
-from tasks.lineage.adapters import borrowed_adapter
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
+from tasks.lineage.version_files import borrowed_adapter
 
 NUM_TOKENS = 5
 SCHEMA_VERSION = 1
 CHUNK_ROWS = 1024
-"""Rows that are read, answered in batches of similar length, and written together."""
+"""Rows of a chunk. A chunk is read, answered in batches of similar length, and written."""
 OnProgress = Callable[[int, int], None]
 
 
@@ -48,11 +48,11 @@ class Answer(BaseModel):
 
     answer: str
     first_token_logits: dict[str, float]
-    """The likeliest first tokens of the answer and their logits: what a plain PEFT load must give too."""
+    """The most likely first tokens of the answer and their logits. A plain PEFT load gives the same."""
     prompt: str
-    """What the model was asked, the text in its task's template."""
+    """The prompt: the text in its task's template."""
     base_model: str
-    """Folder or Hub id that the base model was loaded from."""
+    """Folder or Hub id of the base model."""
     adapter: str
     """Address of the version's PEFT folder."""
     precision: str
@@ -63,18 +63,18 @@ class Answer(BaseModel):
 
 
 def predict(text: str, *, lineage: str, task: str | None, version: str | None) -> Answer:
-    """Answer a text as the task's rows are answered.
+    """Answer a text with the prompt of a task.
 
     Args:
-        text: the text; for a chat task the JSON list of messages.
-        lineage: whose adapter answers.
-        task: whose prompt is used; None: that of the task learned last.
-        version: number of the version; None: the champion.
+        text: The text; for a chat task the JSON list of messages.
+        lineage: The lineage.
+        task: The task; None: the task learned last.
+        version: Number of the version; None: the champion.
 
     Raises:
-        ConfigError: the lineage does not know the task, or the text is none that it can be asked with.
-        IntegrityError: the version's adapter is damaged.
-        RegistryError: the lineage has no such version, or no champion that may serve.
+        ConfigError: The lineage does not know the task, or the text does not fit the task's format.
+        IntegrityError: The version's adapter is damaged.
+        RegistryError: The lineage has no such version, or no champion that may serve.
     """
     store = current_store()
     info = choose_version(lineage, version)
@@ -105,10 +105,11 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
 
 
 def choose_version(lineage: str, number: str | None) -> VersionInfo:
-    """The version of that number; None: the champion.
+    """Return the version of that number; None: the champion.
 
     Raises:
-        RegistryError: there is none, or the alias champion was moved by hand to one that did not come through its gate.
+        RegistryError: There is no such version, or the alias champion was moved by hand to a version that did not pass
+            its gate.
     """
     info = find_version(open_registry(), lineage, number)
     if number is None:
@@ -125,11 +126,11 @@ class FileAnswers(BaseModel):
     out: str
     num_rows: int
     num_bad: int
-    """Rows without an answer; the column `problem` says why."""
+    """Rows without an answer. The column `problem` has the reason."""
     num_resumed: int
-    """Rows that an earlier call had answered."""
+    """Rows that an earlier call answered."""
     columns: dict[str, str]
-    """Under which name each added column goes."""
+    """The name of each added column in the output."""
     task: str
     lineage: str
     version: str
@@ -137,7 +138,7 @@ class FileAnswers(BaseModel):
 
 
 class _Asked(NamedTuple):
-    """What answers, and as which task."""
+    """The version that answers, and the task."""
 
     info: VersionInfo
     record: LineageRecord
@@ -148,25 +149,25 @@ def predict_file(
     data: Path, *, lineage: str, task: str | None, version: str | None, out: Path | None, column: str | None,
     on_progress: OnProgress | None = None, chunk_rows: int = CHUNK_ROWS,
 ) -> FileAnswers:
-    """Answer every row of a file as the task's rows are answered.
+    """Answer every row of a file with the prompt of a task.
 
-    Rows keep their order and all their columns. Killed and called again it goes on, and the file becomes the same.
+    Rows keep their order and all their columns. After an interruption, the same call continues and gives the same file.
 
     Args:
-        data: CSV, JSON lines or Parquet, as for ingest; answers are not needed in it.
-        lineage: whose adapter answers.
-        task: whose prompt is used; None: that of the task learned last.
-        version: number of the version; None: the champion.
-        out: .jsonl or .parquet; None: beside the file, named after it.
-        column: the column that is asked; None: as the task calls it, or by convention.
-        on_progress: called with the rows done and all of them.
-        chunk_rows: rows of a chunk.
+        data: CSV, JSON lines or Parquet, as for ingest. Answers are not needed.
+        lineage: The lineage.
+        task: The task; None: the task learned last.
+        version: Number of the version; None: the champion.
+        out: A .jsonl or .parquet file; None: a file next to `data`, named after it.
+        column: The column with the text; None: the task's column, or the conventional one.
+        on_progress: Called with the number of answered rows and of all rows.
+        chunk_rows: Rows of a chunk.
 
     Raises:
-        ConfigError: the lineage does not know the task, or what was begun was begun otherwise.
-        DataValidationError: the file cannot be read.
-        IntegrityError: the version's adapter is damaged.
-        RegistryError: the lineage has no such version, or no champion that may serve.
+        ConfigError: The lineage does not know the task, or an unfinished output has other settings.
+        DataValidationError: The file cannot be read.
+        IntegrityError: The version's adapter is damaged.
+        RegistryError: The lineage has no such version, or no champion that may serve.
     """
     started = time.perf_counter()
     output = Path(os.path.realpath(out or _default_output(data)))
@@ -177,7 +178,7 @@ def predict_file(
     asked = _Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     files = AnswerFiles(output, survey.types, own_names(survey.types))
-    checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # tokens cut a prompt
+    checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
     state = {
         "schema_version": SCHEMA_VERSION, "file": data.name, "sha256": sha256_of_input(data), "lineage": lineage,
         "task": asked.known.schema.name, "version": info.version, "adapter": info.adapter_uri,
@@ -207,14 +208,14 @@ def predict_file(
 
 
 def _default_output(data: Path) -> Path:
-    """Beside the file, named after it: june.csv.gz → june.answers.jsonl."""
+    """The default output, for example june.answers.jsonl for june.csv.gz."""
     packed = data.with_suffix("") if data.suffix.casefold() == ".gz" else data
     return packed.with_suffix(".answers.parquet" if file_kind(data) == "parquet" else ".answers.jsonl")
 
 
 @contextmanager
 def _alone(files: AnswerFiles) -> Iterator[None]:
-    """Keep other processes off the same output."""
+    """Lock the output against other processes."""
     files.output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(files.output.with_name(f".{files.output.name}.lock"))
     try:
@@ -230,7 +231,7 @@ def _alone(files: AnswerFiles) -> Iterator[None]:
 
 @contextmanager
 def _answerer(asked: _Asked) -> Iterator[Callable[[Sequence[str], Callable[[int], None]], list[str]]]:
-    """The base model with the version's adapter on, as a function from inputs to answers."""
+    """Give a function from inputs to answers: the base model with the version's adapter."""
     base, known = lend_base(asked.record.base), asked.known
     config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
     with (
@@ -247,7 +248,7 @@ def _answer_chunk(
     rows: Sequence[RawRow], checker: RowChecker, answer: Callable[[Sequence[str], Callable[[int], None]], list[str]],
     asked: _Asked, num_done: int, num_rows: int, on_progress: OnProgress | None,
 ) -> list[dict[str, Any]]:
-    """What is added to each row: an answer, or why there is none."""
+    """Return the added columns of each row: an answer or a problem."""
     num_answered = 0
 
     def on_rows(count: int) -> None:

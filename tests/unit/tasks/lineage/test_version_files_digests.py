@@ -18,7 +18,7 @@ from deal_core.errors import IntegrityError
 from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.tracking.registry import Registry, VersionInfo
-from tasks.lineage.adapters import borrowed_adapter, borrowed_parent, replacing
+from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
 from tasks.lineage.versions import version_ref
 from tasks.references import AdapterRef
 from tests.unit.tasks.housekeeping.test_garbage import version
@@ -198,4 +198,4 @@ def test_no_other_module_copies_folders_out_of_the_store() -> None:
             names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             if names & {"borrowed_folder", "download_folder"}:
                 found.add(path.stem)
-    assert found == {"adapters", "context"}
+    assert found == {"version_files"}

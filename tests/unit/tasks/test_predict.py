@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import tasks.serving.predict
+import tasks.predict
 from deal_core.errors import RegistryError
-from tasks.serving.predict import choose_version
+from tasks.predict import choose_version
 
 
 def test_a_champion_that_was_rejected_is_asked_by_its_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"accepted": True, "reasons": (), "approval": None, "promoted": None}
     found = SimpleNamespace(lineage="l", version="2", **facts)
-    monkeypatch.setattr(tasks.serving.predict, "open_registry", lambda: None)
-    monkeypatch.setattr(tasks.serving.predict, "find_version", lambda registry, lineage, number: found)
+    monkeypatch.setattr(tasks.predict, "open_registry", lambda: None)
+    monkeypatch.setattr(tasks.predict, "find_version", lambda registry, lineage, number: found)
     assert choose_version("l", None) is found
     found.approval = "refused"
     with pytest.raises(RegistryError, match="Version 2 of 'l' is champion in MLflow but was rejected by a person"):

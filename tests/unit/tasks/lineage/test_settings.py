@@ -19,7 +19,7 @@ from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from tasks.lineage.resolve_spec import AskedSpec, spec_from_options, watched_from_options
+from tasks.lineage.settings import AskedSpec, spec_from_options, watched_from_options
 from tasks.spec import AdaptSpec, TaskSpec
 
 STORED = """\

@@ -1,7 +1,7 @@
-"""Serving by a vLLM server: load the champion under a name of its own, see that it answers, move the route, unload.
+"""Serve the champion by a vLLM server: load it under its own name, test it, write the route, unload the others.
 
-The route, `serving/<lineage>.json` in the object store, says which model name answers for the lineage; whoever sends
-requests reads it. A name stands for one adapter's bytes for good, since servers cache by name.
+The route, `serving/LINEAGE.json` in the object store, has the model name that answers for the lineage. Clients read the
+route. A name never gets another adapter, because servers cache by name.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 from tasks.context import current_store
-from tasks.lineage.adapters import borrowed_adapter, remedy_for, require_recorded
-from tasks.lineage.stored_lineage import lost_in_registry
-from tasks.lineage.version_files import reading_stored, require_stored
+from tasks.lineage.history import lost_in_registry
+from tasks.lineage.version_files import borrowed_adapter, reading_stored, remedy_for, require_recorded, require_stored
 from tasks.progress import reporter
 from tasks.references import Reference
 
@@ -42,34 +41,36 @@ TRIAL_TOKENS = 4
 
 
 class ServingRoute(Reference):
-    """Which model name answers for a lineage, and whether that is its champion."""
+    """The model name that answers for a lineage, and whether it is the champion."""
 
     schema_version: Literal[1] = 1
     lineage: str
     engine: Literal["vllm"] = "vllm"
     url: str
     model: str | None = None
-    """What requests name as their model; None: nothing serves yet."""
+    """The model name for requests; None: no version is served yet."""
     version: str | None = None
     adapter_sha256: str | None = None
     since: datetime | None = None
     champion: str
-    """The lineage's champion when this was written."""
+    """The lineage's champion when the route was written."""
     state: Literal["in step", "behind"]
     problem: str | None = None
-    """Why it is behind."""
+    """Why the route is behind."""
     names: dict[str, str] = Field(default_factory=dict)
-    """Every name that was ever loaded, and the digest of its adapter."""
+    """The digest of the adapter by name, for every name that was ever loaded."""
 
 
 @task(name="sync-vllm", cache_policy=NO_CACHE)
 def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
-    """Bring a vLLM server in step with the lineage's champion; where it is already, nothing changes.
+    """Make a vLLM server serve the lineage's champion. If it does already, nothing changes.
+
+    After an error, the version that answered before still answers.
 
     Raises:
-        ConfigError: no server or no shared folder is named, or the server would not take such an adapter.
-        RegistryError: the lineage has no champion that may serve; what answered before goes on.
-        VllmError: the server refuses, or is away; the route says so too and still names what answered before.
+        ConfigError: There is no server or no shared folder, or the server does not accept such an adapter.
+        RegistryError: The lineage has no champion that may serve.
+        VllmError: The server refuses a request or does not answer. The route has the error too.
     """
     store = current_store()
     registry = open_registry()
@@ -91,10 +92,10 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
 
 
 def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
-    """The route of a lineage, if it was ever served by vLLM.
+    """Read the route of a lineage; None: vLLM never served the lineage.
 
     Raises:
-        StoreError: it is damaged, or another version of this program wrote it.
+        StoreError: The route is damaged, or another release wrote it.
     """
     key = keys.route_key(lineage)
     if not store.exists(key):
@@ -107,14 +108,10 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
-    """Refuse an adapter that the server would not take, or would take and not apply.
-
-    Args:
-        config: the adapter's adapter_config.json.
-        settings: what the server was started to allow.
+    """Refuse an adapter that the server would refuse or ignore, by the adapter's adapter_config.json.
 
     Raises:
-        ConfigError: every reason, once.
+        ConfigError: The adapter cannot be served. The message has every reason.
     """
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     targets = config["target_modules"]
@@ -141,7 +138,7 @@ def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
 def _move(
     store: ObjectStore, client: VllmClient, settings: VllmSettings, champion: VersionInfo, before: ServingRoute | None
 ) -> ServingRoute:
-    """Load the champion, see that it answers, and write the route."""
+    """Load the champion, test it with one request, and write the route."""
     require_stored(store, champion.adapter_uri)
     require_servable(_config_of(store, champion), settings)
     name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
@@ -190,12 +187,12 @@ def _config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
 
 
 def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> str:
-    """The path at which the server sees the adapter; it is copied there unless it is there already."""
+    """Copy the adapter to the shared folder if necessary; return its path on the server."""
     if settings.adapter_dir is None:
         if isinstance(store, FileStore):
             return str(store.root / champion.adapter_uri)
         raise ConfigError(
-            f"The adapter lies in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
+            f"The adapter is in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
     folder = _copy_name(name, champion.adapter_sha256)
@@ -216,13 +213,13 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
 
 
 def _require_recorded(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> None:
-    """Compare the files that the server is about to load with what is recorded of the version.
+    """Compare the files that the server is about to load with the recorded digests.
 
-    The files of the store were compared when they were copied. A copy is compared again, unless an earlier release
-    registered the version: one digest of all files of the adapter tells nothing of the two that are copied.
+    A copy is compared again. If an earlier release registered the version, there is only one digest of all the
+    adapter's files, which cannot be compared with a copy of two files.
     """
     if settings.adapter_dir is None:
-        assert isinstance(store, FileStore), "else it was refused"
+        assert isinstance(store, FileStore), "`_published` refuses other stores"
         require_recorded(store, champion, store.root / champion.adapter_uri)
         return
     target = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
@@ -238,7 +235,7 @@ def _copy_name(name: str, adapter_sha256: str) -> str:
 
 
 def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float) -> None:
-    """Unload the lineage's other adapters, once whoever read the route before has had time to read it again."""
+    """Unload the lineage's other adapters, after clients had time to read the new route."""
     own = re.compile(rf"{re.escape(route.lineage)}-v\d+")
     others = [name for name in client.models() if own.fullmatch(name) and name != route.model]
     if not others:
@@ -251,14 +248,11 @@ def _unload_others(client: VllmClient, route: ServingRoute, grace_seconds: float
 
 
 def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
-    """Remove the copies of the lineage's other adapters, which nothing serves any more.
-
-    Each goes in one step, under a hidden name, so that none is ever taken for a whole one.
-    """
+    """Remove the copies of the lineage's other adapters. Each is renamed first, so no partial copy has a valid name."""
     if settings.adapter_dir is None or route.model is None or route.adapter_sha256 is None:
         return
     own = re.compile(rf"\.?{re.escape(route.lineage)}-v\d+-[0-9a-f]{{12}}")
-    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden ones, of a call that was cut short, come first
+    for folder in sorted(settings.adapter_dir.iterdir()):  # hidden folders of an interrupted call come first
         if own.fullmatch(folder.name) and folder.name != _copy_name(route.model, route.adapter_sha256):
             hidden = folder.with_name(f".{folder.name.removeprefix('.')}")
             folder.rename(hidden)
@@ -266,7 +260,7 @@ def _remove_other_copies(settings: VllmSettings, route: ServingRoute) -> None:
 
 
 def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionInfo, error: DealError) -> ServingRoute:
-    """What the route says when the server could not be brought in step: what answered before, and why."""
+    """The route after an error: the version that answered before, and the error."""
     problem: dict[str, Any] = {"champion": champion.version, "problem": " ".join(str(error).split())}
     if before is None:
         return ServingRoute(lineage=champion.lineage, url=without_secrets(client.url), state="behind", **problem)

@@ -1,0 +1,398 @@
+"""The inbox: the files that have landed, the state of each for a lineage's watch, and their announcement to a server.
+
+A file at inbox/TASK/FILE is an arrival. The task file `inbox/TASK/task.yaml` and the file of test rows that it names
+are companions: they belong to the task's arrivals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
+
+from prefect.events import emit_event
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from deal_core.errors import ConfigError, StoreError
+from deal_core.yaml_file import MAX_BYTES, yaml_mapping
+from infra.store import keys
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
+from infra.store.keys import INBOX, TASK_FILE, task_file_of, task_of
+from tasks.adaptation.ingest import reading_the_task
+from tasks.spec import TaskFields, TaskSpec, parse
+
+PAUSE = timedelta(seconds=60)
+"""Pause before the second try after a failure that may pass; see `growing_pause`."""
+MAX_DOUBLINGS = 6
+ARRIVAL_LANDED = "deal.arrival.landed"
+"""The event. Its resource is `deal.lineage.NAME`, its payload has lineage, task, uri and etag."""
+LANDED = "deal-arrival-landed"
+"""The automation of prefect.yaml that starts a run for the event."""
+
+Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
+TestFiles = dict[tuple[str, str], str | None]
+"""The file of test rows that a task file names, by the task file's key and ETag."""
+
+
+def growing_pause(num_before: int) -> timedelta:
+    """Return the pause after a try. It starts at a minute and doubles with every earlier try, up to about an hour."""
+    return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
+
+
+class Handled(BaseModel):
+    """The result for one file. It is valid until the file changes or a failed file is tried again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    etag: str
+    outcome: Outcome
+    message: str
+    version: str | None = None
+    num_tries: int = 1
+    beside: str = ""
+    """Stamp of the companions when the file was read."""
+    is_final: bool = False
+    """Whether a failed file would fail again, so that a watch does not try it again."""
+    at: datetime
+
+    def due(self) -> datetime | None:
+        """Return the time of the next try; None: a watch does not try the file again."""
+        is_hopeful = self.outcome == "failed" and not self.is_final
+        return self.at + growing_pause(self.num_tries - 1) if is_hopeful else None
+
+
+class InboxState(BaseModel):
+    """The files that a lineage's watch has handled, by key."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    files: dict[str, Handled] = {}
+
+    def is_open(self, info: ObjectInfo, now: datetime, *, beside: str = "", retry_now: bool) -> bool:
+        """Return whether the watch has to handle this content of a file.
+
+        A failed file may succeed with other companions, so their stamp `beside` counts too. With `retry_now`, a failed
+        file is tried again without a pause.
+        """
+        handled = self.files.get(info.key)
+        if handled is None or handled.etag != info.etag:
+            return True
+        if handled.outcome in ("refused", "failed") and handled.beside != beside:
+            return True
+        if handled.outcome == "failed" and retry_now:
+            return True
+        due = handled.due()
+        return due is not None and now >= due
+
+    def record(
+        self, info: ObjectInfo, outcome: Outcome, message: str, *,
+        now: datetime, beside: str = "", version: str | None = None, is_final: bool = False,
+    ) -> Handled:
+        """Note the result for a file."""
+        before = self.files.get(info.key)
+        is_retry = before and (before.etag, before.beside, before.outcome) == (info.etag, beside, "failed")
+        num_tries = before.num_tries + 1 if before and is_retry else 1
+        handled = Handled(
+            etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
+            is_final=is_final, at=now,
+        )  # fmt: skip
+        self.files[info.key] = handled
+        return handled
+
+    def drop_gone(self, store: ObjectStore) -> None:
+        """Drop the notes of files that are gone. Notes with a version stay, because they name the arrival."""
+        gone = [key for key, handled in self.files.items() if handled.version is None and not store.exists(key)]
+        for key in gone:
+            del self.files[key]
+
+
+def read_state(store: ObjectStore, lineage: str) -> InboxState:
+    """Read the state of a lineage's watch. A watch that never ran has an empty state.
+
+    Raises:
+        StoreError: The state is damaged, or another release wrote it.
+    """
+    key = keys.watch_key(lineage)
+    try:
+        return InboxState.model_validate(json.loads(store.get_bytes(key)))
+    except ObjectNotFoundError:
+        return InboxState()
+    except (ValueError, ValidationError):
+        raise StoreError(
+            f"{store.uri_of(key)} is no state of a watch; delete it, and the watch looks at every file in the inbox "
+            "again (no file is adapted twice)."
+        ) from None
+
+
+class KnownStates:
+    """A cache of states for readers that look often and change nothing."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[str, InboxState]] = {}
+
+    def read(self, store: ObjectStore, lineage: str) -> InboxState:
+        """Do the same as `read_state`, but only if the state has changed."""
+        info = store.find(keys.watch_key(lineage))
+        if info is None:
+            return InboxState()
+        known = self._read.get(lineage)
+        if known is None or known[0] != info.etag:  # a state written after `find` is read again at the next call
+            known = self._read[lineage] = (info.etag, read_state(store, lineage))
+        return known[1]
+
+
+def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
+    """Write the state of a lineage's watch."""
+    store.put_bytes(keys.watch_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
+
+
+def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:
+    """Return the arrivals in a listing of the inbox, oldest first. `companions` are the keys of the test rows."""
+    skipped = set(companions)
+    arrivals = [info for info in listing if keys.is_arrival(info.key) and info.key not in skipped]
+    return sorted(arrivals, key=lambda info: (info.modified, info.key))
+
+
+def _misplaced_keys(listing: Iterable[ObjectInfo], companions: Collection[str]) -> dict[str, str]:
+    """The keys in a wrong folder, with the problem and the remedy. Hidden files and task files do not count."""
+    problems = ((info.key, _misplacement(info.key)) for info in listing if info.key not in companions)
+    return {key: problem for key, problem in problems if problem is not None}
+
+
+def _misplacement(key: str) -> str | None:
+    folder, *names = key.split("/")
+    if len(names) == 2 or names[-1] == TASK_FILE or any(name.startswith(".") for name in names):
+        return None
+    if len(names) == 1:
+        return f"is not in a task's folder; move it to {folder}/TASK/{names[0]}"
+    moved = f"{folder}/{names[0]}/{'-'.join(names[1:])}"
+    return f"is in a subfolder of its task's folder, and subfolders are not read; move it to {moved}"
+
+
+class Beside(NamedTuple):
+    """The companions of a task: a stamp that changes with their contents, and the time of the last change."""
+
+    stamp: str
+    modified: datetime
+
+
+def _list_beside(listing: Iterable[ObjectInfo], companions: Collection[str]) -> dict[str, Beside]:
+    """The companions of every task with a task file. `companions` are the keys of the test rows."""
+    found: dict[str, list[ObjectInfo]] = defaultdict(list)
+    for info in sorted(listing, key=lambda info: info.key):
+        if info.key in companions or info.key == task_file_of(info.key):
+            found[task_of(info.key)].append(info)
+    return {
+        task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
+        for task, infos in found.items()
+    }
+
+
+def split_settled(
+    arrivals: Iterable[ObjectInfo], seen: Mapping[str, str], now: datetime, settle_seconds: float,
+    beside: Mapping[str, Beside] | None = None,
+) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """Split arrivals into complete files and files that may still be written.
+
+    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`.
+    `seen` has the stamps of the previous look by key, `beside` the companions by task.
+    """
+    settled: list[ObjectInfo] = []
+    growing: list[ObjectInfo] = []
+    for info in arrivals:
+        other = (beside or {}).get(task_of(info.key))
+        changed = max(info.modified, other.modified) if other else info.modified
+        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
+        is_same = seen.get(info.key) == stamp_of(info, other)
+        (settled if is_old or is_same else growing).append(info)
+    return settled, growing
+
+
+def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
+    """Return a text that changes with the content of a file and of its companions."""
+    return info.etag if beside is None else f"{info.etag} {beside.stamp}"
+
+
+class TaskFile(TaskFields):
+    """`inbox/TASK/task.yaml`: settings of a task, which can be there before its first arrival."""
+
+    test_data: str | None = None
+    """Name of the file with the test rows, in the same folder."""
+
+    @field_validator("test_data")
+    @classmethod
+    def _lies_beside(cls, name: str | None) -> str | None:
+        try:
+            return name if name is None else check_key(name)
+        except StoreError:
+            raise ValueError("no file in the task's folder has this name; give one such as test.jsonl") from None
+
+
+@dataclass(frozen=True)
+class InboxLook:
+    """The content of the inbox at one moment."""
+
+    arrivals: tuple[ObjectInfo, ...]
+    """Oldest first."""
+    beside: Mapping[str, Beside]
+    """Companions by task."""
+    misplaced: Mapping[str, str]
+    """Keys in a wrong folder, with the problem of each."""
+
+    def stamp(self, info: ObjectInfo) -> str:
+        """Return the stamp of an arrival's companions."""
+        beside = self.beside.get(task_of(info.key))
+        return beside.stamp if beside else ""
+
+    def of(self, tasks: Collection[str]) -> list[ObjectInfo]:
+        """Return the arrivals of these tasks, oldest first; without tasks: all arrivals."""
+        return [info for info in self.arrivals if not tasks or task_of(info.key) in tasks]
+
+    def open_for(self, state: InboxState, tasks: Collection[str], *, retry_now: bool) -> list[ObjectInfo]:
+        """Return the arrivals of these tasks that a lineage has to handle. For `retry_now` see `InboxState.is_open`."""
+        now = datetime.now(UTC)
+        return [
+            info for info in self.of(tasks) if state.is_open(info, now, beside=self.stamp(info), retry_now=retry_now)
+        ]
+
+
+def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
+    """List the inbox once for all lineages. Each misplaced file is logged once.
+
+    `test_files` is a cache of the task files that the previous look read. The call updates the cache.
+    """
+    listing = list(store.list(INBOX))
+    known = {} if test_files is None else test_files
+    task_files = [(info.key, info.etag) for info in listing if info.key == task_file_of(info.key)]
+    found = {each: known[each] if each in known else _test_file(store, each[0]) for each in task_files}
+    known.clear()
+    known.update(found)
+    companions = {key for key in found.values() if key}
+    misplaced = _misplaced_keys(listing, companions)
+    for key, problem in misplaced.items():
+        store.warn_once(key, f"Skipped {key!r}: it {problem}.")
+    return InboxLook(tuple(list_arrivals(listing, companions)), _list_beside(listing, companions), misplaced)
+
+
+class Settled(NamedTuple):
+    """A lineage's open arrivals: complete files, oldest first, and files that may still be written."""
+
+    complete: list[ObjectInfo]
+    growing: list[ObjectInfo]
+
+
+def settle(
+    inbox: InboxLook, state: InboxState, tasks: Collection[str], stamps: dict[str, str], *,
+    settle_seconds: float, retry_now: bool,
+) -> Settled:
+    """Return the arrivals of a look that a lineage has to handle. Without tasks, all tasks count.
+
+    `stamps` has the stamps of the previous look; the call replaces them. For the last two arguments see `split_settled`
+    and `InboxState.is_open`.
+    """
+    arrivals = inbox.open_for(state, tasks, retry_now=retry_now)
+    complete, growing = split_settled(arrivals, stamps, datetime.now(UTC), settle_seconds, inbox.beside)
+    stamps.clear()
+    stamps.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})
+    return Settled(complete, growing)
+
+
+def task_spec(store: ObjectStore, key: str) -> TaskSpec:
+    """Make the spec of an arrival from its key and its task file.
+
+    Raises:
+        TaskFieldsError: The task file is damaged or has a setting that is not valid.
+    """
+    with reading_the_task():
+        fields = _read_task_file(store, task_file_of(key))
+        values = {"name": task_of(key), "data": store.uri_of(key), **fields.given()}
+        if fields.test_data:
+            values["test_data"] = store.uri_of(f"{PurePosixPath(key).parent}/{fields.test_data}")
+        return parse(TaskSpec, values, store.uri_of(key))
+
+
+def _test_file(store: ObjectStore, key: str) -> str | None:
+    """The key of the test rows that a task file names."""
+    try:
+        name = _read_task_file(store, key).test_data
+    except ConfigError:
+        return None  # `task_spec` reports the error for every arrival of the task
+    return f"{PurePosixPath(key).parent}/{name}" if name else None
+
+
+def _read_task_file(store: ObjectStore, key: str) -> TaskFile:
+    try:
+        content = store.get_bytes(key, at_most=MAX_BYTES + 1)
+    except ObjectNotFoundError:
+        return TaskFile()
+    except UnusableObjectError as error:
+        raise ConfigError(str(error)) from None
+    origin = store.uri_of(key)
+    return parse(TaskFile, yaml_mapping(content, origin), origin)
+
+
+class Announcement(BaseModel):
+    """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    etag: str
+    number: int
+    """Number of earlier announcements."""
+    at: datetime
+
+
+def announce(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once."""
+    _announce(store, lineage, info, beside, number=0)
+
+
+def announce_again(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime) -> bool:
+    """Announce an open arrival without a run once more, if the pause since the last announcement is over.
+
+    The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over.
+    """
+    known = read_announcement(store, lineage, info, beside)
+    if known is None or now - known.at < growing_pause(known.number):
+        return False
+    _announce(store, lineage, info, beside, number=known.number + 1)
+    return True
+
+
+def read_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> Announcement | None:
+    """Return the last announcement of an arrival; None: there was none, or its note is damaged."""
+    try:
+        return Announcement.model_validate_json(store.get_bytes(_announcement_key(lineage, info, beside)))
+    except (ObjectNotFoundError, ValidationError):
+        return None
+
+
+def drop_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Delete the note of an announcement after its arrival was handled."""
+    store.delete(_announcement_key(lineage, info, beside))
+
+
+def _announce(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, *, number: int) -> None:
+    uri, content = store.uri_of(info.key), f"{info.etag} {beside}".strip()
+    emit_event(
+        event=ARRIVAL_LANDED,
+        resource={"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage},
+        payload={"lineage": lineage, "task": task_of(info.key), "uri": uri, "etag": info.etag},
+        id=uuid.uuid5(uuid.NAMESPACE_URL, f"{lineage} {uri}@{content} {number}"),  # a repeat has the same id
+        occurred=datetime.now(UTC),
+    )
+    noted = Announcement(key=info.key, etag=info.etag, number=number, at=datetime.now(UTC))
+    store.put_bytes(_announcement_key(lineage, info, beside), noted.model_dump_json().encode())
+
+
+def _announcement_key(lineage: str, info: ObjectInfo, beside: str) -> str:
+    digest = hashlib.sha256(f"{info.key}\n{info.etag}\n{beside}".encode()).hexdigest()
+    return f"landed/{lineage}/{digest[:32]}.json"
