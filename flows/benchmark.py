@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, field_validator
 
 from deal_core.base_model.load import DEFAULT_BASE
 from deal_core.benchmark.cell import Cell, Scored, make_cell
@@ -38,10 +38,8 @@ PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
 """Where the benchmark's TrainConfig departs from the defaults: a cell goes on with the task it was at."""
 
 
-class BenchmarkSpec(BaseModel):
+class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
     """Which cells: every strategy with every setting, order and seed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path
     """Folder of the tasks."""
@@ -100,20 +98,16 @@ class BenchmarkSpec(BaseModel):
         return (self.tasks,) if self.suite is None else tuple(order_of(self.suite, order) for order in self.orders)
 
 
-class CellOutcome(BaseModel):
+class CellOutcome(BaseModel, frozen=True):
     """What became of one cell."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     status: Literal["done", "stored", "failed"]
     message: str = ""
 
 
-class BenchmarkResult(BaseModel):
+class BenchmarkResult(BaseModel, frozen=True):
     """The cells of this run, and the tables over all cells of their folder."""
-
-    model_config = ConfigDict(frozen=True)
 
     cells: tuple[CellOutcome, ...]
     tables: tuple[dict[str, Any], ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError
@@ -16,10 +16,8 @@ from tasks.lineage.versions import version_ref
 from tasks.progress import Stages, reporter
 
 
-class EvaluateResult(BaseModel):
+class EvaluateResult(BaseModel, frozen=True):
     """Fresh accuracies of a version beside those of its own run."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from flows.lock import hold_lineage
 from infra.store.keys import parse_dataset_file
@@ -19,10 +19,8 @@ from tasks.housekeeping.inventory import find_arrival
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 
 
-class ForgetResult(BaseModel):
+class ForgetResult(BaseModel, frozen=True):
     """What was removed; the versions named in the plan still hold in their weights what they learned."""
-
-    model_config = ConfigDict(frozen=True)
 
     plan: ForgetPlan
     tombstone: Tombstone

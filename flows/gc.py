@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, hold_lineage
@@ -28,10 +28,8 @@ from tasks.progress import raise_if_stopped, reporter
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 
 
-class GcResult(BaseModel):
+class GcResult(BaseModel, frozen=True):
     """What was removed, or would be."""
-
-    model_config = ConfigDict(frozen=True)
 
     dry_run: bool
     removals: tuple[Removal, ...]

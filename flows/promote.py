@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
@@ -37,20 +37,16 @@ from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 from tasks.spec import AdaptSpec, parse
 
 
-class LeftBehind(BaseModel):
+class LeftBehind(BaseModel, frozen=True):
     """A version, and the arrival that it was trained on."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     task: str
     dataset_sha256: str
 
 
-class Decision(BaseModel):
+class Decision(BaseModel, frozen=True):
     """What a person decided."""
-
-    model_config = ConfigDict(frozen=True)
 
     action: Action
     lineage: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
@@ -13,10 +13,8 @@ from tasks.references import DatasetRef, TrainSummary, VersionRef
 Status = Literal["promoted", "awaiting approval", "rejected", "repeat"]
 
 
-class Scores(BaseModel):
+class Scores(BaseModel, frozen=True):
     """The scores of one version; None where undefined (a lineage of one task forgets nothing)."""
-
-    model_config = ConfigDict(frozen=True)
 
     average_accuracy: float | None
     forgetting: float | None
@@ -29,10 +27,8 @@ class Scores(BaseModel):
         return cls(**{name: getattr(matrix, name) for name in cls.model_fields})
 
 
-class AdaptResult(BaseModel):
+class AdaptResult(BaseModel, frozen=True):
     """The end of one adaptation."""
-
-    model_config = ConfigDict(frozen=True)
 
     status: Status
     rejected: bool

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DataValidationError, TrainingDivergedError, in_one_line
 from flows.adapt import adapt_held
@@ -28,10 +28,8 @@ from tasks.spec import AdaptSpec, LineageSpec
 logger = logging.getLogger(__name__)
 
 
-class Seen(BaseModel):
+class Seen(BaseModel, frozen=True):
     """A file and what became of it."""
-
-    model_config = ConfigDict(frozen=True)
 
     key: str
     outcome: str
@@ -144,10 +142,8 @@ async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec
         raise
 
 
-class WatchResult(BaseModel):
+class WatchResult(BaseModel, frozen=True):
     """What a watch that ended has handled."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     files: tuple[Seen, ...]

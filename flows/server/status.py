@@ -1,8 +1,7 @@
-"""Status: what runs, what waits, what failed and why, on the Prefect server that this home works with."""
+"""`deal status`: the processes of `deal up`, the lineages, and the runs on the Prefect server."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -21,11 +20,11 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from deal_core.masking import without_secrets
-from flows.server.stack import read_stack
+from flows.server.local_processes import read_stack
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
@@ -40,20 +39,16 @@ DAY = timedelta(days=1)
 NEWEST = 20
 
 
-class PartStatus(BaseModel):
-    """A process of the local whole."""
-
-    model_config = ConfigDict(frozen=True)
+class PartStatus(BaseModel, frozen=True):
+    """A process of `deal up`."""
 
     name: str
     is_alive: bool
     log: str
 
 
-class RunStatus(BaseModel):
-    """A run on the server."""
-
-    model_config = ConfigDict(frozen=True)
+class RunStatus(BaseModel, frozen=True):
+    """A run on the Prefect server."""
 
     name: str
     state: str
@@ -62,23 +57,19 @@ class RunStatus(BaseModel):
     run_id: str
 
 
-class LineageStatus(BaseModel):
-    """Where a lineage stands."""
-
-    model_config = ConfigDict(frozen=True)
+class LineageStatus(BaseModel, frozen=True):
+    """The state of a lineage."""
 
     lineage: str
     champion: str | None
     num_open: int | None
-    """Arrivals that it has yet to learn; None: it does not learn from the inbox by itself."""
+    """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...]
-    """Arrivals that were refused or failed, each with its reason and what opens it again."""
+    """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
 
 
-class Status(BaseModel):
-    """Everything that a person wants to know at a glance."""
-
-    model_config = ConfigDict(frozen=True)
+class Status(BaseModel, frozen=True):
+    """All findings of `deal status`."""
 
     prefect_url: str | None
     mlflow_url: str | None
@@ -87,20 +78,21 @@ class Status(BaseModel):
     running: tuple[RunStatus, ...]
     waiting: tuple[RunStatus, ...]
     failed: tuple[RunStatus, ...]
-    """Of the last 24 hours, newest first."""
+    """Failed runs of the last 24 hours, newest first."""
     problems: tuple[str, ...]
-    """Lineage files that do not fit, files of the inbox whose keys cannot be used, and a Prefect that is away."""
+    """Invalid lineage files, unusable keys in the inbox, and a Prefect server that does not answer."""
     damaged: tuple[str, ...] = ()
-    """Champions that are missing or damaged, and a store or registry that cannot be read."""
+    """Missing or damaged champions, and a store or registry that cannot be read."""
 
 
 async def read_status(home: Path) -> Status:
-    """Look at the processes, the lineages and, if there is a server, at its runs."""
+    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
     stack = read_stack(home)
+    parts = stack.parts if stack else []
     api = get_current_settings().api.url
-    running: Sequence[RunStatus] = ()
-    waiting: Sequence[RunStatus] = ()
-    failed: Sequence[RunStatus] = ()
+    running: list[RunStatus] = []
+    waiting: list[RunStatus] = []
+    failed: list[RunStatus] = []
     problems: list[str] = []
     damaged: list[str] = []
     if api:
@@ -112,14 +104,14 @@ async def read_status(home: Path) -> Status:
                 failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
         except (httpx.HTTPError, PrefectException, RuntimeError) as error:
             problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
+    lineages = _lineages(problems, damaged)
     return Status(
         prefect_url=api and without_secrets(api.removesuffix("/api")),
         mlflow_url=stack.mlflow_url if stack else None,
         parts=tuple(
-            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
-            for part in (stack.parts if stack else ())
+            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts
         ),
-        lineages=tuple(_lineages(problems, damaged)),
+        lineages=tuple(lineages),
         running=tuple(running),
         waiting=tuple(waiting),
         failed=tuple(failed),
@@ -154,7 +146,7 @@ def _run(run: FlowRun) -> RunStatus:
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
-    """Where each lineage stands that has a file or is known to the store; what is wrong becomes a line of a list."""
+    """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
         store = current_store()
         lineages, inbox, known = read_lineages(store), look(store), known_lineages(store)
@@ -172,7 +164,7 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
 
 
 def _open_registry(damaged: list[str]) -> Registry | None:
-    """The registry; None where it cannot be read at all, which is said once."""
+    """Return the registry; None if it cannot be read, with one line for all lineages in `damaged`."""
     try:
         registry = open_registry()
         registry.lineages_with("champion")
@@ -183,12 +175,12 @@ def _open_registry(damaged: list[str]) -> Registry | None:
 
 
 def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
-    """The first files of the inbox that no watch looks at, since their keys cannot be used."""
+    """Return a line for each of the first files with an unusable key, and the number of the other such files."""
     found = store.unusable_keys(INBOX)
     found |= {key: f"it {why}" for key, why in inbox.misplaced.items()}
-    told = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
-    more = len(found) - len(told)
-    return [*told, f"{more} more files in the inbox are skipped."] if more else told
+    lines = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
+    more = len(found) - len(lines)
+    return [*lines, f"{more} more files in the inbox are skipped."] if more else lines
 
 
 def _lineage(
@@ -215,7 +207,7 @@ def _lineage(
 
 
 def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
-    """How many arrivals a lineage has yet to learn, and which were of no use."""
+    """Return the number of arrivals to learn, and a line for each arrival that was refused or failed."""
     state = read_state(store, lineage.lineage)
     bad = tuple(
         f"{info.key}: {_reason(state.files[info.key])}"
@@ -226,9 +218,9 @@ def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> 
 
 
 def _reason(handled: Handled) -> str:
-    """Why a file was of no use, and what opens it again."""
+    """Return the reason why a file was refused or failed, and the condition for a new try."""
     if handled.is_final:
-        return handled.message  # it says so itself
+        return handled.message  # contains the condition
     due = handled.due()
     opens = (
         f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"

@@ -20,8 +20,7 @@ from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.adapt_landed import adapt_landed
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
-from flows.server.deploy import deploy_all
-from flows.server.stack import CPU_POOL, GPU_POOL
+from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
 from flows.watch import Taken
 from flows.watch_inbox import announce_open, watch_inbox
 from infra.store.local import FileStore
