@@ -14,11 +14,12 @@ They are off until a person switches them on.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, DoNothing, SendNotification
+from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
@@ -32,6 +33,8 @@ Resources = dict[str, str | list[str]]
 HEARTBEAT = "prefect.flow-run.heartbeat"
 OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
+RUN = {"prefect.resource.id"}
+"""A trigger looks at each run separately."""
 OURS: Resources = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
 RETURNING = ["adapt", "adapt-file", "watch-inbox"]
 """Deployments whose runs can start again, because a repetition changes nothing. A rollback cannot."""
@@ -63,40 +66,40 @@ ACTION_FAILED = "prefect.automation.action.failed"
 def automations(never_began: timedelta) -> list[AutomationCore]:
     """Return the automations for lost runs. A run that does not begin within `never_began` counts as crashed."""
     return [
-        AutomationCore(
-            name="deal: silent runs",
-            description="A run that sends no heartbeat any more has lost its process; its state says so.",
-            trigger=EventTrigger(
-                match=RUNS, match_related=OURS, after={HEARTBEAT}, expect={HEARTBEAT, *OVER},
-                for_each={"prefect.resource.id"}, posture=Posture.Proactive, threshold=1, within=SILENT,
-            ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process is gone.")],
+        _automation(
+            "silent runs", "A run that sends no heartbeat has lost its process and becomes Crashed.",
+            ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process is gone."),
+            match=RUNS, match_related=OURS, after={HEARTBEAT}, expect={HEARTBEAT, *OVER}, for_each=RUN, within=SILENT,
         ),
-        AutomationCore(
-            name="deal: runs that never began",
-            description="A run that a worker took and did not start, since the worker died, say.",
-            trigger=EventTrigger(
-                match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
-                expect={"prefect.flow-run.*"}, for_each={"prefect.resource.id"}, posture=Posture.Proactive,
-                threshold=1, within=never_began,
-            ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it.")],
+        _automation(
+            "runs that never began", "A run that a worker took and never started becomes Crashed.",
+            ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it."),
+            match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
+            expect={"prefect.flow-run.*"}, for_each=RUN, within=never_began,
         ),
-        AutomationCore(
-            name="deal: crashed runs",
-            description="A run whose process died starts again; one that learns goes on from its checkpoint.",
-            trigger=EventTrigger(
-                match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]},
-                match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each={"prefect.resource.id"},
-                posture=Posture.Reactive, threshold=1, within=timedelta(0),
+        _automation(
+            "crashed runs", "A run whose process died starts again and continues from its last checkpoint.",
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
-                )
-            ],
+            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]}, match_related=THEIRS,
+            expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
     ]  # fmt: skip
+
+
+def _automation(
+    name: str, description: str, action: ActionTypes, *, within: timedelta | None = None, enabled: bool = True,
+    **trigger: Any,
+) -> AutomationCore:
+    """Return an automation that reacts to an expected event or, with `within`, to its absence for so long."""
+    return AutomationCore(
+        name=f"deal: {name}", description=description, enabled=enabled, actions=[action],
+        trigger=EventTrigger(
+            posture=Posture.Proactive if within else Posture.Reactive, within=within or timedelta(0), threshold=1,
+            **trigger,
+        ),
+    )  # fmt: skip
 
 
 async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
@@ -112,11 +115,7 @@ async def apply_automations(client: PrefectClient, never_began: timedelta) -> No
 
 
 def notifications(block_id: UUID | None) -> list[AutomationCore]:
-    """Return the notifying automations, all of them off.
-
-    Args:
-        block_id: The notification block; None: there is none, and the automations do nothing.
-    """
+    """Return the notifying automations, all of them off. Without a notification block, they do nothing."""
     lineages: Resources = {"prefect.resource.id": "deal.lineage.*"}
     # not the notifying automations: one with a broken block would notify of its own failure without end
     working: Resources = {
@@ -140,16 +139,10 @@ def _notifying(
     what: str, event: str, match: Resources, subject: str, body: str, block_id: UUID | None
 ) -> AutomationCore:
     """Return an automation that sends one kind of event through the block."""
-    return AutomationCore(
-        name=f"deal: tell of {what}",
-        description=f"Sends what {event} says through a notification block; docs/notifications.md says how.",
-        enabled=False,
-        trigger=EventTrigger(
-            match=match, expect={event}, posture=Posture.Reactive, threshold=1, within=timedelta(0),
-        ),
-        actions=[
-            SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing()
-        ],
+    return _automation(
+        f"tell of {what}", f"Sends {event} through a notification block; see docs/notifications.md.",
+        SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing(),
+        enabled=False, match=match, expect={event},
     )  # fmt: skip
 
 

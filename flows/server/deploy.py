@@ -103,10 +103,8 @@ async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> 
         await client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
         return
     if known.type != pool_type:
-        raise ConfigError(
-            f"The work pool {name} is there with type {known.type}, not {pool_type}; delete it, or give --type "
-            f"{known.type}."
-        )
+        problem = f"The work pool {name} has type {known.type}, not {pool_type}"
+        raise ConfigError(f"{problem}; delete the pool, or give --type {known.type}.")
     update = WorkPoolUpdate(base_job_template=with_defaults_of(known.base_job_template, template))
     await client.update_work_pool(name, update)
 

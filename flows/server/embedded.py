@@ -25,7 +25,7 @@ from deal_core.errors import ConfigError
 from deal_core.masking import without_secrets
 
 LOGGING_YAML = """\
-# Written by the deal command: what Prefect and MLflow have to say goes to a file beside this one.
+# Written by the deal command: messages of Prefect and MLflow go to a file in this folder.
 version: 1
 disable_existing_loggers: false
 formatters:
@@ -64,10 +64,7 @@ PAGES_SECONDS = 60
 
 
 def enter_home(home: Path | None) -> Path:
-    """Create the home folder, direct all files of this process to it, and return its path.
-
-    Args:
-        home: The folder; None: DEAL_HOME or its default.
+    """Create the home folder, direct this process's files to it, and return its path. None: DEAL_HOME or its default.
 
     Raises:
         ConfigError: The folder cannot be used.
@@ -90,8 +87,8 @@ def enter_home(home: Path | None) -> Path:
     except OSError as error:
         if full := disk_full(error):
             raise full from None
-        reason = error.strerror
-        raise ConfigError(f"The home folder {folder} cannot be used ({reason}); give one with --home.") from None
+        problem = f"The home folder {folder} cannot be used ({error.strerror}); give one with --home."
+        raise ConfigError(problem) from None
     servers = _servers(folder)
     settings = embedded_environment(folder, {**servers, **os.environ})
     for name, value in {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}.items():
@@ -171,12 +168,9 @@ class UiAddress(BaseModel, frozen=True):
 
     def shown(self) -> UiAddress:
         """Return a copy without passwords."""
-        return UiAddress(
-            tracking_uri=without_secrets(self.tracking_uri),
-            url=without_secrets(self.url),
-            command=self.command,
-            environment={name: without_secrets(value) for name, value in self.environment.items()},
-        )
+        environment = {name: without_secrets(value) for name, value in self.environment.items()}
+        tracking_uri, url = without_secrets(self.tracking_uri), without_secrets(self.url)
+        return UiAddress(tracking_uri=tracking_uri, url=url, command=self.command, environment=environment)
 
     def line(self) -> str:
         """Return the command as a line for a shell."""

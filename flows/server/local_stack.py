@@ -14,15 +14,7 @@ from typing import Any
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    DeploymentFilterTags,
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.client.schemas.objects import State, StateType, WorkerStatus
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import AwaitingRetry, Crashed
@@ -39,6 +31,7 @@ from flows.server.local_processes import (
     start_part,
     stop,
 )
+from flows.server.status import read_runs
 from infra.settings import TrackingSettings
 
 START_SECONDS = 180.0
@@ -53,12 +46,7 @@ class StartError(DealError):
 async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> LocalStack:
     """Start everything, or only the processes that died. Return when everything works.
 
-    Args:
-        home: The home folder.
-        prefect_port: Port of the Prefect server on the loopback address.
-        mlflow_port: Port of the MLflow server.
-        num_trainings: Number of lineages that may train at the same time.
-        say: Receives messages for the user.
+    At most `num_trainings` lineages train at the same time. `say` gets messages for the user.
 
     Raises:
         ConfigError: Everything runs already.
@@ -70,7 +58,7 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
             heal(home, running, say)
             return running
         if stop(home):
-            say("what an earlier start left was ended")
+            say("processes of an earlier start were ended")
         try:
             stack = start_servers(home, prefect_port, mlflow_port, say)
             with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
@@ -183,19 +171,13 @@ async def _restart_left_runs(client: PrefectClient) -> None:
 
     No worker runs yet, so every run that the server lists as running or pending belonged to an ended worker.
     """
-    left = [StateType.RUNNING, StateType.PENDING]
-    runs = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=left)),
-            deployment_id=FlowRunFilterDeploymentId(is_null_=False),
-        ),
-        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
-    )
+    runs = await read_runs(client, [StateType.RUNNING, StateType.PENDING])
     names = DeploymentFilterName(any_=RETURNING)
     returning = {each.id for each in await client.read_deployments(deployment_filter=DeploymentFilter(name=names))}
     for run in runs:
-        again: State[Any] = AwaitingRetry(message="Its worker was ended.")
-        crashed: State[Any] = Crashed(message="Its worker was ended; look what it did, and start it again if need be.")
+        ended = "Its worker was ended."
+        again: State[Any] = AwaitingRetry(message=ended)
+        crashed: State[Any] = Crashed(message=f"{ended} Check what the run did, and start it again if necessary.")
         await client.set_flow_run_state(run.id, again if run.deployment_id in returning else crashed, force=True)
 
 

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterTags,
-    FlowRunFilter,
-    FlowRunFilterStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
@@ -98,51 +91,46 @@ async def read_status(home: Path) -> Status:
     if api:
         try:
             async with get_client() as client:
-                running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-                scheduled = await _runs(client, [StateType.SCHEDULED])
+                running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+                scheduled = await _newest(client, [StateType.SCHEDULED])
                 waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
-                failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+                failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
         except (httpx.HTTPError, PrefectException, RuntimeError) as error:
             problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
     lineages = _lineages(problems, damaged)
     return Status(
-        prefect_url=api and without_secrets(api.removesuffix("/api")),
-        mlflow_url=stack.mlflow_url if stack else None,
-        parts=tuple(
-            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts
+        prefect_url=api and without_secrets(api.removesuffix("/api")), mlflow_url=stack.mlflow_url if stack else None,
+        parts=[PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts],
+        lineages=lineages, running=running, waiting=waiting, failed=failed, problems=problems, damaged=damaged,
+    )  # fmt: skip
+
+
+async def read_runs(
+    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None
+) -> list[FlowRun]:
+    """Read the runs of this project's deployments that are in these states and started after `since`, newest first."""
+    return await client.read_flow_runs(
+        flow_run_filter=filters.FlowRunFilter(
+            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states)),
+            start_time=filters.FlowRunFilterStartTime(after_=since) if since else None,
         ),
-        lineages=tuple(lineages),
-        running=tuple(running),
-        waiting=tuple(waiting),
-        failed=tuple(failed),
-        problems=tuple(problems),
-        damaged=tuple(damaged),
-    )
+        deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
+        sort=FlowRunSort.START_TIME_DESC, limit=limit,
+    )  # fmt: skip
 
 
-async def _runs(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
-    found = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
-            start_time=FlowRunFilterStartTime(after_=since) if since else None,
-        ),
-        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
-        sort=FlowRunSort.START_TIME_DESC,
-        limit=NEWEST,
-    )
-    return [_run(run) for run in found]
-
-
-def _run(run: FlowRun) -> RunStatus:
-    state = run.state
-    since = run.start_time or run.expected_start_time or datetime.now(UTC)
-    return RunStatus(
-        name=run.name,
-        state=state.name or state.type.value if state else "unknown",
-        since=since,
-        message=without_secrets(state.message or "") if state else "",
-        run_id=str(run.id),
-    )
+async def _newest(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
+    found = []
+    for run in await read_runs(client, states, since, NEWEST):
+        state = run.state
+        found.append(
+            RunStatus(
+                name=run.name, state=state.name or state.type.value if state else "unknown",
+                since=run.start_time or run.expected_start_time or datetime.now(UTC),
+                message=without_secrets(state.message or "") if state else "", run_id=str(run.id),
+            )
+        )  # fmt: skip
+    return found
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
