@@ -27,7 +27,7 @@ class LineageBusyError(DealError):
 
 @asynccontextmanager
 async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
-    """Let no other run work on the lineage meanwhile.
+    """Hold the lineage, so that no other run works on it.
 
     A file lock in the home folder holds the lineage. It ends with the process. With a Prefect server, a global
     concurrency limit of 1 holds the lineage too. The file lock is still needed then: a run that began before the server

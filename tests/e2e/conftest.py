@@ -1,4 +1,4 @@
-"""What a test needs before it starts commands: made in this process, which takes a tenth of a command's time."""
+"""Fixtures that are made in this process, which takes a tenth of a command's time."""
 
 from __future__ import annotations
 

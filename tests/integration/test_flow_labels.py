@@ -1,4 +1,4 @@
-"""A task gains a label by command: rows that were bad for it are learned, and every version is judged as it serves."""
+"""A task gets a label by command: its rows are learned, and every version is judged as it serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With a Prefect server, one run per lineage at a time is the server's business, and the home's too."""
+"""With a Prefect server, the server and the home folder both let only one run work on a lineage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watch flow: what lands in the inbox is adapted in order, once, and what cannot be used is said once."""
+"""The watch flow: landed files are adapted in order and once, and unusable files are reported once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server is told of the inbox: each open arrival once, again when its run got lost, for every lineage."""
+"""Announcements for a server: each open arrival once per lineage, and again if its run was lost."""
 
 from __future__ import annotations
 
