@@ -2,7 +2,7 @@
 
     python -m benchmarks.survival --rounds 25 --out benchmarks/results/survival.json
 
-Brings the local whole up (`deal up`) and lets files land for two lineages, undisturbed once, and then in every round
+Starts `deal up` and lets files land for two lineages, undisturbed once, and then in every round
 with one kill among servers, workers, runs and watchers. A round is right when both lineages end with the versions of
 the undisturbed run: same datasets in the same order, each continuing the last, the same adapters byte for byte, and a
 champion that loads. Rounds that are stored are not run again. A tiny base model: it is the chain that is measured.
@@ -130,11 +130,11 @@ def land(home: Path, name: str, base: Path) -> None:
 
 
 def candidates(home: Path) -> list[psutil.Process]:
-    """Every process of the whole but the keeper, which is what starts the others again."""
+    """Every process of `deal up` but the supervisor, which restarts the others."""
     parts = json.loads((home / "stack.json").read_text())["parts"]
     found = []
     for part in parts:
-        if part["name"] != "keeper" and psutil.pid_exists(part["pid"]):
+        if part["name"] != "supervisor" and psutil.pid_exists(part["pid"]):
             root = psutil.Process(part["pid"])
             found += [root, *root.children(recursive=True)]
     return found

@@ -1,4 +1,4 @@
-"""Adapt: one arrival becomes the next version of a lineage, and its champion if it passes the gate.
+"""Adapt: one arrival becomes the next version of a lineage, and the champion if the version passes the gate.
 
 Example:
     >>> result = asyncio.run(adapt(read_spec(Path("examples/bank/spec.yaml"))))  # doctest: +SKIP
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any, Literal
 
 from prefect import flow
+from pydantic import BaseModel
 
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import EvaluationReport
 from deal_core.printable import listed
 from flows.lock import hold_lineage
-from flows.results import AdaptResult, adapted, repeated
 from infra.disk import disk_full
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
@@ -31,8 +34,47 @@ from tasks.lineage.settings import AskedSpec, arrival_of, choose_adapter, choose
 from tasks.lineage.versions import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
-from tasks.references import AdaptationJob, DatasetRef, TrainSummary
+from tasks.references import AdaptationJob, DatasetRef, TrainSummary, VersionRef
 from tasks.spec import AdaptSpec
+
+Status = Literal["promoted", "awaiting approval", "rejected", "repeat"]
+
+
+class Scores(BaseModel, frozen=True):
+    """The scores of one version; None if undefined (a lineage of one task has no forgetting)."""
+
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+
+    @classmethod
+    def of(cls, matrix: AccuracyMatrix) -> Scores:
+        """Return the scores of a matrix's last version."""
+        return cls(**{name: getattr(matrix, name) for name in cls.model_fields})
+
+
+class AdaptResult(BaseModel, frozen=True):
+    """The result of one adaptation."""
+
+    status: Status
+    rejected: bool
+    """Whether the gate rejected the version, in this run or in the run that this run repeats."""
+    message: str
+    lineage: str
+    task: str
+    version: str
+    parent_version: str | None
+    reasons: tuple[str, ...]
+    dataset: DatasetRef
+    run_key: str
+    tracking_id: str | None = None
+    accuracies: dict[str, float] = {}
+    scores: Scores | None = None
+    matrix: dict[str, Any] | None = None
+    num_steps: int = 0
+    resumed_from_step: int | None = None
+    seconds: dict[str, float] = {}
 
 
 @flow(name="adapt", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
@@ -40,12 +82,12 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
     """Learn one arrival.
 
     Args:
-        spec: the arrival, the lineage, and how it learns.
-        again: train even if the lineage has learned from this arrival, but not twice in one run.
+        spec: The arrival, the lineage and the settings.
+        again: Train even if the lineage has learned this arrival. A run that restarts does not train twice.
 
     Raises:
-        ConfigError: the spec contradicts the lineage.
-        DataValidationError: the file is refused whole.
+        ConfigError: The spec contradicts the lineage.
+        DataValidationError: The whole file is refused.
     """
     async with hold_lineage(spec.lineage):
         return await learn_arrival(spec, again)
@@ -53,12 +95,12 @@ async def adapt(spec: AskedSpec, again: bool = False) -> AdaptResult:
 
 @flow(name="adapt-arrival", flow_run_name="adapt-{spec.lineage}-{spec.task.name}")
 async def adapt_held(spec: AdaptSpec) -> AdaptResult:
-    """Learn one arrival for a caller that holds the lineage; otherwise as `adapt`."""
+    """Learn one arrival as `adapt` does. The caller holds the lineage."""
     return await learn_arrival(spec, again=False)
 
 
 async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
-    """Learn an arrival, and tell whoever wants to know if that fails; nobody else may work on the lineage meanwhile."""
+    """Learn one arrival, and announce a failure. The caller holds the lineage."""
     try:
         return await _learn_arrival(spec, again)
     except Interrupted:
@@ -72,13 +114,13 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
 
 
 async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
-    """The stages of an adaptation."""
+    """Run the stages of an adaptation."""
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
-    stages.done("ingest", describe(dataset))
+    stages.done("ingest", _describe_dataset(dataset))
     if known := await stages.run("repeat", find_own if again else find_repeat, dataset, spec.lineage):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
@@ -91,17 +133,10 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     if record:
         require_same_base(record, base)
     config_sha256 = spec.config_sha256(adapter, strategy)
-    attempt = 0
-    if again:
-        attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset)
+    attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset) if again else 0
     run_key = make_run_key(
-        lineage=spec.lineage,
-        base=base,
-        dataset=dataset,
-        parent=parent,
-        config_sha256=config_sha256,
-        attempt=attempt,
-    )
+        lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt,
+    )  # fmt: skip
     if known := await stages.run("repeat", find_registered, run_key):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
@@ -123,16 +158,14 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
 
 
 async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptResult:
-    """The stages from training to report."""
-    run, base, parent, dataset = job.run, job.base, job.parent, job.dataset
-    trained = await stages.run(
-        "train", train_version, job, spec.method, spec.train
-    )
-    stages.done("train", describe_training(trained.summary))
+    """Run the stages from training to report."""
+    run, dataset = job.run, job.dataset
+    trained = await stages.run("train", train_version, job, spec.method, spec.train)
+    stages.done("train", _describe_training(trained.summary))
     for note in trained.summary.notes:
         reporter().said(f"    {note}")
     report = await stages.run(
-        "evaluate", evaluate_version, base, parent, trained.adapter, dataset, spec.evaluate,
+        "evaluate", evaluate_version, job.base, job.parent, trained.adapter, dataset, spec.evaluate,
         spec.train.max_prompt_tokens, trained.summary.notes,
     )  # fmt: skip
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
@@ -142,9 +175,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         reporter().said(f"    {note}")
     report = replace(report, notes=(*report.notes, *decision.notes))
     keep_findings(trained.adapter.uri, spec.model_dump(mode="json"), dataset, report, trained.summary)
-    version = await stages.run(
-        "register", register_version, job, spec, trained.adapter, report, decision
-    )
+    version = await stages.run("register", register_version, job, spec, trained.adapter, report, decision)
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         await stages.run("promote", promote_version, version)
@@ -161,16 +192,63 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
 
 
-def describe(dataset: DatasetRef) -> str:
-    """A dataset in a few words."""
+def _describe_dataset(dataset: DatasetRef) -> str:
     rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
     gained = f", new labels: {listed(dataset.new_labels)}" if dataset.new_labels else ""
     return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
 
 
-def describe_training(summary: TrainSummary) -> str:
-    """A training in a few words."""
+def _describe_training(summary: TrainSummary) -> str:
     resumed = f", resumed from step {summary.resumed_from_step}" if summary.resumed_from_step is not None else ""
     losses = [loss for _, loss in summary.losses]
     course = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
     return f"{summary.num_steps} steps, {summary.rows_per_second:.1f} rows/s{course}{resumed}"
+
+
+def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
+    """Return the result of a run whose arrival an earlier version has learned."""
+    number, option = version.version, f" --lineage {version.lineage}"
+    trained = f"version {number} was trained on this arrival"
+    said = {
+        "learned": f"version {number} has learned from this arrival; --again trains anew.",
+        "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
+        "left behind": f"{trained}, but the champion does not continue it; learn it again with "
+                       f"deal requeue {number}{option}.",
+        "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
+        "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
+                                "give --again.",
+    }  # fmt: skip
+    message = "Nothing to do: " + said[version.standing or "learned"]
+    return _result(version, dataset, status="repeat", message=message)
+
+
+def adapted(
+    version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary, tracking_id: str,
+    seconds: dict[str, float],
+) -> AdaptResult:
+    """Return the result of a run that trained."""
+    status: Status = "promoted"
+    verdict = "is champion"
+    if not version.accepted:
+        status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
+    elif version.approval == "awaiting":
+        status, verdict = "awaiting approval", _awaits_approval(version)
+    return _result(
+        version, dataset, status=status, message=f"Version {version.version} of {version.lineage} {verdict}.",
+        tracking_id=tracking_id, accuracies=dict(report.accuracies), scores=Scores.of(report.matrix),
+        matrix=report.matrix.to_json(), num_steps=summary.num_steps, resumed_from_step=summary.resumed_from_step,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _awaits_approval(version: VersionRef) -> str:
+    which = f"{version.version} --lineage {version.lineage}"
+    return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
+
+
+def _result(version: VersionRef, dataset: DatasetRef, **fields: Any) -> AdaptResult:
+    return AdaptResult(
+        rejected=not version.accepted, lineage=version.lineage, task=dataset.task, version=version.version,
+        parent_version=version.parent_version, reasons=version.reasons, dataset=dataset, run_key=version.run_key,
+        **fields,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Benchmark: strategies on a suite of tasks, cell by cell; what is stored is not run again."""
+"""Benchmark: run strategies on a suite of tasks, cell by cell. Cells that are stored are not run again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, field_validator
 
 from deal_core.base_model.load import DEFAULT_BASE
 from deal_core.benchmark.cell import Cell, Scored, make_cell
@@ -35,24 +36,22 @@ logger = logging.getLogger(__name__)
 SUMMARY_FILE = "summary.json"
 LOOK_SECONDS = 2.0
 PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
-"""Where the benchmark's TrainConfig departs from the defaults: a cell goes on with the task it was at."""
+"""The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
 
 
-class BenchmarkSpec(BaseModel):
-    """Which cells: every strategy with every setting, order and seed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
+    """The cells of a benchmark: every strategy with every setting, order and seed."""
 
     data: Path
     """Folder of the tasks."""
     suite: str | None = None
-    """Name of a suite; None: `tasks` are given."""
+    """Name of a suite; None: `tasks` is given."""
     orders: tuple[str, ...] = ("1",)
     tasks: tuple[str, ...] = ()
-    """Tasks in an order of one's own, instead of a suite."""
+    """Tasks in the order of arrival, instead of a suite."""
     strategies: tuple[str, ...] = ("deal", "seq_lora")
     methods: tuple[MethodConfig, ...] = (MethodConfig(),)
-    """Settings; a strategy that reads none of what differs has one cell for all of them."""
+    """Settings to compare. A strategy that does not read the differing fields has one cell for all of them."""
     seeds: tuple[Seed, ...] = (0,)
     rows: Count = 300
     part: Part = "reported"
@@ -62,7 +61,7 @@ class BenchmarkSpec(BaseModel):
     train: TrainConfig = TrainConfig(**PROTOCOL)
     base_model: Address = DEFAULT_BASE
     out: Path | None = None
-    """Folder of the cells; None: benchmark/ in the home folder."""
+    """Folder of the cells; None: HOME/benchmark."""
 
     @field_validator("tasks")
     @classmethod
@@ -93,44 +92,40 @@ class BenchmarkSpec(BaseModel):
         """Return the sequences of tasks.
 
         Raises:
-            ConfigError: Neither a suite nor tasks are given, or both, or there is no such suite or order.
+            ConfigError: Neither a suite nor tasks are given, or both are given, or there is no such suite or order.
         """
         if (self.suite is None) == (not self.tasks):
             raise ConfigError("Give either a suite or tasks of your own.")
         return (self.tasks,) if self.suite is None else tuple(order_of(self.suite, order) for order in self.orders)
 
 
-class CellOutcome(BaseModel):
-    """What became of one cell."""
-
-    model_config = ConfigDict(frozen=True)
+class CellOutcome(BaseModel, frozen=True):
+    """The outcome of one cell."""
 
     file: str
     status: Literal["done", "stored", "failed"]
     message: str = ""
 
 
-class BenchmarkResult(BaseModel):
-    """The cells of this run, and the tables over all cells of their folder."""
-
-    model_config = ConfigDict(frozen=True)
+class BenchmarkResult(BaseModel, frozen=True):
+    """The cells of this run, and tables of all cells in the folder."""
 
     cells: tuple[CellOutcome, ...]
     tables: tuple[dict[str, Any], ...]
 
     @property
     def num_failed(self) -> int:
-        """Cells that failed."""
+        """Number of cells that failed."""
         return sum(cell.status == "failed" for cell in self.cells)
 
 
 @flow(name="benchmark")
 async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
-    """Run the cells that are missing; several runs with the same folder share the work.
+    """Run the missing cells. Several runs with the same folder share the work.
 
     Raises:
-        ConfigError: what is asked for is not there.
-        DataValidationError: the tasks cannot be read, or one has no test rows in the part to score on.
+        ConfigError: There is no such suite, order or strategy.
+        DataValidationError: A task cannot be read, or has no test rows in the part to score on.
     """
     stages = Stages()
     base = await stages.run("base", identify_base, spec.base_model, spec.train.quantize)
@@ -145,7 +140,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
                 busy.append((cell, method))
             else:
                 outcomes[outcome.file] = outcome
-        if len(busy) == len(waiting):  # other processes are at them: they become stored, or free when one dies
+        if len(busy) == len(waiting):  # other processes run these cells: wait until they are stored or free again
             raise_if_stopped()
             await asyncio.sleep(LOOK_SECONDS)
         waiting = busy
@@ -154,44 +149,37 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
 
 
 def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfig]]:
-    """Every cell once, with the settings it runs with.
-
-    Raises:
-        ConfigError: what is asked for is not there.
-        DataValidationError: the tasks cannot be read, or one has no test rows in the part to score on.
-    """
+    """Return every cell once, with its settings. For errors see `benchmark`."""
     found: dict[str, tuple[Cell, MethodConfig]] = {}
     for tasks in spec.sequences():
         suite = load_suite(spec.data, tasks)
         for task in suite.values():
-            task.part(spec.part)  # an empty one is refused now, and not after the task was learned
+            task.part(spec.part)  # refuses an empty part before anything is trained
         data = digest_of(suite)
-        for seed in spec.seeds:
-            for strategy in spec.strategies:
-                for method in spec.methods:
-                    cell = make_cell(
-                        strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
-                        part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
-                        base=f"{base.name} {base.sha256}", data=data,
-                    )  # fmt: skip
-                    found.setdefault(cell.file_name, (cell, method))
+        for seed, strategy, method in product(spec.seeds, spec.strategies, spec.methods):
+            cell = make_cell(
+                strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
+                part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
+                base=f"{base.name} {base.sha256}", data=data,
+            )  # fmt: skip
+            found.setdefault(cell.file_name, (cell, method))
     return list(found.values())
 
 
 def spec_from_options(
     *, data: str, train: str, methods: Sequence[str], adapter: str = "{}", **options: Any
 ) -> BenchmarkSpec:
-    """The spec from a command's options; what is None or empty is left to its default.
+    """Make a spec from a command's options. Options that are None or empty keep their defaults.
 
     Args:
-        data: a folder of tasks, or hf://datasets/OWNER/NAME, which is fetched.
-        train: changes to the training settings, as a JSON object.
-        methods: changes to the methods' settings, likewise; one cell for each.
-        adapter: changes to the adapter's shape, likewise.
-        options: the other fields.
+        data: Folder of tasks, or hf://datasets/OWNER/NAME, which is downloaded.
+        train: Changes to the training settings, as a JSON object.
+        methods: Changes to the methods' settings, one JSON object per cell.
+        adapter: Changes to the adapter's shape, as a JSON object.
+        options: The other fields.
 
     Raises:
-        ConfigError: a text is no JSON object, something does not fit, or the Hub cannot be reached.
+        ConfigError: A text is no JSON object, a value is invalid, or the Hub cannot be reached.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     values = {
@@ -216,7 +204,7 @@ def _json_object(text: str) -> dict[str, Any]:
 async def _run(
     spec: BenchmarkSpec, stages: Stages, base: BaseRef, cell: Cell, method: MethodConfig
 ) -> CellOutcome | None:
-    """Run one cell; None where another process holds it. A cell that fails does not lose the others."""
+    """Run one cell; None if another process runs it. A failed cell does not stop the others."""
     work = HomeSettings().home / "work" / "benchmark"
     try:
         status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.folder, work)
@@ -235,7 +223,7 @@ async def _run(
 
 
 def write_summary(out: Path) -> list[dict[str, Any]]:
-    """Write summary.json beside the cells and return it: a table per suite and protocol."""
+    """Write summary.json into the cells' folder and return its content: a table per suite and protocol."""
     tables = [
         {"suite": each.suite, "protocol": json.loads(each.key), "lifted": each.lifted(), "rows": summarise(each)}
         for each in protocols(read_cells(out))

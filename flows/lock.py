@@ -1,10 +1,10 @@
-"""One run per lineage at a time, whether the runs share a home folder or a Prefect server."""
+"""Only one run works on a lineage at a time, even if runs share only a home folder or only a Prefect server."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 
 import httpx
 from filelock import FileLock, Timeout
@@ -22,23 +22,19 @@ LOCKED = 423
 
 
 class LineageBusyError(DealError):
-    """Another run works on the lineage, and the caller did not want to wait."""
+    """Another run works on the lineage, and the caller does not wait."""
 
 
 @asynccontextmanager
 async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None]:
-    """Keep other runs off the lineage.
+    """Hold the lineage, so that no other run works on it.
 
-    First by a file lock under the home folder, which ends with its process and is all there is without a server. With
-    one also by a global concurrency limit of 1: made first, since a limit that is missing would protect nothing. The
-    file is locked all the same, as a run that began before the server did may be at work in this home.
-
-    Args:
-        lineage: its name.
-        wait: until no other run works on it.
+    A file lock in the home folder holds the lineage. It ends with the process. With a Prefect server, a global
+    concurrency limit of 1 holds the lineage too. The file lock is still needed then: a run that began before the server
+    started may work in this home.
 
     Raises:
-        LineageBusyError: with `wait` off, another run works on it.
+        LineageBusyError: Without `wait`, another run works on the lineage.
     """
     has_server = bool(get_current_settings().api.url)
     async with _hold_in_home(lineage, wait), _hold_on_server(lineage, wait) if has_server else nullcontext():
@@ -47,7 +43,7 @@ async def hold_lineage(lineage: str, *, wait: bool = True) -> AsyncIterator[None
 
 @patient
 async def is_held_on_server(lineage: str) -> bool:
-    """Whether a run works on the lineage, as far as the Prefect server knows."""
+    """Return whether a run holds the lineage on the Prefect server."""
     async with get_client() as client:
         try:
             limit = await client.read_global_concurrency_limit_by_name(_limit_name(lineage))
@@ -61,18 +57,13 @@ async def _hold_in_home(lineage: str, wait: bool) -> AsyncIterator[None]:
     path = HomeSettings().home / "locks" / f"{lineage}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    waits = False
-    while not lock.is_locked:
-        try:
+
+    async def take() -> bool:
+        with suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise LineageBusyError(f"Lineage '{lineage}' is at work in another process.") from None
-            if not waits:
-                reporter().said(f"Lineage '{lineage}' is at work in another process; waiting for it.")
-            waits = True
-            raise_if_stopped()
-            await asyncio.sleep(LOOK_SECONDS)
+        return lock.is_locked
+
+    await _take_or_wait(take, lineage, "Another process", wait, LOOK_SECONDS)
     try:
         yield
     finally:
@@ -82,25 +73,33 @@ async def _hold_in_home(lineage: str, wait: bool) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _hold_on_server(lineage: str, wait: bool) -> AsyncIterator[None]:
     name = _limit_name(lineage)
-    await _make_limit(name)
+    await _make_limit(name)  # a missing limit would not block other runs
     async with AsyncExitStack() as stack:
-        waits = False
-        while not await _enter(stack, name):
-            if not wait:
-                raise LineageBusyError(f"Lineage '{lineage}' is at work in another run.")
-            if not waits:
-                reporter().said(f"Lineage '{lineage}' is at work in another run; waiting for it.")
-            waits = True
-            raise_if_stopped()
-            await asyncio.sleep(LOOK_SECONDS * 4)
+        await _take_or_wait(lambda: _enter(stack, name), lineage, "Another run", wait, LOOK_SECONDS * 4)
         yield
+
+
+async def _take_or_wait(
+    take: Callable[[], Awaitable[bool]], lineage: str, holder: str, wait: bool, pause: float
+) -> None:
+    """Call `take` until it returns True, with pauses of `pause` seconds. Without `wait`, call it only once."""
+    is_told = False
+    while not await take():
+        if not wait:
+            raise LineageBusyError(f"{holder} works on lineage '{lineage}'.")
+        if not is_told:
+            reporter().said(f"{holder} works on lineage '{lineage}'; waiting for its end.")
+        is_told = True
+        raise_if_stopped()
+        await asyncio.sleep(pause)
 
 
 @patient
 async def _enter(stack: AsyncExitStack, name: str) -> bool:
-    """Take the slot if it is free; return whether it was.
+    """Take the slot if it is free. Return whether it was free.
 
-    A run that loses it later ends, lest two work on one lineage, and goes on from its checkpoint when it starts again.
+    A run that loses the slot later ends, so that two runs never work on one lineage. When it is started again, it
+    continues from its checkpoint.
     """
     slot = concurrency(
         name, strict=True, max_retries=0, lease_duration=LockSettings().lease_seconds,

@@ -1,7 +1,7 @@
 """Promote, roll back, reject, requeue, rebuild: a person decides which version of a lineage serves.
 
-Promote, rollback and reject do not wait for a run: a rollback takes effect at once, and the run finds the champion
-moved. Requeue learns again what a rollback left behind.
+Promote, rollback and reject take effect at once, even while a run works on the lineage. Requeue learns arrivals again
+that a rollback left behind.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
-from flows.adapt import learn_arrival
+from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import hold_lineage
-from flows.results import AdaptResult
 from infra.promotions import Action, Change, Ledger, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
@@ -35,30 +34,26 @@ from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 from tasks.spec import AdaptSpec, parse
 
 
-class LeftBehind(BaseModel):
-    """A version, and the arrival that it was trained on."""
-
-    model_config = ConfigDict(frozen=True)
+class LeftBehind(BaseModel, frozen=True):
+    """A version that the champion does not continue, and the arrival that the version learned."""
 
     version: str
     task: str
     dataset_sha256: str
 
 
-class Decision(BaseModel):
-    """What a person decided."""
-
-    model_config = ConfigDict(frozen=True)
+class Decision(BaseModel, frozen=True):
+    """A person's decision."""
 
     action: Action
     lineage: str
     version: str
     before: str | None
-    """The champion before."""
+    """The earlier champion."""
     champion: str | None
-    """The champion now."""
+    """The new champion."""
     left_behind: tuple[LeftBehind, ...] = ()
-    """What the champion before had learned and the one of now has not; `deal requeue` learns it again."""
+    """Arrivals that the earlier champion had learned and the new champion has not; `deal requeue` learns them again."""
 
 
 @flow(name="promote", flow_run_name="promote-{lineage}-{version}")
@@ -74,16 +69,10 @@ def rollback(lineage: str, to: str | None = None, who: str = "a deployment", why
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
-    """Make a version the champion that continues the champion of now.
-
-    Args:
-        lineage: whose champion.
-        version: the version's number.
-        who: who decides.
-        why: for what reason.
+    """Make a version that continues the champion the new champion.
 
     Raises:
-        RegistryError: the version does not fit: the message says why, and what to do.
+        RegistryError: The version cannot become champion.
     """
     registry, log, number, champion = _look(lineage)
     found = find_version(registry, lineage, version)
@@ -104,28 +93,22 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
-    note_learned(Ledger(log.store), found)  # first: cut short before the move, the arrival is known all the same
+    note_learned(Ledger(log.store), found)  # before the move: if this process dies here, the arrival is known
     move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why)
-    _tell("promoted", found, who, why)
+    _announce("promoted", found, who, why)
     return Decision(
-        action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version,
-    )  # fmt: skip
+        action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version
+    )
 
 
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
-    """Make an earlier champion the champion again.
+    """Make an earlier champion, or a version that the champion continues, the champion again.
 
-    A champion that was deleted in MLflow can be replaced so, but what it had learned is not told then.
-
-    Args:
-        lineage: whose champion.
-        to: number of a version that the champion continues, or that was champion before; None: the one that the
-            champion continues.
-        who: who decides.
-        why: for what reason.
+    If `to` is None, this is the champion's parent. A champion that was deleted in MLflow can be replaced too, but then
+    the decision names no arrivals as left behind.
 
     Raises:
-        RegistryError: there is nothing to go back to, or the version was never champion.
+        RegistryError: There is no earlier version, or the version was never champion.
     """
     registry, log, number, champion = _look(lineage)
     if number is None:
@@ -148,7 +131,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
         what = "is champion now" if to == number else f"was never champion; {remedy}"
         raise RegistryError(f"Version {to} of '{lineage}' {what}; see: deal history --lineage {lineage}")
     move_champion(registry, log, found, expected=number, action="rolled back", who=who, why=why)
-    _tell("rolled-back", found, who, why)
+    _announce("rolled-back", found, who, why)
     return Decision(
         action="rolled back", lineage=lineage, version=to, before=number, champion=to,
         left_behind=left_behind(line, descent(versions, found)),
@@ -156,19 +139,17 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
 
 
 def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
-    """Say no to a version: it can never become champion.
+    """Reject a version, so that it can never become champion.
 
     Raises:
-        RegistryError: it is champion, or was refused already.
+        RegistryError: The version is champion or was rejected already.
     """
     registry, log = open_registry(), PromotionLog(current_store())
     number, last = settle_aliases(registry, log, lineage)
     found = find_version(registry, lineage, version)
-    if number == version:
-        raise RegistryError(
-            f"Version {version} of '{lineage}' is its champion; go back first: deal rollback --lineage {lineage}"
-        )
     name = f"Version {version} of '{lineage}'"
+    if number == version:
+        raise RegistryError(f"{name} is its champion; go back first: deal rollback --lineage {lineage}")
     if not found.accepted:
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
     if found.approval == "refused":
@@ -176,19 +157,17 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     change = Change(
         action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )
-    added = log.add(last, change)
-    if added is None:
+    if log.add(last, change) is None:
         raise RegistryError(
-            f"The champion of '{lineage}' was moved this moment; look at deal history --lineage {lineage}, and try "
-            "again."
+            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
         )
     settle_aliases(registry, log, lineage)
-    _tell("rejected", found, who, why)
+    _announce("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
-    """By whom and why a version was rejected, where a person did it."""
+    """Return the person who rejected a version, and the reason."""
     for move in reversed(log.moves(lineage)):
         if move.action == "rejected" and move.version == version:
             return f"by {move.who}: {move.why}"
@@ -196,23 +175,24 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
 
 
 def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[LeftBehind, ...]:
-    """What one line of versions has learned and another has not, oldest first."""
+    """Return the arrivals that one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
-    return tuple(
-        LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
-        for version in reversed(before) if not arrival_digests(version, before) & known
-    )  # fmt: skip
+    return tuple(_left(version) for version in reversed(before) if not arrival_digests(version, before) & known)
+
+
+def _left(version: VersionInfo) -> LeftBehind:
+    return LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
 
 
 def current_account() -> str:
-    """Name of the account that runs this process."""
+    """Return the name of the account that runs this process."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user need not have a name
+    except (OSError, KeyError):  # a container's user may have no name
         return "unknown account"
 
 
-def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
+def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
     notice = Notice(
         lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
         reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
@@ -221,7 +201,7 @@ def _tell(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
 
 
 def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, VersionInfo | None]:
-    """Registry, log, the champion's number, and the champion; a number without one: it was deleted in MLflow."""
+    """Return registry, log, the champion's number, and the champion; None with a number: it was deleted in MLflow."""
     registry, log = open_registry(), PromotionLog(current_store())
     require_in_registry(registry, log.store, lineage)
     number, _ = settle_aliases(registry, log, lineage)
@@ -245,12 +225,12 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
 
 
 def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
-    """Accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
+    """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
-    Not those of which another version awaits approval.
+    An arrival is left out if another version that learned it awaits approval.
 
     Raises:
-        RegistryError: the lineage has no version.
+        RegistryError: The lineage has no version.
     """
     registry = open_registry()
     versions = registry.versions(lineage)
@@ -264,24 +244,24 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     for version in reversed(versions):
         if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
-            found.append(LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256))
+            found.append(_left(version))
     return tuple(reversed(found))
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
 async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
-    """Learn the arrivals of versions again, with the settings of their runs, in the order given.
+    """Learn the arrivals of versions again, in the given order, with the settings of their runs.
 
-    What the champion has learned by the time it is their turn is reported as a repeat.
+    An arrival that the champion has learned in the meantime is reported as a repeat.
 
     Args:
-        lineage: whose versions.
-        versions: their numbers; none: all that were left behind, oldest first.
+        lineage: The lineage.
+        versions: Numbers of the versions; empty: all that were left behind, oldest first.
 
     Raises:
-        RegistryError: there is no such version.
-        DataValidationError: an arrival's file is gone, or another lies in its place.
-        ForgottenRowsError: the rows of one were forgotten.
+        RegistryError: There is no such version.
+        DataValidationError: An arrival's file is gone or was replaced by another.
+        ForgottenRowsError: Rows of an arrival were forgotten.
     """
     registry = open_registry()
     async with hold_lineage(lineage):
@@ -293,16 +273,15 @@ async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResul
 
 async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> AdaptResult:
     run = await learn_arrival(spec, again=not _is_learned(registry, version))
-    if run.version and run.status != "repeat":  # its dataset may be another one: of labels that the task has gained
+    if run.version and run.status != "repeat":  # the dataset may differ, because the task may have new labels
         registry.tag_version(version.lineage, run.version, {"requeued_sha256": version.dataset_sha256})
-        tagged = registry.version(version.lineage, run.version)
-        if tagged is not None:
+        if tagged := registry.version(version.lineage, run.version):
             VersionLog(current_store()).keep(tagged)
     return run
 
 
 def _spec_of(version: VersionInfo) -> AdaptSpec:
-    """What the run of a version was asked, once it is known that the same can be learned again."""
+    """Return the spec of a version's run, after checking that the same arrival can be learned again."""
     store = current_store()
     refuse_forgotten(store, version.task, [version.dataset_sha256])
     spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
@@ -317,12 +296,12 @@ def _is_learned(registry: Registry, version: VersionInfo) -> bool:
 
 
 async def rebuild(lineage: str) -> RebuildResult:
-    """Register a lineage's versions again; see `tasks.lineage.rebuild`. Cancelled, it ends at the next version.
+    """Register a lineage's versions again; see `tasks.lineage.rebuild`. If cancelled, it ends at the next version.
 
     Raises:
-        LineageBusyError: a run works on the lineage.
+        LineageBusyError: A run works on the lineage.
     """
-    raise_if_stopped()  # from here on the thread shares what asks it to stop
+    raise_if_stopped()  # creates the request to stop, which the thread then shares
     async with hold_lineage(lineage, wait=False):
         working = asyncio.create_task(asyncio.to_thread(rebuild_lineage, lineage))
         try:

@@ -1,4 +1,7 @@
-"""Watch: files that land in the inbox are adapted one by one, oldest first, each content once."""
+"""Files that land in the inbox are adapted one after another, oldest first, each content once.
+
+A command runs `watch`. On a Prefect server, `watch_inbox` announces files, and each announcement starts `adapt_landed`.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,48 @@ import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
-from prefect import flow
-from pydantic import BaseModel, ConfigDict
+from prefect import flow, runtime
+from pydantic import BaseModel
 
-from deal_core.errors import DataValidationError, TrainingDivergedError, in_one_line
-from flows.adapt import adapt_held
-from flows.lock import hold_lineage
-from flows.results import AdaptResult
+from deal_core.errors import DataValidationError, DealError, TrainingDivergedError, in_one_line
+from flows.adapt import AdaptResult, adapt_held
+from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
+from infra.store.s3 import open_landing_queue
 from tasks.context import current_store
 from tasks.inbox import (
     Handled,
+    InboxLook,
     InboxState,
     KnownStates,
     Outcome,
     TestFiles,
+    announce,
+    announce_again,
     drop_announcement,
     look,
+    read_announcement,
     read_state,
     settle,
     task_spec,
     write_state,
 )
+from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.spec import AdaptSpec, LineageSpec
 
 logger = logging.getLogger(__name__)
+QUEUE_SECONDS = 20.0
+Stamps = dict[str, str]
 
 
-class Seen(BaseModel):
-    """A file and what became of it."""
-
-    model_config = ConfigDict(frozen=True)
+class Seen(BaseModel, frozen=True):
+    """A file that was handled, and the outcome."""
 
     key: str
     outcome: str
@@ -49,73 +58,150 @@ class Seen(BaseModel):
     version: str | None
 
 
-@dataclass
-class Taken:
-    """What a run has handled so far, and what its last look at the inbox left."""
+class WatchResult(BaseModel, frozen=True):
+    """The files that a watch handled."""
 
-    keeps_runs: bool = False
-    """A watch that goes on for ever has no use for them, and each holds its whole accuracy matrix."""
+    lineage: str
+    files: tuple[Seen, ...]
+    runs: tuple[AdaptResult, ...] = ()
+    """The results, if the watch ends when all files are handled; else empty."""
+
+    @property
+    def num_refused(self) -> int:
+        """Number of files that were refused or whose run failed."""
+        return sum(seen.outcome in ("refused", "failed") for seen in self.files)
+
+    @property
+    def num_rejected(self) -> int:
+        """Number of files whose version the gate rejected."""
+        return sum(seen.outcome == "rejected" for seen in self.files)
+
+
+@flow(name="watch", flow_run_name="watch-{spec.lineage}")
+async def watch(
+    spec: LineageSpec, tasks: tuple[str, ...] = (), once: bool = False, poll_seconds: float = 2.0
+) -> WatchResult:
+    """Adapt a lineage to files that land in the inbox.
+
+    Args:
+        spec: The lineage and its settings. The place of each file decides its task and schema.
+        tasks: Handle only files of these tasks; empty: all files.
+        once: End when all present files are handled.
+        poll_seconds: Pause between two looks. A file that changes between two looks is not handled yet.
+
+    Raises:
+        Interrupted: With `once`, the user stopped the watch before all files were handled.
+    """
+    store = current_store()
+    worker = InboxWorker(store, spec, tasks, settle_seconds=poll_seconds, once=once, wait=True)
+    if not once:
+        reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
+    while True:
+        num_handled = await worker.handle_open()
+        if once and worker.num_left and is_stopped():
+            raise Interrupted
+        if is_stopped() or (once and not worker.num_left):
+            return worker.result()
+        if num_handled or not worker.files:
+            reporter().stage_started("waiting")
+        await asyncio.sleep(poll_seconds)
+
+
+@flow(name="adapt-landed", flow_run_name="adapt-landed-{lineage}")
+async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult:
+    """Adapt a lineage to its open files, oldest first, until none is left. A server starts this for announced files.
+
+    If another run holds the lineage, this run ends at once and leaves its place to other lineages. An `adapt_landed`
+    that holds the lineage looks at the inbox again before it ends; after any other run, open files are announced again.
+    A run that restarts after a crash waits, because its own earlier hold may not have ended yet.
+
+    Args:
+        lineage: Its name; `tasks.lineage.settings` reads its settings from the store.
+        settle_seconds: See `InboxWorker`.
+    """
+    store = current_store()
+    spec = read_lineage(store, lineage)
+    is_rerun = (runtime.flow_run.run_count or 1) > 1
+    worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)
+    try:
+        while await worker.handle_open() or worker.num_left:
+            if is_stopped():
+                break
+            if worker.num_left:
+                await asyncio.sleep(settle_seconds)
+    except LineageBusyError as busy:
+        reporter().said(f"{busy} Landed files are learned afterwards.")
+    return worker.result()
+
+
+@dataclass
+class InboxWorker:
+    """Adapts a lineage to its open files in the inbox."""
+
+    store: ObjectStore
+    spec: LineageSpec
+    tasks: Collection[str]
+    """Only files of these tasks are handled; empty: all files."""
+    settle_seconds: float
+    """A file is complete if it has not changed for this time or since the previous look."""
+    once: bool
+    """Whether the watch ends. Then failed files are tried again at once, and all results are kept in memory."""
+    wait: bool
+    """Whether to wait for another run that holds the lineage."""
     files: list[Seen] = field(default_factory=list)
     runs: list[AdaptResult] = field(default_factory=list)
     num_left: int = 0
-    """Open files that were not handled: those that may still be written and, once asked to stop, those not reached."""
-    _stamps: dict[str, str] = field(default_factory=dict)
+    """Open files that the last look did not handle: incomplete files, and all others after a request to stop."""
+    _stamps: Stamps = field(default_factory=dict)
     _test_files: TestFiles = field(default_factory=dict)
     _states: KnownStates = field(default_factory=KnownStates)
 
-    async def take(
-        self, store: ObjectStore, spec: LineageSpec, tasks: Collection[str], *,
-        settle_seconds: float, retry_now: bool, wait: bool,
-    ) -> int:
-        """Look once and adapt to what is open and complete, oldest first; return how many files that were.
-
-        Args:
-            store: holds the inbox.
-            spec: the lineage and how it learns.
-            tasks: look at these tasks' files only; none: at all.
-            settle_seconds: how long a file must have been left alone, unless the look before saw the same.
-            retry_now: also what failed lately; see `InboxState.is_open`.
-            wait: for the run that holds the lineage, if one does.
+    async def handle_open(self) -> int:
+        """Look at the inbox and adapt to the open and complete files, oldest first. Return their number.
 
         Raises:
-            LineageBusyError: with `wait` off, another run holds the lineage.
+            LineageBusyError: Without `wait`, another run holds the lineage.
         """
-        inbox = look(store, self._test_files)
+        inbox = look(self.store, self._test_files)
         settled, growing = settle(
-            inbox, self._states.read(store, spec.lineage), tasks, self._stamps,
-            settle_seconds=settle_seconds, retry_now=retry_now,
-        )
+            inbox, self._states.read(self.store, self.spec.lineage), self.tasks, self._stamps,
+            settle_seconds=self.settle_seconds, retry_now=self.once,
+        )  # fmt: skip
         self.num_left = len(settled) + len(growing)
         if settled:
-            async with hold_lineage(spec.lineage, wait=wait):
+            async with hold_lineage(self.spec.lineage, wait=self.wait):
                 for info in settled:
                     if is_stopped():
                         break
-                    await self._handle(store, spec, info, inbox.stamp(info), retry_now)
+                    await self._handle(info, inbox.stamp(info))
                     self.num_left -= 1
         return len(settled)
 
-    async def _handle(
-        self, store: ObjectStore, spec: LineageSpec, info: ObjectInfo, beside: str, retry_now: bool
-    ) -> None:
-        state = read_state(store, spec.lineage)
-        if not state.is_open(info, datetime.now(UTC), beside=beside, retry_now=retry_now):
-            return  # done by the run that held the lineage meanwhile
-        handled, run = await _adapt_to(store, spec, state, info, beside)
+    async def _handle(self, info: ObjectInfo, beside: str) -> None:
+        store, lineage = self.store, self.spec.lineage
+        state = read_state(store, lineage)
+        if not state.is_open(info, datetime.now(UTC), beside=beside, retry_now=self.once):
+            return  # another run has handled the file since the look
+        handled, run = await _adapt_to(store, self.spec, state, info, beside)
         state.drop_gone(store)
-        write_state(store, spec.lineage, state)
+        write_state(store, lineage, state)
         if handled.due() is None:
-            drop_announcement(store, spec.lineage, info, beside)
+            drop_announcement(store, lineage, info, beside)
         self.files.append(
             Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version)
         )
-        self.runs += [run] if run and self.keeps_runs else []
+        if run and self.once:
+            self.runs.append(run)
+
+    def result(self) -> WatchResult:
+        """Return the files that were handled."""
+        return WatchResult(lineage=self.spec.lineage, files=tuple(self.files), runs=tuple(self.runs))
 
 
 async def _adapt_to(
     store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo, beside: str
 ) -> tuple[Handled, AdaptResult | None]:
-    """Adapt to one file; one that cannot be used is noted, so that it is reported once. Other errors may pass."""
+    """Adapt to one file and record the outcome. A refused file is not tried again, a failed one is."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     run: AdaptResult | None = None
     version: str | None = None
@@ -132,10 +218,10 @@ async def _adapt_to(
     except Exception as error:
         logger.exception("The run for %s failed", info.key)
         outcome, message = "failed", in_one_line(error)
-        if isinstance(error, TrainingDivergedError):  # seed and settings stand, so it would diverge at the same step
+        if isinstance(error, TrainingDivergedError):  # with the same seed and settings, it diverges at the same step
             is_final = True
             message = (
-                f"{message.rstrip('.')}. It is not tried again by itself: change the settings and try it with deal "
+                f"{message.rstrip('.')}. It is not tried again automatically: change the settings and try it with deal "
                 f"watch --once --lineage {spec.lineage} --spec SPEC, or change file, task.yaml or test rows."
             )
         reporter().said(f"Failed: {message}")
@@ -146,7 +232,7 @@ async def _adapt_to(
 
 
 async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec:
-    """The spec of one arrival; what is wrong with it is announced here, as no adaptation begins that could do it."""
+    """Return the spec of one file. A failure is announced here, because no adaptation begins that announces it."""
     try:
         return spec.with_task(task_spec(store, key))
     except Exception as error:
@@ -154,54 +240,85 @@ async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec
         raise
 
 
-class WatchResult(BaseModel):
-    """What a watch that ended has handled."""
+@flow(name="watch-inbox", flow_run_name="watch-inbox")
+async def watch_inbox(for_seconds: float = 630.0, poll_seconds: float = 2.0) -> int:
+    """Announce landed files to all lineages for a limited time. Return the number of announcements.
 
-    model_config = ConfigDict(frozen=True)
-
-    lineage: str
-    files: tuple[Seen, ...]
-    runs: tuple[AdaptResult, ...] = ()
-    """Of a watch that ends once everything is handled; empty of any other."""
-
-    @property
-    def num_refused(self) -> int:
-        """Files that were refused, or whose run failed."""
-        return sum(seen.outcome in ("refused", "failed") for seen in self.files)
-
-    @property
-    def num_rejected(self) -> int:
-        """Files whose version the gate rejected."""
-        return sum(seen.outcome == "rejected" for seen in self.files)
-
-
-@flow(name="watch", flow_run_name="watch-{spec.lineage}")
-async def watch(
-    spec: LineageSpec, tasks: tuple[str, ...] = (), once: bool = False, poll_seconds: float = 2.0
-) -> WatchResult:
-    """Adapt a lineage to what lands in the inbox.
+    With DEAL_LANDING_QUEUE_URL, a notification of the bucket starts a look at once. Notifications may get lost, so
+    there is a look at least every 20 seconds.
 
     Args:
-        spec: the lineage and how it learns; each file's task and schema come from where it lies.
-        tasks: look at these tasks' files only; none: at all.
-        once: end when everything that is there has been handled.
-        poll_seconds: pause between two looks; a file that changes between two looks is left alone.
-
-    Raises:
-        Interrupted: with `once`, the user asked it to stop before everything was handled.
+        for_seconds: Duration from the scheduled start. The next run starts a little earlier than this one ends, and the
+            two do not announce a file twice.
+        poll_seconds: Pause between two looks.
     """
-    store = current_store()
-    taken = Taken(keeps_runs=once)
-    if not once:
-        reporter().said(f"Watching {store.uri_of(INBOX)}/TASK/FILE; Ctrl-C ends it.")
+    store, queue = current_store(), open_landing_queue()
+    end = (runtime.flow_run.scheduled_start_time or datetime.now(UTC)) + timedelta(seconds=for_seconds)
+    stamps: dict[str, Stamps] = {}
+    test_files: TestFiles = {}
+    states = KnownStates()
+    num_announced = 0
     while True:
-        num_taken = await taken.take(
-            store, spec, tasks, settle_seconds=poll_seconds, retry_now=once, wait=True
-        )
-        if once and taken.num_left and is_stopped():
-            raise Interrupted
-        if is_stopped() or (once and not taken.num_left):
-            return WatchResult(lineage=spec.lineage, files=tuple(taken.files), runs=tuple(taken.runs))
-        if num_taken or not taken.files:
-            reporter().stage_started("waiting")
-        await asyncio.sleep(poll_seconds)
+        found = await _announce_all(store, stamps, test_files, states, poll_seconds)
+        num_announced += found.num_announced
+        if queue is not None:
+            queue.done()
+        left = (end - datetime.now(UTC)).total_seconds()
+        if left <= 0 or is_stopped():
+            return num_announced
+        if queue is None or found.num_growing or not await asyncio.to_thread(queue.wait, min(left, QUEUE_SECONDS)):
+            await asyncio.sleep(min(left, poll_seconds))
+
+
+class Announced(NamedTuple):
+    """The result of one look at the inbox."""
+
+    num_announced: int
+    num_growing: int
+    """Files that may be incomplete: look again soon."""
+
+
+async def _announce_all(
+    store: ObjectStore, stamps: dict[str, Stamps], test_files: TestFiles, states: KnownStates, settle_seconds: float
+) -> Announced:
+    """Look at the inbox once, and announce the open files of every lineage."""
+    try:
+        lineages, inbox = list_lineages(store), look(store, test_files)
+    except DealError as error:
+        logger.error("The inbox could not be read: %s", error)
+        return Announced(0, 1)
+    all_found = []
+    for lineage in lineages:
+        seen = stamps.setdefault(lineage.lineage, {})
+        try:
+            state = states.read(store, lineage.lineage)
+            all_found.append(await announce_open(store, inbox, lineage, state, seen, settle_seconds))
+        except DealError as error:  # continue with the other lineages
+            logger.error("The inbox could not be read for lineage %s: %s", lineage.lineage, error)
+            all_found.append(Announced(0, 1))
+    return Announced(sum(found.num_announced for found in all_found), sum(found.num_growing for found in all_found))
+
+
+async def announce_open(
+    store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, state: InboxState, seen: Stamps,
+    settle_seconds: float,
+) -> Announced:
+    """Announce a lineage's open and complete files. `seen` has the previous look's stamps and gets those of this look.
+
+    For `settle_seconds` see `InboxWorker`.
+    """
+    name = lineage.lineage
+    settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
+    num_announced = 0
+    lost = []
+    for info in settled:
+        if read_announcement(store, name, info, inbox.stamp(info)):
+            lost.append(info)
+            continue
+        announce(store, name, info, inbox.stamp(info))
+        reporter().said(f"{info.key} has landed for lineage '{name}'")
+        num_announced += 1
+    if lost and not await is_held_on_server(name):
+        # one announcement is enough: its run handles all open files
+        num_announced += announce_again(store, name, lost[0], inbox.stamp(lost[0]), datetime.now(UTC))
+    return Announced(num_announced, len(growing))

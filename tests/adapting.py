@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from flows.adapt import adapt
-from flows.results import AdaptResult
+from flows.adapt import AdaptResult, adapt
 from tasks.spec import AdaptSpec, parse
 
 BANK = {

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import AccuracyMatrix
-from flows.results import AdaptResult, Scores
+from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
 from infra.report.figures import result_figure, save_png
 from infra.store.base import ObjectStore

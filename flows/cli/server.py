@@ -18,7 +18,7 @@ from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
-    from flows.server.stack import Stack
+    from flows.server.local_processes import LocalStack
     from flows.server.status import RunStatus, Status
     from tasks.lineage.rebuild import RebuildResult
 
@@ -35,7 +35,7 @@ def up(
     trainings: Annotated[int, Option("--trainings", min=1, help="Lineages that may train at the same time.")] = 1,
 ) -> CommandResult:
     """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
-    from flows.server.up import bring_up
+    from flows.server.local_stack import bring_up
 
     stack = asyncio.run(
         bring_up(
@@ -46,7 +46,7 @@ def up(
     return CommandResult(stack, show_stack(stack))
 
 
-def show_stack(stack: Stack) -> Sequence[RenderableType]:
+def show_stack(stack: LocalStack) -> Sequence[RenderableType]:
     """What runs, and where to look."""
     return [
         "[bold green]Everything is up.[/] Files that land in the inbox are adapted automatically.",
@@ -60,7 +60,7 @@ def show_stack(stack: Stack) -> Sequence[RenderableType]:
 @command(server_app, "ending")
 def down(deal: Session) -> CommandResult:
     """End what `deal up` started, and nothing else."""
-    from flows.server.stack import stop
+    from flows.server.local_processes import stop
 
     ended = stop(deal.home)
     text = f"Ended: {', '.join(ended)}" if ended else "Nothing was running."
@@ -139,7 +139,7 @@ def ui(
     port: Annotated[int, Option("--port", help="Port on the loopback address.")] = 5000,
 ) -> None:
     """Show where MLflow lists the runs, or open it."""
-    from flows.server.ui import open_ui, ui_address
+    from flows.server.embedded import open_ui, ui_address
 
     address = ui_address(port)
     safe = address.shown()

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,50 +26,6 @@ from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.masking import without_secrets
 from deal_core.printable import printable
 from flows.cli.console import Screen
-
-COMMAND_PID = "DEAL_COMMAND_PID"
-"""Environment variable that tells the API's process which command it belongs to."""
-MARK = b"prefect.server.api.server:create_app"
-
-
-def start_api() -> None:
-    """Start Prefect's API, unless PREFECT_API_URL names a server. The API ends with this process.
-
-    Ctrl-C in a terminal goes to all its processes. The flow needs the API in order to end cleanly, so the API starts
-    with that signal blocked.
-    """
-    from prefect.client.orchestration import get_client
-
-    os.environ[COMMAND_PID] = str(os.getpid())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_orphans(home: Path, processes: Path = Path("/proc")) -> int:
-    """End the APIs of this home whose command was killed; return how many there were.
-
-    Args:
-        home: the home folder.
-        processes: folder in which the system lists its processes. Without it, nothing is done.
-    """
-    num_ended = 0
-    for folder in processes.glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):  # the process has ended, or is another user's
-            if MARK not in (folder / "cmdline").read_bytes():
-                continue
-            environment = dict(
-                entry.split(b"=", 1) for entry in (folder / "environ").read_bytes().split(b"\0") if b"=" in entry
-            )
-            is_ours = environment.get(b"PREFECT_HOME") == os.fsencode(home / "prefect")
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if is_ours and environment.get(COMMAND_PID.encode(), b"").decode() not in ("", parent):
-                os.kill(int(folder.name), signal.SIGTERM)
-                num_ended += 1
-    return num_ended
-
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
@@ -131,7 +87,7 @@ class Session:
         Raises:
             DiskFullError: the disk of the home folder is too full to begin.
         """
-        from flows.server.embedded import calm_libraries
+        from flows.server.embedded import calm_libraries, end_orphans, start_api
         from infra.disk import ROOM_BYTES, ROOM_TO_REMOVE_BYTES, require_room
         from tasks.progress import Interrupted, reporting_to
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flows.results import AdaptResult, Scores
+    from flows.adapt import AdaptResult, Scores
 
 
 def heading(text: str) -> str:

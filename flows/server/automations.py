@@ -1,24 +1,25 @@
-"""Automations on a Prefect server: they bring back runs whose process died, and tell people what became of a run.
+"""Automations on a Prefect server: they restart runs whose process died, and send notifications.
 
     a run sends no heartbeat (machine lost, worker killed)  → Crashed, by `silent runs`
     a worker took a run and did not start it                → Crashed, by `runs that never began`
     a run that learns or watches has crashed                → scheduled again, by `crashed runs`, at most three times
 
-The run that is scheduled again has the same id and continues from its last checkpoint.
+A run that is scheduled again keeps its id and continues from its last checkpoint.
 
-The automations that tell people hand one event of `tasks.notices` each to a notification block of Prefect (Slack,
-e-mail, Teams). DEAL_NOTIFICATION_BLOCK names the block. Without a block these automations are on the server, switched
-off, so that the server shows what can be told.
+Each notifying automation sends one kind of event of `tasks.notices` to a notification block of Prefect (Slack, e-mail,
+Teams). DEAL_NOTIFICATION_BLOCK names the block. Without a block, these automations exist on the server but do nothing.
+They are off until a person switches them on.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, DoNothing, SendNotification
+from prefect.events.actions import ActionTypes, ChangeFlowRunState, DoNothing, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
@@ -32,16 +33,18 @@ Resources = dict[str, str | list[str]]
 HEARTBEAT = "prefect.flow-run.heartbeat"
 OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
+RUN = {"prefect.resource.id"}
+"""A trigger looks at each run separately."""
 OURS: Resources = {"prefect.resource.id": "prefect.tag.deal", "prefect.resource.role": "tag"}
 RETURNING = ["adapt", "adapt-file", "watch-inbox"]
-"""Deployments whose runs may start again: what they do twice is done once, unlike a rollback."""
+"""Deployments whose runs can start again, because a repetition changes nothing. A rollback cannot."""
 THEIRS: Resources = {"prefect.resource.role": "deployment", "prefect.resource.name": RETURNING}
 SILENT = timedelta(seconds=90)
-"""Three heartbeats missed: workers set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30, see prefect.yaml."""
+"""Time of three heartbeats. prefect.yaml sets PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s."""
 NEVER_BEGAN = timedelta(hours=1)
-"""A run may wait so long for its image, or for a GPU of the cluster."""
+"""Longest wait of a run for its image or for a GPU of the cluster."""
 PROCESS_NEVER_BEGAN = timedelta(minutes=3)
-"""One that is a process of its worker waits for nothing; until it is given up it keeps its place in the pool."""
+"""The same for a run that is a process of its worker and waits for nothing. A waiting run occupies its pool."""
 MAX_RERUNS = 3
 TITLES: dict[Kind, str] = {
     "promoted": "version {{ event.payload.version }} was promoted",
@@ -57,50 +60,50 @@ Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
 {% endif %}{% if event.payload.version %}deal report {{ event.payload.version }} --lineage {{ event.payload.lineage }}
 {% endif %}"""
 ACTION_FAILED = "prefect.automation.action.failed"
-"""Prefect's own; its resource is the automation, and its payload has the reason."""
+"""Event of Prefect. Its resource is the automation; its payload contains the reason."""
 
 
 def automations(never_began: timedelta) -> list[AutomationCore]:
-    """What the server shall carry; a run that a worker took is given up after `never_began`."""
+    """Return the automations for lost runs. A run that does not begin within `never_began` counts as crashed."""
     return [
-        AutomationCore(
-            name="deal: silent runs",
-            description="A run that sends no heartbeat any more has lost its process; its state says so.",
-            trigger=EventTrigger(
-                match=RUNS, match_related=OURS, after={HEARTBEAT}, expect={HEARTBEAT, *OVER},
-                for_each={"prefect.resource.id"}, posture=Posture.Proactive, threshold=1, within=SILENT,
-            ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process is gone.")],
+        _automation(
+            "silent runs", "A run that sends no heartbeat has lost its process and becomes Crashed.",
+            ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process is gone."),
+            match=RUNS, match_related=OURS, after={HEARTBEAT}, expect={HEARTBEAT, *OVER}, for_each=RUN, within=SILENT,
         ),
-        AutomationCore(
-            name="deal: runs that never began",
-            description="A run that a worker took and did not start, since the worker died, say.",
-            trigger=EventTrigger(
-                match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
-                expect={"prefect.flow-run.*"}, for_each={"prefect.resource.id"}, posture=Posture.Proactive,
-                threshold=1, within=never_began,
-            ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it.")],
+        _automation(
+            "runs that never began", "A run that a worker took and never started becomes Crashed.",
+            ChangeFlowRunState(state=StateType.CRASHED, message="A worker took it and never started it."),
+            match=RUNS, match_related=OURS, after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
+            expect={"prefect.flow-run.*"}, for_each=RUN, within=never_began,
         ),
-        AutomationCore(
-            name="deal: crashed runs",
-            description="A run whose process died starts again; one that learns goes on from its checkpoint.",
-            trigger=EventTrigger(
-                match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]},
-                match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each={"prefect.resource.id"},
-                posture=Posture.Reactive, threshold=1, within=timedelta(0),
+        _automation(
+            "crashed runs", "A run whose process died starts again and continues from its last checkpoint.",
+            ChangeFlowRunState(
+                state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
-                )
-            ],
+            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]}, match_related=THEIRS,
+            expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
     ]  # fmt: skip
 
 
+def _automation(
+    name: str, description: str, action: ActionTypes, *, within: timedelta | None = None, enabled: bool = True,
+    **trigger: Any,
+) -> AutomationCore:
+    """Return an automation that reacts to an expected event or, with `within`, to its absence for so long."""
+    return AutomationCore(
+        name=f"deal: {name}", description=description, enabled=enabled, actions=[action],
+        trigger=EventTrigger(
+            posture=Posture.Proactive if within else Posture.Reactive, within=within or timedelta(0), threshold=1,
+            **trigger,
+        ),
+    )  # fmt: skip
+
+
 async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
-    """Put the automations on the server, in place of what it has under their names."""
+    """Create the automations on the server, or replace those of the same names."""
     for automation in automations(never_began):
         known = await client.read_automations_by_name(automation.name)
         if known:
@@ -112,23 +115,19 @@ async def apply_automations(client: PrefectClient, never_began: timedelta) -> No
 
 
 def notifications(block_id: UUID | None) -> list[AutomationCore]:
-    """What the server shall carry, all of it off.
-
-    Args:
-        block_id: the notification block that is used; None: there is none as yet.
-    """
+    """Return the notifying automations, all of them off. Without a notification block, they do nothing."""
     lineages: Resources = {"prefect.resource.id": "deal.lineage.*"}
-    # none of those that tell: one whose block is broken would tell of itself without end
+    # not the notifying automations: one with a broken block would notify of its own failure without end
     working: Resources = {
         "prefect.resource.id": "prefect.automation.*",
         "prefect.resource.name": [LANDED, *(each.name for each in automations(NEVER_BEGAN))],
     }
     return [
         *(
-            _telling(kind, event, lineages, f"{{{{ event.payload.lineage }}}}: {TITLES[kind]}", BODY, block_id)
+            _notifying(kind, event, lineages, f"{{{{ event.payload.lineage }}}}: {TITLES[kind]}", BODY, block_id)
             for kind, event in EVENTS.items()
         ),
-        _telling(
+        _notifying(
             "automations that failed", ACTION_FAILED, working, "The automation {{ event.resource.name }} failed",
             "{{ event.payload.reason }}\nA run did not begin or did not come back; deal status shows what is open.",
             block_id,
@@ -136,28 +135,24 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
     ]  # fmt: skip
 
 
-def _telling(
+def _notifying(
     what: str, event: str, match: Resources, subject: str, body: str, block_id: UUID | None
 ) -> AutomationCore:
-    """The automation that sends one event through the block; without a block it does nothing."""
-    return AutomationCore(
-        name=f"deal: tell of {what}",
-        description=f"Sends what {event} says through a notification block; docs/notifications.md says how.",
-        enabled=False,
-        trigger=EventTrigger(
-            match=match, expect={event}, posture=Posture.Reactive, threshold=1, within=timedelta(0),
-        ),
-        actions=[
-            SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing()
-        ],
+    """Return an automation that sends one kind of event through the block."""
+    return _automation(
+        f"tell of {what}", f"Sends {event} through a notification block; see docs/notifications.md.",
+        SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing(),
+        enabled=False, match=match, expect={event},
     )  # fmt: skip
 
 
 async def apply_notifications(client: PrefectClient) -> None:
-    """Put the automations on the server; one that is there stays on or off as it is, and without a block untouched.
+    """Create the notifying automations on the server.
+
+    Existing ones stay on or off, and they change only if there is a block.
 
     Raises:
-        ConfigError: the block that DEAL_NOTIFICATION_BLOCK names is not on the server.
+        ConfigError: The server has no block of the name in DEAL_NOTIFICATION_BLOCK.
     """
     block_id = await _find_block(client, NoticeSettings().notification_block)
     for automation in notifications(block_id):

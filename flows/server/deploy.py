@@ -1,4 +1,4 @@
-"""Tell a Prefect server about this project: pools, automations, deployments. Repeating it changes what has changed."""
+"""Create or update the pools, automations and deployments of this project on a Prefect server."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
-from flows.server.stack import CPU_POOL, GPU_POOL
 from tasks.context import current_store
 from tasks.inbox import LANDED
 
 PoolType = Literal["process", "docker", "kubernetes"]
+GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"
 
 
 class DeployError(DealError):
-    """The server does not take the deployments."""
+    """The server refuses the deployments."""
 
 
 async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None) -> None:
-    """Make or update everything the server needs to know.
+    """Create or update everything on the server.
 
     Args:
-        home: working directory of the runs, and where the log of the deployment goes.
-        gpu_pool_type: how a worker of the pool that trains starts a run; the other pool's runs are processes.
-        num_trainings: how many runs the pool that trains has at once, whichever worker has them; None: as it is.
+        home: Working directory of the runs; its logs/ gets the log of the deployment.
+        gpu_pool_type: How a worker of the training pool starts a run. Runs of the other pool are processes.
+        num_trainings: Limit of runs in the training pool at the same time, for all workers together; None: unchanged.
 
     Raises:
-        ConfigError: no server is named, or the pool is there with another type.
-        DeployError: Prefect refuses.
-        StoreError: the store does not answer, or lets two writers overwrite each other.
+        ConfigError: No server is named, the pool exists with another type, or there is no prefect.yaml.
+        DeployError: Prefect refuses the deployments.
+        StoreError: The store does not answer, or lets two writers overwrite each other.
     """
     if not get_current_settings().api.url:
         raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
@@ -56,15 +56,13 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
         await apply_automations(client, PROCESS_NEVER_BEGAN if gpu_pool_type == "process" else NEVER_BEGAN)
         await apply_notifications(client)
         is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
-    deploy_file(home, is_paused)
+    _deploy_file(home, is_paused)
 
 
-def deploy_file(home: Path, is_paused: bool) -> None:
-    """Deploy what prefect.yaml says, to the server of the settings; for what it raises see `deploy_all`.
+def _deploy_file(home: Path, is_paused: bool) -> None:
+    """Deploy prefect.yaml.
 
-    Args:
-        home: as for `deploy_all`.
-        is_paused: what lands starts no run; Prefect makes the automation anew, and switched on unless it is told.
+    Prefect creates the automation for landed files anew and enables it, unless the file disables it (`is_paused`).
     """
     content = yaml.safe_load(prefect_file().read_text(encoding="utf-8"))
     for deployment in content["deployments"]:
@@ -85,10 +83,10 @@ def deploy_file(home: Path, is_paused: bool) -> None:
 
 
 def prefect_file() -> Path:
-    """prefect.yaml: in the checkout, or where the installed package keeps it.
+    """Return the path of prefect.yaml, in the checkout or in the installed package.
 
     Raises:
-        ConfigError: it is in neither place.
+        ConfigError: The file is in neither place.
     """
     places = [Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "deal-pipeline"]
     for place in places:
@@ -105,16 +103,14 @@ async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> 
         await client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template))
         return
     if known.type != pool_type:
-        raise ConfigError(
-            f"The work pool {name} is there with type {known.type}, not {pool_type}; delete it, or give --type "
-            f"{known.type}."
-        )
-    template = with_defaults_of(known.base_job_template, template)
-    await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+        problem = f"The work pool {name} has type {known.type}, not {pool_type}"
+        raise ConfigError(f"{problem}; delete the pool, or give --type {known.type}.")
+    update = WorkPoolUpdate(base_job_template=with_defaults_of(known.base_job_template, template))
+    await client.update_work_pool(name, update)
 
 
 def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
-    """The template with the defaults that the pool has: the image, GPUs or nodes that a person has set there stay."""
+    """Return the template with the pool's own defaults, so that an image, GPUs or nodes set by a person stay."""
     before = known.get("variables", {}).get("properties", {})
     properties = {
         name: {**variable, "default": before[name]["default"]} if "default" in before.get(name, {}) else variable

@@ -1,19 +1,31 @@
-"""The ground a command runs on: one folder for everything, no server, nobody's log lines but ours on the screen.
+"""What a command uses: its home folder, its log files, a Prefect API that ends with it, and MLflow's pages.
 
-Only commands call this, before they import anything heavy; a flow that a worker starts brings its own environment.
+Only commands use this module, before they import anything heavy. A flow that a worker starts has its own environment.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
 import warnings
+import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from deal_core.errors import ConfigError
+from deal_core.masking import without_secrets
 
 LOGGING_YAML = """\
-# Written by the deal command: what Prefect and MLflow have to say goes to a file beside this one.
+# Written by the deal command: messages of Prefect and MLflow go to a file in this folder.
 version: 1
 disable_existing_loggers: false
 formatters:
@@ -30,7 +42,7 @@ root: {{level: WARNING, handlers: [file]}}
 """
 
 FAILURES = logging.getLogger("deal")
-"""Where a command writes what nobody expected."""
+"""Log of unexpected errors."""
 
 SETTINGS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",  # the default, 20, is short on a busy machine
@@ -42,17 +54,24 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
-"""For this process and the ones it starts; a value the user has set is kept."""
+"""For this process and its children. Values that the user has set are kept."""
+COMMAND_PID = "DEAL_COMMAND_PID"
+"""Environment variable that tells the API's process which command it belongs to."""
+API_MARK = b"prefect.server.api.server:create_app"
+"""Part of the command line of an API's process."""
+PAGES_SECONDS = 60
+"""Longest wait for MLflow's pages."""
 
 
 def enter_home(home: Path | None) -> Path:
-    """Make the home folder, point everything that writes at it, and return it.
+    """Create the home folder, direct this process's files to it, and return its path. None: DEAL_HOME or its default.
 
-    Args:
-        home: the folder; None leaves it to DEAL_HOME and its default.
+    Raises:
+        ConfigError: The folder cannot be used.
+        DiskFullError: The disk is full.
     """
     from infra.disk import disk_full
-    from infra.logs import ready_log
+    from infra.logs import PlainFormatter, ready_log
     from infra.settings import HomeSettings, embedded_environment
 
     if home is not None:
@@ -68,46 +87,130 @@ def enter_home(home: Path | None) -> Path:
     except OSError as error:
         if full := disk_full(error):
             raise full from None
-        reason = error.strerror
-        raise ConfigError(f"The home folder {folder} cannot be used ({reason}); give one with --home.") from None
+        problem = f"The home folder {folder} cannot be used ({error.strerror}); give one with --home."
+        raise ConfigError(problem) from None
     servers = _servers(folder)
-    known = {**servers, **os.environ}
-    settings = embedded_environment(folder, known)
+    settings = embedded_environment(folder, {**servers, **os.environ})
     for name, value in {**SETTINGS, "PREFECT_LOGGING_SETTINGS_PATH": str(logging_file), **servers, **settings}.items():
         os.environ.setdefault(name, value)
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no matter for the screen
+    logging.raiseExceptions = False  # if the disk is full and a log cannot be written, print nothing
     warnings.simplefilter("ignore")
-    _log_failures_to(log_file)
+    # a command without Prefect has no other handler, and Python's default handler prints to the screen
+    handler = logging.FileHandler(log_file, delay=True)
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    FAILURES.handlers, FAILURES.propagate = [handler], False
     return folder
 
 
 def _servers(home: Path) -> dict[str, str]:
-    """Variables of the servers that `deal up` started in this home, if they run: commands then work beside them."""
+    """Return the variables that make this command use the servers of `deal up`; empty if they do not run."""
     if not (home / "stack.json").exists():
         return {}
-    from flows.server.stack import read_stack
+    from flows.server.local_processes import read_stack
 
     stack = read_stack(home)
     return stack.environment() if stack and stack.is_alive() else {}
 
 
-def _log_failures_to(log_file: Path) -> None:
-    """Commands that import no Prefect have no other handler, and Python's own would print to the screen."""
-    from infra.logs import PlainFormatter
-
-    handler = logging.FileHandler(log_file, delay=True)
-    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    FAILURES.handlers, FAILURES.propagate = [handler], False
-
-
 def calm_libraries() -> None:
-    """Send the warnings and bars of libraries to the log file; call it once they are imported."""
+    """Send warnings of libraries to the log file and hide their progress bars. Call this after the imports."""
     for name in ("mlflow", "alembic", "transformers", "datasets", "huggingface_hub", "accelerate", "peft"):
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
-    warnings.simplefilter("ignore")  # some of them have set their own filters meanwhile
+    warnings.simplefilter("ignore")  # some libraries set filters when they are imported
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def start_api() -> None:
+    """Start Prefect's API, unless PREFECT_API_URL names a server. The API ends with this process.
+
+    Ctrl-C in a terminal goes to all its processes. The flow needs the API in order to end cleanly, so the API starts
+    with that signal blocked.
+    """
+    from prefect.client.orchestration import get_client
+
+    os.environ[COMMAND_PID] = str(os.getpid())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_orphans(home: Path) -> None:
+    """End the APIs of this home whose command was killed. Without /proc, do nothing."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, IndexError):  # the process has ended, or is another user's
+            if API_MARK not in (folder / "cmdline").read_bytes():
+                continue
+            environment = dict(
+                entry.split(b"=", 1) for entry in (folder / "environ").read_bytes().split(b"\0") if b"=" in entry
+            )
+            is_ours = environment.get(b"PREFECT_HOME") == os.fsencode(home / "prefect")
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if is_ours and environment.get(COMMAND_PID.encode(), b"").decode() not in ("", parent):
+                os.kill(int(folder.name), signal.SIGTERM)
+
+
+class UiAddress(BaseModel, frozen=True):
+    """Where MLflow shows the runs, and how to start its server."""
+
+    tracking_uri: str
+    url: str
+    command: tuple[str, ...]
+    """Starts the server; empty if a server runs already."""
+    environment: dict[str, str] = {}
+    """Variables of the command. They may contain passwords, and every user of the machine can read arguments."""
+
+    def shown(self) -> UiAddress:
+        """Return a copy without passwords."""
+        environment = {name: without_secrets(value) for name, value in self.environment.items()}
+        tracking_uri, url = without_secrets(self.tracking_uri), without_secrets(self.url)
+        return UiAddress(tracking_uri=tracking_uri, url=url, command=self.command, environment=environment)
+
+    def line(self) -> str:
+        """Return the command as a line for a shell."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+def ui_address(port: int) -> UiAddress:
+    """Return the address of MLflow's pages: the tracking server's, or that of a server on this port."""
+    from infra.settings import TrackingSettings
+
+    settings = TrackingSettings()
+    uri = settings.tracking_uri
+    if uri.startswith(("http://", "https://")):
+        return UiAddress(tracking_uri=uri, url=uri, command=())
+    command = ("mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    environment = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_ARTIFACTS_DESTINATION": settings.artifact_uri}
+    return UiAddress(tracking_uri=uri, url=f"http://127.0.0.1:{port}", command=command, environment=environment)
+
+
+def open_ui(address: UiAddress) -> int:
+    """Open the address in a browser; start the server first if none runs. Return the server's exit code."""
+    if not address.command:
+        webbrowser.open(address.url)
+        return 0
+    threading.Thread(target=_open_when_ready, args=(address.url,), daemon=True).start()
+    try:
+        environment = {**os.environ, **address.environment}
+        return subprocess.run([sys.executable, "-m", *address.command], env=environment, check=False).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def _open_when_ready(url: str) -> None:
+    deadline = time.monotonic() + PAGES_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=1).close()
+        except OSError:  # includes URLError
+            time.sleep(0.5)
+        else:
+            webbrowser.open(url)
+            return

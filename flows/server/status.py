@@ -1,31 +1,23 @@
-"""Status: what runs, what waits, what failed and why, on the Prefect server that this home works with."""
+"""`deal status`: the processes of `deal up`, the lineages, and the runs on the Prefect server."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterTags,
-    FlowRunFilter,
-    FlowRunFilterStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from deal_core.masking import without_secrets
-from flows.server.stack import read_stack
+from flows.server.local_processes import read_stack
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
@@ -38,20 +30,16 @@ DAY = timedelta(days=1)
 NEWEST = 20
 
 
-class PartStatus(BaseModel):
-    """A process of the local whole."""
-
-    model_config = ConfigDict(frozen=True)
+class PartStatus(BaseModel, frozen=True):
+    """A process of `deal up`."""
 
     name: str
     is_alive: bool
     log: str
 
 
-class RunStatus(BaseModel):
-    """A run on the server."""
-
-    model_config = ConfigDict(frozen=True)
+class RunStatus(BaseModel, frozen=True):
+    """A run on the Prefect server."""
 
     name: str
     state: str
@@ -60,23 +48,19 @@ class RunStatus(BaseModel):
     run_id: str
 
 
-class LineageStatus(BaseModel):
-    """Where a lineage stands."""
-
-    model_config = ConfigDict(frozen=True)
+class LineageStatus(BaseModel, frozen=True):
+    """The state of a lineage."""
 
     lineage: str
     champion: str | None
     num_open: int | None
-    """Arrivals that it has yet to learn; None: it does not learn from the inbox by itself."""
+    """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...]
-    """Arrivals that were refused or failed, each with its reason and what opens it again."""
+    """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
 
 
-class Status(BaseModel):
-    """Everything that a person wants to know at a glance."""
-
-    model_config = ConfigDict(frozen=True)
+class Status(BaseModel, frozen=True):
+    """All findings of `deal status`."""
 
     prefect_url: str | None
     mlflow_url: str | None
@@ -85,74 +69,70 @@ class Status(BaseModel):
     running: tuple[RunStatus, ...]
     waiting: tuple[RunStatus, ...]
     failed: tuple[RunStatus, ...]
-    """Of the last 24 hours, newest first."""
+    """Failed runs of the last 24 hours, newest first."""
     problems: tuple[str, ...]
-    """Lineage files that do not fit, files of the inbox whose keys cannot be used, and a Prefect that is away."""
+    """Invalid lineage files, unusable keys in the inbox, and a Prefect server that does not answer."""
     damaged: tuple[str, ...] = ()
-    """Champions that are missing or damaged, and a store or registry that cannot be read."""
+    """Missing or damaged champions, and a store or registry that cannot be read."""
 
 
 async def read_status(home: Path) -> Status:
-    """Look at the processes, the lineages and, if there is a server, at its runs."""
+    """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
     stack = read_stack(home)
+    parts = stack.parts if stack else []
     api = get_current_settings().api.url
-    running: Sequence[RunStatus] = ()
-    waiting: Sequence[RunStatus] = ()
-    failed: Sequence[RunStatus] = ()
+    running: list[RunStatus] = []
+    waiting: list[RunStatus] = []
+    failed: list[RunStatus] = []
     problems: list[str] = []
     damaged: list[str] = []
     if api:
         try:
             async with get_client() as client:
-                running = await _runs(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-                scheduled = await _runs(client, [StateType.SCHEDULED])
+                running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+                scheduled = await _newest(client, [StateType.SCHEDULED])
                 waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
-                failed = await _runs(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
+                failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
         except (httpx.HTTPError, PrefectException, RuntimeError) as error:
             problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
+    lineages = _lineages(problems, damaged)
     return Status(
-        prefect_url=api and without_secrets(api.removesuffix("/api")),
-        mlflow_url=stack.mlflow_url if stack else None,
-        parts=tuple(
-            PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log))
-            for part in (stack.parts if stack else ())
+        prefect_url=api and without_secrets(api.removesuffix("/api")), mlflow_url=stack.mlflow_url if stack else None,
+        parts=[PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts],
+        lineages=lineages, running=running, waiting=waiting, failed=failed, problems=problems, damaged=damaged,
+    )  # fmt: skip
+
+
+async def read_runs(
+    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None
+) -> list[FlowRun]:
+    """Read the runs of this project's deployments that are in these states and started after `since`, newest first."""
+    return await client.read_flow_runs(
+        flow_run_filter=filters.FlowRunFilter(
+            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states)),
+            start_time=filters.FlowRunFilterStartTime(after_=since) if since else None,
         ),
-        lineages=tuple(_lineages(problems, damaged)),
-        running=tuple(running),
-        waiting=tuple(waiting),
-        failed=tuple(failed),
-        problems=tuple(problems),
-        damaged=tuple(damaged),
-    )
+        deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
+        sort=FlowRunSort.START_TIME_DESC, limit=limit,
+    )  # fmt: skip
 
 
-async def _runs(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
-    found = await client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
-            start_time=FlowRunFilterStartTime(after_=since) if since else None,
-        ),
-        deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=["deal"])),
-        sort=FlowRunSort.START_TIME_DESC,
-        limit=NEWEST,
-    )
-    return [_run(run) for run in found]
-
-
-def _run(run: FlowRun) -> RunStatus:
-    state = run.state
-    since = run.start_time or run.expected_start_time or datetime.now(UTC)
-    return RunStatus(
-        name=run.name,
-        state=state.name or state.type.value if state else "unknown",
-        since=since,
-        message=without_secrets(state.message or "") if state else "",
-        run_id=str(run.id),
-    )
+async def _newest(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
+    found = []
+    for run in await read_runs(client, states, since, NEWEST):
+        state = run.state
+        found.append(
+            RunStatus(
+                name=run.name, state=state.name or state.type.value if state else "unknown",
+                since=run.start_time or run.expected_start_time or datetime.now(UTC),
+                message=without_secrets(state.message or "") if state else "", run_id=str(run.id),
+            )
+        )  # fmt: skip
+    return found
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
-    """Where each lineage stands that has a file or is known to the store; what is wrong becomes a line of a list."""
+    """Return the state of each lineage that has a settings file or data in the store; append findings to the lists."""
     try:
         store = current_store()
         lineages, inbox, known = read_lineages(store), look(store), known_lineages(store)
@@ -170,7 +150,7 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
 
 
 def _open_registry(damaged: list[str]) -> Registry | None:
-    """The registry; None where it cannot be read at all, which is said once."""
+    """Return the registry; None if it cannot be read, with one line for all lineages in `damaged`."""
     try:
         registry = open_registry()
         registry.lineages_with("champion")
@@ -181,12 +161,12 @@ def _open_registry(damaged: list[str]) -> Registry | None:
 
 
 def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
-    """The first files of the inbox that no watch looks at, since their keys cannot be used."""
+    """Return a line for each of the first files with an unusable key, and the number of the other such files."""
     found = store.unusable_keys(INBOX)
     found |= {key: f"it {why}" for key, why in inbox.misplaced.items()}
-    told = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
-    more = len(found) - len(told)
-    return [*told, f"{more} more files in the inbox are skipped."] if more else told
+    lines = [f"{key!r} in {store.uri} is skipped: {why}." for key, why in islice(found.items(), NEWEST)]
+    more = len(found) - len(lines)
+    return [*lines, f"{more} more files in the inbox are skipped."] if more else lines
 
 
 def _lineage(
@@ -213,7 +193,7 @@ def _lineage(
 
 
 def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
-    """How many arrivals a lineage has yet to learn, and which were of no use."""
+    """Return the number of arrivals to learn, and a line for each arrival that was refused or failed."""
     state = read_state(store, lineage.lineage)
     bad = tuple(
         f"{info.key}: {_reason(state.files[info.key])}"
@@ -224,9 +204,9 @@ def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> 
 
 
 def _reason(handled: Handled) -> str:
-    """Why a file was of no use, and what opens it again."""
+    """Return the reason why a file was refused or failed, and the condition for a new try."""
     if handled.is_final:
-        return handled.message  # it says so itself
+        return handled.message  # contains the condition
     due = handled.due()
     opens = (
         f"Failed {handled.num_tries} times; it is tried again from {due:%Y-%m-%d %H:%M} UTC on"

@@ -1,4 +1,4 @@
-"""The `deal` command of this checkout, as a process of its own starts it."""
+"""The `deal` command of this checkout, started as a separate process."""
 
 from __future__ import annotations
 

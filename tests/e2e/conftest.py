@@ -1,4 +1,4 @@
-"""What a test needs before it starts commands: made in this process, which takes a tenth of a command's time."""
+"""Fixtures that are made in this process, which takes a tenth of a command's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.results import AdaptResult
+from flows.adapt import AdaptResult
 from tests.e2e.whole import whole as whole
 
 AdaptHere = Callable[[Path, Path], AdaptResult]

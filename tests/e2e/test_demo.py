@@ -1,4 +1,4 @@
-"""The demo as a user runs it, on the built-in base model: the only slow test."""
+"""The demo on the built-in base model: the only slow test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 in mid-training, then the same command: it resumes, loses nothing, and makes one version."""
+"""A training is killed with kill -9; the same command resumes it, loses nothing, and makes one version."""
 
 from __future__ import annotations
 

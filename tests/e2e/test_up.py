@@ -1,4 +1,4 @@
-"""`deal up` for real: both servers and the workers as processes, the store behind S3, landings through SQS."""
+"""`deal up` with real servers and workers, the store behind S3, and landings through SQS."""
 
 from __future__ import annotations
 

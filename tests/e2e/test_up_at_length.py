@@ -43,11 +43,11 @@ def test_forty_arrivals_of_two_lineages_within_ten_seconds(whole: Whole, tiny_ba
 
 
 def cut_off_part(name: str) -> Callable[[Whole], Callable[[], None]]:
-    """End a server and the keeper; what is returned brings both back."""
+    """End a server and the supervisor; the returned function restarts both."""
 
     def cut(whole: Whole) -> Callable[[], None]:
         for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
-            if each["name"] == "keeper":
+            if each["name"] == "supervisor":
                 os.kill(each["pid"], signal.SIGKILL)
         for each in json.loads((whole.home / "stack.json").read_text())["parts"]:
             if each["name"] == name:

@@ -1,4 +1,4 @@
-"""The local whole for tests: `deal up` over S3, SQS and, where it is installed, PostgreSQL."""
+"""`deal up` for tests, over S3, SQS and, where it is installed, PostgreSQL."""
 
 from __future__ import annotations
 

@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
-from flows.adapt import adapt
+from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
 from flows.promote import find_left_behind, promote_to, reject_version, requeue, roll_back
-from flows.results import AdaptResult
 from infra.promotions import PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from tasks.adaptation.promote import complete_version, move_champion

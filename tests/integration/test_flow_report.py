@@ -25,9 +25,8 @@ from typer.testing import CliRunner
 
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
-from flows.adapt import adapt
+from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.results import AdaptResult
 from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
 from tasks.adaptation.frozen_rows import ANSWERS_FILE

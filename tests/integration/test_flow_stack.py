@@ -6,19 +6,20 @@ from pathlib import Path
 
 import httpx
 
-from flows.server.stack import Stack, _answers, _server_commands, _wait, start_part, stop
+from flows.server.local_processes import LocalStack, start_part, stop
+from flows.server.local_stack import _server_commands, _wait_for_server
 from infra.settings import TrackingSettings
 
 
 def test_mlflows_log_has_no_line_for_each_request(home: Path, free_port: int) -> None:
     settings, name = TrackingSettings(), "mlflow-server"
-    stack = Stack(
+    stack = LocalStack(
         prefect_url="http://127.0.0.1:1", mlflow_url=f"http://127.0.0.1:{free_port}",
         backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
     )  # fmt: skip
     start_part(home, stack, name, _server_commands(1, free_port)[name])
     try:
-        _wait(stack, lambda: _answers(f"{stack.mlflow_url}/health"), name)
+        _wait_for_server(stack, name, f"{stack.mlflow_url}/health")
         assert httpx.get(f"{stack.mlflow_url}/asked-for").status_code == 404
     finally:
         stop(home)

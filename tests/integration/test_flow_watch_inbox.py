@@ -18,12 +18,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
-from flows.adapt_landed import adapt_landed
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
-from flows.server.deploy import deploy_all
-from flows.server.stack import CPU_POOL, GPU_POOL
-from flows.watch import Taken
-from flows.watch_inbox import announce_open, watch_inbox
+from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
@@ -253,12 +250,12 @@ def test_a_run_that_finds_its_lineage_at_work_ends_at_once(home: Path, tiny_base
 
 def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path, tiny_base: Path) -> None:
     land(home, "parcels/a.jsonl")
-    taken, spec = Taken(), small("shared", tiny_base)
+    spec = small("shared", tiny_base)
+    worker = InboxWorker(current_store(), spec, (), settle_seconds=0.01, once=False, wait=True)
 
     async def two() -> None:
         async with hold_lineage("shared"):
-            options = {"settle_seconds": 0.01, "retry_now": False, "wait": True}
-            waiting = asyncio.create_task(taken.take(current_store(), spec, (), **options))
+            waiting = asyncio.create_task(worker.handle_open())
             await asyncio.sleep(0)  # the flow has read the inbox, and waits
             (info,) = list_arrivals(current_store().list("inbox"))
             state = InboxState()
@@ -267,7 +264,7 @@ def test_what_another_run_did_while_this_one_waited_is_not_done_again(home: Path
         await waiting
 
     asyncio.run(two())
-    assert taken.files == [] and open_registry().versions("shared") == ()
+    assert worker.files == [] and open_registry().versions("shared") == ()
 
 
 def test_the_server_carries_the_automations_once() -> None:

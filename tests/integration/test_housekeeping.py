@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from flows.adapt import AdaptResult
+from flows.champions import evaluate
 from flows.cli.app import app
-from flows.evaluate import evaluate
-from flows.forget import forget, plan_forget
-from flows.gc import GcResult, gc
+from flows.housekeeping import GcResult, forget, gc, plan_forget
 from flows.promote import requeue, roll_back
-from flows.results import AdaptResult
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker

@@ -10,8 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from flows.forget import forget
-from flows.gc import gc
+from flows.housekeeping import forget, gc
 from infra.store.s3 import S3Store
 from tasks.context import current_store
 from tests.adapting import BANK, CLINIC, FAIL, run

@@ -1,4 +1,4 @@
-"""What a person is told who decides which version serves: remedies can be typed as they stand."""
+"""Decisions of a person: the messages name commands that can be typed as they are, and arrivals are left behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from deal_core.errors import RegistryError
 from deal_core.evaluation.metrics import AccuracyMatrix
-from flows.promote import promote_to, reject_version, roll_back
-from flows.results import adapted, repeated
+from flows.adapt import adapted, repeated
+from flows.promote import find_left_behind, promote_to, reject_version, roll_back
+from flows.promote import left_behind as left_behind_by
 from infra.promotions import Change, PromotionLog
 from infra.store.local import open_store
 from infra.tracking.registry import VersionInfo
@@ -20,10 +21,13 @@ from tasks.adaptation.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef
 
 
-def known_version(number: int, parent: int | None, **values: Any) -> VersionInfo:
-    """An accepted version of lineage 'support'."""
+def known_version(number: int, parent: int | None = None, **values: Any) -> VersionInfo:
+    """An accepted version of lineage 'support' that has learned an arrival of its own."""
     nothing = {field.name: None for field in fields(VersionInfo)}
-    known = {"accepted": True, "lineage": "support", "version": str(number), "parent_version": parent and str(parent)}
+    known = {
+        "accepted": True, "lineage": "support", "task": "t", "version": str(number),
+        "parent_version": parent and str(parent), "dataset_sha256": f"{number:064d}",
+    }  # fmt: skip
     return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
 
@@ -98,3 +102,45 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
 
 def test_a_version_that_a_person_rejected_can_be_requeued() -> None:
     assert rejected_by_person(known_version(3, 1)).endswith("deal requeue 3 --lineage support")
+
+
+def left_behind(monkeypatch: pytest.MonkeyPatch, champion: int, *versions: VersionInfo) -> list[str]:
+    registry = SimpleNamespace(versions=lambda lineage: versions, champion=lambda lineage: versions[champion - 1])
+    monkeypatch.setattr("flows.promote.open_registry", lambda: registry)
+    return [each.version for each in find_left_behind("l")]
+
+
+def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", approval="awaiting")
+    assert left_behind(monkeypatch, 1, first, second) == []
+    third = known_version(3, parent_version="1")
+    assert left_behind(monkeypatch, 3, first, second, third) == ["2"]
+    again = known_version(4, parent_version="3", approval="awaiting", dataset_sha256=second.dataset_sha256)
+    assert left_behind(monkeypatch, 3, first, second, third, again) == [], "it can be promoted"
+
+
+def test_the_same_rows_under_another_split_are_left_behind_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="1", landed_sha256="x")
+    assert left_behind(monkeypatch, 1, first, second, third) == ["3"], "each arrival once"
+    assert left_behind(monkeypatch, 3, first, second, third) == []
+    assert left_behind_by([second, first], [third, first]) == ()
+    old = known_version(4, parent_version="1")
+    assert left_behind(monkeypatch, 3, first, second, third, old) == ["4"], "it does not say how its rows landed"
+
+
+def test_rows_that_landed_again_to_judge_the_task_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version rolled back to has learned the rows, and cannot be judged by them."""
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="2", landed_sha256="x")
+    assert left_behind(monkeypatch, 2, first, second, third) == ["3"]
+    assert [each.version for each in left_behind_by([third, second, first], [second, first])] == ["3"]
+
+
+def test_what_a_requeue_learned_stands_for_the_version_that_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows may be others: some were bad until their label was added."""
+    first, second = known_version(1, parent_version=None), known_version(2, parent_version="1", landed_sha256="x")
+    third = known_version(3, parent_version="1", landed_sha256="y", requeued_sha256=second.dataset_sha256)
+    assert left_behind(monkeypatch, 3, first, second, third) == []

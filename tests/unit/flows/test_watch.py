@@ -1,4 +1,4 @@
-"""What becomes of an arrival whose run fails."""
+"""The outcome of an arrival whose run fails."""
 
 from __future__ import annotations
 

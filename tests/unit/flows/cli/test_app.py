@@ -208,8 +208,8 @@ def test_ui_starts_the_server_with_no_password_among_the_arguments(deal: Deal, m
         started.append((command, options["env"]))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr("flows.server.ui.subprocess.run", start)
-    monkeypatch.setattr("flows.server.ui._open_when_ready", lambda url: None)
+    monkeypatch.setattr("flows.server.embedded.subprocess.run", start)
+    monkeypatch.setattr("flows.server.embedded._open_when_ready", lambda url: None)
     assert deal("ui", "--open").exit_code == 0
     ((command, environment),) = started
     assert "secret" not in " ".join(command)

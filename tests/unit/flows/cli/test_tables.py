@@ -9,11 +9,11 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from deal_core.evaluation.metrics import AccuracyMatrix
+from flows.adapt import Scores
 from flows.cli.console import Screen, home_option, this_command
 from flows.cli.demo import DemoResult, LineageOutcome
 from flows.cli.learn import show_demo, show_watch
 from flows.cli.tables import matrix_table, percent
-from flows.results import Scores
 from flows.watch import Seen, WatchResult
 
 

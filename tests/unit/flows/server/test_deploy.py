@@ -1,4 +1,4 @@
-"""What a deploy leaves as a person has set it."""
+"""`deal deploy` keeps what a person has set on the server."""
 
 from __future__ import annotations
 

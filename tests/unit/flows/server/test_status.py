@@ -1,4 +1,4 @@
-"""What the status tells of the inbox."""
+"""The lines of `deal status` about the inbox."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The local whole's record, and what keeps it from taking somebody else's servers or processes for its own."""
+"""The processes of `deal up`: their record, how they start and end, and the runs of earlier workers."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -13,23 +14,27 @@ from pathlib import Path
 import psutil
 import pytest
 import tenacity
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
 from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+from prefect.states import Running
 
 from deal_core.errors import ConfigError
-from flows.server.processes import StackProcess, start_of
-from flows.server.stack import (
-    KEEPER,
-    Stack,
+from flows.server.local_processes import (
+    SUPERVISOR,
+    LocalProcess,
+    LocalStack,
     _environment,
     _record,
-    heal,
+    _restart,
     hold_stack,
     read_stack,
+    start_of,
     start_part,
-    start_servers,
     stop,
+    supervise,
 )
-from flows.server.supervisor import _restart, keep
+from flows.server.local_stack import _restart_left_runs, heal, start_servers
 
 SLEEP = ("-c", "import time; time.sleep(600)")
 
@@ -41,8 +46,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def stack() -> Stack:
-    return Stack(
+def stack() -> LocalStack:
+    return LocalStack(
         prefect_url="http://127.0.0.1:1", mlflow_url="http://127.0.0.1:2", backend_uri="postgresql://me:secret@db/mlflow",
         artifact_uri="file:///a",
     )  # fmt: skip
@@ -94,13 +99,13 @@ def test_stop_ends_what_was_started_and_runs_whose_worker_is_gone_and_nothing_el
 
 
 def test_another_process_with_a_parts_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    part = StackProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    part = LocalProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     assert part.is_alive()
     assert not part.model_copy(update={"started": part.started + "1"}).is_alive()
 
 
 def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = StackProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
+    part = LocalProcess(name="x", command=(), pid=os.getpid(), started=start_of(os.getpid()), log=tmp_path)
     monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: 2.0)
     assert part.is_alive()
@@ -108,7 +113,7 @@ def test_a_process_is_known_after_the_clock_was_set(tmp_path: Path, monkeypatch:
 
 def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, *SLEEP])
-    part = StackProcess(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
+    part = LocalProcess(name="x", command=(), pid=process.pid, started=start_of(process.pid), log=tmp_path)
     assert part.is_alive()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -120,7 +125,7 @@ def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for(tmp_path:
 PARENT = ("-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, *{SLEEP}]); time.sleep(600)")
 
 
-@pytest.mark.parametrize("then", ["deal up", "deal down", "keeper"])
+@pytest.mark.parametrize("then", ["deal up", "deal down", "supervisor"])
 def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     home: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
@@ -133,9 +138,9 @@ def test_what_a_killed_server_leaves_behind_does_not_keep_its_port(
     server.wait()
     try:
         if then == "deal up":
-            monkeypatch.setattr("flows.server.stack._wait_for_servers", lambda stack: None)
+            monkeypatch.setattr("flows.server.local_stack._wait_for_servers", lambda stack: None)
             heal(home, made, print)
-        elif then == "keeper":
+        elif then == "supervisor":
             _restart(home, "mlflow-server")
         else:
             assert stop(home) == []
@@ -192,22 +197,22 @@ def test_the_server_removes_old_runs(home: Path, monkeypatch: pytest.MonkeyPatch
     assert {"events", "flow_runs"} <= ServerServicesDBVacuumSettings().enabled_vacuum_types
 
 
-def test_the_keeper_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.server.supervisor.LOOK_SECONDS", 0.01)
+def test_the_supervisor_cuts_a_log_that_is_written_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.server.local_processes.LOOK_SECONDS", 0.01)
     monkeypatch.setattr("infra.logs.MAX_BYTES", 3)
     log, own = home / "x.log", os.getpid()
     made = stack()
-    made.parts = [StackProcess(name="x", command=(), pid=own, started=start_of(own), log=log)]
+    made.parts = [LocalProcess(name="x", command=(), pid=own, started=start_of(own), log=log)]
     _record(home, made)
-    keeping = threading.Thread(target=keep, args=(home,), daemon=True)
+    supervising = threading.Thread(target=supervise, args=(home,), daemon=True)
     with log.open("ab", buffering=0) as output:
         output.write(b"first")
-        keeping.start()
+        supervising.start()
         for attempt in tenacity.Retrying(wait=tenacity.wait_fixed(0.01), stop=tenacity.stop_after_delay(60)):
             with attempt:
                 assert log.stat().st_size == 0
         (home / "stack.json").unlink()
-        keeping.join()
+        supervising.join()
         output.write(b"second")
     assert (log.read_bytes(), (home / "x.log.1").read_bytes()) == (b"second", b"first")
 
@@ -217,10 +222,31 @@ def test_a_start_that_was_cut_short_is_not_complete_and_a_whole_one_is_not_heale
     start_part(home, made, "worker", SLEEP)
     try:
         assert not made.is_complete()
-        start_part(home, made, KEEPER, SLEEP)
+        start_part(home, made, SUPERVISOR, SLEEP)
         assert made.is_complete()
         with pytest.raises(ConfigError, match="deal down"):
             heal(home, made, print)
     finally:
         stop(home)
     assert json.loads(made.model_dump_json())["parts"][0]["name"] == "worker"
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_only_runs_that_may_be_done_twice_start_again() -> None:
+    async def states() -> dict[str, StateType]:
+        found = {}
+        async with get_client() as client:
+            runs = {}
+            for name in ("adapt", "rollback"):
+                flow = await client.create_flow_from_name(name)
+                deployment = await client.create_deployment(flow, name, tags=["deal"])
+                runs[name] = (await client.create_flow_run_from_deployment(deployment)).id
+                await client.set_flow_run_state(runs[name], Running(), force=True)
+            await _restart_left_runs(client)
+            for name, run in runs.items():
+                state = (await client.read_flow_run(run)).state
+                assert state and state.message and state.message.startswith("Its worker was ended")
+                found[name] = state.type
+        return found
+
+    assert asyncio.run(states()) == {"adapt": StateType.SCHEDULED, "rollback": StateType.CRASHED}

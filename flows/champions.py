@@ -1,0 +1,123 @@
+"""Champions: evaluate them again on the frozen test rows, and load them into a vLLM server.
+
+Example:
+    >>> asyncio.run(serve_vllm("default", url="http://127.0.0.1:8000")).model  # doctest: +SKIP
+    'default-v3'
+"""
+
+from __future__ import annotations
+
+from prefect import flow, runtime
+from pydantic import BaseModel
+
+from deal_core.config import EvaluateConfig
+from deal_core.errors import DealError
+from infra.settings import VllmSettings
+from infra.tracking.registry import open_registry
+from tasks.adaptation.evaluate import score_version
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.settings import for_each, list_lineages
+from tasks.lineage.versions import version_ref
+from tasks.progress import Stages, reporter
+from tasks.vllm import ServingRoute, sync_vllm
+
+
+class EvaluateResult(BaseModel, frozen=True):
+    """New and recorded accuracies of a version."""
+
+    lineage: str
+    version: str
+    accuracies: dict[str, float]
+    recorded: dict[str, float]
+    """Accuracies that the version's own run found."""
+    num_rows: dict[str, int]
+    unjudged: dict[str, str] = {}
+    """Tasks whose test rows were forgotten, and what to do."""
+    seconds: float
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{lineage}")
+async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
+    """Score a version on the frozen test rows of all its tasks. Report tasks on which it is worse than in its own run.
+
+    Args:
+        lineage: The lineage.
+        version: Number of the version; None: the champion.
+
+    Raises:
+        RegistryError: There is no such version.
+    """
+    stages = Stages()
+    found = version_ref(find_version(open_registry(), lineage, version))
+    scores = await stages.run("evaluate", score_version, found, EvaluateConfig())
+    stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
+    for task, value in scores.accuracies.items():
+        if (before := scores.recorded.get(task, 0.0)) > value:
+            reporter().said(
+                f"Version {found.version} of {lineage} has an accuracy of {value:.1%} on {task}, "
+                f"below the {before:.1%} that its own run found."
+            )
+    return EvaluateResult(
+        lineage=lineage, version=found.version, accuracies=scores.accuracies, recorded=scores.recorded,
+        num_rows=scores.num_rows, unjudged=scores.unjudged, seconds=stages.seconds["evaluate"],
+    )  # fmt: skip
+
+
+@flow(name="evaluate-champions")
+async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateResult]:
+    """Score the champions of several lineages, one after another.
+
+    Args:
+        lineages: Their names; empty: all lineages in the server's settings that have a champion.
+
+    Raises:
+        DealError: Some champions could not be scored. All others were scored.
+    """
+    registry = open_registry()
+    names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
+
+    async def score(name: str) -> EvaluateResult | None:
+        return await evaluate(name) if lineages or registry.champion(name) else None
+
+    found, failed = await for_each(names, score, "The champion of lineage %s could not be scored")
+    if failed:
+        raise DealError(f"Of {len(names)} lineages {len(failed)} could not be scored. {' '.join(failed)}")
+    return [each for each in found if each is not None]
+
+
+def _serve_run_name() -> str:
+    return f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}"
+
+
+@flow(name="serve-vllm", flow_run_name=_serve_run_name)
+async def serve_vllm(lineage: str | None = None, url: str | None = None) -> ServingRoute | list[ServingRoute]:
+    """Load the champion into a vLLM server, test an answer, move the route, and unload the earlier adapter.
+
+    Args:
+        lineage: The lineage; None: all lineages with a champion. The result is then a list. A schedule made with
+            Prefect's command cannot give parameters.
+        url: Address of the server; None: DEAL_VLLM_URL.
+
+    Raises:
+        ConfigError: The server cannot load such an adapter; nothing was changed.
+        VllmError: The server refuses or does not answer.
+        DealError: For some of all lineages, the server does not serve the champion. For all others it does.
+    """
+    settings = VllmSettings()
+    if url is not None:
+        settings = settings.model_copy(update={"url": url})
+
+    async def sync(name: str) -> ServingRoute:
+        stages = Stages()
+        route = await stages.run("vllm", sync_vllm, name, settings)
+        stages.done("vllm", f"{route.model} answers for {name}")
+        return route
+
+    if lineage is not None:
+        return await sync(lineage)
+    names = open_registry().lineages_with("champion")
+    routes, failed = await for_each(names, sync, "The server is not in step with lineage %s")
+    if failed:
+        raise DealError(f"With {len(failed)} of {len(names)} lineages the server is not in step. {' '.join(failed)}")
+    return routes

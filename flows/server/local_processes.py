@@ -1,0 +1,258 @@
+"""The processes that `deal up` started: their record, how each starts and ends, and the supervisor.
+
+HOME/stack.json records the processes. Each process writes its log to HOME/logs/. The supervisor is one of them:
+`python -m flows.server.local_processes HOME` restarts processes that died and shortens long logs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+from pydantic import BaseModel, Field, ValidationError
+
+from infra.logs import cut_log, is_full, ready_log
+from infra.settings import QUIET
+from infra.store.base import complete_file
+
+STACK_FILE = "stack.json"
+SUPERVISOR = "supervisor"
+STOP_SECONDS = 20.0
+LOOK_SECONDS = 2.0
+PAUSE_SECONDS = 20.0
+"""Least time between two restarts of one process."""
+
+logger = logging.getLogger("deal.supervisor")
+
+
+class LocalProcess(BaseModel):
+    """A process that `deal up` started."""
+
+    name: str
+    command: tuple[str, ...]
+    """Arguments of this Python."""
+    pid: int
+    started: str
+    """The result of `start_of`. Another process that gets the same number later has another start."""
+    log: Path
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the process is one of the two servers."""
+        return self.name.endswith("-server")
+
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.started != "" and start_of(self.pid) == self.started
+
+
+class LocalStack(BaseModel):
+    """All processes that `deal up` started, and the addresses of the servers."""
+
+    prefect_url: str
+    mlflow_url: str
+    backend_uri: str = Field(exclude=True)
+    """Database of the MLflow server, with its password. Only the record contains it, and only the user can read that
+    file."""
+    artifact_uri: str
+    parts: list[LocalProcess] = []
+
+    def is_alive(self) -> bool:
+        """Whether any of the processes still runs."""
+        return any(part.is_alive() for part in self.parts)
+
+    def is_complete(self) -> bool:
+        """Whether every process was started. The supervisor starts last."""
+        return any(part.name == SUPERVISOR for part in self.parts)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that make a command use these servers."""
+        return {"PREFECT_API_URL": f"{self.prefect_url}/api", "MLFLOW_TRACKING_URI": self.mlflow_url}
+
+
+def hold_stack(home: Path) -> FileLock:
+    """Return the lock for starting and ending a home's processes. Its holder can take the lock again."""
+    return FileLock(home / "stack.lock", is_singleton=True)
+
+
+def read_stack(home: Path) -> LocalStack | None:
+    """Read the record of a home; None if there is no record or it cannot be read."""
+    try:
+        return LocalStack.model_validate_json((home / STACK_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def start_of(pid: int) -> str:
+    """Return the id of the machine's boot and the process's start in clock ticks; empty if the process does not run.
+
+    psutil's create_time() is not used: it changes when the clock is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may have spaces
+    except OSError:
+        return ""
+    state, ticks = fields[0], fields[19]  # fields 3 and 22 of man 5 proc_pid_stat
+    return "" if state in "ZX" else f"{boot}+{ticks}"
+
+
+def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...]) -> None:
+    """Start a process and record it in place of an earlier process of the same name. The caller holds the stack.
+
+    Raises:
+        OSError: The process cannot be started or recorded. If it cannot be recorded, it is killed.
+    """
+    log = ready_log(home / "logs" / f"{name}.log")
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
+    stack.parts = [*(other for other in stack.parts if other.name != name), part]
+    try:
+        _record(home, stack)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def _record(home: Path, stack: LocalStack) -> None:
+    with complete_file(home / STACK_FILE) as path:
+        path.touch(mode=0o600)
+        record = {**stack.model_dump(mode="json"), "backend_uri": stack.backend_uri}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _environment(home: Path, stack: LocalStack, name: str) -> dict[str, str]:
+    """Return the user's environment with data in `home` and no telemetry."""
+    local_name = stack.prefect_url.replace("127.0.0.1", "localhost")
+    own = {
+        **QUIET,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # the default, 10, is most of the time from a file's landing to its run
+        "DEAL_S3_MAX_ATTEMPTS": "15",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,infra,deal_core",  # shows a run's log lines on its page
+        "PREFECT_SERVER_UI_API_URL": f"{stack.prefect_url}/api",  # by default Prefect's pages use port 4200
+        # Prefect's server asks for no password. Without the next two settings, any page in the user's browser could
+        # start runs and so run commands. CORS hides the server's answers from other pages. CSRF protection refuses
+        # their requests.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{stack.prefect_url},{local_name}",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # removes old events, and old runs with their logs and artifacts; by default runs are never removed
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        # with leases in memory, a restart of the server would leave lineages locked without a holder
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    dropped = {"PREFECT_API_URL", "PREFECT_LOGGING_SETTINGS_PATH", "PYTHONWARNINGS"}
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    servers = {} if name.endswith("-server") else stack.environment()
+    if name == "mlflow-server":  # not as arguments: every user of the machine can read arguments
+        servers = {"MLFLOW_BACKEND_STORE_URI": stack.backend_uri, "MLFLOW_ARTIFACTS_DESTINATION": stack.artifact_uri}
+    return {**own, **kept, **servers, "PREFECT_HOME": str(home / "prefect"), "DEAL_HOME": str(home)}
+
+
+def stop(home: Path) -> list[str]:
+    """End the processes that were started in this home, and no others. Return the names of those that still ran.
+
+    The supervisor ends first, then the workers, then the servers that the workers use.
+    """
+    with hold_stack(home):
+        stack = read_stack(home)
+        if stack is None:
+            return []
+        servers = [part for part in stack.parts if part.is_server]
+        ended = _end(part for part in stack.parts if part.name == SUPERVISOR)
+        ended += _end(part for part in stack.parts if not part.is_server)
+        ended += _end(servers)
+        for part in servers:
+            kill_left_by(part, home)
+        # a run whose worker was killed still runs, and the next worker would start it a second time
+        _kill(home, lambda process: "PREFECT__FLOW_RUN_ID" in process.environ())
+        (home / STACK_FILE).unlink(missing_ok=True)
+        return ended
+
+
+def _end(parts: Iterable[LocalProcess]) -> list[str]:
+    """End processes and their children at the same time. Return the names of those that still ran."""
+    alive = [part for part in parts if part.is_alive()]
+    family: list[psutil.Process] = []
+    for part in alive:
+        with suppress(psutil.Error):
+            first = psutil.Process(part.pid)
+            family += [first, *first.children(recursive=True)]
+    for part in alive:
+        with suppress(ProcessLookupError):
+            os.killpg(part.pid, signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=STOP_SECONDS)
+    return [part.name for part in alive]
+
+
+def kill_left_by(server: LocalProcess, home: Path) -> None:
+    """Kill the children of a dead server, because a child may hold the server's port."""
+    # The children are those of the server's process group. The system gives no process the number of an existing
+    # group. If a process has the server's number, the group is gone.
+    if not start_of(server.pid):
+        _kill(home, lambda process: os.getpgid(process.pid) == server.pid)
+
+
+def _kill(home: Path, is_selected: Callable[[psutil.Process], bool]) -> None:
+    """Kill the selected processes that were started for this home."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if is_selected(process) and process.environ().get("PREFECT_HOME") == str(home / "prefect"):
+                process.kill()
+                process.wait(STOP_SECONDS)
+
+
+def supervise(home: Path) -> None:
+    """Restart processes that died and shorten long logs, until `deal down` removes the record."""
+    started: dict[str, float] = {}
+    while (stack := read_stack(home)) is not None:
+        for part in stack.parts:
+            is_recent = time.monotonic() - started.get(part.name, -PAUSE_SECONDS) < PAUSE_SECONDS
+            if part.name != SUPERVISOR and not part.is_alive() and not is_recent:
+                _restart(home, part.name)
+                started[part.name] = time.monotonic()
+            if is_full(part.log):
+                with suppress(OSError), hold_stack(home):  # if the disk has no room for the copy, try again later
+                    cut_log(part.log)
+        time.sleep(LOOK_SECONDS)
+
+
+def _restart(home: Path, name: str) -> None:
+    try:
+        with hold_stack(home):
+            stack = read_stack(home)  # `deal up` or `deal down` may have changed the record
+            part = next((each for each in stack.parts if each.name == name), None) if stack else None
+            if stack is None or part is None or part.is_alive():
+                return
+            if part.is_server:  # a dead worker's training may run to its end
+                kill_left_by(part, home)
+            start_part(home, stack, name, part.command)
+            logger.warning("%s had died and was started again", name)
+    except OSError as error:
+        logger.error("%s died and cannot be started: %s", name, error)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    supervise(Path(sys.argv[1]))

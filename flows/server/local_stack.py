@@ -1,0 +1,194 @@
+"""`deal up`: start a Prefect server, an MLflow server, deployments and workers on this machine.
+
+All servers listen on the loopback address only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.client.schemas.objects import State, StateType, WorkerStatus
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import AwaitingRetry, Crashed
+
+from deal_core.errors import ConfigError, DealError
+from flows.server.automations import RETURNING
+from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+from flows.server.local_processes import (
+    SUPERVISOR,
+    LocalStack,
+    hold_stack,
+    kill_left_by,
+    read_stack,
+    start_part,
+    stop,
+)
+from flows.server.status import read_runs
+from infra.settings import TrackingSettings
+
+START_SECONDS = 180.0
+LOOK_SECONDS = 0.3
+Say = Callable[[str], None]
+
+
+class StartError(DealError):
+    """A server or worker did not start."""
+
+
+async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_trainings: int, say: Say) -> LocalStack:
+    """Start everything, or only the processes that died. Return when everything works.
+
+    At most `num_trainings` lineages train at the same time. `say` gets messages for the user.
+
+    Raises:
+        ConfigError: Everything runs already.
+        StartError: A process did not start. All processes are ended again.
+    """
+    with hold_stack(home):
+        running = read_stack(home)
+        if running and running.is_alive() and running.is_complete():
+            heal(home, running, say)
+            return running
+        if stop(home):
+            say("processes of an earlier start were ended")
+        try:
+            stack = start_servers(home, prefect_port, mlflow_port, say)
+            with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
+                say("deployments are made")
+                await deploy_all(home, num_trainings=num_trainings)
+                async with get_client() as client:
+                    await _restart_left_runs(client)
+                    start_workers(home, stack, num_trainings, say)
+                    await _wait_for_workers(client, stack)
+                    watching = await client.read_deployment_by_name("watch-inbox/watch-inbox")
+                    await client.create_flow_run_from_deployment(watching.id)  # the schedule starts it minutes later
+        except BaseException:
+            stop(home)
+            raise
+        return stack
+
+
+def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> LocalStack:
+    """Start both servers and wait until they answer.
+
+    Raises:
+        ConfigError: MLFLOW_TRACKING_URI names a server, or a port is taken.
+        StartError: A server ended, or does not answer in time. The caller must then call `stop`.
+    """
+    settings = TrackingSettings()
+    if settings.tracking_uri.startswith(("http://", "https://")):
+        raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
+    for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise ConfigError(f"Something listens on port {port} already; give another with --{name}-port.")
+    stack = LocalStack(
+        prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
+        backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
+    )  # fmt: skip
+    for name, command in _server_commands(prefect_port, mlflow_port).items():
+        say(f"{name} starts")
+        start_part(home, stack, name, command)
+    _wait_for_servers(stack)
+    return stack
+
+
+def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str, ...]]:
+    return {
+        "prefect-server": ("-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)),
+        "mlflow-server": (
+            "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
+            "--uvicorn-opts=--no-access-log",  # `deal serve` sends a request every two seconds
+        ),
+    }  # fmt: skip
+
+
+def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:
+    """Start a worker for each pool, and the supervisor. At most `num_trainings` lineages train at the same time."""
+    for pool, limit in {GPU_POOL: num_trainings, CPU_POOL: 3}.items():
+        name = f"worker-{pool}"
+        say(f"{name} starts")
+        command = ("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, "--limit", str(limit))
+        start_part(home, stack, name, (*command, "--no-create-pool-if-not-found"))
+    start_part(home, stack, SUPERVISOR, ("-m", "flows.server.local_processes", str(home)))
+
+
+def heal(home: Path, stack: LocalStack, say: Say) -> None:
+    """Restart the processes that died, and wait for the servers.
+
+    Raises:
+        ConfigError: All processes run.
+        StartError: A server does not start.
+    """
+    dead = [part for part in stack.parts if not part.is_alive()]
+    if not dead:
+        raise ConfigError(
+            f"It is up already: Prefect at {stack.prefect_url}, MLflow at {stack.mlflow_url}. End it with: deal down"
+        )
+    for part in dead:
+        say(f"{part.name} starts again")
+        if part.is_server:
+            kill_left_by(part, home)
+        start_part(home, stack, part.name, part.command)
+    _wait_for_servers(stack)
+
+
+def _wait_for_servers(stack: LocalStack) -> None:
+    _wait_for_server(stack, "prefect-server", f"{stack.prefect_url}/api/health")
+    _wait_for_server(stack, "mlflow-server", f"{stack.mlflow_url}/health")
+
+
+def _wait_for_server(stack: LocalStack, name: str, url: str) -> None:
+    part = next(part for part in stack.parts if part.name == name)
+    waited = 0.0
+    while not _answers(url) or not part.is_alive():
+        if not part.is_alive():
+            raise StartError(f"{name} ended before it answered; the end of {part.log} says why.")
+        if waited > START_SECONDS:
+            raise StartError(f"{name} did not answer within {START_SECONDS:.0f} s; {part.log} may say why.")
+        time.sleep(LOOK_SECONDS)
+        waited += LOOK_SECONDS
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+async def _restart_left_runs(client: PrefectClient) -> None:
+    """Give runs of ended workers a new state: scheduled again if their deployment allows that, else crashed.
+
+    No worker runs yet, so every run that the server lists as running or pending belonged to an ended worker.
+    """
+    runs = await read_runs(client, [StateType.RUNNING, StateType.PENDING])
+    names = DeploymentFilterName(any_=RETURNING)
+    returning = {each.id for each in await client.read_deployments(deployment_filter=DeploymentFilter(name=names))}
+    for run in runs:
+        ended = "Its worker was ended."
+        again: State[Any] = AwaitingRetry(message=ended)
+        crashed: State[Any] = Crashed(message=f"{ended} Check what the run did, and start it again if necessary.")
+        await client.set_flow_run_state(run.id, again if run.deployment_id in returning else crashed, force=True)
+
+
+async def _wait_for_workers(client: PrefectClient, stack: LocalStack) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    for pool in (GPU_POOL, CPU_POOL):
+        part = next(part for part in stack.parts if part.name == f"worker-{pool}")
+        while True:
+            workers = await client.read_workers_for_work_pool(pool)
+            if any(worker.name == part.name and worker.status == WorkerStatus.ONLINE for worker in workers):
+                break
+            if not part.is_alive() or time.monotonic() > deadline:
+                raise StartError(f"{part.name} did not come up; the end of {part.log} says why.")
+            await asyncio.sleep(0.5)
