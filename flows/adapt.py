@@ -24,6 +24,7 @@ from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import decide_gate, register_version
+from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import find_parent, keep_findings
 from tasks.adaptation.train import train_version
@@ -31,7 +32,6 @@ from tasks.base import identify_base, refuse_what_cannot_fit
 from tasks.context import current_store, end_run, fail_run, remove_work, start_run
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import AskedSpec, arrival_of, choose_adapter, choose_base, choose_strategy, settings_of
-from tasks.lineage.versions import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import AdaptationJob, DatasetRef, TrainSummary, VersionRef

@@ -18,7 +18,8 @@ from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import hold_lineage
-from infra.promotions import Action, Change, Ledger, PromotionLog
+from infra.ledger import Ledger
+from infra.promotions import Action, Change, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases

@@ -1,25 +1,20 @@
-"""Two records of a lineage in the object store, both only added to: the promotion log and the ledger.
+"""The promotion log of a lineage: which version was champion when, who moved the alias, and why.
 
-The promotion log says which version was champion when, who moved the alias, and why. It has one object per move,
-`promotions/<lineage>/<number>.json`, written with a conditional put: of two concurrent moves one gets the next number,
-and the other finds the number taken. The registry's alias follows the log.
-
-The ledger says which version learned a dataset. It has one object per dataset, `ledger/<lineage>/<sha256>.json`.
+The log is only added to. It has one object per move, `promotions/<lineage>/<number>.json`, written with a conditional
+put: of two concurrent moves one gets the next number, and the other finds the number taken. The registry's alias
+follows the log.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deal_core.errors import StoreError
-from deal_core.schema_version import Kept, VersionedJson
 from infra.store import keys
-from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectStore
 
 Action = Literal["promoted", "rolled back", "rejected"]
 
@@ -90,44 +85,3 @@ class PromotionLog:
                 "do not fit). Restore it from a backup of the store, or use the program version that wrote it. The "
                 "lineage still predicts and serves; until then its champion does not move, and nothing is learned."
             ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class LedgerEntry(VersionedJson):
-    """A dataset that a version of a lineage has learned."""
-
-    kept: ClassVar[Kept] = Kept("The ledger entry", StoreError, version=1)
-
-    lineage: str
-    sha256: str
-    task: str
-    run_key: str
-    version: str
-
-
-class Ledger:
-    """The ledgers of a store's lineages."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self.store = store
-
-    def find(self, lineage: str, sha256: str) -> LedgerEntry | None:
-        """Return the entry of a dataset in a lineage, if there is one.
-
-        Raises:
-            StoreError: The entry is damaged, or another release wrote it.
-        """
-        key = keys.ledger_key(lineage, sha256)
-        try:
-            return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
-        except ObjectNotFoundError:
-            return None
-        except StoreError as error:
-            raise StoreError(f"{error} It is {self.store.uri_of(key)}.") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise StoreError(f"The ledger entry {key} in {self.store.uri} is damaged: {error}; delete it.") from error
-
-    def record(self, entry: LedgerEntry) -> bool:
-        """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""
-        data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
-        return self.store.put_bytes(keys.ledger_key(entry.lineage, entry.sha256), data, if_absent=True)

@@ -17,7 +17,8 @@ from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
-    from flows.housekeeping import ForgetResult, GcResult
+    from flows.forget import ForgetResult
+    from flows.gc import GcResult
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
 housekeeping_app = typer.Typer()
@@ -33,7 +34,7 @@ def gc(
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult:
     """Remove left-over checkpoints, old rejected adapters and stored training rows that are no longer needed."""
-    from flows.housekeeping import gc as gc_flow
+    from flows.gc import gc as gc_flow
 
     outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
     return CommandResult(outcome, show_gc(outcome), failed=bool(outcome.problems))
@@ -64,8 +65,8 @@ def forget(
 ) -> CommandResult:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
     with deal.screen.working("looking"):
-        from flows.housekeeping import forget as forget_flow
-        from flows.housekeeping import plan_forget
+        from flows.forget import forget as forget_flow
+        from flows.forget import plan_forget
 
         plan = plan_forget(arrival)
     shown = [*show_forget_plan(plan)]

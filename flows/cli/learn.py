@@ -19,8 +19,8 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation
 
 if TYPE_CHECKING:
-    from flows.champions import EvaluateResult
     from flows.cli.demo import DemoResult
+    from flows.evaluate import EvaluateResult
     from flows.watch import WatchResult
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
@@ -174,7 +174,7 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
 @command(learn_app, "starting")
 def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
     """Score a version again on the frozen test rows of every task that it knows."""
-    from flows.champions import evaluate as evaluate_flow
+    from flows.evaluate import evaluate as evaluate_flow
 
     outcome = deal.run(lambda: evaluate_flow(lineage, version))
     return CommandResult(outcome, show_evaluation(outcome))

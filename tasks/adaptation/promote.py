@@ -12,7 +12,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import RegistryError
-from infra.promotions import Action, Change, Ledger, LedgerEntry, Move, PromotionLog
+from infra.ledger import Ledger, LedgerEntry
+from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.registry import Alias, Registry, VersionInfo, open_registry
 from tasks.context import current_store
 from tasks.references import VersionRef

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
 from flows.adapt import AdaptResult
-from flows.champions import evaluate
 from flows.cli.app import app
+from flows.evaluate import evaluate
 from flows.promote import roll_back
 from infra.tracking.registry import VersionInfo, open_registry
 from tasks.context import current_store

@@ -18,9 +18,9 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
-from flows.champions import evaluate
-from flows.housekeeping import forget
-from infra.promotions import Ledger
+from flows.evaluate import evaluate
+from flows.forget import forget
+from infra.ledger import Ledger
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page

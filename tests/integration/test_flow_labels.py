@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import deal_core.evaluation.score
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
-from flows.housekeeping import forget
+from flows.forget import forget
 from flows.promote import find_left_behind, requeue, roll_back
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import read_manifest

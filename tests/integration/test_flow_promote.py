@@ -324,7 +324,7 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
 
 
-@pytest.mark.parametrize("step", ["infra.promotions.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
+@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

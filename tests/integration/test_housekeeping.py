@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
 from flows.adapt import AdaptResult
-from flows.champions import evaluate
 from flows.cli.app import app
-from flows.housekeeping import GcResult, forget, gc, plan_forget
+from flows.evaluate import evaluate
+from flows.forget import forget, plan_forget
+from flows.gc import GcResult, gc
 from flows.promote import requeue, roll_back
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry

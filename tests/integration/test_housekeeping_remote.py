@@ -10,7 +10,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from flows.housekeeping import forget, gc
+from flows.forget import forget
+from flows.gc import gc
 from infra.store.s3 import S3Store
 from tasks.context import current_store
 from tests.adapting import BANK, CLINIC, FAIL, run

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from deal_core.errors import StoreError
-from infra.promotions import Change, Ledger, LedgerEntry, Move, PromotionLog
+from infra.ledger import Ledger, LedgerEntry
+from infra.promotions import Change, Move, PromotionLog
 from infra.store.local import FileStore, open_store
 
 

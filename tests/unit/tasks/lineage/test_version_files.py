@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError, StoreError
-from infra.promotions import Change, Ledger, PromotionLog
+from infra.ledger import Ledger
+from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.tracking.registry import VersionFacts

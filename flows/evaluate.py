@@ -1,18 +1,12 @@
-"""Champions: evaluate them again on the frozen test rows, and load them into a vLLM server.
-
-Example:
-    >>> asyncio.run(serve_vllm("default", url="http://127.0.0.1:8000")).model  # doctest: +SKIP
-    'default-v3'
-"""
+"""Evaluate: score a registered version again on the frozen test rows of all its tasks."""
 
 from __future__ import annotations
 
-from prefect import flow, runtime
+from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import DealError
-from infra.settings import VllmSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
@@ -20,7 +14,6 @@ from tasks.lineage.history import find_version
 from tasks.lineage.settings import for_each, list_lineages
 from tasks.lineage.versions import version_ref
 from tasks.progress import Stages, reporter
-from tasks.vllm import ServingRoute, sync_vllm
 
 
 class EvaluateResult(BaseModel, frozen=True):
@@ -84,40 +77,3 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     if failed:
         raise DealError(f"Of {len(names)} lineages {len(failed)} could not be scored. {' '.join(failed)}")
     return [each for each in found if each is not None]
-
-
-def _serve_run_name() -> str:
-    return f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}"
-
-
-@flow(name="serve-vllm", flow_run_name=_serve_run_name)
-async def serve_vllm(lineage: str | None = None, url: str | None = None) -> ServingRoute | list[ServingRoute]:
-    """Load the champion into a vLLM server, test an answer, move the route, and unload the earlier adapter.
-
-    Args:
-        lineage: The lineage; None: all lineages with a champion. The result is then a list. A schedule made with
-            Prefect's command cannot give parameters.
-        url: Address of the server; None: DEAL_VLLM_URL.
-
-    Raises:
-        ConfigError: The server cannot load such an adapter; nothing was changed.
-        VllmError: The server refuses or does not answer.
-        DealError: For some of all lineages, the server does not serve the champion. For all others it does.
-    """
-    settings = VllmSettings()
-    if url is not None:
-        settings = settings.model_copy(update={"url": url})
-
-    async def sync(name: str) -> ServingRoute:
-        stages = Stages()
-        route = await stages.run("vllm", sync_vllm, name, settings)
-        stages.done("vllm", f"{route.model} answers for {name}")
-        return route
-
-    if lineage is not None:
-        return await sync(lineage)
-    names = open_registry().lineages_with("champion")
-    routes, failed = await for_each(names, sync, "The server is not in step with lineage %s")
-    if failed:
-        raise DealError(f"With {len(failed)} of {len(names)} lineages the server is not in step. {' '.join(failed)}")
-    return routes
