@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TextIO
 
 import pyarrow as pa
@@ -30,9 +29,7 @@ class Quarantine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
 
     def add(self, bad: BadRow, raw: object) -> None:
@@ -61,10 +58,8 @@ class DatasetFiles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.quarantine.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self.quarantine.__exit__(*error)
         for table in self._tables.values():
             table.close()
             table.path.unlink(missing_ok=True)

@@ -17,10 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
-from deal_core.data.arrival import MAX_EXAMPLES
 from deal_core.data.rows import row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
-from deal_core.data.validate import ArrivalRefusedError, build_dataset, validate_file
+from deal_core.data.validate import MAX_EXAMPLES, ArrivalRefusedError, build_dataset, validate_file
 from deal_core.errors import DataValidationError
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
