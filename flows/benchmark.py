@@ -15,7 +15,7 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel, field_validator
 
-from deal_core.base_model.load import DEFAULT_BASE
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise

@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model import cpu_attention as attention
+from deal_core.base_model.sources import auto_class
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
@@ -82,11 +82,9 @@ def measure_activations(
 
 
 def _empty_model(config: Any, precision: str, **options: Any) -> Any:
-    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-    auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=True):
-            model = auto_class.from_config(config, dtype=DTYPES[precision], trust_remote_code=False, **options)
+            model = auto_class(config).from_config(config, dtype=DTYPES[precision], trust_remote_code=False, **options)
     except Exception as error:  # a config can be wrong in many ways
         raise ConfigError(
             f"transformers cannot build a {getattr(config, 'model_type', 'model')} from its config "
