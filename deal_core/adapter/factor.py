@@ -85,10 +85,8 @@ class LiteralFactor(FactorNetwork):
         total = self.start_MNR.new_zeros(())
         config = self._config
         if self.retention is not None:
-            for theta, start in (
-                (self.retention.filters_KMJN, 1 / len(config.widths)),
-                (self.retention.centres_KMJ, 1.0),
-            ):
+            starts = ((self.retention.filters_KMJN, 1 / len(config.widths)), (self.retention.centres_KMJ, 1.0))
+            for theta, start in starts:
                 total = total + config.lambda1 * (theta - start).abs().pow(config.a).sum()
         if self.update is not None:
             for theta in self.update.parameters():

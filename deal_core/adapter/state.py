@@ -145,8 +145,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     path = folder / WEIGHTS_FILE
     if not (folder / CONFIG_FILE).is_file() or not path.is_file():
         raise AdapterStateError(
-            f"{folder} holds no adapter ({CONFIG_FILE} and {WEIGHTS_FILE}); "
-            "give the folder of a version."
+            f"{folder} holds no adapter ({CONFIG_FILE} and {WEIGHTS_FILE}); give the folder of a version."
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
@@ -205,12 +204,9 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
 
 def _write_header(folder: Path, state: MethodState) -> None:
     header = {
-        "schema_version": SCHEMA_VERSION,
-        "strategy": state.strategy,
-        "stores": state.stores,
-        "num_bytes": state.num_bytes,
-        "num_arrivals": state.num_arrivals,
-    }
+        "schema_version": SCHEMA_VERSION, "strategy": state.strategy, "stores": state.stores,
+        "num_bytes": state.num_bytes, "num_arrivals": state.num_arrivals,
+    }  # fmt: skip
     (folder / METHOD_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 
@@ -236,9 +232,7 @@ def load_method_state(folder: Path) -> MethodState:
     tensors_path = folder / METHOD_TENSORS_FILE
     tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
     num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
-    return MethodState(
-        strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals
-    )
+    return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals)
 
 
 def stored_rows(folder: Path) -> dict[str, int]:
@@ -272,12 +266,7 @@ def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
 def adapter_norm(folder: Path) -> float | None:
     """‖ΔW‖_F over all modules of a PEFT folder, scaling included; None if a factor is not finite.
 
-    The norm of a broken adapter stands out at once.
-
     ΔW is never formed, because ‖BA‖² = ⟨BᵀB, AAᵀ⟩.
-
-    Args:
-        folder: a folder with adapter_config.json and the weights.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])

@@ -164,11 +164,8 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments with which `from_pretrained` loads a quantized model onto this process's device.
 
-    The adapter on it keeps full precision (QLoRA, arXiv 2305.14314).
-
-    Args:
-        quantize: 8bit: LLM.int8(); 4bit: NF4 with its constants quantized too.
-        dtype: Type of the products with 4-bit weights.
+    8bit is LLM.int8(). 4bit is NF4 with its constants quantized too; its products have type `dtype`. The adapter on the
+    model keeps full precision (QLoRA, arXiv 2305.14314).
 
     Raises:
         ConfigError: There is no CUDA device, or bitsandbytes is not installed.

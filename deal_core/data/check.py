@@ -20,16 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deal_core.data.columns import Columns
-from deal_core.data.rows import (
-    Digests,
-    Problem,
-    RawRow,
-    Row,
-    RowBatch,
-    as_digests,
-    quote_normal,
-    row_digest,
-)
+from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, quote_normal, row_digest
 from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, Split, TaskSchema, label_key
 from deal_core.printable import shorten
 

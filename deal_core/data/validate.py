@@ -245,9 +245,7 @@ class ArrivalReader:
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             self._task = replace(self._task, labels=labels)
 
-    def _keep_new(
-        self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]
-    ) -> list[BadInBatch]:
+    def _keep_new(self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]) -> list[BadInBatch]:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
         columns = [good.inputs, good.outputs, hex_array(good.digests)]
         reasons: dict[int, Reason] = {}

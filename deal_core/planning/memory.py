@@ -195,12 +195,9 @@ def plan_memory(
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
         arrival - kept,  # used before the first batch, so never together with the activations
     )
+    weights = model.weight_bytes(precision, train.quantize)
     return MemoryPlan(
-        weights=model.weight_bytes(precision, train.quantize),
-        adapter=adapter,
-        optimiser=optimiser,
-        activations=kept,
-        workspace=workspace,
+        weights=weights, adapter=adapter, optimiser=optimiser, activations=kept, workspace=workspace
     )
 
 
@@ -242,10 +239,8 @@ def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> in
 
 def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
     """Return the largest batch that the settings allow."""
-    return BatchShape(
-        num_rows=num_rows, num_tokens=train.max_prompt_tokens + train.max_answer_tokens,
-        num_answer_tokens=train.max_answer_tokens,
-    )  # fmt: skip
+    num_tokens = train.max_prompt_tokens + train.max_answer_tokens
+    return BatchShape(num_rows=num_rows, num_tokens=num_tokens, num_answer_tokens=train.max_answer_tokens)
 
 
 def longest_of(
@@ -256,15 +251,9 @@ def longest_of(
     train: TrainConfig,
     num_rows: int,
 ) -> BatchShape:
-    """Return a batch of the longest rows.
+    """Return a batch of `num_rows` rows that are as long as the longest training row.
 
-    Args:
-        rows: Training rows, columns input and output.
-        tokenizer: The base model's tokenizer.
-        task: How a row becomes a prompt.
-        old_tasks: Old tasks that are asked about the rows' texts during training.
-        train: Limits of prompts and answers.
-        num_rows: Rows of the batch.
+    The old tasks are asked about the rows' texts during training, so the prompts of these questions count too.
 
     Raises:
         ConfigError: A prompt is too long even with an empty text.
@@ -309,7 +298,7 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         memory_of: Computes a plan.
         train: The settings that do not fit.
         precision: Precision of the frozen weights.
-        limit: Most bytes that the plan may take.
+        limit: Most bytes of a plan that fits.
     """
     found: list[tuple[str, TrainConfig, str]] = []
     if not train.gradient_checkpointing:

@@ -7,6 +7,7 @@ build can be measured, without formulas for each.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,8 +122,8 @@ def _with_layers(config: Any, count: int) -> Any:
 
 def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, attention_name: str) -> int:
     """Bytes of all tensors that autograd saves in one forward pass, without the model's own tensors."""
-    for name, attend in ((FUSED, _attend_fused), (PRODUCTS, _attend_products)):
-        AttentionInterface.register(name, attend)
+    for name in (FUSED, PRODUCTS):
+        AttentionInterface.register(name, partial(_attend, is_fused=name == FUSED))
         AttentionMaskInterface.register(name, sdpa_mask)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     options = {} if seq2seq else {"attn_implementation": attention_name}
@@ -163,25 +164,24 @@ class _Kept(torch.autograd.Function):
     """Saves its inputs for the backward pass, and optionally its output."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps_output: bool
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps_output: bool) -> Tensor:
         output = torch.empty_like(query[..., : value.shape[-1]])
         ctx.save_for_backward(query, key, value, mask, *([output] if keeps_output else []))
         return output
 
 
-def _attend_products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_fused: bool,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    output: Tensor = _Kept.apply(query, key, value, attention_mask, False)  # type: ignore[no-untyped-call]
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _attend_fused(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    num_repeats = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
-    output: Tensor = _Kept.apply(query, key, value, attention_mask, True)  # type: ignore[no-untyped-call]
+    if is_fused:
+        num_repeats = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
+    output: Tensor = _Kept.apply(query, key, value, attention_mask, is_fused)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None

@@ -93,9 +93,7 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
         number += 1
         num_empty = num_empty + 1 if len(text) < 3 and text.isspace() else 0
         if num_empty > MAX_EMPTY_LINES:
-            raise DataValidationError(
-                f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them."
-            )
+            raise DataValidationError(f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them.")
         ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
         yield Line(number, text, ends)
         skipped = 0

@@ -132,13 +132,11 @@ class ParquetBatch:
         for piece, over_long in zip(self._pieces, self._over_long, strict=True):
             here = [place - start for place in places if start <= place < start + piece.num_rows]
             first = self._first + start
-            if over_long:
-                for index in over_long & set(here):
-                    found[start + index] = _over_long_row(piece, index, first + index)
-                here = [index for index in here if index not in over_long]
+            for index in over_long.intersection(here):
+                found[start + index] = _over_long_row(piece, index, first + index)
+            here = [index for index in here if index not in over_long]
             for index, values in zip(here, _pick_rows(piece.select(self._wanted), here), strict=True):
-                whole = partial(_row, piece, index)
-                found[start + index] = RawRow(number=first + index, values=values, whole=whole)
+                found[start + index] = RawRow(first + index, values, whole=partial(_row, piece, index))
             start += piece.num_rows
         return [found[place] for place in places]
 
@@ -172,9 +170,7 @@ def _short_texts(cells: pa.Array, over_long: Set[int]) -> pa.Array:
     if not over_long:
         return _texts(cells)
     nothing = pa.nulls(1, pa.string())
-    return pa.concat_arrays(
-        [nothing if row in over_long else _texts(cells.slice(row, 1)) for row in range(len(cells))]
-    )
+    return pa.concat_arrays([nothing if row in over_long else _texts(cells.slice(row, 1)) for row in range(len(cells))])
 
 
 def _texts(cells: pa.Array) -> pa.Array:
@@ -267,9 +263,7 @@ def _plan_decoding(file: pq.ParquetFile, source: BinaryIO, path: Path) -> _Decod
     return _DecodingPlan([(count, [index for index, _ in run]) for count, run in runs], [])
 
 
-def _look(
-    file: pq.ParquetFile, source: BinaryIO, path: Path, chunk: pq.ColumnChunkMetaData, index: int
-) -> _Column:
+def _look(file: pq.ParquetFile, source: BinaryIO, path: Path, chunk: pq.ColumnChunkMetaData, index: int) -> _Column:
     try:
         pages = look_at_chunk(source, chunk, _MAX_PAGE_BYTES)
     except PageError as error:
