@@ -23,7 +23,7 @@ from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.reading.readers import unique_keys
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed
-from deal_core.printable import brief
+from deal_core.safe_text import brief
 from infra.settings import HomeSettings
 from infra.store.base import complete_file
 from tasks.base import identify_base

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from deal_core.data.columns import Columns
 from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, quote_normal, row_digest
 from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, Split, TaskSchema, label_key
-from deal_core.printable import shorten
+from deal_core.safe_text import shorten
 
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
 _UNDECODABLE = re.compile("[\x00\ud800-\udfff]")

@@ -40,7 +40,7 @@ from deal_core.data.schema import (
     label_key,
 )
 from deal_core.errors import DataValidationError
-from deal_core.printable import shorten
+from deal_core.safe_text import shorten
 
 MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20

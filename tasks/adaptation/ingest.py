@@ -17,7 +17,7 @@ from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.printable import brief
+from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key

@@ -12,7 +12,7 @@ from typing import Self
 from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
 from deal_core.data.rows import Problem, RawRow, Reason
 from deal_core.errors import DataValidationError
-from deal_core.printable import shorten
+from deal_core.safe_text import shorten
 
 _DELIMITERS = ",;\t"
 

@@ -25,7 +25,7 @@ from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, o
 from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
 from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8
 from deal_core.errors import DataValidationError
-from deal_core.printable import shorten
+from deal_core.safe_text import shorten
 
 _SURVEYED_ROWS = 1000
 _WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
