@@ -80,14 +80,9 @@ def fetch_snapshot(
     revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
-    """Return the folder that holds a repository's files.
+    """Fetch the files of a repository (OWNER/NAME, or NAME) from the Hub, and return their folder.
 
-    Args:
-        repository: OWNER/NAME, or NAME.
-        kind: Kind of the repository.
-        patterns: Patterns of the files to fetch.
-        revision: Branch, tag or commit; None: the main branch.
-        ignored: Patterns of files to leave out.
+    Files are fetched if they fit one of `patterns` and none of `ignored`. `revision` is a branch, a tag or a commit.
 
     Raises:
         ConfigError: The Hub cannot be reached, or has no such repository; the message has one line.
@@ -248,9 +243,9 @@ def licence_of_base(source: str, folder: Path) -> str | None:
 
 
 def convert_gguf(file: Path, folder: Path, on_progress: Progress | None = None) -> None:
-    """Dequantise a GGUF file once and save it into `folder`.
+    """Dequantise a GGUF file and save it into `folder`.
 
-    The weights are kept in bf16 for any precision of a run, so every machine adapts the same numbers.
+    The weights are bf16 for any precision of a run, so every machine adapts the same numbers.
 
     Raises:
         ConfigError: the file is not a GGUF file, or transformers does not read its architecture.

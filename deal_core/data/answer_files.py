@@ -148,7 +148,8 @@ class AnswerFiles:
         path = self._chunk(index)
         added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
         if output_kind(self.output) == "jsonl":
-            lines = (_json_line({**row, **more}) for row, more in zip(rows, added, strict=True))
+            both = (_plain({**row, **more}) for row, more in zip(rows, added, strict=True))
+            lines = (json.dumps(each, ensure_ascii=False, default=_cell, allow_nan=False) + "\n" for each in both)
             _write(path, "".join(lines))
         else:
             part = path.with_name(f".{path.name}.part")
@@ -234,10 +235,6 @@ def _text(value: object) -> str | None:
         return value.decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False, default=_cell)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False, default=_cell, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -304,10 +304,12 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
     if not train.gradient_checkpointing:
         found.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
     smaller = train
+    rows_per_step = train.batch_size * train.gradient_accumulation_steps
     while smaller.batch_size > 1:
-        smaller = _with_batch(train, smaller.batch_size // 2)
-        change = f"train.batch_size: {smaller.batch_size} with gradient_accumulation_steps: " \
-                 f"{smaller.gradient_accumulation_steps}"  # fmt: skip
+        size = smaller.batch_size // 2
+        num_batches = -(-rows_per_step // size)
+        smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
+        change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
         if memory_of(smaller, precision).total <= limit or smaller.batch_size == 1:
             found.append((change, smaller, precision))
             break
@@ -335,8 +337,3 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         for (change, _, _), total in zip(found, totals, strict=True)
         if total < before  # for example, a lower limit of prompts saves nothing if the rows are short
     )
-
-
-def _with_batch(train: TrainConfig, size: int) -> TrainConfig:
-    rows = train.batch_size * train.gradient_accumulation_steps
-    return replace(train, batch_size=size, gradient_accumulation_steps=-(-rows // size))
