@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from deal_core.base_model.fingerprint import sha256_of_file
 from deal_core.errors import IntegrityError
+from deal_core.regular_file import sha256_of_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 METHOD_FILE, METHOD_TENSORS_FILE = "method.json", "method.safetensors"

@@ -13,7 +13,6 @@ from accelerate import PartialState
 
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.fingerprint import sha256_of_file, sha256_of_model
 from deal_core.base_model.sources import (
     BUILT_IN,
     DEFAULT_BASE,
@@ -24,10 +23,12 @@ from deal_core.base_model.sources import (
     cache_entry,
     require_all_weights,
     resolve_base,
+    sha256_of_model,
     stated_identity,
 )
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
+from deal_core.regular_file import sha256_of_file
 
 Precision = Literal["auto", "bf16", "fp32"]
 BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {

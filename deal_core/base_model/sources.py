@@ -1,7 +1,7 @@
 """Sources of base models: the built-in model, a GGUF file, a local folder or a Hub id. Each becomes a local folder.
 
-The folder holds config.json, a tokenizer and safetensors. This module never reads pickle and never runs code of a
-model.
+The folder holds config.json, a tokenizer and safetensors. `sha256_of_model` gives the model's identity. This module
+never reads pickle and never runs code of a model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from deal_core.base_model.fingerprint import sha256_of_file, sha256_of_model
 from deal_core.errors import ConfigError, IntegrityError
-from deal_core.regular_file import read_start
+from deal_core.regular_file import read_start, sha256_of_file
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
 logger = logging.getLogger(__name__)
@@ -67,6 +66,11 @@ KINDS = (
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)
+_VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
 _POLL_SECONDS = 0.25
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 """Licences of built-in models: a converted GGUF file has no model card."""
@@ -190,6 +194,45 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
             f"recorded is {recorded}. {remedy}"
         )
     return name, sha256
+
+
+def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
+    """Identity of a base model: digest over its safetensors files, config and tokenizer.
+
+    File names and contents count. The folder's place and the version of the library that wrote the config do not.
+    Hashing 16 GB takes long, so the result is stored in `memo_folder` under the files' names, sizes and times. Without
+    a `memo_folder` the files are always read.
+    """
+    files = [file for file in sorted(folder.iterdir())
+             if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES]
+    if memo_folder is None:
+        return _digest_of(files)
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
+    memo = memo_folder / f"{key}.txt"
+    if memo.is_file():
+        return memo.read_text(encoding="ascii").strip()
+    digest = _digest_of(files)
+    memo_folder.mkdir(parents=True, exist_ok=True)
+    partial = memo_folder / f".{key}.{os.getpid()}"
+    partial.write_text(digest + "\n", encoding="ascii")
+    os.replace(partial, memo)
+    return digest
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        content = _config_digest(file) if file.name == "config.json" else sha256_of_file(file)
+        digest.update(f"{file.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _config_digest(file: Path) -> str:
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for key in _VOLATILE_KEYS:
+        config.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _checked_folder(folder: Path, source: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from deal_core.errors import DataValidationError
-from deal_core.regular_file import IrregularFileError, open_regular
+from deal_core.regular_file import IrregularFileError, open_regular, sha256_of_file
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
@@ -59,8 +58,7 @@ def sha256_of_input(path: Path) -> str:
         DataValidationError: There is no such file, or it is not a regular file.
     """
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
 
