@@ -324,8 +324,8 @@ def _too_many_labels(source: Path, labels: Collection[str]) -> str:
 class DatasetFiles:
     """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and at the end manifest.json.
 
-    A line of quarantine.jsonl has file, row, line, reason, value, more problems if any, and the raw row. If
-    the context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
+    A line of quarantine.jsonl has file, row, line, reason, value, more problems if any, and the raw row. If the
+    context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
     """
 
     def __init__(self, folder: Path) -> None:

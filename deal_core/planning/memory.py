@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.cpu_attention import MAX_SCORES
 from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -25,8 +26,6 @@ BITS_OF_QUANTIZED = {"8bit": 8.0, "4bit": 4.127}
 """Bits per weight of a linear layer. NF4's constants, quantized too, take 0.127 bits (QLoRA, arXiv 2305.14314)."""
 SCORE_BYTES = 16
 """Bytes per attention score in one layer's backward pass on a CPU; see `deal_core.base_model.cpu_attention`."""
-MAX_SCORES = 2**26
-"""Beyond this number of scores a CPU uses the fused backward pass, which holds no scores."""
 LOGIT_COPIES = 3
 """Number of fp32 copies of the answers' logits that exist at once in the backward pass."""
 HEADROOM = 0.9
@@ -191,7 +190,7 @@ def plan_memory(
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     workspace = max(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
-        SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,
+        SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
         arrival - kept,  # used before the first batch, so never together with the activations
     )
