@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.output import DEAL, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
-from deal_core.base_model.load import DEFAULT_BASE
+from deal_core.base_model.sources import DEFAULT_BASE
 
 FILES = {"bank": "train.jsonl", "parcels": "messages.jsonl"}
 LEARNING = ("train", "evaluate")

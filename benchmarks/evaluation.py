@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.output import write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
-from deal_core.base_model.load import DEFAULT_BASE, BaseModel, load_base
-from deal_core.base_model.sources import resolve_base
+from deal_core.base_model.load import BaseModel, load_base
+from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema

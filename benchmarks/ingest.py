@@ -32,8 +32,8 @@ import typer
 from benchmarks.ingest_rival import build_with_datasets
 from benchmarks.output import write_result
 from deal_core.config import DataConfig
+from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
-from deal_core.data.validate import build_dataset
 
 FORMATS = {"parquet": "rows.parquet", "jsonl.gz": "rows.jsonl.gz"}
 TASK = TaskSchema(name="support", labels=("refund", "delivery", "account", "card lost", "complaint"))
@@ -92,7 +92,7 @@ def run_variant(name: str, source: Path, folder: Path, results: Any) -> None:
     pa.set_io_thread_count(1)
     started, before = time.perf_counter(), time.process_time()
     if name == "ours":
-        build_dataset(source, TASK, folder, CONFIG)
+        build_dataset(Landing(source=source, task=TASK, config=CONFIG), folder)
     else:
         build_with_datasets(source, TASK.labels, folder, CONFIG)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - before}

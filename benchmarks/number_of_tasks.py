@@ -25,7 +25,8 @@ from datasets import Dataset, disable_progress_bars
 from benchmarks.output import alone, write_result
 from benchmarks.step_cost import make_parent
 from benchmarks.tiny_base import EXAMPLES
-from deal_core.base_model.load import DEFAULT_BASE, load_base
+from deal_core.base_model.load import load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval

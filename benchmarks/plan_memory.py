@@ -23,8 +23,8 @@ from datasets import Dataset, disable_progress_bars
 
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.adapter.state import load_method_state
-from deal_core.base_model.config import find_config
-from deal_core.base_model.load import DEFAULT_BASE, load_base
+from deal_core.base_model.load import find_config, load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.planning.memory import MethodShape, largest_batch, longest_of, plan_memory

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.output import alone, write_result
 from benchmarks.sft_variants import VARIANTS, Setup, count_tokens, make_parent, measure
 from benchmarks.tiny_base import EXAMPLES
-from deal_core.base_model.load import DEFAULT_BASE, resolve_base
+from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows

@@ -26,7 +26,8 @@ from datasets import Dataset, disable_progress_bars
 
 from benchmarks.output import write_result
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.base_model.load import DEFAULT_BASE, BaseModel, load_base
+from deal_core.base_model.load import BaseModel, load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.output import write_result
 from benchmarks.step_cost import PLAIN, Stepper, make_batch, make_parent
-from deal_core.base_model.load import DEFAULT_BASE
+from deal_core.base_model.sources import DEFAULT_BASE
 
 NUM_OPERATORS = 12
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from deal_core.masking import without_secrets
-from deal_core.printable import printable
+from deal_core.safe_text import printable, without_secrets
 
 MAX_ERROR_CHARS = 2000
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from deal_core.errors import ConfigError
-from deal_core.printable import brief
+from deal_core.safe_text import brief
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**53

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
 from pathlib import Path
 
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class IrregularFileError(OSError):
@@ -35,6 +31,12 @@ def read_start(path: Path, limit: int) -> bytes:
     """The first `limit` bytes of a file, or all of a shorter file; the errors are those of `open_regular`."""
     with open_regular(path) as file:
         return file.read(limit)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex digest of a file's bytes; the errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def irregularity(mode: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What is written to a file carries a schema version; what another release wrote is refused, never guessed at."""
+"""Schema versions of stored JSON. JSON of a version that this release does not know is refused."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def require_schema_version(
     error: type[Exception],
     remedy: str = "use the release that wrote it",
 ) -> dict[str, Any]:
-    """Refuse what another release wrote; return the other values.
+    """Check the schema version of a JSON object, and return its other values.
 
     Args:
-        values: the JSON value that was read.
-        reads: the version that this release reads, or several.
-        what: the file or thing, as the message names it.
-        error: raised.
-        remedy: what to do about it.
+        values: The JSON value that was read.
+        reads: The version, or the versions, that this release reads.
+        what: Name of the file or object in the message.
+        error: Class of the error.
+        remedy: What to do, for the message.
 
     Raises:
-        error: `values` is no dict, or its `schema_version` is missing or another one.
+        error: `values` is not a dict, or its `schema_version` is missing or not in `reads`.
     """
     known = (reads,) if isinstance(reads, int) else tuple(reads)
     found = values.get("schema_version") if isinstance(values, dict) else None
@@ -37,55 +37,50 @@ def require_schema_version(
 
 
 class Kept(NamedTuple):
-    """How a class is kept: what its JSON is called in messages, and which versions of it there are."""
+    """Name and versions of a class's stored JSON; the fields are explained in `require_schema_version`."""
 
     what: str
-    """The file or thing, as a message names it."""
     error: type[Exception]
-    """Raised where another release wrote it."""
     version: int
-    """Written."""
+    """The version that is written."""
     reads: tuple[int, ...] = ()
-    """Read; empty: the one that is written."""
+    """The versions that are read; empty: only `version`."""
     remedy: str = "use the release that wrote it"
 
 
 class VersionedJson:
-    """Base of the frozen dataclasses that are kept as JSON, with a schema version before their fields."""
+    """Base of frozen dataclasses that are stored as JSON with a schema version."""
 
     kept: ClassVar[Kept]
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`, which `from_json` reads back."""
+        """Values for `json.dumps`; `from_json` reads them back."""
         fields: dict[str, Any] = self._adapter().dump_python(self, mode="json")
         return fields if "schema_version" in fields else {"schema_version": self.kept.version, **fields}
 
     @classmethod
     def from_json(cls, values: Any) -> Self:
-        """Read what `to_json` gave.
+        """Read the result of `to_json`.
 
         Raises:
-            Exception: `kept.error` where another release wrote it.
-            ValueError: it is damaged.
+            Exception: `kept.error`: the schema version is not known.
+            ValueError: A field is damaged. The message has no values, because they may be texts of rows.
         """
         kept = cls.kept
         fields = require_schema_version(values, kept.reads or kept.version, kept.what, kept.error, kept.remedy)
         try:
             read: Self = cls._adapter().validate_python(fields)
         except ValidationError as error:
-            raise _in_its_own_words(kept.what, error) from None
+            first = error.errors(include_url=False, include_input=False)[0]
+            own = first.get("ctx", {}).get("error")  # raised by the class itself
+            if isinstance(own, ValueError):
+                raise own from None
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{kept.what} is damaged: {place}: {first['msg']}") from None
         return read
 
     @classmethod
     @cache
     def _adapter(cls) -> TypeAdapter[Any]:
         return TypeAdapter(cls)
-
-
-def _in_its_own_words(what: str, error: ValidationError) -> ValueError:
-    """The first problem: as the class itself said it, or its place and kind. Values are left out: they may be texts."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    said = first.get("ctx", {}).get("error")
-    place = ".".join(map(str, first["loc"]))
-    return said if isinstance(said, ValueError) else ValueError(f"{what} is damaged: {place}: {first['msg']}")

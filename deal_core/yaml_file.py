@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from deal_core.errors import ConfigError
-from deal_core.printable import printable, shorten
 from deal_core.regular_file import read_start
+from deal_core.safe_text import printable, shorten
 
 MAX_BYTES = 2**18
 """Largest file. Thousands of labels need less."""

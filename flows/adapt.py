@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.printable import listed
+from deal_core.safe_text import listed
 from flows.lock import hold_lineage
 from infra.disk import disk_full
 from tasks.adaptation.evaluate import evaluate_version

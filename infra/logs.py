@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deal_core.masking import without_secrets
-from deal_core.printable import printable
+from deal_core.safe_text import printable, without_secrets
 
 MAX_BYTES = 10 << 20
 

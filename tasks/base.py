@@ -89,9 +89,8 @@ def refuse_what_cannot_fit(
     """
     if any(known == source for known, _ in _loaded):
         return
-    from deal_core.base_model.config import find_config
     from deal_core.base_model.device import current_device
-    from deal_core.base_model.load import precision_name
+    from deal_core.base_model.load import find_config, precision_name
     from deal_core.planning.memory import NO_ACTIVATIONS, NO_BATCH, MethodShape, adapter_rank, plan_memory
     from deal_core.planning.meta_model import measure_model
 

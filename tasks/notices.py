@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.webhook import open_webhook
 from tasks.progress import patient
 from tasks.references import VersionRef

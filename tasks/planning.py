@@ -13,12 +13,11 @@ import transformers
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.base_model.config import BaseConfig, find_config
 from deal_core.base_model.device import Device, current_device, parse_bytes
-from deal_core.base_model.load import Precision, load_base, precision_name
+from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
+from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import DatasetManifest
-from deal_core.data.validate import build_dataset
 from deal_core.errors import ConfigError
 from deal_core.planning.memory import (
     HEADROOM,
@@ -27,6 +26,7 @@ from deal_core.planning.memory import (
     MethodShape,
     ModelSize,
     adapter_rank,
+    find_remedies,
     largest_batch,
     limits_of,
     longest_of,
@@ -34,7 +34,6 @@ from deal_core.planning.memory import (
     rehearsed_rows,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
-from deal_core.planning.suggestions import find_remedies
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -169,10 +168,11 @@ def _check_rows(spec: AdaptSpec, record: LineageRecord | None, folder: Path) -> 
         local_file(store, arrival.data) as source,
         local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
     ):
-        return build_dataset(
-            source, choose_schema(store, arrival, record), folder, spec.data, test_source=test_source,
+        landing = Landing(
+            source=source, task=choose_schema(store, arrival, record), config=spec.data, test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
         )  # fmt: skip
+        return build_dataset(landing, folder)
 
 
 def _plan_rows(

@@ -30,8 +30,7 @@ from deal_core.config import (
 )
 from deal_core.errors import ConfigError
 from deal_core.limits import describe
-from deal_core.masking import holds_secret
-from deal_core.printable import brief, shorten
+from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.data.validate import validate_file
+from deal_core.data.dataset import Landing, validate_file
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
@@ -84,14 +84,15 @@ def validate(
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
     schema = choose_schema(store, arrival, record)
     with local_file(store, test_data) if test_data is not None else nullcontext() as test_source:
-        report = validate_file(
-            file,
-            schema,
-            replace(read.data, include_texts=True),
+        landing = Landing(
+            source=file,
+            task=schema,
+            config=replace(read.data, include_texts=True),
             test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(store, record, read.task.name),
             on_progress=on_progress,
         )
+        report = validate_file(landing)
     manifest = report.manifest
     return ValidateResult(
         file=str(file),

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from deal_core.schema_version import require_schema_version
 from infra.serving.vllm import VllmClient, VllmError
 from infra.settings import VllmSettings

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from deal_core.base_model.fingerprint import sha256_of_file
 from deal_core.errors import IntegrityError
+from deal_core.regular_file import sha256_of_file
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 METHOD_FILE, METHOD_TENSORS_FILE = "method.json", "method.safetensors"
@@ -66,18 +66,13 @@ def require_undamaged(
     found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES, *, what: str, where: str,
     remedy: str,
 ) -> None:
-    """Refuse files whose bytes differ from the recorded ones.
+    """Refuse files whose bytes differ from the recorded ones; the first arguments are those of `find_damage`.
 
-    Args:
-        found: as for `find_damage`.
-        recorded: as for `find_damage`.
-        names: as for `find_damage`.
-        what: the owner of the files, such as "Version 2 of 'support'".
-        where: the address of the files' folder.
-        remedy: what to do, as whole sentences.
+    The message names the owner of the files (`what`, such as "Version 2 of 'support'"), the address of their folder
+    (`where`) and what to do (`remedy`, whole sentences).
 
     Raises:
-        IntegrityError: a file differs, is missing, or was not recorded. The message has both digests.
+        IntegrityError: A file differs, is missing, or was not recorded. The message has both digests.
     """
     damage = find_damage(found, recorded, names)
     if damage:

@@ -14,8 +14,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deal_core.adapter.factor import FactorNetwork, LiteralFactor
-from deal_core.adapter.spectral_factor import HaarFactor, SpectralFactor
+from deal_core.adapter.factor import FactorNetwork, HaarFactor, LiteralFactor, SpectralFactor
 from deal_core.adapter.spectrum import Spectrum, count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack, draw_seeds
 from deal_core.config import DealConfig

@@ -40,12 +40,7 @@ class Spectrum:
 def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
     """Decompose ΔW = B·A without forming ΔW: QR of each factor, then SVD of the small matrix between them.
 
-    Returns:
-        min(R, I, O) directions per module.
-
-    Example:
-        >>> spectrum = decompose(torch.randn(1, 4, 32), torch.randn(1, 16, 4))
-        >>> y_a, y_b = spectrum.factors()
+    The result has min(R, I, O) directions per module.
     """
     q_A, r_A = torch.linalg.qr(a_MRI.float().mT)
     q_B, r_B = torch.linalg.qr(b_MOR.float())
@@ -56,10 +51,7 @@ def decompose(a_MRI: Tensor, b_MOR: Tensor) -> Spectrum:
 def count_core_slots(sigma_MR: Tensor, energy: float, num_free: int) -> Tensor:
     """Number of leading directions that hold at least `energy` of ‖ΔW‖²_F; at least `num_free` are left free.
 
-    A module whose ΔW is zero has no core.
-
-    Returns:
-        An integer tensor of shape (M,).
+    The result is an integer tensor of shape (M,). A module whose ΔW is zero has no core.
     """
     power_MR = sigma_MR.double().square()
     total_M1 = power_MR.sum(1, keepdim=True)
@@ -72,12 +64,7 @@ def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
     """Return factors of the best rank-R approximation of (1 − share)·ΔW_parent + share·ΔW_trained.
 
     Points between fine-tuned weights and the weights before trade new knowledge for old better than either end
-    (Wortsman et al., arXiv 2109.01903, for full weights).
-
-    Args:
-        parent: A (M×R×I) and B (M×O×R) of the parent version.
-        trained: A and B after training.
-        share: γ, from 0 (the parent) to 1 (the trained adapter).
+    (Wortsman et al., arXiv 2109.01903, for full weights). Both factor pairs are A (M×R×I) and B (M×O×R).
     """
     (parent_A, parent_B), (trained_A, trained_B) = parent, trained
     rank = trained_A.shape[1]

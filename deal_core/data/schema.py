@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from deal_core.config import FORBID_UNKNOWN
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.printable import brief, listed
+from deal_core.safe_text import brief, listed
 from deal_core.schema_version import Kept, VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from deal_core.adapter.state import load_adapter, read_adapter
-from deal_core.adapter.swap import swap_adapter
+from deal_core.adapter.state import load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError

@@ -1,4 +1,4 @@
-"""Plan a run's memory by kind, from the sizes in a base model's config.
+"""Plan a run's memory by kind, from the sizes in a base model's config, and suggest changes that save memory.
 
 The functions are pure: sizes in, bytes out. `deal_core.planning.meta_model` finds the sizes. The adapter and the method
 are fp32. The frozen weights have the run's precision.
@@ -7,12 +7,13 @@ are fp32. The frozen weights have the run's precision.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.base_model.cpu_attention import MAX_SCORES
 from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
@@ -25,14 +26,13 @@ BITS_OF_QUANTIZED = {"8bit": 8.0, "4bit": 4.127}
 """Bits per weight of a linear layer. NF4's constants, quantized too, take 0.127 bits (QLoRA, arXiv 2305.14314)."""
 SCORE_BYTES = 16
 """Bytes per attention score in one layer's backward pass on a CPU; see `deal_core.base_model.cpu_attention`."""
-MAX_SCORES = 2**26
-"""Beyond this number of scores a CPU uses the fused backward pass, which holds no scores."""
 LOGIT_COPIES = 3
 """Number of fp32 copies of the answers' logits that exist at once in the backward pass."""
 HEADROOM = 0.9
 """Share of a device's memory that a plan may fill; the rest is for the allocator and for uncounted memory."""
 NUM_LONGEST = 64
 """Number of rows that are tokenised: the rows with the most characters."""
+MIN_PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,16 +190,13 @@ def plan_memory(
     scores = batch.num_rows * model.num_heads * batch.num_tokens**2
     workspace = max(
         LOGIT_COPIES * FP32 * batch.num_rows * batch.num_answer_tokens * model.vocab_size,
-        SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,
+        SCORE_BYTES * scores if on_cpu and scores <= MAX_SCORES else 0,  # beyond: the fused pass, which holds none
         3 * BYTES_OF[precision] * batch.num_rows * batch.num_tokens * model.intermediate_size,
         arrival - kept,  # used before the first batch, so never together with the activations
     )
+    weights = model.weight_bytes(precision, train.quantize)
     return MemoryPlan(
-        weights=model.weight_bytes(precision, train.quantize),
-        adapter=adapter,
-        optimiser=optimiser,
-        activations=kept,
-        workspace=workspace,
+        weights=weights, adapter=adapter, optimiser=optimiser, activations=kept, workspace=workspace
     )
 
 
@@ -241,10 +238,8 @@ def adapter_rank(adapter: AdapterConfig, strategy: str, num_versions: int) -> in
 
 def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
     """Return the largest batch that the settings allow."""
-    return BatchShape(
-        num_rows=num_rows, num_tokens=train.max_prompt_tokens + train.max_answer_tokens,
-        num_answer_tokens=train.max_answer_tokens,
-    )  # fmt: skip
+    num_tokens = train.max_prompt_tokens + train.max_answer_tokens
+    return BatchShape(num_rows=num_rows, num_tokens=num_tokens, num_answer_tokens=train.max_answer_tokens)
 
 
 def longest_of(
@@ -255,15 +250,9 @@ def longest_of(
     train: TrainConfig,
     num_rows: int,
 ) -> BatchShape:
-    """Return a batch of the longest rows.
+    """Return a batch of `num_rows` rows that are as long as the longest training row.
 
-    Args:
-        rows: Training rows, columns input and output.
-        tokenizer: The base model's tokenizer.
-        task: How a row becomes a prompt.
-        old_tasks: Old tasks that are asked about the rows' texts during training.
-        train: Limits of prompts and answers.
-        num_rows: Rows of the batch.
+    The old tasks are asked about the rows' texts during training, so the prompts of these questions count too.
 
     Raises:
         ConfigError: A prompt is too long even with an empty text.
@@ -278,3 +267,72 @@ def longest_of(
         answers += [len(encode_answer(tokenizer, old, label, train.max_answer_tokens)) for label in old.labels]
         answers += [] if old.labels else [train.max_answer_tokens]
     return BatchShape(num_rows=num_rows, num_tokens=max(prompts) + max(answers), num_answer_tokens=max(answers))
+
+
+MemoryOf = Callable[[TrainConfig, str], MemoryPlan]
+"""The plan of a run with other training settings and another precision of the frozen weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A change, and the run's memory with it.
+
+    Attributes:
+        change: Keys and values in the form of a spec.
+        total_bytes: Total of the plan with the change.
+        fits: Whether the total is within the limit.
+    """
+
+    change: str
+    total_bytes: int
+    fits: bool
+
+
+def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:
+    """Return single changes that save memory, and at the end all of them together.
+
+    With a smaller batch, gradient accumulation is raised, so that a step still learns from as many rows.
+
+    Args:
+        memory_of: Computes a plan.
+        train: The settings that do not fit.
+        precision: Precision of the frozen weights.
+        limit: Most bytes of a plan that fits.
+    """
+    found: list[tuple[str, TrainConfig, str]] = []
+    if not train.gradient_checkpointing:
+        found.append(("train.gradient_checkpointing: true", replace(train, gradient_checkpointing=True), precision))
+    smaller = train
+    rows_per_step = train.batch_size * train.gradient_accumulation_steps
+    while smaller.batch_size > 1:
+        size = smaller.batch_size // 2
+        num_batches = -(-rows_per_step // size)
+        smaller = replace(train, batch_size=size, gradient_accumulation_steps=num_batches)
+        change = f"train.batch_size: {size} with gradient_accumulation_steps: {num_batches}"
+        if memory_of(smaller, precision).total <= limit or smaller.batch_size == 1:
+            found.append((change, smaller, precision))
+            break
+    shorter = train
+    while shorter.max_prompt_tokens >= 2 * MIN_PROMPT_TOKENS:
+        shorter = replace(shorter, max_prompt_tokens=shorter.max_prompt_tokens // 2)
+        is_last = shorter.max_prompt_tokens < 2 * MIN_PROMPT_TOKENS
+        if memory_of(shorter, precision).total <= limit or is_last:
+            found.append((f"train.max_prompt_tokens: {shorter.max_prompt_tokens}", shorter, precision))
+            break
+    if precision == "fp32":
+        found.append(("weights in bf16, on a device that computes in it", train, "bf16"))
+    if train.quantize != "4bit":
+        change = "train.quantize: 4bit, on a CUDA device with bitsandbytes"
+        found.append((change, replace(train, quantize="4bit"), precision))
+    if len(found) > 1:
+        everything = replace(
+            smaller, gradient_checkpointing=True, max_prompt_tokens=shorter.max_prompt_tokens, quantize="4bit"
+        )
+        found.append(("all of these together", everything, "bf16"))
+    before = memory_of(train, precision).total
+    totals = [memory_of(changed, each_precision).total for _, changed, each_precision in found]
+    return tuple(
+        Remedy(change=change, total_bytes=total, fits=total <= limit)
+        for (change, _, _), total in zip(found, totals, strict=True)
+        if total < before  # for example, a lower limit of prompts saves nothing if the rows are short
+    )

@@ -7,10 +7,10 @@ build can be measured, without formulas for each.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model import cpu_attention as attention
+from deal_core.base_model.sources import auto_class
 from deal_core.config import AdapterConfig
 from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
@@ -82,11 +83,9 @@ def measure_activations(
 
 
 def _empty_model(config: Any, precision: str, **options: Any) -> Any:
-    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
-    auto_class: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     try:
         with init_empty_weights(include_buffers=True):
-            model = auto_class.from_config(config, dtype=DTYPES[precision], trust_remote_code=False, **options)
+            model = auto_class(config).from_config(config, dtype=DTYPES[precision], trust_remote_code=False, **options)
     except Exception as error:  # a config can be wrong in many ways
         raise ConfigError(
             f"transformers cannot build a {getattr(config, 'model_type', 'model')} from its config "
@@ -123,8 +122,8 @@ def _with_layers(config: Any, count: int) -> Any:
 
 def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precision: str, attention_name: str) -> int:
     """Bytes of all tensors that autograd saves in one forward pass, without the model's own tensors."""
-    for name, attend in ((FUSED, _attend_fused), (PRODUCTS, _attend_products)):
-        AttentionInterface.register(name, attend)
+    for name in (FUSED, PRODUCTS):
+        AttentionInterface.register(name, partial(_attend, is_fused=name == FUSED))
         AttentionMaskInterface.register(name, sdpa_mask)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     options = {} if seq2seq else {"attn_implementation": attention_name}
@@ -165,25 +164,24 @@ class _Kept(torch.autograd.Function):
     """Saves its inputs for the backward pass, and optionally its output."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps_output: bool
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keeps_output: bool) -> Tensor:
         output = torch.empty_like(query[..., : value.shape[-1]])
         ctx.save_for_backward(query, key, value, mask, *([output] if keeps_output else []))
         return output
 
 
-def _attend_products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_fused: bool,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    output: Tensor = _Kept.apply(query, key, value, attention_mask, False)  # type: ignore[no-untyped-call]
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _attend_fused(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    num_repeats = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
-    output: Tensor = _Kept.apply(query, key, value, attention_mask, True)  # type: ignore[no-untyped-call]
+    if is_fused:
+        num_repeats = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(num_repeats, dim=1) for each in (key, value))
+    output: Tensor = _Kept.apply(query, key, value, attention_mask, is_fused)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None

@@ -17,8 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from deal_core.masking import without_known_secrets_inside, without_secrets
-from deal_core.printable import printable, printable_json
+from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_core.printable import listed
+from deal_core.safe_text import listed
 from flows.cli.console import home_option, this_command
 from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation

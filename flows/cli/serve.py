@@ -14,7 +14,7 @@ from rich.markup import escape
 from typer import Option
 
 from deal_core.errors import RegistryError
-from deal_core.printable import printable_json
+from deal_core.safe_text import printable_json
 from flows.cli.session import CommandResult, Lineage, Session, command
 from infra.store.keys import route_key
 

@@ -23,8 +23,7 @@ from rich.console import RenderableType
 from typer import Option
 
 from deal_core.errors import ConfigError, DealError, in_one_line
-from deal_core.masking import without_secrets
-from deal_core.printable import printable
+from deal_core.safe_text import printable, without_secrets
 from flows.cli.console import Screen
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130

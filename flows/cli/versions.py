@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.printable import listed
+from deal_core.safe_text import listed
 from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, new_table, show_adaptation
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 
 LOGGING_YAML = """\
 # Written by the deal command: messages of Prefect and MLflow go to a file in this folder.

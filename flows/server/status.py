@@ -16,7 +16,7 @@ from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX

@@ -15,7 +15,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from deal_core.errors import ConfigError, DealError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.settings import VllmSettings
 
 ANSWER_SECONDS = 120.0

@@ -21,8 +21,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.masking import without_secrets
 from deal_core.regular_file import IrregularFileError, irregularity, open_regular
+from deal_core.safe_text import without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import (
     RESERVED,

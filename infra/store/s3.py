@@ -15,7 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.settings import LandingSettings, StoreSettings
 from infra.store.base import (
     RESERVED,

@@ -16,7 +16,7 @@ from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
 from deal_core.errors import RegistryError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
 
 RUN_KEY = "deal.run_key"

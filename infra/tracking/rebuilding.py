@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deal_core.errors import RegistryError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.tracking.client import report_errors
 from infra.tracking.registry import DESCRIPTION, OWNER, Alias, Registry, VersionFacts
 

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from deal_core.adapter.files import Recorded, as_recorded, digests_of, require_undamaged
 from deal_core.errors import RegistryError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
 from infra.tracking.client import (
     FILES_SHA256,

@@ -28,7 +28,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import ConfigError, RegistryError
-from deal_core.masking import holds_secret, without_secrets
+from deal_core.safe_text import holds_secret, without_secrets
 from infra.settings import TrackingSettings
 from infra.store.base import temporary_folder
 from infra.tracking.client import FILES_SHA256, RUN_KEY, open_client, report_errors

@@ -16,7 +16,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.evaluation.label_figures import collapsed
 from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of, plain_answer
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
-from deal_core.printable import brief, listed
+from deal_core.safe_text import brief, listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from tasks.adaptation.frozen_rows import (

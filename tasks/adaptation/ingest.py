@@ -12,12 +12,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import DataConfig
+from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema
-from deal_core.data.validate import ArrivalRefusedError, build_dataset
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.printable import brief
+from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
@@ -86,15 +86,15 @@ def ingest_arrival(
             if test_source is not None:
                 refuse_forgotten(store, arrival.task, [sha256_of_input(test_source)], "test rows")
         try:
-            manifest = build_dataset(
-                source,
-                schema,
-                folder,
-                config,
+            landing = Landing(
+                source=source,
+                task=schema,
+                config=config,
                 test_source=test_source,
                 frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
                 on_progress=advance("ingest"),
             )
+            manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
             # named by the digest of the file: all datasets without a good row have the same digest
             files = error.report.manifest.files

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.errors import DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_folder

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError, RegistryError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore

@@ -8,7 +8,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError, RegistryError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.ledger import Ledger
 from infra.promotions import Move, PromotionLog
 from infra.report.run_report import RunReport, kept_reports

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError, in_one_line
-from deal_core.printable import brief
+from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError

@@ -33,7 +33,7 @@ from deal_core.adapter.files import (
     require_undamaged,
 )
 from deal_core.errors import DataValidationError, DealError, StoreError
-from deal_core.masking import without_secrets
+from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of

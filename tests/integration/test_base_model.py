@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deal_core.base_model.config import BUILT_IN_CONFIGS
-from deal_core.base_model.load import DEFAULT_BASE, load_base, resolve_base
-from deal_core.base_model.sources import BUILT_IN, CONVERSION
+from deal_core.base_model.load import BUILT_IN_CONFIGS, load_base
+from deal_core.base_model.sources import BUILT_IN, CONVERSION, DEFAULT_BASE, resolve_base
 
 SHA256 = "7c94099c0f5307517e62153f3609eed6ce2c55864469f052b26be53aa1221b52"
 """Identity of the converted model; another one means that lineages begun before would not be continued."""

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from deal_core.config import DataConfig
+from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
-from deal_core.data.validate import build_dataset
 from deal_core.errors import DataValidationError
 
 NUM_GOOD = 40
@@ -90,7 +90,8 @@ def take(folder: Path, name: str, content: bytes) -> tuple[int, int] | str:
     started = time.monotonic()
     found: tuple[int, int] | str
     try:
-        made = build_dataset(source, TaskSchema(name="t", format="auto"), folder / "out", DataConfig(max_bad_share=1.0))
+        task, config = TaskSchema(name="t", format="auto"), DataConfig(max_bad_share=1.0)
+        made = build_dataset(Landing(source=source, task=task, config=config), folder / "out")
         found = made.num_train + made.num_test, made.num_rejected
     except DataValidationError as error:
         found = str(error)

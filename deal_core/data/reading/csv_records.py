@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
-from deal_core.data.rows import Problem, RawRow, Reason, shorten
+from deal_core.data.rows import Problem, RawRow, Reason
 from deal_core.errors import DataValidationError
+from deal_core.safe_text import shorten
 
 _DELIMITERS = ",;\t"
 
@@ -32,9 +32,7 @@ class CsvFile:
         self._feed = _Feed(numbered_lines(self._stream))
         try:
             self._feed.delimiter = _find_delimiter(self._feed.peek())
-            self._reader = csv.reader(
-                self._feed, delimiter=self._feed.delimiter, strict=True, skipinitialspace=True
-            )
+            self._reader = csv.reader(self._feed, delimiter=self._feed.delimiter, strict=True, skipinitialspace=True)
             self.header = self._read_header()
         except BaseException:
             self._stream.close()
@@ -43,9 +41,7 @@ class CsvFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.close()
 
     def rows(self) -> Iterator[tuple[RawRow, int]]:
@@ -54,15 +50,10 @@ class CsvFile:
         for number, (lines, record) in enumerate(self._records(), start=1):
             if isinstance(record, csv.Error) or len(record) != len(names):
                 text = "".join([line.text for line in lines]).rstrip("\r\n")
-                row = RawRow(
-                    number=number,
-                    line=lines[0].number,
-                    values={},
-                    fault=self._problem(record, lines[0], text),
-                    whole=partial(str, text),
-                )
+                fault = self._problem(record, lines[0], text)
+                row = RawRow(number, {}, lines[0].number, fault, whole=partial(str, text))
             else:
-                row = RawRow(number=number, line=lines[0].number, values=dict(zip(names, record, strict=True)))
+                row = RawRow(number, dict(zip(names, record, strict=True)), lines[0].number)
             yield row, sum([len(line.text) for line in lines])
 
     def _records(self) -> Iterator[tuple[list[Line], list[str] | csv.Error]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from deal_core.errors import DataValidationError
-from deal_core.regular_file import IrregularFileError, open_regular
+from deal_core.regular_file import IrregularFileError, open_regular, sha256_of_file
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
@@ -59,8 +58,7 @@ def sha256_of_input(path: Path) -> str:
         DataValidationError: There is no such file, or it is not a regular file.
     """
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise DataValidationError(f"{path} cannot be read ({error.strerror}); check the path.") from error
 
@@ -93,9 +91,7 @@ def numbered_lines(stream: TextIO) -> Iterator[Line]:
         number += 1
         num_empty = num_empty + 1 if len(text) < 3 and text.isspace() else 0
         if num_empty > MAX_EMPTY_LINES:
-            raise DataValidationError(
-                f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them."
-            )
+            raise DataValidationError(f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them.")
         ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
         yield Line(number, text, ends)
         skipped = 0

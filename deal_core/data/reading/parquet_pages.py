@@ -60,12 +60,7 @@ class ChunkPages(NamedTuple):
 
 
 def look_at_chunk(file: BinaryIO, chunk: pq.ColumnChunkMetaData, max_page_bytes: int) -> ChunkPages:
-    """Read the headers of a column chunk's pages.
-
-    Args:
-        file: The Parquet file, open and seekable.
-        chunk: The footer's metadata of the chunk.
-        max_page_bytes: Largest dictionary that is unpacked to measure its texts.
+    """Read the headers of a column chunk's pages. A dictionary above `max_page_bytes` is not unpacked to be measured.
 
     Raises:
         PageError: A header cannot be read.

@@ -21,15 +21,11 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from deal_core.data.reading.csv_records import CsvFile
-from deal_core.data.reading.lines import (
-    MAX_LINE_CHARS,
-    Line,
-    numbered_lines,
-    open_text,
-)
+from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
 from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
-from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8, shorten
+from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8
 from deal_core.errors import DataValidationError
+from deal_core.safe_text import shorten
 
 _SURVEYED_ROWS = 1000
 _WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -170,8 +166,7 @@ def _json_row(line: Line, text: str) -> RawRow:
 
 
 def _unreadable(line: Line, text: str, reason: Reason, why: str) -> RawRow:
-    fault = Problem(reason, f"{why}: {shorten(text)}")
-    return RawRow(number=line.number, line=line.number, values={}, fault=fault, whole=partial(str, text))
+    return RawRow(line.number, {}, line.number, Problem(reason, f"{why}: {shorten(text)}"), whole=partial(str, text))
 
 
 def _parse(text: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deal_core.adapter import spectral_factor
+from deal_core.adapter import factor
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.retention import FLOOR, LOG_KERNELS, HaarRetention
 from deal_core.adapter.spectrum import decompose
@@ -163,11 +163,11 @@ def test_pulled_back_gradients_equal_autograd_through_the_network(name):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("block_bytes", [1, spectral_factor.BLOCK_BYTES])
+@pytest.mark.parametrize("block_bytes", [1, factor.BLOCK_BYTES])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_pass_sets_the_gradients_of_loss_and_penalty(name, block_bytes, monkeypatch):
     """Compared with autograd through `forward` and `penalty`, for single modules and for all modules together."""
-    monkeypatch.setattr(spectral_factor, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(factor, "BLOCK_BYTES", block_bytes)
     network, stack = network_of(replace(SETTINGS[name], lambda1=0.3, lambda2=0.7, tolerance=0.5))
     step(network, stack, 3)
     set_gradients(stack, 5)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.fingerprint import sha256_of_model
-from deal_core.base_model.load import DEFAULT_BASE, choose_dtype, load_base, quantization, resolve_base
+from deal_core.base_model.load import choose_dtype, load_base, quantization
+from deal_core.base_model.sources import DEFAULT_BASE, resolve_base, sha256_of_model
 from deal_core.errors import ConfigError, IntegrityError
 from tests.unit.deal_core.tiny_gguf import write_gguf
 

@@ -17,12 +17,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.check import RowChecker
-from deal_core.data.check_batch import PLAIN, BatchChecker, DigestSet, as_digests, hex_array
+from deal_core.data.check import PLAIN, BatchChecker, RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.reading.parquet_rows import ParquetBatch
 from deal_core.data.reading.readers import read_batches
-from deal_core.data.rows import RawRow, Row, RowList, grouped, stored_input_digest
+from deal_core.data.rows import (
+    DigestSet,
+    RawRow,
+    Row,
+    RowList,
+    as_digests,
+    grouped,
+    hex_array,
+    stored_input_digest,
+)
 from deal_core.data.schema import TaskSchema
 
 PIECES = [

@@ -17,9 +17,9 @@ from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack
 from deal_core.adapter.state import attach_adapter
 from deal_core.base_model import cpu_attention as attention
-from deal_core.base_model.config import find_config
 from deal_core.base_model.device import parse_bytes
-from deal_core.base_model.load import DEFAULT_BASE
+from deal_core.base_model.load import find_config
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
 from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
@@ -28,12 +28,12 @@ from deal_core.planning.memory import (
     BatchShape,
     MethodShape,
     ModelSize,
+    find_remedies,
     largest_batch,
     plan_memory,
     rehearsed_rows,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
-from deal_core.planning.suggestions import find_remedies
 
 LLAMA = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=5, num_attention_heads=4,

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.reading import parquet_pages, parquet_plan, parquet_rows
+from deal_core.data.reading import parquet_pages, parquet_rows
 from deal_core.data.reading.parquet_pages import MANY, PageError, look_at_chunk
-from deal_core.data.reading.parquet_plan import decoded_size
+from deal_core.data.reading.parquet_rows import decoded_size
 from deal_core.data.reading.readers import read_batches, read_rows
 from deal_core.errors import DataValidationError
 
@@ -102,7 +102,7 @@ def test_rows_are_the_same_however_few_are_decoded_at_a_time(
     ]
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=13, data_page_size=2**10, write_batch_size=4)
-    monkeypatch.setattr(parquet_plan, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(parquet_rows, "_PIECE_BYTES", piece_bytes)
     assert [row.values for row in read_rows(tmp_path / "rows.parquet")] == rows
     assert [row.raw() for row in read_rows(tmp_path / "rows.parquet", {"text"})] == rows
 
@@ -115,7 +115,7 @@ def test_rows_that_may_be_large_are_decoded_few_at_a_time(tmp_path: Path, monkey
         decoded.append(size_of(cells))
         return decoded[-1]
 
-    monkeypatch.setattr(parquet_plan, "_PIECE_BYTES", 2**18)
+    monkeypatch.setattr(parquet_rows, "_PIECE_BYTES", 2**18)
     monkeypatch.setattr(parquet_rows, "decoded_size", watch)
     table = pa.table({"text": repeated("x" * 40_000, 200)})
     pq.write_table(table, tmp_path / "rows.parquet")

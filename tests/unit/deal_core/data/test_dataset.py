@@ -17,10 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
-from deal_core.data.arrival import MAX_EXAMPLES
+from deal_core.data.dataset import MAX_EXAMPLES, ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.rows import row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
-from deal_core.data.validate import ArrivalRefusedError, build_dataset, validate_file
 from deal_core.errors import DataValidationError
 
 TASK = TaskSchema(name="pets", labels=("Dog", "cat"))
@@ -46,7 +45,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def build(source: Path, task: TaskSchema = TASK, config: DataConfig = LENIENT, **options: Any) -> DatasetManifest:
-    return build_dataset(source, task, source.parent / "dataset", config, **options)
+    landing = Landing(source=source, task=task, config=config, **options)
+    return build_dataset(landing, source.parent / "dataset")
 
 
 def rows_of(folder: Path, *splits: str) -> list[dict[str, str]]:
@@ -236,7 +236,7 @@ def test_an_arrival_that_cannot_be_learned_is_refused(tmp_path: Path, rows: list
     config = DataConfig()
     with pytest.raises(ArrivalRefusedError, match=message):
         build(write_jsonl(tmp_path / "pets.jsonl", rows), config=config)
-    assert validate_file(tmp_path / "pets.jsonl", TASK, config).refusal is not None
+    assert validate_file(Landing(source=tmp_path / "pets.jsonl", task=TASK, config=config)).refusal is not None
 
 
 def test_a_file_that_was_cut_off_keeps_its_bad_rows_and_makes_no_dataset(tmp_path: Path) -> None:
@@ -465,13 +465,11 @@ def test_bad_chats_are_named(tmp_path: Path, messages: Any, reason: str) -> None
 def test_validate_file_finds_the_same_and_writes_nothing_unasked(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "pets.jsonl", [*GOOD, *(line for line, _, _ in BAD_LINES)])
     config = DataConfig(max_bad_share=1.0, max_text_chars=100)
-    report = validate_file(source, TASK, config)
+    report = validate_file(Landing(source=source, task=TASK, config=config))
     assert [path.name for path in tmp_path.iterdir()] == ["pets.jsonl"]
     assert report.refusal is None
     assert [bad.row for bad in report.bad_rows] == list(range(101, 101 + len(BAD_LINES)))
-    validate_file(source, TASK, config, quarantine_file=tmp_path / "found" / "bad.jsonl")
     assert build(source, config=config) == report.manifest
-    assert (tmp_path / "found" / "bad.jsonl").read_text() == (tmp_path / "dataset" / "quarantine.jsonl").read_text()
 
 
 def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:
@@ -482,7 +480,7 @@ def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:
 
 
 def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deal_core.data.dataset_files._GROUP_ROWS", 16)
+    monkeypatch.setattr("deal_core.data.dataset._GROUP_ROWS", 16)
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
     assert pq.ParquetFile(tmp_path / "dataset" / "train.parquet").num_row_groups > 3
     assert len(rows_of(tmp_path)) == 100
