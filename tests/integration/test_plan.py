@@ -41,7 +41,7 @@ def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
 def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) -> None:
     found = json.loads(plan("--json", max_steps=None, num_epochs=2).stdout)
     assert (found["num_train"], found["num_test"]) == (72, 36)
-    assert found["num_steps"] == 2 * 72 // 6
+    assert found["num_steps"] == 2 * 72 // 8
     assert found["verdict"] == "fits" and found["lengths_from"] == "rows"
     assert found["longest_row_tokens"] < 192 + 12
     assert found["total_bytes"] == sum(found["memory"].values())
