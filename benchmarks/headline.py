@@ -1,0 +1,228 @@
+"""The headline: how near one adapter comes to training on all data at once, and what it loses and costs.
+
+    python -m benchmarks.headline
+
+It reads the stored cells and trains nothing. Every figure is of the judged tasks: those whose own adapter beats the
+majority class and the base model. Without cells of these two bounds, all tasks are judged. A cell counts only if it was
+trained with today's defaults of the settings in LEARNING.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from deal_core.benchmark.cell import BOUNDS
+from deal_core.benchmark.summary import (
+    OURS,
+    CellJson,
+    Protocol,
+    accuracy,
+    departures,
+    final_scores,
+    matrix_of,
+    order_of,
+    protocols,
+    read_cells,
+)
+from deal_core.config import TrainConfig
+
+CELLS = Path("benchmarks/results/continual")
+STORED_SHARE = 0.1
+"""Share of its rows that a task leaves in the memory."""
+LEARNING = ("learning_rate", "schedule", "num_epochs", "min_steps", "max_steps", "batch_size",
+            "gradient_accumulation_steps", "balance_labels")  # fmt: skip
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
+    """Return the figures of every table under today's training settings, by suite and training rows per task."""
+    found = {}
+    for protocol in protocols(cells):
+        some = next(iter((*protocol.cells, *protocol.joint)), None)
+        if some is None or not is_in_force(some):
+            continue
+        settings = some["settings"]
+        found[f"suite {protocol.suite}, {settings['rows']} rows"] = {
+            "part": settings["part"], "base": settings["base"], "judged_tasks": judged_tasks(protocol),
+            "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
+        }  # fmt: skip
+    today = {name: getattr(TrainConfig(), name) for name in LEARNING}
+    return {"schema_version": 1, "train": today, "stored_share": STORED_SHARE, "tables": found}
+
+
+def is_in_force(cell: CellJson) -> bool:
+    """Whether a cell was trained with today's defaults."""
+    train = TrainConfig(**cell["settings"]["train"])
+    return all(getattr(train, name) == getattr(TrainConfig(), name) for name in LEARNING)
+
+
+def judged_tasks(protocol: Protocol) -> list[str]:
+    """The tasks that measure something."""
+    some = next(iter((*protocol.cells, *protocol.joint)))
+    return protocol.lifted_tasks() or sorted(some["settings"]["tasks"])
+
+
+def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
+    """The cells of each arm: retraining on all rows, ours with and without a memory, and the best rivals."""
+    judged = judged_tasks(protocol)
+    rivals: dict[str, list[CellJson]] = {}
+    for cell in protocol.cells:
+        if cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing" and not departures(cell):
+            rivals.setdefault(cell["settings"]["strategy"], []).append(cell)
+    best = max(rivals, key=lambda name: mean(judged_accuracy(cell, judged) for cell in rivals[name]), default=None)
+    ours = [cell for cell in protocol.cells if cell["settings"]["strategy"] == OURS]
+    return {
+        "joint": list(protocol.joint),
+        "memory rows": [cell for cell in ours if _stores(cell, OURS, "both")],
+        "memory none": [cell for cell in ours if not departures(cell)],
+        f"best rival without memory: {best}": rivals[best] if best else [],
+        "replay, equal memory": [cell for cell in protocol.cells if _stores(cell, "replay", None)],
+    }
+
+
+def _stores(cell: CellJson, strategy: str, texts: str | None) -> bool:
+    """Whether a cell is of a strategy with a memory of STORED_SHARE, and departs from the defaults in nothing else."""
+    method = cell["settings"]["method"]
+    changed = {"rehearsal.stored_share"} | ({"rehearsal.texts"} if texts else set())
+    others = [part for part in departures(cell).split(", ") if part and part.split(" ")[0] not in changed]
+    has_share = method.get("rehearsal.stored_share") == STORED_SHARE
+    has_texts = texts is None or method.get("rehearsal.texts") == texts
+    return cell["settings"]["strategy"] == strategy and has_share and has_texts and not others
+
+
+def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:
+    """Mean accuracy over the judged tasks at the end, in percent."""
+    final = final_scores(cell)
+    return 100 * mean(accuracy(final[name]) for name in judged)
+
+
+def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
+    judged = judged_tasks(protocol)
+    by_cell = [judged_accuracy(cell, judged) for cell in cells]
+    joint = {cell["settings"]["seed"]: cell for cell in protocol.joint}
+    pairs = [(cell, joint[cell["settings"]["seed"]]) for cell in cells if cell["settings"]["seed"] in joint]
+    matrices = [matrix for cell in cells if (matrix := matrix_of(cell, protocol.base))]
+    trained = [version["seconds"]["train"] for cell in cells for version in cell["versions"] if "seconds" in version]
+    found = {
+        "num_cells": len(cells),
+        "orders": sorted({order_of(cell) for cell in cells}),
+        "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
+        "judged_accuracy": mean(by_cell),
+        "judged_accuracy_ci95_over_cells": t_interval(by_cell),
+        "forgetting": mean(100 * (matrix.forgetting or 0.0) for matrix in matrices) if matrices else None,
+        "worst_task": worst_task(cells, judged),
+        "seconds_per_training": mean(trained) if trained else None,
+        "adapter_bytes": cells[0]["versions"][-1].get("adapter_bytes"),
+    }
+    if pairs and cells[0]["settings"]["strategy"] not in BOUNDS:
+        ratios = [judged_accuracy(cell, judged) / judged_accuracy(other, judged) for cell, other in pairs]
+        found |= {
+            "ratio_to_joint": mean(ratios),
+            "ratio_to_joint_ci95_over_cells": t_interval(ratios),
+            "ratio_to_joint_ci95_over_rows": bootstrap_ratio(pairs, judged),
+        }
+    return found
+
+
+def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, Any] | None:
+    """The judged task that lost most: accuracy at the end less the best measured one, in points, mean over cells."""
+    losses: dict[str, list[float]] = {name: [] for name in judged}
+    for cell in cells:
+        matrix = matrix_of(cell)
+        if matrix is None:
+            continue
+        for name, column in zip(matrix.tasks, zip(*matrix.rows, strict=True), strict=True):
+            measured = [value for value in column[matrix.trained.index(name):] if value is not None]
+            if name in losses:
+                losses[name].append(100 * (measured[-1] - max(measured)))
+    means = {name: mean(values) for name, values in losses.items() if values}
+    if not means:
+        return None
+    name = min(means, key=lambda each: means[each])
+    return {"task": name, "points": means[name]}
+
+
+def t_interval(values: Sequence[float]) -> list[float] | None:
+    """The interval of Student's t around the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [mean(values) - half, mean(values) + half]
+
+
+def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence[str]) -> list[float]:
+    """The interval of (mean accuracy of the first) / (mean accuracy of the second) over resampled test rows.
+
+    A row is one unit in all cells. Rows are drawn within their task, so every task keeps its weight.
+    """
+    generator = np.random.default_rng(0)
+    tops, bottoms = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
+    for name in judged:
+        first, second = (_right(cells, name) for cells in zip(*pairs, strict=True))
+        drawn = generator.integers(0, len(first), (NUM_RESAMPLES, len(first)))
+        tops += first[drawn].mean(1)
+        bottoms += second[drawn].mean(1)
+    low, high = np.quantile(tops / bottoms, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return [float(low), float(high)]
+
+
+def _right(cells: Sequence[CellJson], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """For every test row of a task, the share of cells that are right at the end."""
+    bits = [list(final_scores(cell)[name]["correct"]) for cell in cells]
+    return np.array(bits, dtype=np.int64).mean(0)
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "cells": lambda arm: str(arm["num_cells"]),
+    "judged, %": lambda arm: f"{arm['judged_accuracy']:.1f}",
+    "of joint, %": lambda arm: f"{100 * arm['ratio_to_joint']:.1f}" if "ratio_to_joint" in arm else "–",
+    "over rows": lambda arm: _span(arm.get("ratio_to_joint_ci95_over_rows"), 100),
+    "over cells": lambda arm: _span(arm.get("ratio_to_joint_ci95_over_cells"), 100),
+    "forgetting": lambda arm: "–" if arm["forgetting"] is None else f"{arm['forgetting']:.1f}",
+    "worst task": lambda arm: "–" if (worst := arm["worst_task"]) is None else f"{worst['task']} {worst['points']:.1f}",
+    "s a training": lambda arm: "–" if arm["seconds_per_training"] is None else f"{arm['seconds_per_training']:.0f}",
+    "MB": lambda arm: "–" if arm["adapter_bytes"] is None else f"{arm['adapter_bytes'] / 1e6:.1f}",
+}
+
+
+def _span(interval: Sequence[float] | None, scale: float) -> str:
+    return "–" if interval is None else f"{scale * interval[0]:.1f} to {scale * interval[1]:.1f}"
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """The figures for people, one table per suite."""
+    for title, each in found["tables"].items():
+        table = Table(title=f"{title}, {each['part']} rows: {', '.join(each['judged_tasks'])}", box=None)
+        for column in ("", *COLUMNS):
+            table.add_column(column, justify="right" if column else "left")
+        for name, arm in each["arms"].items():
+            table.add_row(name, *(show(arm) for show in COLUMNS.values()))
+        yield table
+
+
+def main(
+    cells: Annotated[Path, typer.Option(help="Folder of the stored cells.")] = CELLS,
+    people: Annotated[bool, typer.Option(help="Print tables for people to standard error too.")] = True,
+) -> None:
+    """Print the headline as one JSON object, and as tables for people."""
+    found = headline(read_cells(cells))
+    typer.echo(json.dumps(found, indent=1))
+    if people:
+        console = Console(stderr=True, width=150)
+        for table in tables(found):
+            console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,78 @@
+"""The headline: one JSON object and tables from the stored cells."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
+from deal_core.benchmark.summary import CellJson, protocols, read_cells
+
+app = typer.Typer()
+app.command()(main)
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[CellJson]:
+    return read_cells(CELLS)
+
+
+def test_the_command_prints_one_object_and_tables_for_people() -> None:
+    done = CliRunner().invoke(app, [])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["schema_version"] == 1
+    for title, table in found["tables"].items():
+        assert title in done.stderr
+        ours = table["arms"]["memory none"]
+        low, high = ours["ratio_to_joint_ci95_over_rows"]
+        assert 0 < low < ours["ratio_to_joint"] < high
+        assert ours["ratio_to_joint"] == pytest.approx(
+            ours["judged_accuracy"] / table["arms"]["joint"]["judged_accuracy"], abs=0.02
+        )
+        assert ours["worst_task"]["task"] in table["judged_tasks"] and ours["worst_task"]["points"] <= 0
+
+
+def test_cells_of_other_training_settings_do_not_count(cells: list[CellJson]) -> None:
+    others = []
+    for cell in cells:
+        other: dict[str, Any] = deepcopy(dict(cell))
+        other["settings"]["train"]["num_epochs"] = 77
+        others.append(other)
+    assert headline(others)["tables"] == {}
+    assert headline([*cells, *others]) == headline(cells)
+
+
+def test_an_arm_has_the_cells_of_its_memory_alone(cells: list[CellJson]) -> None:
+    for protocol in protocols(cells):
+        found = arms(protocol)
+        for cell in found["memory rows"]:
+            method = cell["settings"]["method"]
+            assert (method["rehearsal.texts"], method["rehearsal.stored_share"]) == ("both", 0.1)
+        assert all(cell["settings"]["method"]["rehearsal.texts"] == "arrival" for cell in found["memory none"])
+        ids = [id(cell) for each in found.values() for cell in each]
+        assert len(ids) == len(set(ids))
+
+
+def cell(strategy: str, *outcomes: dict[str, str]) -> dict[str, Any]:
+    versions = [{"scores": {name: {"correct": bits} for name, bits in scores.items()}} for scores in outcomes]
+    return {"settings": {"strategy": strategy, "tasks": ["a", "b"], "scored": "ends", "seed": 0}, "versions": versions}
+
+
+def test_the_worst_task_is_measured_against_its_best_version() -> None:
+    forgetful = cell("deal", {"a": "1111"}, {"a": "1000", "b": "1100"})
+    assert worst_task([forgetful], ["a", "b"]) == {"task": "a", "points": -75.0}
+    assert worst_task([forgetful], ["b"]) == {"task": "b", "points": 0.0}
+
+
+def test_intervals_hold_the_ratio_and_shrink_to_a_point_where_nothing_varies() -> None:
+    same = cell("deal", {"a": "1111", "b": "1111"})
+    assert bootstrap_ratio([(same, same)], ["a", "b"]) == [1.0, 1.0]
+    half = cell("joint", {"a": "1100", "b": "1111"})
+    low, high = bootstrap_ratio([(half, same)], ["a", "b"])
+    assert low < judged_accuracy(half, ["a", "b"]) / 100 < high
+    assert t_interval([1.0]) is None and t_interval([2.0, 2.0]) == [2.0, 2.0]
