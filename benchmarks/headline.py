@@ -74,31 +74,34 @@ def judged_tasks(protocol: Protocol) -> list[str]:
 
 
 def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
-    """The cells of each arm: retraining on all rows, ours with and without a memory, and the best rivals."""
+    """The cells of each arm: retraining on all rows, ours with and without a memory, and the best rivals.
+
+    A rival with several settings takes part with the best one.
+    """
     judged = judged_tasks(protocol)
-    rivals: dict[str, list[CellJson]] = {}
+    groups: dict[tuple[str, str], list[CellJson]] = {}
     for cell in protocol.cells:
-        if cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing" and not departures(cell):
-            rivals.setdefault(cell["settings"]["strategy"], []).append(cell)
-    best = max(rivals, key=lambda name: mean(judged_accuracy(cell, judged) for cell in rivals[name]), default=None)
-    ours = [cell for cell in protocol.cells if cell["settings"]["strategy"] == OURS]
+        groups.setdefault((cell["settings"]["strategy"], departures(cell)), []).append(cell)
+
+    def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
+        fitting = [group for group in groups.values() if chosen(group[0])]
+        return max(fitting, key=lambda group: mean(judged_accuracy(cell, judged) for cell in group), default=[])
+
+    rival = best(lambda cell: cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing")
+    name = rival[0]["settings"]["strategy"] if rival else "none"
     return {
         "joint": list(protocol.joint),
-        "memory rows": [cell for cell in ours if _stores(cell, OURS, "both")],
-        "memory none": [cell for cell in ours if not departures(cell)],
-        f"best rival without memory: {best}": rivals[best] if best else [],
-        "replay, equal memory": [cell for cell in protocol.cells if _stores(cell, "replay", None)],
+        "memory rows": best(lambda cell: _has_memory(cell, OURS)),
+        "memory none": groups.get((OURS, ""), []),
+        f"best rival without memory: {name}": rival,
+        "replay, equal memory": best(lambda cell: _has_memory(cell, "replay")),
     }
 
 
-def _stores(cell: CellJson, strategy: str, texts: str | None) -> bool:
-    """Whether a cell is of a strategy with a memory of STORED_SHARE, and departs from the defaults in nothing else."""
+def _has_memory(cell: CellJson, strategy: str) -> bool:
     method = cell["settings"]["method"]
-    changed = {"rehearsal.stored_share"} | ({"rehearsal.texts"} if texts else set())
-    others = [part for part in departures(cell).split(", ") if part and part.split(" ")[0] not in changed]
-    has_share = method.get("rehearsal.stored_share") == STORED_SHARE
-    has_texts = texts is None or method.get("rehearsal.texts") == texts
-    return cell["settings"]["strategy"] == strategy and has_share and has_texts and not others
+    is_both = strategy != OURS or method.get("rehearsal.texts") == "both"
+    return cell["settings"]["strategy"] == strategy and is_both and method["rehearsal.stored_share"] == STORED_SHARE
 
 
 def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:
