@@ -55,7 +55,7 @@ def test_the_page_fits_the_screen_and_says_the_verdict_first(
     assert said == [], "the console is silent"
     assert asked == [file.as_uri()], "nothing else is loaded"
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "no scrolling sideways"
-    assert page.locator("details[open]").count() == page.locator("details").count() == 3
+    assert page.locator("details[open]").count() == page.locator("details").count() == 4
     for element in ("#verdict", ".verdict li >> nth=-1", ".scores dd >> nth=0"):
         box = page.locator(element).bounding_box()
         assert box is not None and box["y"] + box["height"] <= HEIGHT, f"{element} is in the first screen"
