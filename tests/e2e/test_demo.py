@@ -6,11 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_base import EXAMPLES
 from tests.e2e.command import deal
 
 pytestmark = [pytest.mark.e2e, pytest.mark.base_model]
 
 
+def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    run = deal(home, "adapt", str(EXAMPLES / "bank" / "spec.yaml"))
+    assert (run["status"], run["version"], run["num_steps"]) == ("promoted", "1", 27)
+    assert run["accuracies"]["bank"] >= 0.3, "the base model has 0.06"
+    answer = deal(home, "predict", "I lost my card on the train.", "--lineage", "demo")
+    assert answer["version"] == "1" and answer["answer"]
+
+
+@pytest.mark.nightly
 def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (outcome,) = deal(home, "demo")["outcomes"]

@@ -22,6 +22,7 @@ from tests.e2e.command import DEAL
 from tests.e2e.whole import BUCKET, CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
 
 CHROMIUM = shutil.which("chromium")
+NUM_ARRIVALS = 4
 
 
 @pytest.mark.e2e
@@ -43,13 +44,13 @@ def check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Wh
     rows = rows_of("parcels")
     for name in ("one", "two"):
         whole.add_lineage(name, tiny_base, [f"parcels-{name}"])
-    size = len(rows) // 6
+    size = len(rows) // NUM_ARRIVALS
 
     async def landing() -> None:
         events = whole.events(DONE, ARRIVAL_LANDED)
-        waiting = asyncio.create_task(wait_until_learned(whole, {"one": 6, "two": 2}, events))
+        waiting = asyncio.create_task(wait_until_learned(whole, {"one": NUM_ARRIVALS, "two": 2}, events))
         await asyncio.sleep(0)  # the stream is open before anything lands
-        for number in range(6):
+        for number in range(NUM_ARRIVALS):
             whole.land(f"parcels-one/{number}.jsonl", rows[number * size : (number + 1) * size])
             if number < 2:
                 whole.land(f"parcels-two/{number}.jsonl", rows[number * size : (number + 1) * size])
@@ -57,7 +58,7 @@ def check_what_lands_is_adapted_once_in_order_and_two_lineages_at_once(whole: Wh
         await waiting
 
     asyncio.run(landing())
-    for name, count in (("one", 6), ("two", 2)):
+    for name, count in (("one", NUM_ARRIVALS), ("two", 2)):
         versions = whole.versions(name)
         assert [version.parent_version for version in versions] == [None, *map(str, range(1, count))], "one line"
         assert whole.learned(name) == [f"inbox/parcels-{name}/{number}.jsonl" for number in range(count)]
@@ -147,7 +148,7 @@ def check_a_server_that_is_killed_is_started_again(whole: Whole) -> None:
         with attempt:
             assert pid_of("mlflow-server") != before
             assert httpx.get(f"{whole.mlflow_url}/health").is_success
-    assert len(whole.versions("one")) == 6
+    assert len(whole.versions("one")) == NUM_ARRIVALS
 
 
 def check_everything_listens_on_loopback_alone(whole: Whole) -> None:
