@@ -190,8 +190,8 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "cells": lambda arm: str(arm["num_cells"]),
     "judged, %": lambda arm: f"{arm['judged_accuracy']:.1f}",
     "of joint, %": lambda arm: f"{100 * arm['ratio_to_joint']:.1f}" if "ratio_to_joint" in arm else "–",
-    "over rows": lambda arm: _span(arm.get("ratio_to_joint_ci95_over_rows"), 100),
-    "over cells": lambda arm: _span(arm.get("ratio_to_joint_ci95_over_cells"), 100),
+    "over rows": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_rows")),
+    "over cells": lambda arm: _percent_span(arm.get("ratio_to_joint_ci95_over_cells")),
     "forgetting": lambda arm: "–" if arm["forgetting"] is None else f"{arm['forgetting']:.1f}",
     "worst task": lambda arm: "–" if (worst := arm["worst_task"]) is None else f"{worst['task']} {worst['points']:.1f}",
     "s a training": lambda arm: "–" if arm["seconds_per_training"] is None else f"{arm['seconds_per_training']:.0f}",
@@ -199,8 +199,8 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def _span(interval: Sequence[float] | None, scale: float) -> str:
-    return "–" if interval is None else f"{scale * interval[0]:.1f} to {scale * interval[1]:.1f}"
+def _percent_span(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:

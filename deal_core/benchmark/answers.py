@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deal_core.evaluation.label_figures import number_labels
 from deal_core.evaluation.metrics import plain_answer
 
 
@@ -42,7 +43,7 @@ def pack_answers(
     answers: Sequence[str], references: Sequence[str], labels: Sequence[str], log_probs_NL: Tensor
 ) -> dict[str, Any]:
     """Return JSON values. Log-probabilities are half-precision floats in base64, row by row: three digits are kept."""
-    numbers = {plain_answer(label): number for number, label in enumerate(labels)}
+    numbers = number_labels(labels)
     half_NL = log_probs_NL.clamp(min=-6e4).numpy().astype("<f2")
     return {
         "labels": list(labels),

@@ -72,11 +72,16 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """
     if len(prompts) < 2:
         return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # their common prefix is that of all prompts
     longest = min(map(len, prompts)) - 1
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), longest)
-    shared = min(shared, longest)
+    starts = [list(prompt[:longest]) for prompt in prompts]
+    pairs = zip(min(starts), max(starts), strict=True)  # their common prefix is that of all prompts
+    shared = next((i for i, (first, last) in enumerate(pairs) if first != last), longest)
     return shared if shared >= MIN_PREFIX else 0
+
+
+def read_cache(model: nn.Module, input_ids: Tensor) -> Cache | None:
+    """Read tokens (1×P) and return their keys and values; None if the model has no cache."""
+    return cast(Cache | None, getattr(model(input_ids=input_ids, use_cache=True, logits_to_keep=1), "cache", None))
 
 
 def can_be_continued(cache: Cache | None) -> bool:
@@ -91,7 +96,7 @@ def can_be_continued(cache: Cache | None) -> bool:
 def can_share_prefix(model: nn.Module) -> bool:
     """Whether a decoder-only model can read a prefix once and several texts after it; the model reads one token."""
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    return can_be_continued(getattr(model(input_ids=token, use_cache=True), "cache", None))
+    return can_be_continued(read_cache(model, token))
 
 
 class AnswerCollator:
@@ -158,7 +163,8 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
     if "prefix_ids" not in inputs:
         return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
-    cache = model(input_ids=inputs["prefix_ids"], logits_to_keep=positions[:1] * 0, use_cache=True).cache
+    cache = read_cache(model, inputs["prefix_ids"])
+    assert cache is not None, "the collator gives a prefix only to a model with a cache"
     cache.batch_repeat_interleave(num_rows)
     return cast(Tensor, model(**features, cache=cache, logits_to_keep=positions, use_cache=True).logits)
 

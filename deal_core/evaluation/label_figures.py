@@ -30,6 +30,11 @@ class LabelFigures:
     share: float
 
 
+def number_labels(labels: Sequence[str]) -> dict[str, int]:
+    """Return the number of each label, by the label as answers are compared."""
+    return {plain_answer(label): number for number, label in enumerate(labels)}
+
+
 def label_figures(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> list[LabelFigures]:
     """Return the figures of every label in the schema's order; answers outside the labels come last, if there are any.
 

@@ -44,10 +44,11 @@ def label_log_probs(
     found_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
     for batch in batches_by_length([len(prompt) for prompt in prompts], config.max_batch_tokens, len(prompts)):
-        chosen = [prompts[i] for i in batch]
-        pad = int(tokenizer.pad_token_id or 0)
-        score = _score_seq2seq if model.config.is_encoder_decoder else _score_decoder
-        found_NL[batch] = score(model, chosen, labels, pad, prefix)
+        chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
+        if model.config.is_encoder_decoder:
+            found_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
+        else:
+            found_NL[batch] = _score_decoder(model, chosen, labels, pad, prefix)
     return found_NL
 
 
@@ -60,11 +61,8 @@ def _score_decoder(
     mask = torch.cat([torch.ones(num_rows, prefix.length, dtype=torch.long), own_mask], 1).to(device)
     lengths_B1 = mask.sum(1, keepdim=True)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, prefix.length :]
-    cache = copy.deepcopy(prefix.cache)
-    if cache is not None:
-        cache.batch_repeat_interleave(num_rows)
     output = model(
-        input_ids=input_ids.to(device), attention_mask=mask, position_ids=positions, cache=cache,
+        input_ids=input_ids.to(device), attention_mask=mask, position_ids=positions, cache=prefix.repeated(num_rows),
         use_cache=True, logits_to_keep=torch.tensor([-1], device=device),
     )  # fmt: skip
     cache, first_BV = output.cache, output.logits[:, -1].float().log_softmax(-1)
@@ -86,7 +84,7 @@ def _score_decoder(
 
 
 def _score_seq2seq(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int, prefix: Prefix
+    model: LanguageModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int
 ) -> Tensor:
     """Encode the prompts once, then decode every label."""
     device = device_of(model)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import can_be_continued, common_prefix, pad_batch
+from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.label_figures import LabelFigures, label_figures
@@ -226,6 +226,13 @@ class Prefix(NamedTuple):
     length: int
     cache: Cache | None
 
+    def repeated(self, num_rows: int) -> Cache | None:
+        """Return a copy of the cache for several rows."""
+        cache = copy.deepcopy(self.cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(num_rows)
+        return cache
+
 
 def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Compute the prefix that all prompts share, such as a task's instruction and options."""
@@ -235,7 +242,7 @@ def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefi
     if not shared:
         return Prefix(0, None)
     ids = torch.tensor([prompts[0][:shared]], device=device_of(model))
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
+    cache = read_cache(model, ids)
     return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
 
 
@@ -258,8 +265,7 @@ def _generate(
     if prefix.cache is not None:
         shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
-        more["cache"] = copy.deepcopy(prefix.cache)
-        more["cache"].batch_repeat_interleave(len(prompts))
+        more["cache"] = prefix.repeated(len(prompts))
     output = cast(GenerationMixin, model).generate(
         input_ids=input_ids.to(device_of(model)),
         attention_mask=mask.to(device_of(model)),

@@ -13,7 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.label_figures import collapsed
+from deal_core.evaluation.label_figures import collapsed, number_labels
 from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of, plain_answer
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from deal_core.safe_text import brief, listed
@@ -219,7 +219,7 @@ class Scorer:
         from deal_core.evaluation.criterion import recentred_accuracy
         from deal_core.evaluation.label_scores import label_log_probs
 
-        numbers = {plain_answer(label): number for number, label in enumerate(test_set.schema.labels)}
+        numbers = number_labels(test_set.schema.labels)
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
         log_probs_NL = label_log_probs(
             model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,13 @@ def test_the_command_prints_one_object_and_tables_for_people() -> None:
             ours["judged_accuracy"] / table["arms"]["joint"]["judged_accuracy"], abs=0.02
         )
         assert ours["worst_task"]["task"] in table["judged_tasks"] and ours["worst_task"]["points"] <= 0
+
+
+def test_the_folder_of_the_cells_and_the_tables_are_options(tmp_path: Path) -> None:
+    none = CliRunner().invoke(app, ["--cells", str(tmp_path)])
+    assert none.exit_code == 0 and json.loads(none.stdout)["tables"] == {}
+    quiet = CliRunner().invoke(app, ["--no-people"])
+    assert json.loads(quiet.stdout)["tables"] and quiet.stderr == ""
 
 
 def test_cells_of_other_training_settings_do_not_count(cells: list[CellJson]) -> None:

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
+from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
+from deal_core.evaluation.label_scores import label_log_probs
+from deal_core.evaluation.metrics import outcomes_of
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
@@ -74,6 +78,21 @@ def test_every_entry_that_the_matrix_needs_is_scored(run):
     last = run("deal", scored="last", max_test_rows=2)
     assert scored(last) == [[], names[:2]]
     assert all(len(score["correct"]) == 2 for score in last["versions"][-1]["scores"].values())
+
+
+def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, base):
+    score = final_scores(run("base"))["colours"]
+    kept, rows = unpack_answers(score), TASKS["colours"].part("reported")
+    assert kept is not None and kept.labels == LABELS["colours"]
+    references = [row["output"] for row in rows]
+    assert [kept.labels[number] for number in kept.targets_N] == references
+    assert outcomes_of(kept.texts(), references) == score["correct"]
+    expected = label_log_probs(
+        base.model, base.tokenizer, TASKS["colours"].schema, [row["input"] for row in rows], EvaluateConfig(),
+        max_prompt_tokens=TRAIN.max_prompt_tokens,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.tensor(kept.log_probs_NL).float(), expected, atol=0, rtol=1e-3)
+    assert unpack_answers({"correct": "1"}) is None, "an earlier cell has no answers"
 
 
 def test_every_version_says_on_what_machine_it_was_made(run):
