@@ -7,7 +7,8 @@ does not import torch, so the command line reads a spec without it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -55,8 +56,17 @@ class AdapterConfig:
 
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
-LATER: dict[str, Any] = {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False}
-"""Settings of TrainConfig that the first release did not have → the value that changes nothing."""
+LATER: dict[str, dict[str, Any]] = {
+    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
+    "rehearsal": {"max_stored_rows": None},
+}
+"""Section → settings that the first release did not have → the value that changes nothing."""
+
+
+def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section without later settings that change nothing. Digests of these values stay the same."""
+    later = LATER.get(section, {})
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 @settings("train")
@@ -106,13 +116,10 @@ class TrainConfig:
         )
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, for digests: all but num_processes.
-
-        A setting that an earlier release did not have is left out where it changes nothing, so digests match.
-        """
+        """The settings that decide the result, for digests: all but num_processes."""
         values = asdict(self)
         del values["num_processes"]
-        return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+        return known_before("train", values)
 
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps for a task with `num_rows` training rows."""
@@ -264,6 +271,12 @@ class DealConfig:
 
 
 Texts = Literal["none", "arrival", "stored", "both"]
+Memory = Literal["none", "rows"]
+MEMORY: dict[Memory, dict[str, Any]] = {
+    "none": {"texts": "arrival"},
+    "rows": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200},
+}
+"""What a lineage may keep of its training rows → the settings of the rehearsal."""
 
 
 @settings("rehearsal")
@@ -274,7 +287,9 @@ class RehearsalConfig:
     """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
     old data is kept. stored: rows of the old tasks, kept with the adapter. both: half of each."""
     stored_share: ShareAboveZero = 0.02
-    """Share of a task's training rows that `stored` and `both` keep."""
+    """Share of an arrival's training rows that `stored` and `both` keep."""
+    max_stored_rows: Count | None = None
+    """Most rows that are kept of one arrival; None: the share alone decides."""
     num_texts: Count = 256
     """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
     rows_per_step: Count = 4
@@ -283,6 +298,21 @@ class RehearsalConfig:
     """Weight of the questions' loss relative to the new task's loss."""
     temperature: Positive = 1.0
     """Temperature that softens both the parent's and the model's distribution in the questions' loss."""
+
+    def with_memory(self, memory: Memory | None) -> RehearsalConfig:
+        """Return the settings with those that `memory` stands for.
+
+        Raises:
+            ConfigError: One of these settings was changed as well.
+        """
+        if memory is None:
+            return self
+        changed = [name for name in MEMORY["rows"] if getattr(self, name) != getattr(RehearsalConfig(), name)]
+        _require(
+            not changed,
+            f"memory is {memory}, which decides rehearsal.{', rehearsal.'.join(changed)} too; remove one of the two.",
+        )
+        return replace(self, **MEMORY[memory])
 
     @property
     def keeps_rows(self) -> bool:

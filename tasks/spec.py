@@ -15,7 +15,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deal_core.config import (
     AdapterConfig,
@@ -23,10 +23,12 @@ from deal_core.config import (
     DealConfig,
     EvaluateConfig,
     GateConfig,
+    Memory,
     MethodConfig,
     RehearsalConfig,
     RivalConfig,
     TrainConfig,
+    known_before,
 )
 from deal_core.errors import ConfigError
 from deal_core.limits import describe
@@ -127,6 +129,9 @@ class LineageSpec(BaseModel):
     """None: the strategy of the lineage's champion, or else `deal`."""
     adapter: AdapterConfig | None = None
     """None: the shape of the lineage's adapter, or else the default shape."""
+    memory: Memory | None = None
+    """none: no training row is kept. rows: a tenth of each arrival's training rows, at most 200, is kept with the
+    adapter and asked again. None: the settings under `rehearsal` decide, which keep none by default."""
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
@@ -138,7 +143,13 @@ class LineageSpec(BaseModel):
     @property
     def method(self) -> MethodConfig:
         """Settings of the strategies."""
-        return MethodConfig(deal=self.deal, rehearsal=self.rehearsal, rivals=self.rivals)
+        rehearsal = self.rehearsal.with_memory(self.memory)
+        return MethodConfig(deal=self.deal, rehearsal=rehearsal, rivals=self.rivals)
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        self.rehearsal.with_memory(self.memory)
+        return self
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""
@@ -164,10 +175,11 @@ class AdaptSpec(LineageSpec):
         """
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
-                                  "task": {"name", "data", "test_data", "columns"},
+                                  "memory": True, "task": {"name", "data", "test_data", "columns"},
                                   "data": {"retain_training_rows", "include_texts"}}
         )
         settings["train"] = self.train.deciding()
+        settings["rehearsal"] = known_before("rehearsal", asdict(self.method.rehearsal))
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

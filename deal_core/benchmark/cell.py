@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig, known_before
 from deal_core.errors import ConfigError
 from deal_core.strategies import STRATEGIES, strategy_class
 
@@ -124,7 +124,11 @@ def _later_revision(strategy: str) -> dict[str, int]:
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
     """Return the method settings that a strategy reads, by dotted name."""
     reads = strategy_class(strategy).reads
-    flat = {f"{part}.{name}": value for part, values in asdict(method).items() for name, value in values.items()}
+    flat = {
+        f"{part}.{name}": value
+        for part, values in asdict(method).items()
+        for name, value in known_before(part, values).items()
+    }
     return {name: value for name, value in flat.items() if name in reads or name.partition(".")[0] in reads}
 
 

@@ -54,7 +54,8 @@ def keep_rows(
     if not config.keeps_rows:
         return {}
     new = list(context.encoded)
-    sample = random.Random(seed).sample(new, max(1, round(config.stored_share * len(new))))
+    num_kept = min(max(1, round(config.stored_share * len(new))), config.max_stored_rows or len(new))
+    sample = random.Random(seed).sample(new, num_kept)
     questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in sample]
     return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(questions)}
 

@@ -41,6 +41,14 @@ Strategy = Annotated[
     str | None,
     Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
 ]
+Memory = Annotated[
+    str | None,
+    Option(
+        "--memory",
+        help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
+        show_default="the lineage's own, else none",
+    ),
+]
 SpecLineage = Annotated[
     str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
 ]
@@ -112,6 +120,7 @@ def adapt(
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
+    memory: Memory = None,
     again: Annotated[
         bool, Option("--again", help="Train even if this file was already learned. Repeating the command trains again.")
     ] = False,
@@ -122,7 +131,7 @@ def adapt(
 
     adapt_spec = spec_from_options(
         current_store(), spec, task=task, data=data, test_data=test_data,
-        lineage=lineage, base_model=base, strategy=strategy,
+        lineage=lineage, base_model=base, strategy=strategy, memory=memory,
     )  # fmt: skip
     from flows.adapt import adapt as adapt_flow
 
@@ -144,6 +153,7 @@ def watch(
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
+    memory: Memory = None,
     poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
@@ -151,7 +161,7 @@ def watch(
     from tasks.lineage.settings import watched_from_options
 
     watched = watched_from_options(
-        current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy
+        current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
     from flows.watch import watch as watch_flow
 

@@ -41,7 +41,7 @@ from tasks.references import RunRef
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("strategy", "adapter", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate")
+SETTINGS = ("strategy", "adapter", "memory", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate")
 """Parts of a run's spec that its MLflow run shows."""
 
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig
+from deal_core.config import MEMORY, AdapterConfig
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -217,12 +217,21 @@ def _parse_over_stored(
     merged = _over(stored, values, model)
     if path is not None:
         parse(model, merged, origin)
-    return parse(model, {**merged, **given}, "options" if path else origin)
+    return parse(model, _over(merged, given, model), "options" if path else origin)
 
 
 def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[LineageSpec]) -> dict[str, Any]:
-    """Put `values` over the stored values that `model` has. A section in both is merged key by key."""
+    """Put `values` over the stored values that `model` has. A section in both is merged key by key.
+
+    `memory` wins over the settings of the rehearsal that it stands for, and these over a stored `memory`.
+    """
     merged = {name: value for name, value in stored.items() if name in model.model_fields}
+    if values.get("memory") is not None and isinstance(merged.get("rehearsal"), Mapping):
+        merged["rehearsal"] = {
+            name: value for name, value in merged["rehearsal"].items() if name not in MEMORY["rows"]
+        }
+    if isinstance(rehearsal := values.get("rehearsal"), Mapping) and rehearsal.keys() & MEMORY["rows"].keys():
+        merged.pop("memory", None)
     for name, value in values.items():
         below = merged.get(name)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
@@ -274,12 +283,19 @@ def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConf
 
 
 def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
-    """Return the spec's strategy, or else the lineage's, or else the default."""
-    return spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+    """Return the spec's strategy, or else the lineage's, or else the default.
+
+    Raises:
+        ConfigError: The strategy keeps rows, and the spec forbids it.
+    """
+    strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+    if strategy == "replay" and spec.memory == "none":
+        raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
+    return strategy
 
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
     """Return the settings of a run for its log."""
-    parts = {"deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    parts = {"memory", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
     settings = spec.model_dump(mode="json", include=parts)
     return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -147,3 +147,26 @@ def test_given_tells_only_what_was_said() -> None:
 def test_lineage_spec_has_no_task() -> None:
     with pytest.raises(ConfigError, match="unknown key 'task'"):
         parse(LineageSpec, {"task": {"name": "t", "data": "x"}}, "a")
+
+
+def test_memory_stands_for_settings_of_the_rehearsal() -> None:
+    plain = {"lineage": "l", "task": {"name": "t", "data": "x.csv"}}
+    rows, written_out = (
+        parse(AdaptSpec, {**plain, **change}, "a")
+        for change in (
+            {"memory": "rows"},
+            {"rehearsal": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200}},
+        )
+    )
+    default, none = (parse(AdaptSpec, {**plain, **change}, "a") for change in ({}, {"memory": "none"}))
+    assert rows.method.rehearsal.keeps_rows and not none.method.rehearsal.keeps_rows
+    digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (rows, written_out, default, none)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+    with pytest.raises(ConfigError, match=r"memory is rows, which decides rehearsal\.texts too"):
+        parse(AdaptSpec, {**plain, "memory": "rows", "rehearsal": {"texts": "stored"}}, "a")
+
+
+def test_the_digest_of_a_run_s_settings_is_that_of_the_first_release() -> None:
+    """A lineage that learned a file with an earlier release does not learn it again."""
+    spec = parse(AdaptSpec, {"lineage": "l", "task": {"name": "t", "data": "x.csv"}}, "a")
+    assert spec.config_sha256(AdapterConfig(), "deal").startswith("da604f5ff5d3485c")

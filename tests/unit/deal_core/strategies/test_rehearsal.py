@@ -287,3 +287,10 @@ def test_the_parent_is_asked_without_dropout(base, collate):
         assert not base.model.training
     finally:
         base.model.eval()
+
+
+def test_kept_rows_have_a_limit_per_arrival(train):
+    few = RehearsalConfig(texts="stored", stored_share=0.5, max_stored_rows=3)
+    first = train("deal", rehearsal=few)
+    second = load_method_state(train("deal", first.folder, rehearsal=few).folder)
+    assert [len(unpack(value)) for value in second.tensors.values()] == [3, 3]

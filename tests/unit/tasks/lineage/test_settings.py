@@ -19,7 +19,7 @@ from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from tasks.lineage.settings import AskedSpec, spec_from_options, watched_from_options
+from tasks.lineage.settings import AskedSpec, choose_strategy, spec_from_options, watched_from_options
 from tasks.spec import AdaptSpec, TaskSpec
 
 STORED = """\
@@ -214,3 +214,28 @@ def test_a_run_on_a_server_is_given_what_the_lineage_s_file_says(
     store.put_bytes("lineages/support.yaml", b"gat: {}\n")
     with pytest.raises(ValueError, match="unknown key 'gat'"):
         checked.validate_python({"lineage": "support", "task": task})
+
+
+@pytest.mark.parametrize(
+    ("stored", "spec", "option", "keeps_rows"),
+    [
+        ("rehearsal: {texts: both, weight: 2.0}", "{}", "none", False),
+        ("rehearsal: {texts: both, weight: 2.0}", "memory: none", None, False),
+        ("memory: rows\nrehearsal: {weight: 2.0}", "rehearsal: {texts: arrival}", None, False),
+        ("memory: rows\nrehearsal: {weight: 2.0}", "rehearsal: {num_texts: 9}", None, True),
+        ("memory: none\nrehearsal: {weight: 2.0}", "memory: rows", None, True),
+    ],
+)
+def test_the_last_word_on_memory_wins(
+    store: ObjectStore, tmp_path: Path, stored: str, spec: str, option: str | None, keeps_rows: bool
+) -> None:
+    store.put_bytes("lineages/support.yaml", stored.encode())
+    arrival = {"lineage": "support", "task": {"name": "t", "data": "x.csv"}, **yaml.safe_load(spec)}
+    found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), memory=option).method.rehearsal
+    assert found.keeps_rows == keeps_rows and found.weight == 2.0
+
+
+def test_replay_is_refused_where_no_row_may_be_kept(store: ObjectStore) -> None:
+    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="replay", memory="none")
+    with pytest.raises(ConfigError, match="memory is none, but strategy replay"):
+        choose_strategy(spec, None)
