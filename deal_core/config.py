@@ -58,7 +58,7 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
-    "rehearsal": {"max_stored_rows": None},
+    "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
 
@@ -290,6 +290,11 @@ class RehearsalConfig:
     """Share of an arrival's training rows that `stored` and `both` keep."""
     max_stored_rows: Count | None = None
     """Most rows that are kept of one arrival; None: the share alone decides."""
+    balance_stored: Flag = False
+    """Keep rows of every label, in the shares that the labels have; False keeps a plain random sample."""
+    parent_share: Share = 0.0
+    """Share of the parent's own answer in the target of a stored row; its label has the rest (after DER++,
+    arXiv 2004.07211). 0 holds a stored row to its label alone."""
     num_texts: Count = 256
     """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
     rows_per_step: Count = 4

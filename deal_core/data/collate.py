@@ -6,7 +6,7 @@ K tokens of the longest answer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -252,12 +252,19 @@ class BucketSampler(Sampler[int]):
         """Spread each label's rows evenly over the list; a label's rows keep their order."""
         if self._labels is None:
             return rows
-        by_label: dict[Hashable, list[int]] = {}
-        for row in rows:
-            by_label.setdefault(self._labels[row], []).append(row)
-        places = [
-            ((number + float(torch.rand((), generator=generator))) / len(members), row)
-            for members in by_label.values()
-            for number, row in enumerate(members)
-        ]
-        return [row for _, row in sorted(places)]
+        labels = [self._labels[row] for row in rows]
+        return [rows[i] for i in spread(labels, lambda: float(torch.rand((), generator=generator)))]
+
+
+def spread(labels: Sequence[Hashable], draw: Callable[[], float]) -> list[int]:
+    """Return the places of a list in an order in which every part has the labels in their shares.
+
+    The places of one label keep their order. `draw` gives random numbers of [0, 1).
+    """
+    by_label: dict[Hashable, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_label.setdefault(label, []).append(place)
+    ranked = sorted(
+        ((number + draw()) / len(places), place) for places in by_label.values() for number, place in enumerate(places)
+    )
+    return [place for _, place in ranked]

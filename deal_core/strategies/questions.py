@@ -6,15 +6,17 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from peft import PeftModel
 from torch import Tensor
 
 from deal_core.config import EvaluateConfig, RehearsalConfig
+from deal_core.data.collate import spread
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import answer_limit, generate
-from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, with_target
+from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label, with_target
 from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
 
 MIN_SHARING = 8
@@ -36,10 +38,11 @@ def make_rehearsal(
     stored = [unpack(value) for _, value in sorted(rows.items())] if config.keeps_rows else []
     stored = [questions for questions in stored if questions]  # `deal forget` empties the rows of a task
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
-    asked: list[list[Question]] = []
-    if config.asks_about_arrival:
-        num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if stored else 1)
-        asked = _about_arrival(config, model, context, seed, num_put)
+    is_shared = bool(stored) and config.asks_about_arrival
+    num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if is_shared else 1)
+    if config.parent_share > 0:
+        stored = _with_parents_answers(config, model, context, stored, seed, num_put)
+    asked = _about_arrival(config, model, context, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
         [stored, asked], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
         temperature=config.temperature, seed=seed,
@@ -53,11 +56,29 @@ def keep_rows(
     """Return the stored rows of all tasks, with a sample of the new task's rows; empty if no rows are kept."""
     if not config.keeps_rows:
         return {}
-    new = list(context.encoded)
+    new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
     num_kept = min(max(1, round(config.stored_share * len(new))), config.max_stored_rows or len(new))
-    sample = random.Random(seed).sample(new, num_kept)
-    questions = [Question(row["prompt_ids"], row["answer_ids"]) for row in sample]
-    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(questions)}
+    generator = random.Random(seed)
+    chosen = generator.sample(new, len(new) if config.balance_stored else num_kept)
+    if config.balance_stored:
+        order = spread([tuple(question.answer_ids) for question in chosen], generator.random)
+        chosen = [chosen[place] for place in order[:num_kept]]
+    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(chosen)}
+
+
+def _with_parents_answers(
+    config: RehearsalConfig,
+    model: PeftModel,
+    context: TaskContext,
+    stored: Sequence[list[Question]],
+    seed: int,
+    num_put: int,
+) -> list[list[Question]]:
+    """Mix the parent's answers into the targets of stored rows; no more rows of a task than the steps use."""
+    num_each = math.ceil(num_put / max(1, len(stored)))
+    chosen = [random.Random(seed).sample(questions, min(num_each, len(questions))) for questions in stored]
+    answered = iter(ask(model, context.collator(), list(chain(*chosen)), temperature=config.temperature))
+    return [[with_label(next(answered), config.parent_share) for _ in questions] for questions in chosen]
 
 
 def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:

@@ -31,12 +31,14 @@ class Question:
         answer_ids: The K tokens of the answer.
         tokens_KN: The most likely tokens at each position of the answer; None: only the answer is the target.
         shares_KN: The probabilities of `tokens_KN`.
+        is_parents: Whether the distribution is the parent's alone.
     """
 
     prompt_ids: Sequence[int]
     answer_ids: Sequence[int]
     tokens_KN: Tensor | None = None
     shares_KN: Tensor | None = None
+    is_parents: bool = False
 
 
 class Rehearsal:
@@ -111,9 +113,9 @@ class Rehearsal:
 
     @torch.no_grad()
     def drift(self, model: nn.Module) -> float | None:
-        """Return KL(target ‖ model) per answer token over the first steps' questions; None if no target is known."""
+        """Return KL(parent ‖ model) per answer token over the first steps' questions; None if no answer is known."""
         drawn = (question for step in range(NUM_DRIFT_STEPS) for question in self.draw(step))
-        questions = [question for question in drawn if question.tokens_KN is not None]
+        questions = [question for question in drawn if question.is_parents]
         if not questions:
             return None
         model.eval()
@@ -173,7 +175,21 @@ def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Qu
     """Return the question with the logits' distribution, softened by the temperature, as its target."""
     shares_KV = (logits_KV.float() / temperature).softmax(-1)
     top = shares_KV.topk(min(NUM_KEPT, shares_KV.shape[-1]), dim=-1)
-    return replace(question, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu())
+    return replace(question, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu(), is_parents=True)
+
+
+def with_label(question: Question, parent_share: float) -> Question:
+    """Return the question with parent_share·distribution + (1 − parent_share)·answer as its target.
+
+    An answer's token that the distribution does not keep takes the place of the least likely one.
+    """
+    assert question.tokens_KN is not None and question.shares_KN is not None
+    tokens_KN, shares_KN = question.tokens_KN.clone(), parent_share * question.shares_KN
+    answer_K1 = torch.tensor(list(question.answer_ids))[:, None]
+    is_lost_K = ~(tokens_KN == answer_K1).any(-1)
+    tokens_KN[is_lost_K, -1], shares_KN[is_lost_K, -1] = answer_K1[is_lost_K, 0], 0.0
+    shares_KN = shares_KN + (1 - parent_share) * (tokens_KN == answer_K1)
+    return replace(question, tokens_KN=tokens_KN, shares_KN=shares_KN, is_parents=False)
 
 
 def pack(questions: Sequence[Question]) -> Tensor:

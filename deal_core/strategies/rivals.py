@@ -243,7 +243,10 @@ class Replay(Strategy):
     """SeqLoRA with stored rows of old tasks. `rehearsal.texts` is ignored: this method always keeps data."""
 
     name = "replay"
-    reads = ("rehearsal.stored_share", "rehearsal.rows_per_step", "rehearsal.weight")
+    reads = tuple(
+        f"rehearsal.{name}"
+        for name in ("stored_share", "max_stored_rows", "balance_stored", "parent_share", "rows_per_step", "weight")
+    )
     revision = 2  # stored rows are put in another order with every arrival
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from deal_core.adapter.state import adapter_on, load_method_state
@@ -16,7 +18,7 @@ from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.score import first_answer_logits
 from deal_core.strategies.questions import make_rehearsal, tasks_to_ask
-from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack
+from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label
 from deal_core.strategies.strategy import TaskContext
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
@@ -123,8 +125,6 @@ def test_old_answers_drift_less_when_they_are_asked_for(base, strategy, train, p
     ids=str,
 )  # fmt: skip
 def test_every_setting_changes_the_result(change, parent, train):
-    from safetensors.torch import load_file
-
     def weights(config: RehearsalConfig):
         folder = train("deal", parent, rehearsal=config, old_tasks=(OLD,)).folder
         return load_file(folder / "adapter_model.safetensors")
@@ -294,3 +294,41 @@ def test_kept_rows_have_a_limit_per_arrival(train):
     first = train("deal", rehearsal=few)
     second = load_method_state(train("deal", first.folder, rehearsal=few).folder)
     assert [len(unpack(value)) for value in second.tensors.values()] == [3, 3]
+
+
+def test_kept_rows_hold_every_label_in_its_share(train, rows, base):
+    """A plain sample of 24 rows by chance holds one label more often than another."""
+    fair = RehearsalConfig(texts="stored", stored_share=0.5, balance_stored=True)
+    for seed in range(3):
+        folder = train("deal", rehearsal=fair, train=replace(LONG, max_steps=1, seed=seed)).folder
+        (packed,) = load_method_state(folder).tensors.values()
+        counts = Counter(tuple(question.answer_ids) for question in unpack(packed))
+        assert set(counts.values()) == {12 // len(counts)}
+
+
+def test_a_stored_row_is_held_to_its_label_and_to_the_parents_answer(base, collate):
+    """The target is the weighted sum; a token that the distribution does not keep is put in."""
+    asked = question(base, "about grass", "green leaf")
+    (parents,) = ask(base.model, collate, [asked], temperature=1.0)
+    rare = replace(parents, answer_ids=[int(parents.tokens_KN.max()) + 1, *parents.answer_ids[1:]])
+    for before in (parents, rare):
+        mixed = with_label(before, 0.25)
+        whole_before, whole_mixed = (
+            torch.zeros(len(before.answer_ids), 10_000).scatter_add(1, q.tokens_KN, q.shares_KN)
+            for q in (before, mixed)
+        )
+        labels = torch.nn.functional.one_hot(torch.tensor(before.answer_ids), 10_000)
+        difference = (whole_mixed - (0.25 * whole_before + 0.75 * labels)).abs()
+        assert difference.max() <= 0.25 * before.shares_KN[:, -1].max() + 1e-6
+        assert not mixed.is_parents and before.is_parents
+
+
+def test_the_share_of_the_parents_answer_changes_what_stored_rows_teach(train):
+    first = train("deal", rehearsal=RehearsalConfig(texts="stored", stored_share=0.5)).folder
+
+    def weights(share: float):
+        config = RehearsalConfig(texts="stored", stored_share=0.5, parent_share=share)
+        return load_file(train("deal", first, train=LONG, rehearsal=config).folder / "adapter_model.safetensors")
+
+    label, half = weights(0.0), weights(0.5)
+    assert any(not torch.allclose(label[name], half[name], rtol=1e-3, atol=1e-6) for name in label)
