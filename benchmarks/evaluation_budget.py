@@ -39,7 +39,7 @@ def outcomes(cell: CellJson) -> Iterator[tuple[str, str]]:
 
 def told_from(pairs: list[tuple[str, str]], num_rows: int) -> dict[str, float | int | None]:
     """Mean noise of one task's drop, and of the mean drop of many tasks, in points."""
-    drops = [PairedDrop.of(before[:num_rows], after[:num_rows]) for before, after in pairs]
+    drops = [PairedDrop.of(*(list(map(int, each[:num_rows])) for each in pair)) for pair in pairs]
     noise = NormalDist().inv_cdf(CONFIDENCE) * statistics.mean(drop.standard_error for drop in drops)
     return {
         "rows_per_task": num_rows,

@@ -7,6 +7,7 @@ does not import torch, so the command line reads a spec without it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from deal_core.limits import (
     ShareBelowOne,
     settings,
 )
+from deal_core.safe_text import brief
 
 FORBID_UNKNOWN: dict[str, Any] = {"extra": "forbid"}
 
@@ -125,6 +127,24 @@ class TrainConfig:
         """Optimiser steps for a task with `num_rows` training rows."""
         rows_per_step = self.batch_size * self.gradient_accumulation_steps
         return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
+
+
+METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss")
+"""The metrics of a task; `deal_core.evaluation.answer_scores` has their functions."""
+_OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def check_metric(metric: str) -> str:
+    """Return a metric's name.
+
+    Raises:
+        ConfigError: It is neither a known metric nor of the form module:function.
+    """
+    if metric not in METRICS and not _OWN_METRIC.fullmatch(metric):
+        raise ConfigError(
+            f"task.metric is {brief(metric)}; use one of {', '.join(METRICS)}, or module:function for your own."
+        )
+    return metric
 
 
 @settings("evaluate")

@@ -72,6 +72,8 @@ class AdaptResult(BaseModel, frozen=True):
     accuracies: dict[str, float] = {}
     scores: Scores | None = None
     matrix: dict[str, Any] | None = None
+    metrics: dict[str, str] = {}
+    """Each task's metric."""
     num_steps: int = 0
     resumed_from_step: int | None = None
     seconds: dict[str, float] = {}
@@ -236,8 +238,8 @@ def adapted(
     return _result(
         version, dataset, status=status, message=f"Version {version.version} of {version.lineage} {verdict}.",
         tracking_id=tracking_id, accuracies=dict(report.accuracies), scores=Scores.of(report.matrix),
-        matrix=report.matrix.to_json(), num_steps=summary.num_steps, resumed_from_step=summary.resumed_from_step,
-        seconds=seconds,
+        matrix=report.matrix.to_json(), metrics=dict(report.metrics), num_steps=summary.num_steps,
+        resumed_from_step=summary.resumed_from_step, seconds=seconds,
     )  # fmt: skip
 
 

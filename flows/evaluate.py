@@ -48,7 +48,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     for task, value in scores.accuracies.items():
         if (before := scores.recorded.get(task, 0.0)) > value:
             reporter().said(
-                f"Version {found.version} of {lineage} has an accuracy of {value:.1%} on {task}, "
+                f"Version {found.version} of {lineage} scores {value:.1%} on {task}, "
                 f"below the {before:.1%} that its own run found."
             )
     return EvaluateResult(

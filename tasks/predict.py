@@ -24,7 +24,7 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
-from deal_core.evaluation.score import first_answer_logits, generate_answers
+from deal_core.evaluation.generation import first_answer_logits, generate_answers
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 from tasks.adaptation.model_card import served_task

@@ -28,6 +28,7 @@ from deal_core.config import (
     RehearsalConfig,
     RivalConfig,
     TrainConfig,
+    check_metric,
     known_before,
 )
 from deal_core.errors import ConfigError
@@ -97,6 +98,9 @@ class TaskFields(BaseModel):
     """First line of the prompt."""
     template: str | None = None
     """Replaces the built-in layout of prompts; fields {instruction}, {options}, {text}."""
+    metric: Annotated[str, AfterValidator(check_metric)] | None = None
+    """How an answer is scored: exact, contains, rouge_l, json_fields, loss, or module:function. None: the lineage's
+    metric; for a new task exact if it has labels, else rouge_l."""
     columns: dict[str, str] = {}
     """Canonical column name to the name in the file, for columns with unusual names."""
 

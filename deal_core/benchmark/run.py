@@ -23,8 +23,10 @@ from deal_core.benchmark.cell import BOUNDS, Cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig, MethodConfig
 from deal_core.evaluation.general_ability import perplexity
+from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.score import LanguageModel, evaluate_task
+from deal_core.evaluation.report import outcome_text
+from deal_core.evaluation.score import evaluate_task
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -177,7 +179,9 @@ def _score(
         found = evaluate_task(
             model, tokenizer, task, Dataset.from_list(list(rows)), EvaluateConfig(), max_prompt_tokens=longest
         )
-        scores[name] = {"correct": found.outcomes, "rouge1": found.rouge1, "majority_rate": found.majority_rate}
+        scores[name] = {
+            "correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate
+        }  # fmt: skip
         if task.labels:
             texts = [row["input"] for row in rows]
             log_probs_NL = label_log_probs(model, tokenizer, task, texts, EvaluateConfig(), max_prompt_tokens=longest)

@@ -147,6 +147,8 @@ class ArrivalReader:
         self._names_split = any("split" in columns.names for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
         self._task = replace(task, format=formats.pop())
+        if task.metric == "auto":
+            self._task = replace(self._task, metric="exact" if self._task.format == "labelled" else "rouge_l")
         self._test_inputs = DigestSet()
         self._test_inputs.add(as_digests(b"".join(landing.frozen_test_inputs)))
         self._has_frozen_rows = bool(landing.frozen_test_inputs)

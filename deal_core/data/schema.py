@@ -7,13 +7,14 @@ import json
 import re
 import string
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+from pydantic import model_serializer
 
-from deal_core.config import FORBID_UNKNOWN
+from deal_core.config import FORBID_UNKNOWN, check_metric
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.safe_text import brief, listed
 from deal_core.schema_version import Kept, VersionedJson
@@ -39,6 +40,10 @@ DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _without_exact(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if (name, value) != ("metric", "exact")}
 
 
 def label_key(label: str) -> str:
@@ -70,6 +75,9 @@ class TaskSchema:
     """Instruction before each text; in a chat the system message of conversations that have none."""
     template: str | None = None
     """Prompt with {text} and optionally {instruction} and {options}; None: the default of the format."""
+    metric: str = "exact"
+    """How an answer is scored, 0 to 1: one of METRICS, or module:function. "auto" is replaced when the dataset is
+    built: exact for labels, rouge_l for free answers. Tasks of earlier releases are judged by "exact"."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     """This project's name of a column (text, label, prompt, completion, messages, split) → its name in the file."""
 
@@ -84,6 +92,8 @@ class TaskSchema:
         _check_characters({"labels": self.labels, "instruction": self.instruction, "template": self.template or "",
                            "columns": tuple(self.columns.values())})  # fmt: skip
         _check_labels(self.labels, self.format)
+        if self.metric != "auto":
+            check_metric(self.metric)
         _check_template(self.template, self.format)
         known = {*(name for names in COLUMNS_OF_FORMAT.values() for name in names), "split"}
         unknown = sorted(set(self.columns) - known)
@@ -94,7 +104,7 @@ class TaskSchema:
 
     @property
     def sha256(self) -> str:
-        """Digest of format, labels, instruction and template; names of columns do not count."""
+        """Digest of format, labels, instruction and template; names of columns and the metric do not count."""
         parts = [self.format, list(self.labels), self.instruction, self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -115,7 +125,12 @@ class TaskSchema:
 
     def to_json(self) -> dict[str, Any]:
         """The schema as a dict of JSON types."""
-        return {**asdict(self), "labels": list(self.labels)}
+        return _without_exact({**asdict(self), "labels": list(self.labels)})
+
+    @model_serializer(mode="wrap")
+    def _as_earlier_releases(self, dump: Callable[[TaskSchema], dict[str, Any]]) -> dict[str, Any]:
+        """Stored JSON and digests of a task with exact matches are those of releases that had no metrics."""
+        return _without_exact(dump(self))
 
 
 def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:

@@ -81,7 +81,8 @@ def _below_floors(report: EvaluationReport, config: GateConfig) -> Iterator[Veto
         floors.setdefault(config.min_accuracy, "")
     for floor, origin in floors.items():
         if accuracy < floor - _SLACK:
-            message = f"{task}: accuracy {_percent(accuracy)} is below the floor of {_percent(floor)}{origin}."
+            score = f"{report.metric_name(task)} {_percent(accuracy)}"
+            message = f"{task}: {score} is below the floor of {_percent(floor)}{origin}."
             yield Veto(kind="floor", task=task, value=100 * accuracy, limit=100 * floor, message=message)
 
 
@@ -92,12 +93,12 @@ def _no_gain(report: EvaluationReport, config: GateConfig) -> Iterator[Veto]:
     gain = 100 * (report.accuracies[task] - before)
     paired = report.paired_drop(task)
     shortfall = wanted - gain
-    noise = _noise(config.confidence, paired.standard_error) if paired else 0.0
+    noise = paired.noise(config.confidence) if paired else 0.0
     if shortfall > noise + 100 * _SLACK:
         yield Veto(
             kind="gain", task=task, value=gain, limit=wanted,
-            message=f"{task}: accuracy {_percent(report.accuracies[task])} is {gain:+.1f} points from the champion's "
-                    f"{_percent(before)}, beyond noise; at least {wanted:+.1f} is required.",
+            message=f"{task}: {report.metric_name(task)} {_percent(report.accuracies[task])} is {gain:+.1f} points "
+                    f"from the champion's {_percent(before)}, beyond noise; at least {wanted:+.1f} is required.",
         )  # fmt: skip
 
 
@@ -106,6 +107,8 @@ class _Drop:
     """An old task's loss against the champion, in points."""
 
     task: str
+    metric: str
+    """The metric's name for people."""
     before: float
     after: float
     num_rows: int
@@ -117,8 +120,8 @@ class _Drop:
     def of(cls, report: EvaluationReport, task: str, confidence: float) -> _Drop:
         paired = report.paired_drop(task)
         return cls(
-            task=task, before=report.parent_accuracies[task], after=report.accuracies[task],
-            num_rows=report.num_rows.get(task, 0), paired=paired,
+            task=task, metric=report.metric_name(task), before=report.parent_accuracies[task],
+            after=report.accuracies[task], num_rows=report.num_rows.get(task, 0), paired=paired,
             is_clear=paired is None or paired.lower_bound(confidence) > 0,
         )  # fmt: skip
 
@@ -128,7 +131,7 @@ class _Drop:
 
     @property
     def said(self) -> str:
-        return f"{self.task}: accuracy fell by {self.points:.1f} points, from {_percent(self.before)} to " \
+        return f"{self.task}: {self.metric} fell by {self.points:.1f} points, from {_percent(self.before)} to " \
                f"{_percent(self.after)}"
 
 
@@ -196,13 +199,27 @@ def _notes(drops: list[_Drop], config: GateConfig) -> Iterator[str]:
         if drop.paired is None:
             yield f"{drop.task}: the champion's answers were not kept; its drop is judged without allowing for noise."
             continue
-        clear = smallest_clear_drop(drop.num_rows, config.confidence)
-        if clear is None or clear > max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK:
-            told = "no drop" if clear is None else f"a drop only from {clear:.1f} points on"
-            yield (f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is "
-                   f"{config.max_drop_points:.1f}.")  # fmt: skip
+        limit = max(config.max_drop_points, 100 / drop.num_rows) + 100 * _SLACK
+        told = _what_rows_tell(drop.paired, limit, config.confidence)
+        if told:
+            yield f"{drop.task}: too few test rows to judge: {drop.num_rows} can tell {told}; the limit is " \
+                  f"{config.max_drop_points:.1f}."
         if drop.points > config.max_drop_points + 100 * _SLACK and not drop.is_clear:
             yield f"{drop.said}: over the limit, but within the noise of {drop.num_rows} test rows."
+
+
+def _what_rows_tell(paired: PairedDrop, limit: float, confidence: float) -> str | None:
+    """What the rows can distinguish from noise, if that is less than the limit asks; None: they are enough.
+
+    For right and wrong answers this depends on the number of rows alone, for graded scores on the scores that changed.
+    """
+    if not paired.are_hits:
+        noise = paired.noise(confidence)
+        return f"a drop only from about {noise:.1f} points on" if noise > limit else None
+    clear = smallest_clear_drop(paired.num_rows, confidence)
+    if clear is None:
+        return "no drop"
+    return f"a drop only from {clear:.1f} points on" if clear > limit else None
 
 
 def _noise(confidence: float, standard_error: float) -> float:

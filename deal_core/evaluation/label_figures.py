@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deal_core.evaluation.metrics import plain_answer
+from deal_core.evaluation.answer_scores import plain_answer
 
 COLLAPSE_SHARE, COLLAPSE_FACTOR = 0.5, 2.0
 """Answers to a task have collapsed if one label is at least this share of them, and this many times its share of the

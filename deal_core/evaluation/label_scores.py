@@ -17,7 +17,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.score import LanguageModel, Prefix, batches_by_length, device_of, read_prefix
+from deal_core.evaluation.generation import LanguageModel, Prefix, batches_by_length, device_of, read_prefix
 
 
 @torch.inference_mode()

@@ -1,9 +1,8 @@
-"""Scores of answers, and the accuracy matrix with its figures of learning and forgetting."""
+"""The accuracy matrix with its figures of learning and forgetting, and the bootstrap of paired samples."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -114,6 +113,19 @@ class AccuracyMatrix(VersionedJson):
         return _mean(tuple(self.forgetting_by_task.values()))
 
     @property
+    def relative_forgetting(self) -> float | None:
+        """Mean over the old tasks of Forgetting_i as a share of the task's own range, best_i − base_i.
+
+        It compares tasks with different metrics. None with one task, or if a task's best version is not above the base.
+        """
+        shares: list[float | None] = []
+        for task, column, first in self._old_tasks():
+            best = max(row[column] or 0.0 for row in self.rows[first : self._last])
+            span = best - (self.base[column] or 0.0)
+            shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
+        return _mean(shares)
+
+    @property
     def backward_transfer(self) -> float | None:
         """BWT = mean_{i<T}(R[T][i] − R[i][i]), R[i][i] by the first version trained on task i; None with one task."""
         return _mean([self._known(-1, column) - self._known(first, column) for _, column, first in self._old_tasks()])
@@ -164,45 +176,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def plain_answer(text: str) -> str:
-    """Return an answer as answers are compared: stripped and case-folded."""
-    return text.strip().casefold()
-
-
-def exact_match(answer: str, expected: str) -> bool:
-    """Whether two answers are the same after strip and case-fold.
-
-    Example:
-        >>> exact_match(" Card Lost", "card lost")
-        True
-    """
-    return plain_answer(answer) == plain_answer(expected)
-
-
-def outcomes_of(answers: Iterable[str], references: Iterable[str]) -> str:
-    """One character per row: 1 for an exact match, else 0.
-
-    Example:
-        >>> outcomes_of(["Yes", "no"], ["yes", "yes"])
-        '10'
-    """
-    pairs = zip(answers, references, strict=True)
-    return "".join("1" if exact_match(answer, reference) else "0" for answer, reference in pairs)
-
-
-def rouge1(answer: str, expected: str) -> float:
-    """ROUGE-1: F1 of the words that two texts share. Words are case-folded, and repeated words count repeatedly.
-
-    Example:
-        >>> rouge1("the cat sat", "the cat")
-        0.8
-    """
-    answer_words, expected_words = Counter(answer.casefold().split()), Counter(expected.casefold().split())
-    num_shared = (answer_words & expected_words).total()
-    num_words = answer_words.total() + expected_words.total()
-    return 2 * num_shared / num_words if num_words else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import BeforeValidator, PlainSerializer
+
+from deal_core.evaluation.answer_scores import metric_name
 from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import KeptMatrix
 from deal_core.evaluation.significance import PairedDrop
 from deal_core.schema_version import Kept, VersionedJson
+
+
+def _from_text(value: Any) -> Any:
+    return tuple(float(character) for character in value) if isinstance(value, str) else value
+
+
+def outcome_text(scores: Sequence[float]) -> str | list[float]:
+    """Scores as JSON: a text of one character per row if all are 0 or 1, else a list of numbers."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return "".join(str(int(score)) for score in scores)
+    return [round(score, 6) for score in scores]
+
+
+Scores = Annotated[tuple[float, ...], BeforeValidator(_from_text), PlainSerializer(outcome_text)]
+"""The score of every test row of a task, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +44,12 @@ class AdapterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(VersionedJson):
-    """Scores of one version, its parent and the untouched base. Accuracies are shares, 0 to 1."""
+    """Scores of one version, its parent and the untouched base.
 
-    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=3, reads=(1, 2, 3))
+    An accuracy is the mean score of a task's test rows by the task's metric, 0 to 1.
+    """
+
+    kept: ClassVar[Kept] = Kept("The evaluation report", ValueError, version=4, reads=(1, 2, 3, 4))
     """Fields that a later version added may be missing."""
 
     task: str
@@ -47,10 +68,10 @@ class EvaluationReport(VersionedJson):
     """The lineage's matrix, with the new version as its last row."""
     notes: tuple[str, ...] = ()
     """Remarks for readers of the figures, such as a full adapter."""
-    outcomes: Mapping[str, str] = field(default_factory=dict)
-    """Per task, the new version's outcome on each test row: 1 for right, else 0."""
-    parent_outcomes: Mapping[str, str] = field(default_factory=dict)
-    """The parent's outcomes on the same rows; a task whose outcomes were not kept is missing."""
+    outcomes: Mapping[str, Scores] = field(default_factory=dict)
+    """Per task, the new version's score on each test row."""
+    parent_outcomes: Mapping[str, Scores] = field(default_factory=dict)
+    """The parent's scores on the same rows; a task whose scores were not kept is missing."""
     perplexity: float | None = None
     """Perplexity of plain English that belongs to no task; None if the model has none (an encoder-decoder)."""
     base_perplexity: float | None = None
@@ -58,7 +79,9 @@ class EvaluationReport(VersionedJson):
     adapter: AdapterFacts | None = None
     """None: not examined."""
     majority_rate: float | None = None
-    """Accuracy of always giving the most common answer of the task, 0 to 1; None: not counted."""
+    """Score of always giving the most common answer of the task, 0 to 1; None: not counted."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Each task's metric; a missing task has "exact"."""
     labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
     """Per labelled task, the new version's recall and share of answers of each label."""
 
@@ -66,6 +89,10 @@ class EvaluationReport(VersionedJson):
         missing = ({self.task} | set(self.parent_accuracies)) - set(self.accuracies)
         if missing:
             raise ValueError(f"The report of {self.task!r} has no accuracy of {sorted(missing)}; evaluate every task.")
+
+    def metric_name(self, task: str) -> str:
+        """Name of a task's metric for people."""
+        return metric_name(self.metrics.get(task, "exact"))
 
     def paired_drop(self, task: str) -> PairedDrop | None:
         """The new version's drop against its parent on a task; None if outcomes were not kept."""

@@ -2,64 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+
+from scipy.special import ndtri, stdtrit
+
+SAME = 1e-9
+"""Scores of a row that differ by less are equal."""
 
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """Numbers of rows that a version lost and gained against the version before, of `num_rows` common rows."""
+    """The differences before − after of `num_rows` rows' scores, each from 0 to 1.
+
+    Attributes:
+        num_rows: n, rows that both versions answered.
+        total: Σd, sum of the differences.
+        squares: Σd².
+        num_changed: m, rows whose score changed.
+    """
 
     num_rows: int
-    num_lost: int
-    num_gained: int
+    total: float
+    squares: float
+    num_changed: int
 
     @classmethod
-    def of(cls, before: str, after: str) -> PairedDrop:
-        """Compare outcomes with one character per row: 1 for a right answer, else 0.
+    def of(cls, before: Sequence[float], after: Sequence[float]) -> PairedDrop:
+        """Compare the scores of two versions, row by row.
 
         Raises:
             ValueError: the numbers of rows differ.
 
         Example:
-            >>> PairedDrop.of("1100", "1010")
-            PairedDrop(num_rows=4, num_lost=1, num_gained=1)
+            >>> PairedDrop.of([1, 1, 0, 0], [1, 0, 1, 0])
+            PairedDrop(num_rows=4, total=0.0, squares=2.0, num_changed=2)
         """
-        pairs = list(zip(before, after, strict=True))
-        return cls(len(pairs), pairs.count(("1", "0")), pairs.count(("0", "1")))
+        pairs = zip(before, after, strict=True)
+        differences = [float(first) - float(second) for first, second in pairs]
+        changed = [difference for difference in differences if abs(difference) > SAME]
+        return cls(len(differences), float(sum(changed)), float(sum(each**2 for each in changed)), len(changed))
+
+    @classmethod
+    def of_hits(cls, num_rows: int, num_lost: int, num_gained: int) -> PairedDrop:
+        """The drop if `num_lost` right answers became wrong and `num_gained` wrong answers became right."""
+        num_changed = num_lost + num_gained
+        return cls(num_rows, float(num_lost - num_gained), float(num_changed), num_changed)
 
     @property
     def points(self) -> float:
-        """The drop of accuracy in percentage points; a negative value is a gain."""
-        return 100 * (self.num_lost - self.num_gained) / self.num_rows if self.num_rows else 0.0
+        """The drop of the mean score in points (0.01); a negative value is a gain."""
+        return 100 * self.total / self.num_rows if self.num_rows else 0.0
+
+    @property
+    def are_hits(self) -> bool:
+        """Whether every score that changed went from 1 to 0 or from 0 to 1."""
+        return self.squares == self.num_changed
+
+    def noise(self, confidence: float) -> float:
+        """How far the drop may be from the true drop by chance, in points: q·SE at a one-sided confidence.
+
+        For right and wrong answers this is the interval of Agresti and Min (2005), "Simple improved confidence
+        intervals for comparing matched proportions": half a row is added to each cell of the 2×2 table, so few rows
+        stay uncertain, and q is the normal quantile.
+
+        Graded scores have no such table, so the same is written with differences. Two rows are added, together with
+        the mean square s² = Σd²/m of the changed rows: SE² = (Σd² + s² − (Σd)²/(n + 2)) / (n + 2)². For right and
+        wrong answers s² is 1, and SE is theirs. q is Student's quantile with n − 1 degrees of freedom.
+        `python -m benchmarks.paired_coverage` measures how often the interval holds the true drop.
+        """
+        return 100 * self._quantile(confidence) * self._deviation()
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `points`. Half a row is added to each cell of the 2×2 table, so few rows stay uncertain.
-
-        Agresti and Min (2005), "Simple improved confidence intervals for comparing matched proportions".
-        """
+        """SE of `noise`, in points."""
         return 100 * self._deviation()
 
     def lower_bound(self, confidence: float) -> float:
-        """One-sided lower confidence bound of the drop in points, with the same 2×2 table."""
-        centre = (self.num_lost - self.num_gained) / (self.num_rows + 2)
-        return 100 * (centre - NormalDist().inv_cdf(confidence) * self._deviation())
+        """One-sided lower confidence bound of the drop in points, with the same two rows added."""
+        return 100 * self.total / (self.num_rows + 2) - self.noise(confidence)
+
+    def _quantile(self, confidence: float) -> float:
+        return float(ndtri(confidence) if self.are_hits else stdtrit(max(1, self.num_rows - 1), confidence))
 
     def _deviation(self) -> float:
-        num_rows, lost, gained = self.num_rows + 2, self.num_lost + 0.5, self.num_gained + 0.5
-        return float((lost + gained - (lost - gained) ** 2 / num_rows) ** 0.5 / num_rows)
+        num_rows = self.num_rows + 2
+        mean_square = self.squares / self.num_changed if self.num_changed else 1.0
+        return float((self.squares + mean_square - self.total**2 / num_rows) ** 0.5 / num_rows)
 
 
 def smallest_clear_drop(num_rows: int, confidence: float) -> float | None:
-    """The smallest drop in points that `num_rows` test rows can distinguish from noise; None: they cannot.
+    """The smallest drop in points that `num_rows` right answers can distinguish from noise; None: they cannot.
 
     Example:
         >>> smallest_clear_drop(100, 0.95)
         4.0
     """
     for num_lost in range(1, num_rows + 1):
-        drop = PairedDrop(num_rows, num_lost, 0)
+        drop = PairedDrop.of_hits(num_rows, num_lost, 0)
         if drop.lower_bound(confidence) > 0:
             return drop.points
     return None

@@ -10,6 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from deal_core.evaluation.answer_scores import scored_otherwise
+
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
 
@@ -59,6 +61,7 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
         shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
+        shown += [escape(line) for line in (scored_otherwise(run.metrics),) if line]
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
     return shown

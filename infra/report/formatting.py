@@ -50,6 +50,8 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     ]
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
+    if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:
+        scores.append(("forgetting, of what was gained", f"{percent(matrix.relative_forgetting)} %"))
     parents = evaluation.parent_accuracies
     changes = {old: evaluation.accuracies[old] - parents[old] for old in parents if old != task}
     if changes:

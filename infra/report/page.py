@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from infra.report import formatting as words
@@ -71,6 +72,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         },
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": words.totals(report.changed),
+        "otherwise": scored_otherwise(evaluation.metrics),
     }
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

@@ -37,12 +37,15 @@ class Example(ReportPart):
     """The answer of the version before."""
     now: str | None = None
     """The answer of this version."""
+    scores: tuple[float, float] | None = None
+    """The scores of both answers, 0 to 1; None in reports of earlier releases."""
 
 
 class Changed(ReportPart):
-    """The test rows of a task whose answers became right or wrong."""
+    """The test rows of a task whose answers became right or wrong, or whose scores changed by 0.1 or more."""
 
     task: str
+    metric: str = "exact"
     num_rows: int
     num_gained: int
     num_lost: int

@@ -13,9 +13,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
+from deal_core.evaluation.answer_scores import plain_answer, score_answers
 from deal_core.evaluation.label_figures import collapsed, number_labels
-from deal_core.evaluation.metrics import AccuracyMatrix, outcomes_of, plain_answer
-from deal_core.evaluation.report import AdapterFacts, EvaluationReport
+from deal_core.evaluation.metrics import AccuracyMatrix
+from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
 from deal_core.safe_text import brief, listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
@@ -40,7 +41,8 @@ from tasks.progress import advance
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 if TYPE_CHECKING:
-    from deal_core.evaluation.score import LanguageModel, TaskEvaluation
+    from deal_core.evaluation.generation import LanguageModel
+    from deal_core.evaluation.score import TaskEvaluation
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -91,8 +93,9 @@ def evaluate_version(
         facts = _look_at(adapter, folder, parent, parent_folder)
     (own,) = (each for each in all_sets if each.schema.name == dataset.task)
     if num_too_long := scorer.count_too_long(own, own.rows["output"]):
+        effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
         notes = (*notes, f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
-                         "evaluate.max_new_tokens allows, so no answer can match them")  # fmt: skip
+                         f"evaluate.max_new_tokens allows, {effect}")  # fmt: skip
     if scorer.count_too_long(own, dataset.new_labels):
         notes = (*notes, f"new labels of {dataset.task} are longer than the evaluate.max_new_tokens of its first "
                          "arrival allows, so no version can answer with them")  # fmt: skip
@@ -102,7 +105,7 @@ def evaluate_version(
     keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
     earlier = {each.schema.name: _outcomes(each, answered[each.schema.name]) for each in sets}
     parent_accuracies = (record.accuracies() if record else {}) | {
-        name: outcomes.count("1") / len(outcomes) for name, outcomes in earlier.items()
+        name: sum(outcomes) / len(outcomes) for name, outcomes in earlier.items()
     }
     base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
@@ -131,6 +134,7 @@ def evaluate_version(
         base_perplexity=on_base.perplexity,
         adapter=facts,
         majority_rate=now.evaluations[dataset.task].majority_rate,
+        metrics={each.schema.name: each.schema.metric for each in all_sets},
         labels={name: found.labels for name, found in now.evaluations.items() if found.labels},
     )
 
@@ -152,8 +156,8 @@ class Scored:
         return {name: found.accuracy for name, found in self.evaluations.items()}
 
     @property
-    def outcomes(self) -> dict[str, str]:
-        """Outcomes by task."""
+    def outcomes(self) -> dict[str, Scores]:
+        """Each row's score, by task."""
         return {name: found.outcomes for name, found in self.evaluations.items()}
 
 
@@ -286,8 +290,9 @@ def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
     return found
 
 
-def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> str:
-    return outcomes_of([answers[digest] for digest in test_set.rows["sha256"]], test_set.rows["output"])
+def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
+    given = [answers[digest] for digest in test_set.rows["sha256"]]
+    return score_answers(test_set.schema.metric, given, test_set.rows["output"])
 
 
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:

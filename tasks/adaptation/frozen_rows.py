@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from deal_core.data.schema import ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
-from deal_core.evaluation.metrics import exact_match
+from deal_core.evaluation.answer_scores import score_answers
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
@@ -34,6 +34,8 @@ Answers = dict[str, dict[str, str]]
 """Answers by task and by digest (sha256) of the test row."""
 MAX_EXAMPLES = 10
 """Examples of each kind and task."""
+CLEAR_CHANGE = 0.1
+"""Smallest change of a row's score that counts as gained or lost; for right and wrong answers the change is 1."""
 MAX_CHARS = 400
 """Characters of each text in an example."""
 
@@ -195,38 +197,41 @@ def compare_answers(
         if before and name in kept.now:
             table = read_test_rows(store, known.dataset_uri, _Row._fields)
             rows = [_Row(**values) for values in table.to_pylist()]
-            found.append(_compare(name, rows, before, kept.now[name], include_texts))
+            found.append(_compare(known.schema, rows, before, kept.now[name], include_texts))
     return tuple(found)
 
 
 def _compare(
-    task: str, rows: list[_Row], before: Mapping[str, str], now: Mapping[str, str], include_texts: bool
+    schema: TaskSchema, rows: list[_Row], before: Mapping[str, str], now: Mapping[str, str], include_texts: bool
 ) -> Changed:
-    gained: list[_Row] = []
-    lost: list[_Row] = []
-    num_rows = 0
-    for row in rows:
-        if row.sha256 not in before or row.sha256 not in now:
-            continue
-        num_rows += 1
-        was_right, is_right = (exact_match(answers[row.sha256], row.output) for answers in (before, now))
-        if was_right != is_right:
-            (gained if is_right else lost).append(row)
-
-    def examples(found: list[_Row]) -> tuple[Example, ...]:
-        return tuple(_example(row, before, now, include_texts) for row in found[:MAX_EXAMPLES])
-
+    """Compare the answers to the rows that both versions answered. The largest changes come first."""
+    common = [row for row in rows if row.sha256 in before and row.sha256 in now]
+    references = [row.output for row in common]
+    old, new = (
+        score_answers(schema.metric, [answers[row.sha256] for row in common], references) for answers in (before, now)
+    )
+    examples = [
+        _example(row, before, now, scores, include_texts)
+        for row, *scores in zip(common, old, new, strict=True)
+    ]
+    changes = [(after - earlier, example) for earlier, after, example in zip(old, new, examples, strict=True)]
+    changes.sort(key=lambda each: each[0])
+    lost = [example for change, example in changes if change <= -CLEAR_CHANGE]
+    changes.sort(key=lambda each: -each[0])
+    gained = [example for change, example in changes if change >= CLEAR_CHANGE]
     return Changed(
-        task=task, num_rows=num_rows, num_gained=len(gained), num_lost=len(lost), gained=examples(gained),
-        lost=examples(lost),
+        task=schema.name, metric=schema.metric, num_rows=len(common), num_gained=len(gained), num_lost=len(lost),
+        gained=tuple(gained[:MAX_EXAMPLES]), lost=tuple(lost[:MAX_EXAMPLES]),
     )  # fmt: skip
 
 
-def _example(row: _Row, before: Mapping[str, str], now: Mapping[str, str], include_texts: bool) -> Example:
+def _example(
+    row: _Row, before: Mapping[str, str], now: Mapping[str, str], scores: Sequence[float], include_texts: bool
+) -> Example:
     if not include_texts:
-        return Example(row=row.sha256)
+        return Example(row=row.sha256, scores=tuple(scores))
     shown = {"text": row.input, "expected": row.output, "before": before[row.sha256], "now": now[row.sha256]}
-    return Example(row=row.sha256, **{name: cut(text) for name, text in shown.items()})
+    return Example(row=row.sha256, scores=tuple(scores), **{name: cut(text) for name, text in shown.items()})
 
 
 def cut(text: str) -> str:

@@ -121,10 +121,10 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     """
     known = record.task(arrival.task) if record else None
     if record is None or known is None:
-        return TaskSchema(name=arrival.task, **{"format": "auto", **arrival.given})
+        return TaskSchema(name=arrival.task, **{"format": "auto", "metric": "auto", **arrival.given})
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
     asked, widened = replace(known.schema, **arrival.given).with_labels(added), known.schema.with_labels(added)
-    for name in ("format", "labels", "instruction", "template"):
+    for name in ("format", "labels", "instruction", "template", "metric"):
         given, learned = getattr(asked, name), getattr(widened, name)
         if given != learned:
             adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"

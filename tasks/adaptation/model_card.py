@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import formatting as words
 from infra.store.keys import dataset_sha256
@@ -67,6 +68,7 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         f"`{facts.config_sha256}`. Run: `{facts.run_key}`.", "",
         "## Accuracy", "",
         "Share of exact matches in % on the tasks' frozen test rows: a row for each version, a column for each task.",
+        *filter(None, [scored_otherwise({known.schema.name: known.schema.metric for known in record.tasks})]),
         "", *_matrix(record), "", *_scores(facts), "",
         "## Limits", "", *_limits(record), "",
         "## Use", "",

@@ -10,7 +10,7 @@ import pytest
 
 from deal_core.adapter.state import adapter_on
 from deal_core.data.prompts import render_prompt
-from deal_core.evaluation.score import first_answer_logits
+from deal_core.evaluation.generation import first_answer_logits
 
 SCRIPT = Path(__file__).parents[3] / "docs" / "plain_peft.py"
 

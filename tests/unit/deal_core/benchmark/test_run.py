@@ -23,7 +23,8 @@ from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainC
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.metrics import outcomes_of
+from deal_core.evaluation.answer_scores import score_answers
+from deal_core.evaluation.report import outcome_text
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
@@ -86,7 +87,7 @@ def test_a_cell_keeps_the_answers_and_the_log_probability_of_every_label(run, ba
     assert kept is not None and kept.labels == LABELS["colours"]
     references = [row["output"] for row in rows]
     assert [kept.labels[number] for number in kept.targets_N] == references
-    assert outcomes_of(kept.texts(), references) == score["correct"]
+    assert outcome_text(score_answers("exact", kept.texts(), references)) == score["correct"]
     expected = label_log_probs(
         base.model, base.tokenizer, TASKS["colours"].schema, [row["input"] for row in rows], EvaluateConfig(),
         max_prompt_tokens=TRAIN.max_prompt_tokens,

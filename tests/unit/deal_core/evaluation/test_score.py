@@ -10,16 +10,11 @@ from transformers import MistralConfig, MistralForCausalLM
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
-from deal_core.data.prompts import encode_prompt
+from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.score import (
-    count_too_long,
-    evaluate_task,
-    first_answer_logits,
-    generate,
-    generate_answers,
-    read_prefix,
-)
+from deal_core.evaluation.generation import first_answer_logits, generate, generate_answers, read_prefix
+from deal_core.evaluation.likelihood import token_probabilities
+from deal_core.evaluation.score import count_too_long, evaluate_task
 
 ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
@@ -74,7 +69,7 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
     prompts, vocabulary = [[1, 2]] * 7, base.model.config.vocab_size
-    monkeypatch.setattr("deal_core.evaluation.score.MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
+    monkeypatch.setattr("deal_core.evaluation.generation.MAX_LOGIT_BYTES", 3 * 8 * 5 * vocabulary)
     sizes = [
         [len(found.batch) for found in generate(base.model, base.tokenizer, prompts, 5, max_batch_tokens=64, **asked)]
         for asked in ({"with_logits": True}, {})
@@ -166,3 +161,24 @@ def test_padding_does_not_change_a_rows_loss(base, task, rows):
         full = base.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     length = batch["labels"].shape[1]
     torch.testing.assert_close(together, full[:, -length - 1 : -1])
+
+
+def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, task, rows, folder):
+    """Whatever the batch; a metric "loss" has these numbers as scores and generates nothing."""
+    some = rows(7)
+    open_task = TaskSchema(name="open", instruction=task.instruction, metric="loss", format="completion")
+    references = [text * (1 + number % 3) for number, text in enumerate(some["output"])]
+    config = EvaluateConfig(max_batch_tokens=128)
+    with adapter_on(base.model, folder) as model:
+        given = (model, base.tokenizer, open_task)
+        found = token_probabilities(*given, some["input"], references, config, max_prompt_tokens=64)
+        measured = evaluate_task(
+            *given, Dataset.from_dict({"input": some["input"], "output": references}), config, max_prompt_tokens=64
+        )
+        for text, reference, share in zip(some["input"], references, found, strict=True):
+            prompt = encode_prompt(base.tokenizer, open_task, text, 64)
+            answer = encode_answer(base.tokenizer, open_task, reference, 50)
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.log_softmax(-1)[range(len(answer)), answer]
+            assert share == pytest.approx(float(chosen.mean().exp()), rel=1e-3)
+    assert measured.outcomes == pytest.approx(found, abs=1e-6) and measured.majority_rate is None

@@ -18,7 +18,7 @@ from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, lo
 from deal_core.config import AdapterConfig, DealConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
-from deal_core.evaluation.score import first_answer_logits
+from deal_core.evaluation.generation import first_answer_logits
 from deal_core.strategies import MethodState
 from deal_core.strategies.rehearsal import Question
 from deal_core.training.train import training_arguments

@@ -91,7 +91,9 @@ def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:
     keep(store, "adapters/child", {"old": range(0), "new": range(5)}, {"new": range(0)})
     (new,) = compare_answers(store, "adapters/child", None, include_texts=False)
     assert new.num_gained == 5
-    assert [row.model_dump(exclude_none=True) for row in new.gained] == [{"row": digest(n)} for n in range(5)]
+    assert [row.model_dump(exclude_none=True) for row in new.gained] == [
+        {"row": digest(number), "scores": (0.0, 1.0)} for number in range(5)
+    ]
 
 
 def test_what_was_not_kept_is_not_compared(store: ObjectStore) -> None:

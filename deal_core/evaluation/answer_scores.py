@@ -1,0 +1,193 @@
+"""The score of an answer: a number from 0 to 1 for every test row, by the metric of its task."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rapidfuzz.distance import LCSseq
+
+from deal_core.errors import ConfigError
+from deal_core.safe_text import listed
+
+ScoreAnswer = Callable[[str, str], float]
+"""Answer and reference → score, 0 to 1."""
+
+MODULES_VARIABLE = "DEAL_METRIC_MODULES"
+"""Environment variable: the modules, separated by commas, whose functions may be a task's metric."""
+_WORD = re.compile(r"\w+")
+
+
+def plain_answer(text: str) -> str:
+    """Return an answer as answers are compared: stripped and case-folded."""
+    return text.strip().casefold()
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    """Whether two answers are the same after strip and case-fold.
+
+    Example:
+        >>> exact_match(" Card Lost", "card lost")
+        True
+    """
+    return plain_answer(answer) == plain_answer(expected)
+
+
+def contains(answer: str, expected: str) -> float:
+    """1 if the reference stands in the answer as whole words, else 0. Case and white space do not count.
+
+    Example:
+        >>> contains("It is a lost card.", "Lost  card")
+        1.0
+    """
+    wanted = " ".join(expected.casefold().split())
+    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", " ".join(answer.casefold().split())) is not None)
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004).
+
+    Words are runs of letters, digits and underscores of any script, case-folded and not stemmed. Two texts without
+    words are equal. A language without spaces between words gives long "words", so the score is coarse there.
+
+    Example:
+        >>> rouge_l("the cat sat", "the big cat")
+        0.6666666666666666
+    """
+    answer_words, expected_words = (_WORD.findall(text.casefold()) for text in (answer, expected))
+    num_words = len(answer_words) + len(expected_words)
+    return 2 * LCSseq.similarity(answer_words, expected_words) / num_words if num_words else 1.0
+
+
+def rouge1(answer: str, expected: str) -> float:
+    """ROUGE-1: F1 of the words that two texts share. Words are case-folded, and repeated words count repeatedly.
+
+    Example:
+        >>> rouge1("the cat sat", "the cat")
+        0.8
+    """
+    answer_words, expected_words = Counter(answer.casefold().split()), Counter(expected.casefold().split())
+    num_shared = (answer_words & expected_words).total()
+    num_words = answer_words.total() + expected_words.total()
+    return 2 * num_shared / num_words if num_words else 1.0
+
+
+def json_fields(answer: str, expected: str) -> float:
+    """Share of the fields of two JSON objects that are equal; 0 if the answer is no JSON object.
+
+    A field of only one of the objects counts as wrong. Texts are compared after strip and case-fold. A reference that
+    is no JSON object is compared as a whole.
+
+    Example:
+        >>> json_fields('{"name": "Ada", "age": 36}', '{"name": "ada", "age": 37}')
+        0.5
+    """
+    wanted, given = _json_object(expected), _json_object(answer)
+    if wanted is None:
+        return float(exact_match(answer, expected))
+    if given is None:
+        return 0.0
+    names = wanted.keys() | given.keys()
+    right = sum(name in wanted and name in given and _same(wanted[name], given[name]) for name in names)
+    return right / len(names) if names else 1.0
+
+
+def measured(answer: str, expected: str) -> float:
+    """The score of a row that was measured, not answered: its "answer" is the number itself."""
+    del expected
+    return float(answer)
+
+
+METRICS: dict[str, tuple[str, ScoreAnswer]] = {  # the keys are deal_core.config.METRICS
+    "exact": ("accuracy", lambda answer, expected: float(exact_match(answer, expected))),
+    "contains": ("answers that contain the reference", contains),
+    "rouge_l": ("ROUGE-L", rouge_l),
+    "json_fields": ("right fields", json_fields),
+    "loss": ("probability per token", measured),
+}
+"""A metric → its name for people, and its function.
+
+loss: the reference's negative log-likelihood per token, L, as the score exp(−L): the geometric mean of its tokens'
+probabilities. Nothing is generated."""
+
+
+def metric_name(metric: str) -> str:
+    """Name of a metric for people.
+
+    Example:
+        >>> metric_name("exact"), metric_name("ours.metrics:politeness")
+        ('accuracy', 'politeness')
+    """
+    return METRICS[metric][0] if metric in METRICS else metric.rpartition(":")[2]
+
+
+def scored_otherwise(metrics: Mapping[str, str]) -> str:
+    """Say which tasks are not scored by exact match; empty if there are none.
+
+    Example:
+        >>> scored_otherwise({"bank": "exact", "notes": "rouge_l"})
+        'Scored otherwise than by exact match: notes by ROUGE-L.'
+    """
+    others = [f"{task} by {metric_name(metric)}" for task, metric in metrics.items() if metric != "exact"]
+    return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
+
+
+def score_answers(metric: str, answers: Sequence[str], references: Sequence[str]) -> tuple[float, ...]:
+    """Return the score of every answer.
+
+    Raises:
+        ConfigError: The metric is a function of a module that is not allowed or not found, or it fails, or it returns
+            no number from 0 to 1.
+    """
+    score = _function(metric)
+    return tuple(_checked(metric, score, *pair) for pair in zip(answers, references, strict=True))
+
+
+def _function(metric: str) -> ScoreAnswer:
+    if metric in METRICS:
+        return METRICS[metric][1]
+    module, _, name = metric.partition(":")
+    allowed = [each.strip() for each in os.environ.get(MODULES_VARIABLE, "").split(",") if each.strip()]
+    if module not in allowed:
+        raise ConfigError(
+            f"task.metric is {metric!r}, but {MODULES_VARIABLE} does not allow the module {module!r}; it allows "
+            f"{listed(allowed) or 'none'}. Who runs the worker sets this variable."
+        )
+    try:
+        found: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"task.metric is {metric!r}, which was not found: {error}.") from None
+    if not callable(found):
+        raise ConfigError(f"task.metric is {metric!r}, which is no function; give one of (answer, reference).")
+    return found  # type: ignore[no-any-return]
+
+
+def _checked(metric: str, score: ScoreAnswer, answer: str, expected: str) -> float:
+    if metric in METRICS:
+        return score(answer, expected)
+    try:
+        value = float(score(answer, expected))
+    except Exception as error:
+        raise ConfigError(f"task.metric {metric!r} failed ({type(error).__name__}); correct the function.") from error
+    if not 0 <= value <= 1:  # also not a number
+        raise ConfigError(f"task.metric {metric!r} returned {value}; return a number from 0 to 1.")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, str) and isinstance(second, str):
+        return exact_match(first, second)
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)

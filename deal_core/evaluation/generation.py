@@ -1,0 +1,206 @@
+"""Generate answers: greedily, in batches of similar length. A prefix that all prompts share is computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from deal_core.config import EvaluateConfig
+from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
+from deal_core.data.prompts import encode_prompt
+from deal_core.data.schema import TaskSchema
+
+OnProgress = Callable[[int], None]
+LanguageModel = PreTrainedModel | PeftModel
+MAX_LOGIT_BYTES = 2**30
+"""Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
+times as many."""
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> list[str]:
+    """Generate one greedy answer per input, in the inputs' order.
+
+    Args:
+        model: The base model, with or without an adapter.
+        tokenizer: The base model's tokenizer.
+        task: How an input becomes a prompt.
+        inputs: One per row.
+        config: Size of batches and length of answers.
+        max_prompt_tokens: A longer prompt loses the end of its text.
+        on_progress: Called with the number of rows just answered.
+
+    Example:
+        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
+    """
+    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    answers = [""] * len(prompts)
+    limit = answer_limit(tokenizer, task, config)
+    for batch, tokens, _ in generate(model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens):
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text.strip()
+        if on_progress is not None:
+            on_progress(len(batch))
+    return answers
+
+
+class Generated(NamedTuple):
+    """The answers to a batch of prompts."""
+
+    batch: list[int]
+    """Numbers of the prompts."""
+    tokens: list[list[int]]
+    """New tokens of each prompt; an end token and padding may follow the answer."""
+    logits_BKV: Tensor | None
+    """The logits of each new token, if they were requested."""
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    max_batch_tokens: int,
+    with_logits: bool = False,
+) -> Iterator[Generated]:
+    """Continue prompts greedily, in batches of similar length. A prefix that all prompts share is computed once.
+
+    Args:
+        model: The model; it is in evaluation mode afterwards.
+        tokenizer: Source of the padding and end tokens.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Most tokens of an answer.
+        max_batch_tokens: Most tokens of a batch's prompts, padding included.
+        with_logits: Whether the logits are kept. They take 8·V bytes per new token of a batch (two fp32 copies), at
+            most MAX_LOGIT_BYTES.
+    """
+    model.eval()
+    prefix = read_prefix(model, prompts)
+    max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
+    for batch in batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
+        chosen = [prompts[i] for i in batch]
+        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
+
+
+@torch.inference_mode()
+def first_answer_logits(
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, text: str, *, max_prompt_tokens: int
+) -> Tensor:
+    """Logits of the first answer token, shape (vocabulary,), as fp32."""
+    model.eval()
+    input_ids = torch.tensor([encode_prompt(tokenizer, task, text, max_prompt_tokens)], device=device_of(model))
+    if model.config.is_encoder_decoder:
+        start = torch.tensor([[model.config.decoder_start_token_id]], device=input_ids.device)
+        logits: Tensor = model(input_ids=input_ids, decoder_input_ids=start).logits
+    else:
+        logits = model(input_ids=input_ids, logits_to_keep=1).logits  # with one row, a number causes no copy
+    return logits[0, -1].float()
+
+
+def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: EvaluateConfig) -> int:
+    """Most new tokens of an answer: for a labelled task, one token more than its longest label.
+
+    The extra token shows whether an answer ends after the label. If it is white space, the answer counts as ended.
+    """
+    if not task.labels:
+        return config.max_new_tokens
+    longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    return min(config.max_new_tokens, longest + 1)
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int, max_rows: int) -> Iterator[list[int]]:
+    """Yield row numbers, longest first, in batches whose padded size stays under max_tokens."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        size = min(max_rows, max(1, max_tokens // max(1, lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+def device_of(model: LanguageModel) -> torch.device:
+    """Return the device of the model's parameters."""
+    return next(model.parameters()).device
+
+
+class Prefix(NamedTuple):
+    """Length of the prefix that all prompts share, with its keys and values; length 0 if nothing is shared."""
+
+    length: int
+    cache: Cache | None
+
+    def repeated(self, num_rows: int) -> Cache | None:
+        """Return a copy of the cache for several rows."""
+        cache = copy.deepcopy(self.cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(num_rows)
+        return cache
+
+
+def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
+    """Compute the prefix that all prompts share, such as a task's instruction and options."""
+    if model.config.is_encoder_decoder:
+        return Prefix(0, None)
+    shared = common_prefix(prompts)
+    if not shared:
+        return Prefix(0, None)
+    ids = torch.tensor([prompts[0][:shared]], device=device_of(model))
+    cache = read_cache(model, ids)
+    return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
+
+
+def _generate(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prefix: Prefix,
+    with_logits: bool,
+) -> tuple[list[list[int]], Tensor | None]:
+    is_seq2seq = model.config.is_encoder_decoder
+    input_ids, mask = pad_batch(
+        [prompt[prefix.length :] for prompt in prompts],
+        int(tokenizer.pad_token_id or 0),
+        side="right" if is_seq2seq else "left",
+    )
+    # an index tensor instead of generate's default number: see answer_logits
+    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device_of(model))}
+    if prefix.cache is not None:
+        shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
+        input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
+        more["cache"] = prefix.repeated(len(prompts))
+    output = cast(GenerationMixin, model).generate(
+        input_ids=input_ids.to(device_of(model)),
+        attention_mask=mask.to(device_of(model)),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=with_logits,
+        **more,
+    )
+    assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
+    new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
+    return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

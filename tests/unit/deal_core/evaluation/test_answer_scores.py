@@ -1,0 +1,139 @@
+"""Scores of answers against values worked out by hand from the definitions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deal_core.config import METRICS as NAMES
+from deal_core.errors import ConfigError
+from deal_core.evaluation.answer_scores import (
+    METRICS,
+    MODULES_VARIABLE,
+    contains,
+    exact_match,
+    json_fields,
+    metric_name,
+    rouge1,
+    rouge_l,
+    score_answers,
+    scored_otherwise,
+)
+
+WORDS = st.lists(st.sampled_from("abc"), max_size=7)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        (" Card Lost\n", "card lost", True),
+        ("STRASSE", "straße", True),
+        ("card  lost", "card lost", False),
+        ("", "a", False),
+    ],
+)
+def test_exact_match_ignores_case_and_outer_space_only(answer: str, expected: str, same: bool) -> None:
+    assert exact_match(answer, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [("the cat sat", "The Cat", 0.8), ("a a a", "a", 0.5), ("a", "b", 0.0), ("", "", 1.0), ("", "a", 0.0)],
+)
+def test_rouge1_is_the_f1_of_shared_words(answer: str, expected: str, score: float) -> None:
+    assert rouge1(answer, expected) == pytest.approx(score)
+
+
+@given(st.text(alphabet="ab \n"), st.text(alphabet="ab \n"))
+def test_rouge1_is_symmetric_and_bounded(answer: str, expected: str) -> None:
+    assert 0.0 <= rouge1(answer, expected) <= 1.0
+    assert rouge1(answer, expected) == rouge1(expected, answer)
+
+
+def longest_common(first: list[str], second: list[str]) -> int:
+    """The textbook recursion, row by row."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        before, row = row, [0]
+        for column, other in enumerate(second):
+            row.append(before[column] + 1 if word == other else max(before[column + 1], row[-1]))
+    return row[-1]
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(answer: list[str], expected: list[str]) -> None:
+    found = rouge_l(" ".join(answer), ", ".join(expected).upper())
+    common, total = longest_common(answer, expected), len(answer) + len(expected)
+    assert found == pytest.approx(2 * common / total if total else 1.0)
+
+
+def test_rouge_l_knows_words_of_every_script() -> None:
+    assert rouge_l("die Größe zählt", "Größe zählt nicht") == pytest.approx(4 / 6)
+    assert rouge_l("это дом", "это дом") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        ("It is a lost card.", "Lost  card", 1),
+        ("It is lost", "lost card", 0),
+        ("discard it", "card", 0),
+        ("C++!", "c++", 1),
+    ],
+)
+def test_an_answer_contains_the_reference_as_whole_words(answer: str, expected: str, score: int) -> None:
+    assert contains(answer, expected) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ('{"name": " ada ", "age": 36}', 1.0), ('{"age": 36}', 0.5), ('{"name": "Ada", "age": 37}', 0.5),
+        ('{"name": "Ada", "age": 36, "city": "x"}', 2 / 3), ("Ada, 36", 0.0), ("[1]", 0.0),
+        ('{"name": "Ada", "age": true}', 0.5),
+    ],
+)  # fmt: skip
+def test_json_fields_counts_equal_fields_of_both_objects(answer: str, score: float) -> None:
+    assert json_fields(answer, '{"name": "Ada", "age": 36}') == pytest.approx(score)
+
+
+def test_every_known_metric_has_a_function_and_a_name() -> None:
+    assert tuple(METRICS) == NAMES
+    assert scored_otherwise({"bank": "exact", "notes": "rouge_l"}).endswith("notes by ROUGE-L.")
+    assert scored_otherwise({"bank": "exact"}) == "" and metric_name("ours:polite") == "polite"
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_scores.py").write_text(
+        "def half(answer, reference):\n    return 0.5\n\ndef wild(answer, reference):\n    return 7\n\n"
+        "def broken(answer, reference):\n    raise KeyError(answer)\n\nNUMBER = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(MODULES_VARIABLE, "other, own_scores")
+    monkeypatch.delitem(sys.modules, "own_scores", raising=False)
+    return "own_scores"
+
+
+def test_a_function_of_an_allowed_module_scores(own_module: str) -> None:
+    assert score_answers(f"{own_module}:half", ["a", "b"], ["a", "c"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("wild", "returned 7.0"), ("broken", "failed \\(KeyError\\)"), ("NUMBER", "no function"), ("absent", "not found")],
+)
+def test_a_function_that_cannot_score_is_named(own_module: str, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        score_answers(f"{own_module}:{name}", ["secret"], ["a"])
+
+
+def test_a_module_that_is_not_allowed_is_not_even_imported(own_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODULES_VARIABLE, "other")
+    with pytest.raises(ConfigError, match="does not allow the module 'own_scores'; it allows other"):
+        score_answers(f"{own_module}:half", ["a"], ["a"])
+    assert "own_scores" not in sys.modules
