@@ -1,0 +1,65 @@
+"""Free answers through the adapt flow: scored by their task's metric, judged, stored, shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import ConfigError
+from flows.cli.tables import show_adaptation
+from tasks.adaptation.frozen_rows import read_answers
+from tasks.adaptation.report import read_page
+from tasks.context import current_store
+from tasks.lineage.record import read_record
+from tests.adapting import BANK, FAIL, run
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> dict[str, str]:
+    """A task whose answers are short sentences."""
+    path = tmp_path / "notes.jsonl"
+    things = ("lost card", "late parcel", "low iron", "broken bone", "customs hold")
+    rows = [
+        {"prompt": f"Message {number} about a {thing}.", "completion": f"A {thing}, number {number}, is reported.",
+         "split": "test" if number % 3 == 0 else "train"}
+        for number, thing in enumerate(things * 6)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "notes", "data": str(path)}
+
+
+def test_free_answers_are_judged_by_rouge_l_and_labels_by_exact_match(notes: dict[str, str], tiny_base: Path) -> None:
+    first, second = run(tiny_base, notes), run(tiny_base, BANK)
+    assert first.metrics == {"notes": "rouge_l"} and second.metrics == {"notes": "rouge_l", "bank": "exact"}
+    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
+    assert [known.schema.metric for known in record.tasks] == ["rouge_l", "exact"]
+    report, page = read_page(str(second.tracking_id))
+    assert "Scored otherwise than by exact match: notes by ROUGE-L." in page
+    (changed,) = (each for each in report.changed if each.task == "notes")
+    assert changed.metric == "rouge_l" and changed.num_rows == 10
+    shown = "\n".join(map(str, show_adaptation(second)))
+    assert "notes by ROUGE-L" in shown
+
+
+def test_a_veto_names_the_metric(notes: dict[str, str], tiny_base: Path) -> None:
+    result = run(tiny_base, notes, gate=FAIL)
+    assert result.rejected and "notes: ROUGE-L " in result.reasons[0] and "floor of 100.0 %" in result.reasons[0]
+
+
+def test_the_likelihood_of_the_references_needs_no_answers(notes: dict[str, str], tiny_base: Path) -> None:
+    result = run(tiny_base, {**notes, "metric": "loss"})
+    kept = read_answers(current_store(), f"adapters/l/{result.run_key[:16]}")
+    assert kept is not None
+    shares = [float(answer) for answer in kept.now["notes"].values()]
+    assert len(shares) == 10 and all(0 < share < 1 for share in shares)
+    assert result.accuracies["notes"] == pytest.approx(sum(shares) / 10, abs=1e-6)
+
+
+def test_the_metric_of_a_learned_task_is_fixed(notes: dict[str, str], tiny_base: Path) -> None:
+    run(tiny_base, notes)
+    with pytest.raises(ConfigError, match="task.metric of 'notes' is 'exact', but the lineage learned it as 'rouge_l'"):
+        run(tiny_base, {**notes, "metric": "exact"}, again=True)
