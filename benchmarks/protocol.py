@@ -1,0 +1,105 @@
+"""The protocol: how long and at which rate every method trains, compared on development rows.
+
+    python -m benchmarks.protocol
+
+It reads the stored development cells that keep answers and log-probabilities of labels, and trains nothing. Every
+figure is a mean over JUDGED, the tasks whose own adapter beats the majority class and the base model.
+
+- greedy: accuracy of the answers that were generated;
+- labels: accuracy if only labels may be answered;
+- re-centred: accuracy if every label is answered as often as it occurs;
+- AUC: area under the ROC curve, averaged over pairs of labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deal_core.benchmark.answers import unpack_answers
+from deal_core.benchmark.suites import name_of
+from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, read_cells
+from deal_core.config import TrainConfig
+from deal_core.evaluation.criterion import constrained_accuracy, ranking_auc, recentred_accuracy
+
+CELLS = Path("benchmarks/results/development")
+JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
+FIGURES = ("greedy", "labels", "re-centred", "AUC")
+SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels")
+"""Training settings that make a protocol."""
+
+
+def figures_of(cell: CellJson) -> dict[str, Any] | None:
+    """The figures of a cell at its end, in percent; None if it keeps no log-probabilities of labels."""
+    scores = {name: score for name, score in final_scores(cell).items() if name in JUDGED}
+    kept = {name: unpack_answers(score) for name, score in scores.items()}
+    if not scores or None in kept.values():
+        return None
+    answers = {name: each for name, each in kept.items() if each is not None}
+    by_task = {name: 100 * accuracy(score) for name, score in scores.items()}
+    targets = [(each.log_probs_NL, each.targets_N) for each in answers.values()]
+    return {
+        "greedy": mean(by_task.values()),
+        "labels": 100 * mean(constrained_accuracy(*pair) for pair in targets),
+        "re-centred": 100 * mean(recentred_accuracy(*pair) for pair in targets),
+        "AUC": 100 * mean(ranking_auc(*pair) or 0.0 for pair in targets),
+        "by_task": by_task,
+    }
+
+
+def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
+    """One line per cell: suite, order, protocol, method and figures."""
+    for cell in cells:
+        settings, found = cell["settings"], figures_of(cell)
+        if found is None:
+            continue
+        suite, order = name_of(tuple(settings["tasks"]))
+        train = TrainConfig(**settings["train"])
+        yield {
+            "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
+            "train": {name: getattr(train, name) for name in SHOWN},
+            "method": settings["strategy"] + (f" ({changes})" if (changes := departures(cell)) else ""),
+            "seconds": sum(version["seconds"]["train"] for version in cell["versions"]),
+            "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []), **found,
+        }  # fmt: skip
+
+
+def describe(train: Mapping[str, Any]) -> str:
+    """A protocol in a few words."""
+    parts = [f"{train['num_epochs']} epochs", f"rate {train['learning_rate']:g} {train['schedule']}"]
+    parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
+    return ", ".join([*parts, *(["labels balanced"] if train["balance_labels"] else [])])
+
+
+def table_of(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The lines for people, ordered by suite, method and protocol."""
+    table = Table(box=None)
+    for column in ("suite", "order", "seed", "method", "protocol", *FIGURES, "minutes", "every task"):
+        table.add_column(column, justify="right" if column in FIGURES else "left", overflow="fold")
+    for line in sorted(found, key=lambda each: (each["suite"], each["method"], describe(each["train"]))):
+        table.add_row(
+            line["suite"], line["order"], str(line["seed"]), line["method"], describe(line["train"]),
+            *(f"{line[name]:.1f}" for name in FIGURES), f"{line['seconds'] / 60:.0f}",
+            ", ".join(f"{name} {value:.0f}" for name, value in line["by_task"].items()),
+        )  # fmt: skip
+    return table
+
+
+def main(
+    cells: Annotated[Path, typer.Option(help="Folder of the development cells.")] = CELLS,
+) -> None:
+    """Print the figures as JSON, and as a table for people to standard error."""
+    found = list(lines(read_cells(cells)))
+    typer.echo(json.dumps(found, indent=1))
+    Console(stderr=True, width=180).print(table_of(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
