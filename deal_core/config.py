@@ -60,6 +60,8 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
+    "gate": {"max_old_slice_drop_points": None},
+    "task": {"metric": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
@@ -200,6 +202,8 @@ class GateConfig:
     """Most points that an old task may lose against the champion. A loss that noise explains is allowed."""
     max_mean_drop_points: AtLeastZero | None = 5.0
     """Most points that the old tasks may lose on average, if there are two or more. Noise is allowed here too."""
+    max_old_slice_drop_points: AtLeastZero | None = None
+    """Most points that a task may lose on its test rows from before a renewal. None: the loss is only reported."""
     max_perplexity_ratio: AtLeastOne | None = 1.5
     """Largest perplexity of plain English, as a multiple of the untouched base model's."""
     max_norm_ratio: AtLeastOne | None = 10.0

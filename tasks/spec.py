@@ -182,8 +182,8 @@ class AdaptSpec(LineageSpec):
                                   "memory": True, "task": {"name", "data", "test_data", "columns"},
                                   "data": {"retain_training_rows", "include_texts"}}
         )
-        settings["train"] = self.train.deciding()
-        settings["rehearsal"] = known_before("rehearsal", asdict(self.method.rehearsal))
+        settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
+        settings |= {name: known_before(name, settings[name]) for name in ("task", "rehearsal", "gate")}
         settings |= {"adapter": asdict(adapter), "strategy": strategy}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -61,9 +61,12 @@ def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
         >>> decide(report, GateConfig(min_gain_points=10)).reasons
         ("a: accuracy 50.0 % is below the floor of 55.0 % (base model's 45.0 % + 10.0 points).",)
     """
-    drops = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
+    found = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
+    drops, of_slices = ([each for each in found if (each.task in report.slices) == old] for old in (False, True))
     vetoes = [
-        *_below_floors(report, config), *_no_gain(report, config), *_drops(drops, config), *_mean_drop(drops, config),
+        *_below_floors(report, config), *_no_gain(report, config),
+        *_drops(drops, config.max_drop_points), *_drops(of_slices, config.max_old_slice_drop_points),
+        *_mean_drop(drops, config),
         *_general_ability(report, config), *_adapter(report, config),
     ]  # fmt: skip
     return GateDecision(tuple(vetoes), tuple(_notes(drops, config)))
@@ -135,12 +138,12 @@ class _Drop:
                f"{_percent(self.after)}"
 
 
-def _drops(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
+def _drops(drops: list[_Drop], limit: float | None) -> Iterator[Veto]:
     for drop in drops:
-        if drop.points > config.max_drop_points + 100 * _SLACK and drop.is_clear:
+        if limit is not None and drop.points > limit + 100 * _SLACK and drop.is_clear:
             yield Veto(
-                kind="drop", task=drop.task, value=drop.points, limit=config.max_drop_points,
-                message=f"{drop.said}; the limit is {config.max_drop_points:.1f} points.",
+                kind="drop", task=drop.task, value=drop.points, limit=limit,
+                message=f"{drop.said}; the limit is {limit:.1f} points.",
             )  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, model_serializer
 
 from deal_core.schema_version import Kept, VersionedJson
 
@@ -31,9 +31,11 @@ class AccuracyMatrix(VersionedJson):
     """One row per version, one cell per task."""
     base: tuple[float | None, ...] = ()
     """Accuracy of the untouched base model on each task."""
+    slices: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Column with earlier test rows of a task → the task. Averages, forgetting and transfer leave these columns out."""
 
     def __post_init__(self) -> None:
-        if self.tasks != tuple(dict.fromkeys(self.trained)):
+        if tuple(name for name in self.tasks if name not in self.slices) != tuple(dict.fromkeys(self.trained)):
             raise ValueError(f"The matrix has tasks {self.tasks} for versions trained on {self.trained}; "
                              "give every task once, in order of first arrival.")
         if len(self.trained) != len(self.rows) or len(self.base) != len(self.tasks):
@@ -44,8 +46,9 @@ class AccuracyMatrix(VersionedJson):
         for values in (*self.rows, self.base):
             if len(values) != len(self.tasks) or any(value is not None and not 0 <= value <= 1 for value in values):
                 raise ValueError(f"The matrix has {values} for {len(self.tasks)} tasks; give shares from 0 to 1.")
-        for column, first in enumerate(self._first_versions()):
-            if self.rows[first][column] is None or self.rows[-1][column] is None:
+        for column, first in enumerate(self.first_versions()):
+            is_slice = self.tasks[column] in self.slices  # its rows may be forgotten
+            if not is_slice and (self.rows[first][column] is None or self.rows[-1][column] is None):
                 raise ValueError(f"The matrix lacks an accuracy of {self.tasks[column]!r}; evaluate the version that "
                                  "learned a task, and the last one, on it.")
 
@@ -72,10 +75,10 @@ class AccuracyMatrix(VersionedJson):
             before = [None] * max(len(rows) - 1, 0) + [parent_accuracy] * min(len(rows), 1)
             rows = tuple((*row, cell) for row, cell in zip(rows, before, strict=True))
             tasks, base = (*tasks, task), (*base, base_accuracy)
-        if set(accuracies) != set(tasks):
+        if set(accuracies) - set(self.slices) != set(tasks) - set(self.slices):
             raise ValueError(f"The new version has accuracies of {sorted(accuracies)}; give those of {sorted(tasks)}.")
-        new_row = tuple(float(accuracies[name]) for name in tasks)
-        return AccuracyMatrix(tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
+        new_row = tuple(None if (value := accuracies.get(name)) is None else float(value) for name in tasks)
+        return replace(self, tasks=tasks, trained=(*self.trained, task), rows=(*rows, new_row), base=base)
 
     def remeasured(self, task: str, *, base_accuracy: float, last_accuracy: float) -> AccuracyMatrix:
         """The matrix after a task got other test rows, with new accuracies of the base and the last version.
@@ -90,10 +93,20 @@ class AccuracyMatrix(VersionedJson):
         rows = (*self.rows[:-1], put(self.rows[-1], last_accuracy))
         return replace(self, rows=rows, base=put(self.base, base_accuracy))
 
+    def with_slice(self, task: str, name: str) -> AccuracyMatrix:
+        """The matrix with the present test rows of a task as the slice `name`: a copy of the task's column."""
+        column = self.tasks.index(task)
+        return replace(
+            self, tasks=(*self.tasks, name), rows=tuple((*row, row[column]) for row in self.rows),
+            base=(*self.base, self.base[column]), slices={**self.slices, name: task},
+        )  # fmt: skip
+
     @property
     def average_accuracy(self) -> float | None:
         """AA = mean_i R[T][i]; None before the first version."""
-        return _mean(self.rows[-1]) if self.rows else None
+        if not self.rows:
+            return None
+        return _mean([value for name, value in zip(self.tasks, self.rows[-1], strict=True) if name not in self.slices])
 
     @property
     def forgetting_by_task(self) -> dict[str, float]:
@@ -137,26 +150,35 @@ class AccuracyMatrix(VersionedJson):
         None with one task, or if the parent or the base was not evaluated on a task before its training.
         """
         gains: list[float | None] = []
-        for column, first in enumerate(self._first_versions()):
-            if first > 0:
+        for column, first in enumerate(self.first_versions()):
+            if first > 0 and self.tasks[column] not in self.slices:
                 before, untouched = self.rows[first - 1][column], self.base[column]
                 gains.append(None if before is None or untouched is None else before - untouched)
         return _mean(gains)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_slices(self, dump: Callable[[AccuracyMatrix], dict[str, Any]]) -> dict[str, Any]:
+        """The matrix of a lineage without slices is that of earlier releases."""
+        values = dump(self)
+        return {name: value for name, value in values.items() if name != "slices" or value}
 
     @property
     def _last(self) -> int:
         return len(self.rows) - 1
 
-    def _first_versions(self) -> list[int]:
-        """Per task, the first version trained on it."""
-        return [self.trained.index(task) for task in self.tasks]
+    def first_versions(self) -> list[int]:
+        """Return the number of the first version that was trained on each column's task."""
+        return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
 
     def _old_tasks(self) -> list[tuple[str, int, int]]:
         """Task, column and first version of every task learned before the last version; empty with a single task."""
-        if len(self.tasks) < 2:
+        if len(self.tasks) - len(self.slices) < 2:
             return []
-        columns = enumerate(self._first_versions())
-        return [(self.tasks[column], column, first) for column, first in columns if first < self._last]
+        return [
+            (self.tasks[column], column, first)
+            for column, first in enumerate(self.first_versions())
+            if first < self._last and self.tasks[column] not in self.slices
+        ]
 
     def _known(self, version: int, column: int) -> float:
         value = self.rows[version][column]

@@ -82,6 +82,9 @@ class EvaluationReport(VersionedJson):
     """Score of always giving the most common answer of the task, 0 to 1; None: not counted."""
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Each task's metric; a missing task has "exact"."""
+    slices: Mapping[str, str] = field(default_factory=dict)
+    """Earlier test rows of a task whose test rows were renewed: the slice's name → the task. A slice has figures of its
+    own under its name."""
     labels: Mapping[str, tuple[LabelFigures, ...]] = field(default_factory=dict)
     """Per labelled task, the new version's recall and share of answers of each label."""
 
@@ -92,7 +95,7 @@ class EvaluationReport(VersionedJson):
 
     def metric_name(self, task: str) -> str:
         """Name of a task's metric for people."""
-        return metric_name(self.metrics.get(task, "exact"))
+        return metric_name(self.metrics.get(self.slices.get(task, task), "exact"))
 
     def paired_drop(self, task: str) -> PairedDrop | None:
         """The new version's drop against its parent on a task; None if outcomes were not kept."""

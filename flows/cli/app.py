@@ -10,7 +10,7 @@ from flows.cli.learn import learn_app
 from flows.cli.plan import model_app, plan_app
 from flows.cli.serve import serve_app, vllm_app
 from flows.cli.server import lineage_app, server_app, ui_app
-from flows.cli.versions import versions_app
+from flows.cli.versions import tests_app, versions_app
 
 app = typer.Typer(
     name="deal",
@@ -29,6 +29,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(lineage_app, name="lineage")
 app.add_typer(plan_app)
 app.add_typer(versions_app)
+app.add_typer(tests_app, name="tests")
 app.add_typer(housekeeping_app)
 app.add_typer(serve_app)
 app.add_typer(vllm_app, name="vllm")

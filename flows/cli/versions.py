@@ -62,6 +62,24 @@ def labels(
     return CommandResult(found, [*map(escape, shown)])
 
 
+tests_app = typer.Typer(help="Test rows of tasks.", no_args_is_help=True)
+
+
+@command(tests_app, "reading")
+def renew(
+    deal: Session,
+    task: Annotated[str, Argument(help="Task that the lineage knows.")],
+    lineage: Lineage = "default",
+) -> CommandResult:
+    """Let the task's next arrival bring new test rows. The rows before are measured and shown as a second slice."""
+    from tasks.lineage.renewal import renew_tests
+
+    found = renew_tests(lineage, task)
+    shown = f"The next arrival of {task} with test rows judges the task from then on."
+    kept = f"The {found.num_test} test rows before stay: every report shows both."
+    return CommandResult(found, [escape(shown), escape(kept)])
+
+
 @command(versions_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion that continues the current champion. The next arrival continues from it."""

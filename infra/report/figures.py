@@ -147,18 +147,19 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
         return figure
     last = len(matrix.rows)
     ends = []
-    for column, task in enumerate(matrix.tasks):
-        first = matrix.trained.index(task)
+    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None] if matrix.rows else []
+    for column in shown:  # earlier test rows that were forgotten have no value
+        first = matrix.first_versions()[column]
         values = [100 * float(row[column] or 0) for row in matrix.rows[first:]]
         _mark(axes, column, list(range(first + 1, last + 1)), values)
         ends.append(values[-1])
     tidy(axes)
     axes.set_ylim(0, 100)
     axes.set_xlim(0.9, max(last, 1.1))
-    for column, height in enumerate(spread(ends, gap=5.5)):
+    for column, end, height in zip(shown, ends, spread(ends, gap=5.5), strict=True):
         beside = axes.get_yaxis_transform()
         _mark(axes, column, [1.03], [height], transform=beside)
-        axes.text(1.05, height, f"{ends[column]:.1f}  {matrix.tasks[column]}", transform=beside, va="center",
+        axes.text(1.05, height, f"{end:.1f}  {matrix.tasks[column]}", transform=beside, va="center",
                   fontsize=9, color="#333333")  # fmt: skip
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)

@@ -44,16 +44,21 @@ def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str
     matrix, task = evaluation.matrix, evaluation.task
     before = evaluation.parent_accuracy_new_task
     start = evaluation.base_accuracy if before is None else before
+    num_tasks = len(matrix.tasks) - len(matrix.slices)
     scores = [
         (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"),
-        (f"average of {count(len(matrix.tasks), 'task')}", f"{percent(matrix.average_accuracy)} %"),
+        (f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %"),
     ]
     if matrix.forgetting is not None:
         scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
     if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:
         scores.append(("forgetting, of what was gained", f"{percent(matrix.relative_forgetting)} %"))
     parents = evaluation.parent_accuracies
-    changes = {old: evaluation.accuracies[old] - parents[old] for old in parents if old != task}
+    changes = {
+        old: evaluation.accuracies[old] - parents[old]
+        for old in parents
+        if old != task and old not in evaluation.slices
+    }
     if changes:
         worst = min(changes, key=lambda old: changes[old])
         scores.append((f"largest change of an old task: {worst}", f"{points(changes[worst], sign=True)} points"))

@@ -9,6 +9,7 @@
     promotions/LINEAGE/NUMBER.json            the promotion log
     lineages/LINEAGE.yaml                     the stored settings of a lineage
     labels/LINEAGE/TASK.json                  labels that were added by command
+    renewals/LINEAGE/TASK.json                a request for new test rows
     watch/LINEAGE.json                        arrivals that a watch has handled
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
@@ -192,6 +193,11 @@ def settings_key(lineage: str) -> str:
 def labels_key(lineage: str, task: str) -> str:
     """Return the key of the labels that were added to a task by command."""
     return f"{LABELS}/{lineage}/{task}.json"
+
+
+def renewal_key(lineage: str, task: str) -> str:
+    """Return the key of the request for new test rows of a task."""
+    return f"renewals/{lineage}/{task}.json"
 
 
 def watch_key(lineage: str) -> str:

@@ -34,7 +34,8 @@ from tasks.adaptation.frozen_rows import (
 from tasks.adaptation.ingest import read_manifest
 from tasks.base import lend_base
 from tasks.context import current_store
-from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.record import KnownSlice, LineageRecord, read_record
+from tasks.lineage.renewal import find_renewal
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.progress import advance
@@ -61,13 +62,16 @@ def evaluate_version(
     known task are frozen, so the base's accuracies come from the record and the parent's answers from the store. The
     parent is asked only rows without a stored answer.
 
-    If a task's test rows were forgotten, the arrival's test rows replace them. If a task gains labels, the new version
-    is asked with the new labels and the parent without them, as each of them serves.
+    If a task's test rows were forgotten, the arrival's test rows replace them. If they are renewed, the rows before
+    stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
+    as each of them serves.
     """
     store = current_store()
     record = read_record(store, parent.adapter_uri) if parent else None
-    renewed = renewed_task(store, record, dataset)
+    renewal = find_renewal(store, record, dataset)
+    renewed, slices = renewal.known, renewal.slices
     sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
+    sets += _slice_sets(store, record, slices) if record else []
     sets = within_budget(sets, dataset.task, config.max_old_rows)
     new = []
     if renewed is not None:
@@ -79,8 +83,10 @@ def evaluate_version(
         notes = (*notes, *_notes_on_known_task(store, record, dataset))
     kept = read_answers(store, parent.adapter_uri) if parent else None
     answered = kept.now if kept else {}
+    if renewal.new_slice is not None:
+        answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     open_rows = _unanswered(sets, answered)
-    all_sets = [*(_widened(each, dataset) for each in sets), *new]
+    all_sets = [*(_widened(each, dataset, slices) for each in sets), *new]
     scorer = Scorer(base, config)
     scorer.expect(new, [*new, *open_rows] if parent else [], all_sets)
     with borrowed_parent(store, parent) as parent_folder, borrowed_adapter(store, adapter) as folder:
@@ -112,11 +118,12 @@ def evaluate_version(
     matrix = record.matrix if record else AccuracyMatrix()
     if renewed is not None:
         parent_accuracies |= on_parent.accuracies
+        notes = (*notes, renewal.note(dataset))
+        if renewal.new_slice is not None:
+            matrix = matrix.with_slice(dataset.task, renewal.new_slice)
         matrix = matrix.remeasured(
             dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[dataset.task]
         )
-        notes = (*notes, f"{dataset.task} is judged on {dataset.num_test} new test rows, because the old rows were "
-                         "forgotten; figures of versions before the parent are of the old rows")  # fmt: skip
     return EvaluationReport(
         task=dataset.task,
         accuracies=now.accuracies,
@@ -135,6 +142,7 @@ def evaluate_version(
         adapter=facts,
         majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in all_sets},
+        slices={each.name: each.of for each in slices},
         labels={name: found.labels for name, found in now.evaluations.items() if found.labels},
     )
 
@@ -159,14 +167,6 @@ class Scored:
     def outcomes(self) -> dict[str, Scores]:
         """Each row's score, by task."""
         return {name: found.outcomes for name, found in self.evaluations.items()}
-
-
-def renewed_task(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> KnownTask | None:
-    """Return the known task of the dataset if its test rows were forgotten, otherwise None."""
-    known = record.task(dataset.task) if record else None
-    if known is None or forgotten_tests(store, dataset.task, known.dataset_uri) is None:
-        return None
-    return known
 
 
 class Scorer:
@@ -275,8 +275,23 @@ def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: Dat
         )
 
 
-def _widened(test_set: TestSet, dataset: DatasetRef) -> TestSet:
-    return replace(test_set, schema=dataset.widen(test_set.schema))
+def _slice_sets(store: ObjectStore, record: LineageRecord, slices: Sequence[KnownSlice]) -> list[TestSet]:
+    """The test rows of slices, asked as their tasks are. Slices whose rows were forgotten are left out."""
+    sets = []
+    for each in slices:
+        known = record.task(each.of)
+        assert known is not None, "a slice is of a task that was learned"
+        if forgotten_tests(store, each.of, each.dataset_uri) is None:
+            (found,) = load_test_sets(store, [replace(known, dataset_uri=each.dataset_uri)])
+            sets.append(replace(found, schema=replace(found.schema, name=each.name)))
+    return sets
+
+
+def _widened(test_set: TestSet, dataset: DatasetRef, slices: Sequence[KnownSlice] = ()) -> TestSet:
+    """The test set with the labels that its task gains with the arrival."""
+    is_slice = any(each.name == test_set.schema.name and each.of == dataset.task for each in slices)
+    schema = test_set.schema
+    return replace(test_set, schema=schema.with_labels(dataset.new_labels) if is_slice else dataset.widen(schema))
 
 
 def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:

@@ -120,6 +120,10 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
         ConfigError: The settings contradict the lineage.
     """
     known = record.task(arrival.task) if record else None
+    if record is not None and any(each.name == arrival.task for each in record.slices):
+        raise ConfigError(
+            f"'{arrival.task}' names earlier test rows in lineage '{record.lineage}'; give the task another name."
+        )
     if record is None or known is None:
         return TaskSchema(name=arrival.task, **{"format": "auto", "metric": "auto", **arrival.given})
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
@@ -137,14 +141,20 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
 
 
 def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
-    """Return the digests of the task's frozen test texts.
+    """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
 
     The result is empty for a new task and for a task whose test rows were forgotten: the arrival brings the test rows.
     """
     known = record.task(task_name) if record else None
-    if known is None or forgotten_tests(store, task_name, known.dataset_uri):
+    if record is None or known is None or forgotten_tests(store, task_name, known.dataset_uri):
         return ()
-    inputs = read_test_rows(store, known.dataset_uri, ["input"]).column("input").to_pylist()
+    datasets = [known.dataset_uri, *(each.dataset_uri for each in record.slices if each.of == task_name)]
+    inputs = [
+        text
+        for uri in datasets
+        if not forgotten_tests(store, task_name, uri)
+        for text in read_test_rows(store, uri, ["input"]).column("input").to_pylist()
+    ]
     assert known.schema.format != "auto", "a task that was learned has a format"
     kind = known.schema.format
     return frozenset(stored_input_digest(kind, stored) for stored in inputs)

@@ -18,10 +18,10 @@ from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.evaluate import renewed_task
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.lineage.record import KnownTask, LineageRecord, read_record, scores_of, write_record
+from tasks.lineage.renewal import find_renewal
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
@@ -52,11 +52,13 @@ def register_version(
             max_prompt_tokens=spec.train.max_prompt_tokens, max_new_tokens=spec.evaluate.max_new_tokens,
         )  # fmt: skip
         known = (*known, new)
-    elif renewed := renewed_task(store, before, dataset):
-        known = tuple(task.judged_by(dataset) if task == renewed else task for task in known)
+    renewal = find_renewal(store, before, dataset)
+    if renewal.new_slice is None or renewal.new_slice in report.slices:  # not asked for after the evaluation
+        known = tuple(task.judged_by(dataset) if task == renewal.known else task for task in known)
     known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
     record = LineageRecord(
-        lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix
+        lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
+        slices=tuple(each for each in renewal.slices if each.name in report.slices),
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(

@@ -7,10 +7,11 @@ from the object store alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_serializer
 
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
@@ -43,6 +44,17 @@ class KnownTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownSlice:
+    """Earlier test rows of a task whose test rows were renewed: measured and shown, but they do not judge the task."""
+
+    name: str
+    of: str
+    """Name of the task."""
+    dataset_uri: str
+    num_test: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
@@ -55,10 +67,17 @@ class LineageRecord(VersionedJson):
     adapter: AdapterConfig
     tasks: tuple[KnownTask, ...]
     matrix: KeptMatrix
+    slices: tuple[KnownSlice, ...] = ()
 
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""
         return next((known for known in self.tasks if known.schema.name == name), None)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_slices(self, dump: Callable[[LineageRecord], dict[str, Any]]) -> dict[str, Any]:
+        """The record of a lineage without slices is that of earlier releases."""
+        values = dump(self)
+        return {name: value for name, value in values.items() if name != "slices" or value}
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracy of this version by task: the last row of the matrix."""

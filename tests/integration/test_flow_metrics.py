@@ -61,5 +61,5 @@ def test_the_likelihood_of_the_references_needs_no_answers(notes: dict[str, str]
 
 def test_the_metric_of_a_learned_task_is_fixed(notes: dict[str, str], tiny_base: Path) -> None:
     run(tiny_base, notes)
-    with pytest.raises(ConfigError, match="task.metric of 'notes' is 'exact', but the lineage learned it as 'rouge_l'"):
+    with pytest.raises(ConfigError, match=r"metric of 'notes' is 'exact', but the lineage learned it as 'rouge_l'"):
         run(tiny_base, {**notes, "metric": "exact"}, again=True)

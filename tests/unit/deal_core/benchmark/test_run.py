@@ -21,9 +21,9 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
 from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
-from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.report import outcome_text
 
 DEFAULTS = MethodConfig()

@@ -1,0 +1,136 @@
+"""Renewal of a task's test rows. Those of its first arrival judge it, until a person asks for new ones.
+
+`deal tests renew TASK` asks once. The next arrival with test rows brings them. The rows before stay as a second slice,
+which is measured and shown too: the task "bank" then has the slice "bank.old-1".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import ConfigError, StoreError
+from deal_core.schema_version import require_schema_version
+from infra.store.base import ObjectStore
+from infra.store.keys import renewal_key
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
+from tasks.lineage.tombstones import forgotten_tests
+from tasks.lineage.version_files import reading_stored
+from tasks.references import DatasetRef
+
+SCHEMA_VERSION = 1
+MAX_NAME = 64
+"""Most characters of a task's name, and so of a slice's."""
+
+
+class RenewalResult(BaseModel):
+    """A request for new test rows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    task: str
+    num_test: int
+    """Test rows that judge the task until then."""
+    was_asked: bool
+    """Whether the same was asked before and still waits for an arrival."""
+
+
+def renew_tests(lineage: str, task: str) -> RenewalResult:
+    """Let the next arrival of a task bring new test rows.
+
+    The request names the present test rows. So it ends by itself when a version with other test rows becomes champion.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+        ConfigError: The lineage does not know the task.
+    """
+    store = current_store()
+    known = choose_task(read_record(store, find_version(open_registry(), lineage, None).adapter_uri), task)
+    was_asked = is_renewal_asked(store, lineage, known)
+    values = {"schema_version": SCHEMA_VERSION, "dataset_uri": known.dataset_uri}
+    store.put_bytes(renewal_key(lineage, task), json.dumps(values).encode())
+    return RenewalResult(lineage=lineage, task=task, num_test=known.num_test, was_asked=was_asked)
+
+
+def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool:
+    """Return whether the task's present test rows are to be renewed.
+
+    Raises:
+        StoreError: The request is damaged, or another release wrote it.
+    """
+    key = renewal_key(lineage, known.schema.name)
+    if not store.exists(key):
+        return False
+    remedy = "Delete it, and ask again with: deal tests renew."
+    with reading_stored(store, key, f"the request for new test rows of task '{known.schema.name}'", remedy):
+        values = json.loads(store.get_bytes(key))
+        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
+        return bool(values["dataset_uri"] == known.dataset_uri)
+
+
+class Renewal(NamedTuple):
+    """What an arrival does to the test rows of its task."""
+
+    known: KnownTask | None
+    """The task, with the test rows that the arrival replaces; None: the test rows stay."""
+    slices: tuple[KnownSlice, ...]
+    """The lineage's slices, with the new one."""
+    new_slice: str | None
+    """Name of the slice that the replaced rows become; None if they stay or were forgotten."""
+
+    def note(self, dataset: DatasetRef) -> str:
+        """A remark for people about replaced test rows."""
+        assert self.known is not None
+        why = "the old rows were forgotten"
+        if self.new_slice is not None:
+            why = f"deal tests renew asked for them; the {self.known.num_test} rows before stay as {self.new_slice}"
+        return (
+            f"{dataset.task} is judged on {dataset.num_test} new test rows, because {why}; its figures of versions "
+            "before the parent are of the old rows"
+        )
+
+
+def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: DatasetRef) -> Renewal:
+    """Return what an arrival does to the test rows of its task.
+
+    They are replaced if they were forgotten, or if `deal tests renew` asked for it and the arrival has other test rows.
+    """
+    known = record.task(dataset.task) if record else None
+    if record is None or known is None:
+        return Renewal(None, record.slices if record else (), None)
+    if forgotten_tests(store, dataset.task, known.dataset_uri) is not None:
+        return Renewal(known, record.slices, None)
+    has_others = dataset.num_test > 0 and known.dataset_uri != dataset.uri
+    if not has_others or not is_renewal_asked(store, record.lineage, known):
+        return Renewal(None, record.slices, None)
+    name = next_slice(dataset.task, [*(each.schema.name for each in record.tasks), *(s.name for s in record.slices)])
+    new = KnownSlice(name=name, of=dataset.task, dataset_uri=known.dataset_uri, num_test=known.num_test)
+    return Renewal(known, (*record.slices, new), name)
+
+
+def next_slice(task: str, names: Collection[str]) -> str:
+    """Return the name of a task's next slice. `names` are those of all tasks and slices.
+
+    Raises:
+        ConfigError: The name would be too long.
+
+    Example:
+        >>> next_slice("bank", ["bank", "bank.old-1"])
+        'bank.old-2'
+    """
+    number = 1
+    while (name := f"{task}.old-{number}") in names:
+        number += 1
+    if len(name) > MAX_NAME:
+        raise ConfigError(
+            f"The earlier test rows of '{task}' would be called {name!r}, which has more than {MAX_NAME} characters; "
+            "test rows of tasks with such long names cannot be renewed."
+        )
+    return name

@@ -1,0 +1,90 @@
+"""A task whose labels change their meaning: it is judged on renewed test rows, and its earlier rows stay in sight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.errors import ConfigError
+from flows.adapt import AdaptResult
+from flows.cli.app import app
+from tasks.adaptation.report import read_page
+from tasks.context import current_store
+from tasks.lineage.record import read_record
+from tests.adapting import PASS, run
+from tests.in_process import put_back
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+GATE = {**PASS, "min_gain_over_champion_points": 0.0, "max_drop_points": 5.0, "min_gain_points": 10.0}
+TRAIN = {"max_steps": 60, "learning_rate": 0.03, "max_prompt_tokens": 64, "max_answer_tokens": 6, "checkpoint_steps": 0}
+
+
+def file_of(folder: Path, name: str, warm: str, cold: str) -> dict[str, Any]:
+    """Thirty rows: texts about red things have the label `warm`, texts about blue things `cold`."""
+    rows = [
+        {"text": f"{name} {number}: a {colour} card", "label": label, "split": "test" if number % 3 == 0 else "train"}
+        for number in range(15)
+        for colour, label in (("red", warm), ("blue", cold))
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "colours", "data": str(path), "labels": ["warm", "cold"], "instruction": "Which?"}
+
+
+def learn(base: Path, task: dict[str, Any], **gate: Any) -> AdaptResult:
+    return run(base, task, strategy="seq_lora", train=TRAIN, gate={**GATE, **gate})
+
+
+def renew(home: Path, task: str = "colours") -> Any:
+    with put_back():
+        result = CliRunner().invoke(app, ["tests", "renew", task, "--lineage", "l", "--home", str(home), "--json"])
+    return json.loads(result.stdout)
+
+
+def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
+    home: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    before = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
+    assert before.status == "promoted" and before.accuracies["colours"] == 1.0
+
+    shifted = learn(tiny_base, file_of(tmp_path, "june", "cold", "warm"))
+    assert shifted.rejected and any("colours: accuracy" in reason for reason in shifted.reasons)
+
+    assert renew(home) == {"lineage": "l", "task": "colours", "num_test": 10, "was_asked": False}
+    now = learn(tiny_base, file_of(tmp_path, "july", "cold", "warm"))
+    assert now.status == "promoted" and now.accuracies["colours"] == 1.0 and now.accuracies["colours.old-1"] < 0.5
+    report, page = read_page(str(now.tracking_id))
+    assert "deal tests renew asked for them; the 10 rows before stay as colours.old-1" in page
+    assert report.version == now.version
+
+    record = read_record(current_store(), f"adapters/l/{now.run_key[:16]}")
+    assert [(each.name, each.of, each.num_test) for each in record.slices] == [("colours.old-1", "colours", 10)]
+    assert record.matrix.average_accuracy == 1.0 and record.matrix.forgetting is None, "the task alone counts"
+
+    # The request has ended: the next arrival is judged on July's rows, and both slices are measured again.
+    later = learn(tiny_base, file_of(tmp_path, "august", "cold", "warm"))
+    assert later.status == "promoted" and set(later.accuracies) == {"colours", "colours.old-1"}
+    assert read_record(current_store(), f"adapters/l/{later.run_key[:16]}").slices == record.slices
+
+
+def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
+    renew(home)
+    limited = learn(tiny_base, file_of(tmp_path, "june", "cold", "warm"), max_old_slice_drop_points=50.0)
+    assert limited.rejected
+    (reason,) = limited.reasons
+    assert reason.startswith("colours.old-1: accuracy fell by") and reason.endswith("; the limit is 50.0 points.")
+
+
+def test_an_arrival_cannot_take_the_name_of_earlier_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
+    learn(tiny_base, january)
+    renew(home)
+    assert learn(tiny_base, june, min_gain_points=-100.0).status == "promoted"
+    with pytest.raises(ConfigError, match="names earlier test rows"):
+        run(tiny_base, {**january, "name": "colours.old-1"})
