@@ -22,6 +22,7 @@ DOMAINS = ("bank", "clinic", "parcels")
 SPEC_KEYS = {"schema_version", "lineage", "base_model", "strategy", "task", "train", "gate", "data"}
 REQUIRED_TASK_KEYS = {"name", "data", "labels", "instruction"}
 OPTIONAL_TASK_KEYS = {"test_data", "columns"}
+WORK_ORDER = re.compile(r"Flat \w+, [a-z ]+: [^;]+; [^;]+\.")
 NUM_PER_LABEL = {"train": 12, "test": 6}
 MAX_SIMILARITY = 0.6
 
@@ -143,3 +144,14 @@ def test_no_two_rows_are_alike() -> None:
 def test_no_row_is_there_twice_after_normalisation() -> None:
     counts = Counter(" ".join(unicodedata.normalize("NFKC", row.text).casefold().split()) for row in all_rows())
     assert [text for text, num in counts.items() if num > 1] == []
+
+
+def test_repairs_are_sentences_in_one_house_style_about_different_flats() -> None:
+    spec = load_spec("repairs")
+    assert spec["task"]["metric"] == "rouge_l" and "labels" not in spec["task"]
+    records = read_records(EXAMPLES / "repairs" / spec["task"]["data"])
+    assert Counter(record["split"] for record in records) == {"train": 84, "test": 42}
+    for record in records:
+        assert 25 <= len(record["message"].split()) <= 60, record
+        assert len(record["work_order"].split()) <= 18 and WORK_ORDER.fullmatch(record["work_order"]), record
+    assert len({record["work_order"].split(",")[0] for record in records}) == len(records), "a flat for every message"
