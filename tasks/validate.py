@@ -106,7 +106,7 @@ def validate(
         num_rejected=manifest.num_rejected,
         problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found in bad.problems))
+            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
         sha256=manifest.sha256,
