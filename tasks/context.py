@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,13 +70,13 @@ def as_file(path: Path) -> Iterator[Path]:
     Raises:
         DataValidationError: The folder holds several splits, or cannot be read.
     """
-    if (path / "dataset_dict.json").is_file():
+    if os.path.isfile(path / "dataset_dict.json"):  # Path.is_file raises if the name is too long
         splits = sorted(each.name for each in path.iterdir() if (each / "state.json").is_file())
         raise DataValidationError(
             f"{path} holds the splits {listed(splits)}; give the folder of one of them, and of another as test rows "
             "(test_data)."
         )
-    if not (path / "state.json").is_file():
+    if not os.path.isfile(path / "state.json"):
         yield path
         return
     import datasets

@@ -52,3 +52,10 @@ def test_any_other_folder_is_no_file_of_rows(tmp_path: Path) -> None:
     landing = Landing(source=tmp_path, task=TaskSchema(name="t", format="auto"), config=DataConfig())
     with pytest.raises(DataValidationError, match="is a folder; give one file of rows"):
         validate_file(landing)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"])
+def test_a_path_that_nothing_can_be_is_left_to_the_reader(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with as_file(tmp_path / name) as file:
+        assert file == tmp_path / name
