@@ -9,6 +9,7 @@ import pytest
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, validate_file
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DataValidationError
 from infra.store.local import FileStore
@@ -30,6 +31,15 @@ def test_a_saved_dataset_is_read_with_the_names_of_its_labels(rows: datasets.Dat
         report = validate_file(Landing(source=file, task=TaskSchema(name="t", format="auto"), config=DataConfig()))
     assert (report.manifest.num_read, set(report.manifest.task.labels)) == (30, {"bad", "good"})
     assert not file.exists()
+
+
+def test_a_saved_dataset_has_the_same_digest_each_time(rows: datasets.Dataset, tmp_path: Path) -> None:
+    rows.save_to_disk(tmp_path / "saved")
+    digests = set()
+    for _ in range(2):
+        with as_file(tmp_path / "saved") as file:
+            digests.add(sha256_of_input(file))
+    assert len(digests) == 1
 
 
 def test_a_folder_of_several_splits_is_refused_with_their_names(rows: datasets.Dataset, tmp_path: Path) -> None:

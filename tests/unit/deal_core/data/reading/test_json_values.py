@@ -56,7 +56,7 @@ def test_a_list_is_the_same_in_pieces_of_any_size(
 @pytest.mark.parametrize(
     ("item", "why"),
     [
-        ("7", "not an object of columns"),
+        ("1234567", "not an object of columns"),
         ('["text"]', "not an object of columns"),
         ('{"text": "Jane", "text": "Doe"}', "a key occurs twice"),
         ('{"inner": {"Jane": 1, "Jane": 2}, "text": "later"}', "a key occurs twice"),
