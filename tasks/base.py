@@ -7,7 +7,8 @@ imports take most of the start of a process.
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -74,6 +75,29 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
     """
     base = _load(source, quantize)
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
+
+
+def local_tokenizer(source: str) -> Any:
+    """Return the tokenizer of a base model that is on this machine already. Nothing is fetched.
+
+    Raises:
+        ConfigError: The model is not on this machine, or its tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from deal_core.base_model.sources import BUILT_IN, cache_entry
+    from deal_core.regular_file import sha256_of_file
+
+    place, cache = Path(source).expanduser(), HomeSettings().cache_dir
+    if source in BUILT_IN:
+        place = cache_entry(cache, source, BUILT_IN[source].member_sha256)
+    elif place.is_file():
+        place = cache_entry(cache, place.stem, sha256_of_file(place))
+    name = place if place.is_dir() or source in BUILT_IN else source
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # damaged files break their readers in many ways
+        raise ConfigError(f"The tokenizer of {source!r} is not on this machine, or cannot be read.") from error
 
 
 def refuse_what_cannot_fit(

@@ -262,6 +262,6 @@ def _answer_chunk(
     who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}
     return [
         {"answer": next(answers), **who} if isinstance(each, str)
-        else {"problem": "; ".join(f"{reason}: {value}" for reason, value in each), **who}
+        else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in each), **who}
         for each in checked
     ]  # fmt: skip

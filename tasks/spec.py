@@ -15,7 +15,17 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from deal_core.config import (
     AdapterConfig,
@@ -39,6 +49,7 @@ from deal_core.yaml_file import read_yaml
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Format = Literal["labelled", "completion", "chat"]
+AssistantTurns = Literal["all", "last"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
 MAX_PROBLEMS = 20
@@ -85,6 +96,13 @@ def _require_int(value: object) -> object:
 SchemaVersion = Annotated[Literal[1], BeforeValidator(_require_int)]
 
 
+_LIST, _MAPPING = "labels as a list", "labels as a mapping"
+Labels = Annotated[
+    Annotated[tuple[str, ...], Tag(_LIST)] | Annotated[dict[str, str], Tag(_MAPPING)],
+    Discriminator(lambda labels: _MAPPING if isinstance(labels, Mapping) else _LIST),
+]
+
+
 class TaskFields(BaseModel):
     """The settings of a task without its name. None: the lineage or the file decides."""
 
@@ -92,8 +110,9 @@ class TaskFields(BaseModel):
 
     format: Format | None = None
     """Columns of a row: (text, label), (prompt, completion) or (messages)."""
-    labels: tuple[str, ...] | None = None
-    """The answers of a labelled task; None: the lineage's labels, or else the labels in the file."""
+    labels: Labels | None = None
+    """The answers of a labelled task, or a mapping from the file's numbers or codes to the answers; None: the lineage's
+    labels, or else the labels in the file."""
     instruction: str | None = None
     """First line of the prompt."""
     template: str | None = None
@@ -103,6 +122,9 @@ class TaskFields(BaseModel):
     metric; for a new task exact if it has labels, else rouge_l."""
     columns: dict[str, str] = {}
     """Canonical column name to the name in the file, for columns with unusual names."""
+    assistant_turns: AssistantTurns | None = None
+    """The assistant's turns of a training chat that are learned; None: those that the lineage's task learns, or else
+    all."""
 
     def given(self) -> dict[str, Any]:
         """Return the fields that were given."""
@@ -247,7 +269,8 @@ def parse(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:
-    where = ".".join(shorten(str(part)) for part in problem["loc"]) or "spec"
+    location = [part for part in problem["loc"] if part not in (_LIST, _MAPPING)]
+    where = ".".join(shorten(str(part)) for part in location) or "spec"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(model, problem["loc"][:-1])
         return f"unknown key '{where}'" + (f" (known: {', '.join(known)})" if known else "; remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,12 +11,15 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.data.dataset import Landing, validate_file
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
-from tasks.context import current_store, local_file
+from tasks.base import local_tokenizer
+from tasks.context import as_file, current_store, local_file
 from tasks.lineage.record import read_record
-from tasks.lineage.settings import spec_from_options
+from tasks.lineage.settings import choose_base, spec_from_options
 from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 
@@ -30,6 +34,17 @@ class RefusedRow(BaseModel):
     reasons: tuple[str, ...]
 
 
+class ShownRow(BaseModel):
+    """A training row as the model sees it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    answer: str
+    note: str | None = None
+    """What is missing in the prompt."""
+
+
 class ValidateResult(BaseModel):
     """The result of the checks of a file."""
 
@@ -39,14 +54,20 @@ class ValidateResult(BaseModel):
     accepted: bool
     refusal: str | None
     format: str
+    shape: str
+    """What the file was recognised as."""
     labels: tuple[str, ...]
     num_read: int
     num_train: int
     num_test: int
     num_rejected: int
+    num_turns: int
+    """Training rows that are earlier turns of chats."""
     problems: dict[str, int]
     bad_rows: tuple[RefusedRow, ...]
     """The first bad rows."""
+    example: ShownRow | None
+    """The first good training row."""
     sha256: str
 
 
@@ -83,9 +104,12 @@ def validate(
     record = read_record(store, champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
     schema = choose_schema(store, arrival, record)
-    with local_file(store, test_data) if test_data is not None else nullcontext() as test_source:
+    with (
+        as_file(file) as source,
+        local_file(store, test_data) if test_data is not None else nullcontext() as test_source,
+    ):
         landing = Landing(
-            source=file,
+            source=source,
             task=schema,
             config=replace(read.data, include_texts=True),
             test_source=test_source,
@@ -99,18 +123,35 @@ def validate(
         accepted=report.refusal is None,
         refusal=report.refusal,
         format=manifest.task.format,
+        shape=report.shape,
         labels=manifest.task.labels,
         num_read=manifest.num_read,
         num_train=manifest.num_train,
         num_test=manifest.num_test,
         num_rejected=manifest.num_rejected,
+        num_turns=manifest.num_turns,
         problems=dict(manifest.problems),
         bad_rows=tuple(
-            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found in bad.problems))
+            RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
+        example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
     )
+
+
+def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
+    """A row as the model sees it. A chat needs the base model's tokenizer, which the call never fetches."""
+    from deal_core.data.prompts import render_prompt
+
+    if task.format != "chat":
+        blank = "" if output[:1].isspace() else " "
+        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=blank + output)
+    try:
+        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=output)
+    except ConfigError as error:
+        plain = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(input))
+        return ShownRow(prompt=plain, answer=output, note=f"without the base model's chat template: {error}")
 
 
 def known_champion(lineage: str) -> VersionRef | None:

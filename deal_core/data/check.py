@@ -19,29 +19,39 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deal_core.data.chats import NOT_UTF8, UNDECODABLE, as_messages, chat_row, is_any_empty, normal_chat, parse_messages
 from deal_core.data.columns import Columns
-from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, quote_normal, row_digest
+from deal_core.data.rows import (
+    Digests,
+    Problem,
+    RawRow,
+    Reason,
+    Row,
+    RowBatch,
+    as_digests,
+    message_parts,
+    normal_line_ends,
+    quote_normal,
+    row_digest,
+)
 from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
-_UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
+_ASKING = ("user", "human", "tool")
+"""Roles whose message the assistant answers next."""
+_WHOLE_NUMBER = re.compile(r"[+-]?\d+(\.0+)?")
+_NAME_IT = 'a whole number; name it in the spec, labels: {"0": NAME, "1": NAME}'
 _NO_ROW = Row("", "", b"", b"", None)
 PLAIN = "!-~¡-ʯЀ-ҁҊ-ԯ‐-‧‰-⁞₠-₿ぁ-ゖァ-ヺ一-鿿가-힣！-～\U0001f300-\U0001faff"
 """Characters other than white space that Unicode's form NFC does not change, alone or next to each other."""
 _PLAIN_TEXT = f"^[{PLAIN}]+(?: [{PLAIN}]+)*$"
 
 
-def normal_line_ends(text: str) -> str:
-    """The text with Unix line ends."""
-    return text.replace("\r\n", "\n")
-
-
 def normal_input(kind: Format, text: str) -> str:
     """An input in the form in which datasets store it. The model learned this form, so questions must use it too."""
     if kind == "chat":
-        messages = [{**each, "content": normal_line_ends(each["content"])} for each in json.loads(text)]
-        return json.dumps(messages, ensure_ascii=False)
+        return json.dumps(normal_chat(json.loads(text)), ensure_ascii=False)
     text = normal_line_ends(text)
     return text.strip() if kind == "labelled" else text
 
@@ -53,6 +63,7 @@ class RowChecker:
         self._columns = columns
         self._max_text_chars = max_text_chars
         self._label_of_key = {label_key(label): label for label in task.labels}
+        self._label_names = {**columns.label_names, **task.label_names}
 
     def check(self, raw: RawRow) -> Row | list[Problem]:
         """The good row, or all its problems. If the task has no labels yet, every label is good."""
@@ -63,7 +74,7 @@ class RowChecker:
         if self._columns.format == "chat":
             row = self._chat(raw.values, split, problems)
         elif self._columns.format == "completion":
-            prompt = self._text(raw.values, "prompt", problems)
+            prompt = self._prompt(raw.values, problems)
             completion = self._text(raw.values, "completion", problems)
             if problems:  # computing the digest of a very long text would take long
                 return problems
@@ -84,15 +95,16 @@ class RowChecker:
         if self._columns.format == "chat":
             text = self._conversation(raw.values, problems)
         else:
-            name = "prompt" if self._columns.format == "completion" else "text"
-            text = normal_input(self._columns.format, self._text(raw.values, name, problems))
+            is_prompt = self._columns.format == "completion"
+            text = self._prompt(raw.values, problems) if is_prompt else self._text(raw.values, "text", problems)
+            text = normal_input(self._columns.format, text)
         return problems or text
 
     def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The messages before the wanted answer."""
         column = self._columns.names["messages"]
-        messages = _as_messages(values.get(column))
-        if messages is not None and messages[-1].get("role") == "user":
+        messages = as_messages(values.get(column))
+        if messages is not None and (messages[-1].get("role") or messages[-1].get("from")) in _ASKING:
             messages = [*messages, {"role": "assistant", "content": "-"}]  # the checks expect an answer at the end
         row = self._chat({**values, column: messages} if messages else values, None, problems)
         return row.input
@@ -101,13 +113,14 @@ class RowChecker:
         """A column's text; None if a problem was found."""
         column = self._columns.names[name]
         if column not in values:
-            problems.append(Problem("missing column", column))
+            problems.append(Problem("missing column", column, column))
             return None
         text = _as_text(values[column])
         if text is None:
-            problems.append(Problem("malformed line", f"{column} is a {type(values[column]).__name__}, not a text"))
-        elif bad := _UNDECODABLE.search(text):
-            problems.append(Problem("bad encoding", shorten(text[max(0, bad.start() - 20) :])))
+            problems.append(_told("malformed line", f"{column} is a {type(values[column]).__name__}, not a text"))
+        elif bad := UNDECODABLE.search(text):
+            shown = shorten(text[max(0, bad.start() - 20) :])
+            problems.append(Problem("bad encoding", shown, f"{column} has {NOT_UTF8}"))
             return None
         return text
 
@@ -118,24 +131,44 @@ class RowChecker:
         self._check_length(text, self._columns.names[name], problems)
         return normal_line_ends(text)
 
+    def _prompt(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+        """The prompt, with the row's context, if any, on the lines under it."""
+        prompt = self._text(values, "prompt", problems)
+        column = self._columns.names.get("context")
+        context = self._cell(values, "context", problems) if column in values else None
+        if column is None or context is None or not context.strip():
+            return prompt
+        prompt = f"{prompt}\n{normal_line_ends(context)}"
+        if not problems:
+            self._check_length(prompt, f"{self._columns.names['prompt']} with {column}", problems)
+        return prompt
+
     def _check_length(self, text: str, column: str, problems: list[Problem]) -> None:
         if not text.strip():
-            problems.append(Problem("empty text", f"{column} is empty"))
+            problems.append(_told("empty text", f"{column} is empty"))
         elif len(text) > self._max_text_chars:
-            problems.append(Problem("over-long text", f"{len(text)} characters: {shorten(text)}"))
+            length = f"{len(text)} characters"
+            why = f"{column} has {length}, allowed are {self._max_text_chars}"
+            problems.append(Problem("over-long text", f"{length}: {shorten(text)}", why))
 
     def label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The label in the task's spelling; problems are appended to `problems`."""
         text = self._cell(values, "label", problems)
         if text is None:
             return ""
-        label = " ".join(text.split())
+        cell = " ".join(text.split())
+        label = self._label_names.get(cell, cell)
+        if self._label_of_key and label_key(label) not in self._label_of_key:
+            label = cell  # the task was learned with the cells as its labels
         if not label:
-            problems.append(Problem("empty label", f"{self._columns.names['label']} is empty"))
+            problems.append(_told("empty label", f"{self._columns.names['label']} is empty"))
+        elif not self._label_of_key and self._label_names and cell not in self._label_names:
+            problems.append(Problem("label outside the task's set", shorten(cell), "the file has no name for it"))
         elif not self._label_of_key:
             self._check_length(label, self._columns.names["label"], problems)
         elif label_key(label) not in self._label_of_key:
-            problems.append(Problem("label outside the task's set", shorten(label)))
+            why = _NAME_IT if is_whole_number(label) else ""
+            problems.append(Problem("label outside the task's set", shorten(label), why))
         return self._label_of_key.get(label_key(label), label)
 
     def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
@@ -145,29 +178,49 @@ class RowChecker:
         text = self._cell(values, "split", problems)
         split = None if text is None else _SPLITS.get(text.strip().casefold())
         if text is not None and split is None:
-            problems.append(Problem("unknown split", f"{shorten(text)!r} is neither train nor test"))
+            why = "neither train nor test"
+            problems.append(Problem("unknown split", f"{shorten(text)!r} is {why}", why))
         return split
 
     def _chat(self, values: Mapping[str, Any], split: Split | None, problems: list[Problem]) -> Row:
-        column = self._columns.names["messages"]
-        if column not in values:
-            problems.append(Problem("missing column", column))
+        names = self._columns.names
+        wanted = [names[name] for name in ("messages", "prompt", "completion") if name in names]
+        if missing := [column for column in wanted if column not in values]:
+            problems += [Problem("missing column", column, column) for column in missing]
             return _NO_ROW
-        messages = _parse_messages(values[column])
+        cell = values[wanted[0]] if len(wanted) == 1 else _joined([values[column] for column in wanted])
+        messages = parse_messages(cell, self._cell_of(values, "tools"))
         if isinstance(messages, Problem):
             problems.append(messages)
             return _NO_ROW
-        *earlier, (_, answer) = messages
-        contents = [content for _, content in messages]
-        if not all(content.strip() for content in contents):
-            problems.append(Problem("empty text", f"a message in {column} is empty"))
+        column = " and ".join(wanted)
+        if is_any_empty(messages):
+            problems.append(_told("empty text", f"a message in {column} is empty"))
         else:
-            self._check_length("".join(contents), column, problems)
-        if problems:
-            return _NO_ROW
-        input = json.dumps([{"role": role, "content": content} for role, content in earlier], ensure_ascii=False)
-        parts = [part for message in earlier for part in message]
-        return Row(input, answer, row_digest(*parts, answer), row_digest(*parts), split)
+            texts = [part for message in messages for part in message_parts(message)[1:]]
+            self._check_length("".join(texts), column, problems)
+        return _NO_ROW if problems else chat_row(messages)._replace(split=split)
+
+    def _cell_of(self, values: Mapping[str, Any], name: str) -> Any:
+        """A cell of an optional column; None if there is none."""
+        return values.get(self._columns.names[name]) if name in self._columns.names else None
+
+
+def is_whole_number(label: str) -> bool:
+    """Whether a label is a number, which says nothing about its meaning."""
+    return _WHOLE_NUMBER.fullmatch(label) is not None
+
+
+def _told(reason: Reason, why: str) -> Problem:
+    """A problem whose value is no text of the row."""
+    return Problem(reason, why, why)
+
+
+def _joined(cells: Sequence[object]) -> object:
+    """One list of several lists; the first cell that is not a list, if there is one."""
+    lists = [as_messages(cell) for cell in cells]
+    joined = [message for messages in lists if messages is not None for message in messages]
+    return joined if None not in lists else cells[lists.index(None)]
 
 
 def _as_text(value: object) -> str | None:
@@ -179,46 +232,6 @@ def _as_text(value: object) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # whole numbers are floats in a column with gaps
     return None if isinstance(value, (list, dict, tuple)) else str(value)
-
-
-def _as_messages(value: object) -> list[dict[str, Any]] | None:
-    """A cell's messages; None if it is not a list of dicts."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return value
-    return None
-
-
-def _parse_messages(value: object) -> list[tuple[str, str]] | Problem:
-    """The (role, content) pairs of a conversation that ends with the assistant's answer."""
-
-    def malformed(why: str) -> Problem:
-        return Problem("malformed messages", f"{why}: {shorten(value)}")
-
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return malformed("not JSON")
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return malformed("not a list of messages")
-    pairs = [(message.get("role"), message.get("content")) for message in value]
-    if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
-        return malformed("a message's role or content is missing or is not a text")
-    texts = [(str(role), normal_line_ends(str(content))) for role, content in pairs]
-    if bad := _UNDECODABLE.search("\n".join(part for pair in texts for part in pair)):
-        return Problem("bad encoding", f"{shorten(bad.group())} in {shorten(value)}")
-    roles = [role for role, _ in texts]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        return malformed(
-            f"roles {shorten(', '.join(roles))}; wanted are system (or none), then user and assistant in turn"
-        )
-    return texts
 
 
 class GoodRows(NamedTuple):
@@ -262,13 +275,13 @@ class BatchChecker:
                 places.append(place)
             else:
                 bad.append(BadInBatch(place, raw, checked))
-        return (_merge(plain, _side_by_side(rows, places)) if rows else plain), bad
+        return (_merge(plain, side_by_side(rows, places)) if rows else plain), bad
 
     def _plain_rows(self, batch: RowBatch) -> GoodRows:
         """The rows that a fast test shows to be good."""
         names = self._columns.names
-        if self._columns.format == "chat":
-            return _side_by_side([], [])
+        if self._columns.format == "chat" or "context" in names:
+            return side_by_side([])
         input_, output = (batch.column(names[name]) for name in COLUMNS_OF_FORMAT[self._columns.format])
         inputs, input_parts = self._plain_texts(input_)
         if self._columns.format == "labelled":
@@ -326,9 +339,10 @@ def _by_value(
     return [pa.array([each[i] for each in found], kind).take(encoded.indices) for i, kind in enumerate(types)]
 
 
-def _side_by_side(rows: list[Row], places: list[int]) -> GoodRows:
+def side_by_side(rows: Sequence[Row], places: Sequence[int] | None = None) -> GoodRows:
+    """Rows as columns; without places, the rows count from 0."""
     return GoodRows(
-        places=np.array(places, np.int64),
+        places=np.array(range(len(rows)) if places is None else places, np.int64),
         inputs=pa.array([row.input for row in rows], pa.string()),
         outputs=pa.array([row.output for row in rows], pa.string()),
         digests=as_digests(b"".join([row.digest for row in rows])),

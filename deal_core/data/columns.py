@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deal_core.data.reading.readers import file_kind
-from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, TaskSchema
+from deal_core.data.schema import COLUMNS_OF_FORMAT, OPTIONAL_OF_FORMAT, Format, TaskSchema
 from deal_core.errors import DataValidationError
 
 CONVENTIONS: dict[str, tuple[str, ...]] = {
@@ -16,10 +16,14 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "label": ("label", "category", "class", "intent", "topic", "sentiment"),
     "prompt": ("prompt", "instruction", "question", "input"),
     "completion": ("completion", "response", "answer", "output", "target"),
+    "context": ("context",),
     "messages": ("messages", "conversation", "conversations"),
+    "tools": ("tools",),
     "split": ("split",),
 }  # fmt: skip
 """Possible names of a column; case and outer blanks do not count. The first wins; of the others a file may have one."""
+CONTEXTS: dict[str, tuple[str, ...]] = {"instruction": ("input", "context"), "question": ("context",)}
+"""A prompt's column → columns whose text belongs under the prompt, as in Alpaca and Dolly files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,12 @@ class Columns:
 
     format: Format
     names: Mapping[str, str]
-    """This project's name → the file's name, for every required column, and for "split" if the file has it."""
+    """This project's name → the file's name, for every required column, and for optional columns that the file has. A
+    chat has "messages", or "prompt" and "completion" if each of them holds messages."""
+    label_names: Mapping[str, str] = field(default_factory=dict)
+    """Content of a label cell → label, if the file itself names its labels."""
+    shape: str = ""
+    """What the file was recognised as, for people."""
 
 
 def resolve_columns(
@@ -53,6 +62,7 @@ def resolve_columns(
     formats = _possible_formats(task)
     overview = _describe(file_columns, task, source, include_texts)
     found = {name: _matches(name, file_columns, task, source, overview) for name in CONVENTIONS}
+    _find_context(found, task)
     fitting = [one for one in formats if all(found[name] for name in COLUMNS_OF_FORMAT[one])]
     if not fitting:
         raise DataValidationError(_missing_message(overview, formats, found, source))
@@ -60,7 +70,7 @@ def resolve_columns(
         raise DataValidationError(
             f"{source} has the columns of more than one format ({', '.join(fitting)}); set task.format to one of them."
         )
-    wanted = (*COLUMNS_OF_FORMAT[fitting[0]], "split")
+    wanted = (*COLUMNS_OF_FORMAT[fitting[0]], *OPTIONAL_OF_FORMAT[fitting[0]])
     names = {name: _only(found[name], name, source) for name in wanted if found[name]}
     if len(set(names.values())) < len(names):
         raise DataValidationError(f"task.columns gives one column of {source} two meanings: {names}; correct it.")
@@ -85,20 +95,38 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     name = COLUMNS_OF_FORMAT[kind][0]
     if column is not None:
         task = replace(task, columns={name: column})
-    elif task.columns.get(name) not in file_columns:
+    elif name in task.columns and task.columns[name] not in file_columns:
         task = replace(task, columns={})  # the names of the task's first file need not be this file's
     overview = _describe(file_columns, task, source, include_texts=True)
-    found = _matches(name, file_columns, task, source, overview)
-    if not found:
+    wanted = (name, *(optional for optional in OPTIONAL_OF_FORMAT[kind] if optional != "split"))
+    found = {each: _matches(each, file_columns, task, source, overview) for each in wanted}
+    if kind == "completion":
+        _find_context(found, task)
+    if not found[name]:
         raise DataValidationError(f"{source} has {overview}; no column is named like {name}. Name it with --column.")
-    return Columns(format=kind, names={name: _only(found, name, source)})
+    return Columns(format=kind, names={each: _only(found[each], each, source) for each in wanted if found[each]})
+
+
+def _find_context(found: dict[str, list[str]], task: TaskSchema) -> None:
+    """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none."""
+    if "context" in task.columns:
+        return
+    named = {column.strip().casefold(): column for column in found["prompt"]}
+    contexts = {"input": [named["input"]] if "input" in named else [], "context": found["context"]}
+    found["context"] = []
+    for prompt, others in CONTEXTS.items():
+        fitting = [contexts[other] for other in others if contexts[other]]
+        if prompt in named and fitting and "prompt" not in task.columns:
+            found["prompt"] = [column for column in found["prompt"] if column != named.get("input")]
+            found["context"] = fitting[0]
+            return
 
 
 def _possible_formats(task: TaskSchema) -> list[Format]:
     if task.format != "auto":
         return [task.format]
-    named = set(task.columns) - {"split"}
-    formats = [one for one, columns in COLUMNS_OF_FORMAT.items() if named <= set(columns)]
+    named = set(task.columns)
+    formats = [one for one, columns in COLUMNS_OF_FORMAT.items() if named <= {*columns, *OPTIONAL_OF_FORMAT[one]}]
     return ["labelled"] if task.labels else formats
 
 

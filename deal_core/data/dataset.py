@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TextIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from deal_core.config import DataConfig
-from deal_core.data.check import BadInBatch, BatchChecker, GoodRows
-from deal_core.data.columns import Columns, resolve_columns
+from deal_core.data.chats import earlier_turns
+from deal_core.data.check import BadInBatch, BatchChecker, GoodRows, is_whole_number, side_by_side
+from deal_core.data.columns import Columns
+from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.reading.readers import file_kind, read_batches, read_columns
+from deal_core.data.reading.readers import read_batches
 from deal_core.data.rows import (
     BadRow,
     DigestSet,
@@ -33,7 +32,6 @@ from deal_core.data.rows import (
     merge_digests,
 )
 from deal_core.data.schema import (
-    COLUMNS_OF_FORMAT,
     ROW_SCHEMA,
     SCHEMA_VERSION,
     DatasetManifest,
@@ -41,6 +39,7 @@ from deal_core.data.schema import (
     TaskSchema,
     label_key,
 )
+from deal_core.data.shapes import recognise
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
 
@@ -48,8 +47,6 @@ MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
 _PROGRESS_ROWS = 1000
 _SHOWN_EXAMPLES = 3
-_GROUP_ROWS = 8192
-_GROUP_BYTES = 2**24
 _SPLITS: tuple[Split, Split] = ("test", "train")
 
 
@@ -62,6 +59,10 @@ class ValidationReport:
     """The first MAX_EXAMPLES bad rows; quarantine has all of them."""
     refusal: str | None
     """Why the arrival cannot be used, in one line; None if it can be used."""
+    shape: str
+    """What the file was recognised as, see `Columns.shape`."""
+    example: tuple[str, str] | None = None
+    """Stored input and output of the first good training row. Only `validate_file` gives it."""
 
 
 class ArrivalRefusedError(DataValidationError):
@@ -121,7 +122,15 @@ def validate_file(landing: Landing) -> ValidationReport:
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    return ArrivalReader(landing).validate(lambda rows, split: None, lambda bad, raw: None)
+    examples: list[tuple[str, str]] = []
+
+    def keep(rows: pa.Table, split: Split) -> None:
+        if split == "train" and rows.num_rows and not examples:
+            first = rows.slice(0, 1).to_pylist()[0]
+            examples.append((first["input"], first["output"]))
+
+    report = ArrivalReader(landing).validate(keep, lambda bad, raw: None)
+    return replace(report, example=examples[0] if examples else None)
 
 
 class ArrivalReader:
@@ -149,11 +158,17 @@ class ArrivalReader:
         self._task = replace(task, format=formats.pop())
         if task.metric == "auto":
             self._task = replace(self._task, metric="exact" if self._task.format == "labelled" else "rouge_l")
+        if self._task.format != "chat":
+            self._task = replace(self._task, assistant_turns="last")
+        # The completion of a chat in two columns is its last turn: the others belong to the prompt.
+        in_one_column = all("messages" in columns.names for _, _, columns in self._files)
+        self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column
         self._test_inputs = DigestSet()
         self._test_inputs.add(as_digests(b"".join(landing.frozen_test_inputs)))
         self._has_frozen_rows = bool(landing.frozen_test_inputs)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
+        self._num_turns = 0
 
     def validate(
         self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
@@ -176,7 +191,8 @@ class ArrivalReader:
                 if len(examples) < MAX_EXAMPLES:
                     examples.append(row)
         manifest = self._manifest(counts, num_rejected)
-        return ValidationReport(manifest=manifest, bad_rows=tuple(examples), refusal=self._refusal(manifest, examples))
+        refusal, shape = self._refusal(manifest, examples), self._files[-1][-1].shape
+        return ValidationReport(manifest=manifest, bad_rows=tuple(examples), refusal=refusal, shape=shape)
 
     def _checked_batches(self) -> Iterator[tuple[Path, RowBatch, GoodRows, list[BadInBatch]]]:
         self._num_read = 0
@@ -224,11 +240,12 @@ class ArrivalReader:
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
+            if labels and all(map(is_whole_number, labels)):
+                raise DataValidationError(_numbers_for_labels(self._source))
             self._task = replace(self._task, labels=labels)
 
     def _keep_new(self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]) -> list[BadInBatch]:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
-        columns = [good.inputs, good.outputs, hex_array(good.digests)]
         reasons: dict[int, Reason] = {}
         for split in _SPLITS:
             rows = np.flatnonzero(good.is_test == (split == "test"))
@@ -241,13 +258,32 @@ class ArrivalReader:
                 rows = rows[~is_leak]
             is_new = self._kept[split].add(good.digests[rows])
             reasons |= dict.fromkeys(rows[~is_new].tolist(), "duplicate row")
-            kept = pa.array(rows[is_new])
-            keep(pa.Table.from_arrays([column.take(kept) for column in columns], schema=ROW_SCHEMA), split)
+            keep(_table_of(good, rows[is_new]), split)
+            if self._learns_every_turn and split == "train":
+                self._keep_turns(good.inputs.take(pa.array(rows[is_new])), keep)
         places = good.places[list(reasons)].tolist()
         return [
             BadInBatch(place, raw, [Problem(reason, shorten(good.inputs[row].as_py()))])
             for place, raw, (row, reason) in zip(places, batch.rows(places), reasons.items(), strict=True)
         ]
+
+    def _keep_turns(self, inputs: pa.Array, keep: Callable[[pa.Table, Split], None]) -> None:
+        """Keep the earlier turns of training chats as training rows.
+
+        A turn is left out if its text is a test row's, or lies on the test side of the hash: a later chat may be that
+        test row.
+        """
+        found = [turn for input in inputs.to_pylist() for turn in earlier_turns(input)]
+        if not found:
+            return
+        turns = side_by_side(found)
+        is_apart = self._test_inputs.contains(turns.input_digests)
+        if not self._is_split_given:
+            is_apart |= self._is_test(turns, None, self._files[0][-1])
+        rows = np.flatnonzero(~is_apart)
+        rows = rows[self._kept["train"].add(turns.digests[rows])]
+        self._num_turns += len(rows)
+        keep(_table_of(turns, rows), "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
@@ -262,6 +298,7 @@ class ArrivalReader:
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
             num_rejected=num_rejected,
+            num_turns=self._num_turns,
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
@@ -302,16 +339,25 @@ class ArrivalReader:
         return None
 
 
+def _table_of(good: GoodRows, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Some of the rows, by their indices, as a dataset stores them."""
+    columns = [good.inputs, good.outputs, hex_array(good.digests)]
+    return pa.Table.from_arrays([column.take(pa.array(rows)) for column in columns], schema=ROW_SCHEMA)
+
+
 def _columns_of(path: Path, task: TaskSchema, split: Split | None, config: DataConfig) -> Columns:
-    names = read_columns(path)
-    if not names and file_kind(path) == "jsonl":
-        # No line is readable: with the format's own names, every line is reported.
-        names = COLUMNS_OF_FORMAT["labelled" if task.format == "auto" else task.format]
-        task = replace(task, columns={})
-    columns = resolve_columns(names, task, path.name, include_texts=config.include_texts)
+    columns = recognise(path, task, include_texts=config.include_texts)
     if split is not None:  # the file belongs to one split; a column "split" in it is ignored
         columns = replace(columns, names={ours: name for ours, name in columns.names.items() if ours != "split"})
     return columns
+
+
+def _numbers_for_labels(source: Path) -> str:
+    return (
+        f"{source.name} has whole numbers for labels, and the model would answer with numbers. Name them in "
+        'task.labels: {"0": NAME, "1": NAME}. If the numbers are the right answers, list them there as texts: '
+        'task.labels: ["0", "1"].'
+    )
 
 
 def _too_many_labels(source: Path, labels: Collection[str]) -> str:
@@ -321,82 +367,3 @@ def _too_many_labels(source: Path, labels: Collection[str]) -> str:
         "list the right ones in task.labels, "
         "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
     )
-
-
-class DatasetFiles:
-    """Writes train.parquet and test.parquet in row groups, quarantine.jsonl, and at the end manifest.json.
-
-    A line of quarantine.jsonl has file, row, line, reason, value, more problems if any, and the raw row. If the
-    context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        for name in ("manifest.json", "train.parquet", "test.parquet"):
-            (folder / name).unlink(missing_ok=True)
-        self._tables = {split: _RowWriter(folder / f"{split}.parquet.part") for split in ("train", "test")}
-        self.quarantine_path = folder / "quarantine.jsonl"
-        # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
-        self._quarantine: TextIO = self.quarantine_path.open(
-            "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._quarantine.close()
-        for table in self._tables.values():
-            table.close()
-            table.path.unlink(missing_ok=True)
-
-    def add(self, rows: pa.Table, split: Split) -> None:
-        """Write good rows with the columns of ROW_SCHEMA."""
-        self._tables[split].add(rows)
-
-    def reject(self, bad: BadRow, raw: object) -> None:
-        """Write one bad row to quarantine.jsonl."""
-        first, *more = bad.problems
-        entry = {"file": bad.file, "row": bad.row, "line": bad.line, "reason": first.reason, "value": first.value}
-        if more:
-            entry["more"] = [problem._asdict() for problem in more]
-        self._quarantine.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=_as_json) + "\n")
-
-    def publish(self, manifest: DatasetManifest) -> None:
-        """Move the finished files to their final names."""
-        for split, table in self._tables.items():
-            table.close()
-            os.replace(table.path, self._folder / f"{split}.parquet")
-        part = self._folder / "manifest.json.part"
-        part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, self._folder / "manifest.json")
-
-
-class _RowWriter:
-    """Writes rows to one Parquet file by row groups."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # Texts and digests rarely repeat, so a dictionary would be built and discarded.
-        self._writer = pq.ParquetWriter(path, ROW_SCHEMA, compression="zstd", use_dictionary=["output"])
-        self._waiting = ROW_SCHEMA.empty_table()
-
-    def add(self, rows: pa.Table) -> None:
-        self._waiting = pa.concat_tables([self._waiting, rows])
-        if self._waiting.num_rows >= _GROUP_ROWS or self._waiting.nbytes >= _GROUP_BYTES:
-            self._flush()
-
-    def close(self) -> None:
-        if self._writer.is_open:
-            self._flush()
-            self._writer.close()
-
-    def _flush(self) -> None:
-        if self._waiting.num_rows:
-            self._writer.write_table(self._waiting, row_group_size=_GROUP_ROWS)
-        self._waiting = ROW_SCHEMA.empty_table()
-
-
-def _as_json(value: object) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

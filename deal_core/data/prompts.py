@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
 
+from deal_core.data.chats import Message
 from deal_core.data.schema import DEFAULT_TEMPLATE, TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.safe_text import shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class PromptParts(NamedTuple):
@@ -28,10 +33,14 @@ class CutPrompt(NamedTuple):
     is_cut: bool
 
 
-Message = dict[str, str]
+class _Chat(NamedTuple):
+    """Messages of a chat, and the tools that its template offers."""
+
+    messages: list[Message]
+    tools: list[Message] | None
 
 
-def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase) -> PromptParts:
+def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBase | None) -> PromptParts:
     r"""The prompt of one row, in parts.
 
     A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:"; lines without content are left out. A
@@ -41,7 +50,7 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
     Args:
         task: The task; its format must not be "auto".
         input: The row's stored input.
-        tokenizer: The base model's tokenizer; only a chat needs it.
+        tokenizer: The base model's tokenizer; only a chat needs one.
 
     Raises:
         ConfigError: A chat task, and the tokenizer has no chat template.
@@ -52,8 +61,9 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
         'Which?\nOption: a, b\nSome text\nAnswer:'
     """
     if task.format == "chat":
-        messages = _messages(task, input)
-        return _split_chat(_render_chat(task, messages, tokenizer), messages)
+        assert tokenizer is not None, "a chat needs the tokenizer's template"
+        chat = _chat_of(task, input)
+        return _split_chat(_render_chat(task, chat, tokenizer), chat.messages)
     if task.format == "auto":
         raise ConfigError(f"Task {task.name} has format auto; use the schema in its dataset's manifest.")
     template = task.template if task.template is not None else _default_template(task)
@@ -87,7 +97,7 @@ def encode_prompt(
 def cut_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str, max_prompt_tokens: int) -> CutPrompt:
     """As `encode_prompt`, and whether the text was cut."""
     if task.format == "chat":
-        return _encode_chat(tokenizer, task, _messages(task, input), max_prompt_tokens)
+        return _encode_chat(tokenizer, task, _chat_of(task, input), max_prompt_tokens)
     before, text, after = render_prompt(task, input, tokenizer)
     return _encode_shortened(
         lambda shortened: _encode(tokenizer, before + shortened + after), text, task, max_prompt_tokens
@@ -153,21 +163,48 @@ def _encode_shortened(
     return CutPrompt(best, is_cut=True)
 
 
-def _messages(task: TaskSchema, input: str) -> list[Message]:
+def _chat_of(task: TaskSchema, input: str) -> _Chat:
     messages: list[Message] = json.loads(input)
+    tools = messages[0].pop("tools", None)
     if task.instruction.strip() and messages[0]["role"] != "system":
-        return [{"role": "system", "content": task.instruction.strip()}, *messages]
-    return messages
+        messages = [{"role": "system", "content": task.instruction.strip()}, *messages]
+    return _Chat(messages, tools)
 
 
-def _render_chat(task: TaskSchema, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def _render_chat(task: TaskSchema, chat: _Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise ConfigError(
             f"Task {task.name} is made of chats, and the base model's tokenizer has no chat template; use an "
             "instruction-tuned base model, or rows of prompt and completion."
         )
-    rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return str(rendered)
+    more: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
+    try:
+        rendered = str(tokenizer.apply_chat_template(chat.messages, add_generation_prompt=True, tokenize=False, **more))
+    except TemplateError as error:
+        raise ConfigError(
+            f"The base model's chat template cannot write a chat of task {task.name} ({shorten(str(error), 160)}); use "
+            "a base model whose template can, or leave these chats out."
+        ) from error
+    if missing := _not_shown(chat, rendered):
+        raise ConfigError(
+            f"The base model's chat template leaves out the {missing} of a chat of task {task.name}, so the model "
+            "would not see what it answers. Use a base model whose template shows tools, or leave these chats out."
+        )
+    return rendered
+
+
+def _not_shown(chat: _Chat, rendered: str) -> str | None:
+    """The part of a chat with tools that a template has left out; None if all of it is there."""
+    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
+    names = [call["function"]["name"] for call in calls if "function" in call]
+    if not all(name in rendered for name in names):
+        return "tool calls"
+    for message in chat.messages:
+        result = message["content"].strip() if message["role"] == "tool" else ""
+        if result not in rendered and json.dumps(result)[1:-1] not in rendered:
+            return "tool messages"
+    offered = [tool.get("function", tool).get("name") for tool in chat.tools or ()]
+    return "tools" if any(isinstance(name, str) and name not in rendered for name in offered) else None
 
 
 def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
@@ -179,14 +216,15 @@ def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
 
 
 def _encode_chat(
-    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, messages: list[Message], max_prompt_tokens: int
+    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, chat: _Chat, max_prompt_tokens: int
 ) -> CutPrompt:
     def encode(messages: list[Message]) -> list[int]:
         # The template writes the beginning token itself.
-        rendered = _render_chat(task, messages, tokenizer)
+        rendered = _render_chat(task, chat._replace(messages=messages), tokenizer)
         ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    messages = chat.messages
     system = messages[:1] if messages[0]["role"] == "system" else []
     whole = turns = messages[len(system) :]
     while len(encode([*system, *turns])) > max_prompt_tokens:

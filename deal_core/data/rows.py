@@ -33,6 +33,8 @@ class Problem(NamedTuple):
 
     reason: Reason
     value: str
+    why: str = ""
+    """What is wrong, without a word of the row. It may be shown where texts may not; empty if `reason` says it all."""
 
 
 class RawRow(NamedTuple):
@@ -81,8 +83,13 @@ class BadRow:
     def describe(self, include_texts: bool) -> str:
         """The row in a few words; its values are quoted only if texts may be shown."""
         line = f" (line {self.line})" if self.line not in (None, self.row) else ""
-        found = (f"{reason}: {value!r}" if include_texts else reason for reason, value in self.problems)
-        return f"row {self.row}{line} {', '.join(found)}"
+        shown = [(reason, repr(value) if include_texts else why) for reason, value, why in self.problems]
+        return f"row {self.row}{line} {', '.join(f'{reason}: {each}' if each else reason for reason, each in shown)}"
+
+
+def normal_line_ends(text: str) -> str:
+    """The text with Unix line ends."""
+    return text.replace("\r\n", "\n")
 
 
 _quote = json.JSONEncoder(ensure_ascii=False).encode
@@ -105,8 +112,17 @@ def row_digest(*parts: str) -> bytes:
 def stored_input_digest(kind: Format, stored: str) -> bytes:
     """`Row.input_digest` of an input as a dataset stores it."""
     if kind == "chat":
-        return row_digest(*(part for message in json.loads(stored) for part in (message["role"], message["content"])))
+        return row_digest(*(part for message in json.loads(stored) for part in message_parts(message)))
     return row_digest(stored)
+
+
+def message_parts(message: Mapping[str, Any]) -> list[str]:
+    """A chat's message as parts of a digest: role, content, and one part for its tools and tool calls, if any."""
+    parts = [message["role"], message["content"]]
+    if len(message) > len(parts):
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        parts.append(json.dumps(more, ensure_ascii=False, sort_keys=True))
+    return parts
 
 
 class RowBatch(Protocol):

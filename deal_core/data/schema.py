@@ -7,12 +7,12 @@ import json
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from deal_core.config import FORBID_UNKNOWN, check_metric
 from deal_core.errors import ConfigError, DataValidationError
@@ -21,6 +21,7 @@ from deal_core.schema_version import Kept, VersionedJson
 
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
+AssistantTurns = Literal["all", "last"]
 
 SCHEMA_VERSION = 1
 """Version of the stored rows, of the row digest and of the manifest."""
@@ -31,19 +32,21 @@ COLUMNS_OF_FORMAT: dict[Format, tuple[str, str] | tuple[str]] = {
     "chat": ("messages",),
 }
 """The required columns of each format, by this project's names."""
+OPTIONAL_OF_FORMAT: dict[Format, tuple[str, ...]] = {
+    "labelled": ("split",),
+    "completion": ("context", "split"),
+    "chat": ("tools", "split"),
+}
+"""The columns that a file of each format may have too."""
 
 ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
-list of the messages before the last one, output the last one's content. sha256: digest of the normalised row."""
+list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
 
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _without_exact(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if (name, value) != ("metric", "exact")}
 
 
 def label_key(label: str) -> str:
@@ -79,7 +82,12 @@ class TaskSchema:
     """How an answer is scored, 0 to 1: one of METRICS, or module:function. "auto" is replaced when the dataset is
     built: exact for labels, rouge_l for free answers. Tasks of earlier releases are judged by "exact"."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """This project's name of a column (text, label, prompt, completion, messages, split) → its name in the file."""
+    """This project's name of a column (text, label, prompt, completion, context, messages, tools, split) → its name in
+    the file."""
+    label_names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Content of a label cell → label, for files that hold numbers or codes in place of labels."""
+    assistant_turns: AssistantTurns = "last"
+    """The turns of a training chat that are learned. Tasks that older releases stored learn the last one."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -95,16 +103,20 @@ class TaskSchema:
         if self.metric != "auto":
             check_metric(self.metric)
         _check_template(self.template, self.format)
-        known = {*(name for names in COLUMNS_OF_FORMAT.values() for name in names), "split"}
+        of_formats = (*COLUMNS_OF_FORMAT.values(), *OPTIONAL_OF_FORMAT.values())
+        known = {name for names in of_formats for name in names}
         unknown = sorted(set(self.columns) - known)
         if unknown:
             raise ConfigError(f"task.columns names {listed(unknown)}; the columns are {', '.join(sorted(known))}.")
         object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
         object.__setattr__(self, "columns", dict(self.columns))
+        object.__setattr__(self, "label_names", _checked_names(self.label_names, self.labels))
+        if self.assistant_turns not in ("all", "last"):
+            raise ConfigError(f"task.assistant_turns is {brief(self.assistant_turns)}; use all or last.")
 
     @property
     def sha256(self) -> str:
-        """Digest of format, labels, instruction and template; names of columns and the metric do not count."""
+        """Digest of format, labels, instruction and template; how cells are read and answers scored is not in it."""
         parts = [self.format, list(self.labels), self.instruction, self.template]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -125,12 +137,29 @@ class TaskSchema:
 
     def to_json(self) -> dict[str, Any]:
         """The schema as a dict of JSON types."""
-        return _without_exact({**asdict(self), "labels": list(self.labels)})
+        return _without_defaults({**asdict(self), "labels": list(self.labels)})
 
     @model_serializer(mode="wrap")
-    def _as_earlier_releases(self, dump: Callable[[TaskSchema], dict[str, Any]]) -> dict[str, Any]:
-        """Stored JSON and digests of a task with exact matches are those of releases that had no metrics."""
-        return _without_exact(dump(self))
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(handler(self))
+
+    def as_asked(self) -> TaskSchema:
+        """The task as a client needs it, without what only reading a file needs."""
+        return replace(self, columns={}, label_names={}, assistant_turns="last")
+
+
+def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
+    defaults = {"label_names": {}, "assistant_turns": "last", "metric": "exact"}
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+
+
+def _checked_names(names: Mapping[str, str], labels: tuple[str, ...]) -> dict[str, str]:
+    """The names of cells, with single blanks."""
+    known = {label_key(label) for label in labels}
+    if unknown := [name for name in names.values() if label_key(name) not in known]:
+        raise ConfigError(f"task.label_names gives {listed(unknown)}, which task.labels does not have; add them there.")
+    return {" ".join(cell.split()): name.strip() for cell, name in names.items()}
 
 
 def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
@@ -194,7 +223,7 @@ class DatasetManifest(VersionedJson):
     num_train: int
     num_test: int
     num_rejected: int
-    """Bad rows; num_read = num_train + num_test + num_rejected."""
+    """Bad rows; num_read + num_turns = num_train + num_test + num_rejected."""
     problems: Mapping[str, int] = field(hash=False)
     """Problems by reason; a bad row can have several."""
     split: Literal["given", "hash"]
@@ -206,4 +235,10 @@ class DatasetManifest(VersionedJson):
     landed_sha256: str | None = None
     """Digest of the task's name and the good rows with the user's split, if any. Unlike `sha256`, it does not depend on
     the lineage's frozen test rows. None in older manifests."""
+    num_turns: int = 0
+    """Training rows that are earlier turns of chats. num_read counts a chat once."""
     schema_version: int = SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name != "num_turns" or value}

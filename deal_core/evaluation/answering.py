@@ -7,6 +7,7 @@ prompt settings of each task. The base model is not in the folder; it is found w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -83,8 +84,8 @@ class ServedVersion(VersionedJson):
         return task, task.readable(row.input, f"Row {number}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_json` reads back; a file's column names are of no use to a client."""
-        asked = tuple(replace(task, schema=replace(task.schema, columns={})) for task in self.tasks)
+        """A JSON-able dict that `from_json` reads back; how a file is read is of no use to a client."""
+        asked = tuple(replace(task, schema=task.schema.as_asked()) for task in self.tasks)
         return super(ServedVersion, replace(self, tasks=asked)).to_json()
 
 
@@ -108,9 +109,21 @@ def _is_chat(text: str) -> bool:
         messages = json.loads(text)
     except ValueError:
         return False
-    return isinstance(messages, list) and bool(messages) and all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys()
-        and all(isinstance(value, str) for value in message.values())
-        for message in messages
-    )  # fmt: skip
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(message, dict) and _is_message(message) for message in messages)
+    )
 
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a role and a content. The content may be null beside tool calls."""
+    rest = {name: value for name, value in message.items() if name not in ("tool_calls", "tools")}
+    lists = [message[name] for name in ("tool_calls", "tools") if name in message]
+    if rest.get("content", "") is None and message.get("tool_calls"):
+        rest["content"] = ""
+    return (
+        {"role", "content"} <= rest.keys()
+        and all(isinstance(value, str) for value in rest.values())
+        and all(isinstance(each, list) for each in lists)
+    )

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
     from tasks.predict import FileAnswers
-    from tasks.validate import ValidateResult
+    from tasks.validate import ShownRow, ValidateResult
 
 learn_app = typer.Typer()
+_SHOWN_CHARS = 1000
 
 Base = Annotated[
     str | None,
@@ -348,14 +349,28 @@ def validate(
     return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
 
 
+def show_row(row: ShownRow) -> Sequence[RenderableType]:
+    """A row's prompt and answer; the middle of a long text is left out."""
+    prompt, answer = (
+        text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}"
+        for text in (row.prompt, row.answer)
+    )  # fmt: skip
+    note = [f"[yellow]{escape(row.note)}[/]"] if row.note else []
+    return [f"{escape(prompt)}[green]{escape(answer)}[/]", *note]
+
+
 def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     """The result of the checks of a file."""
     verdict = "[green]can be adapted[/]" if result.accepted else "[red]is refused[/]"
     shown: list[RenderableType] = [
         f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
-        f"{result.num_test} test, {result.num_rejected} bad",
+        f"{result.num_test} test, {result.num_rejected} bad"
+        + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
+        f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
         f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
     ]
+    if result.example:
+        shown += [heading("One row as the model sees it"), *show_row(result.example)]
     if result.bad_rows:
         table = new_table("row", "line", "reason", right=["row", "line"])
         for bad in result.bad_rows:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,7 +16,7 @@ from deal_core.config import DataConfig
 from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.safe_text import brief
 from infra.store import keys
@@ -125,9 +126,11 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
             f"'{arrival.task}' names earlier test rows in lineage '{record.lineage}'; give the task another name."
         )
     if record is None or known is None:
-        return TaskSchema(name=arrival.task, **{"format": "auto", "metric": "auto", **arrival.given})
+        given = _schema_fields(arrival.given, ())
+        return TaskSchema(name=arrival.task, **{"format": "auto", "metric": "auto", "assistant_turns": "all", **given})
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
-    asked, widened = replace(known.schema, **arrival.given).with_labels(added), known.schema.with_labels(added)
+    widened = known.schema.with_labels(added)
+    asked = replace(known.schema, **_schema_fields(arrival.given, widened.labels)).with_labels(added)
     for name in ("format", "labels", "instruction", "template", "metric"):
         given, learned = getattr(asked, name), getattr(widened, name)
         if given != learned:
@@ -138,6 +141,17 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
                 f"leave it out, {remedy} a new lineage."
             )
     return asked
+
+
+def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Fields of a TaskSchema of the user's settings. A mapping of labels keeps the order of the known labels."""
+    names = given.get("labels")
+    if not isinstance(names, Mapping):
+        return dict(given)
+    keys = {label_key(label) for label in known}
+    are_known = keys.issuperset(label_key(name) for name in names.values())
+    labels = tuple(known) if are_known else tuple(dict.fromkeys(names.values()))
+    return {**given, "labels": labels, "label_names": dict(names)}
 
 
 def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:

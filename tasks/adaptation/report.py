@@ -130,14 +130,16 @@ def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[Quaran
             file=entry["file"],
             row=entry["row"],
             line=entry["line"],
-            problems=tuple(_problem(each, include_texts) for each in (entry, *entry.get("more", ()))),
+            problems=tuple(problem_of(each, include_texts) for each in (entry, *entry.get("more", ()))),
         )
         for entry in entries
     )
 
 
-def _problem(entry: Mapping[str, Any], include_texts: bool) -> str:
-    return cut(f"{entry['reason']}: {entry['value']}") if include_texts else str(entry["reason"])
+def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
+    """Return a problem of a quarantined row in a few words. Without texts, it has no word of the row."""
+    shown = entry["value"] if include_texts else entry.get("why")
+    return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
 @task(name="report", cache_policy=NO_CACHE)

@@ -82,8 +82,9 @@ class CsvFile:
     def _problem(self, record: list[str] | csv.Error, first: Line, text: str) -> Problem:
         if isinstance(record, csv.Error):
             reason: Reason = "malformed line" if first.is_whole else "over-long text"
-            return Problem(reason, f"{record}: {shorten(text.rstrip())}")
-        return Problem("malformed line", f"{len(record)} fields under {len(self.header)} columns: {shorten(text)}")
+            return Problem(reason, f"{record}: {shorten(text.rstrip())}", str(record))
+        why = f"{len(record)} fields under {len(self.header)} columns"
+        return Problem("malformed line", f"{why}: {shorten(text)}", why)
 
 
 class _Feed:

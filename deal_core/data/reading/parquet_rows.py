@@ -161,7 +161,8 @@ def _over_long_row(piece: pa.RecordBatch, index: int, number: int) -> RawRow:
         f"bytes of {name}": decoded_size(column.slice(index, 1))
         for name, column in zip(piece.schema.names, piece.columns, strict=True)
     }
-    fault = Problem("over-long text", f"more than {MAX_LINE_CHARS} bytes in a row")
+    why = f"more than {MAX_LINE_CHARS} bytes in a row"
+    fault = Problem("over-long text", why, why)
     return RawRow(number=number, values={}, fault=fault, whole=partial(dict, sizes))
 
 

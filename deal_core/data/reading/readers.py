@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import errno
 import gzip
-import json
-import re
 import zlib
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +18,9 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from deal_core.data.reading.csv_records import CsvFile
+from deal_core.data.reading.json_values import begins_like_list, parse_json, read_json_list, why_unreadable
 from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
+from deal_core.data.reading.look import FileLook, look_at_schema
 from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
 from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8
 from deal_core.errors import DataValidationError
@@ -42,6 +41,8 @@ def file_kind(path: Path) -> Kind:
     """
     if not is_utf8(str(path)):
         raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
+    if path.is_dir():
+        raise DataValidationError(f"{path} is a folder; give one file of rows.")
     suffixes = [suffix.casefold() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -59,22 +60,39 @@ def read_columns(path: Path) -> tuple[str, ...]:
     Raises:
         DataValidationError: The file cannot be read.
     """
+    return look_at(path).columns
+
+
+def look_at(path: Path) -> FileLook:
+    """The file's columns, and what their cells look like.
+
+    Raises:
+        DataValidationError: The file cannot be read.
+    """
     kind = file_kind(path)
     with _whole_file_faults(path):
         if kind == "parquet":
             with open_parquet(path) as file:
-                return tuple(file.schema_arrow.names)
+                return look_at_schema(file.schema_arrow)
         if kind == "csv":
             with CsvFile(path) as file:
-                return file.header
-        names: dict[str, None] = {}
-        num_readable = 0
-        for row, _ in _read_json_lines(path):
-            names.update(dict.fromkeys(row.values))
-            num_readable += row.fault is None
-            if num_readable == _SURVEYED_ROWS:
-                break
-        return tuple(names)
+                return FileLook(file.header)
+        return _look_at_json(path)
+
+
+def _look_at_json(path: Path) -> FileLook:
+    names: dict[str, None] = {}
+    examples: dict[str, Any] = {}
+    num_readable = 0
+    for row, _ in _read_json_lines(path):
+        names.update(dict.fromkeys(row.values))
+        for name, value in row.values.items():
+            if value not in (None, "", []):
+                examples.setdefault(name, value)
+        num_readable += row.fault is None
+        if num_readable == _SURVEYED_ROWS:
+            break
+    return FileLook(tuple(names), examples)
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
@@ -132,64 +150,39 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
 
 # --- JSON lines
 
-_ARRAY_OF_ROWS = re.compile(r"\[\s*(\{|$)")
-
 
 def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
-    """The rows, each with its number of characters."""
+    """The rows, each with its number of characters. A file that begins like a list of objects is read as a list."""
+    is_list = False
     with open_text(path, newline="\n") as stream:
         is_first = True
         for line in numbered_lines(stream):
             text = line.text.strip()
             if not text:
                 continue
-            if is_first and _ARRAY_OF_ROWS.match(line.text):
-                raise DataValidationError(
-                    f"{path.name} holds a JSON array, not JSON lines; write one object a line (jq -c '.[]')."
-                )
+            if is_first and begins_like_list(line.text):
+                is_list = True
+                break
             is_first = False
             yield _json_row(line, text), len(line.text)
+    if is_list:
+        yield from read_json_list(path)
 
 
 def _json_row(line: Line, text: str) -> RawRow:
     if not line.is_whole:
         return _unreadable(line, text, "over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
     try:
-        values = _parse(text)
+        values = parse_json(text)
     except RecursionError:
         return _unreadable(line, text, "malformed line", "nested too deeply")
     except ValueError as error:
-        return _unreadable(line, text, "malformed line", shorten(str(error)))
+        return _unreadable(line, text, "malformed line", shorten(str(error)), why_unreadable(error))
     if not isinstance(values, dict):
         return _unreadable(line, text, "malformed line", "not an object of columns")
     return RawRow(line.number, values, line.number)
 
 
-def _unreadable(line: Line, text: str, reason: Reason, why: str) -> RawRow:
-    return RawRow(line.number, {}, line.number, Problem(reason, f"{why}: {shorten(text)}"), whole=partial(str, text))
-
-
-def _parse(text: str) -> Any:
-    try:
-        values, end = _DECODER.raw_decode(text)
-        if end == len(text):
-            return values
-    except ValueError:
-        pass
-    return json.loads(text, object_pairs_hook=unique_keys)  # raises json's own message
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of these pairs, for `object_pairs_hook`.
-
-    Raises:
-        ValueError: A key occurs twice.
-    """
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {shorten(name, 40)!r} {count} times")
-    return values
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+def _unreadable(line: Line, text: str, reason: Reason, found: str, why: str | None = None) -> RawRow:
+    fault = Problem(reason, f"{found}: {shorten(text)}", why or found)
+    return RawRow(line.number, {}, line.number, fault, whole=partial(str, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,3 +171,33 @@ def test_the_digest_of_a_run_s_settings_is_that_of_the_first_release() -> None:
     """A lineage that learned a file with an earlier release does not learn it again."""
     spec = parse(AdaptSpec, {"lineage": "l", "task": {"name": "t", "data": "x.csv"}}, "a")
     assert spec.config_sha256(AdapterConfig(), "deal").startswith("da604f5ff5d3485c")
+
+
+def test_labels_are_a_list_or_a_mapping_from_the_files_cells(tmp_path: Path) -> None:
+    text = "task: {name: t, data: x.csv, labels: {'0': bad, '1': good, n/a: good}}"
+    task = read_spec(write(tmp_path / "s.yaml", text)).task
+    assert task.given() == {"labels": {"0": "bad", "1": "good", "n/a": "good"}}
+    assert TaskSpec(**task.model_dump()) == task, "as a flow's parameter"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("{'0': 1}", "task.labels.0 is 1; give a text"),
+        ("[a, 1]", "task.labels.1 is 1; give a text"),
+        ("7", "task.labels is 7; give a list"),
+    ],
+)
+def test_wrong_labels_are_named_once(labels: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_spec(write(tmp_path / "s.yaml", f"task: {{name: t, data: x.csv, labels: {labels}}}"))
+    assert message in str(error.value) and ";" not in str(error.value).replace("; give a", "")
+
+
+def test_a_spec_that_says_nothing_of_turns_has_the_digest_of_earlier_releases() -> None:
+    def digest(**task: Any) -> str:
+        spec = parse(AdaptSpec, {"task": {"name": "t", "data": "x.csv", "labels": ["a"], **task}}, "spec")
+        return spec.config_sha256(AdapterConfig(), "deal")
+
+    assert digest() == "2c68bb92eae8c5bb63b1dfff9b55c8addb0b52bdd63c422c538111d3bd76b1ff"
+    assert len({digest(), digest(assistant_turns="last"), digest(assistant_turns="all")}) == 3

@@ -138,6 +138,17 @@ def test_the_asked_column_is_found_by_task_by_name_or_by_option() -> None:
         find_input(["id", "x"], task, "f.csv")
 
 
+def test_a_question_has_the_context_that_was_learned_with_it() -> None:
+    task = TaskSchema(name="t", format="completion")
+    columns = find_input(["instruction", "input"], task, "f.csv")
+    assert columns.names == {"prompt": "instruction", "context": "input"}
+    checker = RowChecker(task, columns, max_text_chars=100)
+    assert checker.check_input(RawRow(number=1, values={"instruction": "Do", "input": "it"})) == "Do\nit"
+    named = TaskSchema(name="t", format="completion", columns={"context": "passage"})
+    assert find_input(["prompt", "passage"], named, "f.csv").names == {"prompt": "prompt", "context": "passage"}
+    assert find_input(["prompt", "input"], task, "f.csv", "input").names == {"prompt": "input"}
+
+
 def test_an_input_is_checked_without_its_answer() -> None:
     checker = RowChecker(
         TaskSchema(name="t", labels=("a",)), Columns(format="labelled", names={"text": "note"}), max_text_chars=8
@@ -160,5 +171,9 @@ def test_a_chat_is_asked_up_to_the_answer_that_is_wanted() -> None:
     user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
     for messages in ([user], [user, answer], json.dumps([user])):
         assert checker.check_input(RawRow(number=1, values={"m": messages})) == json.dumps([user])
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]}
+    asked = checker.check_input(RawRow(number=1, values={"m": [user, call, {"role": "tool", "content": "2"}]}))
+    assert isinstance(asked, str) and [each["role"] for each in json.loads(asked)] == ["user", "assistant", "tool"]
+    assert checker.check_input(RawRow(number=1, values={"m": [{"from": "human", "value": "hi"}]})) == json.dumps([user])
     for wrong in ([], [answer], "no JSON", [user, user], None):
         assert not isinstance(checker.check_input(RawRow(number=1, values={"m": wrong})), str)

@@ -205,7 +205,8 @@ def test_an_arrival_is_refused_beyond_the_share_of_bad_rows_and_not_at_it(tmp_pa
     assert build(source, config=DataConfig(max_bad_share=0.2)).num_rejected == 25
     with pytest.raises(ArrivalRefusedError) as refused:
         build(source, config=DataConfig(max_bad_share=0.19))
-    assert "25 × empty text. The first: row 1 empty text; row 2 empty text; row 3" in str(refused.value), "by number"
+    told = "25 × empty text. The first: row 1 empty text: text is empty; row 2 empty text: text is empty; row 3"
+    assert told in str(refused.value), "by number"
     with pytest.raises(ArrivalRefusedError) as refused:
         build(source, config=DataConfig(max_bad_share=0.19, include_texts=True))
     message = str(refused.value)
@@ -459,6 +460,34 @@ def test_bad_chats_are_named(tmp_path: Path, messages: Any, reason: str) -> None
     assert quarantine_of(tmp_path)[0]["row"] == 41
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("a.jsonl", '{"text": "Jane", "text": "Doe", "label": "cat"}', "malformed line: a key occurs twice"),
+        ("a.jsonl", '{"text": "Jane', "malformed line: Unterminated string starting at: line 1 column 10 (char 9)"),
+        ("a.jsonl", '["Jane"]', "malformed line: not an object of columns"),
+        ("a.jsonl", '{"text": "Jane"}\n{"text": "a", "label": "cat"}', "missing column: label"),
+        ("a.jsonl", '{"text": "", "label": "cat"}', "empty text: text is empty"),
+        ("a.jsonl", '{"text": "Jane", "label": ""}', "empty label: label is empty"),
+        ("a.jsonl", '{"text": ["Jane"], "label": "cat"}', "malformed line: text is a list, not a text"),
+        ("a.jsonl", '{"text": "Jane \\u0000", "label": "cat"}', "bad encoding: text has a byte that is not UTF-8"),
+        ("a.jsonl", '{"text": "' + "Jane" * 30 + '", "label": "cat"}', "over-long text: text has 120 characters"),
+        ("a.jsonl", '{"text": "Jane", "label": "7"}', "label outside the task's set: a whole number; name it"),
+        ("a.csv", "Jane,cat,x", "malformed line: 3 fields under 2 columns"),
+        ("a.csv", '"Jane', "malformed line: unexpected end of data"),
+    ],
+)
+def test_a_bad_row_says_why_where_texts_are_hidden(tmp_path: Path, file: str, content: str, why: str) -> None:
+    source = tmp_path / file
+    head = "text,label\n" if file.endswith("csv") else ""
+    source.write_text(f"{head}{content}\n")
+    with pytest.raises(ArrivalRefusedError) as refused:
+        build(source, config=DataConfig(max_text_chars=100))
+    assert f"row 1{' (line 2)' if head else ''} {why}" in str(refused.value)
+    assert "Jane" not in str(refused.value)
+    assert quarantine_of(tmp_path)[0]["why"] and "Jane" not in quarantine_of(tmp_path)[0]["why"]
+
+
 # --- the checks alone
 
 
@@ -480,7 +509,7 @@ def test_progress_is_told_to_the_last_row(tmp_path: Path) -> None:
 
 
 def test_rows_are_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deal_core.data.dataset._GROUP_ROWS", 16)
+    monkeypatch.setattr("deal_core.data.dataset_files._GROUP_ROWS", 16)
     build(write_jsonl(tmp_path / "pets.jsonl", GOOD))
     assert pq.ParquetFile(tmp_path / "dataset" / "train.parquet").num_row_groups > 3
     assert len(rows_of(tmp_path)) == 100

@@ -182,3 +182,58 @@ def test_special_tokens_are_those_of_the_models_kind(
 def test_a_prompt_that_ends_with_the_end_token_by_itself_keeps_it(tokenizer: PreTrainedTokenizerFast) -> None:
     task = TaskSchema(name="t", format="completion")
     assert encode_prompt(tokenizer, task, "turn</s>", 50)[-1] == 1
+
+
+# --- chats with tools
+
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool>{{ tool.function.name }}</tool>{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TOOL_CHAT = [
+    {"role": "user", "content": "Sum?", "tools": [{"type": "function", "function": {"name": "add"}}]},
+    {"role": "assistant", "content": "",
+     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
+    {"role": "tool", "content": "2"},
+]  # fmt: skip
+TALK = TaskSchema(name="t", format="chat", instruction="Be brief.")
+
+
+def test_a_chat_with_tools_is_the_tokenizers_own() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    wanted = (
+        '<tool>add</tool><|system|>Be brief.<|user|>Sum?<|assistant|><call>add{"a": 1}</call><|tool|>2<|assistant|>'
+    )
+    assert "".join(render_prompt(TALK, json.dumps(TOOL_CHAT), tokenizer)) == wanted
+    assert tokenizer.decode(encode_prompt(tokenizer, TALK, json.dumps(TOOL_CHAT), 200)) == wanted
+
+
+def test_the_tools_stay_when_old_turns_are_cut() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    later = [{"role": "assistant", "content": "Two."}, {"role": "user", "content": "Thanks"}]
+    whole = encode_prompt(tokenizer, TALK, json.dumps([*TOOL_CHAT, *later]), 500)
+    cut = cut_prompt(tokenizer, TALK, json.dumps([*TOOL_CHAT, *later]), len(whole) - 1)
+    assert cut.is_cut
+    assert tokenizer.decode(cut.ids) == "<tool>add</tool><|system|>Be brief.<|user|>Thanks<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ((" in m.tool_calls or []", " in []"), "leaves out the tool calls"),
+        (("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), "leaves out the tool messages"),
+        ((" in tools or []", " in []"), "leaves out the tools"),
+        (("{{ m.content }}", "{{ raise_exception('no tools here') }}"), "cannot write a chat.*no tools here"),
+    ],
+)
+def test_a_template_that_hides_the_tools_is_refused(change: tuple[str, str], found: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE.replace(*change)
+    without_tools = [{"role": "user", "content": "Sum?"}, *TOOL_CHAT[1:]]
+    without_calls = [TOOL_CHAT[0], *TOOL_CHAT[2:]]
+    with pytest.raises(ConfigError, match=found):
+        render_prompt(TALK, json.dumps(without_tools if "calls" in found else without_calls), tokenizer)

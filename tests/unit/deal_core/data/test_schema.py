@@ -154,7 +154,7 @@ def test_columns_that_the_task_names_win() -> None:
         (("text", "label"), {"columns": {"label": "text"}}, "two meanings"),
         (("text", "label", "text"), {}, "2 columns that could be text"),
         (("Text", "TEXT", "label"), {}, "2 columns that could be text"),
-        (("instruction", "input", "output"), {"format": "auto"}, "could be prompt: 'instruction', 'input'"),
+        (("question", "input", "output"), {"format": "auto"}, "could be prompt: 'question', 'input'"),
         (("text", "topic", "category"), {}, "2 columns that could be label"),
         ((), {}, "(none)"),
         (tuple(f"c{i}" for i in range(500)), {}, "(500 in all)"),

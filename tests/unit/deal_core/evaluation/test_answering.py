@@ -19,7 +19,9 @@ def version(served_version: ServedVersion) -> ServedVersion:
 
 def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version: ServedVersion) -> None:
     assert read_served(served_folder) == version
-    of_a_file = replace(version.tasks[1], schema=replace(version.tasks[1].schema, columns={"text": "t"}))
+    schema = version.tasks[1].schema
+    label, read = schema.labels[0], {"columns": {"text": "t"}, "assistant_turns": "all"}
+    of_a_file = replace(version.tasks[1], schema=replace(schema, label_names={"0": label}, **read))
     assert replace(version, tasks=(version.tasks[0], of_a_file)).to_json() == version.to_json(), "columns are of no use"
     later = {**version.to_json(), "schema_version": 2}
     with pytest.raises(AdapterStateError, match="schema version 2"):
@@ -36,6 +38,7 @@ def test_what_lies_beside_the_adapter_is_read_back(served_folder: Path, version:
         (InputRow("[]", "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user"}]', "help"), "Row 2 is of the chat task"),
         (InputRow('[{"role": "user", "content": null}]', "help"), "Row 2 is of the chat task"),
+        (InputRow('[{"role": "user", "content": "a", "tools": "add"}]', "help"), "Row 2 is of the chat task"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(version: ServedVersion, row: InputRow, message: str) -> None:
@@ -47,4 +50,9 @@ def test_what_is_asked_is_normalised_as_learned_rows_are(version: ServedVersion)
     asked = [version.asked(row, 1)[1] for row in (
         InputRow(" the sea\r\nis green\n"), InputRow(json.dumps([{"role": "user", "content": "a\r\nb "}]), "help")
     )]  # fmt: skip
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
+    chat = [{"role": "user", "content": "a", "tools": [{"name": "add"}]}, call, {"role": "tool", "content": "2"}]
+    stored = json.loads(version.asked(InputRow(json.dumps(chat), "help"), 1)[1])
+    assert (stored[0], stored[2], stored[1]["content"]) == (chat[0], chat[2], "")
+    assert stored[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     assert asked == ["the sea\nis green", json.dumps([{"role": "user", "content": "a\nb "}])]

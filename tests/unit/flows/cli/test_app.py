@@ -143,6 +143,27 @@ def test_validate_of_a_bad_file_exits_1_and_names_the_rows(deal: Deal, tmp_path:
     assert not told["accepted"] and told["bad_rows"][0]["row"] == 1
 
 
+def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Deal, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": f"Do {i}", "input": f"it {i}", "output": "done"} for i in range(30)]))
+    told = json.loads(deal("validate", str(path), "--json").stdout)
+    assert told["shape"] == "Alpaca rows (instruction with input under it, output)"
+    number = told["example"]["prompt"].split()[1]
+    assert told["example"] == {"prompt": f"Do {number}\nit {number}", "answer": " done", "note": None}
+    shown = deal("validate", str(path)).stdout
+    assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
+
+
+def test_validate_shows_a_chat_even_without_its_base_model(deal: Deal, tmp_path: Path) -> None:
+    path, spec = tmp_path / "rows.jsonl", tmp_path / "spec.yaml"
+    turns = [{"role": role, "content": f"[b]{role}"} for role in ("user", "assistant", "user")]
+    chats = [[*turns, {"role": "assistant", "content": f"end {number}"}] for number in range(30)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    spec.write_text("base_model: nobody/nothing\ntask: {name: t, data: x}\n")
+    shown = deal("validate", str(path), "--spec", str(spec)).stdout
+    assert "user: [b]user" in shown and "without the base model's chat template" in shown and "end " in shown
+
+
 def test_validate_shows_what_stands_where_the_columns_names_should(deal: Deal, tmp_path: Path) -> None:
     path = tmp_path / "bare.csv"
     path.write_text("My card is lost,lost_card\nWhere is it?,card_arrival\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deal_core.evaluation.metrics import AccuracyMatrix
-from tasks.adaptation.report import NEWEST, markdown_of, thin
+from tasks.adaptation.report import NEWEST, markdown_of, problem_of, thin
 from tests.report_sample import sample_evaluation, sample_report
 
 
@@ -29,3 +29,11 @@ def test_thinning_keeps_both_ends() -> None:
     kept = thin(losses, 10)
     assert len(kept) == 10 and (kept[0], kept[-1]) == (losses[0], losses[-1]) and kept == sorted(kept)
     assert thin(losses[:10], 10) == losses[:10]
+
+
+def test_a_bad_row_says_why_with_and_without_its_texts() -> None:
+    entry = {"reason": "malformed line", "value": "not JSON: Jane", "why": "not JSON"}
+    assert problem_of(entry, include_texts=True) == "malformed line: not JSON: Jane"
+    assert problem_of(entry, include_texts=False) == "malformed line: not JSON"
+    before = {"reason": "malformed line", "value": "Jane"}  # as earlier releases wrote it
+    assert problem_of(before, include_texts=False) == "malformed line"

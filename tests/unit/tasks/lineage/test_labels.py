@@ -88,3 +88,21 @@ def test_a_run_under_other_labels_is_another_run() -> None:
     assert len({key(), key("late"), key("late", "more")}) == 3
     before = hashlib.sha256(json.dumps(["l", "b", "bank", "s", "base", "c", 0]).encode()).hexdigest()
     assert key() == before, "a run that was at work before there were such goes on"
+
+
+def test_a_mapping_names_the_cells_of_a_known_task_in_any_order(store: FileStore) -> None:
+    keep_labels(store, "l", "bank", ["late"])
+    found = schema(store, labels={"1": "Fee", "0": "lost card"})
+    assert found.labels == ("lost card", "fee", "late")
+    assert found.label_names == {"1": "Fee", "0": "lost card"}
+    with pytest.raises(ConfigError, match="deal labels bank --add LABEL"):
+        schema(store, labels={"0": "lost card", "1": "stolen card"})
+
+
+def test_a_new_task_learns_every_turn_and_a_known_one_what_it_learned(store: FileStore) -> None:
+    new = Arrival(task="talk", data="x.jsonl", given={"labels": {"0": "a", "1": "b", "2": "b"}})
+    chosen = choose_schema(store, new, None)
+    assert (chosen.assistant_turns, chosen.labels) == ("all", ("a", "b"))
+    stored_before = TaskSchema(name="bank", format="chat")  # no release before said anything of turns
+    assert schema(store, stored_before).assistant_turns == "last"
+    assert schema(store, stored_before, assistant_turns="all").assistant_turns == "all"

@@ -166,12 +166,6 @@ def test_a_bad_json_line_is_one_bad_row(tmp_path: Path, bad: str) -> None:
     assert len(rows[1].fault.value) < 250
 
 
-@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}]', '[\n  {"text": "a"}\n]'])
-def test_a_json_array_is_refused_with_the_remedy(tmp_path: Path, content: str) -> None:
-    with pytest.raises(DataValidationError, match=r"JSON array.*one object a line"):
-        list(read_rows(write(tmp_path / "rows.json", content)))
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_bytes_that_are_not_utf8_survive_to_the_row_check(tmp_path: Path, kind: str) -> None:
     content = to_bytes(kind, [{"text": "caf@", "label": "a"}, {"text": "fine", "label": "b"}]).replace(b"@", b"\xe9")

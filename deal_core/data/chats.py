@@ -1,0 +1,214 @@
+"""Chats: messages in one form, from the forms in which people keep them, and the turns of a chat as rows.
+
+A message is stored as {role, content}. A message that calls tools also has `tool_calls`, a tool's message may have
+`tool_call_id` and `name`, and the first message has the chat's `tools`, if there are any.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from deal_core.data.rows import Problem, Row, message_parts, normal_line_ends, row_digest
+from deal_core.safe_text import shorten
+
+Message = dict[str, Any]
+
+MAX_EARLIER_TURNS = 100
+"""Most turns of one chat that become rows besides its last turn; the latest count. Each row repeats the turns before
+it, so a chat of thousands of turns would fill the memory."""
+UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
+NOT_UTF8 = "a byte that is not UTF-8, or a NUL"
+_ROLE_OF_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_MAY_FOLLOW = {
+    "system": ("",),
+    "user": ("", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""The roles before a role; "": the chat begins."""
+_PLAIN_TURNS = ["user", "assistant"] * 8
+_CALL = '{"function": {"name": …, "arguments": …}}'
+
+
+def as_messages(value: object) -> list[dict[str, Any]] | None:
+    """A cell's messages as they are; None if the cell is not a list of dicts, or its JSON."""
+    cells = _from_json(value)
+    if isinstance(cells, list) and cells and all(isinstance(message, dict) for message in cells):
+        return cells
+    return None
+
+
+def parse_messages(value: object, tools: object = None) -> list[Message] | Problem:
+    """The messages of a cell, in the form in which they are stored. The last one is the assistant's answer.
+
+    `tools` is the cell of the chat's tools. It counts only if the chat uses a tool.
+    """
+
+    def malformed(why: str, shown: str | None = None) -> Problem:
+        return Problem("malformed messages", f"{shown or why}: {shorten(value)}", why)
+
+    cells = _from_json(value)
+    if isinstance(cells, str):
+        return malformed("not JSON")
+    if not isinstance(cells, list) or not all(isinstance(message, dict) for message in cells):
+        return malformed("not a list of messages")
+    messages = [_role_and_content(message) for message in cells]
+    if not all(isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages):
+        return malformed("a message's role or content is missing or is not a text")
+    if bad := UNDECODABLE.search("\n".join(part for message in messages for part in message.values())):
+        return Problem("bad encoding", f"{shorten(bad.group())} in {shorten(value)}", NOT_UTF8)
+    roles = [message["role"] for message in messages]
+    if not _are_in_order(roles):
+        wanted = (
+            "wanted are system (or none), then user and assistant in turn; tool messages may follow the assistant's"
+        )
+        known = ", ".join(role if role in _MAY_FOLLOW else "(another)" for role in roles)
+        return malformed(f"roles {shorten(known)}; {wanted}", f"roles {shorten(', '.join(roles))}; {wanted}")
+    why = _add_tools(messages, cells, tools)
+    return malformed(why) if why else messages
+
+
+def is_any_empty(messages: Sequence[Message]) -> bool:
+    """Whether a message without a tool call is empty. The result of a tool may be empty."""
+    return any(
+        not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message
+        for message in messages
+    )
+
+
+def chat_row(messages: Sequence[Message]) -> Row:
+    """The row whose answer is the last message."""
+    *earlier, last = messages
+    parts = [part for message in earlier for part in message_parts(message)]
+    input = json.dumps(earlier, ensure_ascii=False)
+    return Row(input, last["content"], row_digest(*parts, last["content"]), row_digest(*parts), None)
+
+
+def earlier_turns(stored: str) -> list[Row]:
+    """A row for every answer of the assistant in a stored input, with the messages before it as the row's input.
+
+    A message that calls a tool is no answer: it is part of the inputs of later answers.
+    """
+    if '"role": "assistant"' not in stored:
+        return []
+    messages: list[Message] = json.loads(stored)
+    places = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and "tool_calls" not in message
+    ]  # fmt: skip
+    return [chat_row(messages[: place + 1]) for place in places[-MAX_EARLIER_TURNS:]]
+
+
+def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages that a client asks with, in the form in which rows are stored; their order is not checked."""
+    normal = [{**each, "content": normal_line_ends(each["content"] or "")} for each in messages]
+    for message in normal:
+        if calls := _normal_calls(message.get("tool_calls")):
+            message["tool_calls"] = calls
+    return normal
+
+
+def _from_json(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def _role_and_content(message: Mapping[str, Any]) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if type(role) is str and type(content) is str:
+        return {"role": role, "content": normal_line_ends(content)}
+    if role is None and "from" in message:  # ShareGPT
+        role, content = message["from"], message.get("value")
+        role = _ROLE_OF_SHAREGPT.get(role, role) if isinstance(role, str) else role
+    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        texts = [part.get("text") for part in content]
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+    if content is None and message.get("tool_calls"):
+        content = ""
+    return {"role": role, "content": normal_line_ends(content) if isinstance(content, str) else content}
+
+
+def _are_in_order(roles: list[str]) -> bool:
+    if roles == _PLAIN_TURNS[: len(roles)]:  # most chats
+        return roles[-1:] == ["assistant"]
+    pairs = pairwise(["", *roles])
+    return roles[-1:] == ["assistant"] and all(before in _MAY_FOLLOW.get(role, ()) for before, role in pairs)
+
+
+def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], tools: object) -> str | None:
+    """Add what a chat template needs for tools; return what is wrong, or None.
+
+    A call that no tool answers, beside a text, is left out.
+    """
+    if all(message["role"] != "tool" and message["content"].strip() for message in messages):
+        return None
+    followers = [*(message["role"] for message in messages[1:]), ""]
+    calling = [
+        message["role"] == "assistant"
+        and bool(cell.get("tool_calls"))
+        and (after == "tool" or not message["content"].strip())
+        for message, cell, after in zip(messages, cells, followers, strict=True)
+    ]
+    if calling[-1]:
+        return "the last message calls a tool and has no text, so there is no answer to learn"
+    for message, cell, calls_tool, after in zip(messages, cells, calling, followers, strict=True):
+        if calls_tool:
+            calls = _normal_calls(cell["tool_calls"])
+            if calls is None:
+                return f"tool_calls is not a list of {_CALL}"
+            if after != "tool":
+                return "a message calls a tool, and no message of the tool follows"
+            message["tool_calls"] = calls
+        elif message["role"] == "tool":
+            message |= {
+                name: cell[name] for name in ("tool_call_id", "name") if cell.get(name) and type(cell[name]) is str
+            }
+    if not any(calling) and not any(message["role"] == "tool" for message in messages):
+        return None  # a message is empty
+    offered = _plain_json(_from_json(tools))
+    if isinstance(offered, list) and all(isinstance(tool, dict) for tool in offered):
+        if offered:
+            messages[0]["tools"] = offered
+        return None
+    return None if tools is None or tools == "" else "tools is not a list of tools"
+
+
+def _normal_calls(calls: object) -> list[Message] | None:
+    """Tool calls in the form that chat templates expect, with arguments as an object; None if they are malformed."""
+    plain = _plain_json(calls)
+    if not isinstance(plain, list) or not all(isinstance(call, dict) for call in plain):
+        return None
+    found = []
+    for call in plain:
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = _from_json(function.get("arguments", {})) if isinstance(name, str) else None
+        if not isinstance(arguments, dict):
+            return None
+        own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({**own, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return found
+
+
+def _plain_json(value: object) -> object:
+    """The value as JSON has it, without nulls: Parquet fills missing keys with null. None if it is no JSON."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return None if UNDECODABLE.search(text) or "\\u0000" in text else _without_nulls(json.loads(text))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,117 @@
+"""A file that is one JSON list gives the rows that JSON lines give, and is never in memory as a whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deal_core.data.reading import json_values
+from deal_core.data.reading.readers import read_columns, read_rows
+from deal_core.errors import DataValidationError
+
+ROWS = [{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: int | None) -> None:
+    path = write(tmp_path / name, json.dumps(ROWS, indent=indent))
+    found = list(read_rows(path))
+    assert [row.values for row in found] == ROWS
+    assert [row.number for row in found] == list(range(1, 51))
+    assert read_columns(path) == ("text", "label")
+    lines = path.read_bytes() if name != "rows.json.gz" else gzip.decompress(path.read_bytes())
+    assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=5))
+def test_a_list_is_the_same_in_pieces_of_any_size(
+    piece: int, content: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_values, "_PIECE_CHARS", piece)
+    path = write(tmp_path / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
+    assert [row.values for row in read_rows(path)] == content
+
+
+@pytest.mark.parametrize(
+    ("item", "why"),
+    [
+        ("1234567", "not an object of columns"),
+        ('["text"]', "not an object of columns"),
+        ('{"text": "Jane", "text": "Doe"}', "a key occurs twice"),
+        ('{"inner": {"Jane": 1, "Jane": 2}, "text": "later"}', "a key occurs twice"),
+        ('{"text": ' + "9" * 5000 + "}", "a number has too many digits"),
+    ],
+)
+@pytest.mark.parametrize("piece", [3, 2**18])
+def test_a_bad_item_is_one_bad_row(
+    tmp_path: Path, item: str, why: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_values, "_PIECE_CHARS", piece)
+    path = write(tmp_path / "rows.json", f'[{{"text": "a"}},\n{item},\n{{"text": "b"}}]')
+    first, bad, last = read_rows(path)
+    assert (first.values, last.values) == ({"text": "a"}, {"text": "b"})
+    assert bad.fault is not None and (bad.fault.reason, bad.fault.why) == ("malformed line", why)
+    assert (bad.number, bad.line, bad.raw()) == (2, 2, item)
+    assert "Jane" not in bad.fault.why
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('[{"a": 1},\n {"b": 2}', r"line 2: \] is missing|, is missing, and the file ends"),
+        ('[{"a": 1},\n {"b": ', "line 2: "),
+        ('[{"a": 1},\n {"b": Jane}]', "line 2: Expecting value"),
+        ('[{"a": 1}\n {"b": 2}]', "line 2: , is missing, and other text"),
+        ('[{"a": 1}] {"b": 2}', "text follows the end"),
+        ('[{"a": 1},]', "Expecting value"),
+    ],
+)
+def test_a_list_that_is_not_json_is_refused_with_its_line(tmp_path: Path, content: str, found: str) -> None:
+    with pytest.raises(DataValidationError, match=rf"rows.json is a JSON list that cannot be read .*{found}") as error:
+        list(read_rows(write(tmp_path / "rows.json", content)))
+    assert "Jane" not in str(error.value)
+
+
+def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_values, "MAX_LINE_CHARS", 1000)
+    monkeypatch.setattr(json_values, "_PIECE_CHARS", 100)
+    path = write(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "x" * 5000}]))
+    with pytest.raises(DataValidationError, match="item 2 is not JSON, or has more than 1000 characters"):
+        list(read_rows(path))
+
+
+def test_memory_does_not_grow_with_the_list(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(
+            "[" + ", ".join(json.dumps({"text": f"{number}", "more": "x" * 500}) for number in range(60_000)) + "]"
+        )
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 60_000
+    assert peak < 2**24, "of 32 MB"

@@ -1,0 +1,194 @@
+"""Chats of every form become the same messages, a bad chat says why, and every turn of a chat can be learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.config import DataConfig
+from deal_core.data.chats import MAX_EARLIER_TURNS, earlier_turns, normal_chat, parse_messages
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import Columns
+from deal_core.data.dataset import Landing, build_dataset
+from deal_core.data.rows import Problem, RawRow, Row, as_digests, first_words, row_digest, stored_input_digest
+from deal_core.data.schema import DatasetManifest, TaskSchema
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+NORMAL_CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "2"}
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def chat(*contents: str) -> list[dict[str, Any]]:
+    """A chat whose first message is the user's."""
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+
+
+def test_the_forms_of_a_message_become_one() -> None:
+    wanted = chat("Hi\nthere", "Hello")
+    assert parse_messages(wanted) == wanted
+    assert parse_messages(json.dumps(wanted)) == wanted
+    assert parse_messages([{"from": "human", "value": "Hi\r\nthere"}, {"from": "gpt", "value": "Hello"}]) == wanted
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    assert parse_messages([{"role": "user", "content": parts}, *wanted[1:]]) == wanted
+    more = [{**message, "name": "Jo", "weight": 1, "from": None, "tool_calls": None} for message in wanted]
+    assert parse_messages(more, TOOLS) == wanted, "a chat without tools is stored as ever"
+
+
+def test_a_chat_with_tools_keeps_what_a_template_needs() -> None:
+    asked, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2."}
+    messages = [asked, CALLING, RESULT, answer]
+    stored = [{**asked, "tools": TOOLS}, {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}, RESULT, answer]
+    assert parse_messages(messages, TOOLS) == parse_messages(messages, json.dumps(TOOLS)) == stored
+    filled = [{**message, "tool_calls": message.get("tool_calls"), "name": None} for message in messages]
+    assert parse_messages(filled, TOOLS) == stored, "Parquet fills what is missing with null"
+    offered = [{**TOOLS[0], "strict": None, "parameters": {"a": None, "b": [{"c": None}]}}]
+    assert parse_messages(messages, offered)[0]["tools"] == [{**TOOLS[0], "parameters": {"b": [{}]}}]  # type: ignore[call-overload]
+    flat = [asked, {**CALLING, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}, RESULT, answer]
+    assert parse_messages(flat)[1]["tool_calls"] == [{k: v for k, v in NORMAL_CALL.items() if k != "id"}]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "why"),
+    [
+        ("Jane", None, "not JSON"),
+        ({"role": "user"}, None, "not a list of messages"),
+        ([{"role": "user", "content": 7}], None, "a message's role or content is missing or is not a text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], None, "is not a text"),
+        (chat("Jane", "b", "c"), None, "roles user, assistant, user; wanted are system (or none), then user and"),
+        ([{"role": "Jane", "content": "a"}], None, "roles (another); wanted"),
+        ([*chat("Jane"), CALLING], None, "the last message calls a tool and has no text"),
+        ([*chat("Jane"), CALLING, *chat("b", "c")], None, "no message of the tool follows"),
+        ([*chat("Jane"), {**CALLING, "tool_calls": [{"name": 1}]}, RESULT, *chat("", "c")[1:]],
+         None, "is not a list of"),
+        ([*chat("Jane"), {**CALLING, "tool_calls": [{"name": "f", "arguments": "Jane"}]}, RESULT, *chat("", "c")[1:]],
+         None, "tool_calls is not a list of"),
+        ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], "Jane", "tools is not a list of tools"),
+        ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": "\ud800"}], "tools is not a list of tools"),
+        ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": "\0"}], "tools is not a list of tools"),
+        ([*chat("Jane"), CALLING, RESULT, *chat("", "c")[1:]], [{"name": b""}], "tools is not a list of tools"),
+        (chat("Jane \ud800", "b"), None, "a byte that is not UTF-8, or a NUL"),
+    ],
+)  # fmt: skip
+def test_a_bad_chat_says_why_without_a_word_of_it(messages: Any, tools: Any, why: str) -> None:
+    found = parse_messages(messages, tools)
+    assert isinstance(found, Problem)
+    assert why in found.why and "Jane" not in found.why
+    assert "Jane" in found.value or "Jane" not in str(messages)
+
+
+def test_the_digest_of_a_chat_is_that_of_its_stored_input() -> None:
+    checker = RowChecker(
+        TaskSchema(name="t", format="chat"), Columns(format="chat", names={"messages": "m", "tools": "tools"}), 1000
+    )
+    found = {}
+    for tools in (None, TOOLS):
+        messages = [*chat("1 + 1?"), CALLING, RESULT, *chat("", "2.")[1:]]
+        row = checker.check(RawRow(1, {"m": messages, "tools": tools}))
+        assert isinstance(row, Row)
+        assert row.input_digest == stored_input_digest("chat", row.input)
+        found[row.digest] = row.input
+    assert len(found) == 2, "the tools count"
+    plain = checker.check(RawRow(1, {"m": chat("a", "b")}))
+    assert isinstance(plain, Row)
+    assert plain.digest == row_digest("user", "a", "b"), "as ever"
+
+
+def test_a_question_with_tools_is_brought_into_the_stored_form() -> None:
+    assert normal_chat([*chat("a\r\nb"), CALLING, RESULT]) == [
+        *chat("a\nb"), {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}, RESULT,
+    ]  # fmt: skip
+
+
+# --- turns
+
+
+def test_every_earlier_answer_is_a_row_with_the_messages_before_it() -> None:
+    messages = [*chat("a", "b"), *chat("c"), {**CALLING, "content": "", "tool_calls": [NORMAL_CALL]}, RESULT,
+                *chat("", "d")[1:], *chat("e")]  # fmt: skip
+    stored = json.dumps(messages)
+    found = earlier_turns(stored)
+    assert [(json.loads(row.input), row.output) for row in found] == [(messages[:1], "b"), (messages[:5], "d")]
+    assert all(row.input_digest == stored_input_digest("chat", row.input) for row in found)
+    assert earlier_turns(json.dumps(chat('say "role": "assistant"'))) == []
+
+
+def test_a_chat_of_very_many_turns_gives_its_latest_ones_only() -> None:
+    found = earlier_turns(json.dumps(chat(*map(str, range(3001)))))
+    assert [row.output for row in found] == [str(number) for number in range(3001) if number % 2][-MAX_EARLIER_TURNS:]
+
+
+CHATS = [chat(f"Hi {i}", f"Hello {i}", f"And {i}?", f"So {i}.", f"Then {i}?", f"End {i}") for i in range(100)]
+
+
+def build(folder: Path, chats: list[Any], turns: Any, **options: Any) -> DatasetManifest:
+    source = folder / "chats.jsonl"
+    rows = [each if isinstance(each, dict) else {"messages": each} for each in chats]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = TaskSchema(name="t", format="auto", assistant_turns=turns)
+    config = DataConfig(max_bad_share=1.0)
+    return build_dataset(Landing(source=source, task=task, config=config, **options), folder / "dataset")
+
+
+def stored(folder: Path, split: str) -> dict[tuple[str, str], str]:
+    """Digests of the stored rows."""
+    table = pq.read_table(folder / "dataset" / f"{split}.parquet")
+    return {(row["input"], row["output"]): row["sha256"] for row in table.to_pylist()}
+
+
+def test_all_turns_add_rows_for_training_and_change_no_row(tmp_path: Path) -> None:
+    last = build(tmp_path, CHATS, "last")
+    train, test = stored(tmp_path, "train"), stored(tmp_path, "test")
+    every = build(tmp_path, CHATS, "all")
+    assert stored(tmp_path, "test") == test, "a test chat is asked for its last answer"
+    assert train.items() < stored(tmp_path, "train").items()
+    assert (last.num_turns, every.num_turns) == (0, len(stored(tmp_path, "train")) - len(train))
+    assert every.num_read + every.num_turns == every.num_train + every.num_test + every.num_rejected
+    assert every.task.assistant_turns == "all"
+    learned = {output for _, output in stored(tmp_path, "train")}
+    assert len([each for each in learned if each.startswith("Hello")]) > len(train) / 2
+    of_tests = {json.loads(input)[0]["content"] for input, _ in test}
+    assert not of_tests & {json.loads(input)[0]["content"] for input, _ in stored(tmp_path, "train")}
+
+
+def test_no_turn_has_the_text_of_a_test_row_in_any_order_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deal_core.data.reading.readers.BATCH_ROWS", 8)
+    beginnings = [each[:2] for each in CHATS] + [each[:4] for each in CHATS]
+    digests = set()
+    for chats in ([*CHATS, *beginnings], [*beginnings, *CHATS]):
+        digests.add(build(tmp_path, chats, "all").sha256)
+        asked = {input for input, _ in stored(tmp_path, "test")}
+        assert asked and not asked & {input for input, _ in stored(tmp_path, "train")}
+        for input, _ in stored(tmp_path, "train"):
+            assert first_words(as_digests(stored_input_digest("chat", input)))[0] / 2**32 >= 0.2
+    assert len(digests) == 1
+
+
+def test_with_a_split_only_the_texts_of_its_test_rows_are_left_out(tmp_path: Path) -> None:
+    rows = [{"messages": each, "split": "train"} for each in CHATS]
+    rows.append({"messages": CHATS[0][:2], "split": "test"})
+    manifest = build(tmp_path, rows, "all")
+    assert (manifest.num_train, manifest.num_test, manifest.num_turns) == (299, 1, 199)
+
+
+def test_with_frozen_test_rows_only_their_texts_are_left_out(tmp_path: Path) -> None:
+    frozen = [stored_input_digest("chat", json.dumps(CHATS[0][:1]))]
+    manifest = build(tmp_path, CHATS, "all", frozen_test_inputs=frozen)
+    assert (manifest.num_train, manifest.num_turns, manifest.num_rejected) == (299, 199, 0)
+
+
+def test_the_prompt_of_a_chat_in_two_columns_is_not_learned(tmp_path: Path) -> None:
+    manifest = build(tmp_path, [{"prompt": each[:-1], "completion": each[-1:]} for each in CHATS], "all")
+    assert manifest.num_turns == 0 and manifest.num_train + manifest.num_test == 100
+
+
+def test_turns_are_a_matter_of_chats_only(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a {i}", "completion": "b"} for i in range(50)]
+    assert build(tmp_path, rows, "all").task.assistant_turns == "last"

@@ -1,0 +1,316 @@
+"""Every common shape of a file is learned rightly, or refused with what to do about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.config import DataConfig
+from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset, validate_file
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import DataValidationError
+
+datasets.disable_progress_bars()
+LENIENT = DataConfig(max_bad_share=1.0)
+NUM_ROWS = 40
+Rows = list[dict[str, Any]]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def rows(make: Callable[[int], dict[str, Any]]) -> Rows:
+    return [make(number) for number in range(NUM_ROWS)]
+
+
+def pandas_lines(content: Rows, path: Path) -> None:
+    pd.DataFrame(content).to_json(path, orient="records", lines=True)
+
+
+def pandas_list(content: Rows, path: Path) -> None:
+    pd.DataFrame(content).to_json(path, orient="records", indent=2)
+
+
+def pandas_csv(content: Rows, path: Path) -> None:
+    pd.DataFrame(content).to_csv(path, index=False)
+
+
+def pandas_columns(content: Rows, path: Path) -> None:
+    pd.DataFrame(content).to_json(path)
+
+
+def datasets_lines(content: Rows, path: Path) -> None:
+    datasets.Dataset.from_list(content).to_json(path)
+
+
+def datasets_parquet(content: Rows, path: Path) -> None:
+    datasets.Dataset.from_list(content).to_parquet(path)
+
+
+def arrow_parquet(content: Rows, path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(content), path)
+
+
+def class_labels(content: Rows, path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["World news", "Sport"])}
+    )
+    datasets.Dataset.from_list(content, features=features).to_parquet(path)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+STORED_CALL = {**CALL, "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def tool_chat(number: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            user(f"Weather {number}?"), assistant(None, tool_calls=[CALL]),
+            {"role": "tool", "tool_call_id": "c1", "content": f"rain {number}"}, assistant(f"It rains {number}."),
+        ],
+        "tools": [TOOL],
+    }  # fmt: skip
+
+
+def stored_tool_chat(number: int) -> str:
+    call = assistant("", tool_calls=[STORED_CALL])
+    result = {"role": "tool", "content": f"rain {number}", "tool_call_id": "c1"}
+    return json.dumps([{**user(f"Weather {number}?"), "tools": [TOOL]}, call, result])
+
+
+class Shape(NamedTuple):
+    """A file, and what becomes of it."""
+
+    make: Callable[[int], dict[str, Any]]
+    write: Callable[[Rows, Path], None]
+    file: str
+    told: str
+    """Words of the recognised shape, or of the refusal."""
+    stored: Callable[[int], tuple[str, str]] | None = None
+    """Input and output of a row; None: the file is refused."""
+
+
+SHAPES = {
+    "Alpaca": Shape(
+        lambda i: {"instruction": f"Translate {i}.", "input": f"Wort {i}" if i % 2 else "", "output": f"word {i}"},
+        pandas_list, "rows.json", "Alpaca rows (instruction with input under it, output)",
+        lambda i: (f"Translate {i}.\nWort {i}" if i % 2 else f"Translate {i}.", f"word {i}"),
+    ),
+    "ShareGPT": Shape(
+        lambda i: {"id": str(i), "conversations": [{"from": "system", "value": "Be brief."},
+                                                   {"from": "human", "value": f"Hi {i}"},
+                                                   {"from": "gpt", "value": f"Hello {i}"}]},
+        datasets_parquet, "rows.parquet", "ShareGPT chats (conversations)",
+        lambda i: (json.dumps([{"role": "system", "content": "Be brief."}, user(f"Hi {i}")]), f"Hello {i}"),
+    ),
+    "OpenAI messages": Shape(
+        lambda i: {"messages": [user(f"Hi {i}"), assistant(f"Hello {i}")]},
+        datasets_lines, "rows.jsonl", "chats (messages)", lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
+    ),
+    "OpenAI messages with tool calls": Shape(
+        tool_chat, datasets_lines, "rows.jsonl", "chats with tools (messages)",
+        lambda i: (stored_tool_chat(i), f"It rains {i}."),
+    ),
+    "OpenAI messages with tool calls in Parquet": Shape(
+        tool_chat, arrow_parquet, "rows.parquet", "chats with tools (messages)",
+        lambda i: (stored_tool_chat(i), f"It rains {i}."),
+    ),
+    "TRL conversational": Shape(
+        lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]},
+        datasets_parquet, "rows.parquet", "chats in two columns (prompt, completion)",
+        lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
+    ),
+    "JSON list": Shape(
+        lambda i: {"text": f"Text {i}", "label": "ab"[i % 2]},
+        pandas_list, "rows.json", "labelled rows (text, label)", lambda i: (f"Text {i}", "ab"[i % 2]),
+    ),
+    "ClassLabel": Shape(
+        lambda i: {"text": f"Text {i}", "label": i % 2}, class_labels, "rows.parquet", "ClassLabel names the labels",
+        lambda i: (f"Text {i}", ("World news", "Sport")[i % 2]),
+    ),
+    "preference, explicit prompt": Shape(
+        lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
+        datasets_parquet, "rows.parquet", "preference rows.*set task.columns to {completion: chosen}",
+    ),
+    "preference, implicit prompt": Shape(
+        lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
+        datasets_lines, "rows.jsonl", "preference rows.*set task.columns to {messages: chosen}",
+    ),
+    "preference, unpaired": Shape(
+        lambda i: {"prompt": f"Q {i}", "completion": f"answer {i}", "label": bool(i % 2)},
+        datasets_parquet, "rows.parquet", "rated answers.*Keep the rows whose label is true",
+    ),
+    "plain text": Shape(
+        lambda i: {"text": f"Some long text {i}"},
+        datasets_parquet, "rows.parquet", r"continued pre-training.*prompt and completion in place of text",
+    ),
+    "plain text among other columns": Shape(
+        lambda i: {"id": i, "url": "x", "text": f"Some long text {i}"},
+        datasets_lines, "rows.jsonl", r"name them in task.columns.*continued pre-training.* cannot be learned",
+    ),
+    "Dolly": Shape(
+        lambda i: {"instruction": f"Who? {i}", "context": f"He {i}" if i % 2 else "", "response": f"He {i}",
+                   "category": "closed_qa"},
+        datasets_lines, "rows.jsonl", "completions (instruction with context under it, response)",
+        lambda i: (f"Who? {i}\nHe {i}" if i % 2 else f"Who? {i}", f"He {i}"),
+    ),
+    "SQuAD": Shape(
+        lambda i: {"id": str(i), "title": "t", "context": "c", "question": f"Who? {i}",
+                   "answers": {"text": ["He"], "answer_start": [0]}},
+        datasets_parquet, "rows.parquet", "list of answers in each row.*as a text into a column answer",
+    ),
+    "several labels": Shape(
+        lambda i: {"text": f"Text {i}", "label": [i % 2, 2]},
+        datasets_parquet, "rows.parquet", "label is a list, not a text",
+    ),
+    "CSV with whole numbers for labels": Shape(
+        lambda i: {"text": f"Text {i}", "label": i % 2}, pandas_csv, "rows.csv", r'labels: \{"0": NAME, "1": NAME\}',
+    ),
+    "prompt and response": Shape(
+        lambda i: {"prompt": f"Q {i}", "response": f"A {i}", "model": "m"},
+        pandas_lines, "rows.jsonl", "completions (prompt, response)", lambda i: (f"Q {i}", f"A {i}"),
+    ),
+    "question and answer": Shape(
+        lambda i: {"question": f"Q {i}", "answer": f"A {i}"},
+        pandas_csv, "rows.csv", "completions (question, answer)", lambda i: (f"Q {i}", f"A {i}"),
+    ),
+    "pandas by columns": Shape(
+        lambda i: {"text": f"Text {i}", "label": "a"}, pandas_columns, "rows.json", r'orient="records", lines=True',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_file_of_a_common_shape_is_learned_rightly_or_refused_with_a_remedy(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    source = tmp_path / shape.file
+    shape.write(rows(shape.make), source)
+    landing = Landing(
+        source=source, task=TaskSchema(name="t", format="auto", assistant_turns="all"), config=DataConfig()
+    )
+    if shape.stored is None:
+        with pytest.raises(DataValidationError, match=f"(?s){shape.told}"):
+            build_dataset(landing, tmp_path / "dataset")
+        return
+    assert shape.told in validate_file(landing).shape
+    manifest = build_dataset(landing, tmp_path / "dataset")
+    assert (manifest.num_read, manifest.num_rejected) == (NUM_ROWS, 0)
+    assert stored_rows(tmp_path) == sorted(shape.stored(number) for number in range(NUM_ROWS))
+
+
+def stored_rows(folder: Path) -> list[tuple[str, str]]:
+    tables = [pq.read_table(folder / "dataset" / f"{split}.parquet") for split in ("train", "test")]
+    return sorted((row["input"], row["output"]) for table in tables for row in table.to_pylist())
+
+
+def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, str]]:
+    """Rows of the dataset of a file that pandas writes."""
+    (pandas_csv if path.suffix == ".csv" else pandas_lines)(content, path)
+    build_dataset(Landing(source=path, task=task, config=LENIENT), path.parent / "dataset")
+    return stored_rows(path.parent)
+
+
+# --- remedies that the messages name
+
+
+def test_the_remedies_for_preference_rows_work(tmp_path: Path) -> None:
+    pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
+    task = TaskSchema(name="t", format="auto", columns={"completion": "chosen"})
+    assert build(pairs, tmp_path / "a.jsonl", task) == sorted((f"Q {i}", f"good {i}") for i in range(NUM_ROWS))
+    chats = rows(lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}")]})
+    task = TaskSchema(name="t", format="auto", columns={"messages": "chosen"})
+    assert len(build(chats, tmp_path / "b.jsonl", task)) == NUM_ROWS
+
+
+def test_numbers_for_labels_are_learned_once_they_are_named_or_listed(tmp_path: Path) -> None:
+    numbers = rows(lambda i: {"text": f"Text {i}", "label": i % 2})
+    named = TaskSchema(name="t", labels=("bad", "good"), label_names={"0": "bad", "1": "good"})
+    wanted = sorted((f"Text {i}", ("bad", "good")[i % 2]) for i in range(NUM_ROWS))
+    assert build(numbers, tmp_path / "rows.csv", named) == wanted
+    listed = TaskSchema(name="t", labels=("0", "1"))
+    assert build(numbers, tmp_path / "rows.csv", listed) == sorted((f"Text {i}", str(i % 2)) for i in range(NUM_ROWS))
+
+
+def test_numbers_are_never_taken_for_places_in_the_list_of_labels(tmp_path: Path) -> None:
+    pandas_csv(rows(lambda i: {"text": f"Text {i}", "label": 1 + i % 2}), tmp_path / "rows.csv")
+    landing = Landing(source=tmp_path / "rows.csv", task=TaskSchema(name="t", labels=("a", "b")), config=DataConfig())
+    with pytest.raises(ArrivalRefusedError, match=r"outside the task's set: a whole number; name it in the spec"):
+        build_dataset(landing, tmp_path / "dataset")
+
+
+def test_class_labels_fit_a_task_that_learned_their_numbers_or_their_names(tmp_path: Path) -> None:
+    class_labels(rows(lambda i: {"text": f"Text {i}", "label": i % 2}), tmp_path / "rows.parquet")
+    for labels in (("0", "1"), ("sport", "World News"), ()):
+        task = TaskSchema(name="t", labels=labels)
+        manifest = build_dataset(
+            Landing(source=tmp_path / "rows.parquet", task=task, config=LENIENT), tmp_path / "dataset"
+        )
+        assert manifest.num_rejected == 0
+        assert {output for _, output in stored_rows(tmp_path)} == set(labels or ("World news", "Sport"))
+
+
+def test_a_class_without_a_name_is_a_bad_row(tmp_path: Path) -> None:
+    content = rows(lambda i: {"text": f"Text {i}", "label": i % 2 if i else -1})  # -1: no label, as datasets has it
+    class_labels(content, tmp_path / "rows.parquet")
+    task = TaskSchema(name="t", format="auto")
+    report = validate_file(Landing(source=tmp_path / "rows.parquet", task=task, config=LENIENT))
+    assert dict(report.manifest.problems) == {"label outside the task's set": 1}
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"", b"[]", b"{}", b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}', b"\xff"]
+)
+def test_metadata_of_another_form_name_no_labels(metadata: bytes, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": ["x", "y"]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    report = validate_file(
+        Landing(source=tmp_path / "rows.parquet", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+    )
+    assert set(report.manifest.task.labels) == {"x", "y"}
+
+
+# --- what stays as it was
+
+
+@pytest.mark.parametrize("column", ["input", "context"])
+def test_a_prompt_that_the_task_names_has_no_context(column: str, tmp_path: Path) -> None:
+    content = rows(lambda i: {"instruction": f"Do {i}", column: "more", "output": f"done {i}"})
+    task = TaskSchema(name="t", format="auto", columns={"prompt": "instruction"})
+    assert build(content, tmp_path / "rows.jsonl", task) == sorted((f"Do {i}", f"done {i}") for i in range(NUM_ROWS))
+
+
+def test_a_context_of_any_name_is_joined_if_the_task_names_it(tmp_path: Path) -> None:
+    content = rows(lambda i: {"prompt": f"Do {i}", "passage": "more", "completion": f"done {i}"})
+    task = TaskSchema(name="t", format="auto", columns={"context": "passage"})
+    found = build(content, tmp_path / "rows.jsonl", task)
+    assert found == sorted((f"Do {i}\nmore", f"done {i}") for i in range(NUM_ROWS))
+
+
+def test_preference_columns_beside_a_complete_row_are_not_read(tmp_path: Path) -> None:
+    content = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}", "chosen": "x", "rejected": "y"})
+    found = build(content, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto"))
+    assert found == sorted((f"Q {i}", f"A {i}") for i in range(NUM_ROWS))
+
+
+def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) -> None:
+    task = TaskSchema(name="t", format="chat")
+    wanted = sorted((json.dumps([user(f"Hi {i}")]), f"Hello {i}") for i in range(NUM_ROWS))
+    two = rows(lambda i: {"prompt": [user(f"Hi {i}")], "completion": [assistant(f"Hello {i}")]})
+    assert build(two, tmp_path / "two.jsonl", task) == wanted
+    one = rows(lambda i: {"conversations": [{"from": "human", "value": f"Hi {i}"},
+                                            {"from": "gpt", "value": f"Hello {i}"}]})  # fmt: skip
+    assert build(one, tmp_path / "one.jsonl", task) == wanted
