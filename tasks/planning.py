@@ -39,7 +39,8 @@ from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
-from tasks.context import current_store, local_file
+from tasks.context import current_store
+from tasks.data_files import local_file
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.settings import arrival_of, choose_adapter, choose_base, choose_strategy
 from tasks.lineage.version_files import borrowed_parent

@@ -17,7 +17,8 @@ from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
 from tasks.base import local_tokenizer
-from tasks.context import as_file, current_store, local_file
+from tasks.context import current_store
+from tasks.data_files import local_file
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import choose_base, spec_from_options
 from tasks.lineage.versions import version_ref
@@ -72,7 +73,7 @@ class ValidateResult(BaseModel):
 
 
 def validate(
-    file: Path,
+    file: str,
     *,
     spec: Path | None,
     task: str,
@@ -85,7 +86,7 @@ def validate(
     The result shows texts even if the spec forbids texts in reports: only the caller sees it.
 
     Args:
-        file: The file.
+        file: Path or address of the file.
         spec: A spec with the task, the test file and the data settings. Its own data file is not read.
         task: Name of the task if there is no spec.
         lineage: Replaces the spec's lineage.
@@ -97,15 +98,15 @@ def validate(
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
     store = current_store()
-    arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": str(file)}
+    arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
     test_data = test_data or read.task.test_data
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
-    arrival = Arrival(task=read.task.name, data=str(file), test_data=test_data, given=read.task.given())
+    arrival = Arrival(task=read.task.name, data=file, test_data=test_data, given=read.task.given())
     schema = choose_schema(store, arrival, record)
     with (
-        as_file(file) as source,
+        local_file(store, file) as source,
         local_file(store, test_data) if test_data is not None else nullcontext() as test_source,
     ):
         landing = Landing(
@@ -119,7 +120,7 @@ def validate(
         report = validate_file(landing)
     manifest = report.manifest
     return ValidateResult(
-        file=str(file),
+        file=file,
         accepted=report.refusal is None,
         refusal=report.refusal,
         format=manifest.task.format,

@@ -116,7 +116,7 @@ def adapt(
     deal: Session,
     spec: Annotated[Path | None, Argument(help="Spec file (YAML).", show_default=False)] = None,
     task: Annotated[str | None, Option("--task", "-t", help="Task the file belongs to.")] = None,
-    data: Annotated[str | None, Option("--data", "-d", help="File: CSV, JSON lines or Parquet.")] = None,
+    data: Annotated[str | None, Option("--data", "-d", help="File or address: CSV, JSON lines or Parquet.")] = None,
     test_data: Annotated[str | None, Option("--test-data", help="File of test rows.")] = None,
     lineage: SpecLineage = None,
     base: Base = None,
@@ -326,7 +326,7 @@ def show_file_answers(result: FileAnswers) -> Sequence[RenderableType]:
 @command(learn_app, "validate")
 def validate(
     deal: Session,
-    file: Annotated[Path, Argument(help="File: CSV, JSON lines or Parquet.")],
+    file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
     spec: Annotated[
         Path | None, Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
     ] = None,

@@ -23,7 +23,8 @@ from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from tasks.adaptation.frozen_rows import read_test_rows
-from tasks.context import current_store, local_file
+from tasks.context import current_store
+from tasks.data_files import local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows

@@ -28,7 +28,8 @@ from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
 from tasks.adaptation.ingest import read_manifest
-from tasks.context import current_store, local_file
+from tasks.context import current_store
+from tasks.data_files import local_file
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record, scores_of
 from tasks.progress import patient

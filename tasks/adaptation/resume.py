@@ -24,7 +24,8 @@ from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
 from tasks.adaptation.promote import champion_deleted, complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
-from tasks.context import current_store, end_run, local_file, remove_work
+from tasks.context import current_store, end_run, remove_work
+from tasks.data_files import local_file
 from tasks.lineage.history import require_in_registry
 from tasks.lineage.version_files import reading_beside
 from tasks.lineage.versions import version_ref

@@ -43,7 +43,7 @@ from infra.tracking.runs import ArtifactRemover, list_runs
 from infra.tracking.tracker import Tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import read_manifest, retains_training_rows
-from tasks.context import local_file
+from tasks.data_files import local_file
 from tasks.housekeeping.garbage import Folder, Holdings, Removal
 from tasks.inbox import read_state
 from tasks.lineage.tombstones import find_tombstone

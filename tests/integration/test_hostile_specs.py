@@ -31,7 +31,7 @@ from flows.server.status import _unusable_files
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
 from tasks.adaptation.ingest import TaskFieldsError
-from tasks.context import local_file
+from tasks.data_files import local_file
 from tasks.inbox import look, task_spec
 from tasks.lineage.settings import read_lineages
 from tasks.spec import AdaptSpec, read_spec

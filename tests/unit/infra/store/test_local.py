@@ -15,7 +15,7 @@ from deal_core.errors import StoreError
 from infra.store import base
 from infra.store.base import UnusableObjectError
 from infra.store.local import FileStore, open_store
-from tasks.context import local_file
+from tasks.data_files import local_file
 
 
 def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
