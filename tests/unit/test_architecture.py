@@ -265,12 +265,16 @@ def test_reading_the_environment_at_import_is_found(source: str) -> None:
 
 def test_declared_dependencies_are_those_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    declared, optional = (
+        {re.split(r"[<>=\[ ]", line)[0].lower().replace("_", "-") for line in lines}
+        for lines in (project["dependencies"], extras)
+    )
     by_import = importlib.metadata.packages_distributions()
     names = {name for path in sources(*PACKAGES) for name in top_levels(ast.parse(path.read_text("utf-8")))}
     foreign = names - set(PACKAGES) - set(sys.stdlib_module_names)
     providers = {name: {each.lower().replace("_", "-") for each in by_import[name]} for name in foreign - {"botocore"}}
-    assert not {name for name, each in providers.items() if not each & declared}
+    assert not {name for name, each in providers.items() if not each & (declared | optional)}
     assert not declared - set().union(*providers.values()) - set(NOT_IMPORTED_BY_US)
 
 
