@@ -33,6 +33,7 @@ from deal_core.benchmark.summary import (
     order_of,
     protocols,
     read_cells,
+    row_scores,
 )
 from deal_core.config import TrainConfig
 
@@ -181,9 +182,8 @@ def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence
 
 
 def _right(cells: Sequence[CellJson], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """For every test row of a task, the share of cells that are right at the end."""
-    bits = [list(final_scores(cell)[name]["correct"]) for cell in cells]
-    return np.array(bits, dtype=np.int64).mean(0)
+    """For every test row of a task, the mean score over the cells at the end."""
+    return np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

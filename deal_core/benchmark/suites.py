@@ -21,7 +21,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import open_regular
 
-Rows = tuple[dict[str, str], ...]
+Rows = tuple[dict[str, Any], ...]
 Part = Literal["dev", "reported"]
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
@@ -37,6 +37,18 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
         "1": ("yelp", "amazon", "MNLI", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "BoolQA"),
         "2": ("BoolQA", "yahoo", "agnews", "dbpedia", "SST-2", "IMDB", "MNLI", "amazon", "yelp"),
     },
+    "superni": {
+        "1": ("samsum_summary", "sst2_polarity_classification", "xsum_summarization", "outcome_extraction",
+              "quoref_answer_generation", "evalution_relation_extraction", "multi_woz_user_utterance_generation",
+              "personachat_generate_next", "commonsenseqa_answer_generation", "diplomacy_text_generation",
+              "glucose_reverse_cause_event_detection", "reddit_tifu_long_text_summarization", "sciq_answer_generation",
+              "sentiment140_classification", "emotion_classification"),
+        "2": ("glucose_reverse_cause_event_detection", "commonsenseqa_answer_generation", "diplomacy_text_generation",
+              "multi_woz_user_utterance_generation", "samsum_summary", "sentiment140_classification",
+              "sciq_answer_generation", "sst2_polarity_classification", "evalution_relation_extraction",
+              "personachat_generate_next", "outcome_extraction", "reddit_tifu_long_text_summarization",
+              "quoref_answer_generation", "xsum_summarization", "emotion_classification"),
+    },
     "15": {
         "1": ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo",
               "MultiRC", "BoolQA", "WiC"),
@@ -45,7 +57,8 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 """Suite → order → tasks. "8" and "9" are this project's own. In "8" consecutive tasks differ much, so forgetting is
-strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words."""
+strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words.
+"superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295)."""
 
 HUB_SCHEME = "hf://"
 HUB_DATASET = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -79,12 +92,14 @@ class SuiteTask:
     Attributes:
         schema: How a row becomes a prompt.
         train: Training rows, columns input and output.
-        test: Test rows with the same columns.
+        test: Test rows with the same columns, and references if a row has several right answers.
+        dev: Rows to choose settings on; None: they are a part of the test rows.
     """
 
     schema: TaskSchema
     train: Rows
     test: Rows
+    dev: Rows | None = None
 
     def part(self, part: Part, limit: int | None = None) -> Rows:
         """Return the first `limit` test rows of a part: dev, to choose settings, or reported.
@@ -93,7 +108,9 @@ class SuiteTask:
             DataValidationError: The part has no rows.
         """
         num_dev = NUM_DEV_ROWS if len(self.test) >= FEW_ROWS else int(DEV_SHARE * len(self.test))
-        rows = self.test[:num_dev] if part == "dev" else self.test[num_dev:]
+        if self.dev is not None:
+            num_dev = 0
+        rows = (self.dev or self.test[:num_dev]) if part == "dev" else self.test[num_dev:]
         if not rows:
             raise DataValidationError(
                 f"Task {self.schema.name!r} has no row in part {part!r}, having {len(self.test)} test rows; "
@@ -150,8 +167,11 @@ def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
     """Read tasks from a folder in one of two layouts.
 
     JSON lines: tasks.json ({task: {instruction, labels}}), and TASK.train.jsonl and TASK.test.jsonl with rows of text
-    and label. CL_Benchmark's layout: FAMILY/TASK/ with labels.json, train.json and test.json (or dev.json), which are
-    lists of objects with sentence and label.
+    and label. Rows of prompt and completion make a task of generation, which is scored by ROUGE-L: its labels do not
+    count, its rows may have references, and TASK.dev.jsonl may have rows to choose settings on.
+
+    CL_Benchmark's layout: FAMILY/TASK/ with labels.json, train.json and test.json (or dev.json), which are lists of
+    objects with sentence and label.
 
     Raises:
         ConfigError: The folder has neither layout.
@@ -175,7 +195,8 @@ def digest_of(tasks: dict[str, SuiteTask]) -> str:
     """
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
-        digest.update(json.dumps([name, task.schema.to_json(), task.train, task.test], sort_keys=True).encode())
+        dev = [] if task.dev is None else [task.dev]
+        digest.update(json.dumps([name, task.schema.to_json(), task.train, task.test, *dev], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -185,20 +206,29 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
     if name not in described:
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {_list(described)}.")
     task = described[name] if isinstance(described[name], dict) else {}
-    if not isinstance(task.get("instruction"), str) or not _are_labels(task.get("labels")):
-        raise DataValidationError(
-            f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
-            "texts."
-        )
 
-    def rows(part: str) -> Rows:
+    def values(part: str) -> list[tuple[str, Any]]:
         path = folder / f"{name}.{part}.jsonl"
         lines = _read(path).split("\n")  # splitlines would also split at other separators inside a text
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        values = [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
-        return _rows(values, "text", path)
+        return [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
 
-    return _task(name, task["labels"], task["instruction"], rows("train"), rows("test"))
+    def rows(part: str, text: str = "text", label: str = "label") -> Rows:
+        return _rows(values(part), text, folder / f"{name}.{part}.jsonl", label)
+
+    has_task = isinstance(task.get("instruction"), str)
+    is_generation = has_task and any("completion" in value for _, value in values("train"))
+    if not has_task or not (is_generation or _are_labels(task.get("labels"))):
+        raise DataValidationError(
+            f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
+            "texts. A task of generation, with rows of prompt and completion, needs no labels."
+        )
+    if not is_generation:
+        return _task(name, task["labels"], task["instruction"], rows("train"), rows("test"))
+    columns = ("prompt", "completion")
+    dev = rows("dev", *columns) if (folder / f"{name}.dev.jsonl").is_file() else None
+    schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
+    return SuiteTask(schema=schema, train=rows("train", *columns), test=rows("test", *columns), dev=dev)
 
 
 def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
@@ -257,14 +287,21 @@ def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
     return value
 
 
-def _rows(values: list[tuple[str, Any]], text: str, path: Path) -> Rows:
+def _rows(values: list[tuple[str, Any]], text: str, path: Path, label: str = "label") -> Rows:
     """Rows from JSON values; each value comes with its place in the file, for messages."""
     if not values:
         raise DataValidationError(f"{path} holds no rows; give it at least one.")
     for place, value in values:
-        if not isinstance(value, dict) or not {text, "label"} <= value.keys():
-            raise DataValidationError(f"{place} of {path} lacks {text!r} or 'label'; give the row both.")
-    return tuple({"input": str(value[text]).strip(), "output": str(value["label"]).strip()} for _, value in values)
+        if not isinstance(value, dict) or not {text, label} <= value.keys():
+            raise DataValidationError(f"{place} of {path} lacks {text!r} or {label!r}; give the row both.")
+        if not _are_labels(value.get("references", [])):
+            raise DataValidationError(f"{place} of {path} has 'references' that are no list of texts; give texts.")
+    has_references = any(value.get("references") for _, value in values)
+    return tuple(
+        {"input": str(value[text]).strip(), "output": str(value[label]).strip()}
+        | ({"references": value.get("references") or [str(value[label])]} if has_references else {})
+        for _, value in values
+    )
 
 
 def _are_labels(value: object) -> bool:

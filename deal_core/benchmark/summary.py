@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, pvariance
 from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
@@ -48,10 +48,14 @@ def final_scores(cell: CellJson) -> Scores:
     return dict(versions[-1]["scores"])
 
 
+def row_scores(score: Mapping[str, Any]) -> list[float]:
+    """The score of every test row, 0 to 1: one character per row for right and wrong answers, else a list."""
+    return [float(each) for each in score["correct"]]
+
+
 def accuracy(score: Mapping[str, Any]) -> float:
-    """Share of right rows."""
-    bits: str = score["correct"]
-    return bits.count("1") / len(bits)
+    """Mean score of a task's test rows; for labels, the share of right rows."""
+    return mean(row_scores(score))
 
 
 def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | None:
@@ -89,7 +93,8 @@ class Protocol:
         found = {}
         for name, score in untouched.items():
             share = sum(accuracy(scores[name]) for scores in alone) / len(alone)
-            error = Z95 * math.sqrt(share * (1 - share) / len(score["correct"]))
+            spread = mean(pvariance(row_scores(scores[name])) for scores in alone)
+            error = Z95 * math.sqrt(spread / len(score["correct"]))
             found[name] = share - error > max(accuracy(score), score["majority_rate"])
         return found
 
@@ -255,7 +260,7 @@ def _accuracy_by_task(cells: Sequence[CellJson]) -> dict[str, float]:
 
 
 def _interval(cells: Sequence[CellJson], ours: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    interval = paired_interval(_right_per_row(cells, tasks), _right_per_row(ours, tasks))
+    interval = paired_interval(_score_per_row(cells, tasks), _score_per_row(ours, tasks))
     return [100 * value for value in asdict(interval).values()]
 
 
@@ -263,16 +268,16 @@ def _pair(cell: CellJson) -> tuple[str, int]:
     return order_of(cell), cell["settings"]["seed"]
 
 
-def _right_per_row(cells: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
-    """For every test row of these tasks, the share of cells that are right at the end; all tasks have equal weight.
+def _score_per_row(cells: Sequence[CellJson], tasks: Collection[str]) -> list[float]:
+    """For every test row of these tasks, the mean score over the cells at the end; all tasks have equal weight.
 
     A row in several orders and seeds is one unit, because its answers are not independent.
     """
-    shares: dict[str, list[list[int]]] = defaultdict(list)
+    shares: dict[str, list[list[float]]] = defaultdict(list)
     for cell in cells:
         for name, score in final_scores(cell).items():
             if name in tasks:
-                shares[name].append([int(bit) for bit in score["correct"]])
+                shares[name].append(row_scores(score))
     num_rows = sum(len(answers[0]) for answers in shares.values())
     return [
         num_rows / (len(shares) * len(answers[0])) * sum(bits) / len(bits)

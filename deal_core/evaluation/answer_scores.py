@@ -137,15 +137,18 @@ def scored_otherwise(metrics: Mapping[str, str]) -> str:
     return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
 
 
-def score_answers(metric: str, answers: Sequence[str], references: Sequence[str]) -> tuple[float, ...]:
-    """Return the score of every answer.
+def score_answers(metric: str, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> tuple[float, ...]:
+    """Return the score of every answer. An answer with several references has the score of the best one.
 
     Raises:
         ConfigError: The metric is a function of a module that is not allowed or not found, or it fails, or it returns
             no number from 0 to 1.
     """
     score = _function(metric)
-    return tuple(_checked(metric, score, *pair) for pair in zip(answers, references, strict=True))
+    return tuple(
+        max(_checked(metric, score, answer, each) for each in ((found,) if isinstance(found, str) else found))
+        for answer, found in zip(answers, references, strict=True)
+    )
 
 
 def _function(metric: str) -> ScoreAnswer:

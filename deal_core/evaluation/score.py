@@ -55,6 +55,8 @@ def evaluate_task(
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's output by the task's metric.
 
+    A column "references" has several right answers for each row; an answer then has the score of the best one.
+
     Raises:
         ConfigError: The task's metric is a function that cannot be used.
     """
@@ -70,14 +72,15 @@ def evaluate_task(
         answers = generate_answers(
             model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
         )
-    outcomes = score_answers(task.metric, answers, references)
+    accepted = list(rows["references"]) if "references" in rows.column_names else references
+    outcomes = score_answers(task.metric, answers, accepted)
     constant = [_commonest(references)] * len(references)
     return TaskEvaluation(
         task=task.name,
         accuracy=_mean(outcomes),
         rouge1=0.0 if is_measured else _mean([rouge1(*pair) for pair in zip(answers, references, strict=True)]),
         num_rows=len(references),
-        majority_rate=None if is_measured else _mean(score_answers(task.metric, constant, references)),
+        majority_rate=None if is_measured else _mean(score_answers(task.metric, constant, accepted)),
         answers=tuple(answers),
         outcomes=outcomes,
         labels=tuple(label_figures(answers, references, task.labels)) if task.labels else (),

@@ -26,7 +26,10 @@ def benchmark(
     data: Annotated[
         str, Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
     ],
-    suite: Annotated[str | None, Option("--suite", help="3, 4, 8 or 15 tasks.", show_default=False)] = None,
+    suite: Annotated[
+        str | None,
+        Option("--suite", help="3, 4, 8, 9 or 15 (tasks with labels), or superni (15 with texts).", show_default=False),
+    ] = None,
     order: Annotated[list[str] | None, Option("--order", help="Order of the suite's tasks.", show_default="1")] = None,
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
     strategy: Annotated[

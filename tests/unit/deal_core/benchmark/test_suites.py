@@ -46,6 +46,20 @@ def test_json_lines_are_read_in_order(json_lines):
     assert (task.schema.labels, task.schema.instruction) == (("a", "b"), "What is it?")
 
 
+def test_rows_of_prompt_and_completion_are_a_task_of_generation(json_lines):
+    """It is scored by ROUGE-L against every reference, and has rows of its own to choose settings on."""
+    rows = [{"prompt": f"text {i}", "completion": "a cat", "references": ["a cat", "one cat"]} for i in range(6)]
+    described = json.loads((json_lines / "tasks.json").read_text())
+    described["summary"] = {"instruction": "Sum up.", "labels": None}
+    (json_lines / "tasks.json").write_text(json.dumps(described))
+    for part in ("train", "dev", "test"):
+        (json_lines / f"summary.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: len(part)]))
+    task = load_suite(json_lines, ("summary",))["summary"]
+    assert (task.schema.format, task.schema.metric, task.schema.labels) == ("completion", "rouge_l", ())
+    assert [len(task.part(part)) for part in ("dev", "reported")] == [3, 4] and len(task.train) == 5
+    assert task.test[0] == {"input": "text 0", "output": "a cat", "references": ["a cat", "one cat"]}
+
+
 def test_a_line_separator_inside_a_text_is_no_new_row(json_lines):
     row = json.dumps({"text": "one\u2028two\x85three", "label": "a"}, ensure_ascii=False)
     (json_lines / "agnews.test.jsonl").write_text(row + "\n", encoding="utf-8")

@@ -101,6 +101,11 @@ def test_json_fields_counts_equal_fields_of_both_objects(answer: str, score: flo
     assert json_fields(answer, '{"name": "Ada", "age": 36}') == pytest.approx(score)
 
 
+def test_an_answer_with_several_references_has_the_score_of_the_best() -> None:
+    assert score_answers("rouge_l", ["one cat", "a dog"], [["a cat", "one cat"], ["a cat", "one cat"]]) == (1.0, 0.5)
+    assert score_answers("exact", ["b", "c"], [["a", "b"], "d"]) == (1.0, 0.0)
+
+
 def test_every_known_metric_has_a_function_and_a_name() -> None:
     assert tuple(METRICS) == NAMES
     assert scored_otherwise({"bank": "exact", "notes": "rouge_l"}).endswith("notes by ROUGE-L.")
