@@ -126,6 +126,8 @@ class ServingSettings(_Settings):
 
     base_model: str | None = None
     """Place of the base model (DEAL_BASE_MODEL); None: the place that the version names. Another model is refused."""
+    serve_api_key: SecretStr | None = None
+    """Token that clients of `deal serve` must send (DEAL_SERVE_API_KEY); None: the server asks for no token."""
     serving_precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the base model's weights (DEAL_SERVING_PRECISION); auto: as in training. In bf16 the other rows of a
     batch may change an answer that is a close decision; in fp32 they do not."""

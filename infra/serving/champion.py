@@ -10,7 +10,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from mlflow.models import Model
 from mlflow.pyfunc import FLAVOR_NAME, PyFuncModel
 
 from deal_core.errors import DealError, RegistryError
-from deal_core.evaluation.answerer import Answerer, load_answerer, load_base_of
-from deal_core.evaluation.answering import read_served
+from deal_core.evaluation.answerer import Answered, Answerer, load_answerer, load_base_of
+from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from infra.served_model import LOADER, ServedModel
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
@@ -75,6 +75,17 @@ class Champion:
     def version(self) -> str | None:
         """Number of the version that answers; None: no version is loaded yet."""
         return None if self._answerer is None else self._answerer.version
+
+    @property
+    def served(self) -> ServedVersion:
+        """The facts of the version that answers."""
+        assert self._answerer is not None, "requests come after the champion was loaded"
+        return self._answerer.served
+
+    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
+        """Answer rows, all with one version; errors are those of `Answerer.ask`."""
+        assert self._answerer is not None, "requests come after the champion was loaded"
+        return self._answerer.ask(rows, is_given_up)
 
     def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
         """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.

@@ -22,6 +22,7 @@ from deal_core.errors import ConfigError
 from infra.logs import MAX_BYTES
 from infra.serving.champion import LOG, Champion, Say
 from infra.serving.server import LOOPBACK_NAMES, make_app
+from infra.settings import ServingSettings
 
 HEAD_SECONDS = 20.0
 """Time for a client to send the head of a request."""
@@ -75,7 +76,8 @@ async def serve(
             if not stopped.done():
                 begun.result()
                 ready(_url(listener), str(champion.version))
-                await _answer_until(stopped, again, make_app(champion, _trusted(host, trusted_hosts)), listener)
+                app = make_app(champion, _trusted(host, trusted_hosts), _api_key())
+                await _answer_until(stopped, again, app, listener)
         finally:
             ended.set()
             champion.stop()
@@ -199,6 +201,11 @@ def _logged_to(path: Path) -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(handler)
         handler.close()
+
+
+def _api_key() -> str | None:
+    key = ServingSettings().serve_api_key
+    return None if key is None else key.get_secret_value()
 
 
 def _trusted(host: str, more: Sequence[str]) -> list[str]:

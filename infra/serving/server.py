@@ -1,20 +1,25 @@
-"""The web application of `deal serve`: requests in MLflow's format, answers of the champion, and limits.
+"""The web application of `deal serve`: requests, answers of the champion, and limits.
 
-    POST /invocations    {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
-    GET  /health, /ping  200 while a version answers
-    GET  /version        the version that answers, the version that is being loaded, and the current problem
+    POST /invocations          MLflow's format: {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
+    POST /v1/chat/completions  OpenAI's format, and /v1/completions; `infra.serving.openai_api` reads it
+    GET  /v1/models            the names of models that are served
+    GET  /health, /ping        200 while a version answers
+    GET  /version              the version that answers, the version that is being loaded, and the current problem
+    GET  /metrics              figures for Prometheus
 
-The body of every refusal is `{"error": "a sentence"}`.
+The body of a refusal is `{"error": "a sentence"}`, or OpenAI's form of it below /v1.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import io
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
@@ -26,9 +31,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
 from infra.serving.champion import LOG, Champion
+from infra.serving.meter import Meter
+from infra.serving.openai_api import ApiError, list_models, read_request
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
@@ -39,6 +47,8 @@ BODY_SECONDS = 30.0
 """Time for a client to send its rows."""
 ANSWER_SECONDS = 300.0
 """Time after which a request is given up."""
+TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
+OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
 RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
 
@@ -46,40 +56,64 @@ CLOSE = {"Connection": "close"}
 class RefusalError(Exception):
     """A request that is not answered."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
+        self.code = code
 
 
-class Predictions(NamedTuple):
+class Answer(NamedTuple):
     """The body of an answer, and the version that gave the answer."""
 
     body: str
     version: str
+    kind: str = "application/json"
 
 
-def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) -> Starlette:
-    """Return the web application. Clients may use the host names in `trusted_hosts`; "*" allows all."""
+Work = Callable[[Champion, bytes, Callable[[], bool]], Answer]
+"""The champion, the request's body and a check whether the client has gone → the answer."""
+
+
+def make_app(
+    serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None
+) -> Starlette:
+    """Return the web application.
+
+    Args:
+        serving: The champion.
+        trusted_hosts: Host names that clients may use; "*" allows all.
+        api_key: The token that requests for answers and models must have; None: none.
+    """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
-    places = asyncio.Semaphore(MAX_IN_FLIGHT)
+    places, meter = asyncio.Semaphore(MAX_IN_FLIGHT), Meter()
 
-    async def invoke(request: Request) -> Response:
-        try:
-            _require_json(request)
-            if places.locked():
-                message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
-                raise RefusalError(503, message, {**RETRY, **CLOSE})
-            async with places:
-                found = await _answer(serving, pool, request, await _read(request))
-        except RefusalError as refusal:
-            body = json.dumps({"error": str(refusal)}, ensure_ascii=False)
-            named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
-            return Response(body, refusal.status, {**named, **refusal.headers}, "application/json")
-        except ClientDisconnect:  # no client reads this answer
-            return Response(status_code=400)
-        headers = {"X-Deal-Version": found.version, "X-Deal-Lineage": serving.lineage}
-        return Response(found.body, 200, headers, "application/json")
+    def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
+        async def respond(request: Request) -> Response:
+            with meter.measured(path) as measured:
+                try:
+                    _require_key(request, api_key)
+                    _require_json(request)
+                    if places.locked():
+                        message = f"{MAX_IN_FLIGHT} requests are being answered; ask again in a moment."
+                        raise RefusalError(503, message, {**RETRY, **CLOSE})
+                    async with places:
+                        found = await _answer(serving, pool, request, await _read(request), work)
+                except RefusalError as refusal:
+                    measured.status = refusal.status
+                    body = json.dumps(refusal_body(refusal), ensure_ascii=False)
+                    named = {"X-Deal-Version": serving.version or "", "X-Deal-Lineage": serving.lineage}
+                    return Response(body, refusal.status, {**named, **refusal.headers}, "application/json")
+                except ClientDisconnect:  # no client reads this answer
+                    measured.status = 400
+                    return Response(status_code=400)
+                measured.version = found.version
+                headers = {"X-Deal-Version": found.version, "X-Deal-Lineage": serving.lineage}
+                return Response(found.body, 200, headers, found.kind)
+
+        return Route(path, respond, methods=["POST"])
 
     async def health(_: Request) -> Response:
         is_serving = serving.version is not None
@@ -88,13 +122,40 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES) -
     async def version(_: Request) -> Response:
         return JSONResponse(serving.state())
 
+    async def models(request: Request) -> Response:
+        try:
+            _require_key(request, api_key)
+        except RefusalError as refusal:
+            return JSONResponse(_api_refusal(refusal), refusal.status, dict(refusal.headers))
+        return JSONResponse(list_models(serving.served, serving.version or ""))
+
+    async def metrics(_: Request) -> Response:
+        return Response(*meter.page())
+
     return Starlette(
         routes=[
-            Route("/invocations", invoke, methods=["POST"]), Route("/health", health), Route("/ping", health),
-            Route("/version", version),
+            answering("/invocations", predict, lambda refusal: {"error": str(refusal)}),
+            answering("/v1/chat/completions", partial(complete, is_chat=True), _api_refusal),
+            answering("/v1/completions", partial(complete, is_chat=False), _api_refusal),
+            Route("/v1/models", models), Route("/health", health), Route("/ping", health), Route("/version", version),
+            Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
     )  # fmt: skip
+
+
+def _api_refusal(refusal: RefusalError) -> dict[str, Any]:
+    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
+
+
+def _require_key(request: Request, api_key: str | None) -> None:
+    """Require the bearer token. The comparison takes the same time for every wrong token."""
+    if api_key is None:
+        return
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), api_key.encode()):
+        message = "The token is missing or wrong; send the header Authorization: Bearer TOKEN."
+        raise RefusalError(401, message, {"WWW-Authenticate": "Bearer", **CLOSE}, "invalid_api_key")
 
 
 def _require_json(request: Request) -> None:
@@ -126,7 +187,9 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes) -> Predictions:
+async def _answer(
+    serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work
+) -> Answer:
     """Answer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
@@ -134,31 +197,62 @@ async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request,
         RefusalError: The request cannot be answered.
     """
     given_up = threading.Event()
-    work = asyncio.get_running_loop().run_in_executor(pool, predict, serving, body, given_up.is_set)
+    working = asyncio.get_running_loop().run_in_executor(pool, work, serving, body, given_up.is_set)
     gone = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
-    waited: list[asyncio.Future[Any]] = [work, gone]
+    waited: list[asyncio.Future[Any]] = [working, gone]
     try:
         await asyncio.wait(waited, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
+        if working.done():
+            return working.result()
         if gone.done():
             raise ClientDisconnect
         raise RefusalError(503, f"No answer within {ANSWER_SECONDS:.0f} s; send fewer rows at once.", RETRY)
     finally:
         given_up.set()
         gone.cancel()
-        if not work.done():
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
+        if not working.done():
+            working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> Predictions:
+def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *, is_chat: bool) -> Answer:
+    """Answer a body in the form of OpenAI's API.
+
+    Raises:
+        RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
+    """
+    try:
+        asked = read_request(_decode(body, OPENAI_BODY), serving.served, is_chat=is_chat)
+        asked.require_version(serving.version)
+        answered = serving.ask(asked.rows, is_given_up)
+        asked.require_version(answered.version)  # the champion may have moved
+    except ApiError as error:
+        raise RefusalError(error.status, str(error), code=error.code) from None
+    except ConfigError as error:
+        raise RefusalError(400, str(error)) from None
+    except GivenUpError as error:
+        raise RefusalError(503, str(error), RETRY) from None
+    except RefusalError:
+        raise
+    except Exception:
+        raise _failed() from None
+    kind = "text/event-stream" if asked.is_stream else "application/json"
+    return Answer(asked.body(answered), answered.version, kind)
+
+
+def _failed() -> RefusalError:
+    LOG.exception("A request could not be answered")
+    return RefusalError(500, "The model failed on this request; the server's log has the error.")
+
+
+def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> Answer:
     """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
 
     Raises:
         RefusalError: 400: the body is no valid table of rows. 500: the model fails.
     """
     model = serving.model(is_given_up)
-    values = _decode(body)
+    values = _decode(body, TABLE_BODY)
+    values.pop("params", None)  # MLflow's clients may send params; the model has none
     try:
         schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
         table = infer_and_parse_data(values, schema)
@@ -173,26 +267,25 @@ def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> 
     except GivenUpError as error:
         raise RefusalError(503, str(error), RETRY) from None
     except Exception:
-        LOG.exception("A request could not be answered")
-        raise RefusalError(500, "The model failed on this request; the server's log has the error.") from None
+        raise _failed() from None
     written = io.StringIO()
     predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
-    return Predictions(written.getvalue(), predictions.attrs[VERSION])
+    return Answer(written.getvalue(), predictions.attrs[VERSION])
 
 
-def _decode(body: bytes) -> dict[str, Any]:
+def _decode(body: bytes, example: str) -> dict[str, Any]:
+    """Read a JSON object; `example` is one, for the message."""
     try:
         values = json.loads(body)
         json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except RecursionError:
-        raise RefusalError(400, "The body is nested too deeply; send a table of rows.") from None
+        raise RefusalError(400, f"The body is nested too deeply; send {example}.") from None
     except UnicodeEncodeError:
         raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
     except ValueError as error:
         raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
     if not isinstance(values, dict):
-        raise RefusalError(400, 'The body is no JSON object; send {"dataframe_records": [{"input": "the text"}]}.')
-    values.pop("params", None)  # MLflow's clients may send params; the model has none
+        raise RefusalError(400, f"The body is no JSON object; send {example}.")
     return values
 
 

@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from mlflow.models import Model
-from mlflow.pyfunc import PyFuncModel
 
-from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import Answered, GivenUpError
-from deal_core.evaluation.answering import InputRow
-from infra.served_model import SIGNATURE, ServedModel
 from infra.serving import run, server
-from infra.serving.server import make_app
+from tests.served import WAIT_SECONDS, Champion, running
 
-WAIT_SECONDS = 60
 JSON = {"Content-Type": "application/json"}
 ROW = {"dataframe_records": [{"input": "a text", "task": "bank"}]}
-
-
-class Champion:
-    """Answers in capitals. Some texts cause errors."""
-
-    lineage = "l"
-    version = "3"
-
-    def __init__(self) -> None:
-        self.num_inside = 0
-        self.may_answer = threading.Event()
-        self.may_answer.set()
-        self.num_given_up = 0
-        self._changed = threading.Condition()
-
-    def state(self) -> dict[str, Any]:
-        return {"version": self.version}
-
-    def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
-        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=ServedModel(self, is_given_up))  # type: ignore[arg-type]
-
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
-        if any(row.task == "nope" for row in rows):
-            raise ConfigError("Row 1 names the task 'nope'; this version knows bank.")
-        if any(row.input == "poison" for row in rows):
-            raise RuntimeError("the model broke")
-        with self._changed:
-            self.num_inside += 1
-            self._changed.notify_all()
-        while not self.may_answer.wait(0.01):
-            if is_given_up():
-                with self._changed:
-                    self.num_given_up += 1
-                    self._changed.notify_all()
-                raise GivenUpError("gone")
-        served: Any = SimpleNamespace(newest_task="newest", lineage="l")
-        return Answered([row.input.upper() for row in rows], served, self.version)
-
-    def wait_until(self, check: Callable[[], bool]) -> None:
-        with self._changed:
-            assert self._changed.wait_for(check, WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -77,35 +27,6 @@ def champion() -> Iterator[Champion]:
     champion = Champion()
     yield champion
     champion.may_answer.set()
-
-
-@contextmanager
-def running(champion: Champion, log: Path, *trusted: str) -> Iterator[int]:
-    """The server on a loopback port, in a thread. Its log is `log`."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    stops: list[Callable[[], None]] = []
-    is_up = threading.Event()
-
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        stopped, again = loop.create_future(), loop.create_future()
-        stops.append(lambda: loop.call_soon_threadsafe(stopped.set_result, None) and None)
-        is_up.set()
-        with run._logged_to(log):
-            app = make_app(champion, [*server.LOOPBACK_NAMES, *trusted])
-            await run._answer_until(stopped, again, app, listener)
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert is_up.wait(WAIT_SECONDS)
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        champion.may_answer.set()
-        stops[0]()
-        thread.join(WAIT_SECONDS)
-        listener.close()
-        assert not thread.is_alive()
 
 
 @pytest.fixture

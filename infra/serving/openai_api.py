@@ -1,0 +1,173 @@
+"""Requests and answers in the form of OpenAI's API, as its clients and many other programs speak it.
+
+A model's name is the lineage, with a version, a task, or both: support, support@7, support/billing, support@7/billing.
+The server renders the task's prompt. A task of chats takes the messages; any other task takes one user message.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from deal_core.evaluation.answerer import Answered
+from deal_core.evaluation.answering import InputRow, ServedVersion
+
+DONE = "data: [DONE]\n\n"
+REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
+"""Keys of a request that ask for something that the server does not have."""
+
+
+class ApiError(Exception):
+    """A request that is refused."""
+
+    def __init__(self, status: int, message: str, code: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class ModelName(NamedTuple):
+    """The parts of a model's name."""
+
+    lineage: str
+    version: str | None
+    task: str | None
+
+
+@dataclass(frozen=True)
+class ApiRequest:
+    """The rows of a request, and how the answer is written."""
+
+    model: str
+    rows: tuple[InputRow, ...]
+    version: str | None
+    """The version that has to answer; None: the champion, whatever its number."""
+    is_chat: bool
+    is_stream: bool
+
+    def require_version(self, version: str | None) -> None:
+        """Require the version that the model's name has.
+
+        Raises:
+            ApiError: `version` answers, which is another one.
+        """
+        if self.version is not None and self.version != version:
+            message = f"Version {self.version} does not answer here; version {version} does."
+            raise ApiError(404, message, "model_not_found")
+
+    def body(self, answered: Answered) -> str:
+        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece."""
+        made = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": f"{answered.served.lineage}@{answered.version}",
+        }
+        if not self.is_stream:
+            kind = "chat.completion" if self.is_chat else "text_completion"
+            choices = [self._choice(number, text) for number, text in enumerate(answered.answers)]
+            return json.dumps({**made, "object": kind, "choices": choices}, ensure_ascii=False)
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        pieces = [piece for number, text in enumerate(answered.answers) for piece in self._pieces(number, text)]
+        events = [json.dumps({**made, "object": kind, "choices": [piece]}, ensure_ascii=False) for piece in pieces]
+        return "".join(f"data: {event}\n\n" for event in events) + DONE
+
+    def _choice(self, number: int, text: str) -> dict[str, Any]:
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        return {"index": number, **said, "finish_reason": "stop", "logprobs": None}
+
+    def _pieces(self, number: int, text: str) -> list[dict[str, Any]]:
+        shared = {"index": number, "logprobs": None}
+        if not self.is_chat:
+            return [{**shared, "text": text, "finish_reason": "stop"}]
+        return [
+            {**shared, "delta": {"role": "assistant", "content": text}, "finish_reason": None},
+            {**shared, "delta": {}, "finish_reason": "stop"},
+        ]
+
+
+def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
+    """Return the body of GET /v1/models: the champion, its version, and the champion for each task."""
+    tasks = [f"{served.lineage}/{task.schema.name}" for task in served.tasks]
+    names = [served.lineage, f"{served.lineage}@{version}", *tasks]
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": 0, "owned_by": "deal"} for name in names],
+    }
+
+
+def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: bool) -> ApiRequest:
+    """Read the body of POST /v1/chat/completions or /v1/completions.
+
+    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
+    to the task's longest answer.
+
+    Raises:
+        ApiError: The model is not served here, or the request asks for something that the server does not have.
+    """
+    name = _model_name(values, served)
+    for key, what in REFUSED.items():
+        if values.get(key):
+            raise ApiError(400, f"{key}: the server has no {what}; leave {key} out.")
+    if values.get("n") not in (None, 1):
+        raise ApiError(400, "n: the server gives one answer, the most likely one; leave n out.")
+    task = served.task(name.task)
+    if task is None:
+        names = ", ".join(each.schema.name for each in served.tasks)
+        raise ApiError(404, f"model names the task {name.task!r}; the version that answers knows {names}.",
+                       "model_not_found")  # fmt: skip
+    read = _chat_input if is_chat else _prompts
+    texts = read(values, task.schema.format == "chat", task.schema.name)
+    return ApiRequest(
+        model=str(values["model"]), rows=tuple(InputRow(text, task.schema.name) for text in texts),
+        version=name.version, is_chat=is_chat, is_stream=values.get("stream") is True,
+    )  # fmt: skip
+
+
+def _model_name(values: Mapping[str, Any], served: ServedVersion) -> ModelName:
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise ApiError(400, f"model is missing; give the lineage's name: {served.lineage}.")
+    rest, _, task = model.partition("/")
+    lineage, _, version = rest.partition("@")
+    if lineage != served.lineage:
+        raise ApiError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
+                       "model_not_found")  # fmt: skip
+    return ModelName(lineage, version or None, task or None)
+
+
+def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[str]:
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise ApiError(400, "messages is no list of messages; give role and content for each.")
+    read = [{"role": str(each.get("role")), "content": _content(each)} for each in messages]
+    if takes_chat:
+        return [json.dumps(read, ensure_ascii=False)]
+    if [each["role"] for each in read] != ["user"]:
+        raise ApiError(
+            400, f"The task {task} takes one text, under the server's instruction; send one message of the role user."
+        )
+    return [read[0]["content"]]
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise ApiError(400, "A message's content is no text; the server reads texts only.")
+    return content
+
+
+def _prompts(values: Mapping[str, Any], takes_chat: bool, task: str) -> Sequence[str]:
+    if takes_chat:
+        raise ApiError(400, f"The task {task} takes chats; send its messages to /v1/chat/completions.")
+    prompt = values.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+        raise ApiError(400, "prompt is no text and no list of texts; token numbers are not read.")
+    return prompts

@@ -1,0 +1,113 @@
+"""OpenAI's own client asks the server: chats, completions, streams, and requests that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.served import Champion, running
+
+KEY = "a-token"
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    with running(Champion(), tmp_path / "log", api_key=KEY) as port:
+        yield port
+
+
+@pytest.fixture
+def client(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+
+
+USER = {"role": "user", "content": "a text"}
+
+
+@pytest.mark.parametrize("model", ["l", "l@3", "l/bank", "l@3/bank"])
+def test_a_chat_asks_a_task_of_texts_by_its_user_message(client: openai.OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(model=model, messages=[USER], temperature=0)  # type: ignore[list-item]
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("A TEXT", "stop")
+    assert answer.model == "l@3"
+
+
+def test_a_task_of_chats_takes_every_message(client: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "more "}, {"type": "text", "text": "text"}]
+    messages = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "ok"},
+                {"role": "user", "content": parts}]  # fmt: skip
+    answer = client.chat.completions.create(model="l/talk", messages=messages)  # type: ignore[call-overload]
+    asked = json.loads(answer.choices[0].message.content.lower())
+    assert [message["content"] for message in asked] == ["s", "a text", "ok", "more text"]
+
+
+def test_completions_of_several_prompts_keep_their_order(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="l", prompt=["one", "two"])
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ONE"), (1, "TWO")]
+
+
+def test_a_stream_ends_as_its_client_expects(client: openai.OpenAI) -> None:
+    pieces = list(client.chat.completions.create(model="l", messages=[USER], stream=True))  # type: ignore[list-item]
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == "A TEXT"
+    assert pieces[-1].choices[0].finish_reason == "stop"
+    assert [piece.choices[0].text for piece in client.completions.create(model="l", prompt="x", stream=True)] == ["X"]
+
+
+def test_models_are_the_champion_its_version_and_its_tasks(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["l", "l@3", "l/bank", "l/talk"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("other", "model is 'other'; l is served here"),
+        ("l@2", "Version 2 does not answer here; version 3 does"),
+        ("l/nope", "the version that answers knows bank, talk"),
+    ],
+)
+def test_a_model_that_is_not_served_is_not_found(client: openai.OpenAI, model: str, message: str) -> None:
+    with pytest.raises(openai.NotFoundError, match=message):
+        client.chat.completions.create(model=model, messages=[USER])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"n": 2}, "the server gives one answer"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "the server has no tools"),
+        ({"messages": [{"role": "system", "content": "Be brief."}, USER]}, "send one message of the role user"),
+        ({"messages": []}, "no list of messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "is no text"),
+    ],
+)  # fmt: skip
+def test_what_the_server_does_not_have_is_refused(client: openai.OpenAI, more: dict[str, object], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(**{"model": "l", "messages": [USER], **more})  # type: ignore[call-overload]
+
+
+def test_completions_of_a_task_of_chats_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="takes chats"):
+        client.completions.create(model="l/talk", prompt="x")
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}])
+def test_without_the_token_nothing_is_answered(port: int, path: str, headers: dict[str, str]) -> None:
+    answer = httpx.post(f"http://127.0.0.1:{port}{path}", json={"model": "l"}, headers=headers)
+    assert answer.status_code == 401 and "Authorization: Bearer" in answer.text and KEY not in answer.text
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=headers).status_code == 401
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_prometheus_counts_requests_by_status_and_version(port: int, client: openai.OpenAI) -> None:
+    client.completions.create(model="l", prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert 'deal_requests_total{path="/v1/completions",status="200",version="3"} 1.0' in page
+    assert 'deal_requests_total{path="/v1/completions",status="404",version=""} 1.0' in page
+    assert 'deal_request_seconds_count{path="/v1/completions"} 2.0' in page and "deal_requests_in_flight 0.0" in page
