@@ -93,7 +93,7 @@ class NoticeSettings(_Settings):
     """Address that gets every notice as signed JSON (DEAL_WEBHOOK_URL): https, or http on loopback. It is a secret,
     because it may contain a token."""
     webhook_secret: SecretStr | None = None
-    """Key of the signature (DEAL_WEBHOOK_SECRET). It is required with an address."""
+    """Key of the signature (DEAL_WEBHOOK_SECRET): whsec_ and base64, or any text. It is required with an address."""
     notification_block: str | None = None
     """`type/name` of a Prefect notification block (DEAL_NOTIFICATION_BLOCK), for example slack-webhook/operators.
     `deal deploy` adds the block to its automations."""

@@ -1,6 +1,7 @@
 """A webhook: signed JSON to one address, sent again until the receiver accepts it or the attempts end.
 
-A receiver can check the sender and the time, and can recognise a repeated notice; see docs/notifications.md.
+Headers and signature are those of Standard Webhooks (https://www.standardwebhooks.com). A receiver can check the sender
+and the time, and can recognise a repeated notice; see docs/notifications.md.
 
 Example:
     >>> open_webhook().send("deal.version.promoted", body, delivery)  # doctest: +SKIP
@@ -9,6 +10,8 @@ Example:
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 5.0
 """For the connection, and between two parts of the answer."""
+PREFIX = "whsec_"
 MAX_ATTEMPTS = 6
 MAX_PAUSE_SECONDS = 20.0
 """Pauses are random; their limit starts at a second and doubles. Six attempts take at most about half a minute."""
@@ -64,7 +68,7 @@ class Webhook:
         )  # fmt: skip
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
-                status = attempts(self._post, client, event, body, delivery)
+                status = attempts(self._post, client, body, delivery)
         except (httpx.HTTPError, httpx.InvalidURL, _NotNowError) as error:
             reason = str(error) if isinstance(error, _NotNowError) else type(error).__name__
             logger.error("The webhook at %s did not take %s %s: %s.", self._shown, event, delivery, reason)
@@ -75,12 +79,11 @@ class Webhook:
             return False
         return True
 
-    def _post(self, client: httpx.Client, event: str, body: bytes, delivery: uuid.UUID) -> int:
+    def _post(self, client: httpx.Client, body: bytes, delivery: uuid.UUID) -> int:
         timestamp = str(int(time.time()))
         headers = {
-            "Content-Type": "application/json", "User-Agent": "deal-pipeline", "X-Deal-Event": event,
-            "X-Deal-Delivery": str(delivery), "X-Deal-Timestamp": timestamp,
-            "X-Deal-Signature": sign(self._secret, timestamp, body),
+            "Content-Type": "application/json", "User-Agent": "deal-pipeline", "webhook-id": str(delivery),
+            "webhook-timestamp": timestamp, "webhook-signature": sign(self._secret, str(delivery), timestamp, body),
         }  # fmt: skip
         with client.stream("POST", self._url, content=body, headers=headers) as response:
             if response.status_code == 429 or response.status_code >= 500:
@@ -92,14 +95,28 @@ def open_webhook(settings: NoticeSettings | None = None) -> Webhook | None:
     """Return the webhook of `settings`, or of the environment; None: there is no address.
 
     Raises:
-        ConfigError: The secret is missing, or the address is not safe.
+        ConfigError: The secret is missing or not valid, or the address is not safe.
     """
     settings = settings or NoticeSettings()
     if settings.webhook_url is None:
         return None
     if settings.webhook_secret is None:
         raise ConfigError("DEAL_WEBHOOK_URL is set without DEAL_WEBHOOK_SECRET; set both, as notices are signed.")
-    return Webhook(settings.webhook_url.get_secret_value(), settings.webhook_secret.get_secret_value().encode())
+    return Webhook(settings.webhook_url.get_secret_value(), read_secret(settings.webhook_secret.get_secret_value()))
+
+
+def read_secret(text: str) -> bytes:
+    """Return the key of the signature: the base64 after whsec_, or else the bytes of the text.
+
+    Raises:
+        ConfigError: There is no base64 after whsec_.
+    """
+    if not text.startswith(PREFIX):
+        return text.encode()
+    try:
+        return base64.b64decode(text.removeprefix(PREFIX), validate=True)
+    except binascii.Error:
+        raise ConfigError(f"DEAL_WEBHOOK_SECRET has no base64 after {PREFIX}; give the key that was made.") from None
 
 
 def _is_safe(url: str) -> bool:
@@ -113,11 +130,12 @@ def _is_safe(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback))
 
 
-def sign(secret: bytes, timestamp: str, body: bytes) -> str:
-    """Return the value of X-Deal-Signature: HMAC-SHA256 of `timestamp.body`, so an old body cannot get a new time.
+def sign(secret: bytes, delivery: str, timestamp: str, body: bytes) -> str:
+    """Return the value of webhook-signature: HMAC-SHA256 of `delivery.timestamp.body`, so none of them can be replaced.
 
     Example:
-        >>> sign(b"secret", "1700000000", b"{}")[:15]
-        'sha256=b8569b78'
+        >>> sign(b"secret", "1", "1700000000", b"{}")[:3]
+        'v1,'
     """
-    return "sha256=" + hmac.new(secret, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+    digest = hmac.new(secret, f"{delivery}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    return "v1," + base64.b64encode(digest).decode()

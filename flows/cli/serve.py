@@ -30,7 +30,9 @@ def serve(
     deal: Session,
     lineage: Lineage = "default",
     port: Annotated[int, Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
-    host: Annotated[str, Option("--host", help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")] = "127.0.0.1",
+    host: Annotated[
+        str, Option("--host", help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
+    ] = "127.0.0.1",
     trusted_host: Annotated[
         list[str] | None,
         Option(

@@ -65,7 +65,7 @@ class RefusalError(Exception):
         self.code = code
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """The body of an answer, and the version that gave the answer."""
 
     body: str
@@ -73,7 +73,7 @@ class Answer(NamedTuple):
     kind: str = "application/json"
 
 
-Work = Callable[[Champion, bytes, Callable[[], bool]], Answer]
+Work = Callable[[Champion, bytes, Callable[[], bool]], HttpAnswer]
 """The champion, the request's body and a check whether the client has gone → the answer."""
 
 
@@ -189,8 +189,8 @@ async def _read(request: Request) -> bytes:
 
 async def _answer(
     serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work
-) -> Answer:
-    """Answer in a thread; give up the work when the client leaves or the time ends.
+) -> HttpAnswer:
+    """HttpAnswer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
         ClientDisconnect: The client has closed the connection.
@@ -214,8 +214,8 @@ async def _answer(
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *, is_chat: bool) -> Answer:
-    """Answer a body in the form of OpenAI's API.
+def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *, is_chat: bool) -> HttpAnswer:
+    """HttpAnswer a body in the form of OpenAI's API.
 
     Raises:
         RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
@@ -236,7 +236,7 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
     except Exception:
         raise _failed() from None
     kind = "text/event-stream" if asked.is_stream else "application/json"
-    return Answer(asked.body(answered), answered.version, kind)
+    return HttpAnswer(asked.body(answered), answered.version, kind)
 
 
 def _failed() -> RefusalError:
@@ -244,8 +244,8 @@ def _failed() -> RefusalError:
     return RefusalError(500, "The model failed on this request; the server's log has the error.")
 
 
-def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> Answer:
-    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
+def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> HttpAnswer:
+    """HttpAnswer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
 
     Raises:
         RefusalError: 400: the body is no valid table of rows. 500: the model fails.
@@ -270,7 +270,7 @@ def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> 
         raise _failed() from None
     written = io.StringIO()
     predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
-    return Answer(written.getvalue(), predictions.attrs[VERSION])
+    return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
 
 
 def _decode(body: bytes, example: str) -> dict[str, Any]:

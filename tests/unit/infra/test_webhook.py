@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import base64
+import json
 import logging
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 
 import pytest
+import standardwebhooks
 import tenacity
 
 from deal_core.errors import ConfigError
 from infra.settings import NoticeSettings
-from infra.webhook import MAX_ATTEMPTS, Webhook, open_webhook
+from infra.webhook import MAX_ATTEMPTS, Webhook, open_webhook, read_secret, sign
 from tests.receiver import Receiver
 
 SECRET = b"a-planted-secret"
@@ -40,10 +42,21 @@ def test_a_notice_is_signed_and_told_again_after_a_503(receiver: Receiver) -> No
     assert len(receiver.requests) == 3
     for headers, body in receiver.requests:
         assert body == BODY and headers["Content-Type"] == "application/json"
-        signed = headers["X-Deal-Timestamp"].encode() + b"." + body
-        assert headers["X-Deal-Signature"] == "sha256=" + hmac.new(SECRET, signed, hashlib.sha256).hexdigest()
-        assert headers["X-Deal-Event"] == "deal.version.promoted"
-        assert headers["X-Deal-Delivery"] == str(delivery), "the same at every attempt"
+        assert standardwebhooks.Webhook(SECRET).verify(body, headers) == json.loads(BODY)
+        assert headers["webhook-id"] == str(delivery), "the same at every attempt"
+        for changed in ({"webhook-id": str(uuid.uuid4())}, {"webhook-timestamp": "1700000000"}):
+            with pytest.raises(standardwebhooks.WebhookVerificationError):
+                standardwebhooks.Webhook(SECRET).verify(body, {**headers, **changed})
+
+
+def test_a_secret_of_the_standard_is_read_as_its_library_reads_it() -> None:
+    key = "whsec_" + base64.b64encode(b"32 random bytes, say; or others.").decode()
+    now = str(int(time.time()))
+    headers = {"webhook-id": "1", "webhook-timestamp": now, "webhook-signature": sign(read_secret(key), "1", now, BODY)}
+    assert standardwebhooks.Webhook(key).verify(BODY, headers) == json.loads(BODY)
+    assert read_secret("plain text") == b"plain text"
+    with pytest.raises(ConfigError, match="no base64 after whsec_"):
+        read_secret("whsec_not base64!")
 
 
 def test_a_receiver_that_stays_away_is_given_up_and_only_logged(
