@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
 from flows.cli.benchmark import benchmark_app
@@ -17,7 +20,6 @@ app = typer.Typer(
     help="Continual LoRA adaptation: one adapter learns domain after domain and keeps what it learned before.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,6 +36,21 @@ app.add_typer(housekeeping_app)
 app.add_typer(serve_app)
 app.add_typer(vllm_app, name="vllm")
 app.add_typer(server_app)
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"deal-pipeline {metadata.version('deal-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the program's version.")
+    ] = False,
+) -> None:
+    del version
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -50,6 +51,16 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
         "labels",
     ):  # fmt: skip
         assert name in done.stdout
+
+
+def test_the_programs_version_is_that_of_the_package(deal: Deal) -> None:
+    assert deal("--version").stdout == f"deal-pipeline {importlib.metadata.version('deal-pipeline')}\n"
+
+
+def test_a_shell_can_complete_commands(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # whatever shell runs the tests
+    shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="deal")
+    assert shown.exit_code == 0 and "_DEAL_COMPLETE=complete_bash" in shown.stdout
 
 
 def commands(command: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
