@@ -39,7 +39,7 @@ from tasks.inbox import (
     task_spec,
     write_state,
 )
-from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage
+from tasks.lineage.settings import WatchedLineage, list_lineages, read_lineage, why_held
 from tasks.notices import announce_failure
 from tasks.progress import Interrupted, is_stopped, reporter
 from tasks.spec import AdaptSpec, LineageSpec
@@ -100,6 +100,9 @@ async def watch(
         num_handled = await worker.handle_open()
         if once and worker.num_left and is_stopped():
             raise Interrupted
+        if worker.is_held():
+            reporter().said(f"Lineage '{spec.lineage}' is held; let it learn with: deal lineage resume {spec.lineage}.")
+            return worker.result()
         if is_stopped() or (once and not worker.num_left):
             return worker.result()
         if num_handled or not worker.files:
@@ -121,11 +124,14 @@ async def adapt_landed(lineage: str, settle_seconds: float = 2.0) -> WatchResult
     """
     store = current_store()
     spec = read_lineage(store, lineage)
+    if spec.held is not None:
+        reporter().said(f"Lineage '{lineage}' is held ({spec.held}); nothing is learned.")
+        return WatchResult(lineage=lineage, files=())
     is_rerun = (runtime.flow_run.run_count or 1) > 1
     worker = InboxWorker(store, spec, spec.tasks, settle_seconds=settle_seconds, once=False, wait=is_rerun)
     try:
         while await worker.handle_open() or worker.num_left:
-            if is_stopped():
+            if is_stopped() or worker.is_held():
                 break
             if worker.num_left:
                 await asyncio.sleep(settle_seconds)
@@ -171,11 +177,15 @@ class InboxWorker:
         if settled:
             async with hold_lineage(self.spec.lineage, wait=self.wait):
                 for info in settled:
-                    if is_stopped():
+                    if is_stopped() or self.is_held():
                         break
                     await self._handle(info, inbox.stamp(info))
                     self.num_left -= 1
         return len(settled)
+
+    def is_held(self) -> bool:
+        """Return whether `deal lineage hold` has stopped the learning of what lands."""
+        return why_held(self.store, self.spec.lineage) is not None
 
     async def _handle(self, info: ObjectInfo, beside: str) -> None:
         store, lineage = self.store, self.spec.lineage
@@ -308,6 +318,8 @@ async def announce_open(
     For `settle_seconds` see `InboxWorker`.
     """
     name = lineage.lineage
+    if lineage.held is not None:
+        return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     num_announced = 0
     lost = []

@@ -106,7 +106,7 @@ def show_status(status: Status) -> Sequence[RenderableType]:
     lineages = new_table("lineage", "champion", "open arrivals", right=["champion", "open arrivals"])
     for each in status.lineages:
         num_open = "–" if each.num_open is None else str(each.num_open)
-        lineages.add_row(escape(each.lineage), each.champion or "–", num_open)
+        lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
@@ -196,4 +196,58 @@ def list_(deal: Session) -> CommandResult:
     from tasks.lineage.settings import list_lineages
 
     found = list_lineages(current_store())
-    return CommandResult(found, [escape(f"{each.lineage}: {', '.join(each.tasks) or 'every task'}") for each in found])
+    shown = [
+        f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" + (f" (held: {each.held})" if each.held else "")
+        for each in found
+    ]
+    return CommandResult(found, [*map(escape, shown)])
+
+
+LineageName = Annotated[str, Argument(help="Name of the lineage.")]
+
+
+@command(lineage_app)
+def hold(
+    deal: Session,
+    lineage: LineageName,
+    why: Annotated[str, Option("--why", help="Reason, for people who look at the lineage.")] = "by command",
+) -> CommandResult:
+    """Let a lineage learn nothing that lands. A run that has begun ends; files wait until `resume`."""
+    from tasks.context import current_store
+    from tasks.lineage.settings import hold_lineage_file
+
+    found = hold_lineage_file(current_store(), lineage, why)
+    shown = f"{lineage} is held: {why}. Let it learn again with: deal lineage resume {lineage}."
+    return CommandResult(found, [escape(shown)])
+
+
+@command(lineage_app)
+def resume(deal: Session, lineage: LineageName) -> CommandResult:
+    """Let a held lineage learn again. Files that landed meanwhile are learned."""
+    from tasks.context import current_store
+    from tasks.lineage.settings import hold_lineage_file
+
+    found = hold_lineage_file(current_store(), lineage, None)
+    return CommandResult(found, [escape(f"{lineage} learns what lands.")])
+
+
+@command(lineage_app, name="show")
+def show_lineage(deal: Session, lineage: LineageName) -> CommandResult:
+    """Show a lineage's settings: those of its file, and the defaults of all others."""
+    import yaml
+
+    from tasks.context import current_store
+    from tasks.lineage.settings import read_lineage
+
+    found = read_lineage(current_store(), lineage)
+    return CommandResult(found, [escape(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False).rstrip())])
+
+
+@command(lineage_app)
+def remove(deal: Session, lineage: LineageName) -> CommandResult:
+    """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
+    from tasks.context import current_store
+    from tasks.lineage.settings import remove_lineage
+
+    address = remove_lineage(current_store(), lineage)
+    return CommandResult({"lineage": lineage, "file": address}, [escape(f"{address} is deleted; its versions stay.")])

@@ -57,6 +57,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Number of arrivals to learn; None: the lineage does not learn from the inbox automatically."""
     failed: tuple[str, ...]
     """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
+    held: str | None = None
+    """Why the lineage learns nothing that lands; None: it learns."""
 
 
 class Status(BaseModel, frozen=True):
@@ -188,7 +190,8 @@ def _lineage(
         except DealError as error:
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     return LineageStatus(
-        lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed
+        lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
+        held=watched.held if watched else None,
     )
 
 

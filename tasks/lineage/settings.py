@@ -53,6 +53,8 @@ class WatchedLineage(LineageSpec):
 
     tasks: tuple[Name, ...] = ()
     """The tasks that the lineage learns; empty: every task of the inbox."""
+    held: str | None = None
+    """Why the lineage learns nothing that lands; None: it learns. `deal lineage hold` and `resume` write it."""
 
 
 def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
@@ -162,6 +164,38 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
     text = yaml.safe_dump({"lineage": lineage.lineage, **given}, sort_keys=False, allow_unicode=True)
     store.put_bytes(keys.settings_key(lineage.lineage), text.encode())
     return store.uri_of(keys.settings_key(lineage.lineage))
+
+
+def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> WatchedLineage:
+    """Let a lineage learn nothing that lands, for the reason `why`; with None, let it learn again.
+
+    Raises:
+        ConfigError: The lineage has no valid file, and is not "default".
+    """
+    found = read_lineage(store, lineage).model_copy(update={"lineage": lineage, "held": why})
+    add_lineage(store, found)
+    return found
+
+
+def why_held(store: ObjectStore, lineage: str) -> str | None:
+    """Return why a lineage learns nothing that lands; None: it learns, or has no valid file."""
+    try:
+        return read_lineage(store, lineage).held
+    except ConfigError:
+        return None
+
+
+def remove_lineage(store: ObjectStore, lineage: str) -> str:
+    """Delete a lineage's file, so that it learns no longer from the inbox; return its address. Versions stay.
+
+    Raises:
+        ConfigError: There is no file.
+    """
+    key = keys.settings_key(lineage)
+    if not store.exists(key):
+        raise ConfigError(f"There is no {store.uri_of(key)}; deal lineage list shows the lineages.")
+    store.delete(key)
+    return store.uri_of(key)
 
 
 def spec_from_options(

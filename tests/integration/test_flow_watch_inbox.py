@@ -36,7 +36,7 @@ from tasks.inbox import (
     write_state,
 )
 from tasks.inbox import look as look_at_inbox
-from tasks.lineage.settings import WatchedLineage, add_lineage, list_lineages, read_lineage
+from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file, list_lineages, read_lineage
 from tasks.spec import parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -104,7 +104,42 @@ def test_each_lineage_is_told_of_its_tasks(home: Path) -> None:
     land(home, "parcels/a.jsonl")
     land(home, "clinic/a.csv")
     assert look() == 3
-    assert {info.key.split("/")[1] for info in current_store().list("landed")} == {"all", "some"}
+    assert told_lineages() == {"all", "some"}
+
+
+def told_lineages() -> set[str]:
+    return {info.key.split("/")[1] for info in current_store().list("landed")}
+
+
+def test_a_held_lineage_is_told_of_nothing_until_it_may_learn_again(home: Path) -> None:
+    for name in ("held", "other"):
+        add_lineage(current_store(), lineage(name, tasks=["parcels"]))
+    hold_lineage_file(current_store(), "held", "the labels are being corrected")
+    land(home, "parcels/a.jsonl")
+    assert look() == 1 and told_lineages() == {"other"}
+    assert asyncio.run(adapt_landed("held", settle_seconds=0.1)).files == ()
+    hold_lineage_file(current_store(), "held", None)
+    assert look() == 1 and told_lineages() == {"held", "other"}
+    assert read_lineage(current_store(), "held").tasks == ("parcels",), "the other settings stay"
+
+
+def test_a_hold_stops_the_files_that_a_run_has_not_begun(tiny_base: Path, home: Path) -> None:
+    """The file that is being learned is finished."""
+    store = current_store()
+    train = {"max_steps": 1, "max_prompt_tokens": 192, "checkpoint_steps": 0}
+    add_lineage(store, lineage("l", base_model=str(tiny_base), train=train, gate=NO_LIMITS))
+    for name, rows in (("a", ROWS), ("b", ROWS + ROWS.splitlines(keepends=True)[0].replace(b"my", b"our"))):
+        land(home, f"parcels/{name}.jsonl", rows)
+    worker = InboxWorker(store, read_lineage(store, "l"), (), settle_seconds=0, once=False, wait=True)
+    handle = worker._handle
+
+    async def handle_and_hold(*arguments: Any) -> None:
+        await handle(*arguments)
+        hold_lineage_file(store, "l", "enough")
+
+    worker._handle = handle_and_hold  # type: ignore[method-assign]
+    asyncio.run(worker.handle_open())
+    assert [seen.key for seen in worker.files] == ["inbox/parcels/a.jsonl"] and worker.num_left == 1
 
 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.adapt import adapt
 from flows.cli.app import app
-from flows.cli.session import FAILED, STOPPED
+from flows.cli.session import FAILED, STOPPED, WRONG_USE
 from infra.tracking.registry import open_registry
 from tasks.adaptation.resume import read_spec_of
 from tasks.context import current_store
@@ -154,3 +154,19 @@ def test_a_plan_and_a_check_of_a_file_keep_to_the_lineage_s_file(
     assert deal(*checked)["num_rejected"] == 0
     store_settings({**support, "data": {"max_text_chars": 100, "max_bad_share": 1.0}})
     assert deal(*checked)["num_rejected"] > 0
+
+
+def test_a_lineage_is_held_shown_resumed_and_removed_by_command(
+    deal: Deal, support: dict[str, Any], home: Path
+) -> None:
+    assert deal("lineage", "hold", "support", "--why", "labels are wrong")["held"] == "labels are wrong"
+    (shown,) = deal("lineage", "list")
+    assert shown["held"] == "labels are wrong" and shown["tasks"] == ["parcels"]
+    land("parcels/a.jsonl")
+    assert deal("watch", "--once", "--lineage", "support")["files"] == []
+    assert deal("lineage", "resume", "support")["held"] is None
+    assert deal("lineage", "show", "support")["train"]["max_steps"] == 2
+    deal("lineage", "remove", "support")
+    assert not current_store().exists("lineages/support.yaml")
+    result = CliRunner().invoke(app, ["lineage", "show", "support", "--home", str(home)])
+    assert result.exit_code == WRONG_USE and "There is no" in result.output
