@@ -147,7 +147,7 @@ def _are_in_order(roles: list[str]) -> bool:
 def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], tools: object) -> str | None:
     """Add what a chat template needs for tools; return what is wrong, or None.
 
-    A call that no tool answers, beside a text, is left out.
+    A call with a text that no tool answers is left out.
     """
     if all(message["role"] != "tool" and message["content"].strip() for message in messages):
         return None

@@ -117,7 +117,7 @@ def _is_chat(text: str) -> bool:
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:
-    """Whether a message has a role and a content. The content may be null beside tool calls."""
+    """Whether a message has a role and a content. With tool calls, the content may be null."""
     rest = {name: value for name, value in message.items() if name not in ("tool_calls", "tools")}
     lists = [message[name] for name in ("tool_calls", "tools") if name in message]
     if rest.get("content", "") is None and message.get("tool_calls"):

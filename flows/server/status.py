@@ -142,7 +142,7 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     except DealError as error:
         damaged.append(in_one_line(error))
         return []
-    problems += [f"Lineage {name} is not looked after: {why}" for name, why in lineages.problems.items()]
+    problems += [f"Lineage {name} is left out: {why}" for name, why in lineages.problems.items()]
     watched = {lineage.lineage: lineage for lineage in lineages.good}
     registry = _open_registry(damaged)
     return [

@@ -165,7 +165,7 @@ def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
     key = f"{adapter_uri}/{ANSWERS_FILE}"
     if not store.exists(key):
         return None
-    remedy = "Restore it from a backup of the store, or delete it: the next evaluation then asks its rows anew."
+    remedy = "Restore it from a backup of the store, or delete it: the next evaluation then asks the rows again."
     with reading_stored(store, key, "the kept answers of a version", remedy):
         values = json.loads(store.get_bytes(key))
         require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)

@@ -131,7 +131,7 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     found = read_lineages(store)
     for name, problem in found.problems.items():
         if _logged.get(name) != problem:
-            logger.error("Lineage %s is not looked after: %s", name, problem)
+            logger.error("Lineage %s is left out: %s", name, problem)
         _logged[name] = problem
     return found.good
 
