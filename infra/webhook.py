@@ -114,9 +114,12 @@ def read_secret(text: str) -> bytes:
     if not text.startswith(PREFIX):
         return text.encode()
     try:
-        return base64.b64decode(text.removeprefix(PREFIX), validate=True)
+        key = base64.b64decode(text.removeprefix(PREFIX), validate=True)
     except binascii.Error:
-        raise ConfigError(f"DEAL_WEBHOOK_SECRET has no base64 after {PREFIX}; give the key that was made.") from None
+        key = b""
+    if not key:
+        raise ConfigError(f"DEAL_WEBHOOK_SECRET has no base64 after {PREFIX}; give the key that was made.")
+    return key
 
 
 def _is_safe(url: str) -> bool:

@@ -110,12 +110,11 @@ def _from_hub(address: str) -> Iterator[Path]:
         try:
             rows = datasets.load_dataset(str(folder), split=split, cache_dir=str(temporary / "cache"))
             rows.to_parquet(str(file))
-        except Exception as error:  # the library fails in many ways on odd repositories
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except Exception as error:  # the library fails in many ways on odd repositories, and may quote a row
             raise DataValidationError(
-                f"{address} could not be read as a dataset with the split {split!r} ({reason}); name a split with "
-                f":SPLIT, or download the file of rows that you want and give its path."
-            ) from error
+                f"{address} could not be read as a dataset with the split {split!r} ({type(error).__name__}); name a "
+                "split with :SPLIT, or download the file of rows that you want and give its path."
+            ) from None
         yield file
 
 

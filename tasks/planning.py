@@ -38,7 +38,7 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
-from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
+from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.record import LineageRecord, read_record
@@ -172,6 +172,7 @@ def _check_rows(spec: AdaptSpec, record: LineageRecord | None, folder: Path) -> 
         landing = Landing(
             source=source, task=choose_schema(store, arrival, record), config=spec.data, test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
+            renews_tests=renews_tests(store, record, arrival.task),
         )  # fmt: skip
         return build_dataset(landing, folder)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -57,13 +58,17 @@ MAX_PROBLEMS = 20
 Model = TypeVar("Model", bound=BaseModel)
 
 
+AZURE_CONTAINER = re.compile(r"^(abfss?://)[^/@:]+@")
+"""In an address of Azure the part before the @ is a container, not a user."""
+
+
 def refuse_secrets(address: str) -> str:
     """Return the address.
 
     Raises:
         ConfigError: The address contains a user, password or token.
     """
-    if holds_secret(address):
+    if holds_secret(AZURE_CONTAINER.sub(r"\1", address)):
         raise ConfigError(
             f"{address!r} contains a user, password or token, and every run would store it; remove it from the "
             "address. Credentials come from the environment: HF_TOKEN for a Hub, DEAL_S3_ACCESS_KEY_ID and "

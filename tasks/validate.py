@@ -15,7 +15,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
-from tasks.adaptation.ingest import choose_schema, frozen_test_inputs
+from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.data_files import local_file
@@ -115,6 +115,7 @@ def validate(
             config=replace(read.data, include_texts=True),
             test_source=test_source,
             frozen_test_inputs=frozen_test_inputs(store, record, read.task.name),
+            renews_tests=renews_tests(store, record, read.task.name),
             on_progress=on_progress,
         )
         report = validate_file(landing)

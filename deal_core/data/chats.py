@@ -170,7 +170,9 @@ def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], 
             message["tool_calls"] = calls
         elif message["role"] == "tool":
             message |= {
-                name: cell[name] for name in ("tool_call_id", "name") if cell.get(name) and type(cell[name]) is str
+                name: cell[name]
+                for name in ("tool_call_id", "name")
+                if cell.get(name) and type(cell[name]) is str and not UNDECODABLE.search(cell[name])
             }
     if not any(calling) and not any(message["role"] == "tool" for message in messages):
         return None  # a message is empty

@@ -108,8 +108,14 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
 
 
 def _find_context(found: dict[str, list[str]], task: TaskSchema) -> None:
-    """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none."""
+    """Decide which column is the prompt's context. A column that `task.columns` gives for the prompt has none.
+
+    A task that was learned without a context stays without one.
+    """
     if "context" in task.columns:
+        return
+    if task.format != "auto" and not task.joins_context:
+        found["context"] = []
         return
     named = {column.strip().casefold(): column for column in found["prompt"]}
     contexts = {"input": [named["input"]] if "input" in named else [], "context": found["context"]}

@@ -87,6 +87,8 @@ class Landing:
     frozen_test_inputs: Collection[bytes] = ()
     """Digests (`stored_input_digest`) of the texts of the task's permanent test rows. Training rows with such a text
     are bad rows. If the file names no split, only rows with these texts are test rows."""
+    renews_tests: bool = False
+    """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     on_progress: Callable[[int], None] | None = None
     """Called from time to time with the number of rows read. The file is read twice if it names its split, or if the
     labels are taken from it."""
@@ -156,6 +158,8 @@ class ArrivalReader:
         self._names_split = any("split" in columns.names for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
         self._task = replace(task, format=formats.pop())
+        joins = self._task.format == "completion" and (task.format == "auto" or task.joins_context)
+        self._task = replace(self._task, joins_context=joins)
         if task.metric == "auto":
             self._task = replace(self._task, metric="exact" if self._task.format == "labelled" else "rouge_l")
         if self._task.format != "chat":
@@ -165,10 +169,10 @@ class ArrivalReader:
         self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column
         self._test_inputs = DigestSet()
         self._test_inputs.add(as_digests(b"".join(landing.frozen_test_inputs)))
-        self._has_frozen_rows = bool(landing.frozen_test_inputs)
+        self._has_frozen_rows, self._renews_tests = bool(landing.frozen_test_inputs), landing.renews_tests
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
-        self._num_turns = 0
+        self._turns, self._beginnings = DigestSet(), DigestSet()
 
     def validate(
         self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
@@ -214,13 +218,14 @@ class ArrivalReader:
     def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
         """Which rows are test rows: decided by the file, else by the column "split", else by the rows' digests.
 
-        If the task has frozen test rows, only rows with their texts are test rows; all other rows can be learned.
+        If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
+        rows can be learned.
         """
         if file_split is not None:
             return np.full(len(good.places), file_split == "test")
         if "split" in columns.names:
             return good.is_test
-        if self._has_frozen_rows:
+        if self._has_frozen_rows and not self._renews_tests:
             return self._test_inputs.contains(good.input_digests)
         return first_words(good.input_digests) / 2**32 < self._config.test_share
 
@@ -257,7 +262,10 @@ class ArrivalReader:
                 self._leaks.add(good.digests[rows[is_leak]])
                 rows = rows[~is_leak]
             is_new = self._kept[split].add(good.digests[rows])
-            reasons |= dict.fromkeys(rows[~is_new].tolist(), "duplicate row")
+            again = rows[~is_new]
+            if split == "train":
+                again = self._without_beginnings(good, again)
+            reasons |= dict.fromkeys(again.tolist(), "duplicate row")
             keep(_table_of(good, rows[is_new]), split)
             if self._learns_every_turn and split == "train":
                 self._keep_turns(good.inputs.take(pa.array(rows[is_new])), keep)
@@ -266,6 +274,12 @@ class ArrivalReader:
             BadInBatch(place, raw, [Problem(reason, shorten(good.inputs[row].as_py()))])
             for place, raw, (row, reason) in zip(places, batch.rows(places), reasons.items(), strict=True)
         ]
+
+    def _without_beginnings(self, good: GoodRows, again: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Leave out rows that were kept as an earlier turn of a longer chat, each once: they are no duplicates."""
+        is_turn = self._turns.contains(good.digests[again])
+        is_first = self._beginnings.add(good.digests[again[is_turn]])
+        return np.concatenate([again[~is_turn], again[is_turn][~is_first]])
 
     def _keep_turns(self, inputs: pa.Array, keep: Callable[[pa.Table, Split], None]) -> None:
         """Keep the earlier turns of training chats as training rows.
@@ -282,7 +296,7 @@ class ArrivalReader:
             is_apart |= self._is_test(turns, None, self._files[0][-1])
         rows = np.flatnonzero(~is_apart)
         rows = rows[self._kept["train"].add(turns.digests[rows])]
-        self._num_turns += len(rows)
+        self._turns.add(turns.digests[rows])
         keep(_table_of(turns, rows), "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
@@ -298,7 +312,7 @@ class ArrivalReader:
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
             num_rejected=num_rejected,
-            num_turns=self._num_turns,
+            num_turns=len(self._turns) - len(self._beginnings),
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,

@@ -201,7 +201,8 @@ def _not_shown(chat: _Chat, rendered: str) -> str | None:
         return "tool calls"
     for message in chat.messages:
         result = message["content"].strip() if message["role"] == "tool" else ""
-        if result not in rendered and json.dumps(result)[1:-1] not in rendered:
+        written = (result, json.dumps(result)[1:-1], json.dumps(result, ensure_ascii=False)[1:-1])
+        if not any(each in rendered for each in written):
             return "tool messages"
     offered = [tool.get("function", tool).get("name") for tool in chat.tools or ()]
     return "tools" if any(isinstance(name, str) and name not in rendered for name in offered) else None

@@ -88,6 +88,8 @@ class TaskSchema:
     """Content of a label cell → label, for files that hold numbers or codes in place of labels."""
     assistant_turns: AssistantTurns = "last"
     """The turns of a training chat that are learned. Tasks that older releases stored learn the last one."""
+    joins_context: bool = False
+    """Whether a column that is known as context joins the prompt. Tasks that older releases stored do not read it."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -145,12 +147,12 @@ class TaskSchema:
 
     def as_asked(self) -> TaskSchema:
         """The task as a client needs it, without what only reading a file needs."""
-        return replace(self, columns={}, label_names={}, assistant_turns="last")
+        return replace(self, columns={}, label_names={}, assistant_turns="last", joins_context=False)
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
-    defaults = {"label_names": {}, "assistant_turns": "last", "metric": "exact"}
+    defaults = {"label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact"}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

@@ -20,6 +20,8 @@ ScoreAnswer = Callable[[str, str], float]
 
 MODULES_VARIABLE = "DEAL_METRIC_MODULES"
 """Environment variable: the modules, separated by commas, whose functions may be a task's metric."""
+_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
 _WORD = re.compile(r"\w+")
 
 
@@ -41,12 +43,16 @@ def exact_match(answer: str, expected: str) -> bool:
 def contains(answer: str, expected: str) -> float:
     """1 if the reference stands in the answer as whole words, else 0. Case and white space do not count.
 
+    A reference in a script that writes no spaces between words may stand anywhere.
+
     Example:
         >>> contains("It is a lost card.", "Lost  card")
         1.0
     """
-    wanted = " ".join(expected.casefold().split())
-    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", " ".join(answer.casefold().split())) is not None)
+    wanted, given = (" ".join(text.casefold().split()) for text in (expected, answer))
+    if _WITHOUT_SPACES.search(wanted):
+        return float(wanted in given)
+    return float(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None)
 
 
 def rouge_l(answer: str, expected: str) -> float:
@@ -137,6 +143,15 @@ def scored_otherwise(metrics: Mapping[str, str]) -> str:
     return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
 
 
+def require_metric(metric: str) -> None:
+    """Require that a metric can be used on this machine, before anything is trained.
+
+    Raises:
+        ConfigError: It is a function of a module that is not allowed or not found.
+    """
+    _function(metric)
+
+
 def score_answers(metric: str, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> tuple[float, ...]:
     """Return the score of every answer. An answer with several references has the score of the best one.
 
@@ -176,7 +191,8 @@ def _checked(metric: str, score: ScoreAnswer, answer: str, expected: str) -> flo
     try:
         value = float(score(answer, expected))
     except Exception as error:
-        raise ConfigError(f"task.metric {metric!r} failed ({type(error).__name__}); correct the function.") from error
+        # the error itself may quote an answer
+        raise ConfigError(f"task.metric {metric!r} failed ({type(error).__name__}); correct the function.") from None
     if not 0 <= value <= 1:  # also not a number
         raise ConfigError(f"task.metric {metric!r} returned {value}; return a number from 0 to 1.")
     return value

@@ -125,5 +125,5 @@ def _is_message(message: Mapping[str, Any]) -> bool:
     return (
         {"role", "content"} <= rest.keys()
         and all(isinstance(value, str) for value in rest.values())
-        and all(isinstance(each, list) for each in lists)
+        and all(isinstance(each, list) and all(isinstance(part, dict) for part in each) for each in lists)
     )

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, K tokens of the longest answer, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +57,7 @@ def token_probabilities(
         losses_BK = cross_entropy(logits_BKV.float().mT, labels_BK, ignore_index=IGNORED, reduction="none")
         shares_B = (-losses_BK.sum(1) / (labels_BK != IGNORED).sum(1)).exp()
         for i, share in zip(batch, shares_B.tolist(), strict=True):
-            found[i] = min(1.0, share)
+            found[i] = 0.0 if math.isnan(share) else min(1.0, share)
         if on_progress is not None:
             on_progress(len(batch))
     return found

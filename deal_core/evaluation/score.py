@@ -30,7 +30,7 @@ class TaskEvaluation:
         majority_rate: Score of always giving the most common reference; None for the metric "loss", which asks nothing.
         answers: The generated answers, in the rows' order; with "loss", the scores as texts.
         outcomes: Each row's score, 0 to 1, in the rows' order.
-        labels: How each label is answered; empty for an open task.
+        labels: How each label is answered; empty for an open task, and for the metric "loss".
     """
 
     task: str
@@ -83,7 +83,7 @@ def evaluate_task(
         majority_rate=None if is_measured else _mean(score_answers(task.metric, constant, accepted)),
         answers=tuple(answers),
         outcomes=outcomes,
-        labels=tuple(label_figures(answers, references, task.labels)) if task.labels else (),
+        labels=tuple(label_figures(answers, references, task.labels)) if task.labels and not is_measured else (),
     )
 
 

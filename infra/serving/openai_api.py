@@ -157,7 +157,7 @@ def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     parts = content if isinstance(content, list) else []
     if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "".join(part["text"] for part in parts)
+        return "\n".join(part["text"] for part in parts)  # as training joins them
     if not isinstance(content, str):
         raise ApiError(400, "A message's content is no text; the server reads texts only.")
     return content

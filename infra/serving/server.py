@@ -153,7 +153,7 @@ def _require_key(request: Request, api_key: str | None) -> None:
     if api_key is None:
         return
     kind, _, token = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), api_key.encode()):
+    if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), api_key.encode()):
         message = "The token is missing or wrong; send the header Authorization: Bearer TOKEN."
         raise RefusalError(401, message, {"WWW-Authenticate": "Bearer", **CLOSE}, "invalid_api_key")
 

@@ -35,7 +35,7 @@ from tasks.adaptation.ingest import read_manifest
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, LineageRecord, read_record
-from tasks.lineage.renewal import find_renewal
+from tasks.lineage.renewal import find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.progress import advance
@@ -113,6 +113,9 @@ def evaluate_version(
     parent_accuracies = (record.accuracies() if record else {}) | {
         name: sum(outcomes) / len(outcomes) for name, outcomes in earlier.items()
     }
+    for each in slices:
+        if each.name not in now.accuracies:  # its rows were forgotten
+            parent_accuracies.pop(each.name, None)
     base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
@@ -268,6 +271,8 @@ def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: Dat
             f"{dataset.task} stays judged on the {known.num_test} test rows of its first arrival; the "
             f"{dataset.num_test} test rows of this arrival are neither learned nor asked"
         )
+    if known and record and not dataset.num_test and is_renewal_asked(store, record.lineage, known):
+        yield f"new test rows of {dataset.task} were asked for, but this arrival has none; the next one may bring them"
     if dataset.new_labels:
         yield (
             f"{dataset.task} gains the labels {listed(dataset.new_labels)}: its frozen test rows have none of them, "

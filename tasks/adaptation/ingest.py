@@ -18,6 +18,7 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.evaluation.answer_scores import require_metric
 from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
@@ -27,6 +28,7 @@ from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.renewal import is_renewal_asked
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.lineage.version_files import reading_stored
 from tasks.progress import advance
@@ -94,6 +96,7 @@ def ingest_arrival(
                 config=config,
                 test_source=test_source,
                 frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
+                renews_tests=renews_tests(store, record, arrival.task),
                 on_progress=advance("ingest"),
             )
             manifest = build_dataset(landing, folder)
@@ -113,6 +116,10 @@ def ingest_arrival(
         return dataset
 
 
+OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "joins_context": True}
+"""Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
+
+
 def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
     """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
 
@@ -121,6 +128,10 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     Raises:
         ConfigError: The settings contradict the lineage.
     """
+    for schema in [known.schema for known in record.tasks] if record else []:
+        require_metric(schema.metric)  # rather now than after the training
+    if (metric := arrival.given.get("metric")) is not None:
+        require_metric(metric)
     known = record.task(arrival.task) if record else None
     if record is not None and any(each.name == arrival.task for each in record.slices):
         raise ConfigError(
@@ -128,7 +139,7 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
         )
     if record is None or known is None:
         given = _schema_fields(arrival.given, ())
-        return TaskSchema(name=arrival.task, **{"format": "auto", "metric": "auto", "assistant_turns": "all", **given})
+        return TaskSchema(name=arrival.task, **{**OF_NEW_TASKS, **given})
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
     widened = known.schema.with_labels(added)
     asked = replace(known.schema, **_schema_fields(arrival.given, widened.labels)).with_labels(added)
@@ -153,6 +164,12 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     are_known = keys.issuperset(label_key(name) for name in names.values())
     labels = tuple(known) if are_known else tuple(dict.fromkeys(names.values()))
     return {**given, "labels": labels, "label_names": dict(names)}
+
+
+def renews_tests(store: ObjectStore, record: LineageRecord | None, task_name: str) -> bool:
+    """Return whether `deal tests renew` lets the arrival bring new test rows."""
+    known = record.task(task_name) if record else None
+    return record is not None and known is not None and is_renewal_asked(store, record.lineage, known)
 
 
 def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:

@@ -116,7 +116,7 @@ def plan_forgetting(
         versions, runs = registry.versions(lineage), list_runs(tracker, lineage)
         affected = affected_versions(versions, arrival.sha256s)
         learned += affected
-        judged = _judged_by(store, versions, arrival)
+        judged, asked = _judged_by(store, versions, arrival)
         if any("champion" in version.aliases for version in judged):
             unjudged.append(lineage)
         numbers = {each.version for each in affected}
@@ -124,9 +124,9 @@ def plan_forgetting(
         held += _work_folders(lineage, unfinished | {run.short_key for run in runs
                                                      if run.dataset_sha256 in arrival.sha256s})
         held += _orphans(store, lineage, unfinished)
-        held += _answers(store, judged)
+        held += _answers(store, asked)
         own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
-        held += _artifacts(remover, own | {version.tracking_id for version in judged})
+        held += _artifacts(remover, own | {version.tracking_id for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
         sha256 for sha256, manifest in manifests_of(store, arrival.task)
@@ -197,16 +197,21 @@ def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) 
 
 def _judged_by(
     store: ObjectStore, versions: Iterable[VersionInfo], arrival: KnownArrival
-) -> list[VersionInfo]:
-    """The versions that the arrival's test rows judge."""
-    found = []
+) -> tuple[list[VersionInfo], list[VersionInfo]]:
+    """The versions that the arrival's test rows judge, and the versions that answered them, also as a slice."""
+    judged, asked = [], []
     for version in versions:
         if version.adapter_removed or not store.exists(f"{version.adapter_uri}/{RECORD_FILE}"):
             continue
-        known = read_record(store, version.adapter_uri).task(arrival.task)
+        record = read_record(store, version.adapter_uri)
+        known = record.task(arrival.task)
+        slices = [each.dataset_uri for each in record.slices if each.of == arrival.task]
         if known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s:
-            found.append(version)
-    return found
+            judged.append(version)
+            asked.append(version)
+        elif any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
+            asked.append(version)
+    return judged, asked
 
 
 def _unregistered(

@@ -49,10 +49,12 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
 
     Raises:
         RegistryError: The lineage has no champion.
-        ConfigError: The lineage does not know the task.
+        ConfigError: The lineage does not know the task, or its name is too long for a slice's.
     """
     store = current_store()
-    known = choose_task(read_record(store, find_version(open_registry(), lineage, None).adapter_uri), task)
+    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    known = choose_task(record, task)
+    next_slice(task, _names(record))  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)
     values = {"schema_version": SCHEMA_VERSION, "dataset_uri": known.dataset_uri}
     store.put_bytes(renewal_key(lineage, task), json.dumps(values).encode())
@@ -110,9 +112,13 @@ def find_renewal(store: ObjectStore, record: LineageRecord | None, dataset: Data
     has_others = dataset.num_test > 0 and known.dataset_uri != dataset.uri
     if not has_others or not is_renewal_asked(store, record.lineage, known):
         return Renewal(None, record.slices, None)
-    name = next_slice(dataset.task, [*(each.schema.name for each in record.tasks), *(s.name for s in record.slices)])
+    name = next_slice(dataset.task, _names(record))
     new = KnownSlice(name=name, of=dataset.task, dataset_uri=known.dataset_uri, num_test=known.num_test)
     return Renewal(known, (*record.slices, new), name)
+
+
+def _names(record: LineageRecord) -> list[str]:
+    return [*(each.schema.name for each in record.tasks), *(each.name for each in record.slices)]
 
 
 def next_slice(task: str, names: Collection[str]) -> str:

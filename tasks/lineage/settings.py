@@ -41,6 +41,8 @@ from tasks.spec import (
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
+REHEARSING = ("deal", "replay")
+"""Strategies that ask kept rows again."""
 _logged: dict[str, str] = {}
 """The problem that was logged last, by lineage."""
 
@@ -113,12 +115,16 @@ class Lineages(NamedTuple):
     """One line, by lineage."""
 
 
+def list_settings(store: ObjectStore) -> list[str]:
+    """Return the names of the lineages with a file, in alphabetical order."""
+    names = [keys.file_name(info.key) for info in store.list(keys.LINEAGES)]
+    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+
+
 def read_lineages(store: ObjectStore) -> Lineages:
     """Read the files of all lineages, in alphabetical order. Without any file, the lineage "default" is read."""
-    names = [keys.file_name(info.key) for info in store.list(keys.LINEAGES)]
-    names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     found = Lineages([], {})
-    for name in names or [DEFAULT]:
+    for name in list_settings(store) or [DEFAULT]:
         try:
             found.good.append(read_lineage(store, name))
         except ConfigError as error:
@@ -159,8 +165,10 @@ async def for_each(
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
-    """Write or replace a lineage's file; return its address."""
+    """Write or replace a lineage's file; return its address. A lineage that is held stays held."""
     given = lineage.model_dump(mode="json", exclude_unset=True)
+    if lineage.held is None and (why := why_held(store, lineage.lineage)) is not None:
+        given["held"] = why
     text = yaml.safe_dump({"lineage": lineage.lineage, **given}, sort_keys=False, allow_unicode=True)
     store.put_bytes(keys.settings_key(lineage.lineage), text.encode())
     return store.uri_of(keys.settings_key(lineage.lineage))
@@ -169,12 +177,20 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
 def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> WatchedLineage:
     """Let a lineage learn nothing that lands, for the reason `why`; with None, let it learn again.
 
+    The other values of the file stay as they were given.
+
     Raises:
-        ConfigError: The lineage has no valid file, and is not "default".
+        ConfigError: The lineage has no valid file, or learns nothing anyway.
     """
-    found = read_lineage(store, lineage).model_copy(update={"lineage": lineage, "held": why})
-    add_lineage(store, found)
-    return found
+    found = read_lineage(store, lineage)  # it checks the file
+    values = _read_values(store, lineage)
+    if values is None and list_settings(store):
+        raise ConfigError(f"Lineage '{lineage}' learns nothing, since only other lineages have settings.")
+    values = {"lineage": lineage, **(values or {}), "held": why}
+    values = {name: value for name, value in values.items() if (name, value) != ("held", None)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    store.put_bytes(keys.settings_key(lineage), text.encode())
+    return found.model_copy(update={"lineage": lineage, "held": why})
 
 
 def why_held(store: ObjectStore, lineage: str) -> str | None:
@@ -189,11 +205,16 @@ def remove_lineage(store: ObjectStore, lineage: str) -> str:
     """Delete a lineage's file, so that it learns no longer from the inbox; return its address. Versions stay.
 
     Raises:
-        ConfigError: There is no file.
+        ConfigError: There is no file, or it is the only one.
     """
     key = keys.settings_key(lineage)
     if not store.exists(key):
         raise ConfigError(f"There is no {store.uri_of(key)}; deal lineage list shows the lineages.")
+    if list_settings(store) == [lineage]:
+        raise ConfigError(
+            f"'{lineage}' is the only lineage with settings. Without any, the lineage '{DEFAULT}' learns everything. "
+            f"To stop the learning, use: deal lineage hold {lineage}."
+        )
     store.delete(key)
     return store.uri_of(key)
 
@@ -320,11 +341,16 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
     """Return the spec's strategy, or else the lineage's, or else the default.
 
     Raises:
-        ConfigError: The strategy keeps rows, and the spec forbids it.
+        ConfigError: The spec's memory and the strategy contradict each other.
     """
     strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
     if strategy == "replay" and spec.memory == "none":
         raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
+    if spec.memory == "rows" and strategy not in REHEARSING:
+        raise ConfigError(
+            f"memory is rows, but strategy {strategy} asks no kept row again; leave memory out, or take the strategy "
+            f"{' or '.join(REHEARSING)}."
+        )
     return strategy
 
 

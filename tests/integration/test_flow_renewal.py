@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError
 from flows.adapt import AdaptResult
 from flows.cli.app import app
+from flows.forget import forget
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.record import read_record
@@ -88,3 +90,30 @@ def test_an_arrival_cannot_take_the_name_of_earlier_rows(home: Path, tiny_base: 
     assert learn(tiny_base, june, min_gain_points=-100.0).status == "promoted"
     with pytest.raises(ConfigError, match="names earlier test rows"):
         run(tiny_base, {**january, "name": "colours.old-1"})
+
+
+def test_a_file_without_a_split_renews_by_the_digests_of_its_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Old test texts in it are neither learned nor the only ones that judge."""
+    january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
+    learn(tiny_base, january)
+    rows = [json.loads(line) for name in (june, january) for line in Path(name["data"]).read_text().splitlines()]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows))
+    renew(home)
+    now = learn(tiny_base, {**june, "data": str(path)}, min_gain_points=-100.0, min_gain_over_champion_points=None)
+    assert "colours.old-1" in now.accuracies
+    assert now.dataset.num_test > 3, "a share of all rows"
+
+
+def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tiny_base: Path, tmp_path: Path) -> None:
+    first = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
+    renew(home)
+    second = learn(tiny_base, file_of(tmp_path, "june", "warm", "cold"), min_gain_points=-100.0)
+    answers = f"adapters/l/{second.run_key[:16]}/answers.json"
+    assert current_store().exists(answers)
+    asyncio.run(forget(first.dataset.sha256))
+    assert not current_store().exists(answers), "it had answers to the slice's rows"
+    third = learn(tiny_base, file_of(tmp_path, "july", "warm", "cold"), min_gain_points=-100.0)
+    assert set(third.accuracies) == {"colours"} and third.status == "promoted"
+    record = read_record(current_store(), f"adapters/l/{third.run_key[:16]}")
+    assert record.matrix.tasks == ("colours", "colours.old-1") and record.matrix.rows[-1][1] is None

@@ -166,6 +166,9 @@ def test_a_lineage_is_held_shown_resumed_and_removed_by_command(
     assert deal("watch", "--once", "--lineage", "support")["files"] == []
     assert deal("lineage", "resume", "support")["held"] is None
     assert deal("lineage", "show", "support")["train"]["max_steps"] == 2
+    result = CliRunner().invoke(app, ["lineage", "remove", "support", "--home", str(home)])
+    assert result.exit_code == WRONG_USE and "the only lineage with settings" in " ".join(result.output.split())
+    current_store().put_bytes("lineages/other.yaml", b"tasks: [bank]")
     deal("lineage", "remove", "support")
     assert not current_store().exists("lineages/support.yaml")
     result = CliRunner().invoke(app, ["lineage", "show", "support", "--home", str(home)])

@@ -201,3 +201,11 @@ def test_a_spec_that_says_nothing_of_turns_has_the_digest_of_earlier_releases() 
 
     assert digest() == "2c68bb92eae8c5bb63b1dfff9b55c8addb0b52bdd63c422c538111d3bd76b1ff"
     assert len({digest(), digest(assistant_turns="last"), digest(assistant_turns="all")}) == 3
+
+
+def test_the_container_of_an_azure_address_is_no_user() -> None:
+    plain = {"lineage": "l", "task": {"name": "t", "data": "abfs://rows@account.dfs.core.windows.net/may.csv"}}
+    assert parse(AdaptSpec, plain, "a").task.data.startswith("abfs://rows@")
+    for address in ("abfs://me:key@account/may.csv", "s3://me@bucket/may.csv", "abfs://rows@account/may.csv?sig=abc"):
+        with pytest.raises(ConfigError, match="contains a user, password or token"):
+            parse(AdaptSpec, {**plain, "task": {"name": "t", "data": address}}, "a")

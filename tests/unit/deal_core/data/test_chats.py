@@ -192,3 +192,22 @@ def test_the_prompt_of_a_chat_in_two_columns_is_not_learned(tmp_path: Path) -> N
 def test_turns_are_a_matter_of_chats_only(tmp_path: Path) -> None:
     rows = [{"prompt": f"a {i}", "completion": "b"} for i in range(50)]
     assert build(tmp_path, rows, "all").task.assistant_turns == "last"
+
+
+@pytest.mark.parametrize("is_longest_first", [True, False])
+def test_a_chat_that_begins_another_one_is_no_duplicate(is_longest_first: bool, tmp_path: Path) -> None:
+    """A log that writes each chat again after every answer holds every beginning."""
+    chats = []
+    for number in range(40):
+        whole = chat(f"Hi {number}", "Hello", "How are you?", f"Well {number}")
+        chats += [whole, whole[:2]] if is_longest_first else [whole[:2], whole]
+    found = build(tmp_path, chats, "all")
+    assert "duplicate row" not in found.problems
+    assert found.num_read + found.num_turns == found.num_train + found.num_test + found.num_rejected
+    assert build(tmp_path, [*chats, *chats], "all").problems["duplicate row"] > 40, "whole repeats still are"
+
+
+def test_a_tools_name_that_is_no_text_is_left_out() -> None:
+    bad = {**RESULT, "name": "a\udcff", "tool_call_id": "\udcff"}
+    found = parse_messages([*chat("1+1?"), CALLING, bad, {"role": "assistant", "content": "2"}])
+    assert not isinstance(found, Problem) and found[2] == {"role": "tool", "content": "2"}

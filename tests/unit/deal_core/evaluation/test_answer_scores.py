@@ -83,6 +83,7 @@ def test_rouge_l_knows_words_of_every_script() -> None:
         ("It is lost", "lost card", 0),
         ("discard it", "card", 0),
         ("C++!", "c++", 1),
+        ("答案是北京。", "北京", 1),
     ],
 )
 def test_an_answer_contains_the_reference_as_whole_words(answer: str, expected: str, score: int) -> None:
@@ -135,6 +136,9 @@ def test_a_function_of_an_allowed_module_scores(own_module: str) -> None:
 def test_a_function_that_cannot_score_is_named(own_module: str, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         score_answers(f"{own_module}:{name}", ["secret"], ["a"])
+    with pytest.raises(ConfigError) as raised:
+        score_answers(f"{own_module}:broken", ["secret"], ["a"])
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__, "a log would show the answer"
 
 
 def test_a_module_that_is_not_allowed_is_not_even_imported(own_module: str, monkeypatch: pytest.MonkeyPatch) -> None:

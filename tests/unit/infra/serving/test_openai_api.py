@@ -37,12 +37,12 @@ def test_a_chat_asks_a_task_of_texts_by_its_user_message(client: openai.OpenAI, 
 
 
 def test_a_task_of_chats_takes_every_message(client: openai.OpenAI) -> None:
-    parts = [{"type": "text", "text": "more "}, {"type": "text", "text": "text"}]
+    parts = [{"type": "text", "text": "more"}, {"type": "text", "text": "text"}]
     messages = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "ok"},
                 {"role": "user", "content": parts}]  # fmt: skip
     answer = client.chat.completions.create(model="l/talk", messages=messages)  # type: ignore[call-overload]
     asked = json.loads(answer.choices[0].message.content.lower())
-    assert [message["content"] for message in asked] == ["s", "a text", "ok", "more text"]
+    assert [message["content"] for message in asked] == ["s", "a text", "ok", "more\ntext"]
 
 
 def test_completions_of_several_prompts_keep_their_order(client: openai.OpenAI) -> None:

@@ -239,3 +239,6 @@ def test_replay_is_refused_where_no_row_may_be_kept(store: ObjectStore) -> None:
     spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="replay", memory="none")
     with pytest.raises(ConfigError, match="memory is none, but strategy replay"):
         choose_strategy(spec, None)
+    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="seq_lora", memory="rows")
+    with pytest.raises(ConfigError, match="strategy seq_lora asks no kept row again"):
+        choose_strategy(spec, None)
