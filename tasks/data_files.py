@@ -80,7 +80,7 @@ def _from_cloud(address: str) -> Iterator[Path]:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError:
-        raise ConfigError(f"{address} needs the extra `cloud`: pip install 'deal-pipeline[cloud]'.") from None
+        raise ConfigError(f"{address} needs the extra `cloud`; in the checkout: pip install '.[cloud]'.") from None
     folder, _, name = address.rpartition("/")
     with temporary_folder() as temporary:
         path = temporary / name
