@@ -73,7 +73,7 @@ class ValidateResult(BaseModel):
 
 
 def validate(
-    file: str,
+    file: str | Path,
     *,
     spec: Path | None,
     task: str,
@@ -97,7 +97,7 @@ def validate(
         DataValidationError: The file cannot be read to its end.
         ConfigError: The task's name is not valid, or the spec contradicts the lineage.
     """
-    store = current_store()
+    store, file = current_store(), str(file)
     arrival_options = {"task": None, "data": None} if spec else {"task": task, "data": file}
     read = spec_from_options(store, spec, **arrival_options, test_data=None, lineage=lineage)
     test_data = test_data or read.task.test_data

@@ -64,6 +64,7 @@ def planted(port: int) -> dict[str, str]:
         "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
         "DEAL_VLLM_URL": f"http://{host.format('vllm')}",
         "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
+        "DEAL_SERVE_API_KEY": f"serve-{WORD}",
         "DEAL_BASE_MODEL": f"https://{host.format('base')}/model",
         "DEAL_ARTIFACT_URI": f"ftp://{host.format('artifacts')}/mlflow",
         "MLFLOW_TRACKING_URI": f"http://{host.format('mlflow')}",

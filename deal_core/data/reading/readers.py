@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import os
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def file_kind(path: Path) -> Kind:
     """
     if not is_utf8(str(path)):
         raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         raise DataValidationError(f"{path} is a folder; give one file of rows.")
     suffixes = [suffix.casefold() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":

@@ -92,7 +92,7 @@ def test_a_version_that_waits_names_the_commands_that_decide() -> None:
     )  # fmt: skip
     dataset = DatasetRef(task="bank", uri="d", sha256="s", num_train=1, num_test=1, num_rejected=0)
     found: Any = SimpleNamespace(
-        accuracies={}, num_steps=1, resumed_from_step=None,
+        accuracies={}, metrics={}, num_steps=1, resumed_from_step=None,
         matrix=AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None),
     )  # fmt: skip
     for result in (repeated(version, dataset), adapted(version, dataset, found, found, "t", {})):
