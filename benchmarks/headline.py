@@ -173,7 +173,7 @@ def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence
     generator = np.random.default_rng(0)
     tops, bottoms = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
     for name in judged:
-        first, second = (_right(cells, name) for cells in zip(*pairs, strict=True))
+        first, second = (_mean_scores(cells, name) for cells in zip(*pairs, strict=True))
         drawn = generator.integers(0, len(first), (NUM_RESAMPLES, len(first)))
         tops += first[drawn].mean(1)
         bottoms += second[drawn].mean(1)
@@ -181,7 +181,7 @@ def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence
     return [float(low), float(high)]
 
 
-def _right(cells: Sequence[CellJson], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _mean_scores(cells: Sequence[CellJson], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """For every test row of a task, the mean score over the cells at the end."""
     return np.array([row_scores(final_scores(cell)[name]) for cell in cells]).mean(0)
 

@@ -46,6 +46,8 @@ class Kept(NamedTuple):
     reads: tuple[int, ...] = ()
     """The versions that are read; empty: only `version`."""
     remedy: str = "use the release that wrote it"
+    later: tuple[str, ...] = ()
+    """Fields that came later without a new version; an empty one is left out, as earlier releases do not know it."""
 
 
 class VersionedJson:
@@ -56,7 +58,8 @@ class VersionedJson:
 
     def to_json(self) -> dict[str, Any]:
         """Values for `json.dumps`; `from_json` reads them back."""
-        fields: dict[str, Any] = self._adapter().dump_python(self, mode="json")
+        dumped: dict[str, Any] = self._adapter().dump_python(self, mode="json")
+        fields = {name: value for name, value in dumped.items() if value or name not in self.kept.later}
         return fields if "schema_version" in fields else {"schema_version": self.kept.version, **fields}
 
     @classmethod

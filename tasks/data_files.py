@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from deal_core.base_model.sources import fetch_snapshot
+from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.safe_text import listed, without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import ObjectStore, complete_file, temporary_folder
 from infra.store.local import FileStore, open_store
 
-HUB_DATASET = re.compile(
-    r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?"
-)
-"""hf://datasets/OWNER/NAME[@REVISION][:SPLIT]; without a split, train."""
 HUB_FILES = ("README.md", "*.parquet", "*.jsonl", "*.json", "*.csv")
 """Files of a dataset's repository that are fetched: rows, and the page that names the splits. Never a script."""
 CLOUDS = ("gs", "abfs", "abfss", "az")
@@ -96,7 +91,7 @@ def _from_cloud(address: str) -> Iterator[Path]:
 
 @contextmanager
 def _from_hub(address: str) -> Iterator[Path]:
-    """Write one split of a dataset of the Hub as a temporary Parquet file. No code of the repository runs."""
+    """Write one split of a dataset of the Hub, by default train, as a temporary Parquet file. No code of it runs."""
     found = HUB_DATASET.fullmatch(address)
     if found is None:
         raise ConfigError(f"{address} is not a dataset of the Hub; give hf://datasets/OWNER/NAME[@REVISION][:SPLIT].")

@@ -64,6 +64,10 @@ KINDS = (
     "Give a Hub id that this machine reaches or has in its cache (such as HuggingFaceTB/SmolLM2-135M-Instruct), "
     f"a local folder with config.json, a tokenizer and *.safetensors, a .gguf file, or the built-in {DEFAULT_BASE}."
 )
+HUB_DATASET = re.compile(
+    r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?"
+)
+"""The address of a dataset of the Hub: hf://datasets/OWNER/NAME[@REVISION][:SPLIT]."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = (

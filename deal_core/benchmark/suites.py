@@ -10,12 +10,11 @@ import hashlib
 import io
 import json
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from deal_core.base_model.sources import fetch_snapshot
+from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.data.reading.json_values import unique_keys
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
@@ -61,7 +60,6 @@ strong. "9" is for choosing settings: seven tasks of "15" on which methods diffe
 "superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295)."""
 
 HUB_SCHEME = "hf://"
-HUB_DATASET = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 NUM_DEV_ROWS = 200
 FEW_ROWS, DEV_SHARE = 500, 0.4
@@ -108,9 +106,8 @@ class SuiteTask:
             DataValidationError: The part has no rows.
         """
         num_dev = NUM_DEV_ROWS if len(self.test) >= FEW_ROWS else int(DEV_SHARE * len(self.test))
-        if self.dev is not None:
-            num_dev = 0
-        rows = (self.dev or self.test[:num_dev]) if part == "dev" else self.test[num_dev:]
+        dev, reported = (self.test[:num_dev], self.test[num_dev:]) if self.dev is None else (self.dev, self.test)
+        rows = dev if part == "dev" else reported
         if not rows:
             raise DataValidationError(
                 f"Task {self.schema.name!r} has no row in part {part!r}, having {len(self.test)} test rows; "
@@ -156,7 +153,7 @@ def tasks_folder(source: str) -> Path:
     if not source.startswith(HUB_SCHEME):
         return Path(source)
     found = HUB_DATASET.fullmatch(source)
-    if found is None:
+    if found is None or found["split"]:
         raise ConfigError(f"{source!r} is not a dataset of the Hub; give hf://datasets/OWNER/NAME, or a folder.")
     return fetch_snapshot(
         found["repository"], "dataset", ["tasks.json", "*.jsonl", "*/*/*.json"], revision=found["revision"]
@@ -207,28 +204,31 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {_list(described)}.")
     task = described[name] if isinstance(described[name], dict) else {}
 
+    def file_of(part: str) -> Path:
+        return folder / f"{name}.{part}.jsonl"
+
     def values(part: str) -> list[tuple[str, Any]]:
-        path = folder / f"{name}.{part}.jsonl"
+        path = file_of(part)
         lines = _read(path).split("\n")  # splitlines would also split at other separators inside a text
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         return [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
 
-    def rows(part: str, text: str = "text", label: str = "label") -> Rows:
-        return _rows(values(part), text, folder / f"{name}.{part}.jsonl", label)
-
     has_task = isinstance(task.get("instruction"), str)
-    is_generation = has_task and any("completion" in value for _, value in values("train"))
+    learned = values("train") if has_task else []
+    is_generation = any("completion" in value for _, value in learned)
     if not has_task or not (is_generation or _are_labels(task.get("labels"))):
         raise DataValidationError(
             f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
             "texts. A task of generation, with rows of prompt and completion, needs no labels."
         )
+    columns = ("prompt", "completion") if is_generation else ("text", "label")
+    train = _rows(learned, file_of("train"), *columns)
+    test = _rows(values("test"), file_of("test"), *columns)
     if not is_generation:
-        return _task(name, task["labels"], task["instruction"], rows("train"), rows("test"))
-    columns = ("prompt", "completion")
-    dev = rows("dev", *columns) if (folder / f"{name}.dev.jsonl").is_file() else None
+        return _task(name, task["labels"], task["instruction"], train, test)
+    dev = _rows(values("dev"), file_of("dev"), *columns) if file_of("dev").is_file() else None
     schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
-    return SuiteTask(schema=schema, train=rows("train", *columns), test=rows("test", *columns), dev=dev)
+    return SuiteTask(schema=schema, train=train, test=test, dev=dev)
 
 
 def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
@@ -244,7 +244,7 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
     def rows(path: Path) -> Rows:
         values = [(f"Row {number}", value) for number, value in enumerate(_json(_read(path), path, list), start=1)]
         random.Random(ORDER_SEED).shuffle(values)
-        return _rows(values, "sentence", path)
+        return _rows(values, path, "sentence", "label")
 
     test = home / "test.json"
     labels = _json(_read(home / "labels.json"), home / "labels.json", list)
@@ -287,7 +287,7 @@ def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
     return value
 
 
-def _rows(values: list[tuple[str, Any]], text: str, path: Path, label: str = "label") -> Rows:
+def _rows(values: list[tuple[str, Any]], path: Path, text: str, label: str) -> Rows:
     """Rows from JSON values; each value comes with its place in the file, for messages."""
     if not values:
         raise DataValidationError(f"{path} holds no rows; give it at least one.")

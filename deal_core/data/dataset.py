@@ -157,13 +157,13 @@ class ArrivalReader:
             )
         self._names_split = any("split" in columns.names for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
-        self._task = replace(task, format=formats.pop())
-        joins = self._task.format == "completion" and (task.format == "auto" or task.joins_context)
-        self._task = replace(self._task, joins_context=joins)
-        if task.metric == "auto":
-            self._task = replace(self._task, metric="exact" if self._task.format == "labelled" else "rouge_l")
-        if self._task.format != "chat":
-            self._task = replace(self._task, assistant_turns="last")
+        kind = formats.pop()
+        of_kind = "exact" if kind == "labelled" else "rouge_l"
+        self._task = replace(
+            task, format=kind, metric=of_kind if task.metric == "auto" else task.metric,
+            joins_context=kind == "completion" and (task.format == "auto" or task.joins_context),
+            assistant_turns=task.assistant_turns if kind == "chat" else "last",
+        )  # fmt: skip
         # The completion of a chat in two columns is its last turn: the others belong to the prompt.
         in_one_column = all("messages" in columns.names for _, _, columns in self._files)
         self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column

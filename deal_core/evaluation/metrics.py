@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer, model_serializer
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from deal_core.schema_version import Kept, VersionedJson
 
@@ -20,7 +20,7 @@ class AccuracyMatrix(VersionedJson):
     before it (needed for forward transfer). A benchmark may fill only the first and last cells after that.
     """
 
-    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1)
+    kept: ClassVar[Kept] = Kept("The accuracy matrix", ValueError, version=1, later=("slices",))
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()
@@ -155,12 +155,6 @@ class AccuracyMatrix(VersionedJson):
                 before, untouched = self.rows[first - 1][column], self.base[column]
                 gains.append(None if before is None or untouched is None else before - untouched)
         return _mean(gains)
-
-    @model_serializer(mode="wrap")
-    def _without_empty_slices(self, dump: Callable[[AccuracyMatrix], dict[str, Any]]) -> dict[str, Any]:
-        """The matrix of a lineage without slices is that of earlier releases."""
-        values = dump(self)
-        return {name: value for name, value in values.items() if name != "slices" or value}
 
     @property
     def _last(self) -> int:

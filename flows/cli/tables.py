@@ -61,7 +61,8 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
         shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
-        shown += [escape(line) for line in (scored_otherwise(run.metrics),) if line]
+        if told := scored_otherwise(run.metrics):
+            shown.append(escape(told))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
     shown += [f"  • {escape(reason)}" for reason in run.reasons]
     return shown

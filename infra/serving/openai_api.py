@@ -15,19 +15,12 @@ from typing import Any, NamedTuple
 
 from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedVersion
+from infra.serving.refusal import RefusalError
 
+NOT_FOUND = "model_not_found"
 DONE = "data: [DONE]\n\n"
 REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
 """Keys of a request that ask for something that the server does not have."""
-
-
-class ApiError(Exception):
-    """A request that is refused."""
-
-    def __init__(self, status: int, message: str, code: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 class ModelName(NamedTuple):
@@ -42,7 +35,6 @@ class ModelName(NamedTuple):
 class ApiRequest:
     """The rows of a request, and how the answer is written."""
 
-    model: str
     rows: tuple[InputRow, ...]
     version: str | None
     """The version that has to answer; None: the champion, whatever its number."""
@@ -53,11 +45,11 @@ class ApiRequest:
         """Require the version that the model's name has.
 
         Raises:
-            ApiError: `version` answers, which is another one.
+            RefusalError: `version` answers, which is another one.
         """
         if self.version is not None and self.version != version:
             message = f"Version {self.version} does not answer here; version {version} does."
-            raise ApiError(404, message, "model_not_found")
+            raise RefusalError(404, message, code=NOT_FOUND)
 
     def body(self, answered: Answered) -> str:
         """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece."""
@@ -106,49 +98,53 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
     to the task's longest answer.
 
     Raises:
-        ApiError: The model is not served here, or the request asks for something that the server does not have.
+        RefusalError: The model is not served here, or the request asks for something that the server does not have.
     """
     name = _model_name(values, served)
     for key, what in REFUSED.items():
         if values.get(key):
-            raise ApiError(400, f"{key}: the server has no {what}; leave {key} out.")
+            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
     if values.get("n") not in (None, 1):
-        raise ApiError(400, "n: the server gives one answer, the most likely one; leave n out.")
+        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
     task = served.task(name.task)
     if task is None:
         names = ", ".join(each.schema.name for each in served.tasks)
-        raise ApiError(404, f"model names the task {name.task!r}; the version that answers knows {names}.",
-                       "model_not_found")  # fmt: skip
+        raise RefusalError(404, f"model names the task {name.task!r}; the version that answers knows {names}.",
+                           code=NOT_FOUND)  # fmt: skip
     read = _chat_input if is_chat else _prompts
     texts = read(values, task.schema.format == "chat", task.schema.name)
     return ApiRequest(
-        model=str(values["model"]), rows=tuple(InputRow(text, task.schema.name) for text in texts),
+        rows=tuple(InputRow(text, task.schema.name) for text in texts),
         version=name.version, is_chat=is_chat, is_stream=values.get("stream") is True,
     )  # fmt: skip
+
+
+def _wrong(message: str) -> RefusalError:
+    return RefusalError(400, message, code="invalid_request_error")
 
 
 def _model_name(values: Mapping[str, Any], served: ServedVersion) -> ModelName:
     model = values.get("model")
     if not isinstance(model, str):
-        raise ApiError(400, f"model is missing; give the lineage's name: {served.lineage}.")
+        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
     rest, _, task = model.partition("/")
     lineage, _, version = rest.partition("@")
     if lineage != served.lineage:
-        raise ApiError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
-                       "model_not_found")  # fmt: skip
+        raise RefusalError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
+                           code=NOT_FOUND)  # fmt: skip
     return ModelName(lineage, version or None, task or None)
 
 
 def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[str]:
     messages = values.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise ApiError(400, "messages is no list of messages; give role and content for each.")
+        raise _wrong("messages is no list of messages; give role and content for each.")
     read = [{"role": str(each.get("role")), "content": _content(each)} for each in messages]
     if takes_chat:
         return [json.dumps(read, ensure_ascii=False)]
     if [each["role"] for each in read] != ["user"]:
-        raise ApiError(
-            400, f"The task {task} takes one text, under the server's instruction; send one message of the role user."
+        raise _wrong(
+            f"The task {task} takes one text, under the server's instruction; send one message of the role user."
         )
     return [read[0]["content"]]
 
@@ -159,15 +155,15 @@ def _content(message: Mapping[str, Any]) -> str:
     if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         return "\n".join(part["text"] for part in parts)  # as training joins them
     if not isinstance(content, str):
-        raise ApiError(400, "A message's content is no text; the server reads texts only.")
+        raise _wrong("A message's content is no text; the server reads texts only.")
     return content
 
 
 def _prompts(values: Mapping[str, Any], takes_chat: bool, task: str) -> Sequence[str]:
     if takes_chat:
-        raise ApiError(400, f"The task {task} takes chats; send its messages to /v1/chat/completions.")
+        raise _wrong(f"The task {task} takes chats; send its messages to /v1/chat/completions.")
     prompt = values.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
-        raise ApiError(400, "prompt is no text and no list of texts; token numbers are not read.")
+        raise _wrong("prompt is no text and no list of texts; token numbers are not read.")
     return prompts

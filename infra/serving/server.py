@@ -17,7 +17,7 @@ import hmac
 import io
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +36,8 @@ from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
 from infra.serving.champion import LOG, Champion
 from infra.serving.meter import Meter
-from infra.serving.openai_api import ApiError, list_models, read_request
+from infra.serving.openai_api import list_models, read_request
+from infra.serving.refusal import RefusalError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
@@ -51,18 +52,6 @@ TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
 OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
 RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
-
-
-class RefusalError(Exception):
-    """A request that is not answered."""
-
-    def __init__(
-        self, status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-        self.code = code
 
 
 class HttpAnswer(NamedTuple):
@@ -225,8 +214,6 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
         asked.require_version(serving.version)
         answered = serving.ask(asked.rows, is_given_up)
         asked.require_version(answered.version)  # the champion may have moved
-    except ApiError as error:
-        raise RefusalError(error.status, str(error), code=error.code) from None
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
     except GivenUpError as error:

@@ -210,18 +210,16 @@ def _compare(
     old, new = (
         score_answers(schema.metric, [answers[row.sha256] for row in common], references) for answers in (before, now)
     )
-    examples = [
-        _example(row, before, now, scores, include_texts)
-        for row, *scores in zip(common, old, new, strict=True)
-    ]
-    changes = [(after - earlier, example) for earlier, after, example in zip(old, new, examples, strict=True)]
-    changes.sort(key=lambda each: each[0])
-    lost = [example for change, example in changes if change <= -CLEAR_CHANGE]
-    changes.sort(key=lambda each: -each[0])
-    gained = [example for change, example in changes if change >= CLEAR_CHANGE]
+    scored = list(zip(common, old, new, strict=True))
+    lost = sorted((each for each in scored if each[1] - each[2] >= CLEAR_CHANGE), key=lambda each: each[2] - each[1])
+    gained = sorted((each for each in scored if each[2] - each[1] >= CLEAR_CHANGE), key=lambda each: each[1] - each[2])
+
+    def examples(found: list[tuple[_Row, float, float]]) -> tuple[Example, ...]:
+        return tuple(_example(row, before, now, scores, include_texts) for row, *scores in found[:MAX_EXAMPLES])
+
     return Changed(
         task=schema.name, metric=schema.metric, num_rows=len(common), num_gained=len(gained), num_lost=len(lost),
-        gained=tuple(gained[:MAX_EXAMPLES]), lost=tuple(lost[:MAX_EXAMPLES]),
+        gained=examples(gained), lost=examples(lost),
     )  # fmt: skip
 
 

@@ -7,11 +7,10 @@ from the object store alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, model_serializer
+from pydantic import ConfigDict
 
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
@@ -58,7 +57,7 @@ class KnownSlice:
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1)
+    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices",))
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str
@@ -72,12 +71,6 @@ class LineageRecord(VersionedJson):
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""
         return next((known for known in self.tasks if known.schema.name == name), None)
-
-    @model_serializer(mode="wrap")
-    def _without_empty_slices(self, dump: Callable[[LineageRecord], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a lineage without slices is that of earlier releases."""
-        values = dump(self)
-        return {name: value for name, value in values.items() if name != "slices" or value}
 
     def accuracies(self) -> dict[str, float]:
         """Return the accuracy of this version by task: the last row of the matrix."""

@@ -169,9 +169,14 @@ def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
     given = lineage.model_dump(mode="json", exclude_unset=True)
     if lineage.held is None and (why := why_held(store, lineage.lineage)) is not None:
         given["held"] = why
-    text = yaml.safe_dump({"lineage": lineage.lineage, **given}, sort_keys=False, allow_unicode=True)
-    store.put_bytes(keys.settings_key(lineage.lineage), text.encode())
-    return store.uri_of(keys.settings_key(lineage.lineage))
+    return _write_values(store, lineage.lineage, given)
+
+
+def _write_values(store: ObjectStore, lineage: str, values: Mapping[str, Any]) -> str:
+    """Write a lineage's file; return its address."""
+    text = yaml.safe_dump({"lineage": lineage, **values}, sort_keys=False, allow_unicode=True)
+    store.put_bytes(keys.settings_key(lineage), text.encode())
+    return store.uri_of(keys.settings_key(lineage))
 
 
 def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> WatchedLineage:
@@ -186,10 +191,8 @@ def hold_lineage_file(store: ObjectStore, lineage: str, why: str | None) -> Watc
     values = _read_values(store, lineage)
     if values is None and list_settings(store):
         raise ConfigError(f"Lineage '{lineage}' learns nothing, since only other lineages have settings.")
-    values = {"lineage": lineage, **(values or {}), "held": why}
-    values = {name: value for name, value in values.items() if (name, value) != ("held", None)}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    store.put_bytes(keys.settings_key(lineage), text.encode())
+    others = {name: value for name, value in (values or {}).items() if name != "held"}
+    _write_values(store, lineage, others if why is None else {**others, "held": why})
     return found.model_copy(update={"lineage": lineage, "held": why})
 
 
