@@ -92,11 +92,17 @@ def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
     name = rival[0]["settings"]["strategy"] if rival else "none"
     return {
         "joint": list(protocol.joint),
+        "joint, a tenth of the rows": [cell for cell in protocol.others if _is(cell, "joint_memory")],
+        "frozen features, a head per task": [cell for cell in protocol.others if _is(cell, "frozen_head")],
         "memory rows": best(lambda cell: _has_memory(cell, OURS)),
         "memory none": groups.get((OURS, ""), []),
         f"best rival without memory: {name}": rival,
         "replay, equal memory": best(lambda cell: _has_memory(cell, "replay")),
     }
+
+
+def _is(cell: CellJson, strategy: str) -> bool:
+    return bool(cell["settings"]["strategy"] == strategy)
 
 
 def _has_memory(cell: CellJson, strategy: str) -> bool:

@@ -18,8 +18,11 @@ Scored = Literal["all", "ends", "last"]
 """Which entries of the accuracy matrix are measured. all: after every task, all tasks so far and the next one. ends:
 every task directly after it was learned, and all tasks at the end. last: all tasks at the end."""
 
-BOUNDS = ("base", "per_task", "joint")
-"""Bounds for comparison: the untouched base model, an adapter per task, and one adapter for all rows together."""
+BOUNDS = ("base", "frozen_head", "per_task", "joint_memory", "joint")
+"""Bounds for comparison: the untouched base model, a linear head per task on it, an adapter per task, one adapter for
+the rows together that `memory: rows` would keep, and one adapter for all rows together."""
+UNTRAINED = ("base", "frozen_head")
+"""Bounds that train no adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ def make_cell(
     return Cell(
         strategy=strategy,
         tasks=tuple(sorted(tasks)) if is_bound else tasks,
-        seed=0 if strategy == "base" else seed,
+        seed=0 if strategy in UNTRAINED else seed,
         train=train,
         method={} if is_bound else settings_read(strategy, method),
         **fields,

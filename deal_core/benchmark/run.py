@@ -19,14 +19,16 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
-from deal_core.benchmark.cell import BOUNDS, Cell
+from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
+from deal_core.benchmark.frozen_head import answer_by_head, features
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import EvaluateConfig, MethodConfig
+from deal_core.config import MEMORY, EvaluateConfig, MethodConfig
+from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
-from deal_core.evaluation.score import evaluate_task
+from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -69,8 +71,9 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     """
     cell = run.cell
     before = perplexity(run.base.model, run.base.tokenizer)
-    if cell.strategy == "base":
-        scores = _score(run, run.base.model, cell.tasks, 0, 1)
+    if cell.strategy in UNTRAINED:
+        untouched = cell.strategy == "base"
+        scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
         return {"versions": [{"task": None, "scores": scores}], "perplexity": {"base": before}}
     versions, folder = [], None
     for number, learned in enumerate(_learned(cell)):
@@ -93,11 +96,15 @@ def run_cell(run: CellRun) -> dict[str, Any]:
 
 def _learned(cell: Cell) -> tuple[tuple[str, ...], ...]:
     """The tasks that each version learns: one task, or all tasks together."""
-    return (cell.tasks,) if cell.strategy == "joint" else tuple((name,) for name in cell.tasks)
+    return (cell.tasks,) if _is_joint(cell) else tuple((name,) for name in cell.tasks)
+
+
+def _is_joint(cell: Cell) -> bool:
+    return cell.strategy in ("joint", "joint_memory")
 
 
 def _scored(cell: Cell, number: int) -> tuple[str, ...]:
-    if cell.strategy == "joint":
+    if _is_joint(cell):
         return cell.tasks
     return (cell.tasks[number],) if cell.strategy == "per_task" else cell.scored_after(number)
 
@@ -163,7 +170,38 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
 
 
 def _rows(run: CellRun, name: str) -> Dataset:
-    return Dataset.from_list(list(run.tasks[name].train[: run.cell.rows]))
+    rows = list(run.tasks[name].train[: run.cell.rows])
+    if run.cell.strategy == "joint_memory":
+        kept = MEMORY["rows"]
+        rows = rows[: min(max(1, round(kept["stored_share"] * len(rows))), kept["max_stored_rows"])]
+    return Dataset.from_list(rows)
+
+
+def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
+    """Fit a linear head for every task and score its answers, in the form of `_score`."""
+    scores: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(run.cell.tasks):
+        run.on_progress(number, len(run.cell.tasks), f"features of {name}")
+        task, learned = run.tasks[name].schema, _rows(run, name)
+        rows = run.tasks[name].part(run.cell.part, run.cell.max_test_rows)
+        if not task.labels:
+            raise ConfigError(f"frozen_head answers with labels, and task {name} has none; leave frozen_head out.")
+        train_ND, test_ND = (
+            features(
+                run.base.model, run.base.tokenizer, task, each, max_prompt_tokens=run.cell.train.max_prompt_tokens,
+                max_batch_tokens=EvaluateConfig().max_batch_tokens,
+            )
+            for each in (list(learned["input"]), [row["input"] for row in rows])
+        )  # fmt: skip
+        answers = answer_by_head(train_ND, list(learned["output"]), test_ND, task.labels)
+        scores[name] = _kept(evaluate_answers(task, Dataset.from_list(list(rows)), answers))
+    return scores
+
+
+def _kept(found: TaskEvaluation) -> dict[str, Any]:
+    return {
+        "correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate
+    }  # fmt: skip
 
 
 def _score(
@@ -179,9 +217,7 @@ def _score(
         found = evaluate_task(
             model, tokenizer, task, Dataset.from_list(list(rows)), EvaluateConfig(), max_prompt_tokens=longest
         )
-        scores[name] = {
-            "correct": outcome_text(found.outcomes), "rouge1": found.rouge1, "majority_rate": found.majority_rate
-        }  # fmt: skip
+        scores[name] = _kept(found)
         if task.labels:
             texts = [row["input"] for row in rows]
             log_probs_NL = label_log_probs(model, tokenizer, task, texts, EvaluateConfig(), max_prompt_tokens=longest)

@@ -19,7 +19,8 @@ from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
-KEPT_BY_BOUNDS = {"base": None, "per_task": "an adapter per task", "joint": "all rows"}
+KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "per_task": "an adapter per task",
+                  "joint_memory": "a tenth of the rows", "joint": "all rows"}  # fmt: skip
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
 Z95 = 1.96
@@ -79,6 +80,8 @@ class Protocol:
     base: CellJson | None
     per_task: tuple[CellJson, ...]
     joint: tuple[CellJson, ...]
+    others: tuple[CellJson, ...]
+    """The cells of the bounds `frozen_head` and `joint_memory`."""
     cells: tuple[CellJson, ...]
     """The strategies' cells."""
 
@@ -120,7 +123,7 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
         found.append(
             Protocol(
                 suite=suite, key=key, base=by["base"][0] if by["base"] else None, per_task=tuple(by["per_task"]),
-                joint=tuple(by["joint"]),
+                joint=tuple(by["joint"]), others=(*by["frozen_head"], *by["joint_memory"]),
                 cells=tuple(cell for name, each in by.items() if name not in BOUNDS for cell in each),
             )
         )  # fmt: skip
@@ -162,7 +165,7 @@ def summarise(protocol: Protocol) -> list[dict[str, Any]]:
                 row |= _difference(_of(group, chosen), _of(ours, chosen), protocol.lifted_tasks())
             rows.append({"strategy": strategy, "changes": changes, "orders": chosen, **row})
     bounds: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
-    for cell in (*([protocol.base] if protocol.base else []), *protocol.per_task, *protocol.joint):
+    for cell in (*([protocol.base] if protocol.base else []), *protocol.others, *protocol.per_task, *protocol.joint):
         bounds[cell["settings"]["strategy"], departures(cell)].append(cell)
     return [
         *({"strategy": name, "changes": changes, "orders": ["any"], **_figures(protocol, each),

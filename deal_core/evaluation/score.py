@@ -60,11 +60,10 @@ def evaluate_task(
     Raises:
         ConfigError: The task's metric is a function that cannot be used.
     """
-    inputs, references = list(rows["input"]), list(rows["output"])
-    is_measured = task.metric == "loss"
-    if is_measured:
+    inputs = list(rows["input"])
+    if task.metric == "loss":
         shares = token_probabilities(
-            model, tokenizer, task, inputs, references, config,
+            model, tokenizer, task, inputs, list(rows["output"]), config,
             max_prompt_tokens=max_prompt_tokens, on_progress=on_progress,
         )  # fmt: skip
         answers = [f"{share:.6f}" for share in shares]
@@ -72,6 +71,12 @@ def evaluate_task(
         answers = generate_answers(
             model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
         )
+    return evaluate_answers(task, rows, answers)
+
+
+def evaluate_answers(task: TaskSchema, rows: Dataset, answers: Sequence[str]) -> TaskEvaluation:
+    """Score given answers to a task's rows; with the metric "loss", the scores as texts. For errors see above."""
+    references, is_measured = list(rows["output"]), task.metric == "loss"
     accepted = list(rows["references"]) if "references" in rows.column_names else references
     outcomes = score_answers(task.metric, answers, accepted)
     constant = [_commonest(references)] * len(references)

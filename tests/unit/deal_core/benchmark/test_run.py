@@ -175,3 +175,14 @@ def test_training_settings_and_rows_reach_the_cell(run):
     assert [version["num_steps"] for version in longer["versions"]] == [8, 8]
     assert [version["num_steps"] for version in shorter["versions"]] == [2, 2]
     assert shorter["perplexity"]["base"] != shorter["perplexity"]["adapted"]
+
+
+def test_a_bound_trains_on_the_rows_that_a_memory_keeps(run):
+    assert run("joint", tasks=THREE)["versions"][0]["num_steps"] == 12, "16 rows of each task in batches of 4"
+    assert run("joint_memory", tasks=THREE)["versions"][0]["num_steps"] == 2, "2 rows of each task"
+
+
+def test_heads_on_the_base_model_are_scored_as_answers_are(run):
+    cell = run("frozen_head")
+    assert {name: len(score["correct"]) for name, score in final_scores(cell).items()} == {"colours": 6, "sizes": 6}
+    assert cell["settings"]["seed"] == 0 and "num_steps" not in cell["versions"][0]
