@@ -35,7 +35,7 @@ from deal_core.benchmark.summary import (
     read_cells,
     row_scores,
 )
-from deal_core.config import TrainConfig
+from deal_core.config import TrainConfig, as_stored
 
 CELLS = Path("benchmarks/results/continual")
 STORED_SHARE = 0.1
@@ -64,7 +64,7 @@ def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
 
 def is_in_force(cell: CellJson) -> bool:
     """Whether a cell was trained with today's defaults."""
-    train = TrainConfig(**cell["settings"]["train"])
+    train = TrainConfig(**as_stored("train", cell["settings"]["train"]))
     return all(getattr(train, name) == getattr(TrainConfig(), name) for name in LEARNING)
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, read_cells
-from deal_core.config import TrainConfig
+from deal_core.config import TrainConfig, as_stored
 from deal_core.evaluation.criterion import constrained_accuracy, ranking_auc, recentred_accuracy
 
 CELLS = Path("benchmarks/results/development")
@@ -61,7 +61,7 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
         if found is None:
             continue
         suite, order = name_of(tuple(settings["tasks"]))
-        train = TrainConfig(**settings["train"])
+        train = TrainConfig(**as_stored("train", settings["train"]))
         yield {
             "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
             "train": {name: getattr(train, name) for name in SHOWN},

@@ -73,6 +73,11 @@ def known_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
+def as_stored(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as it was stored, with the later settings that `known_before` left out; today's defaults may differ."""
+    return {**LATER.get(section, {}), **values}
+
+
 @settings("train")
 class TrainConfig:
     """How one task is learned. All strategies use these settings."""

@@ -21,6 +21,8 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""
+STAGES = "DEAL_STAGES"
+"""With this environment variable, a command with --json prints stages and remarks to stderr, as lines of JSON."""
 
 
 class _Terminal(Console):
@@ -34,7 +36,8 @@ class _Terminal(Console):
 class Screen:
     """The terminal of one command. Results go to stdout; progress, remarks and errors to stderr.
 
-    Bars are drawn only if stdout and stderr are terminals. With `as_json` only the result is printed.
+    Bars are drawn only if stdout and stderr are terminals. With `as_json` only the result is printed, or stages and
+    remarks too, if STAGES is set.
     It is a `tasks.progress.Reporter`, so a flow can report to it.
     """
 
@@ -42,6 +45,7 @@ class Screen:
         self.as_json = as_json
         self.out = _Terminal(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
         self.err = _Terminal(stderr=True, highlight=False, emoji=False)
+        self._tells = as_json and STAGES in os.environ
         self.draws = not as_json and sys.stdout.isatty() and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
@@ -68,11 +72,15 @@ class Screen:
         if self._progress is not None and self._bar is not None:
             self._progress.remove_task(self._bar)
             self._bar = None
-        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(without_secrets(detail))}")
+        detail = without_secrets(detail)
+        self._tell({"stage": stage, "seconds": seconds, "detail": detail})
+        self._line(f"  [green]✓[/] {stage:<9} [dim]{seconds:6.1f} s[/]  {escape(detail)}")
 
     def said(self, message: str) -> None:
         """Print a line."""
-        self._line(escape(without_secrets(message)))
+        message = without_secrets(message)
+        self._tell({"said": message})
+        self._line(escape(message))
 
     # --- what commands call ---
 
@@ -113,15 +121,24 @@ class Screen:
         """One line on stderr that says what went wrong and what to do."""
         message = without_secrets(message)
         if self.as_json:
-            sys.stderr.write(printable_json(json.dumps({"error": message}, ensure_ascii=False)) + "\n")
+            _write_event({"error": message})
         else:
             self.err.print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self._tells:
+            _write_event(event)
 
     def _line(self, markup: str) -> None:
         if self.as_json:
             return
         console = self._progress.console if self._progress is not None else self.err
         console.print(markup)
+
+
+def _write_event(event: dict[str, Any]) -> None:
+    sys.stderr.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
+    sys.stderr.flush()
 
 
 def this_command() -> str:

@@ -216,13 +216,20 @@ def history(
         ),
     ] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
+    matrix: Annotated[
+        bool, Option("--matrix", help="Show instead how well the versions up to the champion answer each task.")
+    ] = False,
     newest: Annotated[
         int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
-    from tasks.lineage.history import read_champion_at, read_history, read_moves
+    from tasks.lineage.history import read_champion_at, read_history, read_matrix, read_moves
 
+    if matrix:
+        found = read_matrix(lineage)
+        shown = [matrix_table(found.to_json())] if found else ["No task of the champion has test rows."]
+        return CommandResult(found.to_json() if found else None, [heading(f"Scores of {lineage}, %"), *shown])
     if at is not None:
         champion = read_champion_at(lineage, at)
         text = f"version {champion} was champion" if champion else "no version was champion"

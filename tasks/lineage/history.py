@@ -8,6 +8,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError, RegistryError, StoreError
+from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.store import keys
@@ -61,6 +62,16 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
         HistoryEntry(**{name: getattr(info, name) for name in shared}, adapter=store.uri_of(info.adapter_uri))
         for info in versions
     ]
+
+
+def read_matrix(lineage: str) -> AccuracyMatrix | None:
+    """Return the accuracy matrix up to the champion; None: no task of it has test rows.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+    """
+    champion = find_version(open_registry(), lineage, None)
+    return read_record(current_store(), champion.adapter_uri).matrix
 
 
 def read_moves(lineage: str) -> tuple[Move, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deal_core.benchmark.cell import Cell, revision_of
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig, as_stored
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
@@ -24,7 +24,7 @@ def settings_in(folder: str) -> dict[str, dict[str, Any]]:
 def cell_of(settings: dict[str, Any]) -> Cell:
     """The cell that was stored."""
     values = {name: value for name, value in settings.items() if name not in ("schema_version", "revision")}
-    adapter, train = AdapterConfig(**values.pop("adapter")), TrainConfig(**values.pop("train"))
+    adapter, train = AdapterConfig(**values.pop("adapter")), TrainConfig(**as_stored("train", values.pop("train")))
     return Cell(**values | {"adapter": adapter, "train": train, "tasks": tuple(values["tasks"])})
 
 

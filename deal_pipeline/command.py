@@ -1,0 +1,118 @@
+"""Run a `deal` command in a process of its own.
+
+The caller's environment, event loop, log handlers and memory stay as they are, so this works in notebooks and servers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any
+
+COMMAND = (sys.executable, "-c", "from flows.cli.app import main; main()")
+"""The command `deal` of this Python environment, whatever PATH says."""
+REJECTED = 3
+"""Exit code of a command whose version the gate has rejected. The command has a result all the same."""
+NUM_LINES = 20
+"""Lines of a failed command's messages that are kept for the error."""
+Show = Callable[[str], None]
+
+
+class CommandError(Exception):
+    """A command has failed; the message says what was found, where, and what to do.
+
+    Attributes:
+        exit_code: 2: wrong use, such as a setting that is not valid. 1: another error. 130: stopped.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: Show | None) -> Any:
+    """Run a command to its end and return its result, as plain values.
+
+    An interrupt (Ctrl-C, or a notebook's stop) stops the command at its next step. The same call then goes on from
+    there.
+
+    Args:
+        arguments: The command's name and options, without --json.
+        environment: Variables in addition to the caller's.
+        show: Called with a line for every finished stage and every remark; None: nothing is shown.
+
+    Raises:
+        CommandError: The command has failed.
+    """
+    process = start_command(arguments, {**environment, "DEAL_STAGES": "1"})
+    assert process.stdout is not None and process.stderr is not None
+    told = _Told(show)
+    listener = threading.Thread(target=told.listen, args=(process.stderr,), daemon=True)
+    listener.start()
+    try:
+        written = process.stdout.read()
+        code = process.wait()
+    except BaseException:
+        end_command(process)
+        raise
+    listener.join()
+    if code not in (0, REJECTED):
+        raise CommandError(told.error(), code)
+    return json.loads(written)
+
+
+def start_command(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command that answers in JSON. Signals of the caller's terminal do not reach it."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments, "--json"], env={**os.environ, **environment}, text=True, encoding="utf-8",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def end_command(process: subprocess.Popen[str]) -> None:
+    """Stop a command at its next step and wait for its end. A second interrupt ends it at once."""
+    with suppress(ProcessLookupError):
+        process.send_signal(2)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        process.wait()
+        raise
+
+
+class _Told:
+    """What a command says while it works: one JSON object per line, or a library's message."""
+
+    def __init__(self, show: Show | None) -> None:
+        self._show = show
+        self._error = ""
+        self._lines: deque[str] = deque(maxlen=NUM_LINES)
+
+    def listen(self, stream: IO[str]) -> None:
+        for line in stream:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                self._lines.append(line.rstrip())
+            elif "error" in event:
+                self._error = str(event["error"])
+            elif self._show is not None:
+                self._show(_line(event))
+
+    def error(self) -> str:
+        return self._error or "\n".join(["The command has failed.", *self._lines])
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    if "stage" in event:
+        return f"{event['stage']:<9} {event['seconds']:6.1f} s  {event['detail']}"
+    return str(event.get("said", ""))

@@ -1,0 +1,277 @@
+"""A lineage as a Python object: learn, evaluate, answer, look back, and move the champion."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import pandas as pd
+
+from deal_pipeline.command import CommandError, Show, end_command, run_command, start_command
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ANSWER_SECONDS = 330.0
+"""Longest wait for an answer; the server itself gives up a little earlier."""
+NUM_ROWS = 256
+"""Texts of one request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """The outcome of one arrival.
+
+    Attributes:
+        version: The version that was made, or that had learned the same data before.
+        status: How it ended, such as "promoted", "rejected", "awaiting approval" or "unchanged".
+        accepted: Whether the gate has let the version pass.
+        reasons: Why the gate has rejected the version.
+        scores: Task → score of the version on its test rows, 0 to 1, by the task's metric.
+        metrics: Task → the name of its metric.
+        message: The outcome as a sentence.
+        values: Everything that `deal adapt --json` prints.
+    """
+
+    version: str
+    status: str
+    accepted: bool
+    reasons: tuple[str, ...]
+    scores: Mapping[str, float]
+    metrics: Mapping[str, str]
+    message: str
+    values: Mapping[str, Any]
+
+
+class Lineage:
+    """One adapter that learns arrival after arrival.
+
+    Every call runs a command of its own, so the caller's environment and event loop stay as they are. The first
+    `predict` starts a server on this machine, which answers until `close`, or until the program ends.
+
+    Args:
+        name: Name of the lineage; the first arrival creates it.
+        home: Folder that holds everything. None: DEAL_HOME, or ./deal-home.
+        show: Called with a line for every finished stage. None: nothing is shown.
+        environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URL.
+
+    Example:
+        >>> lineage = Lineage("support")
+        >>> lineage.adapt("intents.csv", task="intents").accepted  # doctest: +SKIP
+        True
+        >>> lineage.predict(["I lost my card"])  # doctest: +SKIP
+        ['lost card']
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        home: str | Path | None = None,
+        show: Show | None = print,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._environment = dict(environment or {})
+        if home is not None:
+            self._environment["DEAL_HOME"] = str(Path(home).expanduser().resolve())
+        self._show = show
+        self._server: _Server | None = None
+        self._starting = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def adapt(
+        self,
+        data: str | Path | pd.DataFrame | Dataset,
+        *,
+        task: str | Mapping[str, Any],
+        test_data: str | Path | pd.DataFrame | Dataset | None = None,
+        base: str | None = None,
+        strategy: str | None = None,
+        memory: Literal["none", "rows"] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        again: bool = False,
+    ) -> Adaptation:
+        """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
+
+        Args:
+            data: Rows to learn: a file, an address, or a table with the columns that a file would have.
+            task: Name of the task that the rows belong to, or the section `task` of a spec, with its name.
+            test_data: Rows to judge the task by; None: a share of the rows.
+            base: The base model of a new lineage.
+            strategy: How to learn; None: the lineage's own, else deal.
+            memory: Whether a tenth of the rows is kept; None: the lineage's own, else none.
+            settings: Other sections of a spec, such as {"train": {"num_epochs": 3}, "gate": {"max_drop_points": 5}}.
+            again: Learn the rows even if the lineage has learned them.
+
+        Raises:
+            CommandError: The data, a setting or the home cannot be used. Nothing is lost.
+        """
+        with tempfile.TemporaryDirectory(prefix="deal-") as folder:
+            arrival = {"name": task} if isinstance(task, str) else dict(task)
+            arrival["data"] = _as_file(data, Path(folder) / "data.parquet")
+            if test_data is not None:
+                arrival["test_data"] = _as_file(test_data, Path(folder) / "test.parquet")
+            spec = Path(folder) / "spec.yaml"
+            spec.write_text(json.dumps({**(settings or {}), "task": arrival}), encoding="utf-8")  # JSON is YAML
+            options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
+            values = self._run(["adapt", str(spec), *options, *(["--again"] if again else [])])
+        return Adaptation(
+            version=values["version"], status=values["status"], accepted=not values["rejected"],
+            reasons=tuple(values["reasons"]), scores=values["accuracies"], metrics=values["metrics"],
+            message=values["message"], values=values,
+        )  # fmt: skip
+
+    def evaluate(self, version: str | None = None) -> pd.DataFrame:
+        """Score a version (None: the champion) again on the test rows of its tasks.
+
+        Returns:
+            One row per task: score (0 to 1), recorded (the score of the version's own run) and num_rows.
+
+        Raises:
+            CommandError: There is no such version.
+        """
+        values = self._run(["evaluate", *self._options({"--version": version})])
+        found = {"score": values["accuracies"], "recorded": values["recorded"], "num_rows": values["num_rows"]}
+        return pd.DataFrame(found).rename_axis("task")
+
+    def history(self) -> pd.DataFrame:
+        """Return the versions of the lineage, oldest first: task, scores, the gate's decision, aliases.
+
+        Raises:
+            CommandError: The lineage has no version.
+        """
+        return pd.DataFrame(self._run(["history", *self._options({})])).set_index("version")
+
+    def matrix(self) -> pd.DataFrame:
+        """Return the accuracy matrix up to the champion: one row per learned arrival, one column per task.
+
+        An entry is a score from 0 to 1 by the task's metric; it is missing where it was not measured.
+
+        Raises:
+            CommandError: The lineage has no champion.
+        """
+        matrix = self._run(["history", "--matrix", *self._options({})]) or {"trained": [], "rows": [], "tasks": []}
+        rows = pd.Index(matrix["trained"], name="learned")
+        return pd.DataFrame(matrix["rows"], index=rows, columns=matrix["tasks"], dtype=float)
+
+    @property
+    def champion(self) -> str | None:
+        """Number of the version that answers; None: there is none yet."""
+        try:
+            versions = self.history()
+        except CommandError:
+            return None
+        found = [str(number) for number, aliases in versions["aliases"].items() if "champion" in aliases]
+        return found[0] if found else None
+
+    def rollback(self, version: str | None = None) -> None:
+        """Make an earlier version the champion again, at once; None: the one that the champion continues.
+
+        Raises:
+            CommandError: There is no such version, or the gate has rejected it.
+        """
+        self._run(["rollback", *self._options({"--to": version})])
+
+    def predict(self, texts: str | Sequence[str], *, task: str | None = None) -> list[str]:
+        """Answer texts with the champion. The first call loads the model; later calls follow the champion.
+
+        Args:
+            texts: The texts; a single text counts as a list of one.
+            task: The task to ask; None: the newest one.
+
+        Raises:
+            CommandError: There is no champion, or a text cannot be answered.
+        """
+        with self._starting:
+            if self._server is None or not self._server.is_alive:
+                self._server = _Server(self.name, self._environment)
+        rows = [{"input": text, "task": task} for text in ([texts] if isinstance(texts, str) else texts)]
+        parts = [rows[start : start + NUM_ROWS] for start in range(0, len(rows), NUM_ROWS)]
+        return [answer for part in parts for answer in self._server.answers(part)]
+
+    def close(self) -> None:
+        """End the server that `predict` has started. The next `predict` starts it again."""
+        with self._starting:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+
+    def _options(self, options: Mapping[str, str | None]) -> list[str]:
+        given = {"--lineage": self.name, **options}
+        return [part for name, value in given.items() if value is not None for part in (name, value)]
+
+    def _run(self, arguments: Sequence[str]) -> Any:
+        return run_command(arguments, self._environment, self._show)
+
+
+class _Server:
+    """A `deal serve` of this program. It ends with the object, or with the program."""
+
+    def __init__(self, lineage: str, environment: Mapping[str, str]) -> None:
+        self._process = start_command(["serve", "--lineage", lineage, "--port", "0"], environment)
+        self.close = weakref.finalize(self, end_command, self._process)
+        process, errors = self._process, []
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if "url" in event:
+                self._url = f"{event['url']}/invocations"
+                break
+        else:  # the server has ended
+            errors = [line for line in process.stderr if line.startswith('{"error"')]
+            code = process.wait()
+            raise CommandError(json.loads(errors[-1])["error"] if errors else "The server has not started.", code)
+        for stream in (process.stdout, process.stderr):  # a full pipe would stop the server
+            threading.Thread(target=_drain, args=(stream,), daemon=True).start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        body = json.dumps({"dataframe_records": rows}).encode()
+        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json", **self._key()})
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answered:
+                values = json.load(answered)
+        except urllib.error.HTTPError as error:
+            raise CommandError(json.load(error)["error"], 1) from None
+        return [str(row["output"]) for row in values["predictions"]]
+
+    def _key(self) -> dict[str, str]:
+        key = os.environ.get("DEAL_SERVE_API_KEY")
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _drain(stream: Iterator[str]) -> None:
+    for _ in stream:
+        pass
+
+
+def _as_file(data: str | Path | pd.DataFrame | Dataset, place: Path) -> str:
+    """A file's path from the root, or an address as it is; a table as a Parquet file at `place`."""
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data) if "://" in str(data) else os.path.abspath(Path(data).expanduser())
+    if isinstance(data, pd.DataFrame):
+        data.to_parquet(place, index=False)
+    else:
+        data.to_parquet(place)
+    return str(place)

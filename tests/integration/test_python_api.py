@@ -1,0 +1,63 @@
+"""Lineages from Python: every call is a command of its own, and the caller's process stays as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from deal_pipeline import CommandError, Lineage
+from tests.adapting import PASS
+
+SETTINGS = {"train": {"max_steps": 3, "max_prompt_tokens": 96, "checkpoint_steps": 0}, "gate": PASS}
+COLOURS = pd.DataFrame([
+    {"text": f"Number {number} is {colour}.", "label": colour} for number in range(15) for colour in ("red", "green")
+])  # fmt: skip
+
+
+def test_a_table_is_learned_and_answered_from_a_running_event_loop(home: Path, tiny_base: Path) -> None:
+    before, shown = dict(os.environ), list[str]()
+
+    async def work() -> None:
+        with Lineage("api", home=home, show=shown.append) as lineage:
+            first = lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
+            assert first.accepted and first.version == "1"
+            assert first.metrics == {"colours": "exact"} and 0 <= first.scores["colours"] <= 1
+            answers = lineage.predict(["Number 3 is red.", "Number 4 is green."], task="colours")
+            assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+            assert lineage.predict("Number 3 is red.", task="colours") == answers[:1]
+            with pytest.raises(CommandError, match="this version knows colours"):
+                lineage.predict("Number 3 is red.", task="sizes")
+
+    asyncio.run(work())
+    assert dict(os.environ) == before
+    assert any(line.startswith("train") for line in shown), "every stage is told"
+
+
+@pytest.mark.nightly
+def test_two_arrivals_are_looked_back_at_and_one_is_taken_back(home: Path, tiny_base: Path) -> None:
+    lineage = Lineage("api", home=home, show=None)
+    lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
+    shapes = COLOURS.assign(label=COLOURS["label"].map({"red": "round", "green": "square"}))
+    second = lineage.adapt(shapes, task="shapes", settings=SETTINGS)
+    assert second.version == "2" == lineage.champion
+    history, matrix = lineage.history(), lineage.matrix()
+    assert list(history["task"]) == ["colours", "shapes"]
+    assert list(matrix.columns) == list(matrix.index) == ["colours", "shapes"]
+    assert matrix.loc["shapes", "shapes"] == second.scores["shapes"]
+    lineage.rollback("1")
+    assert lineage.champion == "1"
+    assert list(lineage.evaluate().index) == ["colours"]
+
+
+def test_a_mistake_is_one_clear_message(home: Path, tmp_path: Path) -> None:
+    lineage = Lineage("api", home=home, show=None)
+    with pytest.raises(CommandError, match=r"no_such\.csv") as error:
+        lineage.adapt(tmp_path / "no_such.csv", task="colours")
+    assert "Traceback" not in str(error.value)
+    assert lineage.champion is None
+    with pytest.raises(CommandError, match="has no champion here; adapt it first"):
+        lineage.predict("Number 3 is red.")
