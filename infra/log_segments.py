@@ -196,7 +196,7 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
     *lines, _ = path.read_bytes().split(b"\n")  # after the last line end stands nothing, or a half-written line
     rows = []
     for line in lines:
-        with suppress(ValueError):  # a disk that was full in between
+        with suppress(ValueError):  # a power cut may leave such lines
             rows.append(json.loads(line))
     try:
         return pa.Table.from_pylist(rows, schema=schema)

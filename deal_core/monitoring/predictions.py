@@ -65,12 +65,15 @@ def predictions_of(
         keeps_texts: Whether the rows get `input` and `output`.
     """
     found, now = [], time.time()
+    spelled: dict[str, dict[str, str]] = {}
     given = zip(rows, answered.answers, answered.confidences, strict=True)
     for number, (row, answer, (confidence, label_mass)) in enumerate(given, 1):
         task, text = answered.served.asked(row, number)
         schema = task.schema
         assert schema.format != "auto", "a task that was learned has a format"
-        label = {label_key(each): each for each in schema.labels}.get(label_key(answer))
+        if schema.name not in spelled:
+            spelled[schema.name] = {label_key(each): each for each in schema.labels}
+        label = spelled[schema.name].get(label_key(answer))
         found.append(Prediction(
             id=uuid.uuid4().hex, time=now, lineage=answered.served.lineage, version=answered.version, task=schema.name,
             input_sha256=stored_input_digest(schema.format, text).hex(), chars=len(text),

@@ -119,6 +119,10 @@ def test_off_writes_nothing_and_answers_are_the_same(
     plain, logged = (each.json()["predictions"] for each in found)
     assert [{name: row[name] for name in plain[0]} for row in logged] == plain
     assert {*logged[0]} - {*plain[0]} == {"id", "confidence"}
+    for kept, keeps_texts in (("numbers", False), ("texts", True)):
+        monkeypatch.setenv("DEAL_LOG_PREDICTIONS", kept)
+        opened = open_prediction_log(tmp_path, "l")
+        assert opened is not None and opened.keeps_texts == keeps_texts
 
 
 KILLED = """
