@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, DealError
 from flows.lock import LineageBusyError, hold_lineage
+from infra.settings import ServingSettings
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
@@ -17,7 +18,9 @@ from tasks.context import current_store
 from tasks.housekeeping.garbage import Removal, plan_removals
 from tasks.housekeeping.inventory import (
     list_all_lineages,
+    list_logged_lineages,
     look_at_lineage,
+    old_logs,
     old_temporaries,
     old_training_rows,
     remove,
@@ -42,9 +45,10 @@ class GcResult(BaseModel, frozen=True):
 
 @flow(name="gc")
 async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool = False) -> GcResult:
-    """Remove old work folders, rejected adapters, training rows and temporary files of crashed processes.
+    """Remove old work folders, rejected adapters, training rows, logs and temporary files of crashed processes.
 
-    Each lineage is held while its files are removed. A problem with one lineage does not stop the others.
+    Logs are removed after DEAL_LOG_RETENTION_DAYS of this machine. Each lineage is held while its other files are
+    removed. A problem with one lineage does not stop the others.
 
     Args:
         lineage: Only this lineage; None: all lineages, and files that belong to no lineage.
@@ -56,8 +60,8 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
     store, registry, tracker = current_store(), open_registry(), open_tracker()
-    known = list_all_lineages(store)
-    if lineage is not None and lineage not in known:
+    known, logged = list_all_lineages(store), list_logged_lineages(store)
+    if lineage is not None and lineage not in {*known, *logged}:
         raise ConfigError(f"There is no lineage {lineage!r} here; known are: {', '.join(known) or 'none'}.")
     remover = ArtifactRemover(tracker)
     removals: list[Removal] = []
@@ -72,7 +76,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
                 remove(store, remover, removal, now)
             removals.append(removal)
 
-    for name in known if lineage is None else (lineage,):
+    for name in known if lineage is None else {lineage} & {*known}:
         try:
             async with hold_lineage(name, wait=False):
                 held = look_at_lineage(store, registry, tracker, name)
@@ -83,6 +87,8 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         except DealError as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
+    days = ServingSettings().log_retention_days
+    apply(old_logs(store, logged if lineage is None else (lineage,), now=now, days=days))
     if lineage is None:
         apply(old_training_rows(store, now=now, older_than=limit))
         apply(old_temporaries(store, now=now))

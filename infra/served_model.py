@@ -3,7 +3,7 @@
     mlflow models serve -m models:/LINEAGE@champion --env-manager local
 
 The folder contains no pickle and no code. The model takes rows of `input` and optionally `task`, and returns rows of
-`output`, `task`, `version` and `lineage`.
+`output`, `task`, `version` and `lineage`. In `deal serve` with a prediction log, rows have `id` and `confidence` too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlflow.pyfunc
 import pandas as pd
@@ -25,7 +25,7 @@ from mlflow.types import ColSpec, DataType, Schema
 
 from deal_core.adapter.files import PEFT_FILES
 from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answerer, load_answerer
+from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
@@ -49,10 +49,17 @@ VERSION = "version"
 """The attribute of a table of answers that names the version."""
 
 
+class AnswersRows(Protocol):
+    """Anything that answers rows as `Answerer.ask` does."""
+
+    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
+        """Answer rows, all with the same version."""
+
+
 class ServedModel:
     """A version that MLflow calls for predictions."""
 
-    def __init__(self, answerer: Answerer, is_given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, answerer: AnswersRows, is_given_up: Callable[[], bool] = lambda: False) -> None:
         self.answerer = answerer
         self._is_given_up = is_given_up
 
@@ -81,6 +88,8 @@ class ServedModel:
             "version": found.version,
             "lineage": found.served.lineage,
         })  # fmt: skip
+        if found.ids:
+            table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
         table.attrs[VERSION] = found.version  # so that a table without rows names the version too
         return table
 

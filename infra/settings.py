@@ -122,7 +122,7 @@ class TrackingSettings(HomeSettings):
 
 
 class ServingSettings(_Settings):
-    """The base model with which this machine serves."""
+    """How this machine serves, and what it keeps of the answers."""
 
     base_model: str | None = None
     """Place of the base model (DEAL_BASE_MODEL); None: the place that the version names. Another model is refused."""
@@ -131,6 +131,10 @@ class ServingSettings(_Settings):
     serving_precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the base model's weights (DEAL_SERVING_PRECISION); auto: as in training. In bf16 the other rows of a
     batch may change an answer that is a close decision; in fp32 they do not."""
+    log_predictions: Literal["off", "numbers", "texts"] = "off"
+    """What `deal serve` keeps of each answer (DEAL_LOG_PREDICTIONS): nothing, numbers and labels, or the texts too."""
+    log_retention_days: int = Field(default=30, ge=1)
+    """Days after which `deal gc` removes rows of the prediction log and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
 class VllmSettings(BaseSettings):

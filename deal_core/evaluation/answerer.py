@@ -23,7 +23,8 @@ from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.generation import generate_answers
+from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import GivenAnswer, answer_inputs
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
@@ -43,6 +44,10 @@ class Answered(NamedTuple):
     served: ServedVersion
     version: str
     """The version's number."""
+    confidences: list[Confidence]
+    """How sure the model was of each answer."""
+    ids: Sequence[str] = ()
+    """The ids of the rows in the prediction log; empty: the rows are not logged."""
 
 
 def load_answerer(
@@ -145,7 +150,8 @@ class Answerer:
         if request.error is not None:
             raise request.error
         assert request.served is not None
-        return Answered(request.answers, request.served, request.version)
+        answers, confidences = [each.text for each in request.given], [each.confidence for each in request.given]
+        return Answered(answers, request.served, request.version, confidences)
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.
@@ -236,7 +242,7 @@ class Answerer:
             if self._is_stopped or request.is_given_up():
                 request.end(GivenUpError("The server is stopping, or the client has gone; ask again."))
             elif num_left > 0 and request.prepare(self._served, self._version):
-                batch.append(_Part(request, request.asked[len(request.answers) :][:num_left]))
+                batch.append(_Part(request, request.asked[len(request.given) :][:num_left]))
                 num_left -= len(batch[-1].rows)
         try:
             self._answer_together(batch)
@@ -260,19 +266,19 @@ class Answerer:
 
     def _generate(self, batch: Sequence[_Part]) -> None:
         asked: dict[ServedTask, list[tuple[int, int]]] = {}
-        found = [[""] * len(part.rows) for part in batch]
+        found: list[dict[int, GivenAnswer]] = [{} for _ in batch]
         for number, part in enumerate(batch):
             for place, (task, _) in enumerate(part.rows):
                 asked.setdefault(task, []).append((number, place))
         for task, places in asked.items():
-            answers = generate_answers(
+            answers = answer_inputs(
                 self._model, self._tokenizer, task.schema, [batch[number].rows[place][1] for number, place in places],
                 EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
             )  # fmt: skip
             for (number, place), answer in zip(places, answers, strict=True):
                 found[number][place] = answer
-        for part, answers in zip(batch, found, strict=True):
-            part.request.take(answers)
+        for part, given in zip(batch, found, strict=True):
+            part.request.take([given[place] for place in range(len(part.rows))])
 
 
 class _InterruptedError(Exception):
@@ -287,7 +293,7 @@ class _Request:
     is_given_up: Callable[[], bool]
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
     """The rows in the form that the version `served` is asked; empty before the first batch."""
-    answers: list[str] = field(default_factory=list)
+    given: list[GivenAnswer] = field(default_factory=list)
     """Answers to the first rows."""
     served: ServedVersion | None = None
     version: str = ""
@@ -305,9 +311,9 @@ class _Request:
             self.is_done = self.error is not None or not self.asked
         return not self.is_done
 
-    def take(self, answers: Sequence[str]) -> None:
-        self.answers += answers
-        self.is_done = len(self.answers) == len(self.asked)
+    def take(self, given: Sequence[GivenAnswer]) -> None:
+        self.given += given
+        self.is_done = len(self.given) == len(self.asked)
 
     def end(self, error: Exception) -> None:
         self.error, self.is_done = error, True
@@ -315,7 +321,7 @@ class _Request:
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
         if not self.is_done:
-            self.asked, self.answers, self.served = [], [], None
+            self.asked, self.given, self.served = [], [], None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
@@ -17,6 +17,7 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.confidence import Confidence, ConfidenceRecorder
 
 OnProgress = Callable[[int], None]
 LanguageModel = PreTrainedModel | PeftModel
@@ -25,7 +26,13 @@ MAX_LOGIT_BYTES = 2**30
 times as many."""
 
 
-@torch.inference_mode()
+class GivenAnswer(NamedTuple):
+    """One answer, and how sure the model was of it."""
+
+    text: str
+    confidence: Confidence
+
+
 def generate_answers(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,7 +43,29 @@ def generate_answers(
     max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
-    """Generate one greedy answer per input, in the inputs' order.
+    """Generate one greedy answer per input, in the inputs' order. The arguments are those of `answer_inputs`.
+
+    Example:
+        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
+    """
+    found = answer_inputs(
+        model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
+    )
+    return [each.text for each in found]
+
+
+@torch.inference_mode()
+def answer_inputs(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    config: EvaluateConfig,
+    *,
+    max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> list[GivenAnswer]:
+    """Generate one greedy answer per input with its confidence, in the inputs' order.
 
     Args:
         model: The base model, with or without an adapter.
@@ -46,20 +75,18 @@ def generate_answers(
         config: Size of batches and length of answers.
         max_prompt_tokens: A longer prompt loses the end of its text.
         on_progress: Called with the number of rows just answered.
-
-    Example:
-        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
     """
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
-    answers = [""] * len(prompts)
-    limit = answer_limit(tokenizer, task, config)
-    for batch, tokens, _ in generate(model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens):
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
+    found: dict[int, GivenAnswer] = {}
+    limit, recorder = answer_limit(tokenizer, task, config), ConfidenceRecorder(tokenizer, task)
+    for batch, tokens, _ in generate(
+        model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens, recorder=recorder
+    ):
+        texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        found.update(zip(batch, map(GivenAnswer, texts, recorder.confidences(tokens, texts)), strict=True))
         if on_progress is not None:
             on_progress(len(batch))
-    return answers
+    return [found[place] for place in range(len(prompts))]
 
 
 class Generated(NamedTuple):
@@ -82,6 +109,7 @@ def generate(
     *,
     max_batch_tokens: int,
     with_logits: bool = False,
+    recorder: ConfidenceRecorder | None = None,
 ) -> Iterator[Generated]:
     """Continue prompts greedily, in batches of similar length. A prefix that all prompts share is computed once.
 
@@ -93,13 +121,16 @@ def generate(
         max_batch_tokens: Most tokens of a batch's prompts, padding included.
         with_logits: Whether the logits are kept. They take 8·V bytes per new token of a batch (two fp32 copies), at
             most MAX_LOGIT_BYTES.
+        recorder: Sees the scores of each new token. It holds those of the batch that was yielded last.
     """
     model.eval()
     prefix = read_prefix(model, prompts)
     max_rows = MAX_LOGIT_BYTES // (8 * max_new_tokens * model.config.vocab_size) if with_logits else len(prompts)
     for batch in batches_by_length([len(p) for p in prompts], max_batch_tokens, max(1, max_rows)):
         chosen = [prompts[i] for i in batch]
-        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits))
+        if recorder is not None:
+            recorder.begin()
+        yield Generated(batch, *_generate(model, tokenizer, chosen, max_new_tokens, prefix, with_logits, recorder))
 
 
 @torch.inference_mode()
@@ -176,6 +207,7 @@ def _generate(
     max_new_tokens: int,
     prefix: Prefix,
     with_logits: bool,
+    recorder: ConfidenceRecorder | None,
 ) -> tuple[list[list[int]], Tensor | None]:
     is_seq2seq = model.config.is_encoder_decoder
     input_ids, mask = pad_batch(
@@ -199,6 +231,7 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
         output_logits=with_logits,
+        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
         **more,
     )
     assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))

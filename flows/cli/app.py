@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.benchmark import benchmark_app
+from flows.cli.feedback import feedback_app
 from flows.cli.housekeeping import housekeeping_app
 from flows.cli.learn import learn_app
 from flows.cli.plan import model_app, plan_app
@@ -34,6 +35,7 @@ app.add_typer(versions_app)
 app.add_typer(tests_app, name="tests")
 app.add_typer(housekeeping_app)
 app.add_typer(serve_app)
+app.add_typer(feedback_app)
 app.add_typer(vllm_app, name="vllm")
 app.add_typer(server_app)
 

@@ -33,7 +33,7 @@ def gc(
     ] = "30d",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult:
-    """Remove left-over checkpoints, old rejected adapters and stored training rows that are no longer needed."""
+    """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
     from flows.gc import gc as gc_flow
 
     outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
@@ -153,5 +153,9 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
         yield escape(
             "Other arrivals came with one of the same files (the task's test rows, say) and still hold its rows; "
             f"forget them too if they have to go: {', '.join(sha256[:12] for sha256 in plan.shared_with)}"
+        )
+    if not plan.knows_training_rows:
+        yield (
+            "No stored file has its training rows any more, so the prediction log was searched for its test rows alone."
         )
     yield "A copy of the file outside the inbox, backups and log files are not looked at: see docs/housekeeping.md."

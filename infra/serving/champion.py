@@ -23,6 +23,7 @@ from deal_core.errors import DealError, RegistryError
 from deal_core.evaluation.answerer import Answered, Answerer, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from infra.served_model import LOADER, ServedModel
+from infra.serving.prediction_log import PredictionLog
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
@@ -50,8 +51,9 @@ class NoChampionError(RegistryError):
 class Champion:
     """The model that answers for a lineage. `follow` loads the version that the alias names."""
 
-    def __init__(self, lineage: str, say: Say) -> None:
+    def __init__(self, lineage: str, say: Say, log: PredictionLog | None = None) -> None:
         self.lineage = lineage
+        self.log = log
         self._print = say
         self._answerer: Answerer | None = None
         self._meta: Model | None = None
@@ -83,17 +85,19 @@ class Champion:
         return self._answerer.served
 
     def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
-        """Answer rows, all with one version; errors are those of `Answerer.ask`."""
+        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`."""
         assert self._answerer is not None, "requests come after the champion was loaded"
-        return self._answerer.ask(rows, is_given_up)
+        begun = time.perf_counter()
+        answered = self._answerer.ask(rows, is_given_up)
+        return answered if self.log is None else self.log.note(rows, answered, time.perf_counter() - begun)
 
     def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
         """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.
 
         The model stops when `is_given_up` returns True, because the client has closed the connection.
         """
-        assert self._answerer is not None and self._meta is not None, "requests come after the champion was loaded"
-        return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(self._answerer, is_given_up))
+        assert self._meta is not None, "requests come after the champion was loaded"
+        return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(self, is_given_up))
 
     def begin(self) -> None:
         """Load the champion.

@@ -1,13 +1,15 @@
-"""Figures of `deal serve` for Prometheus: requests by path, status and version, their seconds, and those in flight."""
+"""Figures of `deal serve` for Prometheus: requests and their seconds, and rows that the prediction log lost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper limits of the histogram of seconds."""
@@ -21,11 +23,24 @@ class Measured:
     version: str = ""
 
 
-class Meter:
-    """Counts the requests of one server."""
+class _Dropped(Collector):
+    """The rows that the prediction log lost, as the log counts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_dropped: Callable[[], int]) -> None:
+        self._num_dropped = num_dropped
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """Return the figure of this moment."""
+        help_text = "Answers that are missing in the prediction log."
+        return [CounterMetricFamily("deal_predictions_dropped", help_text, value=self._num_dropped())]
+
+
+class Meter:
+    """Counts the requests of one server. `num_dropped` returns the rows that the prediction log has lost."""
+
+    def __init__(self, num_dropped: Callable[[], int] = lambda: 0) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_Dropped(num_dropped))
         self._requests = Counter(
             "deal_requests", "Requests that ended.", ["path", "status", "version"], registry=self._registry
         )

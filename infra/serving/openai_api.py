@@ -52,20 +52,28 @@ class ApiRequest:
             raise RefusalError(404, message, code=NOT_FOUND)
 
     def body(self, answered: Answered) -> str:
-        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece."""
+        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece.
+
+        The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
+        """
         made = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
             "created": int(time.time()),
             "model": f"{answered.served.lineage}@{answered.version}",
         }
         if not self.is_stream:
             kind = "chat.completion" if self.is_chat else "text_completion"
-            choices = [self._choice(number, text) for number, text in enumerate(answered.answers)]
+            choices = [{**self._choice(number, text), **self._id(answered, number)}
+                       for number, text in enumerate(answered.answers)]  # fmt: skip
             return json.dumps({**made, "object": kind, "choices": choices}, ensure_ascii=False)
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        pieces = [piece for number, text in enumerate(answered.answers) for piece in self._pieces(number, text)]
+        pieces = [{**piece, **self._id(answered, number)}
+                  for number, text in enumerate(answered.answers) for piece in self._pieces(number, text)]  # fmt: skip
         events = [json.dumps({**made, "object": kind, "choices": [piece]}, ensure_ascii=False) for piece in pieces]
         return "".join(f"data: {event}\n\n" for event in events) + DONE
+
+    def _id(self, answered: Answered, number: int) -> dict[str, str]:
+        return {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
 
     def _choice(self, number: int, text: str) -> dict[str, Any]:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}

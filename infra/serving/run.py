@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deal_core.errors import ConfigError
 from infra.logs import MAX_BYTES
 from infra.serving.champion import LOG, Champion, Say
+from infra.serving.prediction_log import PredictionLog, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import ServingSettings
 
@@ -49,7 +50,7 @@ async def serve(
 
     Args:
         lineage: The lineage of the champion.
-        home: Folder for the log.
+        home: Folder for the server's log and the prediction log.
         host: Address to listen on.
         port: Port; 0: any free port.
         trusted_hosts: Host names that clients may use, in addition to those of loopback and `host`.
@@ -66,11 +67,13 @@ async def serve(
         ServingError: The champion does not load.
     """
     listener = _listen(host, port)
-    champion, ended, loaded = Champion(lineage, say), threading.Event(), Future[None]()
+    log = open_prediction_log(home, lineage)
+    champion, ended, loaded = Champion(lineage, say, log), threading.Event(), Future[None]()
     follower = threading.Thread(target=_follow, args=(champion, loaded, ended), name="champion", daemon=True)
     follower.start()
     begun = asyncio.wrap_future(loaded)
-    with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), _signals() as (stopped, again):
+    server_log = _logged_to(home / "logs" / f"serve-{lineage}.log")
+    with listener, server_log, _predictions_logged(log), _signals() as (stopped, again):
         await asyncio.wait([begun, stopped], return_when=asyncio.FIRST_COMPLETED)
         try:
             if not stopped.done():
@@ -185,12 +188,24 @@ def _signals() -> Iterator[tuple[asyncio.Future[None], asyncio.Future[None]]]:
 
 
 @contextmanager
+def _predictions_logged(log: PredictionLog | None) -> Iterator[None]:
+    """Run the threads of the prediction log, if there is one."""
+    if log is not None:
+        log.start()
+    try:
+        yield
+    finally:
+        if log is not None:
+            log.close()
+
+
+@contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Send the logs of the server and asyncio to a file of limited size, not to the screen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = (LOG, logging.getLogger("uvicorn.error"), logging.getLogger("asyncio"))
+    loggers = (LOG, *map(logging.getLogger, ("infra.log_segments", "uvicorn.error", "asyncio")))
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
     POST /invocations          MLflow's format: {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
     POST /v1/chat/completions  OpenAI's format, and /v1/completions; `infra.serving.openai_api` reads it
     GET  /v1/models            the names of models that are served
+    POST /feedback             [{"id": ID, "label": LABEL}]; `infra.serving.feedback` reads it
     GET  /health, /ping        200 while a version answers
     GET  /version              the version that answers, the version that is being loaded, and the current problem
     GET  /metrics              figures for Prometheus
@@ -35,6 +36,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
 from infra.serving.champion import LOG, Champion
+from infra.serving.feedback import FEEDBACK_BODY, take_feedback
 from infra.serving.meter import Meter
 from infra.serving.openai_api import list_models, read_request
 from infra.serving.refusal import RefusalError
@@ -60,6 +62,7 @@ class HttpAnswer(NamedTuple):
     body: str
     version: str
     kind: str = "application/json"
+    status: int = 200
 
 
 Work = Callable[[Champion, bytes, Callable[[], bool]], HttpAnswer]
@@ -77,7 +80,8 @@ def make_app(
         api_key: The token that requests for answers and models must have; None: none.
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
-    places, meter = asyncio.Semaphore(MAX_IN_FLIGHT), Meter()
+    places, log = asyncio.Semaphore(MAX_IN_FLIGHT), serving.log
+    meter = Meter() if log is None else Meter(lambda: log.num_dropped)
 
     def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
         async def respond(request: Request) -> Response:
@@ -98,9 +102,9 @@ def make_app(
                 except ClientDisconnect:  # no client reads this answer
                     measured.status = 400
                     return Response(status_code=400)
-                measured.version = found.version
+                measured.status, measured.version = found.status, found.version
                 headers = {"X-Deal-Version": found.version, "X-Deal-Lineage": serving.lineage}
-                return Response(found.body, 200, headers, found.kind)
+                return Response(found.body, found.status, headers, found.kind)
 
         return Route(path, respond, methods=["POST"])
 
@@ -124,6 +128,7 @@ def make_app(
     return Starlette(
         routes=[
             answering("/invocations", predict, lambda refusal: {"error": str(refusal)}),
+            answering("/feedback", give_feedback, lambda refusal: {"error": str(refusal)}),
             answering("/v1/chat/completions", partial(complete, is_chat=True), _api_refusal),
             answering("/v1/completions", partial(complete, is_chat=False), _api_refusal),
             Route("/v1/models", models), Route("/health", health), Route("/ping", health), Route("/version", version),
@@ -210,7 +215,7 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
         RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
     """
     try:
-        asked = read_request(_decode(body, OPENAI_BODY), serving.served, is_chat=is_chat)
+        asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
         asked.require_version(serving.version)
         answered = serving.ask(asked.rows, is_given_up)
         asked.require_version(answered.version)  # the champion may have moved
@@ -226,6 +231,17 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
     return HttpAnswer(asked.body(answered), answered.version, kind)
 
 
+def give_feedback(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> HttpAnswer:
+    """Take feedback on answers.
+
+    Raises:
+        RefusalError: The feedback is not taken, see `take_feedback`.
+    """
+    del is_given_up  # there is nothing to wait for
+    number = take_feedback(serving.log, serving.served, _decode(body, FEEDBACK_BODY))
+    return HttpAnswer(json.dumps({"taken": number}), serving.version or "", status=202)
+
+
 def _failed() -> RefusalError:
     LOG.exception("A request could not be answered")
     return RefusalError(500, "The model failed on this request; the server's log has the error.")
@@ -238,7 +254,7 @@ def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> 
         RefusalError: 400: the body is no valid table of rows. 500: the model fails.
     """
     model = serving.model(is_given_up)
-    values = _decode(body, TABLE_BODY)
+    values = _decode_object(body, TABLE_BODY)
     values.pop("params", None)  # MLflow's clients may send params; the model has none
     try:
         schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
@@ -260,8 +276,15 @@ def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> 
     return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
 
 
-def _decode(body: bytes, example: str) -> dict[str, Any]:
+def _decode_object(body: bytes, example: str) -> dict[str, Any]:
     """Read a JSON object; `example` is one, for the message."""
+    values = _decode(body, example)
+    if not isinstance(values, dict):
+        raise RefusalError(400, f"The body is no JSON object; send {example}.")
+    return values
+
+
+def _decode(body: bytes, example: str) -> Any:
     try:
         values = json.loads(body)
         json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
@@ -271,8 +294,6 @@ def _decode(body: bytes, example: str) -> dict[str, Any]:
         raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
     except ValueError as error:
         raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
-    if not isinstance(values, dict):
-        raise RefusalError(400, f"The body is no JSON object; send {example}.")
     return values
 
 

@@ -13,6 +13,9 @@
     watch/LINEAGE.json                        arrivals that a watch has handled
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
+    predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
+    feedback/LINEAGE/DAY/SEGMENT.parquet      right answers and thumbs for rows of the prediction log
+    harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
 
 Older stores have `datasets/TASK/SHA256/FILE`, because lineages shared a dataset.
 """
@@ -20,6 +23,7 @@ Older stores have `datasets/TASK/SHA256/FILE`, because lineages shared a dataset
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date, datetime
 from typing import NamedTuple
 
 INBOX = "inbox"
@@ -33,6 +37,8 @@ LINEAGES = "lineages"
 LABELS = "labels"
 WATCH = "watch"
 FORGOTTEN = "forgotten"
+PREDICTIONS = "predictions"
+FEEDBACK = "feedback"
 
 TASK_FILE = "task.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -218,3 +224,33 @@ def tombstone_key(task: str, sha256: str) -> str:
 def route_key(lineage: str) -> str:
     """Return the key of a lineage's route: its model name in a vLLM server."""
     return f"serving/{lineage}.json"
+
+
+def log_folder(log: str, lineage: str) -> str:
+    """Return the folder of a lineage's prediction log (`log` is PREDICTIONS) or feedback (FEEDBACK)."""
+    return f"{log}/{lineage}"
+
+
+def log_day_folder(log: str, lineage: str, day: date) -> str:
+    """Return the folder of one day of a log."""
+    return f"{log_folder(log, lineage)}/{day.isoformat()}"
+
+
+def log_key(log: str, lineage: str, segment: str) -> str:
+    """Return the key of a log's segment, whose name begins with the time at which it was opened.
+
+    Example:
+        >>> log_key("predictions", "support", "20260301T120000-7f3a")
+        'predictions/support/2026-03-01/20260301T120000-7f3a.parquet'
+    """
+    return f"{log_day_folder(log, lineage, segment_day(segment))}/{segment}.parquet"
+
+
+def segment_day(segment: str) -> date:
+    """Return the day (UTC) on which a segment was opened, from its name or from the last part of its key."""
+    return datetime.strptime(segment[:8], "%Y%m%d").date()
+
+
+def harvest_key(lineage: str, task: str) -> str:
+    """Return the key of the note of the feedback that has become rows of an arrival of a task."""
+    return f"harvests/{lineage}/{task}.json"

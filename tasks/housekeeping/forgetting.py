@@ -8,9 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
+from infra.predictions import answers_to, forget_answers
+from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
@@ -19,10 +21,12 @@ from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, l
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
+from tasks.housekeeping.inputs import arrival_inputs
 from tasks.housekeeping.inventory import (
     KnownArrival,
     find_leftovers,
     list_all_lineages,
+    list_logged_lineages,
     manifests_of,
     remove_local,
     with_every_split,
@@ -32,7 +36,7 @@ from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
-               "answers", "inbox file", "quarantine", "training rows", "test rows"]  # fmt: skip
+               "answers", "logged answers", "inbox file", "quarantine", "training rows", "test rows"]  # fmt: skip
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
@@ -84,6 +88,10 @@ class ForgetPlan(BaseModel):
     """Lineages whose champion is judged on the task by these rows, and cannot be judged on it afterwards."""
     shared_with: tuple[str, ...] = ()
     """Digests of other datasets that share a landed file, for example the task's file of test rows."""
+    inputs: frozenset[str] = Field(default=frozenset(), exclude=True, repr=False)
+    """Digests of the inputs that are known, which name the rows of the prediction log."""
+    knows_training_rows: bool = True
+    """Whether the inputs of the training rows are known: a file of the arrival, or its training rows, are stored."""
 
 
 def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str]) -> tuple[AffectedVersion, ...]:
@@ -110,6 +118,8 @@ def plan_forgetting(
         Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
         for each in find_leftovers(store, datetime.now(UTC))
     ]
+    inputs = arrival_inputs(store, arrival, arrival.inbox_keys(store, registry))
+    held += _logged(store, inputs.digests)
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
@@ -135,6 +145,7 @@ def plan_forgetting(
     return ForgetPlan(
         task=arrival.task, sha256=arrival.sha256, splits=arrival.splits, landed=arrival.landed, files=arrival.files,
         held=tuple(held), learned=tuple(learned), unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
+        inputs=inputs.digests, knows_training_rows=inputs.has_training_rows,
     )  # fmt: skip
 
 
@@ -154,6 +165,9 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                 shutil.rmtree(each.address, ignore_errors=True)
             case "temporary files":
                 remove_local(each.address)
+            case "logged answers":
+                assert each.lineage is not None
+                forget_answers(store, HomeSettings().home, each.lineage, plan.inputs)
             case "adapter of no version" | "answers" | "inbox file" | "quarantine" | "training rows" | "test rows":
                 store.delete(each.address)
             case _:
@@ -187,6 +201,16 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
             for info in store.list(quarantine_folder(arrival.task, sha256))
         ]
     return found
+
+
+def _logged(store: ObjectStore, inputs: Collection[str]) -> list[Held]:
+    """The logs of the lineages that were asked one of the inputs."""
+    home = HomeSettings().home
+    return [
+        Held(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
+             lineage=lineage)
+        for lineage in list_logged_lineages(store) if (ids := answers_to(store, home, lineage, inputs))
+    ]  # fmt: skip
 
 
 def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:

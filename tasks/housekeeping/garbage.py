@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from infra.tracking.registry import VersionInfo
 from infra.tracking.runs import RunInfo
 
-Kind = Literal["work folder", "adapter", "training rows", "temporary files"]
+Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "temporary files"]
 
 
 class Folder(NamedTuple):

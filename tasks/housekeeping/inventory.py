@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,15 +21,18 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.safe_text import without_secrets
+from infra.predictions import feedback_log, prediction_log
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore
 from infra.store.keys import (
     ADAPTERS,
     DATASETS,
+    FEEDBACK,
     FORGOTTEN,
     INBOX,
     MANIFEST_FILE,
+    PREDICTIONS,
     QUARANTINE,
     TASK_FILE,
     TRAIN_FILE,
@@ -63,6 +66,40 @@ def list_all_lineages(store: ObjectStore) -> tuple[str, ...]:
     work = HomeSettings().home / "work"
     found |= {path.name for path in work.iterdir() if path.is_dir()} if work.is_dir() else set()
     return tuple(sorted(found))
+
+
+def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
+    """Return every lineage with a prediction log or feedback, in the store or on this machine."""
+    found: set[str] = set()
+    for log in (PREDICTIONS, FEEDBACK):
+        found |= {keys.lineage_of(info.key) for info in store.list(log)}
+        folder = HomeSettings().home / log
+        found |= {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    return tuple(sorted(found))
+
+
+def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days: int) -> tuple[Removal, ...]:
+    """Return the days of the prediction logs and of the feedback that are older than the retention.
+
+    A segment that was never moved into the store counts too. Its writer is gone, as a segment is open for minutes only.
+    """
+    last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
+    home, found = HomeSettings().home, list[Removal]()
+    for log in (prediction_log(home, each) for each in lineages):
+        for each in (log, feedback_log(home, log.lineage)):
+            stored: dict[date, int] = defaultdict(int)
+            for info in each.stored(store):
+                stored[keys.segment_day(keys.file_name(info.key))] += info.size
+            places = [(keys.log_day_folder(each.name, each.lineage, day), size) for day, size in sorted(stored.items())
+                      if day <= last]  # fmt: skip
+            places += [(str(path), path.stat().st_size) for path in each.segments()
+                       if keys.segment_day(path.name) <= last]  # fmt: skip
+            found += [
+                Removal(lineage=each.lineage, kind="prediction log" if each is log else "feedback", address=address,
+                        num_bytes=size, reason=f"older than {days} days (DEAL_LOG_RETENTION_DAYS)")
+                for address, size in places
+            ]  # fmt: skip
+    return tuple(found)
 
 
 def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Holdings:
@@ -116,7 +153,7 @@ def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
 
 def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: datetime) -> None:
     """Do one removal. The store is last: after an interruption, the next plan finds the removal again there."""
-    if removal.kind in ("work folder", "temporary files"):
+    if removal.kind in ("work folder", "temporary files") or Path(removal.address).is_absolute():
         remove_local(removal.address)
         return
     if removal.version and removal.model_id:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError, StoreError
+from deal_core.evaluation.answering import InputRow
+from deal_core.monitoring.feedback import read_entry
 from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
 from flows.promote import requeue, roll_back
+from infra.predictions import read_feedback, read_predictions
+from infra.serving.prediction_log import PredictionLog
+from infra.store.keys import log_key
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
@@ -34,6 +40,7 @@ from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError
 from tasks.predict import FileAnswers, predict, predict_file
 from tasks.validate import validate
 from tests.adapting import BANK, CLINIC, FAIL, run
+from tests.served import Champion
 
 SECRET = "Zanzibar-4711"
 
@@ -203,6 +210,39 @@ def test_gc_refuses_what_it_cannot_mean(first: AdaptResult, lineage: str, age: s
         collect(lineage, age)
 
 
+def logged(home: Path, texts: list[str]) -> list[str]:
+    """Log an answer of lineage l to each text, with feedback; return the ids of the answers."""
+    log = PredictionLog(current_store(), home, "l", keeps_texts=True)
+    champion = Champion(log)
+    log.start()
+    ids = [*champion.ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+    log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=1.0).feedback for each in ids])
+    log.close()
+    return ids
+
+
+@pytest.mark.usefixtures("first")
+def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = current_store()
+    logged(home, ["one"])
+    assert len(read_predictions(store, home, "l")) == len(read_feedback(store, home, "l")) == 1
+    (young,), (said,) = keys("predictions"), keys("feedback")
+    for number, days in enumerate((10, 11, 12)):
+        segment = f"{datetime.now(UTC) - timedelta(days=days):%Y%m%dT%H%M%S}-{number}"
+        for log, new in (("predictions", young), ("feedback", said)):
+            store.put_bytes(log_key(log, "l", segment), store.get_bytes(new))
+    left = home / "predictions" / "l" / f"{datetime.now(UTC) - timedelta(days=20):%Y%m%dT%H%M%S}-x.jsonl"
+    left.write_text("left by a server that was killed")
+    assert not collect("l").removals
+    monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
+    planned = collect("l", dry_run=True).removals
+    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 3]
+    assert left.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
+    assert collect("l").removals == planned
+    assert not left.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
+    assert young in keys("predictions") and not collect("l").removals
+
+
 # --- forget
 
 
@@ -297,6 +337,19 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
     learned = run(tiny_base, land(), again=True)
     assert (learned.status, learned.dataset.uri) == ("promoted", first.dataset.uri)
     assert asyncio.run(evaluate("l")).unjudged == {}
+
+
+def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResult, home: Path) -> None:
+    test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
+    _, _, other = logged(home, [f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
+    store = current_store()
+    plan = plan_forget(first.dataset.sha256)
+    (held,) = (each for each in plan.held if each.kind == "logged answers")
+    assert held.address == "2 rows of predictions/l" and plan.knows_training_rows
+    assert SECRET not in plan.model_dump_json() and len(read_predictions(store, home, "l")) == 3
+    asyncio.run(forget(first.dataset.sha256))
+    assert [*read_predictions(store, home, "l")["id"]] == [other] == [*read_feedback(store, home, "l")["id"]]
+    assert not holding(home, SECRET)
 
 
 @pytest.mark.usefixtures("first")

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import mlflow
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.models import Model
@@ -28,6 +29,7 @@ from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_ver
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
+from infra.predictions import read_feedback, read_predictions
 from infra.served_model import _load_pyfunc
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
@@ -147,6 +149,36 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
         wait_for(lambda: state(url)["version"] == "1")
         wait_for(lambda: list(temporary.iterdir()) == [])
         assert process.poll() is None
+
+
+def test_a_server_that_is_killed_has_logged_its_answers_and_no_word_of_a_request(
+    versions: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_registry().set_alias(LINEAGE, "champion", "2")
+    monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+    store, home = current_store(), HomeSettings().home
+    rows = [{"input": text, "task": "bank"} for text in TEXTS]
+    with served() as (url, process):
+        asked = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=300).json()["predictions"]
+        assert [row["output"] for row in asked] == versions["2"], "the answers are those without a log"
+        taken = httpx.post(f"{url}/feedback", json=[{"id": asked[0]["id"], "is_right": True}])
+        assert taken.status_code == 202
+        wait_for(lambda: len(read_feedback(store, home, LINEAGE)) == 1)
+        wait_for(lambda: len(read_predictions(store, home, LINEAGE)) == len(TEXTS))
+        assert not list(store.list("predictions")), "a server that lives keeps its segment"
+        process.kill()
+        process.wait(WAIT_SECONDS)
+    found = read_predictions(store, home, LINEAGE, task="bank", version="2")
+    assert [*found["id"]] == [row["id"] for row in asked] and found["input"].isna().all()
+    assert found["confidence"].between(0, 1).all() and [*found["confidence"]] == [row["confidence"] for row in asked]
+    assert (found["label_mass"] > 0).all() and len(list(store.list("predictions"))) == 1
+    assert [*read_feedback(store, home, LINEAGE)["id"]] == [asked[0]["id"]]
+    kept = [path for path in home.rglob("*") if path.is_file() and {"predictions", "feedback"} & {*path.parts}]
+    tables = [path for path in kept if path.suffix == ".parquet"]
+    content = b"".join(json.dumps(pq.read_table(path).to_pylist()).encode() + path.read_bytes() for path in tables)
+    labels = " ".join(str(label) for label in found["label"])
+    words = {word for text in TEXTS for word in text.split() if len(word) > 4 and word not in labels}
+    assert len(tables) == 2 and words and not [word for word in words if word.encode() in content]
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:

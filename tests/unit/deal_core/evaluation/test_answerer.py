@@ -20,7 +20,8 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answering
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
-from deal_core.evaluation.generation import generate_answers
+from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import GivenAnswer, answer_inputs, generate_answers
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60
@@ -89,18 +90,18 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 
 
 class HeldModel:
-    """`generate_answers` that waits at its first call until the test lets it continue."""
+    """`answer_inputs` that waits at its first call until the test lets it continue."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[str]] = []
         self.is_inside, self.may_go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr(answering, "generate_answers", self._generate)
+        monkeypatch.setattr(answering, "answer_inputs", self._generate)
 
-    def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> list[str]:
+    def _generate(self, model: Any, tokenizer: Any, task: Any, inputs: Any, config: Any, **limits: Any) -> Any:
         self.batches.append(inputs)
         self.is_inside.set()
         assert self.may_go_on.wait(WAIT_SECONDS)
-        return generate_answers(model, tokenizer, task, inputs, config, **limits)
+        return answer_inputs(model, tokenizer, task, inputs, config, **limits)
 
 
 def wait_until_waiting(answerer: Answerer, number: int) -> None:
@@ -144,14 +145,14 @@ def test_a_caller_with_many_rows_holds_nobody_up(answerer: Answerer, monkeypatch
 def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, may_go_on = threading.Event(), threading.Event()
 
-    def generate(model: Any, tokenizer: Any, task: Any, inputs: list[str], config: Any, **limits: Any) -> list[str]:
+    def generate(model: Any, tokenizer: Any, task: Any, inputs: list[str], config: Any, **limits: Any) -> Any:
         inside.set()
         assert may_go_on.wait(WAIT_SECONDS)
         if any("poison" in text for text in inputs):
             raise RuntimeError("the model broke")
-        return [text.upper() for text in inputs]
+        return [GivenAnswer(text.upper(), Confidence(1.0, None)) for text in inputs]
 
-    monkeypatch.setattr(answering, "generate_answers", generate)
+    monkeypatch.setattr(answering, "answer_inputs", generate)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(answerer.answer, [InputRow("first")])
         assert inside.wait(WAIT_SECONDS)

@@ -1,0 +1,147 @@
+"""Feedback on a logged answer: the right answer, or whether the answer was right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from deal_core.data.schema import TaskSchema, label_key
+from deal_core.errors import ConfigError
+from deal_core.safe_text import brief, listed
+
+Source = Literal["api", "command"]
+SAID = ("label", "answer", "is_right")
+"""An entry has exactly one of these."""
+KEYS = ("id", *SAID, "is_random", "reviewer")
+MAX_CHARS = 100_000
+"""Longest answer; a reviewer's name is at most 200 characters long."""
+_ID = re.compile(r"(?:chatcmpl-|cmpl-)?([0-9a-f]{32})")
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""Texts of a CSV file that mean yes or no."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """What was said about one answer."""
+
+    id: str
+    """The answer's id in the prediction log."""
+    time: float
+    """When it was said, in seconds since 1970 (UTC)."""
+    label: str | None
+    """The right answer: a label, or a text for a task without labels; None: only `is_right` is known."""
+    is_right: bool | None
+    """Whether the answer was right; None: only the right answer is known."""
+    source: Source
+    """api: POST /feedback; command: `deal feedback`."""
+    is_random: bool
+    """Whether the row was chosen at random, so that such rows together tell the accuracy."""
+    reviewer: str | None
+    """The person who gave the right answer; None: nobody is named."""
+
+    @property
+    def is_reviewed(self) -> bool:
+        """Whether a person stands behind it: a reviewer is named, or it came by command."""
+        return self.source == "command" or self.reviewer is not None
+
+
+FEEDBACK_COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Feedback))
+
+
+@dataclass(frozen=True)
+class FeedbackEntry:
+    """An entry whose form is right. Whether its label exists is checked by `check_against`."""
+
+    feedback: Feedback
+    is_answer: bool
+    """Whether the right answer was given as `answer`, which is for tasks without labels."""
+
+    def check_against(self, tasks: Mapping[str, TaskSchema], task: str | None, place: str) -> Feedback:
+        """Return the feedback with the label in the task's spelling.
+
+        Args:
+            tasks: The tasks of the lineage by name.
+            task: The task of the answer; None: the answer is not known here, so any task may be its task.
+            place: Where the entry stands, for the message.
+
+        Raises:
+            ConfigError: The task has no such label, or takes another kind of answer.
+        """
+        label = self.feedback.label
+        if label is None:
+            return self.feedback
+        possible = [tasks[task]] if task is not None and task in tasks else [*tasks.values()]
+        if self.is_answer:
+            if any(not schema.labels for schema in possible):
+                return self.feedback
+            raise ConfigError(f"{place} gives an answer as free text, and the task has labels; send label.")
+        spelled = {label_key(each): each for schema in possible for each in schema.labels}
+        if not spelled:
+            raise ConfigError(f"{place} gives a label, and the task has none; send answer.")
+        if label_key(label) not in spelled:
+            raise ConfigError(
+                f"{place} has the label {brief(label)}, which the task does not have. Its labels are: "
+                f"{listed(tuple(spelled.values()))}."
+            )
+        return Feedback(**{**vars(self.feedback), "label": spelled[label_key(label)]})
+
+
+def read_entry(values: Any, place: str, *, source: Source, now: float) -> FeedbackEntry:
+    """Check the form of an entry.
+
+    Args:
+        values: The entry: `id`, one of `label`, `answer` and `is_right`, and optionally `is_random` and `reviewer`.
+        place: Where the entry stands, for the message.
+        source: How the entry came.
+        now: The time, in seconds since 1970.
+
+    Raises:
+        ConfigError: The form is wrong. The message quotes no answer.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'{place} is no object; send {{"id": ID, "label": LABEL}}.')
+    given = {name: value for name, value in values.items() if not is_empty(value)}
+    if source == "api" and (unknown := sorted(set(given) - set(KEYS))):
+        raise ConfigError(f"{place} has the keys {listed(unknown)}; the keys are {', '.join(KEYS)}.")
+    found = _ID.fullmatch(given["id"].strip()) if isinstance(given.get("id"), str) else None
+    if found is None:
+        raise ConfigError(f"{place} has no id of an answer, which is 32 hexadecimal digits.")
+    said = [name for name in SAID if name in given]
+    if len(said) != 1:
+        raise ConfigError(f"{place} has {' and '.join(said) or 'no feedback'}; give one of {', '.join(SAID)}.")
+    is_right = _truth(given, "is_right", place)
+    label = None if is_right is not None else _text(given, said[0], MAX_CHARS, place)
+    feedback = Feedback(
+        id=found[1], time=now, label=label, is_right=is_right, source=source,
+        is_random=bool(_truth(given, "is_random", place)), reviewer=_text(given, "reviewer", 200, place),
+    )  # fmt: skip
+    return FeedbackEntry(feedback, is_answer=said == ["answer"])
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a cell is empty: null, NaN, or a text of blanks."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (
+        isinstance(value, str) and not value.strip()
+    )  # fmt: skip
+
+
+def _text(given: Mapping[str, Any], name: str, max_chars: int, place: str) -> str | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > max_chars:
+        raise ConfigError(f"{place}: {name} is no text of at most {max_chars} characters.")
+    return value.strip()
+
+
+def _truth(given: Mapping[str, Any], name: str, place: str) -> bool | None:
+    value = given.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    found = _TRUTH.get(str(value).strip().casefold())
+    if found is None:
+        raise ConfigError(f"{place}: {name} is neither true nor false.")
+    return found

@@ -1,0 +1,125 @@
+"""Read the prediction log and the feedback of a lineage, and remove rows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from deal_core.data.schema import label_key
+from infra.log_segments import Log, read_log, remove_rows
+from infra.store.base import ObjectStore
+from infra.store.keys import FEEDBACK, PREDICTIONS
+
+PREDICTION_SCHEMA = pa.schema([
+    ("id", pa.string()), ("time", pa.float64()), ("lineage", pa.string()), ("version", pa.string()),
+    ("task", pa.string()), ("input_sha256", pa.string()), ("chars", pa.int64()), ("label", pa.string()),
+    ("is_label", pa.bool_()), ("confidence", pa.float64()), ("label_mass", pa.float64()),
+    ("num_answer_chars", pa.int64()), ("seconds", pa.float64()), ("input", pa.string()), ("output", pa.string()),
+])  # fmt: skip
+"""The columns of `Prediction`, as they are stored."""
+FEEDBACK_SCHEMA = pa.schema([
+    ("entry", pa.string()), ("id", pa.string()), ("time", pa.float64()), ("label", pa.string()),
+    ("is_right", pa.bool_()), ("source", pa.string()), ("is_random", pa.bool_()), ("reviewer", pa.string()),
+])  # fmt: skip
+"""The columns of `Feedback`, as they are stored. An answer may have several entries; `entry` tells them apart."""
+
+
+def prediction_log(home: Path, lineage: str) -> Log:
+    """Return the prediction log of a lineage."""
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home)
+
+
+def feedback_log(home: Path, lineage: str) -> Log:
+    """Return the feedback of a lineage."""
+    return Log(FEEDBACK, FEEDBACK_SCHEMA, "entry", lineage, home)
+
+
+def read_predictions(
+    store: ObjectStore,
+    home: Path,
+    lineage: str,
+    *,
+    task: str | None = None,
+    version: str | None = None,
+    since: float | None = None,
+) -> pd.DataFrame:
+    """Return logged answers, oldest first, with the columns of `Prediction`. A row counts once.
+
+    Texts and truth values that are missing are None, missing numbers NaN.
+
+    Args:
+        store: The object store.
+        home: This machine's home folder, whose segments need not be in the store yet.
+        lineage: The lineage.
+        task: Only answers of this task.
+        version: Only answers of this version.
+        since: Only answers from this time on, in seconds since 1970 (UTC).
+
+    Raises:
+        StoreError: The store does not answer, or a segment is damaged.
+    """
+    # a row may be a little older than its segment
+    day = None if since is None else (datetime.fromtimestamp(since, UTC) - timedelta(days=1)).date()
+    found = _frame(read_log(store, prediction_log(home, lineage), day))
+    for name, value in (("task", task), ("version", version)):
+        if value is not None:
+            found = found[found[name] == value]
+    if since is not None:
+        found = found[found["time"] >= since]
+    return found.sort_values("time", kind="stable", ignore_index=True)
+
+
+def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
+    """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
+
+    Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
+    label tells whether the answer was right if the log still has the answer and its task has labels.
+
+    Raises:
+        StoreError: The store does not answer, or a segment is damaged.
+    """
+    found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
+    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
+    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
+    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
+    if found["label"].notna().any():
+        table = _frame(read_log(store, prediction_log(home, lineage)).select(["id", "label", "is_label"]))
+        given = {row.id: row.label if row.is_label else "" for row in table.itertuples() if row.is_label is not None}
+        is_right = [
+            label_key(given[row.id]) == label_key(row.label) if row.label is not None and row.id in given
+            else row.is_right
+            for row in found.itertuples()
+        ]  # fmt: skip
+        found["is_right"] = pd.Series(is_right, dtype=object)
+    return found
+
+
+def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:
+    """Return the ids of the logged answers to these inputs, which are named by `input_sha256`."""
+    table = read_log(store, prediction_log(home, lineage)).select(["id", "input_sha256"])
+    return {name for name, digest in zip(*(column.to_pylist() for column in table.columns), strict=True)
+            if digest in inputs}  # fmt: skip
+
+
+def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> None:
+    """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
+
+    Raises:
+        StoreError: The store does not answer, or a server does not close its segment.
+    """
+    ids = answers_to(store, home, lineage, inputs)
+    remove_rows(store, feedback_log(home, lineage), ids)  # first, because only the answers tell the ids
+    remove_rows(store, prediction_log(home, lineage), ids)
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """A table for pandas, with None for missing texts and truth values, whatever pandas' own text type is."""
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        is_number = pa.types.is_floating(column.type) or pa.types.is_integer(column.type)
+        columns[name] = column.to_pandas() if is_number else pd.Series(column.to_pylist(), dtype=object)
+    return pd.DataFrame(columns)

@@ -1,0 +1,168 @@
+"""The prediction log of `deal serve`. It never slows or fails a request.
+
+Rows go through a bounded queue to one thread, which writes them to the disk twice a second. If the queue is full, or
+the disk is, rows are dropped and counted. Another thread moves closed segments into the object store.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from queue import Empty, Full, Queue
+from typing import Any, NamedTuple
+
+from deal_core.errors import DealError
+from deal_core.evaluation.answerer import Answered
+from deal_core.evaluation.answering import InputRow
+from deal_core.monitoring.feedback import Feedback
+from deal_core.monitoring.predictions import predictions_of
+from infra.log_segments import SegmentWriter, ship
+from infra.predictions import feedback_log, prediction_log
+from infra.settings import ServingSettings, StoreSettings
+from infra.store.base import ObjectStore
+from infra.store.local import open_store
+
+MAX_QUEUED = 10_000
+"""Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback."""
+WRITE_SECONDS = 0.5
+SHIP_SECONDS = 5.0
+JOIN_SECONDS = 2.0
+
+LOG = logging.getLogger("deal.serving")
+
+
+class _Waiting(NamedTuple):
+    """A row that waits for the disk."""
+
+    is_feedback: bool
+    values: dict[str, Any]
+
+
+class PredictionLog:
+    """The log of one server. `start` starts its threads, `close` writes what waits and ends them."""
+
+    def __init__(self, store: ObjectStore, home: Path, lineage: str, *, keeps_texts: bool) -> None:
+        self.keeps_texts = keeps_texts
+        self._store = store
+        self._logs = (prediction_log(home, lineage), feedback_log(home, lineage))
+        self._queue: Queue[_Waiting] = Queue(MAX_QUEUED)
+        self._tasks: OrderedDict[str, str] = OrderedDict()
+        self._changing = threading.Lock()
+        self._num_dropped = 0
+        self._ended = threading.Event()
+        self._writer = threading.Thread(target=self._write, name="prediction-log", daemon=True)
+        self._shipper = threading.Thread(target=self._ship, name="prediction-log-shipper", daemon=True)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that were lost since the server started."""
+        return self._num_dropped
+
+    def start(self) -> None:
+        """Start to write, and to ship what earlier servers left."""
+        self._writer.start()
+        self._shipper.start()
+
+    def close(self) -> None:
+        """Write the rows that wait and end, within seconds."""
+        self._ended.set()
+        for thread in (self._writer, self._shipper):
+            if thread.is_alive():
+                thread.join(JOIN_SECONDS)
+
+    def note(self, rows: Sequence[InputRow], answered: Answered, seconds: float) -> Answered:
+        """Log the answers to a request; return them with the ids of their rows. No error reaches the caller."""
+        try:
+            made = predictions_of(rows, answered, seconds=seconds, keeps_texts=self.keeps_texts)
+        except Exception:
+            LOG.exception("Answers were not logged")
+            self._drop(len(rows))
+            return answered
+        with self._changing:
+            self._tasks.update((each.id, each.task) for each in made)
+            while len(self._tasks) > MAX_QUEUED:
+                self._tasks.popitem(last=False)
+        self._drop(len(made) - self._put(_Waiting(False, vars(each)) for each in made))
+        return answered._replace(ids=[each.id for each in made])
+
+    def take_feedback(self, entries: Sequence[Feedback]) -> bool:
+        """Log feedback. False: there is no room now, so it has to be sent again."""
+        rows = [_Waiting(True, {"entry": uuid.uuid4().hex, **vars(each)}) for each in entries]
+        return self._put(rows) == len(rows)
+
+    def task_of(self, answer_id: str) -> str | None:
+        """Return the task of an answer; None: it was given by another server, or long ago."""
+        with self._changing:
+            return self._tasks.get(answer_id)
+
+    def _put(self, rows: Iterable[_Waiting]) -> int:
+        """Queue rows until there is no room; return their number."""
+        number = 0
+        try:
+            for row in rows:
+                self._queue.put_nowait(row)
+                number += 1
+        except Full:
+            pass
+        return number
+
+    def _drop(self, number: int) -> None:
+        with self._changing:
+            self._num_dropped += number
+
+    def _write(self) -> None:
+        writers = [SegmentWriter(log) for log in self._logs]
+        is_last = False
+        while not is_last:
+            is_last = self._ended.wait(WRITE_SECONDS)
+            rows = self._waiting()
+            for is_feedback, writer in enumerate(writers):
+                own = [row.values for row in rows if row.is_feedback == is_feedback]
+                try:
+                    if own:
+                        self._drop(writer.write(own))
+                    writer.close_if_due()
+                except Exception:  # the thread must not end
+                    LOG.exception("The prediction log failed")
+                    self._drop(len(own))
+        for writer in writers:
+            writer.close()
+
+    def _waiting(self) -> list[_Waiting]:
+        found: list[_Waiting] = []
+        while len(found) < MAX_QUEUED:
+            try:
+                found.append(self._queue.get_nowait())
+            except Empty:
+                break
+        return found
+
+    def _ship(self) -> None:
+        problem = ""
+        while True:
+            try:
+                for log in self._logs:
+                    ship(self._store, log)
+                problem = ""
+            except Exception as error:  # the thread must not end; the segments wait on the disk
+                is_new, problem = str(error) != problem, str(error)
+                if is_new and isinstance(error, DealError | OSError):
+                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error)
+                elif is_new:
+                    LOG.exception("Shipping the prediction log failed")
+            if self._ended.wait(SHIP_SECONDS):
+                return
+
+
+def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:
+    """Return the log that the settings ask for, not started yet; None: DEAL_LOG_PREDICTIONS is off."""
+    kept = ServingSettings().log_predictions
+    if kept == "off":
+        return None
+    settings = StoreSettings()
+    store = open_store(settings.store_uri, settings)
+    return PredictionLog(store, home, lineage, keeps_texts=kept == "texts")

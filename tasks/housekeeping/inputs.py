@@ -1,0 +1,72 @@
+"""The inputs of an arrival, as digests. They name the rows of the prediction log that `deal forget` removes."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+
+from deal_core.data.chats import earlier_turns
+from deal_core.data.check import RowChecker
+from deal_core.data.reading.readers import read_rows
+from deal_core.data.rows import stored_input_digest
+from deal_core.data.schema import Format, TaskSchema
+from deal_core.data.shapes import recognise
+from deal_core.errors import DataValidationError
+from infra.store import keys
+from infra.store.base import ObjectStore
+from infra.store.keys import TEST_FILE, TRAIN_FILE
+from tasks.data_files import local_file
+from tasks.housekeeping.inventory import KnownArrival, manifests_of
+
+
+class ArrivalInputs(NamedTuple):
+    """The digests of an arrival's inputs that are known."""
+
+    digests: frozenset[str]
+    has_training_rows: bool
+    """Whether the training rows are among them. They are deleted once they are learned, and their file may be gone."""
+
+
+def arrival_inputs(store: ObjectStore, arrival: KnownArrival, inbox_keys: Iterable[str]) -> ArrivalInputs:
+    """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox."""
+    schemas = {manifest.task.sha256: manifest.task for sha256, manifest in manifests_of(store, arrival.task)
+               if sha256 in arrival.sha256s}  # fmt: skip
+    found: set[str] = set()
+    has_training_rows = False
+    for schema in schemas.values():
+        assert schema.format != "auto", "a dataset's task has a format"
+        for key in inbox_keys:
+            found.update(digest for text in _of_file(store, key, schema) for digest in _digests(schema.format, text))
+            has_training_rows = True
+        for sha256 in arrival.sha256s:
+            for info in store.list(keys.dataset_folder(arrival.task, sha256)):
+                if (name := keys.file_name(info.key)) in (TRAIN_FILE, TEST_FILE):
+                    table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
+                    texts = table.column("input").to_pylist()
+                    found.update(digest for text in texts for digest in _digests(schema.format, text))
+                    has_training_rows |= name == TRAIN_FILE
+    return ArrivalInputs(frozenset(found), has_training_rows)
+
+
+def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> Iterator[str]:
+    """The inputs of a file's rows in stored form. Rows that cannot be read were never learned."""
+    with local_file(store, store.uri_of(key)) as path:
+        try:
+            checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
+            for raw in read_rows(path):
+                text = checker.check_input(raw)
+                if isinstance(text, str):
+                    yield text
+        except DataValidationError:
+            return
+
+
+def _digests(kind: Format, stored: str) -> Iterator[str]:
+    """The digest of an input, and those of a chat's earlier turns, which are learned as rows of their own."""
+    yield stored_input_digest(kind, stored).hex()
+    if kind == "chat":
+        yield from (row.input_digest.hex() for row in earlier_turns(stored))

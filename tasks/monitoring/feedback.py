@@ -1,0 +1,99 @@
+"""A file of feedback on logged answers, as `deal feedback` takes it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.data.reading.readers import read_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError
+from deal_core.monitoring.feedback import SAID, Feedback, is_empty, read_entry
+from infra.log_segments import new_segment, put_table
+from infra.predictions import FEEDBACK_SCHEMA, feedback_log, read_predictions
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.labels import added_labels
+from tasks.lineage.record import read_record
+
+MAX_TOLD = 3
+"""Most wrong rows that a message lists."""
+
+
+class FeedbackResult(BaseModel):
+    """What a file has brought."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    file: str
+    num_taken: int
+    num_blank: int
+    """Rows without feedback, such as those that nobody has filled in."""
+    num_unknown: int
+    """Rows about answers that the log does not have. They were taken, but only answers in the log can be learned."""
+
+
+def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
+    """Store the feedback of a file: CSV, JSON lines or Parquet, with `id` and the other keys of an entry as columns.
+
+    Other columns are not read. The same file may be taken again. All rows are taken, or none.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+        DataValidationError: The file cannot be read, or a row is wrong. The message lists the first wrong rows.
+    """
+    store, now = current_store(), time.time()
+    tasks = task_schemas(store, lineage)
+    logged = read_predictions(store, HomeSettings().home, lineage)
+    task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
+    found: list[Feedback] = []
+    problems: list[str] = []
+    num_blank = 0
+    for row in read_rows(path):
+        if row.fault is not None:
+            problems.append(f"Row {row.number} cannot be read.")
+        elif all(is_empty(row.values.get(name)) for name in SAID):
+            num_blank += 1
+        else:
+            try:
+                entry = read_entry(row.values, f"Row {row.number}", source="command", now=now)
+                found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), f"Row {row.number}"))
+            except ConfigError as error:
+                problems.append(str(error))
+    if problems:
+        more = f" {len(problems) - MAX_TOLD} more rows are wrong." if len(problems) > MAX_TOLD else ""
+        raise DataValidationError(f"{path.name} was not taken. {' '.join(problems[:MAX_TOLD])}{more}")
+    if not found:
+        raise DataValidationError(f"{path.name} has no feedback; fill in the column {', '.join(SAID)} of a row.")
+    _store(store, lineage, found)
+    return FeedbackResult(
+        lineage=lineage, file=str(path), num_taken=len(found), num_blank=num_blank,
+        num_unknown=sum(each.id not in task_of for each in found),
+    )  # fmt: skip
+
+
+def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:
+    """Return the tasks of a lineage's champion by name, with the labels that were added by command.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+    """
+    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    schemas = [known.schema for known in record.tasks]
+    return {each.name: each.with_labels(added_labels(store, lineage, each.name)) if each.labels else each
+            for each in schemas}  # fmt: skip
+
+
+def _store(store: ObjectStore, lineage: str, entries: Sequence[Feedback]) -> None:
+    rows = [{"entry": uuid.uuid4().hex, **vars(each)} for each in entries]
+    table = pa.Table.from_pylist(rows, schema=FEEDBACK_SCHEMA)
+    put_table(store, feedback_log(HomeSettings().home, lineage), new_segment(), table)

@@ -1,0 +1,225 @@
+"""Harvest: reviewed right answers become an ordinary file in the inbox. Each is harvested once.
+
+A row is harvested if a person stands behind its right answer and the prediction log has its text. What the model
+answered is never learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deal_core.data.rows import row_digest
+from deal_core.data.schema import TaskSchema, label_key
+from deal_core.errors import ConfigError, StoreError
+from infra.predictions import read_feedback, read_predictions
+from infra.settings import HomeSettings
+from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.keys import harvest_key, inbox_folder
+from tasks.context import current_store
+from tasks.inbox import task_spec
+from tasks.monitoring.feedback import task_schemas
+
+NOT_IN_LOG = "the log does not have the answer"
+NO_TEXT = "the log keeps no texts (DEAL_LOG_PREDICTIONS=texts)"
+NO_LABEL = "the task does not have the label any more"
+NOT_REVIEWED = "no reviewer is named"
+EARLIER_TURNS = "the chat has earlier answers, which would be learned unreviewed (assistant_turns: last)"
+KNOWN = "harvested before"
+
+
+class Pending(BaseModel):
+    """A file that was about to be written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    rows: tuple[str, ...]
+
+
+class Harvested(BaseModel):
+    """The rows of a task that were harvested, by digest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = 1
+    rows: tuple[str, ...] = ()
+    pending: Pending | None = None
+
+
+class HarvestResult(BaseModel):
+    """What was harvested."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    task: str
+    key: str | None
+    """The file in the inbox; None: there was nothing to harvest."""
+    num_rows: int
+    skipped: dict[str, int]
+    """Feedback with a right answer that was not harvested, by the reason."""
+
+
+class _Row(NamedTuple):
+    """A row to harvest."""
+
+    digest: str
+    input_sha256: str
+    values: dict[str, Any]
+
+
+def harvest_feedback(task: str, lineage: str) -> HarvestResult:
+    """Write the reviewed right answers to a task's logged texts into the task's inbox.
+
+    The file has the columns of the task, and the origin of each row: `answer_id`, `answered_by`, `answered_at`,
+    `reviewed_by` and `reviewed_at`, which ingest does not read. Of several answers to one text, the newest counts.
+
+    Raises:
+        ConfigError: The lineage does not know the task, or another process harvests it.
+        RegistryError: The lineage has no champion.
+        StoreError: The store does not answer, or the note of what was harvested is damaged.
+    """
+    store, home = current_store(), HomeSettings().home
+    schemas = task_schemas(store, lineage)
+    if task not in schemas:
+        raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
+    with _alone(lineage, task):
+        done = _read_state(store, lineage, task)
+        if done.pending is not None:  # the process before may have died before or after it wrote the file
+            landed = done.pending.rows if store.exists(done.pending.key) else ()
+            done = Harvested(rows=(*done.rows, *landed))
+        feedback = read_feedback(store, home, lineage)
+        logged = read_predictions(store, home, lineage)
+        skipped: Counter[str] = Counter()
+        rows = _choose(feedback, logged, _as_landed(store, schemas[task]), set(done.rows), skipped)
+        key = _land(store, lineage, task, rows, done) if rows else None
+    return HarvestResult(lineage=lineage, task=task, key=key, num_rows=len(rows), skipped=dict(skipped))
+
+
+def _as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
+    """The task with the names of columns that its next file must have: those of the task file, if it gives any."""
+    spec = task_spec(store, f"{inbox_folder(schema.name)}/feedback.jsonl")
+    return replace(
+        schema, columns=spec.columns or schema.columns, assistant_turns=spec.assistant_turns or schema.assistant_turns
+    )
+
+
+def _choose(
+    feedback: pd.DataFrame, logged: pd.DataFrame, schema: TaskSchema, harvested: Collection[str], skipped: Counter[str]
+) -> list[_Row]:
+    """Return the rows to harvest, the newest of each text, in the order of their feedback. Count what is skipped."""
+    answers = {row["id"]: row for row in logged.to_dict("records")}
+    found: dict[str, _Row] = {}
+    for said in feedback.to_dict("records"):
+        answer = answers.get(said["id"])
+        if said["label"] is None or (answer is not None and answer["task"] != schema.name):
+            continue
+        reason = NOT_IN_LOG if answer is None else _problem(said, answer, schema)
+        if answer is None or reason:
+            skipped[reason] += 1
+            continue
+        right = said["label"]
+        digest = row_digest(answer["input_sha256"], label_key(right) if schema.labels else right).hex()
+        found.pop(answer["input_sha256"], None)
+        found[answer["input_sha256"]] = _Row(
+            digest, answer["input_sha256"], {**_columns(schema, answer["input"], right), **_origin(said, answer)}
+        )
+    rows = [row for row in found.values() if row.digest not in harvested]
+    if len(rows) < len(found):
+        skipped[KNOWN] += len(found) - len(rows)
+    return rows
+
+
+def _problem(said: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSchema) -> str:
+    """Why a right answer is not harvested; empty: it is."""
+    if said["source"] != "command" and said["reviewer"] is None:
+        return NOT_REVIEWED
+    if answer["input"] is None:
+        return NO_TEXT
+    if schema.labels and label_key(said["label"]) not in {label_key(label) for label in schema.labels}:
+        return NO_LABEL
+    if schema.format == "chat" and schema.assistant_turns == "all":
+        roles = [message["role"] for message in json.loads(answer["input"])]
+        return EARLIER_TURNS if "assistant" in roles else ""
+    return ""
+
+
+def _columns(schema: TaskSchema, text: str, right: str) -> dict[str, Any]:
+    """The columns of a row of the task, by their names in its files."""
+    values: dict[str, Any]
+    if schema.format == "chat":
+        messages = json.loads(text)
+        offered = {"tools": messages[0].pop("tools")} if "tools" in messages[0] else {}
+        values = {"messages": [*messages, {"role": "assistant", "content": right}], **offered}
+    elif schema.format == "completion":
+        values = {"prompt": text, "completion": right}
+    else:
+        values = {"text": text, "label": right}
+    wanted = {"context": "", "split": "train"}  # columns that the task's files are said to have
+    values |= {name: value for name, value in wanted.items() if name in schema.columns}
+    return {schema.columns.get(name, name): value for name, value in values.items()}
+
+
+def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    def when(seconds: float) -> str:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+    return {
+        "answer_id": answer["id"], "answered_by": f"{answer['lineage']}@{answer['version']}",
+        "answered_at": when(answer["time"]), "reviewed_by": said["reviewer"] or said["source"],
+        "reviewed_at": when(said["time"]),
+    }  # fmt: skip
+
+
+def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], done: Harvested) -> str:
+    """Write the file, and note its rows before and after. A crash in between loses no row and lands none twice."""
+    content = "".join(json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows).encode()
+    key = f"{inbox_folder(task)}/feedback-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    digests = tuple(row.digest for row in rows)
+    _write_state(store, lineage, task, Harvested(rows=done.rows, pending=Pending(key=key, rows=digests)))
+    store.put_bytes(key, content, if_absent=True)
+    _write_state(store, lineage, task, Harvested(rows=(*done.rows, *digests)))
+    return key
+
+
+def _read_state(store: ObjectStore, lineage: str, task: str) -> Harvested:
+    key = harvest_key(lineage, task)
+    try:
+        found = Harvested.model_validate_json(store.get_bytes(key))
+    except ObjectNotFoundError:
+        return Harvested()
+    except (ValueError, ValidationError):
+        found = None
+    if found is None or found.schema_version != 1:
+        raise StoreError(
+            f"{store.uri_of(key)} is no note of harvested feedback that this release reads. Restore it; if it is "
+            "deleted, the feedback that is still in the log lands again."
+        )
+    return found
+
+
+def _write_state(store: ObjectStore, lineage: str, task: str, state: Harvested) -> None:
+    store.put_bytes(harvest_key(lineage, task), (state.model_dump_json(indent=2) + "\n").encode())
+
+
+@contextmanager
+def _alone(lineage: str, task: str) -> Iterator[None]:
+    """Keep other processes of this home from the same harvest."""
+    path = HomeSettings().home / "locks" / f"harvest-{lineage}-{task}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"Another process harvests the feedback on {task}; wait for its end.") from None

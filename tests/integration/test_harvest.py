@@ -1,0 +1,214 @@
+"""From an answer to a row that is learned: feedback by file, harvest, and the arrival in the inbox."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.evaluation.answerer import Answered
+from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
+from deal_core.evaluation.confidence import Confidence
+from deal_core.monitoring.feedback import read_entry
+from flows.adapt import AdaptResult
+from flows.cli.app import app
+from infra.predictions import read_feedback
+from infra.serving.prediction_log import PredictionLog
+from infra.store.keys import harvest_key
+from infra.store.local import FileStore
+from tasks.context import current_store
+from tasks.inbox import task_spec
+from tasks.monitoring import harvest as harvesting
+from tasks.monitoring.feedback import take_feedback_file
+from tasks.monitoring.harvest import harvest_feedback
+from tests.adapting import CLINIC, run
+from tests.in_process import put_back
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+FINDINGS = ("A cough that will not go away for weeks.", "The knee hurts when I climb the stairs.")
+
+
+@pytest.fixture(scope="module")
+def learned_home(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, AdaptResult]:
+    """A home whose lineage l knows the task clinic, whose files have columns of their own names."""
+    folder = tmp_path_factory.mktemp("learned-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEAL_HOME", str(folder))
+        return folder, run(tiny_base, CLINIC)
+
+
+@pytest.fixture
+def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...]:
+    """The labels of clinic, in a copy of that home."""
+    shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
+    return tuple(harvesting.task_schemas(current_store(), "l")["clinic"].labels)
+
+
+def log_answers(home: Path, texts: Mapping[str, str], schema: TaskSchema, *, keeps_texts: bool = True) -> list[str]:
+    """Log these answers of version 1; return their ids."""
+    served = ServedVersion(
+        lineage="l", base_source="b", base_name="b", base_sha256="0", newest_task=schema.name,
+        tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
+    )  # fmt: skip
+    log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts)
+    log.start()
+    answered = Answered([*texts.values()], served, "1", [Confidence(0.5, 0.5)] * len(texts))
+    ids = [*log.note([InputRow(text) for text in texts], answered, 0.1).ids]
+    log.close()
+    return ids
+
+
+def say(home: Path, *entries: dict[str, Any]) -> None:
+    """Feedback by POST /feedback."""
+    log = PredictionLog(current_store(), home, "l", keeps_texts=True)
+    log.start()
+    log.take_feedback([read_entry(each, "", source="api", now=number).feedback for number, each in enumerate(entries)])
+    log.close()
+
+
+def write_csv(path: Path, *rows: dict[str, str]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "text", "label", "reviewer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def landed(key: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in current_store().get_bytes(key).decode().splitlines()]
+
+
+def clinic(labels: tuple[str, ...]) -> TaskSchema:
+    return TaskSchema(name="clinic", labels=labels)
+
+
+def test_what_a_person_has_corrected_lands_once_and_is_learned(
+    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    first, second, *_ = labels
+    texts = {**dict.fromkeys(FINDINGS, first), "Not reviewed.": second, "Only a thumb.": second}
+    cough, knee, unreviewed, thumb = log_answers(home, texts, clinic(labels))
+    say(home, {"id": unreviewed, "label": first}, {"id": thumb, "is_right": True, "reviewer": "Jo"},
+        {"id": knee, "label": second, "reviewer": "Jo"})  # fmt: skip
+    file = write_csv(tmp_path / "reviewed.csv", {"id": cough, "text": "not read", "label": second.upper()},
+                     {"id": unreviewed, "text": "left blank"}, {"id": "f" * 32, "label": first})  # fmt: skip
+    command = ["feedback", str(file), "--lineage", "l", "--home", str(home), "--json"]
+    with put_back():
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    taken = json.loads(found.stdout)
+    assert (taken["num_taken"], taken["num_blank"], taken["num_unknown"]) == (2, 1, 1)
+
+    with put_back():
+        found = CliRunner().invoke(app, ["harvest", "clinic", "--lineage", "l", "--home", str(home), "--json"])
+    assert found.exit_code == 0, found.output
+    done = json.loads(found.stdout)
+    assert done["num_rows"] == 2 and done["skipped"] == {
+        harvesting.NOT_REVIEWED: 1, harvesting.NOT_IN_LOG: 1
+    }, done  # fmt: skip
+    rows = landed(done["key"])
+    assert {(row["note"], row["finding"], row["answer_id"], row["reviewed_by"]) for row in rows} == {
+        (FINDINGS[0], second, cough, "command"), (FINDINGS[1], second, knee, "Jo")
+    }  # fmt: skip
+    assert {row["answered_by"] for row in rows} == {"l@1"}
+
+    take_feedback_file(file, "l")
+    again = harvest_feedback("clinic", "l")
+    assert (again.key, again.num_rows, again.skipped[harvesting.KNOWN]) == (None, 0, 2)
+    assert len([*current_store().list("inbox/clinic")]) == 1
+
+    spec = task_spec(current_store(), done["key"])
+    second_run = run(tiny_base, {"name": "clinic", "data": spec.data})
+    assert (second_run.dataset.num_train, second_run.dataset.num_rejected) == (2, 0), "ingest takes the file as it is"
+    assert second_run.status == "promoted"
+
+
+def test_the_newest_answer_to_a_text_counts(home: Path, labels: tuple[str, ...]) -> None:
+    first, second, *_ = labels
+    one, two = log_answers(home, {FINDINGS[0]: first, f" {FINDINGS[0]} ": first}, clinic(labels))
+    said = [{"id": one, "label": second, "reviewer": "Jo"}, {"id": two, "label": first, "reviewer": "Jo"}]
+    say(home, *said, {"id": two, "label": second})
+    (row,) = landed(harvest_feedback("clinic", "l").key or "")
+    assert (row["finding"], row["answer_id"]) == (first, two), "what nobody stands behind changes nothing"
+    (three,) = log_answers(home, {FINDINGS[0]: second}, clinic(labels))
+    say(home, {"id": three, "label": first, "reviewer": "Jo"})
+    assert harvest_feedback("clinic", "l").key is None, "the same right answer to the same text"
+
+
+def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) -> None:
+    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
+    say(home, {"id": one, "label": labels[0], "reviewer": "Jo"})
+    found = harvest_feedback("clinic", "l")
+    assert (found.key, found.skipped) == (None, {harvesting.NO_TEXT: 1})
+    with pytest.raises(ConfigError, match="knows no task 'bank'; it knows clinic"):
+        harvest_feedback("bank", "l")
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_crash_between_file_and_note_lands_no_row_twice_and_loses_none(
+    home: Path, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, is_written: bool
+) -> None:
+    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels))
+    say(home, {"id": one, "label": labels[1], "reviewer": "Jo"})
+    put = FileStore.put_bytes
+
+    def die(store: FileStore, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if key.startswith("inbox/"):
+            if is_written:
+                put(store, key, data, if_absent=if_absent)
+            raise StoreError("the machine is off")
+        return put(store, key, data, if_absent=if_absent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "put_bytes", die)
+        with pytest.raises(StoreError, match="the machine is off"):
+            harvest_feedback("clinic", "l")
+    assert (harvest_feedback("clinic", "l").key is None) == is_written
+    assert harvest_feedback("clinic", "l").key is None
+    (info,) = current_store().list("inbox/clinic")
+    assert len(landed(info.key)) == 1
+
+
+def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
+    home: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels))
+    good, wrong = {"id": one, "label": labels[0]}, {"id": one, "label": "no such label"}
+    message = r"Row 2 has the label 'no such label'.*Its labels are: .*1 more rows"
+    with pytest.raises(DataValidationError, match=message):
+        take_feedback_file(write_csv(tmp_path / "a.csv", good, wrong, {"id": "x", "label": "y"}, wrong, wrong), "l")
+    with pytest.raises(DataValidationError, match="has no feedback"):
+        take_feedback_file(write_csv(tmp_path / "b.csv", {"id": one}), "l")
+    assert read_feedback(current_store(), home, "l").empty
+    take_feedback_file(write_csv(tmp_path / "c.csv", good), "l")
+    current_store().put_bytes(harvest_key("l", "clinic"), b"{")
+    with pytest.raises(StoreError, match="no note of harvested feedback"):
+        harvest_feedback("clinic", "l")
+
+
+def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> None:
+    asked = [{"role": "user", "content": "Hi", "tools": [{"name": "add"}]}]
+    told = [*asked, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Bye"}]
+    chat = TaskSchema(name="t", format="chat", assistant_turns="all", columns={"messages": "talk"})
+    said = {"source": "command", "reviewer": None, "label": "Hello"}
+    for schema, text, problem in (
+        (chat, asked, ""), (chat, told, harvesting.EARLIER_TURNS),
+        (TaskSchema(name="t", format="chat"), told, ""),
+    ):  # fmt: skip
+        assert harvesting._problem(said, {"input": json.dumps(text)}, schema) == problem
+    values = harvesting._columns(chat, json.dumps(asked), "Hello")
+    answered = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert values == {"talk": answered, "tools": [{"name": "add"}]}
+    completion = TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"})
+    assert harvesting._columns(completion, "p", "c") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}

@@ -1,0 +1,88 @@
+"""Confidence is what the model's probabilities say, and recording it changes no answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deal_core.base_model.load import BaseModel
+from deal_core.config import EvaluateConfig
+from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.confidence import ConfidenceRecorder
+from deal_core.evaluation.generation import answer_inputs, answer_limit, first_answer_logits, generate
+
+LABELS = TaskSchema(name="t", labels=("sea", "moss", "tree"), instruction="Which?")
+TEXT = TaskSchema(name="t", format="completion")
+INPUTS = ["the sea", "the moss and the tree " * 3, "a word"]
+CONFIG = EvaluateConfig(max_new_tokens=6)
+
+
+@pytest.mark.parametrize("task", [LABELS, TEXT])
+def test_recording_changes_no_token(base: BaseModel, task: TaskSchema) -> None:
+    prompts = [encode_prompt(base.tokenizer, task, text, 64) for text in INPUTS]
+    limit = answer_limit(base.tokenizer, task, CONFIG)
+    plain, recorded = (
+        [list(generate(base.model, base.tokenizer, prompts, limit, max_batch_tokens=tokens, recorder=recorder))
+         for tokens in (1, 10_000)]
+        for recorder in (None, ConfidenceRecorder(base.tokenizer, task))
+    )  # fmt: skip
+    assert plain == recorded and plain[0][0].tokens
+
+
+def test_a_labels_confidence_is_its_share_at_the_first_token(base: BaseModel) -> None:
+    found = answer_inputs(base.model, base.tokenizer, LABELS, INPUTS, CONFIG, max_prompt_tokens=64)
+    first = [encode_answer(base.tokenizer, LABELS, label, 8)[0] for label in LABELS.labels]
+    assert len(set(first)) == 3
+    for text, given in zip(INPUTS, found, strict=True):
+        probabilities = first_answer_logits(
+            base.model, base.tokenizer, LABELS, text, max_prompt_tokens=64
+        ).softmax(-1)[first]  # fmt: skip
+        assert given.confidence.label_mass == pytest.approx(float(probabilities.sum()), rel=1e-4)
+        assert given.text not in LABELS.labels, "the likeliest label counts then"
+        assert given.confidence.confidence == pytest.approx(float(probabilities.max() / probabilities.sum()), rel=1e-4)
+
+
+def test_the_answers_label_counts_also_if_another_is_likelier(base: BaseModel) -> None:
+    recorder = ConfidenceRecorder(base.tokenizer, LABELS)
+    first = [encode_answer(base.tokenizer, LABELS, label, 8)[0] for label in LABELS.labels]
+    scores = torch.full((2, len(base.tokenizer)), -100.0)
+    scores[:, first] = torch.tensor([0.2, 0.3, 0.5]).log()
+    assert recorder(torch.zeros(2, 1), scores) is scores
+    recorder(torch.zeros(2, 1), torch.zeros_like(scores))  # the second token does not count
+    found = recorder.confidences([[1], [2]], ["Moss", "no label"])
+    assert [each.confidence for each in found] == pytest.approx([0.3, 0.5])
+    assert [each.label_mass for each in found] == pytest.approx([1.0, 1.0])
+
+
+def test_labels_with_one_first_token_share_a_number_and_nan_is_zero(base: BaseModel) -> None:
+    recorder = ConfidenceRecorder(base.tokenizer, replace(LABELS, labels=("sea", "sea moss")))
+    scores = torch.randn(1, len(base.tokenizer))
+    recorder(torch.zeros(1, 1), scores)
+    (found,) = recorder.confidences([[1]], ["sea moss"])
+    assert found.confidence == 1.0 and found.label_mass is not None and 0 < found.label_mass < 1
+    recorder.begin()
+    recorder(torch.zeros(1, 1), scores * float("nan"))
+    assert recorder.confidences([[1]], ["sea"])[0] == (0.0, 0.0)
+
+
+def test_a_texts_confidence_is_the_mean_over_its_own_tokens(base: BaseModel) -> None:
+    """A row that has ended is padded until the longest row of its batch ends."""
+    recorder, end = ConfidenceRecorder(base.tokenizer, TEXT), int(base.tokenizer.eos_token_id)
+    for shares in ([0.5, 0.25], [0.9, 0.75], [0.1, 1.0]):
+        scores = torch.full((2, len(base.tokenizer)), -100.0)
+        scores[0, 5], scores[0, 6] = torch.tensor([shares[0], 1 - shares[0]]).log()
+        scores[1, 5], scores[1, 6] = torch.tensor([shares[1], 1 - shares[1]]).log()
+        recorder(torch.zeros(2, 1), scores)
+    found = recorder.confidences([[5, end, end], [5, 5, 5]], ["x", "y"])
+    assert [each.confidence for each in found] == pytest.approx([(0.5 + 0.9) / 2, (0.75 + 0.75 + 1.0) / 3])
+    assert [each.label_mass for each in found] == [None, None]
+    answers = answer_inputs(base.model, base.tokenizer, TEXT, INPUTS, CONFIG, max_prompt_tokens=64)
+    alone = [answer_inputs(base.model, base.tokenizer, TEXT, [text], CONFIG, max_prompt_tokens=64)[0]
+             for text in INPUTS]  # fmt: skip
+    assert [each.text for each in answers] == [each.text for each in alone]
+    assert [each.confidence.confidence for each in answers] == pytest.approx(
+        [each.confidence.confidence for each in alone], rel=1e-3
+    )

@@ -1,0 +1,299 @@
+"""The prediction log loses no row that it has written, counts none twice, and never fails a request."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pyarrow.parquet as pq
+import pytest
+
+from deal_core.evaluation.answering import InputRow
+from deal_core.monitoring.feedback import FEEDBACK_COLUMNS
+from deal_core.monitoring.predictions import COLUMNS, Prediction
+from infra.log_segments import SegmentWriter, ship, ship_all
+from infra.predictions import PREDICTION_SCHEMA, feedback_log, prediction_log, read_feedback, read_predictions
+from infra.serving import prediction_log as logging_module
+from infra.serving.prediction_log import PredictionLog, open_prediction_log
+from infra.store.local import FileStore
+from tests.served import WAIT_SECONDS, Champion, running
+
+SECRET = "Zanzibar"
+ROWS = {"dataframe_records": [{"input": f"the {SECRET} text", "task": "bank"}, {"input": " A ", "task": None}]}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+@contextmanager
+def logging_to(store: FileStore, home: Path, *, keeps_texts: bool = False) -> Iterator[PredictionLog]:
+    log = PredictionLog(store, home, "l", keeps_texts=keeps_texts)
+    log.start()
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def ask(log: PredictionLog, *texts: str) -> list[str]:
+    return [*Champion(log).ask([InputRow(text, "bank") for text in texts], lambda: False).ids]
+
+
+def wait_until(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def all_bytes(folder: Path) -> bytes:
+    """The content of every file; Parquet files also without their compression."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    tables = [json.dumps(pq.read_table(path).to_pylist()).encode() for path in files if path.suffix == ".parquet"]
+    return b"".join([*(path.read_bytes() for path in files), *tables])
+
+
+def test_the_stored_columns_are_those_of_a_row() -> None:
+    assert PREDICTION_SCHEMA.names == [*COLUMNS] == [each.name for each in fields(Prediction)]
+
+
+@pytest.mark.parametrize("keeps_texts", [False, True])
+def test_every_answer_is_one_row_and_numbers_hold_no_text(tmp_path: Path, store: FileStore, keeps_texts: bool) -> None:
+    with (
+        logging_to(store, tmp_path, keeps_texts=keeps_texts) as log,
+        running(Champion(log), tmp_path / "log", api_key="k") as port,
+    ):
+        headers = {"Authorization": "Bearer k"}
+        answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS, headers=headers).json()["predictions"]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0)
+        several = client.completions.create(model="l", prompt=[SECRET, "b"])
+        message = {"role": "user", "content": f"a {SECRET} chat"}
+        chat = client.chat.completions.create(model="l/talk", messages=[message])  # type: ignore[list-item]
+    ids = [*(row["id"] for row in answer), *(choice.id for choice in several.choices), chat.id.split("-")[1]]  # type: ignore[attr-defined]
+    assert several.id == f"cmpl-{ids[2]}" and answer[0]["confidence"] == 0.75
+    found = read_predictions(store, tmp_path, "l")
+    assert [*found.columns] == [*COLUMNS] and [*found["id"]] == ids
+    assert [*found["task"]] == ["bank"] * 4 + ["talk"] and set(found["version"]) == {"3"}
+    assert [*found["label"]] == [None, "a", None, "b", None]
+    assert [*found["is_label"]] == [False, True, False, True, None]
+    assert found["chars"][1] == 1 and found["seconds"][0] == 0.25
+    texts = [f"the {SECRET} text", "A", SECRET, "b", json.dumps([message])]
+    assert [*found["input"]] == (texts if keeps_texts else [None] * 5)
+    outputs = [text.upper() for text in (texts[0], " A ", *texts[2:])]
+    assert [*found["output"]] == (outputs if keeps_texts else [None] * 5)
+    assert [*read_predictions(store, tmp_path, "l", task="talk")["id"]] == ids[4:]
+    assert read_predictions(store, tmp_path, "l", version="2").empty
+    assert len(read_predictions(store, tmp_path, "l", since=found["time"][2])) == 3
+    assert (SECRET.lower() in all_bytes(tmp_path).decode("latin-1").lower()) == keeps_texts
+
+
+def test_off_writes_nothing_and_answers_are_the_same(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEAL_LOG_PREDICTIONS", raising=False)
+    assert open_prediction_log(tmp_path, "l") is None
+    found = []
+    with logging_to(store, tmp_path) as log:
+        for each in (None, log):
+            with running(Champion(each), tmp_path / "log") as port:
+                found.append(httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS))
+                if each is None:
+                    refused = httpx.post(f"http://127.0.0.1:{port}/feedback", json=[])
+                    assert refused.status_code == 409 and "DEAL_LOG_PREDICTIONS" in refused.text
+                    assert [*tmp_path.iterdir()] == []
+    plain, logged = (each.json()["predictions"] for each in found)
+    assert [{name: row[name] for name in plain[0]} for row in logged] == plain
+    assert {*logged[0]} - {*plain[0]} == {"id", "confidence"}
+    for kept, keeps_texts in (("numbers", False), ("texts", True)):
+        monkeypatch.setenv("DEAL_LOG_PREDICTIONS", kept)
+        opened = open_prediction_log(tmp_path, "l")
+        assert opened is not None and opened.keeps_texts == keeps_texts
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from deal_core.evaluation.answering import InputRow
+from infra.serving.prediction_log import PredictionLog
+from infra.store.local import FileStore
+from tests.served import Champion
+
+home = Path(sys.argv[1])
+log = PredictionLog(FileStore(home / "store"), home, "l", keeps_texts=False)
+log.start()
+champion = Champion(log)
+while True:
+    print(*champion.ask([InputRow("a text", "bank")] * 3, lambda: False).ids, flush=True)
+    time.sleep(0.001)
+"""
+
+
+def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, store: FileStore) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        wait_until(lambda: len(all_bytes(tmp_path / "predictions").splitlines()) > 30)
+        assert read_predictions(store, tmp_path, "l")["id"].is_unique, "a server that lives keeps its segment"
+        assert not [*store.list("predictions")]
+    finally:
+        process.send_signal(signal.SIGKILL)
+    said = process.communicate()[0].split()
+    (left,) = prediction_log(tmp_path, "l").segments()
+    lines = left.read_bytes().split(b"\n")
+    assert [json.loads(line)["id"] for line in lines[:-1]] == said[: len(lines) - 1], "an unbroken beginning"
+    assert logging_module.WRITE_SECONDS < 1
+    with left.open("ab") as file:
+        file.write(b'{"id": "half a li')
+    before = left.read_bytes()
+    assert ship(store, prediction_log(tmp_path, "l")) == 1 and not left.exists()
+    left.write_bytes(before)  # as if it had been killed before it removed the segment
+    for _ in range(2):
+        assert [*read_predictions(store, tmp_path, "l")["id"]] == said[: len(lines) - 1]
+    assert len([*store.list("predictions")]) == 1
+
+
+def test_a_row_that_is_in_the_store_and_here_counts_once(tmp_path: Path, store: FileStore) -> None:
+    log = prediction_log(tmp_path, "l")
+    with logging_to(store, tmp_path) as writing:
+        ids = ask(writing, "a", "b")
+    (left,) = log.segments()
+    content = left.read_bytes()
+    ship(store, log)
+    writer = SegmentWriter(log)  # an open segment with the same rows stays here
+    writer.write([json.loads(line) for line in content.splitlines()])
+    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids
+    assert len(log.segments()) == 1
+    writer.close()
+
+
+def test_a_full_disk_fails_no_request_and_is_counted(tmp_path: Path, store: FileStore) -> None:
+    """The limit of a file's size has the error of a full disk. It cuts the last line in half."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log") as port:
+        url = f"http://127.0.0.1:{port}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            for _ in range(10):
+                assert httpx.post(f"{url}/invocations", json=ROWS).is_success
+            wait_until(lambda: log.num_dropped > 0 and log._queue.empty())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        figure = f"deal_predictions_dropped_total {float(log.num_dropped)}"
+        assert figure in httpx.get(f"{url}/metrics").text
+        last = httpx.post(f"{url}/invocations", json=ROWS).json()["predictions"]
+    found = read_predictions(store, tmp_path, "l")
+    assert {row["id"] for row in last} <= {*found["id"]}, "the log goes on when there is room"
+    assert found["id"].is_unique and len(found) == 22 - log.num_dropped
+
+
+def test_a_full_queue_and_a_dead_thread_drop_and_never_wait(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging_module, "MAX_QUEUED", 5)
+    log = PredictionLog(store, tmp_path, "l", keeps_texts=False)  # its threads never run
+    asking = threading.Thread(target=lambda: [ask(log, "a text") for _ in range(8)], daemon=True)
+    asking.start()
+    asking.join(WAIT_SECONDS)
+    assert not asking.is_alive() and log.num_dropped == 3
+    with running(Champion(log), tmp_path / "log") as port:
+        entry = [{"id": "0" * 32, "label": "a"}]
+        assert httpx.post(f"http://127.0.0.1:{port}/invocations", json=ROWS).is_success
+        refused = httpx.post(f"http://127.0.0.1:{port}/feedback", json=entry)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "2"
+    assert log.num_dropped == 5, "feedback that was refused is not lost"
+
+
+def test_an_error_in_the_log_fails_no_request(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with logging_to(store, tmp_path) as log:
+        monkeypatch.setattr(SegmentWriter, "write", fail)
+        ask(log, "one")
+        wait_until(lambda: log.num_dropped == 1)
+        monkeypatch.undo()
+        (second,) = ask(log, "two")
+        monkeypatch.setattr(logging_module, "predictions_of", fail)
+        assert ask(log, "three") == [] and log.num_dropped == 2
+    assert [*read_predictions(store, tmp_path, "l")["id"]] == [second]
+
+
+def test_a_writer_closes_its_segment_when_it_is_asked_to(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        first = ask(log, "one")
+        wait_until(lambda: bool(prediction_log(tmp_path, "l").segments()))
+        ship_all(store, prediction_log(tmp_path, "l"))
+        assert len([*store.list("predictions")]) == 1
+        second = ask(log, "two")
+    assert [*read_predictions(store, tmp_path, "l")["id"]] == [*first, *second]
+    assert os.listdir(tmp_path / "predictions" / "l") == ["close"]
+
+
+def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
+    unknown, bank = "f" * 32, {"input": "a", "task": "bank"}
+    with logging_to(store, tmp_path, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
+        url = f"http://127.0.0.1:{port}"
+        chat = {"input": json.dumps([{"role": "user", "content": "Hi"}]), "task": "talk"}
+        asked = httpx.post(f"{url}/invocations", json={"dataframe_records": [bank, bank, bank, chat]}).json()
+        right, wrong, thumb, talk = (row["id"] for row in asked["predictions"])
+
+        def send(*entries: Any) -> httpx.Response:
+            return httpx.post(f"{url}/feedback", json=[*entries])
+
+        good = {"id": thumb, "is_right": False}
+        for sentence, entry in {
+            "Entry 2 has the label 'c', which the task does not have. Its labels are: a, b.":
+                {"id": right, "label": "c"},
+            "Entry 2 has no id of an answer, which is 32 hexadecimal digits.": {"id": "../x", "label": "a"},
+            "Entry 2 has label and is_right; give one of label, answer, is_right.":
+                {"id": right, "label": "a", "is_right": True},
+            "Entry 2 has no feedback; give one of label, answer, is_right.": {"id": right},
+            "Entry 2 has the keys lable; the keys are id, label, answer, is_right, is_random, reviewer.":
+                {"id": right, "lable": "a"},
+            "Entry 2 gives a label, and the task has none; send answer.": {"id": talk, "label": "a"},
+            "Entry 2 gives an answer as free text, and the task has labels; send label.": {"id": right, "answer": "a"},
+            "Entry 2: is_right is neither true nor false.": {"id": right, "is_right": "maybe"},
+            'Entry 2 is no object; send {"id": ID, "label": LABEL}.': 3,
+        }.items():  # fmt: skip
+            refused = send(good, entry)
+            assert (refused.status_code, refused.json()) == (400, {"error": sentence})
+        taken = send(
+            {"id": f"chatcmpl-{right}", "label": " A ", "is_random": True},
+            {"id": wrong, "label": "b", "reviewer": "Jo"},
+            {"id": wrong, "is_right": True}, good, {"id": unknown, "label": "b"}, {"id": talk, "answer": "Hello"},
+        )  # fmt: skip
+        assert (taken.status_code, taken.json()) == (202, {"taken": 6})
+    found = read_feedback(store, tmp_path, "l")
+    assert [*found.columns] == [*FEEDBACK_COLUMNS]
+    rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
+    assert rows == {
+        right: ("a", True, True, None), wrong: ("b", False, False, "Jo"), thumb: (None, False, False, None),
+        unknown: ("b", None, False, None), talk: ("Hello", None, False, None),
+    }  # fmt: skip
+    assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
+
+
+def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log, running(Champion(log), tmp_path / "log", api_key="k") as port:
+        entry = [{"id": "0" * 32, "answer": SECRET}]
+        url = f"http://127.0.0.1:{port}/feedback"
+        assert httpx.post(url, json=entry).status_code == 401
+        refused = httpx.post(url, json=entry, headers={"Authorization": "Bearer k"})
+        assert refused.status_code == 400 and "keeps no texts" in refused.text
