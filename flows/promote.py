@@ -24,6 +24,7 @@ from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.cancelled import release
 from tasks.context import current_store
 from tasks.lineage.history import find_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
@@ -250,20 +251,29 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
-async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
-    """Learn the arrivals of versions again, in the given order, with the settings of their runs.
+async def requeue(
+    lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()
+) -> list[AdaptResult]:
+    """Learn the arrivals of versions again, and let held arrivals go on.
 
-    An arrival that the champion has learned in the meantime is reported as a repeat.
+    Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned
+    in the meantime is reported as a repeat. Without versions and without arrivals, all versions that were left behind
+    are learned again, oldest first, and all held arrivals go on.
 
     Args:
         lineage: The lineage.
-        versions: Numbers of the versions; empty: all that were left behind, oldest first.
+        versions: Numbers of the versions.
+        arrivals: Keys inbox/TASK/FILE of arrivals that are held because their run was cancelled. A watch learns them.
 
     Raises:
+        ConfigError: A named arrival is not held.
         RegistryError: There is no such version.
         DataValidationError: An arrival's file is gone or was replaced by another.
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
+    released = release(current_store(), lineage, arrivals) if arrivals or not versions else ()
+    if released and not versions and (arrivals or not open_registry().versions(lineage, newest=1)):
+        return []
     registry = open_registry()
     async with hold_lineage(lineage):
         numbers = versions or [each.version for each in find_left_behind(lineage)]

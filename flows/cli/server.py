@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
+from flows.cli.tables import heading, new_table, show_held
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack
@@ -109,6 +109,7 @@ def show_status(status: Status) -> Sequence[RenderableType]:
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
+    shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
         if runs:

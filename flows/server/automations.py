@@ -31,7 +31,7 @@ from tasks.notices import EVENTS, Kind
 Resources = dict[str, str | list[str]]
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
-OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")}
 RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
 RUN = {"prefect.resource.id"}
 """A trigger looks at each run separately."""
