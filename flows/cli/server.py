@@ -73,13 +73,14 @@ def deploy(
     pool_type: Annotated[
         str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
     ] = "process",
+    replace: Annotated[bool, Option("--replace", help="Overwrite the deployments of another home or store.")] = False,
 ) -> CommandResult:
     """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
         raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
-    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
+    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type), replace=replace))
     return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
 
 
