@@ -48,6 +48,9 @@ def serve(
 
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
+    from infra.tracking.registry import open_registry
+    from tasks.adaptation.promote import settled_champion
+    from tasks.context import current_store
     from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
@@ -66,7 +69,8 @@ def serve(
 
     try:
         has_ended = asyncio.run(serve_champion(
-            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
+            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
+            settle=lambda: settled_champion(open_registry(), current_store(), lineage),
         ))  # fmt: skip
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None

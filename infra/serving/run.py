@@ -44,6 +44,7 @@ async def serve(
     trusted_hosts: Sequence[str],
     say: Say,
     ready: Callable[[str, str], None],
+    settle: Callable[[], object],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second signal ends them.
 
@@ -55,6 +56,7 @@ async def serve(
         trusted_hosts: Host names that clients may use, in addition to those of loopback and `host`.
         say: Called with each message for the user.
         ready: Called once with the address and the version that answers.
+        settle: Called when the alias has moved, before its version is loaded; it may set the alias back.
 
     Returns:
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
@@ -66,7 +68,7 @@ async def serve(
         ServingError: The champion does not load.
     """
     listener = _listen(host, port)
-    champion, ended, loaded = Champion(lineage, say), threading.Event(), Future[None]()
+    champion, ended, loaded = Champion(lineage, say, settle), threading.Event(), Future[None]()
     follower = threading.Thread(target=_follow, args=(champion, loaded, ended), name="champion", daemon=True)
     follower.start()
     begun = asyncio.wrap_future(loaded)
