@@ -60,7 +60,7 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
-    "gate": {"max_old_slice_drop_points": None},
+    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow"},
     "task": {"metric": None, "assistant_turns": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
@@ -185,6 +185,7 @@ class DataConfig:
 
 
 Approval = Literal["automatic", "person"]
+AliasMoves = Literal["follow", "request"]
 
 
 @settings("gate")
@@ -217,6 +218,10 @@ class GateConfig:
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
+    alias_moves: AliasMoves = "follow"
+    """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
+    or run sets the alias back. request: the alias is set back at once, and a person is asked. It counts in the
+    lineage's file."""
 
 
 Form = Literal["spectral", "literal"]

@@ -10,20 +10,22 @@ import asyncio
 import getpass
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Annotated, Literal
 
 from prefect import flow
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import hold_lineage
 from infra.ledger import Ledger
-from infra.promotions import Action, Change, PromotionLog
+from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.cancelled import release
 from tasks.context import current_store
 from tasks.lineage.history import find_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
@@ -33,6 +35,10 @@ from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce
 from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 from tasks.spec import AdaptSpec, parse
+
+Verdict = Literal["approve", "reject"]
+Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
+"""A text that a person must give."""
 
 
 class LeftBehind(BaseModel, frozen=True):
@@ -67,6 +73,62 @@ def promote(lineage: str, version: str, who: str = "a deployment", why: str = "a
 def rollback(lineage: str, to: str | None = None, who: str = "a deployment", why: str = "asked for") -> Decision:
     """Make an earlier version of a lineage its champion; see `roll_back`."""
     return roll_back(lineage, to, who=who, why=why)
+
+
+@flow(name="reject", flow_run_name="reject-{lineage}-{version}")
+def reject(lineage: str, version: str, why: str, who: str = "a deployment") -> Decision:
+    """Reject a version, so that it can never become champion; see `reject_version`."""
+    return reject_version(lineage, version, who=who, why=why)
+
+
+@flow(name="decide", flow_run_name="decide-{lineage}-{version}")
+def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: Stated) -> Decision:
+    """Approve or reject a version that waits for a person. The promotion log keeps who decided and why.
+
+    Args:
+        lineage: Its lineage.
+        version: Its number.
+        verdict: approve makes the version champion. reject keeps a new version from ever becoming champion; of a
+            version that was asked for by a move of the alias, it only ends the request.
+        why: The reason.
+        who: Who decides. Prefect's own server knows no accounts, so the name is as given.
+
+    Raises:
+        RegistryError: The version does not wait for a person any more, or cannot become champion.
+    """
+    registry, log, number, _ = _look(lineage)
+    found = find_version(registry, lineage, version)
+    if found.approval == "awaiting":
+        return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
+    if not log.is_requested(lineage, version):
+        now = {"given": "was approved", "refused": "was rejected"}.get(found.approval or "", "needs no approval")
+        raise RegistryError(
+            f"Version {version} of '{lineage}' does not wait for a person: it {now}. See deal history --moves "
+            f"--lineage {lineage}."
+        )
+    if verdict == "reject":
+        return _decline(log, found, number, who=who, why=why)
+    act = promote_to if found.parent_version == number else roll_back
+    return act(lineage, version, who=who, why=why)
+
+
+def _decline(log: PromotionLog, version: VersionInfo, champion: str | None, *, who: str, why: str) -> Decision:
+    """End the request for a version. The champion stays."""
+    change = Change(
+        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion,
+        who=who, why=why,
+    )  # fmt: skip
+    _require_added(log.add(log.last(version.lineage), change), version.lineage)
+    return Decision(
+        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion
+    )
+
+
+def _require_added(added: Move | None, lineage: str) -> None:
+    if added is None:
+        raise RegistryError(
+            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+        )
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
@@ -158,10 +220,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     change = Change(
         action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
     )
-    if log.add(last, change) is None:
-        raise RegistryError(
-            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
-        )
+    _require_added(log.add(last, change), lineage)
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
     return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
@@ -250,20 +309,29 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
-async def requeue(lineage: str, versions: Sequence[str] = ()) -> list[AdaptResult]:
-    """Learn the arrivals of versions again, in the given order, with the settings of their runs.
+async def requeue(
+    lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()
+) -> list[AdaptResult]:
+    """Learn the arrivals of versions again, and let held arrivals go on.
 
-    An arrival that the champion has learned in the meantime is reported as a repeat.
+    Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned
+    in the meantime is reported as a repeat. Without versions and without arrivals, all versions that were left behind
+    are learned again, oldest first, and all held arrivals go on.
 
     Args:
         lineage: The lineage.
-        versions: Numbers of the versions; empty: all that were left behind, oldest first.
+        versions: Numbers of the versions.
+        arrivals: Keys inbox/TASK/FILE of arrivals that are held because their run was cancelled. A watch learns them.
 
     Raises:
+        ConfigError: A named arrival is not held.
         RegistryError: There is no such version.
         DataValidationError: An arrival's file is gone or was replaced by another.
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
+    released = release(current_store(), lineage, arrivals) if arrivals or not versions else ()
+    if released and not versions and (arrivals or not open_registry().versions(lineage, newest=1)):
+        return []
     registry = open_registry()
     async with hold_lineage(lineage):
         numbers = versions or [each.version for each in find_left_behind(lineage)]

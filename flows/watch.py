@@ -21,9 +21,9 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.store.s3 import open_landing_queue
+from tasks.cancelled import hold_cancelled
 from tasks.context import current_store
 from tasks.inbox import (
-    Handled,
     InboxLook,
     InboxState,
     KnownStates,
@@ -176,10 +176,12 @@ class InboxWorker:
         self.num_left = len(settled) + len(growing)
         if settled:
             async with hold_lineage(self.spec.lineage, wait=self.wait):
+                held = await hold_cancelled(self.store, self.spec.lineage, inbox, settled)
                 for info in settled:
                     if is_stopped() or self.is_held():
                         break
-                    await self._handle(info, inbox.stamp(info))
+                    if info.key not in held:
+                        await self._handle(info, inbox.stamp(info))
                     self.num_left -= 1
         return len(settled)
 
@@ -189,10 +191,14 @@ class InboxWorker:
 
     async def _handle(self, info: ObjectInfo, beside: str) -> None:
         store, lineage = self.store, self.spec.lineage
-        state = read_state(store, lineage)
-        if not state.is_open(info, datetime.now(UTC), beside=beside, retry_now=self.once):
+        if not read_state(store, lineage).is_open(info, datetime.now(UTC), beside=beside, retry_now=self.once):
             return  # another run has handled the file since the look
-        handled, run = await _adapt_to(store, self.spec, state, info, beside)
+        found = await _adapt_to(store, self.spec, info)
+        run, state = found.run, read_state(store, lineage)  # a command may have written the state meanwhile
+        handled = state.record(
+            info, found.outcome, found.message, now=datetime.now(UTC), beside=beside,
+            version=run.version if run else None, is_final=found.is_final,
+        )  # fmt: skip
         state.drop_gone(store)
         write_state(store, lineage, state)
         if handled.due() is None:
@@ -208,18 +214,24 @@ class InboxWorker:
         return WatchResult(lineage=self.spec.lineage, files=tuple(self.files), runs=tuple(self.runs))
 
 
-async def _adapt_to(
-    store: ObjectStore, spec: LineageSpec, state: InboxState, info: ObjectInfo, beside: str
-) -> tuple[Handled, AdaptResult | None]:
-    """Adapt to one file and record the outcome. A refused file is not tried again, a failed one is."""
-    reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
+class Learned(NamedTuple):
+    """The result of one file."""
+
+    outcome: Outcome
+    message: str
     run: AdaptResult | None = None
-    version: str | None = None
+    is_final: bool = False
+    """See `Handled`."""
+
+
+async def _adapt_to(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
+    """Adapt to one file. A refused file is not tried again, a failed one is."""
+    reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
     is_final = False
     outcome: Outcome
     try:
         run = await adapt_held(await _spec_of(store, spec, info.key))
-        outcome, message, version = run.status, run.message, run.version
+        return Learned(run.status, run.message, run)
     except DataValidationError as error:
         outcome, message = "refused", in_one_line(error)
         reporter().said(f"Refused: {message}")
@@ -235,10 +247,7 @@ async def _adapt_to(
                 f"watch --once --lineage {spec.lineage} --spec SPEC, or change file, task.yaml or test rows."
             )
         reporter().said(f"Failed: {message}")
-    handled = state.record(
-        info, outcome, message, now=datetime.now(UTC), beside=beside, version=version, is_final=is_final
-    )
-    return handled, run
+    return Learned(outcome, message, is_final=is_final)
 
 
 async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec:
@@ -313,9 +322,9 @@ async def announce_open(
     store: ObjectStore, inbox: InboxLook, lineage: WatchedLineage, state: InboxState, seen: Stamps,
     settle_seconds: float,
 ) -> Announced:
-    """Announce a lineage's open and complete files. `seen` has the previous look's stamps and gets those of this look.
+    """Announce a lineage's open and complete files; hold those of cancelled runs.
 
-    For `settle_seconds` see `InboxWorker`.
+    `seen` has the previous look's stamps and gets those of this look. For `settle_seconds` see `InboxWorker`.
     """
     name = lineage.lineage
     if lineage.held is not None:
@@ -331,6 +340,7 @@ async def announce_open(
         reporter().said(f"{info.key} has landed for lineage '{name}'")
         num_announced += 1
     if lost and not await is_held_on_server(name):
-        # one announcement is enough: its run handles all open files
-        num_announced += announce_again(store, name, lost[0], inbox.stamp(lost[0]), datetime.now(UTC))
+        held = await hold_cancelled(store, name, inbox, lost)
+        for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
+            num_announced += announce_again(store, name, info, inbox.stamp(info), datetime.now(UTC))
     return Announced(num_announced, len(growing))

@@ -16,7 +16,8 @@ from deal_core.errors import StoreError
 from infra.store import keys
 from infra.store.base import ObjectStore
 
-Action = Literal["promoted", "rolled back", "rejected"]
+Action = Literal["promoted", "rolled back", "rejected", "requested", "declined"]
+"""requested: somebody moved the alias in MLflow, and a person decides. declined: the person decided against it."""
 
 
 class Change(BaseModel):
@@ -27,11 +28,11 @@ class Change(BaseModel):
     action: Action
     lineage: str
     version: str
-    """The version that was promoted, rolled back or rejected."""
+    """The version that the action is about."""
     before: str | None
     """The champion before; None: there was none."""
     champion: str | None
-    """The champion after; the same as before if a version was rejected."""
+    """The champion after; only `promoted` and `rolled back` change it."""
     who: str
     """A person's account, or the part of the pipeline that made the change."""
     why: str
@@ -68,6 +69,11 @@ class PromotionLog:
         """Return the version that was champion at a time; None: the log names no champion for this time."""
         moves = [move for move in self.moves(lineage) if move.when <= when]
         return moves[-1].champion if moves else None
+
+    def is_requested(self, lineage: str, version: str) -> bool:
+        """Return whether a version is asked for by a move of the alias, and nobody has decided yet."""
+        about = [move.action for move in self.moves(lineage) if move.version == version]
+        return bool(about) and about[-1] == "requested"
 
     def add(self, after: Move | None, change: Change) -> Move | None:
         """Write the move that follows `after`; None: another writer was faster, and nothing was written."""

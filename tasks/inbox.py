@@ -35,7 +35,9 @@ ARRIVAL_LANDED = "deal.arrival.landed"
 LANDED = "deal-arrival-landed"
 """The automation of prefect.yaml that starts a run for the event."""
 
-Outcome = Literal["promoted", "awaiting approval", "rejected", "repeat", "refused", "failed"]
+Outcome = Literal[
+    "promoted", "awaiting approval", "rejected", "repeat", "refused", "failed", "held", "requeued"
+]  # fmt: skip
 TestFiles = dict[tuple[str, str], str | None]
 """The file of test rows that a task file names, by the task file's key and ETag."""
 
@@ -83,6 +85,8 @@ class InboxState(BaseModel):
         """
         handled = self.files.get(info.key)
         if handled is None or handled.etag != info.etag:
+            return True
+        if handled.outcome == "requeued":  # a person ended a hold; see `tasks.cancelled`
             return True
         if handled.outcome in ("refused", "failed") and handled.beside != beside:
             return True

@@ -11,10 +11,13 @@ import logging
 import uuid
 from datetime import UTC, datetime
 from typing import Any, Literal
+from urllib.parse import quote
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.utilities.urls import url_for
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import DealError
@@ -35,6 +38,8 @@ EVENTS: dict[Kind, str] = {
     "failed": "deal.adaptation.failed",
 }
 MAX_MESSAGE_CHARS = 2000
+DECIDE = "decide/decide"
+"""Flow and deployment with which a person decides about a version that waits."""
 
 
 class Notice(BaseModel):
@@ -61,6 +66,8 @@ class Notice(BaseModel):
     tracking_id: str | None = None
     """The MLflow run. Its artifact `report.html` is the report."""
     run_key: str | None = None
+    decide_url: str | None = None
+    """The form on Prefect's page with which a person approves or rejects a version that waits."""
 
 
 def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
@@ -72,6 +79,8 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
     event = EVENTS[kind]
     identity = uuid.uuid4() if once is None else uuid.uuid5(uuid.NAMESPACE_URL, f"{event} {notice.lineage} {once}")
     occurred = datetime.now(UTC)
+    if kind == "awaiting-approval":
+        notice = notice.model_copy(update={"decide_url": _decide_url(notice)})
     for receiver, send in (("Prefect server", _tell_server), ("webhook", _tell_webhook)):
         try:
             send(event, identity, occurred, notice)
@@ -121,6 +130,31 @@ def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: No
             "payload": notice.model_dump(mode="json"),
         }
     )  # fmt: skip
+
+
+def _decide_url(notice: Notice) -> str | None:
+    """Return the address of the form of the deployment `decide`, filled in; None: there is no server that has it."""
+    if not get_current_settings().api.url:
+        return None
+    try:
+        page = _page_of_deployment(DECIDE)
+    except Exception as error:  # the notice is sent without the link
+        logger.warning("The notice has no link to decide: %s: %s", type(error).__name__, without_secrets(str(error)))
+        return None
+    if page is None:
+        return None
+    given = {"lineage": notice.lineage, "version": notice.version}
+    return f"{page}/run?parameters={quote(json.dumps(given))}"
+
+
+@patient
+def _page_of_deployment(name: str) -> str | None:
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return None
+    return url_for("deployment", deployment.id)
 
 
 @patient

@@ -28,6 +28,7 @@ from deal_core.evaluation.generation import first_answer_logits, generate_answer
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 from tasks.adaptation.model_card import served_task
+from tasks.adaptation.promote import settled_champion
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.history import find_version
@@ -111,7 +112,10 @@ def choose_version(lineage: str, number: str | None) -> VersionInfo:
         RegistryError: There is no such version, or the alias champion was moved by hand to a version that did not pass
             its gate.
     """
-    info = find_version(open_registry(), lineage, number)
+    registry = open_registry()
+    if number is None:
+        settled_champion(registry, current_store(), lineage)  # sets back an alias whose move only asks
+    info = find_version(registry, lineage, number)
     if number is None:
         require_through_gate(info)
     return info

@@ -207,7 +207,7 @@ class AdaptSpec(LineageSpec):
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
                                   "memory": True, "task": {"name", "data", "test_data", "columns"},
-                                  "data": {"retain_training_rows", "include_texts"}}
+                                  "data": {"retain_training_rows", "include_texts"}, "gate": {"alias_moves"}}
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
         settings |= {name: known_before(name, settings[name]) for name in ("task", "rehearsal", "gate")}

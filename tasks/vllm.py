@@ -29,6 +29,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
 from tasks.lineage.history import lost_in_registry
 from tasks.lineage.version_files import borrowed_adapter, reading_stored, remedy_for, require_recorded, require_stored
@@ -74,7 +75,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     """
     store = current_store()
     registry = open_registry()
-    champion = registry.champion(lineage)
+    champion = settled_champion(registry, store, lineage)
     if champion is None:
         lost = lost_in_registry(registry, store, lineage)
         raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
@@ -140,8 +141,8 @@ def _move(
 ) -> ServingRoute:
     """Load the champion, test it with one request, and write the route."""
     require_stored(store, champion.adapter_uri)
-    require_servable(_config_of(store, champion), settings)
-    name, names = f"{champion.lineage}-v{champion.version}", dict(before.names) if before else {}
+    require_servable(config_of(store, champion), settings)
+    name, names = model_name(champion), dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
         raise ConfigError(
             f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
@@ -175,7 +176,17 @@ def _move(
     return route
 
 
-def _config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
+def model_name(version: VersionInfo) -> str:
+    """Return the name of a version in vLLM. It never stands for another adapter, since servers cache by name."""
+    return f"{version.lineage}-v{version.version}"
+
+
+def config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
+    """Return the adapter's adapter_config.json.
+
+    Raises:
+        IntegrityError: It is no JSON.
+    """
     key = f"{champion.adapter_uri}/{CONFIG_FILE}"
     try:
         return dict(json.loads(store.get_bytes(key)))

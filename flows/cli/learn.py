@@ -12,11 +12,11 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import listed
 from flows.cli.console import home_option, this_command
 from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation
+from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation, show_held
 
 if TYPE_CHECKING:
     from flows.cli.demo import DemoResult
@@ -224,6 +224,8 @@ def history(
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    from tasks.cancelled import find_held
+    from tasks.context import current_store
     from tasks.lineage.history import read_champion_at, read_history, read_matrix, read_moves
 
     if matrix:
@@ -237,8 +239,14 @@ def history(
     if moves:
         log = read_moves(lineage)
         return CommandResult(log, show_moves(lineage, log))
-    entries = read_history(lineage, None if deal.screen.as_json else newest or None)
-    return CommandResult(entries, show_history(lineage, entries))
+    held = find_held(current_store(), lineage)
+    try:
+        entries = read_history(lineage, None if deal.screen.as_json else newest or None)
+    except RegistryError:
+        if not held:
+            raise
+        entries = []  # its first arrival is held
+    return CommandResult(entries, [*(show_history(lineage, entries) if entries else ()), *show_held(lineage, held)])
 
 
 _APPROVAL = {"awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}

@@ -1,4 +1,4 @@
-"""Commands that let a lineage's champion answer: a server on this machine, or a vLLM server."""
+"""Commands that let versions answer: a server on this machine, vLLM servers, and exports for other programs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import RenderableType
 from rich.markup import escape
-from typer import Option
+from typer import Argument, Option
 
-from deal_core.errors import RegistryError
+from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import printable_json
 from flows.cli.session import CommandResult, Lineage, Session, command
 from infra.store.keys import route_key
 
 if TYPE_CHECKING:
+    from tasks.serving.export import Exported
+    from tasks.serving.publish import Published
     from tasks.vllm import ServingRoute
 
 serve_app = typer.Typer()
@@ -48,6 +51,9 @@ def serve(
 
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
+    from infra.tracking.registry import open_registry
+    from tasks.adaptation.promote import settled_champion
+    from tasks.context import current_store
     from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
@@ -66,7 +72,8 @@ def serve(
 
     try:
         has_ended = asyncio.run(serve_champion(
-            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready
+            lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
+            settle=lambda: settled_champion(open_registry(), current_store(), lineage),
         ))  # fmt: skip
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None
@@ -91,6 +98,70 @@ def sync(
         refuse_secrets(url)
     route = cast("ServingRoute", deal.run(lambda: serve_vllm(lineage, url)))  # one lineage, so one route
     return CommandResult(route, show_route(route))
+
+
+@command(vllm_app, "publishing")
+def publish(
+    deal: Session,
+    folder: Annotated[
+        Path,
+        Argument(
+            envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
+        ),
+    ],
+    lineage: Lineage = "default",
+    version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
+    model: Annotated[
+        str | None,
+        Option(
+            "--model",
+            help="The model that `vllm serve` was started with, word for word.",
+            show_default="the base model's Hub id or folder",
+        ),
+    ] = None,
+) -> CommandResult:
+    """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
+    from infra.settings import VllmSettings
+    from tasks.serving.publish import publish as publish_version
+
+    found = publish_version(lineage, folder, VllmSettings(), version=version, model=model)
+    return CommandResult(found, show_published(found))
+
+
+def show_published(found: Published) -> Sequence[RenderableType]:
+    """The name for requests, and what the servers must have been started with."""
+    state = "is in" if found.is_new else "was already in"
+    return [
+        f"[bold green]{escape(found.model)}[/] {state} {escape(found.folder)}: version {escape(found.version)} of "
+        f"{escape(found.lineage)}",
+        f"  requests name it as their model; the servers run: vllm serve {escape(found.base_model)}",
+    ]
+
+
+@command(serve_app, "exporting")
+def export(
+    deal: Session,
+    version: Annotated[str, Argument(help="Number of the version.")],
+    target: Annotated[str, Argument(help="New folder; with --to hub: OWNER/NAME of the repository.")],
+    to: Annotated[str, Option("--to", help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")],
+    lineage: Lineage = "default",
+) -> CommandResult:
+    """Export a version for other programs, and compare its logits with the served version."""
+    from tasks.serving.export import Target, export_version
+
+    if to not in get_args(Target):
+        raise ConfigError(f"--to is {to!r}; give one of {', '.join(get_args(Target))}.")
+    found = export_version(lineage, version, cast("Target", to), target)
+    return CommandResult(found, show_exported(found))
+
+
+def show_exported(found: Exported) -> Sequence[RenderableType]:
+    """Where the export is, and how far its logits are from the served version's."""
+    return [
+        f"[bold green]Version {escape(found.version)} of {escape(found.lineage)}[/] is in {escape(found.address)}",
+        f"  logits differ from the served version by {found.max_difference:.2g} at most, on {found.num_prompts} "
+        f"prompts of its tasks ({found.tolerance:g} allowed in {found.precision})",
+    ]
 
 
 def show_route(route: ServingRoute) -> Sequence[RenderableType]:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
+from flows.cli.tables import heading, new_table, show_held
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack
@@ -73,13 +73,14 @@ def deploy(
     pool_type: Annotated[
         str, Option("--type", help="How the training pool starts a run: process, docker or kubernetes.")
     ] = "process",
+    replace: Annotated[bool, Option("--replace", help="Overwrite the deployments of another home or store.")] = False,
 ) -> CommandResult:
     """Create pools, automations and deployments on the Prefect server at PREFECT_API_URL."""
     from flows.server.deploy import PoolType, deploy_all
 
     if pool_type not in get_args(PoolType):
         raise ConfigError(f"--type is {pool_type!r}; give one of {', '.join(get_args(PoolType))}.")
-    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type)))
+    asyncio.run(deploy_all(deal.home, cast("PoolType", pool_type), replace=replace))
     return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
 
 
@@ -109,6 +110,7 @@ def show_status(status: Status) -> Sequence[RenderableType]:
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
+    shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]
     for title, runs in (("Running", status.running), ("Waiting", status.waiting), ("Failed, last 24 h", status.failed)):
         if runs:

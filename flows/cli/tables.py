@@ -14,6 +14,7 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
+    from tasks.cancelled import HeldArrival
 
 
 def heading(text: str) -> str:
@@ -42,6 +43,14 @@ def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
+
+
+def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableType]:
+    """Arrivals whose run was cancelled, and how each goes on."""
+    return [
+        f"  [yellow]•[/] {escape(f'{each.key} is held: {each.why} Let it go on with: {each.remedy(lineage)}')}"
+        for each in held
+    ]  # fmt: skip
 
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:

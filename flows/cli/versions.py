@@ -11,9 +11,11 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
+from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
 from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, new_table, show_adaptation
+from flows.cli.tables import heading, new_table, show_adaptation, show_held
+from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
     from flows.promote import Decision, LeftBehind
@@ -136,26 +138,43 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
 @command(versions_app, "reading")
 def requeue(
     deal: Session,
-    version: Annotated[list[str] | None, Argument(help="Versions to learn again.")] = None,
+    what: Annotated[
+        list[str] | None,
+        Argument(help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False),
+    ] = None,
     learn: Annotated[
         bool,
         Option(
             "--learn",
-            help="Learn all arrivals that were left behind. Without it and without a version they are listed.",
+            help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed.",
         ),
     ] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """List the arrivals that a rollback left behind, or learn them again on top of the champion."""
+    """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
     from flows.promote import requeue as requeue_flow
+    from tasks.cancelled import find_held, release
+    from tasks.context import current_store
 
-    if not (learn or version):
-        found = find_left_behind(lineage)
-        return CommandResult(found, show_left_behind(lineage, found))
-    runs = deal.run(lambda: requeue_flow(lineage, version or []))
-    shown = [line for run in runs for line in show_adaptation(run)] or show_left_behind(lineage, ())
-    return CommandResult(runs, shown, rejected=any(run.rejected for run in runs))
+    arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
+    versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]
+    if arrivals and not versions:
+        released = release(current_store(), lineage, arrivals)
+        shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
+        return CommandResult({"lineage": lineage, "released": released}, [*map(escape, shown)])
+    if not (learn or versions):
+        held = find_held(current_store(), lineage)
+        try:
+            found = find_left_behind(lineage)
+        except RegistryError:
+            if not held:
+                raise
+            found = ()  # its first arrival is held
+        return CommandResult(found, [*show_left_behind(lineage, found), *show_held(lineage, held)])
+    runs = deal.run(lambda: requeue_flow(lineage, versions, arrivals))
+    shown_runs = [line for run in runs for line in show_adaptation(run)] or show_left_behind(lineage, ())
+    return CommandResult(runs, shown_runs, rejected=any(run.rejected for run in runs))
 
 
 def show_left_behind(lineage: str, found: Sequence[LeftBehind]) -> Sequence[RenderableType]:

@@ -31,7 +31,7 @@ from tasks.notices import EVENTS, Kind
 Resources = dict[str, str | list[str]]
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
-OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+OVER = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Cancelling", "Crashed")}
 RUNS: Resources = {"prefect.resource.id": "prefect.flow-run.*"}
 RUN = {"prefect.resource.id"}
 """A trigger looks at each run separately."""
@@ -58,6 +58,7 @@ Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}
 {% for reason in event.payload.reasons %}- {{ reason }}
 {% endfor %}{% if event.payload.error %}{{ event.payload.error }}
 {% endif %}{% if event.payload.version %}deal report {{ event.payload.version }} --lineage {{ event.payload.lineage }}
+{% endif %}{% if event.payload.decide_url %}Decide: {{ event.payload.decide_url }}
 {% endif %}"""
 ACTION_FAILED = "prefect.automation.action.failed"
 """Event of Prefect. Its resource is the automation; its payload contains the reason."""

@@ -10,21 +10,26 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
+from tasks.cancelled import DEPLOYMENT
 from tasks.context import current_store
 from tasks.inbox import LANDED
 
 PoolType = Literal["process", "docker", "kubernetes"]
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
+STORE_VARIABLE = "deal_store"
+"""The variable on the server with the address of the store that the deployments work with."""
 TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"
 
 
@@ -32,23 +37,31 @@ class DeployError(DealError):
     """The server refuses the deployments."""
 
 
-async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None) -> None:
+async def deploy_all(
+    home: Path, gpu_pool_type: PoolType = "process", num_trainings: int | None = None, *, replace: bool = False
+) -> None:
     """Create or update everything on the server.
 
     Args:
         home: Working directory of the runs; its logs/ gets the log of the deployment.
         gpu_pool_type: How a worker of the training pool starts a run. Runs of the other pool are processes.
         num_trainings: Limit of runs in the training pool at the same time, for all workers together; None: unchanged.
+        replace: Overwrite deployments of another home or store.
 
     Raises:
-        ConfigError: No server is named, the pool exists with another type, or there is no prefect.yaml.
+        ConfigError: No server is named, the server has the deployments of another home or store, the pool exists with
+            another type, or there is no prefect.yaml.
         DeployError: Prefect refuses the deployments.
         StoreError: The store does not answer, or lets two writers overwrite each other.
     """
     if not get_current_settings().api.url:
         raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
-    current_store().check()
+    store = current_store()
+    store.check()
+    ours = Place(home=str(home), store=without_secrets(store.uri))
     async with get_client() as client:
+        if not replace:
+            await _require_own(client, ours)
         await _apply_pool(client, GPU_POOL, gpu_pool_type)
         await _apply_pool(client, CPU_POOL, "process")
         if num_trainings is not None:
@@ -57,6 +70,63 @@ async def deploy_all(home: Path, gpu_pool_type: PoolType = "process", num_traini
         await apply_notifications(client)
         is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
     _deploy_file(home, is_paused)
+    async with get_client() as client:
+        await _write_place(client, ours)
+
+
+class Place(NamedTuple):
+    """What the runs of the deployments work in."""
+
+    home: str
+    store: str
+
+
+async def _require_own(client: PrefectClient, ours: Place) -> None:
+    """Refuse to overwrite deployments that work in another home or store.
+
+    Raises:
+        ConfigError: They do.
+    """
+    theirs = await _read_place(client)
+    if theirs is None:
+        return
+    differing = [
+        f"the {name} is {there}, here it is {here}"
+        for name, there, here in zip(Place._fields, theirs, ours, strict=True) if there not in ("", here)
+    ]  # fmt: skip
+    if differing:
+        raise ConfigError(
+            f"The Prefect server has deployments of another installation: {'; '.join(differing)}. Deploying here would "
+            "break its runs. Deploy where its workers are, take a Prefect server of your own, or overwrite its "
+            "deployments with: deal deploy --replace"
+        )
+
+
+async def _read_place(client: PrefectClient) -> Place | None:
+    """Return the place of the deployments on the server; None: it has none of this project's.
+
+    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
+    """
+    homes = [
+        str(settings["directory"])
+        for deployment in await client.read_deployments(
+            deployment_filter=DeploymentFilter(
+                name=DeploymentFilterName(any_=[DEPLOYMENT]), tags=DeploymentFilterTags(all_=["deal"])
+            )
+        )
+        for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
+    ]  # fmt: skip
+    if not homes:
+        return None
+    written = await client.read_variable_by_name(STORE_VARIABLE)
+    return Place(home=homes[0], store=str(written.value) if written else "")
+
+
+async def _write_place(client: PrefectClient, place: Place) -> None:
+    if await client.read_variable_by_name(STORE_VARIABLE):
+        await client.update_variable(VariableUpdate(name=STORE_VARIABLE, value=place.store))
+    else:
+        await client.create_variable(VariableCreate(name=STORE_VARIABLE, value=place.store))
 
 
 def _deploy_file(home: Path, is_paused: bool) -> None:

@@ -63,7 +63,7 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
             stack = start_servers(home, prefect_port, mlflow_port, say)
             with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):
                 say("deployments are made")
-                await deploy_all(home, num_trainings=num_trainings)
+                await deploy_all(home, num_trainings=num_trainings, replace=True)  # its own server
                 async with get_client() as client:
                     await _restart_left_runs(client)
                     start_workers(home, stack, num_trainings, say)

@@ -21,8 +21,9 @@ from flows.server.local_processes import read_stack
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
+from tasks.cancelled import HeldArrival, held_arrivals
 from tasks.context import current_store
-from tasks.inbox import Handled, InboxLook, look, read_state
+from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
 
@@ -59,6 +60,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
+    held_arrivals: tuple[HeldArrival, ...] = ()
+    """Arrivals whose run was cancelled; they wait for `deal requeue`."""
 
 
 class Status(BaseModel, frozen=True):
@@ -178,6 +181,7 @@ def _lineage(
     champion: VersionInfo | None = None
     num_open: int | None = None
     failed: tuple[str, ...] = ()
+    waiting: tuple[HeldArrival, ...] = ()
     if registry is not None:
         try:
             champion, found = look_at_champion(store, registry, name)
@@ -186,18 +190,19 @@ def _lineage(
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     if watched is not None:
         try:
-            num_open, failed = _arrivals(store, watched, inbox)
+            state = read_state(store, name)
+            num_open, failed = _arrivals(state, watched, inbox)
+            waiting = held_arrivals(inbox, state, watched.tasks)
         except DealError as error:
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     return LineageStatus(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
-        held=watched.held if watched else None,
-    )
+        held=watched.held if watched else None, held_arrivals=waiting,
+    )  # fmt: skip
 
 
-def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
+def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
     """Return the number of arrivals to learn, and a line for each arrival that was refused or failed."""
-    state = read_state(store, lineage.lineage)
     bad = tuple(
         f"{info.key}: {_reason(state.files[info.key])}"
         for info in inbox.of(lineage.tasks)

@@ -19,7 +19,7 @@ import torch
 from mlflow.models import Model
 from mlflow.pyfunc import FLAVOR_NAME, PyFuncModel
 
-from deal_core.errors import DealError, RegistryError
+from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.evaluation.answerer import Answered, Answerer, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
 from infra.served_model import LOADER, ServedModel
@@ -51,9 +51,13 @@ class NoChampionError(RegistryError):
 class Champion:
     """The model that answers for a lineage. `follow` loads the version that the alias names."""
 
-    def __init__(self, lineage: str, say: Say, log: PredictionLog | None = None) -> None:
+    def __init__(
+        self, lineage: str, say: Say, log: PredictionLog | None = None, settle: Callable[[], object] | None = None
+    ) -> None:
         self.lineage = lineage
         self.log = log
+        self._settle = settle
+        """Called before a version is loaded that the alias newly names; it may set the alias back."""
         self._print = say
         self._answerer: Answerer | None = None
         self._meta: Model | None = None
@@ -108,6 +112,8 @@ class Champion:
             ServingError: The champion does not load.
         """
         self._registry = open_registry()
+        with suppress(StoreError):  # a server can start while the store is away
+            self._let_settle(self._registry.champion(self.lineage))
         champion = self._registry.champion(self.lineage)
         if champion is None:
             raise NoChampionError(f"Lineage '{self.lineage}' has no champion.")
@@ -122,7 +128,7 @@ class Champion:
         pause = POLL_SECONDS
         while not stopped.wait(pause):
             try:
-                self._keep_up_with(self._registry.champion(self.lineage))
+                self._keep_up_with(self._let_settle(self._registry.champion(self.lineage)))
             except Exception as error:  # the thread must not end
                 if not isinstance(error, RegistryError):
                     LOG.exception("Following the alias failed")
@@ -136,6 +142,13 @@ class Champion:
         """Stop the running computations."""
         if self._answerer is not None:
             self._answerer.stop()
+
+    def _let_settle(self, champion: VersionInfo | None) -> VersionInfo | None:
+        """Return the champion, or, if the alias has moved, the champion after `settle`."""
+        if self._settle is None or champion is None or champion.version == self._champion:
+            return champion
+        self._settle()
+        return self._registry.champion(self.lineage)
 
     def _keep_up_with(self, champion: VersionInfo | None) -> None:
         if champion is None:

@@ -45,6 +45,7 @@ async def serve(
     trusted_hosts: Sequence[str],
     say: Say,
     ready: Callable[[str, str], None],
+    settle: Callable[[], object],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second signal ends them.
 
@@ -56,6 +57,7 @@ async def serve(
         trusted_hosts: Host names that clients may use, in addition to those of loopback and `host`.
         say: Called with each message for the user.
         ready: Called once with the address and the version that answers.
+        settle: Called when the alias has moved, before its version is loaded; it may set the alias back.
 
     Returns:
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
@@ -68,7 +70,7 @@ async def serve(
     """
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
-    champion, ended, loaded = Champion(lineage, say, log), threading.Event(), Future[None]()
+    champion, ended, loaded = Champion(lineage, say, log, settle), threading.Event(), Future[None]()
     follower = threading.Thread(target=_follow, args=(champion, loaded, ended), name="champion", daemon=True)
     follower.start()
     begun = asyncio.wrap_future(loaded)

@@ -14,8 +14,11 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Action, Change, Move, PromotionLog
+from infra.store.base import ObjectStore
 from infra.tracking.registry import Alias, Registry, VersionInfo, open_registry
 from tasks.context import current_store
+from tasks.lineage.settings import asks_for_alias_moves
+from tasks.notices import Notice, announce
 from tasks.references import VersionRef
 
 logger = logging.getLogger(__name__)
@@ -121,19 +124,72 @@ def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple
     """Set aliases and tags by the newest move. Without a move they stay as they are.
 
     Every writer calls this function before it adds to the log, so earlier moves are complete. An alias that was moved
-    by hand is set back, because the log is authoritative. The alias of a version that was deleted in MLflow is left
-    out. The log is read again after the aliases are set, until no newer move is found. So the newest move wins.
+    by hand is set back, because the log is authoritative; with `alias_moves: request` the log gets a request for its
+    version. The alias of a version that was deleted in MLflow is left out. The log is read again after the aliases are
+    set, until no newer move is found. So the newest move wins.
 
     Returns:
         The champion's number and its move. The registry may no longer have this version.
     """
     move = log.last(lineage)
+    champion: str | None = None
     while True:
-        champion = _follow(registry, move, lineage)
+        asked = _asked_by_hand(registry, log, move, lineage)
+        requested = _request(log, move, asked) if asked and move else None
+        if asked is None or requested is not None:  # otherwise the log has a newer move, which may explain the alias
+            champion = _follow(registry, move, lineage)
+        if asked and requested:
+            _announce_request(asked, requested)
         newest = log.last(lineage)
         if newest == move:
             return champion, move
         move = newest
+
+
+def settled_champion(registry: Registry, store: ObjectStore, lineage: str) -> VersionInfo | None:
+    """Return the champion that answers, if there is one: that of the alias, or that of the log where the lineage asks.
+
+    A move of the alias that only asks is set back here, and announced.
+    """
+    champion = registry.champion(lineage)
+    if champion is None or not asks_for_alias_moves(store, lineage):
+        return champion
+    number, _ = settle_aliases(registry, PromotionLog(store), lineage)
+    return registry.version(lineage, number) if number else None
+
+
+def _asked_by_hand(registry: Registry, log: PromotionLog, move: Move | None, lineage: str) -> VersionInfo | None:
+    """Return the version to which somebody moved the alias in MLflow, if the lineage asks a person about such moves.
+
+    The alias of a move that was cut short is still at `move.before`; then `previous` is not there yet.
+    """
+    found = registry.champion(lineage)
+    if found is None or move is None or move.champion in (None, found.version):
+        return None
+    if found.version == move.before:
+        previous = registry.with_alias(lineage, "previous")
+        if previous is None or previous.version != move.before:
+            return None
+    if not asks_for_alias_moves(log.store, lineage) or not found.accepted or found.approval == "refused":
+        return None
+    return None if log.is_requested(lineage, found.version) else found
+
+
+def _request(log: PromotionLog, last: Move, version: VersionInfo) -> Move | None:
+    """Write the request for a version to the log; None: the log has a newer move."""
+    return log.add(last, Change(
+        action="requested", lineage=version.lineage, version=version.version, before=last.champion,
+        champion=last.champion, who="MLflow", why="the alias champion was moved to it in MLflow",
+    ))  # fmt: skip
+
+
+def _announce_request(version: VersionInfo, requested: Move) -> None:
+    reason = f"{requested.why}; version {requested.champion} is champion until a person decides"
+    notice = Notice(
+        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
+        reasons=(reason,), tracking_id=version.tracking_id, run_key=version.run_key,
+    )  # fmt: skip
+    announce("awaiting-approval", notice, once=f"requested {requested.number}")
 
 
 def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:

@@ -204,6 +204,14 @@ def why_held(store: ObjectStore, lineage: str) -> str | None:
         return None
 
 
+def asks_for_alias_moves(store: ObjectStore, lineage: str) -> bool:
+    """Return whether a move of the alias in MLflow only asks for a promotion, by the lineage's file."""
+    try:
+        return read_lineage(store, lineage).gate.alias_moves == "request"
+    except ConfigError:
+        return False
+
+
 def remove_lineage(store: ObjectStore, lineage: str) -> str:
     """Delete a lineage's file, so that it learns no longer from the inbox; return its address. Versions stay.
 

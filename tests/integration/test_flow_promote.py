@@ -19,15 +19,17 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.promote import find_left_behind, promote_to, reject_version, requeue, roll_back
+from flows.promote import decide, find_left_behind, promote_to, reject_version, requeue, roll_back
 from infra.promotions import PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
-from tasks.adaptation.promote import complete_version, move_champion
+from tasks.adaptation.promote import complete_version, move_champion, settled_champion
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
+from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.spec import AdaptSpec, parse
 from tests.in_process import KilledError
+from tests.receiver import Receiver
 
 TASKS = {
     "bank": {"name": "bank", "data": str(EXAMPLES / "bank" / "train.jsonl")},
@@ -253,6 +255,51 @@ def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monke
     assert aliases()["champion"] == "2"
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "1" == aliases()["champion"]
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_move_of_the_alias_in_mlflow_serves_until_the_next_command_or_asks_a_person(receiver: Receiver) -> None:
+    def move_by_hand(version: str) -> str:
+        open_registry().client.set_registered_model_alias("l", "champion", version)
+        champion = settled_champion(open_registry(), current_store(), "l")
+        assert champion is not None
+        return champion.version
+
+    assert move_by_hand("1") == "1", "followed, by default"
+    find_parent.fn("l")
+    assert aliases()["champion"] == "2" and [move.version for move in read_moves("l")] == ["1", "2"]
+
+    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
+    assert [move_by_hand("1"), move_by_hand("1")] == ["2", "2"] and aliases()["champion"] == "2"
+    assert [(move.action, move.version, move.champion) for move in read_moves("l")[2:]] == [("requested", "1", "2")]
+    (notice,) = receiver.told()
+    assert (notice["event"], notice["payload"]["version"]) == ("deal.version.awaiting-approval", "1")
+
+    decide("l", "1", "reject", why="not now", who="Ada")
+    assert aliases()["champion"] == "2" and read_history("l")[0].approval is None, "the version itself is not refused"
+    with pytest.raises(RegistryError, match="does not wait for a person"):
+        decide("l", "1", "approve", why="yes", who="Ada")
+    assert move_by_hand("1") == "2", "a new move asks again"
+    assert decide("l", "1", "approve", why="complaints", who="Ada").left_behind[0].version == "2"
+    assert aliases() == {"champion": "1", "previous": "2", "challenger": "2"}
+    told = [(move.action, move.champion, move.who, move.why) for move in read_moves("l")[3:] if move.who == "Ada"]
+    assert told == [("declined", "2", "Ada", "not now"), ("rolled back", "1", "Ada", "complaints")]
+    assert move_by_hand("2") == "1"
+    assert decide("l", "2", "approve", why="better after all", who="Ada").action == "promoted"
+
+
+@pytest.mark.usefixtures("lineage")
+def test_a_move_cut_short_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
+    for _ in range(2):
+        for move, champion in ((lambda: roll_back("l", "1", **BY), "1"), (lambda: promote_to("l", "2", **BY), "2")):
+            with monkeypatch.context() as patch:
+                patch.setattr(Registry, "set_alias", die)
+                with pytest.raises(KilledError):
+                    move()
+            found = settled_champion(open_registry(), current_store(), "l")
+            assert found is not None and found.version == champion == aliases()["champion"]
+    assert {move.action for move in read_moves("l")} == {"promoted", "rolled back"}
 
 
 def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.evaluation.answering import SERVED_FILE, ServedVersion
 from infra.served_model import PEFT_FILES, write_served_folder
 from infra.serving import champion as serving
@@ -146,6 +146,30 @@ def test_the_alias_is_followed_and_nothing_is_left_on_the_disk(
     registry.version = "1"
     following.wait_for("Version 1 serves")
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_move_of_the_alias_is_settled_before_its_version_is_loaded(registry: Registry) -> None:
+    """`settle` may set the alias back; a server that starts while the store is away takes the alias as it is."""
+    calls: list[str] = []
+
+    def set_back() -> None:
+        calls.append(registry.version)
+        registry.version = "1"
+
+    def store_is_away() -> None:
+        raise StoreError("away")
+
+    registry.version = "2"
+    champion = Champion("l", lambda text: None, settle=set_back)
+    champion.begin()
+    assert champion.version == "1" and calls == ["2"]
+    registry.version = "3"
+    assert champion._let_settle(registry.champion("l")).version == "1"  # type: ignore[union-attr]
+    champion._let_settle(registry.champion("l"))
+    assert calls == ["2", "3"], "an alias that has not moved is not settled"
+    other = Champion("l", lambda text: None, settle=store_is_away)
+    other.begin()
+    assert other.version == "1"
 
 
 def test_another_base_model_is_loaded_only_where_the_version_has_one(registry: Registry, following: Following) -> None:

@@ -1,0 +1,151 @@
+"""Arrivals of cancelled runs: they are held until a person asks for them with `deal requeue`.
+
+A person cancels a run of the deployment `adapt` on Prefect's page, by its command or by its API. All arrivals that the
+run had still to learn are then held. The server's states are read before anything else is learned or announced, so the
+hold does not depend on the run's process, which may have been killed before it could write anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import get_current_settings
+from pydantic import BaseModel
+
+from deal_core.errors import ConfigError
+from deal_core.safe_text import listed
+from infra.store.base import ObjectInfo, ObjectStore
+from tasks.inbox import InboxLook, InboxState, drop_announcement, look, read_announcement, read_state, write_state
+from tasks.progress import patient, reporter
+
+DEPLOYMENT = "adapt"
+"""The deployment of prefect.yaml whose runs learn what lands."""
+
+
+class CancelledRun(NamedTuple):
+    """A run that a person cancelled."""
+
+    name: str
+    at: datetime
+
+
+class HeldArrival(BaseModel, frozen=True):
+    """An arrival that waits for `deal requeue`."""
+
+    key: str
+    why: str
+
+    def remedy(self, lineage: str) -> str:
+        """Return the command that lets the arrival go on."""
+        return f"deal requeue {self.key} --lineage {lineage}"
+
+
+async def hold_cancelled(
+    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo]
+) -> tuple[str, ...]:
+    """Hold the open arrivals of a lineage whose run was cancelled; return their keys.
+
+    An arrival belongs to every run that was cancelled after the arrival was announced, or, without an announcement,
+    after it landed. A later `deal requeue` ends the hold.
+    """
+    if not arrivals or not get_current_settings().api.url:
+        return ()
+    state = read_state(store, lineage)
+    since = {info.key: _waits_since(store, lineage, state, info, inbox.stamp(info)) for info in arrivals}
+    runs = await cancelled_runs(lineage, min(since.values()))
+    held = []
+    for info in arrivals:
+        run = next((run for run in runs if run.at >= since[info.key]), None)
+        if run is not None:
+            message = f"Its run {run.name} was cancelled on {run.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC."
+            state.record(info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info))
+            held.append(info)
+    if held:
+        write_state(store, lineage, state)
+    for info in held:
+        drop_announcement(store, lineage, info, inbox.stamp(info))
+        known = HeldArrival(key=info.key, why=state.files[info.key].message)
+        reporter().said(f"{known.key} is held: {known.why} Let it go on with: {known.remedy(lineage)}")
+    return tuple(info.key for info in held)
+
+
+def _waits_since(store: ObjectStore, lineage: str, state: InboxState, info: ObjectInfo, beside: str) -> datetime:
+    """Return the time from which on a cancelled run is a run of this arrival."""
+    known = state.files.get(info.key)
+    if known is not None and known.outcome == "requeued" and known.etag == info.etag:
+        return known.at
+    announced = read_announcement(store, lineage, info, beside)
+    return announced.at if announced else info.modified
+
+
+@patient
+async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
+    """Return the cancelled runs that learn what lands for a lineage, newest first.
+
+    A run that is being cancelled counts too: its process may be gone, and then it stays in this state.
+    """
+    states = [StateType.CANCELLED, StateType.CANCELLING]
+    async with get_client() as client:
+        runs = await client.read_flow_runs(
+            flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states))),
+            deployment_filter=filters.DeploymentFilter(
+                name=filters.DeploymentFilterName(any_=[DEPLOYMENT]), tags=filters.DeploymentFilterTags(all_=["deal"])
+            ),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        )
+    found = [CancelledRun(run.name, _since(run)) for run in runs if run.parameters.get("lineage") == lineage]
+    return sorted((run for run in found if run.at >= since), key=lambda run: run.at, reverse=True)
+
+
+def _since(run: FlowRun) -> datetime:
+    """Return the time at which a run got its state."""
+    assert run.state is not None, "it was found by its state"
+    return run.state.timestamp
+
+
+def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Sequence[str] = ()) -> tuple[HeldArrival, ...]:
+    """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
+    return tuple(
+        HeldArrival(key=info.key, why=known.message)
+        for info in inbox.of(tasks)
+        if (known := state.files.get(info.key)) and known.outcome == "held" and known.etag == info.etag
+    )
+
+
+def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
+    """Return all held arrivals of a lineage, oldest first."""
+    state = read_state(store, lineage)
+    if not any(known.outcome == "held" for known in state.files.values()):
+        return ()
+    return held_arrivals(look(store), state)
+
+
+def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tuple[str, ...]:
+    """Let held arrivals go on, all of them if none is named; return their keys.
+
+    A watch learns them at its next look; a server announces them at once.
+
+    Raises:
+        ConfigError: A named arrival is not held.
+    """
+    inbox, state = look(store), read_state(store, lineage)
+    held: Mapping[str, HeldArrival] = {each.key: each for each in held_arrivals(inbox, state)}
+    for key in named:
+        if key not in held:
+            known = f"held are: {', '.join(held)}" if held else "none is held"
+            raise ConfigError(f"{key} is not held for lineage '{lineage}'; {known}.")
+    keys = tuple(key for key in held if not named or key in named)
+    for info in inbox.arrivals:
+        if info.key in keys:
+            state.record(info, "requeued", "Asked for again.", now=datetime.now(UTC), beside=inbox.stamp(info))
+            drop_announcement(store, lineage, info, inbox.stamp(info))
+    if keys:
+        write_state(store, lineage, state)
+        reporter().said(f"{listed(keys)}: held no longer; the next look of a watch learns this.")
+    return keys

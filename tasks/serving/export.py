@@ -1,0 +1,289 @@
+"""Export a version: the base model with the adapter merged into it, or the PEFT folder to the Hub.
+
+Before an export counts, it is loaded and asked prompts of its own tasks. Its logits must be those of the version that
+is served, up to the rounding of the model's precision.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from deal_core.adapter.files import PEFT_FILES
+from deal_core.base_model.sources import licence_of_base, resolve_base
+from deal_core.errors import ConfigError, IntegrityError, RegistryError
+from deal_core.evaluation.answering import SERVED_FILE
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore, temporary_folder
+from infra.tracking.registry import Registry, VersionInfo, open_registry
+from tasks.adaptation.frozen_rows import first_rows, load_test_set
+from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
+from tasks.adaptation.promote import rejected_by_person
+from tasks.base import lend_base, release_base
+from tasks.context import current_store
+from tasks.lineage.history import find_version, require_in_registry
+from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
+from tasks.lineage.version_files import borrowed_adapter
+from tasks.lineage.versions import descent
+from tasks.progress import reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Target = Literal["merged", "hub"]
+ROWS_PER_TASK = 4
+MAX_PROMPTS = 32
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+"""Largest difference of a logit, by the precision of the base model: what rounding the merged weights may cause."""
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB_FILES = (*PEFT_FILES, "README.md", SERVED_FILE)
+
+
+class Exported(BaseModel, frozen=True):
+    """An export, and its comparison with the served version."""
+
+    lineage: str
+    version: str
+    to: Target
+    address: str
+    """The folder, or the address of the repository."""
+    num_prompts: int
+    max_difference: float
+    """Largest difference between a logit of the export and of the served version, at the first token of the answer."""
+    tolerance: float
+    precision: str
+
+
+class Prompt(NamedTuple):
+    """A text that a task is asked."""
+
+    task: KnownTask
+    text: str
+
+
+def export_version(lineage: str, version: str, to: Target, target: str) -> Exported:
+    """Export a version and check what was exported.
+
+    Args:
+        lineage: Its lineage.
+        version: Its number.
+        to: merged: a transformers folder with base model and adapter in one. hub: a private repository on the Hub with
+            the PEFT folder and its model card.
+        target: The new folder, or the repository OWNER/NAME.
+
+    Raises:
+        ConfigError: The target is not free or no valid name, the base model is quantized, or the Hub refuses.
+        IntegrityError: The export answers otherwise than the served version; nothing was written.
+        RegistryError: The version may not leave: it was rejected, waits for a person, or learned from forgotten rows.
+    """
+    store, registry = current_store(), open_registry()
+    require_in_registry(registry, store, lineage)
+    info = find_version(registry, lineage, version)
+    require_exportable(store, registry, info)
+    record = read_record(store, info.adapter_uri)
+    prompts = _prompts(store, record)
+    if to == "merged":
+        return _export_merged(store, info, record, prompts, Path(target))
+    return _export_to_hub(store, registry, info, record, prompts, target)
+
+
+def require_exportable(store: ObjectStore, registry: Registry, info: VersionInfo) -> None:
+    """Refuse a version that must not be used elsewhere.
+
+    Raises:
+        RegistryError: It did not pass its gate, a person rejected it or has not approved it yet, or rows that it or an
+            ancestor learned were forgotten.
+    """
+    name = f"Version {info.version} of '{info.lineage}'"
+    if not info.accepted:
+        raise RegistryError(f"{name} did not pass its gate: {' '.join(info.reasons)} It is not exported.")
+    if info.approval == "refused":
+        raise RegistryError(rejected_by_person(info))
+    if info.approval == "awaiting":
+        raise RegistryError(
+            f"{name} waits for a person's approval; approve it first: deal promote {info.version} --lineage "
+            f"{info.lineage}"
+        )
+    for each in descent(registry.versions(info.lineage), info):
+        found = find_tombstone(store, each.task, each.digests)
+        if found is not None and f"{each.lineage}/{each.version}" in found.versions:
+            learned = "it" if each.version == info.version else f"version {each.version}, which it continues,"
+            raise RegistryError(
+                f"{name} is not exported: rows of '{each.task}' that {learned} learned were {found.said}, and its "
+                f"weights still hold them. Export a version that did not learn them (deal history --lineage "
+                f"{info.lineage})."
+            )
+
+
+def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
+    """Return texts to compare with: test rows of each task, or an invented text where its rows are gone."""
+    examples = {row["task"]: row["input"] for row in example_rows(record)}
+    num_rows = max(1, min(ROWS_PER_TASK, MAX_PROMPTS // len(record.tasks)))
+    found = []
+    for known in record.tasks:
+        name = known.schema.name
+        try:
+            rows = load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, 1).rows
+            texts: Sequence[str] = first_rows(rows, min(num_rows, len(rows)))["input"]
+        except TestRowsForgottenError:
+            texts = [served_task(known).readable(examples[name], "The example")]
+        found += [Prompt(known, text) for text in texts]
+    return found
+
+
+def _export_merged(
+    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], target: Path
+) -> Exported:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already; name a new folder.")
+    if record.base.quantize != "none":
+        raise ConfigError(
+            f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
+            "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
+        )
+    from transformers import AutoTokenizer
+
+    from deal_core.adapter.state import load_adapter
+
+    base = lend_base(record.base)
+    precision, model_class = str(base.model.dtype).removeprefix("torch."), type(base.model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with borrowed_adapter(store, info) as folder:
+            model = load_adapter(base.model, folder)
+            served = _logits(model, base.tokenizer, prompts)
+            reporter().said(f"merging version {info.version} into {base.name}")
+            merged: Any = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(part)
+        base.tokenizer.save_pretrained(part)
+        dtype, device = merged.dtype, merged.device
+        del model, merged, base
+        release_base()  # its weights are the merged ones now
+        licence = licence_of_base(record.base.source, resolve_base(record.base.source, HomeSettings().cache_dir))
+        (part / SERVED_FILE).write_text(json.dumps(served_version(record).to_json(), indent=2), encoding="utf-8")
+        loaded = model_class.from_pretrained(part, dtype=dtype, trust_remote_code=False).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(part, trust_remote_code=False)
+        found = _compared(info, "merged", str(target), precision, served, _logits(loaded, tokenizer, prompts))
+        (part / "README.md").write_text(_merged_card(record, info, licence, found), encoding="utf-8")
+        if target.is_dir():
+            target.rmdir()
+        part.rename(target)
+    except BaseException:
+        release_base()
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return found
+
+
+def _export_to_hub(
+    store: ObjectStore, registry: Registry, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt],
+    target: str,
+) -> Exported:
+    if not REPOSITORY.fullmatch(target):
+        raise ConfigError(f"{target!r} is not the name of a repository of the Hub; give OWNER/NAME.")
+    with temporary_folder() as temporary:
+        folder = temporary / "version"
+        hub_folder(registry, info, folder)
+        found = _compare_folder(store, info, record, prompts, folder, target)
+        address = _upload(folder, target, f"{info.lineage}, version {info.version}")
+    return found.model_copy(update={"address": address})
+
+
+def hub_folder(registry: Registry, info: VersionInfo, folder: Path) -> None:
+    """Fetch a version as it goes to the Hub: the PEFT files, the model card, and how each task is asked. No rows."""
+    registry.download(info.lineage, info.version, folder)
+    for path in sorted(folder.iterdir()):
+        if path.name not in HUB_FILES:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _compare_folder(
+    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], folder: Path, target: str
+) -> Exported:
+    """Compare a PEFT folder, loaded by PEFT alone, with the served version."""
+    from peft import PeftModel
+
+    from deal_core.adapter.state import adapter_on
+
+    base = lend_base(record.base)
+    with borrowed_adapter(store, info) as adapter, adapter_on(base.model, adapter) as model:
+        served = _logits(model, base.tokenizer, prompts)
+    plain = PeftModel.from_pretrained(base.model, folder)
+    try:
+        logits = _logits(plain, base.tokenizer, prompts)
+    finally:
+        plain.unload()
+    return _compared(info, "hub", target, str(base.model.dtype).removeprefix("torch."), served, logits)
+
+
+def _upload(folder: Path, repository: str, message: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
+        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+        raise ConfigError(
+            f"{repository} could not be written on the Hub ({reason}). The token of HF_TOKEN must be allowed to write "
+            "there."
+        ) from None
+    return str(url)
+
+
+def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Return the logits of the first answer token of each prompt, each of shape (vocabulary,)."""
+    from deal_core.evaluation.generation import first_answer_logits
+
+    return [
+        first_answer_logits(model, tokenizer, task.schema, text, max_prompt_tokens=task.max_prompt_tokens)
+        for task, text in prompts
+    ]
+
+
+def _compared(
+    info: VersionInfo, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
+) -> Exported:
+    """Compare logits.
+
+    Raises:
+        IntegrityError: They differ by more than the tolerance.
+    """
+    differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
+    largest, tolerance = max(differences), TOLERANCE.get(precision, TOLERANCE["bfloat16"])
+    if not largest <= tolerance:
+        raise IntegrityError(
+            f"The export of version {info.version} of '{info.lineage}' answers otherwise than the served version: a "
+            f"logit differs by {largest:.3g}, and {tolerance:g} is allowed in {precision}. Nothing was exported."
+        )
+    return Exported(
+        lineage=info.lineage, version=info.version, to=to, address=address, num_prompts=len(served),
+        max_difference=largest, tolerance=tolerance, precision=precision,
+    )  # fmt: skip
+
+
+def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, found: Exported) -> str:
+    """Return the model card of a merged model as Markdown."""
+    tasks = ", ".join(known.schema.name for known in record.tasks)
+    return "\n".join([
+        "---", "library_name: transformers", *([f"license: {licence}"] if licence else []), "---",
+        f"# {info.lineage}, version {info.version}: {tasks}", "",
+        f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
+        "`deal.json` has the prompt of each task.", "",
+        f"- base model: {record.base.name}, sha256 `{record.base.sha256}`",
+        f"- licence of the base model: {licence or NOT_STATED}",
+        f"- adapter: sha256 `{info.adapter_sha256}`",
+        f"- logits against the served version: {found.max_difference:.3g} at most on {found.num_prompts} prompts of "
+        f"its tasks, in {found.precision}", "",
+    ])  # fmt: skip

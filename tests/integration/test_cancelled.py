@@ -1,0 +1,155 @@
+"""A run that a person cancels holds its arrivals until `deal requeue`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.states import Cancelled, Cancelling, State
+from typer.testing import CliRunner
+
+import tasks.inbox
+from deal_core.errors import ConfigError
+from flows.cli.app import app
+from flows.promote import requeue
+from flows.server.status import read_status
+from flows.watch import adapt_landed, watch_inbox
+from tasks.cancelled import DEPLOYMENT, release
+from tasks.context import current_store
+from tasks.inbox import read_state
+from tasks.lineage.settings import WatchedLineage, add_lineage
+from tests.in_process import put_back
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home", "deployment")
+KEY = "inbox/parcels/a.jsonl"
+
+
+@pytest.fixture
+def deployment() -> Iterator[None]:
+    """The deployment whose runs learn what lands, on the tests' Prefect server; nothing starts its runs."""
+
+    async def make() -> object:
+        async with get_client() as client:
+            flow_id = await client.create_flow(adapt_landed)
+            return await client.create_deployment(flow_id, name=DEPLOYMENT, tags=["deal"])
+
+    async def delete() -> None:
+        async with get_client() as client:
+            await client.delete_deployment(made)  # type: ignore[arg-type]
+
+    made = asyncio.run(make())
+    yield
+    asyncio.run(delete())
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open arrival without a run is announced again at each look."""
+    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(0))
+
+
+@pytest.fixture
+def lineages() -> None:
+    """Two lineages. No row of what lands can be used, so each run ends without a training."""
+    for name in ("l", "other"):
+        add_lineage(current_store(), WatchedLineage(lineage=name))
+
+
+def land(home: Path, name: str, content: bytes = b"nonsense\n") -> None:
+    path = home / "store" / "inbox" / "parcels" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def look() -> int:
+    return asyncio.run(watch_inbox(for_seconds=0, poll_seconds=0.01))
+
+
+def learn(lineage: str) -> list[str]:
+    result = asyncio.run(adapt_landed(lineage, settle_seconds=0.01))
+    return [seen.key for seen in result.files]
+
+
+def run_ends(lineage: str, state: State) -> None:
+    """A run of the deployment for a lineage, in the state that a person gives it."""
+
+    async def act() -> None:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name(f"adapt-landed/{DEPLOYMENT}")
+            run = await client.create_flow_run_from_deployment(found.id, parameters={"lineage": lineage})
+            await client.set_flow_run_state(run.id, state, force=True)
+
+    asyncio.run(act())
+
+
+def is_held(lineage: str = "l") -> bool:
+    known = read_state(current_store(), lineage).files.get(KEY)
+    return known is not None and known.outcome == "held"
+
+
+def deal(*words: str) -> str:
+    with put_back():
+        found = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return " ".join(found.output.split())
+
+
+@pytest.mark.parametrize("state", [Cancelled, Cancelling])
+def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, lineages: None, state: type) -> None:
+    land(home, "a.jsonl")
+    look()
+    assert look() == 2, "settled, and announced to both lineages"
+    run_ends("l", state())
+    assert look() == 1 and is_held() and not is_held("other"), "only the other lineage's run is announced again"
+    land(home, "b.jsonl", b"more nonsense\n")
+    assert learn("l") == ["inbox/parcels/b.jsonl"], "what lands later is learned"
+
+    (status,) = (each for each in asyncio.run(read_status(home)).lineages if each.lineage == "l")
+    assert status.num_open == 0 and [each.key for each in status.held_arrivals] == [KEY]
+    remedy = f"deal requeue {KEY} --lineage l"
+    for shown in (deal("status"), deal("history", "--lineage", "l"), deal("requeue", "--lineage", "l")):
+        assert "was cancelled on" in shown and remedy in shown
+    assert json.loads(deal(*remedy.split()[1:], "--json"))["released"] == [KEY]
+    assert not is_held() and asyncio.run(read_status(home)).lineages[0].num_open == 1
+    assert look() >= 1
+    assert learn("l") == [KEY], "the run that was cancelled before counts no longer"
+
+
+def test_a_hold_does_not_need_the_watcher(home: Path, lineages: None) -> None:
+    land(home, "a.jsonl")
+    run_ends("l", Cancelled())
+    assert learn("l") == [] and is_held()
+    assert learn("other") == [KEY]
+
+
+def test_what_was_cancelled_before_an_arrival_landed_does_not_hold_it(home: Path, lineages: None) -> None:
+    run_ends("l", Cancelled())
+    land(home, "a.jsonl")
+    assert learn("l") == [KEY]
+
+
+def test_another_content_is_another_arrival(home: Path, lineages: None) -> None:
+    land(home, "a.jsonl")
+    run_ends("l", Cancelled())
+    assert learn("l") == []
+    land(home, "a.jsonl", b"other nonsense\n")
+    assert learn("l") == [KEY]
+
+
+def test_the_deployment_lets_everything_go_on_that_is_held(home: Path, lineages: None) -> None:
+    land(home, "a.jsonl")
+    run_ends("l", Cancelled())
+    assert learn("l") == [] and is_held()
+    assert asyncio.run(requeue("l")) == []
+    assert learn("l") == [KEY]
+
+
+def test_only_what_is_held_can_go_on(home: Path, lineages: None) -> None:
+    land(home, "a.jsonl")
+    with pytest.raises(ConfigError, match=rf"{KEY} is not held for lineage 'l'; none is held"):
+        release(current_store(), "l", [KEY])

@@ -1,0 +1,175 @@
+"""The deployments on a Prefect server: their forms, the link of a notice, and whose home they work in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
+from typer.testing import CliRunner
+
+from deal_core.errors import ConfigError, RegistryError
+from flows.cli.app import app
+from flows.promote import decide, reject
+from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+from infra.promotions import Move
+from infra.tracking.registry import open_registry
+from tasks.lineage.history import read_moves
+from tasks.notices import Notice, announce
+from tests.adapting import CLINIC, PASS, run
+from tests.in_process import put_back
+from tests.receiver import Receiver
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+BY = {"why": "read the report", "who": "Ada"}
+
+
+@pytest.fixture
+def deployed(home: Path) -> Iterator[Path]:
+    """A home whose deployments are on the tests' Prefect server."""
+
+    async def clear() -> None:
+        async with get_client() as client:
+            for automation in await client.read_automations():
+                await client.delete_automation(automation.id)
+            for deployment in await client.read_deployments():
+                await client.delete_deployment(deployment.id)
+            for pool in (CPU_POOL, GPU_POOL):
+                await client.delete_work_pool(pool)
+            await client.delete_variable_by_name("deal_store")
+
+    (home / "logs").mkdir()
+    asyncio.run(deploy_all(home))
+    yield home
+    asyncio.run(clear())  # other tests use the same server
+
+
+def start(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Ask the server for a run, as its page does with a form."""
+
+    async def ask() -> dict[str, Any]:
+        async with get_client() as client:
+            found = await client.read_deployment_by_name(name)
+            return (await client.create_flow_run_from_deployment(found.id, parameters=parameters)).parameters
+
+    return asyncio.run(ask())
+
+
+def test_what_stands_on_the_server(
+    deployed: Path, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One test, as the deploy that its steps share takes long."""
+    check_the_forms_take_what_the_flows_take()
+    check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver)
+    check_another_home_or_store_is_not_overwritten(deployed, tmp_path, monkeypatch)
+
+
+def check_the_forms_take_what_the_flows_take() -> None:
+    decided = {"lineage": "l", "version": "3", "verdict": "approve", **BY}
+    accepted: dict[str, dict[str, Any]] = {
+        "decide/decide": decided,
+        "reject/reject": {"lineage": "l", "version": "3", "why": "labels look wrong"},
+        "requeue/requeue": {"lineage": "l", "arrivals": ["inbox/parcels/a.jsonl"]},
+        "gc/gc": {"older_than": "14d"},
+        "forget/forget": {"named": "inbox/parcels/a.jsonl", "reason": "request 1873"},
+    }
+    for name, parameters in accepted.items():
+        assert start(name, parameters).items() >= parameters.items()
+    assert start("gc/gc", {})["dry_run"] is True, "a run that is started blindly removes nothing"
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("decide/decide", {**decided, "verdict": "perhaps"}),
+        ("decide/decide", {**decided, "why": ""}),
+        ("decide/decide", {key: decided[key] for key in decided if key != "who"}),
+        ("reject/reject", {"lineage": "l", "version": "3"}),
+        ("forget/forget", {}),
+    ]
+    for name, parameters in refused:
+        with pytest.raises(PrefectHTTPStatusError, match=r"409|422"):
+            start(name, parameters)
+
+
+def check_the_notice_of_a_version_that_waits_leads_to_the_form(receiver: Receiver) -> None:
+    for kind in ("awaiting-approval", "promoted"):
+        announce(kind, Notice(lineage="l", version="3"))  # type: ignore[arg-type]
+    waits, promoted = (notice["payload"]["decide_url"] for notice in receiver.told())
+    assert promoted is None
+    parts = urlsplit(waits)
+    *_, deployment, page = parts.path.split("/")
+    assert page == "run" and json.loads(parse_qs(parts.query)["parameters"][0]) == {"lineage": "l", "version": "3"}
+
+    async def name_of() -> str:
+        async with get_client() as client:
+            return (await client.read_deployment(UUID(deployment))).name
+
+    assert asyncio.run(name_of()) == "decide"
+
+
+def check_another_home_or_store_is_not_overwritten(
+    deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home_on_the_server() -> str:
+        async def read() -> Any:
+            async with get_client() as client:
+                return (await client.read_deployment_by_name("adapt-landed/adapt")).pull_steps
+
+        ((step,),) = (each.values() for each in asyncio.run(read()))
+        return str(step["directory"])
+
+    (other := tmp_path / "other").mkdir()
+    with put_back():
+        answer = CliRunner().invoke(app, ["deploy", "--home", str(other)])
+    said = " ".join(answer.output.split())
+    assert answer.exit_code == 2 and "deal deploy --replace" in said
+    assert home_on_the_server() == str(deployed)
+    asyncio.run(deploy_all(deployed))  # its own home may deploy again
+    with monkeypatch.context() as patch:
+        patch.setenv("DEAL_STORE_URI", f"file://{tmp_path}/elsewhere")
+        with pytest.raises(ConfigError, match=r"the store is .*home/store, here it is .*elsewhere"):
+            asyncio.run(deploy_all(deployed))
+    (other / "logs").mkdir(exist_ok=True)
+    asyncio.run(deploy_all(other, replace=True))
+    assert home_on_the_server() == str(other)
+
+
+@pytest.fixture
+def waiting(home: Path, three_versions: Path, tiny_base: Path) -> str:
+    """Number of a version that waits for a person."""
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+    found = run(tiny_base, CLINIC, gate={**PASS, "approval": "person"}, again=True)
+    assert found.status == "awaiting approval"
+    return found.version
+
+
+def last_move() -> Move:
+    return read_moves("l")[-1]
+
+
+def test_a_person_decides_by_the_form(waiting: str) -> None:
+    before = len(read_moves("l"))
+    for wrong in ({**BY, "why": "  "}, {**BY, "who": ""}):
+        with pytest.raises(ParameterTypeError):
+            decide("l", waiting, "approve", **wrong)
+    assert len(read_moves("l")) == before
+    decide("l", waiting, "approve", **BY)
+    champion = open_registry().champion("l")
+    assert champion is not None and champion.version == waiting
+    assert (last_move().action, last_move().who, last_move().why) == ("promoted", "Ada", "read the report")
+    with pytest.raises(RegistryError, match="does not wait for a person: it was approved"):
+        decide("l", waiting, "reject", **BY)
+
+
+def test_a_person_rejects_by_the_form(waiting: str) -> None:
+    decide("l", waiting, "reject", **BY)
+    assert (last_move().action, last_move().who, last_move().why) == ("rejected", "Ada", "read the report")
+    with pytest.raises(RegistryError, match="it was rejected"):
+        decide("l", waiting, "approve", **BY)
+    with pytest.raises(RegistryError, match="is rejected already, by Ada: read the report"):
+        reject("l", waiting, why="again")

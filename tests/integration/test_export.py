@@ -1,0 +1,152 @@
+"""Versions handed over to other programs: merged models, the Hub, and folders for vLLM's resolver."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraModel, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from deal_core.adapter.files import WEIGHTS_FILE
+from deal_core.errors import ConfigError, IntegrityError, RegistryError
+from flows.cli.app import app
+from flows.forget import forget
+from infra.settings import VllmSettings
+from infra.tracking.registry import VersionInfo, open_registry
+from tasks.context import current_store
+from tasks.predict import Answer, predict
+from tasks.serving.export import export_version, hub_folder
+from tasks.serving.publish import publish
+from tests.adapting import CLINIC, PASS, run
+from tests.in_process import put_back
+
+TEXT = "Patient reports chest pain since this morning."
+
+pytestmark = pytest.mark.usefixtures("lineage")
+
+
+@pytest.fixture
+def lineage(home: Path, three_versions: Path) -> None:
+    """Version 1 and 3 of `l` were champions; version 2 did not pass its gate."""
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+
+
+def version(number: str) -> VersionInfo:
+    found = open_registry().version("l", number)
+    assert found is not None
+    return found
+
+
+def asked() -> Answer:
+    return predict(TEXT, lineage="l", task="clinic", version="3")
+
+
+def test_a_merged_model_answers_as_the_version_without_peft_or_this_project(tmp_path: Path) -> None:
+    before = asked()
+    target = tmp_path / "merged"
+    found = export_version("l", "3", "merged", str(target))
+    assert found.max_difference <= found.tolerance and found.num_prompts == 8, "four rows of each of two tasks"
+    assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == ["merged"]
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, before.precision))
+    with torch.no_grad():
+        logits = model(**tokenizer(before.prompt, return_tensors="pt")).logits[0, -1].float()
+    alone = [float(logits[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(token))[0]]) for token in
+             list(before.first_token_logits)[:1]]  # fmt: skip
+    assert alone == pytest.approx(list(before.first_token_logits.values())[:1], abs=found.tolerance)
+    assert {task["schema"]["name"] for task in json.loads((target / "deal.json").read_text())["tasks"]} == {
+        "bank", "clinic"
+    }  # fmt: skip
+    assert not list(target.rglob("*.bin")) and "version 3: bank, clinic" in (target / "README.md").read_text()
+    assert asked().first_token_logits == before.first_token_logits, "the base model in memory is not the merged one"
+    with pytest.raises(ConfigError, match="is there already; name a new folder"):
+        export_version("l", "3", "merged", str(target))
+
+
+def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())
+    monkeypatch.setattr("tasks.serving.export.TOLERANCE", dict.fromkeys(("float32", "bfloat16"), 1e-4))
+    with pytest.raises(IntegrityError, match="answers otherwise than the served version"):
+        export_version("l", "3", "merged", str(tmp_path / "merged"))
+    assert list(tmp_path.glob("*merged*")) == []
+    assert asked().answer is not None
+
+
+@pytest.mark.parametrize("act", ["merged", "publish"])
+def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, tiny_base: Path, act: str) -> None:
+    def hand_over(number: str) -> Any:
+        if act == "publish":
+            return publish("l", tmp_path / "out", VllmSettings(), version=number)
+        return export_version("l", number, "merged", str(tmp_path / "out"))
+
+    with pytest.raises(RegistryError, match="did not pass its gate"):
+        hand_over("2")
+    waiting = run(tiny_base, CLINIC, gate={**PASS, "approval": "person"}, again=True)
+    with pytest.raises(RegistryError, match=f"deal promote {waiting.version} --lineage l"):
+        hand_over(waiting.version)
+    asyncio.run(forget(version("1").dataset_sha256))
+    with pytest.raises(RegistryError, match="rows of 'bank' that it learned were forgotten"):
+        hand_over("1")
+    with pytest.raises(RegistryError, match=r"that version 1, which it continues, learned were forgotten"):
+        hand_over("3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(
+    home: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hub"
+    hub_folder(open_registry(), version("3"), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "deal.json"
+    ]  # fmt: skip
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    with pytest.raises(ConfigError, match="give OWNER/NAME"):
+        export_version("l", "3", "hub", "../somewhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="ours/support could not be written on the Hub"):
+        export_version("l", "3", "hub", "ours/support")
+
+
+def resolved(folder: Path, base_model: str, name: str) -> bool:
+    """Whether vLLM's filesystem resolver loads an adapter for a request that names it."""
+    config = folder / name / "adapter_config.json"
+    if not config.is_file():
+        return False
+    values = json.loads(config.read_text())
+    return bool(values["peft_type"] == "LORA" and values["base_model_name_or_path"] == base_model)
+
+
+def test_a_published_folder_is_what_vllms_resolver_looks_for_and_never_changes(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapters"
+    found = publish("l", folder, VllmSettings())
+    assert (found.model, found.is_new, found.base_model) == ("l-v3", True, str(tiny_base))
+    assert [path.name for path in folder.iterdir()] == ["l-v3"], "nothing else, not even for a moment that is over"
+    assert resolved(folder, str(tiny_base), "l-v3") and not resolved(folder, "served-name", "l-v3")
+    stored = current_store().get_bytes(f"{version('3').adapter_uri}/{WEIGHTS_FILE}")
+    assert (folder / "l-v3" / WEIGHTS_FILE).read_bytes() == stored
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder / "l-v3")
+
+    assert not publish("l", folder, VllmSettings()).is_new
+    with pytest.raises(ConfigError, match=rf"other content \(adapter_config.json\).*for the base model {tiny_base}"):
+        publish("l", folder, VllmSettings(), model="ours/base")
+    (folder / "l-v3" / WEIGHTS_FILE).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"other content \(adapter_model.safetensors\)"):
+        publish("l", folder, VllmSettings())
+    with pytest.raises(ConfigError, match="its rank is"):
+        publish("l", folder, VllmSettings(max_lora_rank=1), version="1")
+
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(folder))
+    with put_back():
+        answer = CliRunner().invoke(app, ["vllm", "publish", "-l", "l", "-v", "1", "--model", "ours/base", "--json"])
+    assert json.loads(answer.output)["model"] == "l-v1" and resolved(folder, "ours/base", "l-v1")
