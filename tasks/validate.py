@@ -67,6 +67,8 @@ class ValidateResult(BaseModel):
     problems: dict[str, int]
     bad_rows: tuple[RefusedRow, ...]
     """The first bad rows."""
+    num_several: int
+    """Good rows with several right answers."""
     example: ShownRow | None
     """The first good training row."""
     sha256: str
@@ -137,6 +139,7 @@ def validate(
             RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
+        num_several=report.num_several,
         example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
     )

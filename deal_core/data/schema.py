@@ -42,6 +42,8 @@ OPTIONAL_OF_FORMAT: dict[Format, tuple[str, ...]] = {
 ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
 list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
+REFERENCES = pa.field("references", pa.list_(pa.string()))
+"""One more column of test rows, if a row has several right answers: all of them, `output` first; null for one."""
 
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")

@@ -65,6 +65,7 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
     num_tokens = len(base.tokenizer(" x")["input_ids"])
     for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
         assert count_too_long(base.tokenizer, open_task, outputs, limit) == wanted
+    assert count_too_long(base.tokenizer, open_task, [["x " * 40, "x"], ["x " * 40] * 2], num_tokens) == 1
 
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
@@ -182,3 +183,25 @@ def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, t
             chosen = logits.log_softmax(-1)[range(len(answer)), answer]
             assert share == pytest.approx(float(chosen.mean().exp()), rel=1e-3)
     assert measured.outcomes == pytest.approx(found, abs=1e-6) and measured.majority_rate is None
+
+
+def test_an_answer_has_the_score_of_its_best_reference(base, task, rows, folder):
+    """Of a row with one reference, that one; "loss" measures each reference."""
+    some, config = rows(4), EvaluateConfig(max_new_tokens=4)
+    outputs, others = list(some["output"]), [None, ["x", "teal"], ["nothing at all", "x"], None]
+    several = Dataset.from_dict({"input": some["input"], "output": outputs, "references": others})
+    flat = [[output] if other is None else other for output, other in zip(outputs, others, strict=True)]
+
+    def scores(metric, found):
+        open_task = TaskSchema(name="open", instruction=task.instruction, format="completion", metric=metric)
+        return evaluate_task(model, base.tokenizer, open_task, found, config, max_prompt_tokens=64)
+
+    with adapter_on(base.model, folder) as model:
+        for metric in ("loss", "rouge_l"):
+            single = [
+                scores(metric, Dataset.from_dict({"input": [text] * len(each), "output": each}))
+                for text, each in zip(some["input"], flat, strict=True)
+            ]
+            found = scores(metric, several)
+            assert found.outcomes == pytest.approx([max(each.outcomes) for each in single], abs=1e-5)
+            assert metric == "loss" or found.rouge1 > 0
