@@ -61,7 +61,7 @@ Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
     "gate": {"max_old_slice_drop_points": None},
-    "task": {"metric": None, "assistant_turns": None},
+    "task": {"metric": None, "assistant_turns": None, "prompt": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""

@@ -146,17 +146,20 @@ def validate(
 
 
 def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
-    """A row as the model sees it. A chat needs the base model's tokenizer, which the call never fetches."""
-    from deal_core.data.prompts import render_prompt
+    """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
+    from deal_core.data.prompts import answer_text, render_prompt
 
-    if task.format != "chat":
-        blank = "" if output[:1].isspace() else " "
-        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=blank + output)
+    answer = answer_text(task, output)
+    if not task.uses_chat_template:
+        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=answer)
     try:
-        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=output)
+        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=answer)
     except ConfigError as error:
-        plain = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(input))
-        return ShownRow(prompt=plain, answer=output, note=f"without the base model's chat template: {error}")
+        if task.format == "chat":
+            shown = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(input))
+        else:
+            shown = "".join(render_prompt(replace(task, prompt="plain"), input, None))
+        return ShownRow(prompt=shown, answer=answer, note=f"without the base model's chat template: {error}")
 
 
 def known_champion(lineage: str) -> VersionRef | None:

@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
-from deal_core.data.prompts import encode_prompt
+from deal_core.data.prompts import answer_text, encode_prompt
 from deal_core.data.schema import TaskSchema
 
 OnProgress = Callable[[int], None]
@@ -124,7 +124,8 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: E
     """
     if not task.labels:
         return config.max_new_tokens
-    longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    texts = [answer_text(task, label) for label in task.labels]
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     return min(config.max_new_tokens, longest + 1)
 
 
