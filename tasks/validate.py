@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -147,7 +146,7 @@ def validate(
 
 def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
     """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
-    from deal_core.data.prompts import answer_text, render_prompt
+    from deal_core.data.prompts import answer_text, readable_prompt, render_prompt
 
     answer = answer_text(task, output)
     if not task.uses_chat_template:
@@ -155,11 +154,8 @@ def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
     try:
         return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=answer)
     except ConfigError as error:
-        if task.format == "chat":
-            shown = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(input))
-        else:
-            shown = "".join(render_prompt(replace(task, prompt="plain"), input, None))
-        return ShownRow(prompt=shown, answer=answer, note=f"without the base model's chat template: {error}")
+        note = f"without the base model's chat template: {error}"
+        return ShownRow(prompt=readable_prompt(task, input), answer=answer, note=note)
 
 
 def known_champion(lineage: str) -> VersionRef | None:

@@ -68,6 +68,14 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
     return _fill_template(task, input)
 
 
+def readable_prompt(task: TaskSchema, input: str) -> str:
+    """The prompt for people and other models: without the base model's chat template."""
+    if task.format != "chat":
+        return "".join(_fill_template(task, input))
+    chat = _chat_of(task, input)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in chat.messages)
+
+
 def _fill_template(task: TaskSchema, input: str) -> PromptParts:
     """The task's template with the instruction, the options and the text."""
     if task.format == "auto":
