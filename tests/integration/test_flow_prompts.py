@@ -66,10 +66,10 @@ def test_chat_prompts_are_learned_asked_and_kept(tiny_base: Path, tmp_path: Path
 def test_a_checked_file_shows_the_prompt_that_is_asked_for(tiny_base: Path, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(
-        f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: What?, prompt: chat}}\n"
+        f"base_model: {tiny_base}\ntask: {{name: bank, data: {BANK['data']}, instruction: Which one, prompt: chat}}\n"
     )
     found = validate(BANK["data"], spec=spec, task="bank")
-    assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhat?\nOption: ")
+    assert found.example is not None and found.example.prompt.startswith("<|im_start|>user\nWhich one\nOption: ")
     assert not found.example.answer.startswith(" ") and found.example.note is None
 
 
