@@ -188,20 +188,20 @@ def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, t
 def test_an_answer_has_the_score_of_its_best_reference(base, task, rows, folder):
     """Of a row with one reference, that one; "loss" measures each reference."""
     some, config = rows(4), EvaluateConfig(max_new_tokens=4)
-    outputs, others = list(some["output"]), [None, ["x", "teal"], ["nothing at all", "x"], None]
-    several = Dataset.from_dict({"input": some["input"], "output": outputs, "references": others})
-    flat = [[output] if other is None else other for output, other in zip(outputs, others, strict=True)]
 
-    def scores(metric, found):
+    def evaluate(metric, found):
         open_task = TaskSchema(name="open", instruction=task.instruction, format="completion", metric=metric)
         return evaluate_task(model, base.tokenizer, open_task, found, config, max_prompt_tokens=64)
 
     with adapter_on(base.model, folder) as model:
-        for metric in ("loss", "rouge_l"):
-            single = [
-                scores(metric, Dataset.from_dict({"input": [text] * len(each), "output": each}))
-                for text, each in zip(some["input"], flat, strict=True)
-            ]
-            found = scores(metric, several)
-            assert found.outcomes == pytest.approx([max(each.outcomes) for each in single], abs=1e-5)
-            assert metric == "loss" or found.rouge1 > 0
+        said = evaluate("rouge_l", some).answers
+        references = [None, ["teal", said[1]], [f"nothing like {said[2]}", said[2], "x"], None]
+        several = Dataset.from_dict({**some.to_dict(), "references": references})
+        scored = evaluate("rouge_l", several)
+        assert scored.outcomes[1:3] == (1.0, 1.0) and scored.rouge1 >= 0.5
+        assert (scored.outcomes[0], scored.outcomes[3]) == tuple(evaluate("rouge_l", some).outcomes[i] for i in (0, 3))
+        measured = evaluate("loss", several).outcomes
+        for text, output, known, share in zip(some["input"], some["output"], references, measured, strict=True):
+            each = known or [output]
+            alone = evaluate("loss", Dataset.from_dict({"input": [text] * len(each), "output": each})).outcomes
+            assert share == pytest.approx(max(alone), abs=1e-5)
