@@ -63,7 +63,8 @@ class Champion:
                     self.num_given_up += 1
                     self._changed.notify_all()
                 raise GivenUpError("gone")
-        return Answered([row.input.upper() for row in rows], self.served, self.version)
+        is_cut = [row.input == "long" for row in rows]
+        return Answered([row.input.upper() for row in rows], self.served, self.version, is_cut)
 
     def wait_until(self, check: Callable[[], bool]) -> None:
         with self._changed:

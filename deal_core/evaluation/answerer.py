@@ -43,6 +43,8 @@ class Answered(NamedTuple):
     served: ServedVersion
     version: str
     """The version's number."""
+    is_cut: Sequence[bool] = ()
+    """Which answers reached their longest length before their end; empty: not known."""
 
 
 def load_answerer(
@@ -145,7 +147,7 @@ class Answerer:
         if request.error is not None:
             raise request.error
         assert request.served is not None
-        return Answered(request.answers, request.served, request.version)
+        return Answered(request.answers, request.served, request.version, request.is_cut)
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.
@@ -260,19 +262,21 @@ class Answerer:
 
     def _generate(self, batch: Sequence[_Part]) -> None:
         asked: dict[ServedTask, list[tuple[int, int]]] = {}
-        found = [[""] * len(part.rows) for part in batch]
+        found = [[("", False)] * len(part.rows) for part in batch]
         for number, part in enumerate(batch):
             for place, (task, _) in enumerate(part.rows):
                 asked.setdefault(task, []).append((number, place))
         for task, places in asked.items():
+            cut: set[int] = set()
             answers = generate_answers(
                 self._model, self._tokenizer, task.schema, [batch[number].rows[place][1] for number, place in places],
                 EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
+                on_cut=cut.add,
             )  # fmt: skip
-            for (number, place), answer in zip(places, answers, strict=True):
-                found[number][place] = answer
-        for part, answers in zip(batch, found, strict=True):
-            part.request.take(answers)
+            for i, ((number, place), answer) in enumerate(zip(places, answers, strict=True)):
+                found[number][place] = (answer, i in cut)
+        for part, given in zip(batch, found, strict=True):
+            part.request.take(given)
 
 
 class _InterruptedError(Exception):
@@ -289,6 +293,8 @@ class _Request:
     """The rows in the form that the version `served` is asked; empty before the first batch."""
     answers: list[str] = field(default_factory=list)
     """Answers to the first rows."""
+    is_cut: list[bool] = field(default_factory=list)
+    """As `Answered.is_cut`, of the first rows."""
     served: ServedVersion | None = None
     version: str = ""
     error: Exception | None = None
@@ -305,8 +311,10 @@ class _Request:
             self.is_done = self.error is not None or not self.asked
         return not self.is_done
 
-    def take(self, answers: Sequence[str]) -> None:
-        self.answers += answers
+    def take(self, answers: Sequence[tuple[str, bool]]) -> None:
+        """Take the answers to the next rows, and whether each was cut."""
+        self.answers += [answer for answer, _ in answers]
+        self.is_cut += [is_cut for _, is_cut in answers]
         self.is_done = len(self.answers) == len(self.asked)
 
     def end(self, error: Exception) -> None:
@@ -315,7 +323,7 @@ class _Request:
     def begin_again(self) -> None:
         """Drop the answers so far: another version answers now."""
         if not self.is_done:
-            self.asked, self.answers, self.served = [], [], None
+            self.asked, self.answers, self.is_cut, self.served = [], [], [], None
 
 
 @dataclass(frozen=True)

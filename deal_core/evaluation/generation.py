@@ -35,6 +35,7 @@ def generate_answers(
     *,
     max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
+    on_cut: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Generate one greedy answer per input, in the inputs' order.
 
@@ -46,6 +47,7 @@ def generate_answers(
         config: Size of batches and length of answers.
         max_prompt_tokens: A longer prompt loses the end of its text.
         on_progress: Called with the number of rows just answered.
+        on_cut: Called with the place of every input whose answer reached its longest length before its end.
 
     Example:
         >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
@@ -55,8 +57,10 @@ def generate_answers(
     limit = answer_limit(tokenizer, task, config)
     for batch, tokens, _ in generate(model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens):
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
+        for i, text, new in zip(batch, texts, tokens, strict=True):
             answers[i] = text.strip()
+            if on_cut is not None and tokenizer.eos_token_id not in new:
+                on_cut(i)
         if on_progress is not None:
             on_progress(len(batch))
     return answers

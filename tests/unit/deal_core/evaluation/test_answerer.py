@@ -88,6 +88,25 @@ def test_answers_are_those_of_the_task_that_a_row_names(
     assert answerer.ask([]).version == "1"
 
 
+def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over tasks, and over the batches of a request."""
+
+    def generate(*given: Any, on_cut: Callable[[int], None], **limits: Any) -> list[str]:
+        inputs = given[3]
+        for place, text in enumerate(inputs):
+            if "long" in text:
+                on_cut(place)
+        return [text.upper() for text in inputs]
+
+    monkeypatch.setattr(answering, "generate_answers", generate)
+    chat = json.dumps([{"role": "user", "content": "long"}])
+    texts = ["a", "long", "b", "c", "long", "d", "e", "long"]
+    rows = [InputRow(text, "colours") for text in texts]
+    found = answerer.ask([InputRow(chat, "help"), *rows])
+    assert found.is_cut == [True, *("long" in text for text in texts)] and len(rows) > MAX_ROWS_CPU
+    assert answerer.ask([]).is_cut == []
+
+
 class HeldModel:
     """`generate_answers` that waits at its first call until the test lets it continue."""
 

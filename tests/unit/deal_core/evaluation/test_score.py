@@ -26,15 +26,15 @@ def folder(train):
     return train("seq_lora", train=WELL).folder
 
 
-def one_by_one(model, tokenizer, task, text) -> str:
-    """Greedy decoding spelled out: no batch, no padding, no cache."""
+def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bool]:
+    """Greedy decoding spelled out: no batch, no padding, no cache. True: the answer came to its end."""
     ids = encode_prompt(tokenizer, task, text, 64)
     start = len(ids)
-    for _ in range(10):
+    for _ in range(max_new_tokens):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip(), ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
@@ -44,13 +44,27 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
     open_task = TaskSchema(name="open", instruction=task.instruction)
     seen: list[int] = []
     with adapter_on(base.model, folder) as model:
-        expected = [one_by_one(model, base.tokenizer, open_task, text) for text in inputs]
+        expected = [one_by_one(model, base.tokenizer, open_task, text)[0] for text in inputs]
         found = generate_answers(
             model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
         )
     assert found == expected
     assert len(set(found)) > 1
     assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 10])
+def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder):
+    inputs, cut = rows(12)["input"], set()
+    config = EvaluateConfig(max_batch_tokens=300, max_new_tokens=max_new_tokens)
+    open_task = TaskSchema(name="open", instruction=task.instruction)
+    with adapter_on(base.model, folder) as model:
+        ended = [one_by_one(model, base.tokenizer, open_task, text, max_new_tokens)[1] for text in inputs]
+        generate_answers(
+            model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_cut=cut.add
+        )
+    assert cut == {place for place, has_end in enumerate(ended) if not has_end}
+    assert cut or max_new_tokens > 1
 
 
 @pytest.mark.parametrize("with_logits", [True, False])
