@@ -60,8 +60,8 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
-    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow"},
-    "task": {"metric": None, "assistant_turns": None},
+    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100},
+    "task": {"metric": None, "assistant_turns": None, "prompt": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
@@ -186,6 +186,7 @@ class DataConfig:
 
 Approval = Literal["automatic", "person"]
 AliasMoves = Literal["follow", "request"]
+JudgeUse = Literal["none", "report", "veto"]
 
 
 @settings("gate")
@@ -216,6 +217,12 @@ class GateConfig:
     """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
     confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
     """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
+    judge: JudgeUse = "none"
+    """A language model compares free answers with the champion's (DEAL_JUDGE_URL, DEAL_JUDGE_MODEL). report: the notes
+    have its verdicts. veto: a task in which it prefers the champion by more than max_drop_points, beyond noise, rejects
+    the version too. The judge gets the texts of test rows and their answers."""
+    max_judged_rows: Count = 100
+    """Most test rows of a task that the judge compares. Each takes two requests."""
     approval: Approval = "automatic"
     """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
     alias_moves: AliasMoves = "follow"

@@ -22,6 +22,7 @@ from flows.lock import hold_lineage
 from infra.disk import disk_full
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
+from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import decide_gate, register_version
 from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
@@ -117,6 +118,7 @@ async def learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
 
 async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     """Run the stages of an adaptation."""
+    require_judge(spec.gate)
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
@@ -171,6 +173,9 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         spec.train.max_prompt_tokens, trained.summary.notes,
     )  # fmt: skip
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
+    if spec.gate.judge != "none" and job.parent is not None:
+        report = await stages.run("judge", judge_version, report, job.parent, trained.adapter, dataset, spec.gate)
+        stages.done("judge", _describe_judged(report))
     decision = await stages.run("gate", decide_gate, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     for note in decision.notes:
@@ -198,6 +203,11 @@ def _describe_dataset(dataset: DatasetRef) -> str:
     rejected = f", {dataset.num_rejected} in quarantine" if dataset.num_rejected else ""
     gained = f", new labels: {listed(dataset.new_labels)}" if dataset.new_labels else ""
     return f"{dataset.num_train} training rows, {dataset.num_test} test rows{rejected}{gained}"
+
+
+def _describe_judged(report: EvaluationReport) -> str:
+    found = report.judged.items()
+    return ", ".join(f"{name} {each.num_won} better, {each.num_lost} worse" for name, each in found) or "nothing"
 
 
 def _describe_training(summary: TrainSummary) -> str:

@@ -21,6 +21,7 @@ from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, ta
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
 from deal_core.data.reading.json_values import unique_keys
+from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed
 from deal_core.safe_text import brief
@@ -57,6 +58,7 @@ class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
     part: Part = "reported"
     max_test_rows: Count | None = None
     scored: Scored = "all"
+    prompt: PromptForm = "plain"
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig(**PROTOCOL)
     base_model: Address = DEFAULT_BASE
@@ -160,7 +162,7 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
             cell = make_cell(
                 strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
                 part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
-                base=f"{base.name} {base.sha256}", data=data,
+                base=f"{base.name} {base.sha256}", data=data, prompt=spec.prompt,
             )  # fmt: skip
             found.setdefault(cell.file_name, (cell, method))
     return list(found.values())

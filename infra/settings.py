@@ -162,6 +162,22 @@ class VllmSettings(BaseSettings):
     """Number of attempts of a request, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
 
 
+class JudgeSettings(BaseSettings):
+    """A language model that compares answers, for `gate.judge`."""
+
+    model_config = SettingsConfigDict(env_prefix="DEAL_JUDGE_", env_ignore_empty=True, frozen=True)
+
+    url: SecretStr | None = None
+    """Address of a server that speaks OpenAI's chat completions, with its /v1 (DEAL_JUDGE_URL). It is a secret, because
+    it may contain a token."""
+    model: str | None = None
+    """Name of the model (DEAL_JUDGE_MODEL)."""
+    api_key: SecretStr | None = None
+    """Token that the server asks for (DEAL_JUDGE_API_KEY)."""
+    seconds: float = Field(default=60.0, gt=0)
+    """Time after which a request counts as failed (DEAL_JUDGE_SECONDS)."""
+
+
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables with which Prefect and MLflow run without a server, without output, and inside `home`.
 

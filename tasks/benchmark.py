@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.benchmark.cell import Cell
 from deal_core.benchmark.run import CellRun, run_cell
-from deal_core.benchmark.suites import load_suite
+from deal_core.benchmark.suites import load_suite, with_prompts
 from deal_core.config import MethodConfig
 from infra.store.base import complete_file
 from tasks.base import lend_base
@@ -46,8 +46,8 @@ def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, 
                 return "stored"
             report = advance("cell")
             result = run_cell(CellRun(
-                base=lend_base(base), cell=cell, tasks=load_suite(data, cell.tasks), method=method, work=folder,
-                shared=work / "first-versions", on_progress=report,
+                base=lend_base(base), cell=cell, tasks=with_prompts(load_suite(data, cell.tasks), cell.prompt),
+                method=method, work=folder, shared=work / "first-versions", on_progress=report,
             ))  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(path) as part:

@@ -51,6 +51,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Format = Literal["labelled", "completion", "chat"]
 AssistantTurns = Literal["all", "last"]
+PromptForm = Literal["plain", "chat"]
 Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
 DEFAULT_STRATEGY: Strategy = "deal"
 MAX_PROBLEMS = 20
@@ -122,6 +123,9 @@ class TaskFields(BaseModel):
     """First line of the prompt."""
     template: str | None = None
     """Replaces the built-in layout of prompts; fields {instruction}, {options}, {text}."""
+    prompt: PromptForm | None = None
+    """Form of a prompt. chat: the text under the instruction is a user's message in the base model's chat template.
+    None: the lineage's form; plain for a new task."""
     metric: Annotated[str, AfterValidator(check_metric)] | None = None
     """How an answer is scored: exact, contains, rouge_l, json_fields, loss, or module:function. None: the lineage's
     metric; for a new task exact if it has labels, else rouge_l."""

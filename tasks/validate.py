@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -67,6 +66,8 @@ class ValidateResult(BaseModel):
     problems: dict[str, int]
     bad_rows: tuple[RefusedRow, ...]
     """The first bad rows."""
+    num_several: int
+    """Good rows with several right answers."""
     example: ShownRow | None
     """The first good training row."""
     sha256: str
@@ -137,23 +138,24 @@ def validate(
             RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
+        num_several=report.num_several,
         example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
     )
 
 
 def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
-    """A row as the model sees it. A chat needs the base model's tokenizer, which the call never fetches."""
-    from deal_core.data.prompts import render_prompt
+    """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
+    from deal_core.data.prompts import answer_text, readable_prompt, render_prompt
 
-    if task.format != "chat":
-        blank = "" if output[:1].isspace() else " "
-        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=blank + output)
+    answer = answer_text(task, output)
+    if not task.uses_chat_template:
+        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=answer)
     try:
-        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=output)
+        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=answer)
     except ConfigError as error:
-        plain = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(input))
-        return ShownRow(prompt=plain, answer=output, note=f"without the base model's chat template: {error}")
+        note = f"without the base model's chat template: {error}"
+        return ShownRow(prompt=readable_prompt(task, input), answer=answer, note=note)
 
 
 def known_champion(lineage: str) -> VersionRef | None:

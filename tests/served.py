@@ -66,8 +66,8 @@ class Champion:
                     self.num_given_up += 1
                     self._changed.notify_all()
                 raise GivenUpError("gone")
-        sure = [Confidence(0.75, 0.5)] * len(rows)
-        found = Answered([row.input.upper() for row in rows], self.served, self.version, sure)
+        sure, is_cut = [Confidence(0.75, 0.5)] * len(rows), [row.input == "long" for row in rows]
+        found = Answered([row.input.upper() for row in rows], self.served, self.version, sure, is_cut=is_cut)
         return found if self.log is None else self.log.note(rows, found, 0.25)
 
     def wait_until(self, check: Callable[[], bool]) -> None:

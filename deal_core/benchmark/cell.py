@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
 from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig, known_before
+from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
 from deal_core.strategies import STRATEGIES, strategy_class
 
@@ -42,6 +43,7 @@ class Cell:
         method: Dotted name of a method setting → its value, for the settings that the strategy reads.
         base: Name and digest of the base model.
         data: Digest of the tasks.
+        prompt: Form of the prompts, see `TaskSchema.prompt`. The plain form is left out of JSON and digests.
     """
 
     strategy: str
@@ -56,10 +58,13 @@ class Cell:
     method: dict[str, Any]
     base: str
     data: str
+    prompt: PromptForm = "plain"
 
     def to_json(self) -> dict[str, Any]:
         """The cell as a dict of JSON types; the strategy's revision is included if it is above 1."""
         values = {"schema_version": SCHEMA_VERSION, **asdict(self), "train": self.train.deciding()}
+        if self.prompt == "plain":
+            del values["prompt"]
         return dict(json.loads(json.dumps(values | _later_revision(self.strategy))))
 
     def digest(self) -> str:
@@ -88,7 +93,7 @@ class Cell:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
         cell = self.to_json()
-        values = {name: cell[name] for name in names} | _later_revision("seq_lora")
+        values = {name: cell[name] for name in (*names, "prompt") if name in cell} | _later_revision("seq_lora")
         return _digest([self.tasks[0], self.scored_after(0), values])
 
 

@@ -10,13 +10,13 @@ import hashlib
 import io
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.data.reading.json_values import unique_keys
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import open_regular
 
@@ -182,6 +182,11 @@ def load_suite(folder: Path, names: tuple[str, ...]) -> dict[str, SuiteTask]:
         f"{folder} holds no tasks: neither tasks.json with TASK.train.jsonl and TASK.test.jsonl, nor CL_Benchmark's "
         "FAMILY/TASK/train.json."
     )
+
+
+def with_prompts(tasks: dict[str, SuiteTask], prompt: PromptForm) -> dict[str, SuiteTask]:
+    """The same tasks with prompts of this form."""
+    return {name: replace(task, schema=replace(task.schema, prompt=prompt)) for name, task in tasks.items()}
 
 
 def digest_of(tasks: dict[str, SuiteTask]) -> str:

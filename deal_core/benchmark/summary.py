@@ -107,13 +107,14 @@ class Protocol:
 
 
 def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
-    """Group cells into tables with the same suite, rows, test rows, adapter shape, training and base."""
+    """Group cells into tables with the same suite, rows, test rows, adapter shape, training, base and prompts."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)
     for cell in _most_scored(cells):
         settings = cell["settings"]
         train = {name: value for name, value in settings["train"].items() if name != "seed"}
         names = ("rows", "part", "max_test_rows", "adapter", "base", "data")
-        key = json.dumps([*(settings[name] for name in names), train])
+        prompt = [settings["prompt"]] if "prompt" in settings else []
+        key = json.dumps([*(settings[name] for name in names), train, *prompt])
         groups[name_of(tuple(settings["tasks"]))[0], key].append(cell)
     found = []
     for (suite, key), group in groups.items():

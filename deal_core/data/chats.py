@@ -80,12 +80,26 @@ def is_any_empty(messages: Sequence[Message]) -> bool:
     )
 
 
-def chat_row(messages: Sequence[Message]) -> Row:
-    """The row whose answer is the last message."""
+def split_answers(cell: object) -> tuple[object, list[str]]:
+    """A cell of messages whose last content lists right answers: the cell with the first of them, and all of them.
+
+    Any other cell stays as it is, and the list is empty.
+    """
+    messages = as_messages(cell)
+    name = "content" if messages and "content" in messages[-1] else "value"
+    answers = messages[-1].get(name) if messages else None
+    if not messages or not isinstance(answers, list) or not answers or not all(type(each) is str for each in answers):
+        return cell, []
+    return [*messages[:-1], {**messages[-1], name: answers[0]}], list(dict.fromkeys(answers))
+
+
+def chat_row(messages: Sequence[Message], others: Sequence[str] = ()) -> Row:
+    """The row whose answer is the last message; `others` are further right answers."""
     *earlier, last = messages
     parts = [part for message in earlier for part in message_parts(message)]
-    input = json.dumps(earlier, ensure_ascii=False)
-    return Row(input, last["content"], row_digest(*parts, last["content"]), row_digest(*parts), None)
+    input, answers = json.dumps(earlier, ensure_ascii=False), (last["content"], *others)
+    references = answers if others else ()
+    return Row(input, answers[0], row_digest(*parts, *answers), row_digest(*parts), None, references)
 
 
 def earlier_turns(stored: str) -> list[Row]:

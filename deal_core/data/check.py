@@ -19,7 +19,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deal_core.data.chats import NOT_UTF8, UNDECODABLE, as_messages, chat_row, is_any_empty, normal_chat, parse_messages
+from deal_core.data.chats import (
+    NOT_UTF8,
+    UNDECODABLE,
+    as_messages,
+    chat_row,
+    is_any_empty,
+    normal_chat,
+    parse_messages,
+    split_answers,
+)
 from deal_core.data.columns import Columns
 from deal_core.data.rows import (
     Digests,
@@ -34,7 +43,7 @@ from deal_core.data.rows import (
     quote_normal,
     row_digest,
 )
-from deal_core.data.schema import COLUMNS_OF_FORMAT, Format, Split, TaskSchema, label_key
+from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
 _SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
@@ -75,10 +84,10 @@ class RowChecker:
             row = self._chat(raw.values, split, problems)
         elif self._columns.format == "completion":
             prompt = self._prompt(raw.values, problems)
-            completion = self._text(raw.values, "completion", problems)
+            answers = self._answers(raw.values, problems)
             if problems:  # computing the digest of a very long text would take long
                 return problems
-            row = Row(prompt, completion, row_digest(prompt, completion), row_digest(prompt), split)
+            row = Row(prompt, answers[0], row_digest(prompt, *answers), row_digest(prompt), split, _several(answers))
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
             label = self.label(raw.values, problems)
@@ -130,6 +139,17 @@ class RowChecker:
             return ""
         self._check_length(text, self._columns.names[name], problems)
         return normal_line_ends(text)
+
+    def _answers(self, values: Mapping[str, Any], problems: list[Problem]) -> list[str]:
+        """The right answers of a row, each once; the first one is learned."""
+        column = self._columns.names["completion"]
+        listed = list_of_answers(values.get(column))
+        if listed is None:
+            return [self._text(values, "completion", problems)]
+        if not listed:
+            problems.append(_told("empty text", f"{column} has no answer"))
+        answers = dict.fromkeys(self._text({column: each}, "completion", problems) for each in listed)
+        return list(answers)
 
     def _prompt(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The prompt, with the row's context, if any, on the lines under it."""
@@ -189,6 +209,7 @@ class RowChecker:
             problems += [Problem("missing column", column, column) for column in missing]
             return _NO_ROW
         cell = values[wanted[0]] if len(wanted) == 1 else _joined([values[column] for column in wanted])
+        cell, answers = split_answers(cell)
         messages = parse_messages(cell, self._cell_of(values, "tools"))
         if isinstance(messages, Problem):
             problems.append(messages)
@@ -199,11 +220,34 @@ class RowChecker:
         else:
             texts = [part for message in messages for part in message_parts(message)[1:]]
             self._check_length("".join(texts), column, problems)
-        return _NO_ROW if problems else chat_row(messages)._replace(split=split)
+            for other in answers[1:]:
+                self._check_other(other, column, problems)
+        if problems:
+            return _NO_ROW
+        return chat_row(messages, [normal_line_ends(each) for each in answers[1:]])._replace(split=split)
+
+    def _check_other(self, answer: str, column: str, problems: list[Problem]) -> None:
+        """Check a further right answer of a chat."""
+        if UNDECODABLE.search(answer):
+            problems.append(Problem("bad encoding", shorten(answer), f"{column} has {NOT_UTF8}"))
+        else:
+            self._check_length(answer, column, problems)
 
     def _cell_of(self, values: Mapping[str, Any], name: str) -> Any:
         """A cell of an optional column; None if there is none."""
         return values.get(self._columns.names[name]) if name in self._columns.names else None
+
+
+def list_of_answers(cell: object) -> Sequence[str] | None:
+    """The texts of a cell that lists right answers, plainly or as SQuAD does under text; None for any other cell."""
+    found = cell.get("text") if isinstance(cell, dict) else cell
+    is_list = isinstance(found, (list, tuple)) and all(type(each) is str for each in found)
+    return found if is_list else None  # type: ignore[return-value]
+
+
+def _several(answers: Sequence[str]) -> tuple[str, ...]:
+    """As `Row.references`."""
+    return tuple(answers) if len(answers) > 1 else ()
 
 
 def is_whole_number(label: str) -> bool:
@@ -245,6 +289,8 @@ class GoodRows(NamedTuple):
     input_digests: Digests
     is_test: npt.NDArray[np.bool_]
     """Whether the file's column "split" says test; False if there is no such column."""
+    references: pa.Array
+    """Lists of all right answers; null for rows with one."""
 
 
 class BadInBatch(NamedTuple):
@@ -301,6 +347,7 @@ class BatchChecker:
             digests=_digests(normal.filter(is_plain)),
             input_digests=_digests(normal_inputs.filter(is_plain)),
             is_test=np.array(is_test.filter(is_plain), np.bool_),
+            references=pa.nulls(pc.sum(is_plain).as_py() or 0, REFERENCES.type),
         )
 
     def _plain_texts(self, cells: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -348,6 +395,7 @@ def side_by_side(rows: Sequence[Row], places: Sequence[int] | None = None) -> Go
         digests=as_digests(b"".join([row.digest for row in rows])),
         input_digests=as_digests(b"".join([row.input_digest for row in rows])),
         is_test=np.array([row.split == "test" for row in rows], np.bool_),
+        references=pa.array([row.references or None for row in rows], REFERENCES.type),
     )
 
 
@@ -362,4 +410,5 @@ def _merge(one: GoodRows, other: GoodRows) -> GoodRows:
         digests=np.concatenate([one.digests, other.digests])[order],
         input_digests=np.concatenate([one.input_digests, other.input_digests])[order],
         is_test=np.concatenate([one.is_test, other.is_test])[order],
+        references=pa.concat_arrays([one.references, other.references]).take(pa.array(order)),
     )

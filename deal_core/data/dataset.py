@@ -32,6 +32,7 @@ from deal_core.data.rows import (
     merge_digests,
 )
 from deal_core.data.schema import (
+    REFERENCES,
     ROW_SCHEMA,
     SCHEMA_VERSION,
     DatasetManifest,
@@ -61,6 +62,8 @@ class ValidationReport:
     """Why the arrival cannot be used, in one line; None if it can be used."""
     shape: str
     """What the file was recognised as, see `Columns.shape`."""
+    num_several: int = 0
+    """Good rows with several right answers."""
     example: tuple[str, str] | None = None
     """Stored input and output of the first good training row. Only `validate_file` gives it."""
 
@@ -183,8 +186,9 @@ class ArrivalReader:
             self._survey(infers_labels)
         counts: Counter[str] = Counter()
         examples: list[BadRow] = []
-        num_rejected = 0
+        num_rejected = num_several = 0
         for path, batch, good, bad in self._checked_batches():
+            num_several += len(good.references) - good.references.null_count
             repeated = self._keep_new(batch, good, keep)
             for _, raw, problems in sorted([*bad, *repeated], key=lambda each: each.place):
                 num_rejected += 1
@@ -196,7 +200,9 @@ class ArrivalReader:
                     examples.append(row)
         manifest = self._manifest(counts, num_rejected)
         refusal, shape = self._refusal(manifest, examples), self._files[-1][-1].shape
-        return ValidationReport(manifest=manifest, bad_rows=tuple(examples), refusal=refusal, shape=shape)
+        return ValidationReport(
+            manifest=manifest, bad_rows=tuple(examples), refusal=refusal, shape=shape, num_several=num_several
+        )
 
     def _checked_batches(self) -> Iterator[tuple[Path, RowBatch, GoodRows, list[BadInBatch]]]:
         self._num_read = 0
@@ -266,7 +272,7 @@ class ArrivalReader:
             if split == "train":
                 again = self._without_beginnings(good, again)
             reasons |= dict.fromkeys(again.tolist(), "duplicate row")
-            keep(_table_of(good, rows[is_new]), split)
+            keep(_table_of(good, rows[is_new], split), split)
             if self._learns_every_turn and split == "train":
                 self._keep_turns(good.inputs.take(pa.array(rows[is_new])), keep)
         places = good.places[list(reasons)].tolist()
@@ -297,7 +303,7 @@ class ArrivalReader:
         rows = np.flatnonzero(~is_apart)
         rows = rows[self._kept["train"].add(turns.digests[rows])]
         self._turns.add(turns.digests[rows])
-        keep(_table_of(turns, rows), "train")
+        keep(_table_of(turns, rows, "train"), "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
@@ -353,10 +359,14 @@ class ArrivalReader:
         return None
 
 
-def _table_of(good: GoodRows, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Some of the rows, by their indices, as a dataset stores them."""
-    columns = [good.inputs, good.outputs, hex_array(good.digests)]
-    return pa.Table.from_arrays([column.take(pa.array(rows)) for column in columns], schema=ROW_SCHEMA)
+def _table_of(good: GoodRows, rows: npt.NDArray[np.int64], split: Split) -> pa.Table:
+    """Some of the rows, by their indices, as a dataset stores them: only test rows keep several right answers."""
+    places = pa.array(rows)
+    columns = [column.take(places) for column in (good.inputs, good.outputs, hex_array(good.digests))]
+    table = pa.Table.from_arrays(columns, schema=ROW_SCHEMA)
+    references = good.references.take(places)
+    has_several = split == "test" and references.null_count < len(references)
+    return table.append_column(REFERENCES, references) if has_several else table
 
 
 def _columns_of(path: Path, task: TaskSchema, split: Split | None, config: DataConfig) -> Columns:

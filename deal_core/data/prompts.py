@@ -45,25 +45,39 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
 
     A labelled task asks "{instruction}\nOption: {a, b, c}\n{text}\nAnswer:"; lines without content are left out. A
     completion is the unchanged prompt, under the instruction if the task has one. A chat is rendered by the tokenizer's
-    chat template; its text is the content of the last message before the answer.
+    chat template; its text is the content of the last message before the answer. With the task's `prompt: chat`, the
+    prompt of a labelled task or of a completion is the one message of a chat, without the line "Answer:".
 
     Args:
         task: The task; its format must not be "auto".
         input: The row's stored input.
-        tokenizer: The base model's tokenizer; only a chat needs one.
+        tokenizer: The base model's tokenizer; only a chat template needs one.
 
     Raises:
-        ConfigError: A chat task, and the tokenizer has no chat template.
+        ConfigError: The tokenizer has no chat template, and the task needs one.
 
     Example:
         >>> task = TaskSchema(name="t", labels=("a", "b"), instruction="Which?")
         >>> "".join(render_prompt(task, "Some text", tokenizer))
         'Which?\nOption: a, b\nSome text\nAnswer:'
     """
-    if task.format == "chat":
+    if task.uses_chat_template:
         assert tokenizer is not None, "a chat needs the tokenizer's template"
-        chat = _chat_of(task, input)
+        chat = _chat_of(task, input) if task.format == "chat" else _one_message("".join(_fill_template(task, input)))
         return _split_chat(_render_chat(task, chat, tokenizer), chat.messages)
+    return _fill_template(task, input)
+
+
+def readable_prompt(task: TaskSchema, input: str) -> str:
+    """The prompt for people and other models: without the base model's chat template."""
+    if task.format != "chat":
+        return "".join(_fill_template(task, input))
+    chat = _chat_of(task, input)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in chat.messages)
+
+
+def _fill_template(task: TaskSchema, input: str) -> PromptParts:
+    """The task's template with the instruction, the options and the text."""
     if task.format == "auto":
         raise ConfigError(f"Task {task.name} has format auto; use the schema in its dataset's manifest.")
     template = task.template if task.template is not None else _default_template(task)
@@ -98,16 +112,26 @@ def cut_prompt(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, input: str,
     """As `encode_prompt`, and whether the text was cut."""
     if task.format == "chat":
         return _encode_chat(tokenizer, task, _chat_of(task, input), max_prompt_tokens)
-    before, text, after = render_prompt(task, input, tokenizer)
-    return _encode_shortened(
-        lambda shortened: _encode(tokenizer, before + shortened + after), text, task, max_prompt_tokens
-    )
+    before, text, after = _fill_template(task, input)
+
+    def encode(shortened: str) -> list[int]:
+        prompt = before + shortened + after
+        if task.prompt == "chat":
+            return _encode_rendered(tokenizer, _render_chat(task, _one_message(prompt), tokenizer))
+        return _encode(tokenizer, prompt)
+
+    return _encode_shortened(encode, text, task, max_prompt_tokens)
+
+
+def answer_text(task: TaskSchema, output: str) -> str:
+    """An answer as it follows the prompt: after a blank, except in a chat."""
+    return output if task.uses_chat_template or output[:1].isspace() else " " + output
 
 
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, output: str, max_answer_tokens: int
 ) -> list[int]:
-    """Token ids of a row's answer: a blank (not in a chat), the answer, the end token.
+    """Token ids of a row's answer (see `answer_text`), and the end token.
 
     The answer is tokenised apart from the prompt, so the prompt's ids are the same in training and in generation. A
     longer answer is cut but keeps the end token, because generation must learn to stop.
@@ -117,8 +141,7 @@ def encode_answer(
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("The base model's tokenizer has no end token (eos_token); use a base model that has one.")
-    blank = "" if task.format == "chat" or output[:1].isspace() else " "
-    ids = tokenizer(blank + output, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(answer_text(task, output), add_special_tokens=False, verbose=False)["input_ids"]
     return [*ids[: max_answer_tokens - 1], int(tokenizer.eos_token_id)]
 
 
@@ -128,6 +151,8 @@ def _default_template(task: TaskSchema) -> str:
     template = DEFAULT_TEMPLATE
     if not task.instruction.strip():
         template = template.replace("{instruction}\n", "")
+    if task.prompt == "chat":  # the chat template says where the answer begins
+        template = template.removesuffix("\nAnswer:")
     return template if task.labels else template.replace("Option: {options}\n", "")
 
 
@@ -163,6 +188,10 @@ def _encode_shortened(
     return CutPrompt(best, is_cut=True)
 
 
+def _one_message(prompt: str) -> _Chat:
+    return _Chat([{"role": "user", "content": prompt}], None)
+
+
 def _chat_of(task: TaskSchema, input: str) -> _Chat:
     messages: list[Message] = json.loads(input)
     tools = messages[0].pop("tools", None)
@@ -173,9 +202,12 @@ def _chat_of(task: TaskSchema, input: str) -> _Chat:
 
 def _render_chat(task: TaskSchema, chat: _Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
+        is_chat = task.format == "chat"
+        cause = "is made of chats" if is_chat else "has prompt: chat"
+        other = "rows of prompt and completion" if is_chat else "task.prompt: plain"
         raise ConfigError(
-            f"Task {task.name} is made of chats, and the base model's tokenizer has no chat template; use an "
-            "instruction-tuned base model, or rows of prompt and completion."
+            f"Task {task.name} {cause}, and the base model's tokenizer has no chat template; use an "
+            f"instruction-tuned base model, or {other}."
         )
     more: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
     try:
@@ -216,14 +248,17 @@ def _split_chat(rendered: str, messages: list[Message]) -> PromptParts:
     return PromptParts(rendered[:start], content, rendered[start + len(content) :])
 
 
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """Token ids of a rendered chat; the template writes the beginning token itself."""
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, task: TaskSchema, chat: _Chat, max_prompt_tokens: int
 ) -> CutPrompt:
     def encode(messages: list[Message]) -> list[int]:
-        # The template writes the beginning token itself.
-        rendered = _render_chat(task, chat._replace(messages=messages), tokenizer)
-        ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return _encode_rendered(tokenizer, _render_chat(task, chat._replace(messages=messages), tokenizer))
 
     messages = chat.messages
     system = messages[:1] if messages[0]["role"] == "system" else []

@@ -67,6 +67,8 @@ class Row(NamedTuple):
     """Digest of the normalised input: rows with one text are on one side of the split, even with different answers."""
     split: Split | None
     """The split that the file names; None if it names none."""
+    references: tuple[str, ...] = ()
+    """All right answers, `output` first, if there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)

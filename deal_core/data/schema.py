@@ -22,6 +22,7 @@ from deal_core.schema_version import Kept, VersionedJson
 Format = Literal["labelled", "completion", "chat"]
 Split = Literal["train", "test"]
 AssistantTurns = Literal["all", "last"]
+PromptForm = Literal["plain", "chat"]
 
 SCHEMA_VERSION = 1
 """Version of the stored rows, of the row digest and of the manifest."""
@@ -42,6 +43,8 @@ OPTIONAL_OF_FORMAT: dict[Format, tuple[str, ...]] = {
 ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
 list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
+REFERENCES = pa.field("references", pa.list_(pa.string()))
+"""One more column of test rows, if a row has several right answers: all of them, `output` first; null for one."""
 
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
@@ -78,6 +81,9 @@ class TaskSchema:
     """Instruction before each text; in a chat the system message of conversations that have none."""
     template: str | None = None
     """Prompt with {text} and optionally {instruction} and {options}; None: the default of the format."""
+    prompt: PromptForm = "plain"
+    """Form of a prompt. chat: the text under the instruction is a user's message in the base model's chat template.
+    Chats always have that form, so the setting changes nothing for them."""
     metric: str = "exact"
     """How an answer is scored, 0 to 1: one of METRICS, or module:function. "auto" is replaced when the dataset is
     built: exact for labels, rouge_l for free answers. Tasks of earlier releases are judged by "exact"."""
@@ -113,14 +119,24 @@ class TaskSchema:
         object.__setattr__(self, "labels", tuple(label.strip() for label in self.labels))
         object.__setattr__(self, "columns", dict(self.columns))
         object.__setattr__(self, "label_names", _checked_names(self.label_names, self.labels))
+        if self.prompt not in ("plain", "chat"):
+            raise ConfigError(f"task.prompt is {brief(self.prompt)}; use plain or chat.")
+        if self.format == "chat":
+            object.__setattr__(self, "prompt", "plain")
         if self.assistant_turns not in ("all", "last"):
             raise ConfigError(f"task.assistant_turns is {brief(self.assistant_turns)}; use all or last.")
 
     @property
     def sha256(self) -> str:
-        """Digest of format, labels, instruction and template; how cells are read and answers scored is not in it."""
+        """Digest of all that a prompt is made of; how cells are read and answers scored is not in it."""
         parts = [self.format, list(self.labels), self.instruction, self.template]
+        parts += ["chat"] if self.prompt == "chat" else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether the base model's chat template writes the prompts."""
+        return self.format == "chat" or self.prompt == "chat"
 
     def with_labels(self, labels: Iterable[str]) -> TaskSchema:
         """The same task with new labels appended in order; known labels are ignored.
@@ -152,7 +168,9 @@ class TaskSchema:
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
-    defaults = {"label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact"}
+    defaults = {
+        "label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact", "prompt": "plain"
+    }  # fmt: skip
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

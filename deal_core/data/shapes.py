@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from deal_core.data.chats import as_messages
-from deal_core.data.columns import Columns, resolve_columns
+from deal_core.data.check import list_of_answers
+from deal_core.data.columns import CONVENTIONS, Columns, resolve_columns
 from deal_core.data.reading.look import FileLook
 from deal_core.data.reading.readers import file_kind, look_at
 from deal_core.data.schema import COLUMNS_OF_FORMAT, TaskSchema
 from deal_core.errors import DataValidationError
+
+ANSWER_LISTS = ("answers", "references")
+"""Names of a column that lists the right answers of each row, if no column is named like a single answer."""
+_ONE_ANSWER = set(CONVENTIONS["completion"])
 
 
 def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> Columns:
@@ -53,6 +58,8 @@ def _find_columns(look: FileLook, task: TaskSchema, source: str, include_texts: 
     try:
         columns = resolve_columns(look.columns, task, source, include_texts=include_texts)
     except DataValidationError as error:
+        if columns_with_answers := _lists_of_answers(look, task, source):
+            return columns_with_answers
         if task.format == "chat" and (chat := _chat_in_two_columns(look, task, source)):
             return chat
         if remedy := _remedy(look, task):
@@ -65,6 +72,20 @@ def _find_columns(look: FileLook, task: TaskSchema, source: str, include_texts: 
     if task.format == "auto" and columns.format == "completion":
         return _chat_in_two_columns(look, task, source) or columns
     return columns
+
+
+def _lists_of_answers(look: FileLook, task: TaskSchema, source: str) -> Columns | None:
+    """The columns of a file whose answers are lists under one of ANSWER_LISTS; None if it has no such column."""
+    names = {name.strip().casefold(): name for name in look.columns}
+    if task.format not in ("auto", "completion") or "completion" in task.columns or names.keys() & _ONE_ANSWER:
+        return None
+    found = [names[name] for name in ANSWER_LISTS if name in names]
+    if len(found) != 1 or list_of_answers(look.examples.get(found[0])) is None:
+        return None
+    try:
+        return resolve_columns(look.columns, replace(task, columns={**task.columns, "completion": found[0]}), source)
+    except DataValidationError:
+        return None
 
 
 def _chat_in_two_columns(look: FileLook, task: TaskSchema, source: str) -> Columns | None:
@@ -101,11 +122,6 @@ def _remedy(look: FileLook, task: TaskSchema) -> str | None:
         return (
             "holds preference rows (chosen and rejected), and only answers to learn are taken. "
             f"To learn the chosen answers, {_take_chosen(look, have)}."
-        )
-    if isinstance(answers := look.examples.get(have.get("answers", "")), dict) and "text" in answers:
-        return (
-            f"holds a list of answers in each row, in {have['answers']} under text, and a row has one answer. Write "
-            "the first of them as a text into a column answer."
         )
     if list(have) == ["text"] and task.format == "auto":
         return (

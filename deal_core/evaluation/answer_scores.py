@@ -8,12 +8,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rapidfuzz.distance import LCSseq
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ScoreAnswer = Callable[[str, str], float]
 """Answer and reference → score, 0 to 1."""
@@ -152,6 +155,19 @@ def require_metric(metric: str) -> None:
     _function(metric)
 
 
+def right_answers(rows: Dataset) -> list[str | Sequence[str]]:
+    """The right answers of test rows: the column references where a row has several, else the output."""
+    outputs = list(rows["output"])
+    if "references" not in rows.column_names:
+        return outputs
+    return [found or output for found, output in zip(rows["references"], outputs, strict=True)]
+
+
+def all_of(answers: str | Sequence[str]) -> Sequence[str]:
+    """The right answers of one row as a sequence."""
+    return (answers,) if isinstance(answers, str) else answers
+
+
 def score_answers(metric: str, answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> tuple[float, ...]:
     """Return the score of every answer. An answer with several references has the score of the best one.
 
@@ -161,7 +177,7 @@ def score_answers(metric: str, answers: Sequence[str], references: Sequence[str 
     """
     score = _function(metric)
     return tuple(
-        max(_checked(metric, score, answer, each) for each in ((found,) if isinstance(found, str) else found))
+        max(_checked(metric, score, answer, each) for each in all_of(found))
         for answer, found in zip(answers, references, strict=True)
     )
 

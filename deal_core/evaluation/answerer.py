@@ -48,6 +48,8 @@ class Answered(NamedTuple):
     """How sure the model was of each answer."""
     ids: Sequence[str] = ()
     """The ids of the rows in the prediction log; empty: the rows are not logged."""
+    is_cut: Sequence[bool] = ()
+    """Which answers reached their longest length before their end; empty: not known."""
 
 
 def load_answerer(
@@ -150,8 +152,11 @@ class Answerer:
         if request.error is not None:
             raise request.error
         assert request.served is not None
-        answers, confidences = [each.text for each in request.given], [each.confidence for each in request.given]
-        return Answered(answers, request.served, request.version, confidences)
+        given = request.given
+        return Answered(
+            [each.text for each in given], request.served, request.version, [each.confidence for each in given],
+            is_cut=[each.is_cut for each in given],
+        )  # fmt: skip
 
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.

@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, common_prefix, pad_batch, read_cache
-from deal_core.data.prompts import encode_prompt
+from deal_core.data.prompts import answer_text, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.confidence import Confidence, ConfidenceRecorder
 
@@ -31,6 +31,8 @@ class GivenAnswer(NamedTuple):
 
     text: str
     confidence: Confidence
+    is_cut: bool
+    """Whether the answer reached its longest length before its end."""
 
 
 def generate_answers(
@@ -83,7 +85,9 @@ def answer_inputs(
         model, tokenizer, prompts, limit, max_batch_tokens=config.max_batch_tokens, recorder=recorder
     ):
         texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-        found.update(zip(batch, map(GivenAnswer, texts, recorder.confidences(tokens, texts)), strict=True))
+        is_cut = [tokenizer.eos_token_id not in new for new in tokens]
+        given = map(GivenAnswer, texts, recorder.confidences(tokens, texts), is_cut)
+        found.update(zip(batch, given, strict=True))
         if on_progress is not None:
             on_progress(len(batch))
     return [found[place] for place in range(len(prompts))]
@@ -155,7 +159,8 @@ def answer_limit(tokenizer: PreTrainedTokenizerBase, task: TaskSchema, config: E
     """
     if not task.labels:
         return config.max_new_tokens
-    longest = max(len(tokenizer(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
+    texts = [answer_text(task, label) for label in task.labels]
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     return min(config.max_new_tokens, longest + 1)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answer_scores import plain_answer, rouge1, score_answers
+from deal_core.evaluation.answer_scores import all_of, plain_answer, right_answers, rouge1, score_answers
 from deal_core.evaluation.generation import LanguageModel, OnProgress, generate_answers
 from deal_core.evaluation.label_figures import LabelFigures, label_figures
 from deal_core.evaluation.likelihood import token_probabilities
@@ -25,7 +25,7 @@ class TaskEvaluation:
     Attributes:
         task: Name of the task.
         accuracy: Mean score by the task's metric, 0 to 1. With the metric "exact": the share of right answers.
-        rouge1: Mean unigram F1 of answer and reference.
+        rouge1: Mean unigram F1 of answer and reference, the best one if a row has several.
         num_rows: Test rows.
         majority_rate: Score of always giving the most common reference; None for the metric "loss", which asks nothing.
         answers: The generated answers, in the rows' order; with "loss", the scores as texts.
@@ -53,20 +53,24 @@ def evaluate_task(
     max_prompt_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> TaskEvaluation:
-    """Answer every row's input, and score the answer against the row's output by the task's metric.
+    """Answer every row's input, and score the answer against the row's right answers by the task's metric.
 
-    A column "references" has several right answers for each row; an answer then has the score of the best one.
+    If a row has several right answers (column "references"), its score is that of the best one.
 
     Raises:
         ConfigError: The task's metric is a function that cannot be used.
     """
     inputs = list(rows["input"])
     if task.metric == "loss":
+        pairs = [(place, answer) for place, found in enumerate(right_answers(rows)) for answer in all_of(found)]
         shares = token_probabilities(
-            model, tokenizer, task, inputs, list(rows["output"]), config,
-            max_prompt_tokens=max_prompt_tokens, on_progress=on_progress,
+            model, tokenizer, task, [inputs[place] for place, _ in pairs], [answer for _, answer in pairs], config,
+            max_prompt_tokens=max_prompt_tokens, on_progress=on_progress if len(pairs) == len(inputs) else None,
         )  # fmt: skip
-        answers = [f"{share:.6f}" for share in shares]
+        best = [0.0] * len(inputs)
+        for (place, _), share in zip(pairs, shares, strict=True):
+            best[place] = max(best[place], share)
+        answers = [f"{share:.6f}" for share in best]
     else:
         answers = generate_answers(
             model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
@@ -76,14 +80,13 @@ def evaluate_task(
 
 def evaluate_answers(task: TaskSchema, rows: Dataset, answers: Sequence[str]) -> TaskEvaluation:
     """Score given answers to a task's rows; with the metric "loss", the scores as texts. For errors see above."""
-    references, is_measured = list(rows["output"]), task.metric == "loss"
-    accepted = list(rows["references"]) if "references" in rows.column_names else references
+    references, accepted, is_measured = list(rows["output"]), right_answers(rows), task.metric == "loss"
     outcomes = score_answers(task.metric, answers, accepted)
     constant = [_commonest(references)] * len(references)
     return TaskEvaluation(
         task=task.name,
         accuracy=_mean(outcomes),
-        rouge1=0.0 if is_measured else _mean([rouge1(*pair) for pair in zip(answers, references, strict=True)]),
+        rouge1=0.0 if is_measured else _mean(_best_rouge1(answers, accepted)),
         num_rows=len(references),
         majority_rate=None if is_measured else _mean(score_answers(task.metric, constant, accepted)),
         answers=tuple(answers),
@@ -97,15 +100,25 @@ def _commonest(references: Sequence[str]) -> str:
     return max(references, key=lambda reference: counts[plain_answer(reference)], default="")
 
 
+def _best_rouge1(answers: Sequence[str], accepted: Sequence[str | Sequence[str]]) -> list[float]:
+    pairs = zip(answers, accepted, strict=True)
+    return [max(rouge1(answer, each) for each in all_of(found)) for answer, found in pairs]
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
 def count_too_long(
-    tokenizer: PreTrainedTokenizerBase, task: TaskSchema, references: Sequence[str], max_new_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    accepted: Sequence[str | Sequence[str]],
+    max_new_tokens: int,
 ) -> int:
-    """Count the references with more tokens than an answer may have; no answer can match them."""
-    return sum(
-        len(encode_answer(tokenizer, task, each, max_new_tokens + 2)) > max_new_tokens + 1  # with the end token
-        for each in references
-    )
+    """Count the rows all of whose right answers have more tokens than an answer may have; no answer can match them."""
+    longest = max_new_tokens + 1  # with the end token
+
+    def is_too_long(answer: str) -> bool:
+        return len(encode_answer(tokenizer, task, answer, longest + 1)) > longest
+
+    return sum(all(map(is_too_long, all_of(found))) for found in accepted)

@@ -99,10 +99,10 @@ def not_asked(olds: Sequence[TaskSchema], new: TaskSchema) -> str:
     return ", ".join(old.name for old in olds if old.name != new.name and _wording(old) not in asked)
 
 
-def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None]:
+def _wording(task: TaskSchema) -> tuple[str, frozenset[str], str | None, str]:
     """All parts of a prompt except its text; the order of the options does not count."""
     shows_labels = task.template is None or "{options}" in task.template
-    return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template
+    return task.instruction.strip(), frozenset(task.labels if shows_labels else ()), task.template, task.prompt
 
 
 def _about_arrival(

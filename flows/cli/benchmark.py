@@ -45,6 +45,9 @@ def benchmark(
     scored: Annotated[
         str, Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
+    prompt: Annotated[
+        str, Option("--prompt", help="Prompts: plain, or chat (the base model's chat template).")
+    ] = "plain",
     adapter: Annotated[
         str, Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
     ] = "{}",
@@ -62,7 +65,7 @@ def benchmark(
 
     spec = spec_from_options(
         data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
-        part=part, max_test_rows=max_test_rows, scored=scored, base_model=base, out=out,
+        part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
         adapter=adapter, train=train, methods=method or [],
     )  # fmt: skip
     outcome = deal.run(lambda: benchmark_flow(spec))

@@ -381,6 +381,8 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
         f"{result.num_test} test, {result.num_rejected} bad"
         + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
+        *([f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes the "
+           "best of them"] if result.num_several else []),
         f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
         f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
     ]

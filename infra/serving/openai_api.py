@@ -63,30 +63,36 @@ class ApiRequest:
         }
         if not self.is_stream:
             kind = "chat.completion" if self.is_chat else "text_completion"
-            choices = [{**self._choice(number, text), **self._id(answered, number)}
-                       for number, text in enumerate(answered.answers)]  # fmt: skip
+            choices = [{**self._choice(*each), **self._id(answered, each[0])} for each in _ended(answered)]
             return json.dumps({**made, "object": kind, "choices": choices}, ensure_ascii=False)
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        pieces = [{**piece, **self._id(answered, number)}
-                  for number, text in enumerate(answered.answers) for piece in self._pieces(number, text)]  # fmt: skip
+        pieces = [{**piece, **self._id(answered, each[0])}
+                  for each in _ended(answered) for piece in self._pieces(*each)]  # fmt: skip
         events = [json.dumps({**made, "object": kind, "choices": [piece]}, ensure_ascii=False) for piece in pieces]
         return "".join(f"data: {event}\n\n" for event in events) + DONE
 
     def _id(self, answered: Answered, number: int) -> dict[str, str]:
         return {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
 
-    def _choice(self, number: int, text: str) -> dict[str, Any]:
+    def _choice(self, number: int, text: str, end: str) -> dict[str, Any]:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": number, **said, "finish_reason": "stop", "logprobs": None}
+        return {"index": number, **said, "finish_reason": end, "logprobs": None}
 
-    def _pieces(self, number: int, text: str) -> list[dict[str, Any]]:
+    def _pieces(self, number: int, text: str, end: str) -> list[dict[str, Any]]:
         shared = {"index": number, "logprobs": None}
         if not self.is_chat:
-            return [{**shared, "text": text, "finish_reason": "stop"}]
+            return [{**shared, "text": text, "finish_reason": end}]
         return [
             {**shared, "delta": {"role": "assistant", "content": text}, "finish_reason": None},
-            {**shared, "delta": {}, "finish_reason": "stop"},
+            {**shared, "delta": {}, "finish_reason": end},
         ]
+
+
+def _ended(answered: Answered) -> list[tuple[int, str, str]]:
+    """Every answer with its number and how it ended: stop, or length if it reached its longest length."""
+    is_cut = answered.is_cut or [False] * len(answered.answers)
+    ends = ["length" if cut else "stop" for cut in is_cut]
+    return list(zip(range(len(ends)), answered.answers, ends, strict=True))
 
 
 def list_models(served: ServedVersion, version: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import plain_answer, score_answers
+from deal_core.evaluation.answer_scores import plain_answer, right_answers, score_answers
 from deal_core.evaluation.label_figures import collapsed, number_labels
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
@@ -98,7 +98,7 @@ def evaluate_version(
         now = scorer.score(folder, all_sets, general=True, explain=True)
         facts = _look_at(adapter, folder, parent, parent_folder)
     (own,) = (each for each in all_sets if each.schema.name == dataset.task)
-    if num_too_long := scorer.count_too_long(own, own.rows["output"]):
+    if num_too_long := scorer.count_too_long(own, right_answers(own.rows)):
         effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
         notes = (*notes, f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
                          f"evaluate.max_new_tokens allows, {effect}")  # fmt: skip
@@ -234,8 +234,8 @@ class Scorer:
         )  # fmt: skip
         return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
 
-    def count_too_long(self, test_set: TestSet, references: Sequence[str]) -> int:
-        """References that no answer to the test set's rows can match."""
+    def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
+        """Rows whose references no answer can match."""
         from deal_core.evaluation.score import count_too_long
 
         return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
@@ -312,7 +312,7 @@ def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:
 
 def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     given = [answers[digest] for digest in test_set.rows["sha256"]]
-    return score_answers(test_set.schema.metric, given, test_set.rows["output"])
+    return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
 
 
 def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:

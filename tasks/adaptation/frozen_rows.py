@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.schema import ROW_SCHEMA, TaskSchema
+from deal_core.data.schema import REFERENCES, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
 from deal_core.schema_version import require_schema_version
@@ -80,12 +80,12 @@ def load_test_set(
         "that know the task still predict and serve."
     )
     with reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{schema.name}'", remedy):
-        rows = Dataset(read_test_rows(store, dataset_uri, ROW_SCHEMA.names))
+        rows = Dataset(read_test_rows(store, dataset_uri, (*ROW_SCHEMA.names, REFERENCES.name)))
     return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a dataset's test rows.
+    """Read columns of a dataset's test rows. REFERENCES is left out if no row has several right answers.
 
     Raises:
         ObjectNotFoundError: The file is missing.
@@ -95,7 +95,8 @@ def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str])
         path = temporary / TEST_FILE
         store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
         try:
-            return pq.read_table(path, memory_map=False, columns=list(columns))
+            absent = {REFERENCES.name} - set(pq.read_schema(path, memory_map=False).names)
+            return pq.read_table(path, memory_map=False, columns=[name for name in columns if name not in absent])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(str(error)) from None
 
@@ -176,6 +177,11 @@ class _Row(NamedTuple):
     input: str
     output: str
     sha256: str
+    references: list[str] | None = None
+
+    @property
+    def right_answers(self) -> Sequence[str]:
+        return self.references or (self.output,)
 
 
 def compare_answers(
@@ -206,7 +212,7 @@ def _compare(
 ) -> Changed:
     """Compare the answers to the rows that both versions answered. The largest changes come first."""
     common = [row for row in rows if row.sha256 in before and row.sha256 in now]
-    references = [row.output for row in common]
+    references = [row.right_answers for row in common]
     old, new = (
         score_answers(schema.metric, [answers[row.sha256] for row in common], references) for answers in (before, now)
     )
@@ -228,7 +234,8 @@ def _example(
 ) -> Example:
     if not include_texts:
         return Example(row=row.sha256, scores=tuple(scores))
-    shown = {"text": row.input, "expected": row.output, "before": before[row.sha256], "now": now[row.sha256]}
+    expected = "\n".join(row.right_answers)
+    shown = {"text": row.input, "expected": expected, "before": before[row.sha256], "now": now[row.sha256]}
     return Example(row=row.sha256, scores=tuple(scores), **{name: cut(text) for name, text in shown.items()})
 
 

@@ -143,7 +143,7 @@ def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | 
     added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
     widened = known.schema.with_labels(added)
     asked = replace(known.schema, **_schema_fields(arrival.given, widened.labels)).with_labels(added)
-    for name in ("format", "labels", "instruction", "template", "metric"):
+    for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
         given, learned = getattr(asked, name), getattr(widened, name)
         if given != learned:
             adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"

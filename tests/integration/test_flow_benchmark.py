@@ -29,7 +29,12 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
+    return write_tasks(tmp_path)
+
+
+def write_tasks(parent: Path) -> Path:
+    """A folder with two tasks as JSON lines."""
+    folder = parent / "data"
     folder.mkdir()
     tasks = {name: {"instruction": f"Which of the {name}?", "labels": labels} for name, labels in LABELS.items()}
     (folder / "tasks.json").write_text(json.dumps(tasks))
@@ -128,14 +133,15 @@ def test_the_commands_adapter_and_training_reach_the_cells(
     monkeypatch.setattr("flows.benchmark.benchmark", ask)
     words = ["benchmark", "--data", str(spec.data), "--base", spec.base_model, "--home", str(home), "--rows", "8"]
     words += [word for name in LABELS for word in ("--task", name)]
-    for options in ([], ["--adapter", '{"rank": 8}'], ["--train", '{"num_epochs": 2}']):
+    for options in ([], ["--adapter", '{"rank": 8}'], ["--train", '{"num_epochs": 2}'], ["--prompt", "chat"]):
         result = CliRunner().invoke(app, [*words, *options])
         assert result.exit_code == 0, result.output
     base = identify_base(spec.base_model)
-    plain, narrow, longer = (cells_of(given, base)[0][0] for given in asked)
+    plain, narrow, longer, chat = (cells_of(given, base)[0][0] for given in asked)
     assert plain.adapter == AdapterConfig() and plain.train == TrainConfig(**PROTOCOL)
     assert narrow == replace(plain, adapter=AdapterConfig(rank=8)) and narrow.file_name != plain.file_name
     assert longer == replace(plain, train=replace(plain.train, num_epochs=2))
+    assert chat == replace(plain, prompt="chat")
 
 
 @pytest.mark.parametrize(

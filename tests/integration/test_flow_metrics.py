@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
+from deal_core.evaluation.answer_scores import MODULES_VARIABLE
+from flows.cli.learn import show_validation
 from flows.cli.tables import show_adaptation
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.context import current_store
 from tasks.lineage.record import read_record
+from tasks.validate import validate
 from tests.adapting import BANK, FAIL, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+
+
+def is_dots(answer: str, expected: str) -> float:
+    """A metric that looks at the reference alone."""
+    del answer
+    return 0.5 if expected == "…" else 0.0
 
 
 @pytest.fixture
@@ -57,6 +66,21 @@ def test_the_likelihood_of_the_references_needs_no_answers(notes: dict[str, str]
     shares = [float(answer) for answer in kept.now["notes"].values()]
     assert len(shares) == 10 and all(0 < share < 1 for share in shares)
     assert result.accuracies["notes"] == pytest.approx(sum(shares) / 10, abs=1e-6)
+
+
+def test_an_answer_may_be_any_of_several_and_a_file_is_told_how_many_rows_have_them(
+    notes: dict[str, str], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MODULES_VARIABLE, __name__)
+    rows = [json.loads(line) for line in Path(notes["data"]).read_text().splitlines()]
+    rows = [{**row, "completion": [row["completion"], "…"]} for row in rows]
+    Path(notes["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = validate(notes["data"], spec=None, task="notes")
+    assert checked.num_several == len(rows) and checked.example is not None
+    assert checked.example.answer.endswith("is reported.")
+    assert f"{len(rows)} rows have several right answers" in "\n".join(map(str, show_validation(checked)))
+    result = run(tiny_base, {**notes, "metric": f"{__name__}:is_dots"})
+    assert result.accuracies["notes"] == 0.5, "the reference after the first counts"
 
 
 def test_the_metric_of_a_learned_task_is_fixed(notes: dict[str, str], tiny_base: Path) -> None:

@@ -30,7 +30,7 @@ OTHERS = {
 }  # fmt: skip
 HARMLESS = {
     "DEAL_S3_REGION", "DEAL_S3_KMS_KEY_ID", "DEAL_NOTIFICATION_BLOCK", "DEAL_VLLM_SERVER_ADAPTER_DIR",
-    "DEAL_VLLM_TARGET_MODULES",
+    "DEAL_VLLM_TARGET_MODULES", "DEAL_JUDGE_MODEL",
 }  # fmt: skip
 """Settings with texts that are no secrets and no addresses."""
 RUN = """
@@ -64,6 +64,8 @@ def planted(port: int) -> dict[str, str]:
         "DEAL_WEBHOOK_SECRET": f"sign-{WORD}",
         "DEAL_VLLM_URL": f"http://{host.format('vllm')}",
         "DEAL_VLLM_API_KEY": f"vllm-{WORD}",
+        "DEAL_JUDGE_URL": f"http://{host.format('judge')}/{WORD}",
+        "DEAL_JUDGE_API_KEY": f"judge-{WORD}",
         "DEAL_SERVE_API_KEY": f"serve-{WORD}",
         "DEAL_BASE_MODEL": f"https://{host.format('base')}/model",
         "DEAL_ARTIFACT_URI": f"ftp://{host.format('artifacts')}/mlflow",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def cell_of(settings: dict[str, Any]) -> Cell:
     values = {name: value for name, value in settings.items() if name not in ("schema_version", "revision")}
     adapter, train = AdapterConfig(**values.pop("adapter")), TrainConfig(**as_stored("train", values.pop("train")))
     return Cell(**values | {"adapter": adapter, "train": train, "tasks": tuple(values["tasks"])})
+
+
+def test_cells_with_chat_prompts_share_no_file_and_no_first_version_with_plain_ones() -> None:
+    settings = next(iter(settings_in("continual").values())) | {"strategy": "seq_lora", "method": {}}
+    plain = cell_of(settings)
+    chat = replace(plain, prompt="chat")
+    assert "prompt" not in plain.to_json() and chat.to_json()["prompt"] == "chat"
+    assert plain.digest() != chat.digest()
+    assert None is not plain.shared_digest() != chat.shared_digest() is not None
 
 
 @pytest.mark.parametrize("folder", ["continual", "development"])

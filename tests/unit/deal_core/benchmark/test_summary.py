@@ -147,6 +147,8 @@ def test_cells_of_another_protocol_stand_in_another_table():
     bits = [{"yahoo": "11", "agnews": "10"}, {"yahoo": "11", "agnews": "11"}]
     cells = [made("deal", bits), made("deal", bits, rows=2), made("seq_lora", bits, train={"seed": 3})]
     assert sorted(len(protocol.cells) for protocol in protocols(cells)) == [1, 2]
+    cells = [made("deal", bits), made("deal", bits, prompt="chat")]
+    assert [len(protocol.cells) for protocol in protocols(cells)] == [1, 1]
 
 
 def test_one_training_that_was_scored_twice_counts_once_with_what_was_scored_most():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import cut_prompt, encode_answer, encode_prompt, render_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.evaluation.generation import answer_limit
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -92,6 +95,44 @@ def test_a_chat_without_a_chat_template_is_refused() -> None:
     bare.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         encode_prompt(bare, TaskSchema(name="t", format="chat"), chat(("user", "Hi")), 99)
+
+
+ASKED = replace(TASK, prompt="chat")
+
+
+def test_a_task_with_chat_prompts_asks_in_one_message_of_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+    wanted = "<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.</s><|assistant|>"
+    assert "".join(render_prompt(ASKED, "It barks.", tokenizer)) == wanted
+    assert tokenizer.decode(encode_prompt(tokenizer, ASKED, "It barks.", 200)) == wanted
+    assert encode_prompt(make_tokenizer(begins=True), ASKED, "It barks.", 200).count(0) == 1
+    assert tokenizer.decode(encode_answer(tokenizer, ASKED, "a dog", 50)) == "a dog</s>", "without a blank"
+    completion = TaskSchema(name="t", format="completion", instruction="In verse.", prompt="chat")
+    assert "".join(render_prompt(completion, "Why?", tokenizer)) == "<s><|user|>In verse.\nWhy?</s><|assistant|>"
+    own = replace(ASKED, template="{text} {options}? Answer:")
+    assert "".join(render_prompt(own, "Hm.", tokenizer)) == "<s><|user|>Hm. a dog, a cat? Answer:</s><|assistant|>"
+
+
+def test_a_long_text_in_a_chat_prompt_loses_its_end_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = encode_prompt(tokenizer, ASKED, "It barks.", 200)
+    found = cut_prompt(tokenizer, ASKED, "It barks." * 30, len(whole) + 2)
+    assert found.is_cut and len(found.ids) <= len(whole) + 2
+    shown = tokenizer.decode(found.ids)
+    assert shown.startswith("<s><|user|>Which animal is it?\nOption: a dog, a cat\nIt barks.")
+    assert shown.endswith("</s><|assistant|>")
+
+
+def test_chat_prompts_without_a_chat_template_are_refused_with_a_remedy() -> None:
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(ConfigError, match=r"has prompt: chat.*instruction-tuned base model, or task.prompt: plain"):
+        encode_prompt(bare, ASKED, "It barks.", 99)
+
+
+def test_answers_of_chat_prompts_have_room_for_the_longest_label(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A label after a blank and a label alone may have different numbers of tokens."""
+    for task in (TASK, ASKED):
+        longest = max(len(encode_answer(tokenizer, task, label, 50)) for label in task.labels)
+        assert answer_limit(tokenizer, task, EvaluateConfig()) == longest
 
 
 def test_format_auto_cannot_be_rendered(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from deal_core.data.columns import resolve_columns
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
@@ -38,6 +38,7 @@ class Spec(BaseModel):
         ({"template": "{text}{text}"}, "{text} 2 times"),
         ({"format": "chat", "template": "{text}"}, "chat template"),
         ({"columns": {"txt": "body"}}, "task.columns names txt"),
+        ({"prompt": "poem"}, "task.prompt is 'poem'; use plain or chat"),
     ],
 )
 def test_a_task_that_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -85,11 +86,19 @@ def test_a_manifest_from_before_rows_were_deleted_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [({"columns": {"text": "Body"}}, True), ({"instruction": "i"}, False), ({"template": "{text}"}, False),
-     ({"labels": ("b", "a")}, False), ({"format": "completion", "labels": ()}, False)],
+     ({"prompt": "chat"}, False), ({"labels": ("b", "a")}, False), ({"format": "completion", "labels": ()}, False)],
 )  # fmt: skip
 def test_a_schema_s_digest_tells_how_it_asks(change: dict[str, Any], is_same: bool) -> None:
     plain = TaskSchema(name="t", labels=("a", "b"))
     assert (replace(plain, **change).sha256 == plain.sha256) == is_same
+
+
+def test_the_form_of_prompts_is_stored_where_it_says_something() -> None:
+    told, chat = TaskSchema(name="t", prompt="chat"), TaskSchema(name="t", format="chat", prompt="chat")
+    assert told.to_json()["prompt"] == "chat" and TypeAdapter(TaskSchema).validate_python(told.to_json()) == told
+    assert told.as_asked().prompt == "chat", "clients must render the same prompt"
+    assert "prompt" not in TaskSchema(name="t").to_json(), "schemas of earlier releases have no such key"
+    assert chat == TaskSchema(name="t", format="chat") and chat.sha256 == TaskSchema(name="t", format="chat").sha256
 
 
 def test_a_manifest_of_another_version_is_refused() -> None:

@@ -171,7 +171,29 @@ SHAPES = {
     "SQuAD": Shape(
         lambda i: {"id": str(i), "title": "t", "context": "c", "question": f"Who? {i}",
                    "answers": {"text": ["He"], "answer_start": [0]}},
-        datasets_parquet, "rows.parquet", "list of answers in each row.*as a text into a column answer",
+        datasets_parquet, "rows.parquet", "completions (question with context under it, answers)",
+        lambda i: (f"Who? {i}\nc", "He"),
+    ),
+    "SQuAD in JSON lines": Shape(
+        lambda i: {"context": "c", "question": f"Who? {i}", "answers": {"text": ["He", "Him"], "answer_start": [0, 1]}},
+        datasets_lines, "rows.jsonl", "completions (question with context under it, answers)",
+        lambda i: (f"Who? {i}\nc", "He"),
+    ),
+    "answers in a list": Shape(
+        lambda i: {"question": f"Who? {i}", "answers": [f"He {i}", "Him"]},
+        arrow_parquet, "rows.parquet", "completions (question, answers)", lambda i: (f"Who? {i}", f"He {i}"),
+    ),
+    "completions in lists": Shape(
+        lambda i: {"prompt": f"Q {i}", "completion": [f"A {i}", "B"][: 1 + i % 2]},
+        datasets_parquet, "rows.parquet", "completions (prompt, completion)", lambda i: (f"Q {i}", f"A {i}"),
+    ),
+    "chat whose answer is a list": Shape(
+        lambda i: {"messages": [user(f"Hi {i}"), {"role": "assistant", "content": [f"Hello {i}", "Hey"]}]},
+        pandas_lines, "rows.jsonl", "chats (messages)", lambda i: (json.dumps([user(f"Hi {i}")]), f"Hello {i}"),
+    ),
+    "answers of other forms": Shape(
+        lambda i: {"question": f"Who? {i}", "answers": {"value": "He", "aliases": ["Him"]}},
+        datasets_lines, "rows.jsonl", "no column is named like .*completion",
     ),
     "several labels": Shape(
         lambda i: {"text": f"Text {i}", "label": [i % 2, 2]},
@@ -281,6 +303,55 @@ def test_metadata_of_another_form_name_no_labels(metadata: bytes, tmp_path: Path
         Landing(source=tmp_path / "rows.parquet", task=TaskSchema(name="t", format="auto"), config=LENIENT)
     )
     assert set(report.manifest.task.labels) == {"x", "y"}
+
+
+# --- several right answers
+
+
+def test_test_rows_keep_every_right_answer_and_training_rows_the_first(tmp_path: Path) -> None:
+    """Also if the first list comes late in the file, after rows that are written already."""
+    monkeys = ["ape", "monkey", "ape"]
+    content = rows(lambda i: {"prompt": f"Q {i}", "completion": monkeys if i > 30 else f"A {i}"})
+    pandas_lines(content, tmp_path / "rows.jsonl")
+    landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+    assert validate_file(landing).num_several == 9
+    build_dataset(landing, tmp_path / "dataset")
+    train, test = (pq.read_table(tmp_path / "dataset" / f"{split}.parquet") for split in ("train", "test"))
+    assert train.column_names == ["input", "output", "sha256"]
+    found = {row["input"]: row["references"] for row in test.to_pylist()}
+    wanted = {f"Q {i}": ["ape", "monkey"] if i > 30 else None for i in range(NUM_ROWS)}
+    assert found == {text: wanted[text] for text in found}
+    assert {str(each) for each in found.values()} == {"None", "['ape', 'monkey']"}
+
+
+def test_a_list_of_one_answer_is_the_same_row_as_the_answer(tmp_path: Path) -> None:
+    digests = []
+    for completion in ("A", ["A"], ["A", "A"]):
+        content = rows(lambda i, answer=completion: {"prompt": f"Q {i}", "completion": answer})  # type: ignore[misc]
+        pandas_lines(content, tmp_path / "rows.jsonl")
+        landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+        digests.append(build_dataset(landing, tmp_path / "dataset").sha256)
+        assert pq.read_table(tmp_path / "dataset/test.parquet").column_names == ["input", "output", "sha256"]
+    assert len(set(digests)) == 1
+    pandas_lines(rows(lambda i: {"prompt": f"Q {i}", "completion": ["A", "B"]}), tmp_path / "rows.jsonl")
+    assert build_dataset(landing, tmp_path / "dataset").sha256 not in digests, "other right answers are other test rows"
+
+
+def test_rows_without_an_answer_or_with_a_bad_one_are_bad_rows(tmp_path: Path) -> None:
+    bad = {0: [], 1: ["A", " "], 2: ["A", "b" * 30_000], 3: [1, 2], 4: {"text": []}, 5: ["A", "\u0000"]}
+    content = rows(lambda i: {"prompt": f"Q {i}", "completion": bad.get(i, "A")})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    landing = Landing(source=tmp_path / "rows.jsonl", task=TaskSchema(name="t", format="auto"), config=LENIENT)
+    report = validate_file(landing)
+    assert [bad.row for bad in report.bad_rows] == [1, 2, 3, 4, 5, 6]
+    assert [bad.problems[0].why for bad in report.bad_rows] == [
+        "completion has no answer", "completion is empty", "completion has 30000 characters, allowed are 20000",
+        "completion is a list, not a text", "completion has no answer",
+        "completion has a byte that is not UTF-8, or a NUL",
+    ]  # fmt: skip
+    chats = rows(lambda i: {"messages": [user(f"Hi {i}"), {"role": "assistant", "content": ["A", ""]}]})
+    pandas_lines(chats, tmp_path / "rows.jsonl")
+    assert dict(validate_file(landing).manifest.problems) == {"empty text": NUM_ROWS}
 
 
 # --- what stays as it was

@@ -89,6 +89,21 @@ def test_answers_are_those_of_the_task_that_a_row_names(
     assert answerer.ask([]).version == "1"
 
 
+def test_answers_that_were_cut_are_told_row_by_row(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over tasks, and over the batches of a request."""
+
+    def generate(*given: Any, **limits: Any) -> list[GivenAnswer]:
+        return [GivenAnswer(text.upper(), Confidence(1.0, None), "long" in text) for text in given[3]]
+
+    monkeypatch.setattr(answering, "answer_inputs", generate)
+    chat = json.dumps([{"role": "user", "content": "long"}])
+    texts = ["a", "long", "b", "c", "long", "d", "e", "long"]
+    rows = [InputRow(text, "colours") for text in texts]
+    found = answerer.ask([InputRow(chat, "help"), *rows])
+    assert found.is_cut == [True, *("long" in text for text in texts)] and len(rows) > MAX_ROWS_CPU
+    assert answerer.ask([]).is_cut == []
+
+
 class HeldModel:
     """`answer_inputs` that waits at its first call until the test lets it continue."""
 
@@ -150,7 +165,7 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
         assert may_go_on.wait(WAIT_SECONDS)
         if any("poison" in text for text in inputs):
             raise RuntimeError("the model broke")
-        return [GivenAnswer(text.upper(), Confidence(1.0, None)) for text in inputs]
+        return [GivenAnswer(text.upper(), Confidence(1.0, None), False) for text in inputs]
 
     monkeypatch.setattr(answering, "answer_inputs", generate)
     with ThreadPoolExecutor(3) as pool:

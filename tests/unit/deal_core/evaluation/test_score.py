@@ -12,7 +12,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import first_answer_logits, generate, generate_answers, read_prefix
+from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, generate_answers, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
 
@@ -26,15 +26,15 @@ def folder(train):
     return train("seq_lora", train=WELL).folder
 
 
-def one_by_one(model, tokenizer, task, text) -> str:
-    """Greedy decoding spelled out: no batch, no padding, no cache."""
+def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bool]:
+    """Greedy decoding spelled out: no batch, no padding, no cache. True: the answer came to its end."""
     ids = encode_prompt(tokenizer, task, text, 64)
     start = len(ids)
-    for _ in range(10):
+    for _ in range(max_new_tokens):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip(), ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("max_batch_tokens", [64, 300, 4096])
@@ -44,13 +44,26 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
     open_task = TaskSchema(name="open", instruction=task.instruction)
     seen: list[int] = []
     with adapter_on(base.model, folder) as model:
-        expected = [one_by_one(model, base.tokenizer, open_task, text) for text in inputs]
+        expected = [one_by_one(model, base.tokenizer, open_task, text)[0] for text in inputs]
         found = generate_answers(
             model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
         )
     assert found == expected
     assert len(set(found)) > 1
     assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 10])
+def test_answers_without_room_for_their_end_are_told(max_new_tokens, base, task, rows, folder):
+    inputs = rows(12)["input"]
+    config = EvaluateConfig(max_batch_tokens=300, max_new_tokens=max_new_tokens)
+    open_task = TaskSchema(name="open", instruction=task.instruction)
+    with adapter_on(base.model, folder) as model:
+        ended = [one_by_one(model, base.tokenizer, open_task, text, max_new_tokens)[1] for text in inputs]
+        found = answer_inputs(model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64)
+    cut = {place for place, answer in enumerate(found) if answer.is_cut}
+    assert cut == {place for place, has_end in enumerate(ended) if not has_end}
+    assert cut or max_new_tokens > 1
 
 
 @pytest.mark.parametrize("with_logits", [True, False])
@@ -65,6 +78,7 @@ def test_references_that_no_answer_can_reach_are_counted(base, task):
     num_tokens = len(base.tokenizer(" x")["input_ids"])
     for limit, wanted in ((num_tokens, 1), (num_tokens - 1, 3)):
         assert count_too_long(base.tokenizer, open_task, outputs, limit) == wanted
+    assert count_too_long(base.tokenizer, open_task, [["x " * 40, "x"], ["x " * 40] * 2], num_tokens) == 1
 
 
 def test_logits_of_long_answers_stay_within_their_bytes(base, monkeypatch):
@@ -182,3 +196,25 @@ def test_the_probability_of_a_reference_is_that_of_its_tokens_one_by_one(base, t
             chosen = logits.log_softmax(-1)[range(len(answer)), answer]
             assert share == pytest.approx(float(chosen.mean().exp()), rel=1e-3)
     assert measured.outcomes == pytest.approx(found, abs=1e-6) and measured.majority_rate is None
+
+
+def test_an_answer_has_the_score_of_its_best_reference(base, task, rows, folder):
+    """Of a row with one reference, that one; "loss" measures each reference."""
+    some, config = rows(4), EvaluateConfig(max_new_tokens=4)
+
+    def evaluate(metric, found):
+        open_task = TaskSchema(name="open", instruction=task.instruction, format="completion", metric=metric)
+        return evaluate_task(model, base.tokenizer, open_task, found, config, max_prompt_tokens=64)
+
+    with adapter_on(base.model, folder) as model:
+        said = evaluate("rouge_l", some).answers
+        references = [None, ["teal", said[1]], [f"nothing like {said[2]}", said[2], "x"], None]
+        several = Dataset.from_dict({**some.to_dict(), "references": references})
+        scored = evaluate("rouge_l", several)
+        assert scored.outcomes[1:3] == (1.0, 1.0) and scored.rouge1 >= 0.5
+        assert (scored.outcomes[0], scored.outcomes[3]) == tuple(evaluate("rouge_l", some).outcomes[i] for i in (0, 3))
+        measured = evaluate("loss", several).outcomes
+        for text, output, known, share in zip(some["input"], some["output"], references, measured, strict=True):
+            each = known or [output]
+            alone = evaluate("loss", Dataset.from_dict({"input": [text] * len(each), "output": each})).outcomes
+            assert share == pytest.approx(max(alone), abs=1e-5)

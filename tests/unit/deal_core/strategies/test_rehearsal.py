@@ -151,9 +151,9 @@ def test_a_task_is_asked_once_in_the_same_words_and_not_in_those_of_the_new_one(
     olds = [
         task("alike", "Which?", "ba"), task("other-labels", "Which?", "abc"), task("first", "How?"),
         task("again", "How?", "ba"), task("other-template", "How?", template="{text} {options}"), task("new", "Why?"),
-        TaskSchema(name="chat", format="chat", instruction="Why?"),
+        TaskSchema(name="chat", format="chat", instruction="Why?"), task("other-form", "Which?", prompt="chat"),
     ]  # fmt: skip
-    assert [old.name for old in tasks_to_ask(olds, new)] == ["other-labels", "again", "other-template"]
+    assert [old.name for old in tasks_to_ask(olds, new)] == ["other-labels", "again", "other-template", "other-form"]
 
 
 def test_notes_name_the_old_tasks_that_nothing_is_asked_about(parent, train, task):

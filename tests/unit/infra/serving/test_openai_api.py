@@ -57,6 +57,16 @@ def test_a_stream_ends_as_its_client_expects(client: openai.OpenAI) -> None:
     assert [piece.choices[0].text for piece in client.completions.create(model="l", prompt="x", stream=True)] == ["X"]
 
 
+def test_an_answer_that_was_cut_says_so(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="l", prompt=["one", "long"])
+    assert [choice.finish_reason for choice in found.choices] == ["stop", "length"]
+    message = {"role": "user", "content": "long"}
+    chat = client.chat.completions.create(model="l", messages=[message])  # type: ignore[list-item]
+    assert chat.choices[0].finish_reason == "length"
+    stream = client.chat.completions.create(model="l", messages=[message], stream=True)  # type: ignore[list-item]
+    assert [piece.choices[0].finish_reason for piece in stream] == [None, "length"]
+
+
 def test_models_are_the_champion_its_version_and_its_tasks(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["l", "l@3", "l/bank", "l/talk"]
 

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deal_core.config import AdapterConfig
-from deal_core.data.schema import ROW_SCHEMA, TaskSchema
+from deal_core.data.schema import REFERENCES, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
+from deal_core.evaluation.answer_scores import right_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
@@ -27,6 +28,7 @@ from tasks.adaptation.frozen_rows import (
     TestSet,
     compare_answers,
     keep_answers,
+    load_test_set,
     read_answers,
     share_rows,
     within_budget,
@@ -85,6 +87,22 @@ def test_rows_that_changed_sides_are_counted_and_the_first_are_shown(store: Obje
     (lost,) = new.lost
     assert (lost.row, lost.expected, lost.before, lost.now) == (digest(5), "yes", " YES ", "no")
     assert lost.text is not None and lost.text.startswith("text 5 xxx") and len(lost.text) == MAX_CHARS
+
+
+def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectStore, tmp_path: Path) -> None:
+    """The rows of a task may have one answer or several; files of earlier releases have no such column."""
+    both = ["yes", "no"]
+    rows = [
+        {"input": "text", "output": "yes", "sha256": digest(number), "references": both if number else None}
+        for number in range(NUM_ROWS)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA.append(REFERENCES)), tmp_path / "several.parquet")
+    store.upload_file(tmp_path / "several.parquet", "datasets/new/test.parquet")
+    keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
+    (new,) = compare_answers(store, "adapters/child", None, include_texts=True)
+    assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
+    test_set = load_test_set(store, TaskSchema(name="new"), "datasets/new", 9, 9)
+    assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
 
 
 def test_without_texts_only_digests_are_left(store: ObjectStore) -> None:
