@@ -130,9 +130,13 @@ def test_chat_prompts_without_a_chat_template_are_refused_with_a_remedy() -> Non
 
 def test_answers_of_chat_prompts_have_room_for_the_longest_label(tokenizer: PreTrainedTokenizerFast) -> None:
     """A label after a blank and a label alone may have different numbers of tokens."""
-    for task in (TASK, ASKED):
+    plain = TaskSchema(name="t", labels=("quick", "brown"))
+    limits = []
+    for task in (plain, replace(plain, prompt="chat")):
         longest = max(len(encode_answer(tokenizer, task, label, 50)) for label in task.labels)
         assert answer_limit(tokenizer, task, EvaluateConfig()) == longest
+        limits.append(longest)
+    assert limits[0] < limits[1]
 
 
 def test_format_auto_cannot_be_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
