@@ -13,7 +13,8 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import plain_answer, rouge1, score_answers
-from deal_core.evaluation.generation import LanguageModel, OnProgress, generate_answers
+from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import LanguageModel, OnProgress, answer_inputs
 from deal_core.evaluation.label_figures import LabelFigures, label_figures
 from deal_core.evaluation.likelihood import token_probabilities
 
@@ -31,6 +32,7 @@ class TaskEvaluation:
         answers: The generated answers, in the rows' order; with "loss", the scores as texts.
         outcomes: Each row's score, 0 to 1, in the rows' order.
         labels: How each label is answered; empty for an open task, and for the metric "loss".
+        confidences: How sure the model was of each answer, in the rows' order; empty for the metric "loss".
     """
 
     task: str
@@ -41,6 +43,7 @@ class TaskEvaluation:
     answers: tuple[str, ...]
     outcomes: tuple[float, ...]
     labels: tuple[LabelFigures, ...]
+    confidences: tuple[Confidence, ...] = ()
 
 
 def evaluate_task(
@@ -62,6 +65,7 @@ def evaluate_task(
     """
     inputs, references = list(rows["input"]), list(rows["output"])
     is_measured = task.metric == "loss"
+    confidences: tuple[Confidence, ...] = ()
     if is_measured:
         shares = token_probabilities(
             model, tokenizer, task, inputs, references, config,
@@ -69,9 +73,10 @@ def evaluate_task(
         )  # fmt: skip
         answers = [f"{share:.6f}" for share in shares]
     else:
-        answers = generate_answers(
+        given = answer_inputs(
             model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
         )
+        answers, confidences = [each.text for each in given], tuple(each.confidence for each in given)
     accepted = list(rows["references"]) if "references" in rows.column_names else references
     outcomes = score_answers(task.metric, answers, accepted)
     constant = [_commonest(references)] * len(references)
@@ -84,6 +89,7 @@ def evaluate_task(
         answers=tuple(answers),
         outcomes=outcomes,
         labels=tuple(label_figures(answers, references, task.labels)) if task.labels and not is_measured else (),
+        confidences=confidences,
     )
 
 
