@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.predictions import FEEDBACK_SCHEMA, PREDICTION_SCHEMA
+from infra.store.base import ObjectStore
 
 SHARES = {"lost card": 0.4, "fee dispute": 0.3, "loan": 0.2, "fraud": 0.1}
 WORDS = ("card", "bank", "fee", "loan", "lost", "money", "account", "wrong", "charge", "help")
@@ -62,3 +69,21 @@ def feedback_on(rows: pd.DataFrame, is_right: Sequence[bool], *, is_random: bool
         "id": rows["id"].iloc[: len(is_right)].to_numpy(), "time": time, "label": None, "is_right": [*is_right],
         "source": "test", "is_random": is_random, "reviewer": None,
     })  # fmt: skip
+
+
+def put_predictions(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: str) -> None:
+    """Put rows into the prediction log, as the segment of a server that has ended."""
+    _put(store, f"predictions/{lineage}", rows, PREDICTION_SCHEMA, segment)
+
+
+def put_feedback(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: str) -> None:
+    """Put feedback into its log."""
+    entries = [f"{segment}-{number}" for number in range(len(rows))]
+    _put(store, f"feedback/{lineage}", rows.assign(entry=entries), FEEDBACK_SCHEMA, segment)
+
+
+def _put(store: ObjectStore, folder: str, rows: pd.DataFrame, schema: pa.Schema, segment: str) -> None:
+    content, now = io.BytesIO(), datetime.now(UTC)
+    values = {name: [None if pd.isna(value) else value for value in rows[name]] for name in schema.names}
+    pq.write_table(pa.table(values, schema=schema), content)
+    store.put_bytes(f"{folder}/{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}-{segment}.parquet", content.getvalue())

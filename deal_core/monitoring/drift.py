@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -135,10 +136,8 @@ class TaskDrift:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftReport(VersionedJson):
+class DriftReport:
     """The comparison of all tasks of a version."""
-
-    kept: ClassVar[Kept] = Kept("The drift report", RegistryError, version=1)
 
     tasks: tuple[TaskDrift, ...]
     num_tests: int
@@ -149,6 +148,18 @@ class DriftReport(VersionedJson):
     def task(self, name: str) -> TaskDrift:
         """Return the comparison of a task."""
         return next(each for each in self.tasks if each.task == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveLook(VersionedJson):
+    """One look at the live traffic of a version."""
+
+    kept: ClassVar[Kept] = Kept("The look at live traffic", RegistryError, version=1)
+
+    lineage: str
+    version: str
+    looked: datetime
+    drift: DriftReport
 
 
 def compare(

@@ -63,7 +63,8 @@ def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccur
     this is the share itself, which is ATC.
 
     Limits: it sees only errors that lower the confidence. A model that is confidently wrong on new inputs, or labels
-    whose meaning has changed, leave it unchanged. No estimate of this kind is right for every shift.
+    whose meaning has changed, leave it unchanged. If all confidences fall alike, it falls further than the accuracy. No
+    estimate of this kind is right for every shift.
 
     None: the scores are graded, no reference answer is right, or a confidence is missing on one side.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 from deal_core.config import MonitorConfig
-from deal_core.monitoring.drift import DriftReport, TaskDrift, compare, window
+from deal_core.monitoring.drift import LiveLook, TaskDrift, compare, window
 from deal_core.monitoring.live_accuracy import estimated_accuracy
 from deal_core.monitoring.two_samples import pooled_counts
 from tests.monitored import OTHER_WORDS, SHARES, WORDS, feedback_on, free_rows, logged_rows
@@ -101,6 +102,8 @@ def test_other_texts_alarm_though_every_number_is_as_before() -> None:
     assert test.name == "texts" and test.effect > 0.95
     assert test.low is not None and test.high is not None and 0.9 < test.low <= test.effect <= test.high
     assert "texts" not in {test.name for test in look(logged_rows(200, 1), reference).tests}, "no texts are kept"
+    same = logged_rows(200, 1, input="the same text of a health check, again and again")
+    assert "texts" not in {test.name for test in look(same, reference).tests}, "one text is no sample of texts"
 
 
 def test_an_alarm_needs_significance_and_size() -> None:
@@ -155,13 +158,21 @@ def test_rare_labels_are_pooled() -> None:
     assert pooled_counts(pd.Series(["a"] * 9), pd.Series(["a"] * 9)).shape[1] < 2
 
 
-def test_lower_confidence_lowers_the_estimated_accuracy_to_about_the_truth() -> None:
+def test_lower_confidence_lowers_the_estimated_accuracy() -> None:
     reference, live = logged_rows(2000, 0), logged_rows(2000, 1, sureness=(3.0, 3.0))
     found = look(live, reference, MonitorConfig(window_rows=2000))
     assert found.estimated is not None and found.estimated.is_alarm and "quality" in kinds(found)
     same = estimated_accuracy(reference, logged_rows(2000, 2))
     assert same is not None and abs(same.accuracy - reference["score"].mean()) < 0.04
     assert same.low < same.accuracy < same.high
+
+
+def test_the_estimate_is_the_share_of_live_rows_above_the_references_threshold() -> None:
+    reference = logged_rows(10, 0, confidence=np.arange(1, 11) / 10, score=[0.0] * 3 + [1.0] * 7)
+    live = logged_rows(8, 1, confidence=[0.05, 0.15, 0.39, 0.4, 0.41, 0.6, 0.9, 1.0])
+    found = estimated_accuracy(reference, live)
+    assert found is not None and found.accuracy == pytest.approx(5 / 8) and found.reference == 0.7
+    assert found.drop_points == pytest.approx(7.5)
 
 
 def test_an_estimate_needs_confidences_and_right_answers() -> None:
@@ -217,8 +228,8 @@ def test_a_baseline_takes_the_references_place_for_drift_and_not_for_accuracy() 
 
 def test_a_report_is_read_back() -> None:
     report = compare(REFERENCE, logged_rows(300, 7, **PLANTED["no label"]), MonitorConfig())  # type: ignore[arg-type]
-    text = json.dumps(report.to_json(), allow_nan=False)
-    assert DriftReport.from_json(json.loads(text)) == report
+    look_at = LiveLook(lineage="support", version="3", looked=datetime(2026, 5, 4, tzinfo=UTC), drift=report)
+    assert LiveLook.from_json(json.loads(json.dumps(look_at.to_json(), allow_nan=False))) == look_at
     shares = report.task("bank").label_shares
     assert shares[""][0] == 0.0 and 0.2 < shares[""][1] < 0.4
     assert sum(now for _, now in shares.values()) == pytest.approx(1)
