@@ -25,6 +25,7 @@ from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
+from tasks.monitoring.state import read_monitor_state
 
 DAY = timedelta(days=1)
 NEWEST = 20
@@ -59,6 +60,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Arrivals that were refused or failed, each with the reason and the condition for a new try."""
     held: str | None = None
     """Why the lineage learns nothing that lands; None: it learns."""
+    monitor: str | None = None
+    """The last look at the champion's live traffic, in one line; None: nobody has looked."""
 
 
 class Status(BaseModel, frozen=True):
@@ -191,8 +194,18 @@ def _lineage(
             damaged.append(f"Lineage {name}: {in_one_line(error)}")
     return LineageStatus(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
-        held=watched.held if watched else None,
+        held=watched.held if watched else None, monitor=_monitor(store, name, champion, damaged),
     )
+
+
+def _monitor(store: ObjectStore, name: str, champion: VersionInfo | None, damaged: list[str]) -> str | None:
+    """Return the last look at the champion's live traffic in one line; None: the champion was not looked at."""
+    try:
+        state = read_monitor_state(store, name)
+    except DealError as error:
+        damaged.append(f"Lineage {name}: {in_one_line(error)}")
+        return None
+    return state.line() if state is not None and champion is not None and state.version == champion.version else None
 
 
 def _arrivals(store: ObjectStore, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:
