@@ -21,6 +21,7 @@ from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.forget import forget
 from flows.monitor import monitor, monitor_lineages
+from infra.store.keys import baseline_key
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import list_runs
 from infra.tracking.tracker import open_tracker
@@ -223,9 +224,10 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
         look(rebase=True)
     put_predictions(store, "l", live(2, chars=5000), "b")
     assert [each.kind for each in look().alarms] == ["drift"]
+    store.put_bytes(baseline_key("l", "1"), b"of a version before")
     found = look(rebase=True)
     assert not found.alarms and found.drift is not None and found.drift.task("bank").is_rebased
-    (kept,) = (lineage / "store" / "monitor" / "l").iterdir()
+    (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
     assert not {"id", "input_sha256", "time", "input"} & {*pd.read_parquet(kept).columns}
 
 
