@@ -231,6 +231,29 @@ class GateConfig:
     lineage's file."""
 
 
+@settings("monitor")
+class MonitorConfig:
+    """How live traffic is compared with a version's test rows. These settings change no version and no digest.
+
+    An alarm needs both: a p-value below alpha / (tests of all tasks together), and an effect of at least its limit.
+    """
+
+    min_rows: Count = 100
+    """Fewest live rows of a task; with fewer, nothing is compared."""
+    window_rows: Count = 500
+    """The newest live rows of a task that are compared."""
+    alpha: Annotated[Positive, Field(lt=1)] = 0.01
+    """Most false alarms per look at a lineage, as a share of looks."""
+    min_psi: AtLeastZero = 0.2
+    """Smallest population stability index of the label shares that counts."""
+    min_distance: Share = 0.15
+    """Smallest distance of two distributions (Kolmogorov-Smirnov), or of two shares, that counts."""
+    min_auc: Annotated[Number, Field(ge=0.5, le=1)] = 0.7
+    """Smallest area under the ROC curve that counts, for the classifier that tells live texts from test texts."""
+    max_live_drop_points: AtLeastZero = 10.0
+    """Points that live accuracy, measured or estimated, may lose against the test rows."""
+
+
 Form = Literal["spectral", "literal"]
 Core = Literal["frozen", "soft", "free"]
 Sides = Literal["both", "A", "B"]

@@ -1,4 +1,4 @@
-"""Notices about adaptations: events for the Prefect server and signed JSON for a webhook.
+"""Notices about adaptations and live traffic: events for the Prefect server and signed JSON for a webhook.
 
 The event's resource is `deal.lineage.NAME`. Its payload is a `Notice`; docs/notifications.md describes both. A notice
 contains no text of a row, unless an error quotes one and the run may show texts.
@@ -29,13 +29,18 @@ from tasks.references import VersionRef
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["promoted", "rejected", "awaiting-approval", "rolled-back", "failed"]
+Kind = Literal[
+    "promoted", "rejected", "awaiting-approval", "rolled-back", "failed", "drift", "quality", "decayed"
+]
 EVENTS: dict[Kind, str] = {
     "promoted": "deal.version.promoted",
     "rejected": "deal.version.rejected",
     "awaiting-approval": "deal.version.awaiting-approval",
     "rolled-back": "deal.version.rolled-back",
     "failed": "deal.adaptation.failed",
+    "drift": "deal.drift.detected",
+    "quality": "deal.quality.dropped",
+    "decayed": "deal.champion.decayed",
 }
 MAX_MESSAGE_CHARS = 2000
 DECIDE = "decide/decide"
@@ -54,7 +59,8 @@ class Notice(BaseModel):
     parent_version: str | None = None
     """The version that this version continues; None: it starts from the base model."""
     reasons: tuple[str, ...] = ()
-    """Why the gate or a person rejected the version, or why a person moved the champion."""
+    """Why the gate or a person rejected the version, why a person moved the champion, or what has changed in the live
+    traffic."""
     who: str | None = None
     """The person who decided."""
     accuracies: dict[str, float] = {}

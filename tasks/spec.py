@@ -36,6 +36,7 @@ from deal_core.config import (
     GateConfig,
     Memory,
     MethodConfig,
+    MonitorConfig,
     RehearsalConfig,
     RivalConfig,
     TrainConfig,
@@ -174,6 +175,7 @@ class LineageSpec(BaseModel):
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
     gate: GateConfig = GateConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @property
     def method(self) -> MethodConfig:
@@ -210,7 +212,7 @@ class AdaptSpec(LineageSpec):
         """
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
-                                  "memory": True, "task": {"name", "data", "test_data", "columns"},
+                                  "memory": True, "monitor": True, "task": {"name", "data", "test_data", "columns"},
                                   "data": {"retain_training_rows", "include_texts"}, "gate": {"alias_moves"}}
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}

@@ -13,7 +13,8 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import all_of, plain_answer, right_answers, rouge1, score_answers
-from deal_core.evaluation.generation import LanguageModel, OnProgress, generate_answers
+from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import LanguageModel, OnProgress, answer_inputs
 from deal_core.evaluation.label_figures import LabelFigures, label_figures
 from deal_core.evaluation.likelihood import token_probabilities
 
@@ -31,6 +32,7 @@ class TaskEvaluation:
         answers: The generated answers, in the rows' order; with "loss", the scores as texts.
         outcomes: Each row's score, 0 to 1, in the rows' order.
         labels: How each label is answered; empty for an open task, and for the metric "loss".
+        confidences: How sure the model was of each answer, in the rows' order; empty for the metric "loss".
     """
 
     task: str
@@ -41,6 +43,7 @@ class TaskEvaluation:
     answers: tuple[str, ...]
     outcomes: tuple[float, ...]
     labels: tuple[LabelFigures, ...]
+    confidences: tuple[Confidence, ...] = ()
 
 
 def evaluate_task(
@@ -61,6 +64,7 @@ def evaluate_task(
         ConfigError: The task's metric is a function that cannot be used.
     """
     inputs = list(rows["input"])
+    confidences: tuple[Confidence, ...] = ()
     if task.metric == "loss":
         pairs = [(place, answer) for place, found in enumerate(right_answers(rows)) for answer in all_of(found)]
         shares = token_probabilities(
@@ -72,13 +76,16 @@ def evaluate_task(
             best[place] = max(best[place], share)
         answers = [f"{share:.6f}" for share in best]
     else:
-        answers = generate_answers(
+        given = answer_inputs(
             model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
         )
-    return evaluate_answers(task, rows, answers)
+        answers, confidences = [each.text for each in given], tuple(each.confidence for each in given)
+    return evaluate_answers(task, rows, answers, confidences)
 
 
-def evaluate_answers(task: TaskSchema, rows: Dataset, answers: Sequence[str]) -> TaskEvaluation:
+def evaluate_answers(
+    task: TaskSchema, rows: Dataset, answers: Sequence[str], confidences: tuple[Confidence, ...] = ()
+) -> TaskEvaluation:
     """Score given answers to a task's rows; with the metric "loss", the scores as texts. For errors see above."""
     references, accepted, is_measured = list(rows["output"]), right_answers(rows), task.metric == "loss"
     outcomes = score_answers(task.metric, answers, accepted)
@@ -92,6 +99,7 @@ def evaluate_answers(task: TaskSchema, rows: Dataset, answers: Sequence[str]) ->
         answers=tuple(answers),
         outcomes=outcomes,
         labels=tuple(label_figures(answers, references, task.labels)) if task.labels and not is_measured else (),
+        confidences=confidences,
     )
 
 

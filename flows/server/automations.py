@@ -52,6 +52,9 @@ TITLES: dict[Kind, str] = {
     "awaiting-approval": "version {{ event.payload.version }} waits for approval",
     "rolled-back": "version {{ event.payload.version }} is champion again",
     "failed": "an adaptation failed",
+    "drift": "live traffic of {{ event.payload.task }} has changed",
+    "quality": "live accuracy of {{ event.payload.task }} has dropped",
+    "decayed": "version {{ event.payload.version }} is worse on {{ event.payload.task }} than the one before was",
 }
 BODY = """\
 Lineage {{ event.payload.lineage }}, task {{ event.payload.task }}

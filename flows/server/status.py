@@ -26,6 +26,7 @@ from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
+from tasks.monitoring.state import read_monitor_state
 
 DAY = timedelta(days=1)
 NEWEST = 20
@@ -62,6 +63,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Why the lineage learns nothing that lands; None: it learns."""
     held_arrivals: tuple[HeldArrival, ...] = ()
     """Arrivals whose run was cancelled; they wait for `deal requeue`."""
+    monitor: str | None = None
+    """The last look at the champion's live traffic, in one line; None: nobody has looked."""
 
 
 class Status(BaseModel, frozen=True):
@@ -198,7 +201,18 @@ def _lineage(
     return LineageStatus(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
         held=watched.held if watched else None, held_arrivals=waiting,
+        monitor=_monitor(store, name, champion, damaged),
     )  # fmt: skip
+
+
+def _monitor(store: ObjectStore, name: str, champion: VersionInfo | None, damaged: list[str]) -> str | None:
+    """Return the last look at the champion's live traffic in one line; None: the champion was not looked at."""
+    try:
+        state = read_monitor_state(store, name)
+    except DealError as error:
+        damaged.append(f"Lineage {name}: {in_one_line(error)}")
+        return None
+    return state.line() if state is not None and champion is not None and state.version == champion.version else None
 
 
 def _arrivals(state: InboxState, lineage: WatchedLineage, inbox: InboxLook) -> tuple[int, tuple[str, ...]]:

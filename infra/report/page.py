@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.monitoring.drift import LiveLook
 from infra.report import formatting as words
 from infra.report.figures import COLOURS, MUTED, accuracy_over_versions, fill_bars, loss_curve
+from infra.report.live_figures import live_traffic
 from infra.report.run_report import RunReport
 
 NUM_SHADES = 11
@@ -52,8 +54,11 @@ class MatrixRow(NamedTuple):
     cells: tuple[MatrixCell, ...]
 
 
-def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
-    """Return the page of a run, from its `report.json` and its `evaluation.json`."""
+def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook | None = None) -> str:
+    """Return the page of a run, from its `report.json` and its `evaluation.json`.
+
+    `live` is the last look at the version's live traffic; without it, the page has no section about it.
+    """
     versions = words.versions_of(report, evaluation)
     slowest = max(report.seconds.values(), default=0.0) or 1.0
     tasks = accuracy_over_versions(evaluation.matrix, versions)
@@ -73,6 +78,8 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
         "totals": words.totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
+        "live": live,
+        "live_charts": {} if live is None else _live_charts(live),
     }
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -82,6 +89,13 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         "percent": words.percent, "points": words.points, "duration": words.duration, "count": words.count,
     }  # fmt: skip
     return environment.get_template("page.html.j2").render(context)
+
+
+def _live_charts(live: LiveLook) -> dict[str, str]:
+    return {
+        each.task: inline_svg(live_traffic(each), f"live{number}", f"Live traffic of {each.task} and its reference")
+        for number, each in enumerate(live.drift.tasks) if each.status == "compared"
+    }  # fmt: skip
 
 
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:

@@ -16,6 +16,8 @@
     predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
     feedback/LINEAGE/DAY/SEGMENT.parquet      right answers and thumbs for rows of the prediction log
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
+    monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
+    monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only
 
 Older stores have `datasets/TASK/SHA256/FILE`, because lineages shared a dataset.
 """
@@ -254,3 +256,18 @@ def segment_day(segment: str) -> date:
 def harvest_key(lineage: str, task: str) -> str:
     """Return the key of the note of the feedback that has become rows of an arrival of a task."""
     return f"harvests/{lineage}/{task}.json"
+
+
+def monitor_key(lineage: str) -> str:
+    """Return the key of the last look at a lineage's live traffic."""
+    return f"monitor/{lineage}.json"
+
+
+def baseline_folder(lineage: str) -> str:
+    """Return the folder of live rows that later looks compare with."""
+    return f"monitor/{lineage}"
+
+
+def baseline_key(lineage: str, version: str) -> str:
+    """Return the key of the live rows that later looks at a version compare with."""
+    return f"{baseline_folder(lineage)}/{version}.parquet"

@@ -21,6 +21,8 @@ from infra.settings import TrackingSettings
 
 RUN_KEY = "deal.run_key"
 """Tag of a run, a model and a version: the key of their adaptation."""
+KIND = "deal.kind"
+"""Tag of a run that is not an adaptation, such as "monitor"."""
 FILES_SHA256 = "deal.files_sha256"
 """Tag of a logged model: SHA-256 of each of its files, as JSON."""
 PAGE = 1000

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import FileInfo, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from infra.tracking.client import RUN_KEY, all_pages, found_or_none, report_errors
+from infra.tracking.client import KIND, RUN_KEY, all_pages, found_or_none, report_errors
 from infra.tracking.tracker import Tracker
 
 RUN_ARTIFACTS = ("report.json", "report.html")
@@ -57,14 +57,14 @@ class RunInfo:
 
 
 def list_runs(tracker: Tracker, lineage: str) -> tuple[RunInfo, ...]:
-    """Return the runs of a lineage, oldest first; empty if the lineage has no experiment."""
+    """Return the adaptation runs of a lineage, oldest first; empty if the lineage has no experiment."""
     client = tracker.client
     with report_errors(f"list the runs of {lineage!r}", tracker.uri):
         experiment = client.get_experiment_by_name(f"deal/{lineage}")
         if experiment is None:
             return ()
         runs = all_pages(client.search_runs, [experiment.experiment_id], run_view_type=ViewType.ALL)
-        infos = [_read(run) for run in runs if RUN_KEY in run.data.tags]
+        infos = [_read(run) for run in runs if RUN_KEY in run.data.tags and KIND not in run.data.tags]
     return tuple(sorted(infos, key=lambda info: info.touched))
 
 

@@ -217,6 +217,11 @@ class TrackedRun:
         with self._report_errors("keep an artifact"):
             self.client.log_text(self.run_id, text, file)
 
+    def has_file(self, file: str) -> bool:
+        """Whether the run has an artifact of this name."""
+        with self._report_errors("list the artifacts"):
+            return file in {entry.path for entry in self.client.list_artifacts(self.run_id)}
+
     def read_json(self, file: str) -> Any:
         """Return the value that `log_json` logged.
 
@@ -224,7 +229,7 @@ class TrackedRun:
             RegistryError: The run does not have the artifact, or the artifact is damaged.
         """
         with self._report_errors(f"read {file}"), temporary_folder() as folder:
-            if file not in {entry.path for entry in self.client.list_artifacts(self.run_id)}:
+            if not self.has_file(file):
                 raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
                                     "made it.")  # fmt: skip
             path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))

@@ -38,6 +38,7 @@ from tasks.lineage.record import KnownSlice, LineageRecord, read_record
 from tasks.lineage.renewal import find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
+from tasks.monitoring.reference import has_reference, write_reference
 from tasks.progress import advance
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
@@ -109,6 +110,8 @@ def evaluate_version(
     before = on_parent.answers if parent else on_base.answers
     completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
     keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
+    judging = [each for each in all_sets if each.schema.name not in {known.name for known in slices}]
+    write_reference(store, adapter.uri, adapter.lineage, judging, now.evaluations)
     earlier = {each.schema.name: _outcomes(each, answered[each.schema.name]) for each in sets}
     parent_accuracies = (record.accuracies() if record else {}) | {
         name: sum(outcomes) / len(outcomes) for name, outcomes in earlier.items()
@@ -334,7 +337,10 @@ def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
 
 @task(name="score", cache_policy=NO_CACHE)
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
-    """Score a registered version again on the frozen test rows of its own evaluation."""
+    """Score a registered version again on the frozen test rows of its own evaluation.
+
+    A version without a reference for its live traffic gets one.
+    """
     store = current_store()
     record, kept = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri)
     sets, unjudged = [], {}
@@ -347,7 +353,9 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
-        accuracies = scorer.score(folder, sets).accuracies
+        found = scorer.score(folder, sets)
+    if not has_reference(store, version.adapter_uri):
+        write_reference(store, version.adapter_uri, version.lineage, sets, found.evaluations)
     return VersionScores(
-        accuracies=accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged
+        accuracies=found.accuracies, recorded=record.accuracies(), num_rows=scorer.num_rows, unjudged=unjudged
     )

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.monitoring.drift import LiveLook
 from infra.report import formatting as words
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.page import matrix_rows, render_page
@@ -39,6 +40,8 @@ MAX_LOSSES = 1000
 """Losses in the report. MLflow has every loss as a metric."""
 LIBRARIES = ("deal-pipeline", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "mlflow", "prefect")
 EVALUATION_FILE = "evaluation.json"
+LIVE_FILE = "live.json"
+"""The last look at the version's live traffic."""
 NEWEST = 30
 """Versions in the matrix of the Markdown page. Prefect's database stores a page for each run."""
 
@@ -200,14 +203,27 @@ def write_report(
 
 
 def read_page(tracking_id: str) -> tuple[RunReport, str]:
-    """Render a run's page again from the JSON files in MLflow.
+    """Render a run's page again from the JSON files in MLflow, with the last look at the version's live traffic.
 
     Raises:
         RegistryError: The run has no such files, or MLflow does not answer.
     """
     tracked = open_tracker().run(tracking_id)
     report = RunReport.from_json(tracked.read_json(REPORT_FILE))
-    return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)))
+    evaluation = EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE))
+    live = LiveLook.from_json(tracked.read_json(LIVE_FILE)) if tracked.has_file(LIVE_FILE) else None
+    return report, render_page(report, evaluation, live)
+
+
+def renew_page(tracking_id: str, live: LiveLook) -> None:
+    """Keep the last look at a version's live traffic with its run, and write the run's page with it.
+
+    A run without a report gets no page: it was not completed, or its arrival was forgotten.
+    """
+    tracked = open_tracker().run(tracking_id)
+    tracked.log_json(LIVE_FILE, live.to_json())
+    if tracked.has_file(REPORT_FILE):
+        tracked.log_text(PAGE_FILE, read_page(tracking_id)[1])
 
 
 def _log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:

@@ -34,9 +34,11 @@ from tasks.housekeeping.inventory import (
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
+from tasks.monitoring.reference import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
-               "answers", "logged answers", "inbox file", "quarantine", "training rows", "test rows"]  # fmt: skip
+               "answers", "logged answers", "reference rows", "inbox file", "quarantine", "training rows",
+               "test rows"]  # fmt: skip
 ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
@@ -135,6 +137,7 @@ def plan_forgetting(
                                                      if run.dataset_sha256 in arrival.sha256s})
         held += _orphans(store, lineage, unfinished)
         held += _answers(store, asked)
+        held += _references(store, judged, arrival.task)
         own = {run.run_id for run in runs if run.dataset_sha256 in arrival.sha256s}
         held += _artifacts(remover, own | {version.tracking_id for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
@@ -163,6 +166,8 @@ def forget_held(store: ObjectStore, remover: ArtifactRemover, plan: ForgetPlan, 
                     emptied.add(each.lineage)
             case "work folder":
                 shutil.rmtree(each.address, ignore_errors=True)
+            case "reference rows":
+                forget_reference(store, each.address, plan.task)
             case "temporary files":
                 remove_local(each.address)
             case "logged answers":
@@ -273,6 +278,14 @@ def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
         for version in versions
         for info in store.list(version.adapter_uri)
         if keys.file_name(info.key) == ANSWERS_FILE
+    ]
+
+
+def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[Held]:
+    return [
+        Held(kind="reference rows", address=key, lineage=version.lineage, version=version.version)
+        for version in versions
+        if holds_task(store, key := f"{version.adapter_uri}/{REFERENCE_FILE}", task)
     ]
 
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator
 
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import MEMORY, AdapterConfig
+from deal_core.config import MEMORY, AdapterConfig, MonitorConfig
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -72,6 +72,18 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
             return WatchedLineage()
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
     return parse(WatchedLineage, values, uri)
+
+
+def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
+    """Return the `monitor` section of a lineage's file; without a file, the defaults.
+
+    Raises:
+        ConfigError: A setting in the file is not valid.
+    """
+    values = _read_values(store, lineage)
+    if values is None:
+        return MonitorConfig()
+    return parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage))).monitor
 
 
 def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:

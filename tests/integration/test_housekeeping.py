@@ -282,7 +282,8 @@ def test_a_forgotten_arrival_is_gone_and_who_learned_from_it_is_named(
     ]  # fmt: skip
     assert plan.unjudged == ("l",) and holding(home, SECRET), "a plan changes nothing"
     assert {each.kind for each in plan.held} == {
-        "test rows", "quarantine", "inbox file", "answers", "artifacts", "rows kept by the method", "temporary files"
+        "test rows", "quarantine", "inbox file", "answers", "reference rows", "artifacts", "rows kept by the method",
+        "temporary files",
     }
 
     old = find_version(open_registry(), "l", "1")

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 import infra.report
+from deal_core.config import MonitorConfig
 from deal_core.errors import RegistryError
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.monitoring.drift import LiveLook, compare
 from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
 from infra.report.formatting import count, duration, points, verdict_of, versions_of
+from infra.report.live_figures import MAX_CHARS, MAX_LABELS, shown_labels
 from infra.report.page import NUM_SHADES, PAGE_COLOURS, inline_svg, matrix_rows, render_page
 from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport
+from tests.monitored import feedback_on, free_rows, logged_rows
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg/onload=alert(3)>{{ 7*7 }}"
@@ -233,3 +239,38 @@ def test_colours_that_would_vanish_on_a_dark_screen_are_the_pages_own() -> None:
         assert "#ffffff" not in drawn and "fill: #000" not in drawn, "the page shows through"
         for variable in re.findall(r"var\((--\w+)\)", drawn):
             assert css.count(f"{variable}:") == 2, "one value for light, one for dark"
+
+
+def live_look(task: str = "bank") -> LiveLook:
+    """A look with an alarm, a task without labels, and a task that was not compared."""
+    shifted = logged_rows(300, 1, task=task, shares={"loan": 0.6, "fraud": 0.1, "<b>fee</b>": 0.2, None: 0.1})
+    live = pd.concat([shifted, free_rows(150, 2), logged_rows(5, 3, task="clinic")])
+    reference = pd.concat([logged_rows(300, 4, task=task), free_rows(150, 5), logged_rows(50, 6, task="clinic")])
+    drift = compare(reference, live, MonitorConfig(), feedback=feedback_on(shifted, [True] * 30))
+    return LiveLook(lineage="support", version="4", looked=datetime(2026, 5, 5, 4, tzinfo=UTC), drift=drift)
+
+
+def test_live_traffic_has_a_section_with_a_picture_for_each_task_that_was_compared() -> None:
+    assert "Live traffic" not in render()
+    page = render_page(sample_report(), sample_evaluation(), live_look())
+    tags = Tags(page)
+    titles = [attributes["aria-label"] for name, attributes in tags.tags if name == "svg"]
+    assert [title for title in titles if title and "Live" in title] == [
+        "Live traffic of bank and its reference", "Live traffic of notes and its reference"
+    ]  # fmt: skip
+    assert "clinic: too few rows" in tags.text and "bank: drift" in tags.text and "notes: no alarm" in tags.text
+    assert "labels: PSI" in tags.text and "no label" in tags.text
+    assert "Accuracy measured by feedback: 100.0 %" in tags.text
+    assert "<b>fee</b>" not in page and "<b>fee</b>" in tags.text, "a label is text"
+    assert page == render_page(sample_report(), sample_evaluation(), live_look())
+    ids = [attributes["id"] for _, attributes in tags.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_picture_shows_the_labels_that_moved_and_sums_up_the_others() -> None:
+    shares = {f"label {number}": (0.05, 0.05) for number in range(18)} | {"up" * 20: (0.0, 0.1), "down": (0.1, 0.0)}
+    shown = shown_labels(shares)
+    assert len(shown) == MAX_LABELS and "down" in shown and "upupup" in " ".join(shown)
+    assert max(map(len, shown)) <= MAX_CHARS
+    assert [sum(side) for side in zip(*shown.values(), strict=True)] == pytest.approx([1.0, 1.0])
+    assert len(shown_labels({"a" * 30: (0.5, 0.5), "a" * 31: (0.5, 0.5)})) == 2, "names that are cut stay apart"

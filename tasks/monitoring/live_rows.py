@@ -1,0 +1,112 @@
+"""The live rows of a version: from the prediction log, or from a file of answers that another server gave."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from deal_core.data.answer_files import OWN_COLUMNS, survey_rows
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import find_input
+from deal_core.data.reading.readers import read_rows
+from deal_core.errors import ConfigError
+from deal_core.monitoring.predictions import COLUMNS
+from infra.predictions import read_predictions
+from infra.promotions import PromotionLog
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
+from tasks.lineage.record import LineageRecord, choose_task
+from tasks.monitoring.reference import answer_facts
+
+OF_LOG = ("task", "input_sha256", "chars", "label", "confidence")
+"""Columns by which a file with the log's columns is recognised."""
+NUMBERS = ("time", "chars", "confidence", "label_mass", "num_answer_chars", "seconds")
+
+
+def logged_rows(store: ObjectStore, lineage: str, version: str) -> pd.DataFrame:
+    """Return the rows that a version has answered since it became champion the last time."""
+    since = champion_since(store, lineage, version)
+    return read_predictions(store, HomeSettings().home, lineage, version=version, since=since)
+
+
+def champion_since(store: ObjectStore, lineage: str, version: str) -> float | None:
+    """Return when a version became champion the last time, in UTC seconds; None: the log does not say."""
+    found = None
+    for move in reversed(PromotionLog(store).moves(lineage)):
+        if move.champion != version:
+            break
+        found = move.when.timestamp()
+    return found
+
+
+def rows_of_file(path: Path, record: LineageRecord, version: str) -> pd.DataFrame:
+    """Read answers of a version from a file: with the columns of the log, or as `deal predict --data` writes it.
+
+    A file of the second kind has a column with the inputs and a column `answer`; `task`, `lineage` and `version` may be
+    missing. It has no confidences, so neither these are compared nor is accuracy estimated. Rows without an answer and
+    rows of other versions are left out.
+
+    Raises:
+        ConfigError: The file has neither kind of columns, a task is unknown, or no row is of the version.
+        DataValidationError: The file cannot be read.
+    """
+    columns = list(survey_rows(path).types)
+    if set(OF_LOG) <= set(columns):
+        rows = [{**dict.fromkeys(COLUMNS), **row.values} for row in read_rows(path)]
+    elif _own(columns)["answer"] in columns:
+        rows = [*_answered(path, columns, record)]
+    else:
+        raise ConfigError(
+            f"{path.name} has neither the columns of the prediction log ({', '.join(OF_LOG)}, …) nor a column "
+            "'answer'; give a file of deal predict --data, or one with these columns."
+        )
+    found = _typed(pd.DataFrame(rows, columns=list(COLUMNS)), record)
+    known = found["version"].fillna(version).astype(str)
+    own = found[(known == version) & found["lineage"].fillna(record.lineage).eq(record.lineage)]
+    if own.empty:
+        others = ", ".join(sorted(set(known)))
+        raise ConfigError(
+            f"{path.name} has no answer of version {version} of {record.lineage}"
+            + (f", only of version {others}" if others else "") + "; give a file that this version has answered."
+        )  # fmt: skip
+    return own.assign(version=version, lineage=record.lineage)
+
+
+def _own(columns: list[str]) -> dict[str, str]:
+    """Name of each column that `deal predict` has added: if the input had the name already, it begins with deal_."""
+    return {name: f"deal_{name}" if f"deal_{name}" in columns else name for name in OWN_COLUMNS}
+
+
+def _answered(path: Path, columns: list[str], record: LineageRecord) -> Iterator[dict[str, Any]]:
+    own = _own(columns)
+    others = [name for name in columns if name not in own.values()]
+    checkers: dict[str, RowChecker] = {}
+    for row in read_rows(path):
+        values: Mapping[str, Any] = row.values
+        answer = values.get(own["answer"])
+        if not isinstance(answer, str):
+            continue
+        schema = choose_task(record, values.get(own["task"])).schema
+        if schema.name not in checkers:
+            found = find_input(others, schema, path.name)
+            checkers[schema.name] = RowChecker(schema, found, max_text_chars=sys.maxsize)
+        text = checkers[schema.name].check_input(row)
+        if isinstance(text, str):
+            yield {
+                **dict.fromkeys(COLUMNS), **answer_facts(schema, text, answer), "input": text, "output": answer,
+                "lineage": values.get(own["lineage"]), "version": values.get(own["version"]),
+            }  # fmt: skip
+
+
+def _typed(found: pd.DataFrame, record: LineageRecord) -> pd.DataFrame:
+    """Give the columns their types; a CSV has texts only."""
+    empty = found.map(lambda value: None if value == "" else value)
+    numbers = {name: pd.to_numeric(empty[name], errors="coerce") for name in NUMBERS}
+    labels = {task.schema.name for task in record.tasks if task.schema.labels}
+    is_label = [label is not None and not pd.isna(label) if task in labels else None
+                for task, label in zip(empty["task"], empty["label"], strict=True)]  # fmt: skip
+    return empty.assign(**numbers, is_label=pd.array(is_label, dtype="boolean"))

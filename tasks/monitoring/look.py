@@ -1,0 +1,189 @@
+"""Look at the live traffic of a lineage's champion: compare, keep the figures, and announce what has changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.errors import ConfigError
+from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare
+from infra.predictions import read_feedback
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
+from infra.store.keys import baseline_folder, baseline_key
+from infra.tracking.client import KIND
+from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.tracker import open_tracker
+from tasks.adaptation.report import renew_page
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.settings import monitor_settings
+from tasks.monitoring.live_rows import logged_rows, rows_of_file
+from tasks.monitoring.reference import read_frame, read_reference, with_texts, write_frame
+from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
+from tasks.notices import Notice, announce
+
+BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "chars", "num_answer_chars"]
+"""The columns of the live rows that are kept for later looks. They name no answer and no input."""
+
+
+class MonitorResult(BaseModel):
+    """A look at the live traffic of a lineage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    version: str
+    num_rows: int
+    """Live rows of this version, repeated requests included."""
+    drift: DriftReport | None = None
+    """None: there was nothing to compare."""
+    problem: str | None = None
+    """Why nothing was compared, and what to do."""
+    alarms: tuple[OpenAlarm, ...] = ()
+    """All open alarms."""
+    new_alarms: tuple[OpenAlarm, ...] = ()
+    """Those that this look has announced."""
+    tracking_id: str | None = None
+    """The MLflow run with the figures of all looks at this version."""
+
+
+@task(name="compare", cache_policy=NO_CACHE)
+def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
+    """Compare the live traffic of a lineage's champion with its reference.
+
+    Args:
+        lineage: The lineage.
+        data: File of answers instead of the prediction log; see `rows_of_file`. Nothing is announced, and the state
+            stays as it was.
+        rebase: Let the present live rows take the reference's place in the tests of drift, until another version is
+            champion. Accuracies are still compared with the reference.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+        ConfigError: The file cannot be used, or there are too few rows for a rebase.
+    """
+    store = current_store()
+    info = find_version(open_registry(), lineage, None)
+    record = read_record(store, info.adapter_uri)
+    live = logged_rows(store, lineage, info.version) if data is None else rows_of_file(Path(data), record, info.version)
+    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live))
+    reference = read_reference(store, info.adapter_uri)
+    if reference is None:
+        return found.model_copy(update={"problem": (
+            f"Version {info.version} has no reference, since an earlier release evaluated it; write one with: deal "
+            f"evaluate --lineage {lineage}."
+        )})  # fmt: skip
+    if live.empty:
+        return found.model_copy(update={"problem": (
+            f"The prediction log has no answer of version {info.version}. DEAL_LOG_PREDICTIONS switches it on for deal "
+            "serve; answers of another server are compared with: deal monitor --data FILE."
+        )})  # fmt: skip
+    config = monitor_settings(store, lineage)
+    if live["input"].notna().any():
+        reference = with_texts(store, record, reference)
+    if rebase:
+        _rebase(store, info, live, config.min_rows)
+    feedback = read_feedback(store, HomeSettings().home, lineage) if data is None else None
+    report = compare(
+        reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
+    )
+    found = found.model_copy(update={"drift": report})
+    return found if data is not None else _note(store, info, found, report)
+
+
+def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: DriftReport) -> MonitorResult:
+    """Keep the look in MLflow, announce new alarms, then write the state: after a crash the next look does it again."""
+    now = datetime.now(UTC)
+    state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
+    tracking_id = _track(info, report, state)
+    for alarm in new:
+        notice = Notice(
+            lineage=info.lineage, task=alarm.task, version=info.version, parent_version=info.parent_version,
+            reasons=alarm.reasons, tracking_id=tracking_id, run_key=info.run_key,
+            accuracies=_accuracies(report.task(alarm.task)),
+        )  # fmt: skip
+        announce(alarm.kind, notice, once=f"{info.version} {alarm.task} {alarm.look}")
+    write_monitor_state(store, state)
+    _drop_old_baselines(store, info)
+    return found.model_copy(update={"alarms": state.alarms, "new_alarms": new, "tracking_id": tracking_id})
+
+
+def _track(info: VersionInfo, report: DriftReport, state: MonitorState) -> str:
+    """Log the figures to the version's monitoring run, one step a look, and renew the version's page."""
+    key = hashlib.sha256(f"monitor {info.run_key}".encode()).hexdigest()
+    tags = {KIND: "monitor", "deal.version": info.version}
+    with open_tracker().start(info.lineage, key, name=f"monitor version {info.version}", tags=tags) as run:
+        run.log_metrics(metrics_of(report), step=state.num_looks)
+    renew_page(
+        info.tracking_id, LiveLook(lineage=info.lineage, version=info.version, looked=state.looked, drift=report)
+    )
+    return str(run.run_id)
+
+
+def metrics_of(report: DriftReport) -> dict[str, float | None]:
+    """Return the figures of a report as metrics, `drift.TASK.NAME`."""
+    found: dict[str, float | None] = {}
+    for each in report.tasks:
+        values: dict[str, float | None] = {
+            "num_live": each.num_live, "num_logged": each.num_logged, "alarms": len(each.alarms),
+            "estimated_accuracy": each.estimated.accuracy if each.estimated else None,
+            "measured_accuracy": each.measured.accuracy if each.measured else None,
+        }  # fmt: skip
+        for test in each.tests:
+            name = test.name.replace(" ", "_")
+            values |= {name: test.effect, f"{name}_p": test.p_value}
+        found |= {f"drift.{each.task}.{name}": value for name, value in values.items()}
+    return found
+
+
+def _accuracies(task: TaskDrift) -> dict[str, float]:
+    """The measured accuracy, or else the estimated one."""
+    found = task.measured or task.estimated
+    return {task.task: found.accuracy} if found else {}
+
+
+def accuracies_before(record: LineageRecord) -> Mapping[str, float]:
+    """Return what the gate measured for the version before on the present test rows, by task.
+
+    For a task that the version before had not learned, this is its accuracy before learning. A first version has none.
+    """
+    if len(record.matrix.rows) < 2:
+        return {}
+    pairs = zip(record.matrix.tasks, record.matrix.rows[-2], strict=True)
+    return {name: value for name, value in pairs if value is not None}
+
+
+def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, min_rows: int) -> None:
+    sizes = live.groupby("task").size()
+    enough = sizes[sizes >= min_rows].index
+    if not len(enough):
+        raise ConfigError(
+            f"No task has {min_rows} live rows of version {info.version}, which monitor.min_rows asks for; wait for "
+            "more traffic."
+        )
+    kept = live.loc[live["task"].isin(enough), BASELINE_COLUMNS]
+    write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
+
+
+def _baseline(store: ObjectStore, info: VersionInfo) -> pd.DataFrame | None:
+    key = baseline_key(info.lineage, info.version)
+    if not store.exists(key):
+        return None
+    remedy = "Delete it: the test rows take its place, until the next deal monitor --rebase."
+    return read_frame(store, key, "the live rows to compare with", remedy)
+
+
+def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
+    own = baseline_key(info.lineage, info.version)
+    for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
+        store.delete(each)
+

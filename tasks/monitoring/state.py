@@ -1,0 +1,118 @@
+"""The state of a lineage's monitoring: the last look, and the alarms that are open (`monitor/LINEAGE.json`).
+
+An alarm is announced once per version, task and kind. It stays open until a look that compared the task does not find
+it. After that it can be announced again.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deal_core.errors import StoreError
+from deal_core.monitoring.drift import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
+from deal_core.schema_version import require_schema_version
+from infra.store.base import ObjectStore
+from infra.store.keys import monitor_key
+
+
+class OpenAlarm(BaseModel):
+    """An alarm that was announced and is not over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    kind: AlarmKind
+    since: datetime
+    """Time of the look that found it."""
+    look: int
+    """Number of that look."""
+    reasons: tuple[str, ...]
+    """Of the last look that found it."""
+
+
+class MonitorState(BaseModel):
+    """The last look at a lineage, and what it left open."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    lineage: str
+    version: str
+    looked: datetime
+    num_looks: int
+    """Looks at the lineage so far, at all its versions."""
+    tasks: dict[str, str]
+    """What the look did with each task, in words."""
+    alarms: tuple[OpenAlarm, ...] = ()
+
+    def line(self) -> str:
+        """Return the state in one line."""
+        found = [f"{each.task}: {each.kind} since {each.since:%Y-%m-%d %H:%M}" for each in self.alarms]
+        alarmed = {each.task for each in self.alarms}
+        found += [f"{task}: {said}" for task, said in self.tasks.items() if task not in alarmed]
+        return f"version {self.version}, {self.looked:%Y-%m-%d %H:%M} UTC: {'; '.join(found) or 'no rows'}"
+
+
+def read_monitor_state(store: ObjectStore, lineage: str) -> MonitorState | None:
+    """Read the state of a lineage; None: nobody has looked yet.
+
+    Raises:
+        StoreError: The file is damaged, or has another schema version.
+    """
+    key = monitor_key(lineage)
+    if not store.exists(key):
+        return None
+    try:
+        values = json.loads(store.get_bytes(key))
+        require_schema_version(values, 1, store.uri_of(key), StoreError)
+        return MonitorState.model_validate(values)
+    except (ValueError, ValidationError) as error:
+        raise StoreError(
+            f"{store.uri_of(key)} is damaged ({type(error).__name__}). Delete it: the next look writes a new one, and "
+            "announces its alarms again."
+        ) from None
+
+
+def write_monitor_state(store: ObjectStore, state: MonitorState) -> None:
+    """Write the state of a lineage."""
+    store.put_bytes(monitor_key(state.lineage), state.model_dump_json(indent=2).encode())
+
+
+def next_state(
+    before: MonitorState | None, lineage: str, version: str, report: DriftReport, now: datetime
+) -> tuple[MonitorState, tuple[OpenAlarm, ...]]:
+    """Return the state after a look, and the alarms to announce. A new version begins without open alarms."""
+    kept = before.alarms if before is not None and before.version == version else ()
+    known = {(each.task, each.kind): each for each in kept}
+    num_looks = (before.num_looks if before else 0) + 1
+    alarms, new = [], []
+    for task in report.tasks:
+        for kind in ALARM_KINDS:
+            reasons = tuple(alarm.reason for alarm in task.alarms if alarm.kind == kind)
+            alarm = known.pop((task.task, kind), None)
+            if reasons and alarm is None:
+                alarm = OpenAlarm(task=task.task, kind=kind, since=now, look=num_looks, reasons=reasons)
+                new.append(alarm)
+            elif reasons and alarm is not None:
+                alarm = alarm.model_copy(update={"reasons": reasons})
+            elif task.status == "compared":
+                continue
+            if alarm is not None:
+                alarms.append(alarm)
+    alarms += known.values()  # the look had no rows of these tasks
+    state = MonitorState(
+        lineage=lineage, version=version, looked=now, num_looks=num_looks, alarms=tuple(alarms),
+        tasks={task.task: describe(task) for task in report.tasks},
+    )  # fmt: skip
+    return state, tuple(new)
+
+
+def describe(task: TaskDrift) -> str:
+    """Say in a few words what a look did with a task."""
+    if task.status == "compared":
+        return f"{task.num_live} rows, " + ("alarms" if task.alarms else "no alarm")
+    return f"{task.status} ({task.num_live})"

@@ -1,0 +1,88 @@
+"""Open alarms: announced once, kept while a look cannot tell, and announced again after they were gone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from deal_core.errors import StoreError
+from deal_core.monitoring.drift import Alarm, AlarmKind, DriftReport, Status, TaskDrift
+from infra.store.keys import monitor_key
+from infra.store.local import open_store
+from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
+
+START = datetime(2026, 5, 4, 4, 0, tzinfo=UTC)
+
+
+def report(**tasks: tuple[AlarmKind, ...] | Status) -> DriftReport:
+    """A report with the alarms of each task, or with the reason why the task was not compared."""
+    found = [
+        TaskDrift(task=name, status="compared", num_logged=300, num_live=200, num_reference=100,
+                  alarms=tuple(Alarm(kind=kind, reason=f"{name} {kind}") for kind in value))
+        if isinstance(value, tuple) else
+        TaskDrift(task=name, status=value, num_logged=3, num_live=2, num_reference=100)
+        for name, value in tasks.items()
+    ]  # fmt: skip
+    return DriftReport(tasks=tuple(found), num_tests=1, level=0.01)
+
+
+def looks(*reports: DriftReport, version: str = "3", before: MonitorState | None = None
+          ) -> tuple[MonitorState, list[tuple[OpenAlarm, ...]]]:  # fmt: skip
+    """The state after some looks, one a day, and what each announces."""
+    announced = []
+    for day, each in enumerate(reports):
+        before, new = next_state(before, "support", version, each, START + timedelta(days=day))
+        announced.append(new)
+    assert before is not None
+    return before, announced
+
+
+def test_an_alarm_is_announced_once_and_again_after_it_was_gone() -> None:
+    state, announced = looks(*(report(bank=kinds) for kinds in (("drift",), ("drift",), (), ("drift",))))
+    assert [len(new) for new in announced] == [1, 0, 0, 1]
+    assert announced[0][0].reasons == ("bank drift",) and announced[0][0].look == 1 and announced[3][0].look == 4
+    assert state.alarms == announced[3] and state.num_looks == 4
+
+
+def test_each_kind_and_each_task_is_announced_by_itself() -> None:
+    state, announced = looks(report(bank=("drift",), clinic=()), report(bank=("drift", "quality"), clinic=("drift",)))
+    assert {(each.task, each.kind) for each in announced[1]} == {("bank", "quality"), ("clinic", "drift")}
+    assert {(each.task, each.since) for each in state.alarms if each.kind == "drift"} == {
+        ("bank", START), ("clinic", START + timedelta(days=1)),
+    }  # fmt: skip
+
+
+def test_a_look_that_cannot_tell_leaves_an_alarm_open() -> None:
+    state, announced = looks(report(bank=("drift",)), report(bank="too few rows"), report(clinic=()),
+                             report(bank=("drift",)))  # fmt: skip
+    assert [len(new) for new in announced] == [1, 0, 0, 0] and len(state.alarms) == 1
+
+
+def test_a_new_version_begins_without_alarms() -> None:
+    state, _ = looks(report(bank=("drift",)))
+    after, announced = looks(report(bank=("drift",)), version="4", before=state)
+    assert len(announced[0]) == 1 and after.version == "4" and after.num_looks == 2
+    gone, _ = looks(report(bank="too few rows"), version="4", before=state)
+    assert not gone.alarms
+
+
+def test_the_state_is_told_in_one_line() -> None:
+    state, _ = looks(report(bank=("drift",), clinic=(), notes="too few rows"))
+    assert state.line() == (
+        "version 3, 2026-05-04 04:00 UTC: bank: drift since 2026-05-04 04:00; clinic: 200 rows, no alarm; "
+        "notes: too few rows (2)"
+    )
+
+
+def test_the_state_is_kept_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    assert read_monitor_state(store, "support") is None
+    state, _ = looks(report(bank=("decayed",)))
+    write_monitor_state(store, state)
+    assert read_monitor_state(store, "support") == state
+    for content in (b"{", b'{"schema_version": 2}', b'{"schema_version": 1, "lineage": 1}'):
+        store.put_bytes(monitor_key("support"), content)
+        with pytest.raises(StoreError, match=r"monitor/support.json"):
+            read_monitor_state(store, "support")
