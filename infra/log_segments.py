@@ -82,11 +82,13 @@ class SegmentWriter:
         self._opened = 0.0
         self._num_rows = 0
         self._close_stamp = 0
+        self._is_failing = False
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Write rows and force them to the disk. Return the number of rows that were lost.
 
-        After an error the segment ends. A half-written line stays, and readers skip it.
+        After an error the segment ends. A half-written line stays, and readers skip it. The first of several errors is
+        logged.
         """
         data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         written = 0
@@ -96,10 +98,13 @@ class SegmentWriter:
                 written += file.write(data[written:]) or 0
             os.fsync(file.fileno())
         except OSError as error:
-            logger.warning("Rows of %s were not written (%s); they are lost.", self._log.folder, error.strerror)
+            if not self._is_failing:
+                logger.warning("Rows of %s are not written (%s); they are lost.", self._log.folder, error.strerror)
+            self._is_failing = True
             self.close()
             return len(rows) - data[:written].count(b"\n")
         self._num_rows += len(rows)
+        self._is_failing = False
         return 0
 
     def close_if_due(self) -> None:
