@@ -7,6 +7,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import re
@@ -74,6 +75,12 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
         "totals": words.totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
     }
+    return _environment().get_template("page.html.j2").render(context)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the environment of the templates; it compiles each of them once in a process."""
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
@@ -81,7 +88,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport) -> str:
     environment.filters |= {
         "percent": words.percent, "points": words.points, "duration": words.duration, "count": words.count,
     }  # fmt: skip
-    return environment.get_template("page.html.j2").render(context)
+    return environment
 
 
 def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixRow]:
