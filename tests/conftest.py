@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -22,6 +23,12 @@ from tests.receiver import Receiver
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that no worker begins one when the others have run out of work."""
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("base_model", "e2e")))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of every later garbage collection: each training asks for a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +52,13 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[None]:
     """A Prefect server for the flows of the whole session."""
+    from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=300):
+    with (
+        prefect_test_harness(server_startup_timeout=300),
+        temporary_settings(updates={PREFECT_LOGGING_TO_API_ENABLED: False}),  # no test reads log lines on the server
+    ):
         yield
 
 
@@ -88,12 +99,13 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def mlflow_server(tmp_path: Path, free_port: int) -> Iterator[str]:
+def mlflow_server(tmp_path: Path, free_port: int, mlflow_database: Path) -> Iterator[str]:
     """Address of an MLflow server that keeps the artifacts itself, in server/ of the test's folder."""
     from infra.settings import QUIET
 
     folder = tmp_path / "server"
     folder.mkdir()
+    shutil.copy(mlflow_database, folder / "mlflow.db")
     process = subprocess.Popen(
         [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(free_port), "--workers", "1",

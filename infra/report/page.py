@@ -7,6 +7,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import re
@@ -81,6 +82,12 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
         "live": live,
         "live_charts": {} if live is None else _live_charts(live),
     }
+    return _environment().get_template("page.html.j2").render(context)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the environment of the templates; it compiles each of them once in a process."""
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
@@ -88,7 +95,7 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
     environment.filters |= {
         "percent": words.percent, "points": words.points, "duration": words.duration, "count": words.count,
     }  # fmt: skip
-    return environment.get_template("page.html.j2").render(context)
+    return environment
 
 
 def _live_charts(live: LiveLook) -> dict[str, str]:

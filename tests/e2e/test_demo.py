@@ -1,4 +1,7 @@
-"""The demo on the built-in base model: the only slow test."""
+"""The demo on the built-in base model.
+
+Nightly: four adaptations.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 from benchmarks.tiny_base import EXAMPLES
 from tests.e2e.command import deal
 
-pytestmark = [pytest.mark.e2e, pytest.mark.base_model]
+pytestmark = [pytest.mark.e2e, pytest.mark.base_model, pytest.mark.nightly]
 
 
 def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
@@ -21,7 +24,6 @@ def test_the_first_domain_passes_the_gate(tmp_path: Path) -> None:
     assert answer["version"] == "1" and answer["answer"]
 
 
-@pytest.mark.nightly
 def test_three_domains_arrive_and_one_adapter_keeps_them(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (outcome,) = deal(home, "demo")["outcomes"]

@@ -23,7 +23,7 @@ EXAMPLES = ROOT / "examples"
 TOLERANCE = 0.02
 """Of a step's loss: bf16 weights round, and the order of sums may differ between two processes."""
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 
 def environment(home: Path) -> dict[str, str]:

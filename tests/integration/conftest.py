@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from moto.server import ThreadedMotoServer
 
+from infra.report import figures
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
 
@@ -25,6 +27,19 @@ def three_versions(
         found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
         assert found == ["promoted", "rejected", "promoted"]
     return folder
+
+
+@pytest.fixture(autouse=True)
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the reports' figures without arranging their axes, which takes a sixth of a small adaptation."""
+    arranged = figures.new_figure
+
+    def plain(width: float, height: float) -> Figure:
+        figure = arranged(width, height)
+        figure.set_layout_engine("none")
+        return figure
+
+    monkeypatch.setattr(figures, "new_figure", plain)
 
 
 @pytest.fixture

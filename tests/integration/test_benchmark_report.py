@@ -25,6 +25,7 @@ def test_the_page_is_the_one_that_the_stored_cells_give(tmp_path: Path) -> None:
     assert shown and all((tmp_path / name).is_file() and (ROOT / "docs" / name).is_file() for name in shown)
 
 
+@pytest.mark.nightly
 def test_a_cell_more_or_less_is_another_page(tmp_path: Path) -> None:
     shutil.copytree(RESULTS, tmp_path / "results")
     next((tmp_path / "results" / "continual").glob("seq_lora-*.json")).unlink()

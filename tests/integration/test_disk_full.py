@@ -117,6 +117,7 @@ def namespace() -> list[str]:
     pytest.skip("this machine allows no mounts of one's own")
 
 
+@pytest.mark.nightly
 def test_a_disk_that_fills_up_at_any_stage_ends_the_run_with_one_message(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_old_tasks_are_judged_within_a_budget_and_versions_on_the_same_rows(
     assert len(again["parent_outcomes"]["bank"]) == again["num_rows"]["bank"] == len(rows), "all of them"
 
 
+@pytest.mark.nightly
 def test_two_processes_train_and_one_version_is_registered(tiny_base: Path, home: Path, first: AdaptResult) -> None:
     train = {"max_steps": 3, "max_prompt_tokens": 192, "max_answer_tokens": 12, "num_processes": 2}
     result = run(tiny_base, CLINIC, train=train)

@@ -123,6 +123,7 @@ def test_what_was_left_behind_is_learned_again_only_when_asked(tiny_base: Path, 
         assert repeat.message.startswith("Nothing to do: version 4 has learned")
 
 
+@pytest.mark.nightly
 def test_an_arrival_that_is_now_the_first_of_its_task_is_learned_again_once(tiny_base: Path, lineage: None) -> None:
     learn(tiny_base, "clinic")
     before = learn(tiny_base, "clinic, more")

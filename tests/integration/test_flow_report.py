@@ -246,6 +246,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
     assert text.startswith("blocks: version 7 was rejected\nLineage blocks, task a\n- too low\n")
 
 
+@pytest.mark.nightly
 def test_an_automation_that_failed_is_told_of_unless_it_is_one_that_tells(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -314,6 +314,7 @@ def test_the_server_carries_the_automations_once() -> None:
     assert asyncio.run(twice()) == sorted(each.name for each in automations(PROCESS_NEVER_BEGAN))
 
 
+@pytest.mark.nightly
 def test_an_event_of_others_starts_a_run_with_or_without_a_payload(home: Path) -> None:
     (home / "logs").mkdir()
     payloads: dict[str, dict[str, str]] = {"bare": {}, "said": {"lineage": "said"}}

@@ -52,6 +52,7 @@ def holding(store: S3Store, artifacts: Path, text: str) -> list[str]:
     return found + [str(path) for path in artifacts.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
+@pytest.mark.nightly
 def test_what_goes_is_gone_from_both_servers(tiny_base: Path, bucket: S3Store, artifacts: Path) -> None:
     row = json.dumps({"text": f"My card {SECRET} was lost abroad.", "label": "lost card"})
     bad = json.dumps({"text": "", "label": f"lost card {SECRET}"})

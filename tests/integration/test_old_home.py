@@ -155,6 +155,7 @@ def test_mlflow_models_load(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert champion["version"].tolist() == ["3"]
 
 
+@pytest.mark.nightly
 def test_serve() -> None:
     texts, expected = known_answers()
     rows = [{"input": text, "task": "bank"} for text in texts]

@@ -201,6 +201,7 @@ def test_a_version_whose_adapter_is_damaged_comes_back_without_it(home: Path, kn
     assert any("Version 1 is in the history only" in line and "record.json" in line for line in done.problems)
 
 
+@pytest.mark.nightly
 def test_a_server_gets_the_same_versions(
     known: list[dict[str, Any]], mlflow_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

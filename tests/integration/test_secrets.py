@@ -152,6 +152,7 @@ def test_no_secret_is_shown_or_kept_where_nothing_answers(
     assert f"***@127.0.0.1:{free_port}" in said, "the address is still shown"
 
 
+@pytest.mark.nightly
 def test_no_secret_is_kept_by_a_run_that_succeeds_with_all_of_them(
     tiny_base: Path, tmp_path: Path, mlflow_server: str, s3_server: str, receiver: Receiver
 ) -> None:

@@ -126,6 +126,7 @@ def register_again(version: str, run_key: str) -> str:
     return open_registry().register(LINEAGE, again, tracking_id=info.tracking_id, model_id=info.model_id).version
 
 
+@pytest.mark.nightly
 def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, home = open_registry(), HomeSettings().home
     monkeypatch.setenv("DEAL_TRUSTED_HOSTS", "a.example b.example")
@@ -223,6 +224,7 @@ def check_requests(url: str) -> None:
     assert refused.status_code == 400 and "a secret" not in refused.text and "IMPORTANT" not in refused.text
 
 
+@pytest.mark.nightly
 def test_mlflow_models_serve_answers_with_the_champion(versions: Expected, free_port: int, tmp_path: Path) -> None:
     open_registry().set_alias(LINEAGE, "champion", "2")
     url = f"http://127.0.0.1:{free_port}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,43 +75,53 @@ class Run:
     losses: list[float] = field(default_factory=list)
 
 
+def train_into(folder: Path, base: BaseModel, strategy: str, parent: Path | None = None, **changes: Any) -> Run:
+    """Train with small defaults that the changes override; the adapter's folder is `folder`/adapter."""
+    given = {
+        "rows": make_rows(24),
+        "output_folder": folder / "adapter",
+        "checkpoint_folder": folder / "checkpoints",
+        **changes,
+    }
+    setup = TrainingSetup(
+        task=given.pop("task", TASK),
+        old_tasks=tuple(given.pop("old_tasks", ())),
+        strategy=strategy,
+        adapter=given.pop("adapter", AdapterConfig(rank=4)),
+        method=MethodConfig(**{name: given.pop(name) for name in PARTS if name in given}),
+        train=given.pop("train", TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)),
+    )
+    result = train_adapter(base, setup=setup, parent_folder=parent, **given)
+    return Run(result, given["output_folder"], [loss for _, loss in result.losses])
+
+
 Train = Callable[..., Run]
 
 
 @pytest.fixture
 def train(base: BaseModel, tmp_path: Path) -> Train:
-    """Train with small defaults that a test overrides; every call gets its own folder."""
-    count = 0
+    """Train on the test's base model; every call gets its own folder."""
+    numbers = itertools.count(1)
 
     def run(strategy: str = "deal", parent: Path | None = None, **changes: Any) -> Run:
-        nonlocal count
-        count += 1
-        folder = tmp_path / f"run-{count}"
-        given = {
-            "rows": make_rows(24),
-            "output_folder": folder / "adapter",
-            "checkpoint_folder": folder / "checkpoints",
-            **changes,
-        }
-        setup = TrainingSetup(
-            task=given.pop("task", TASK),
-            old_tasks=tuple(given.pop("old_tasks", ())),
-            strategy=strategy,
-            adapter=given.pop("adapter", AdapterConfig(rank=4)),
-            method=MethodConfig(**{name: given.pop(name) for name in PARTS if name in given}),
-            train=given.pop("train", TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)),
-        )
-        result = train_adapter(base, setup=setup, parent_folder=parent, **given)
-        return Run(result, given["output_folder"], [loss for _, loss in result.losses])
+        return train_into(tmp_path / f"run-{next(numbers)}", base, strategy, parent, **changes)
 
     return run
 
 
-@pytest.fixture
-def parent(train: Train) -> Path:
-    """Folder of an adapter that has learned one task."""
+@pytest.fixture(scope="session")
+def one_task_learned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an adapter that has learned one task; tests take a copy, `parent`."""
+    folder = tmp_path_factory.mktemp("one-task-learned")
+    base = load_base(str(tiny_base), folder / "cache", precision="fp32")
     first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
-    return train("seq_lora", rows=make_rows(24, first=100), train=first).folder
+    return train_into(folder, base, "seq_lora", rows=make_rows(24, first=100), train=first).folder
+
+
+@pytest.fixture
+def parent(one_task_learned: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of an adapter that has learned one task."""
+    return shutil.copytree(one_task_learned, tmp_path / "parent")
 
 
 @pytest.fixture

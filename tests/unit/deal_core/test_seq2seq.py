@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
@@ -45,6 +48,13 @@ def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
     T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return load_base(str(folder), tmp_path / "cache", precision="fp32")
+
+
+@pytest.fixture
+def parent(train: Callable[..., Any], rows: Callable[..., Dataset]) -> Path:
+    """Folder of an adapter on the T5 that has learned one task."""
+    first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
+    return train("seq_lora", rows=rows(24, first=100), train=first).folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

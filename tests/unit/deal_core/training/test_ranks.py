@@ -113,6 +113,7 @@ def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_p
     assert_same(train_in_one(base, job, tmp_path), two, tmp_path)
 
 
+@pytest.mark.nightly
 def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(base, job, tmp_path):
     """Four steps per epoch, and more epochs than the ranks could finish."""
     job = retrained(job, num_epochs=9999, gradient_accumulation_steps=2)
