@@ -9,8 +9,6 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Installs the packages; .ci/run gives a faster command.
-INSTALL ?= $(BIN)/python -m pip install
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test nightly lint type clean
@@ -45,9 +43,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "The venv module is missing; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
 
 $(VENV)/.stamp: pyproject.toml | $(BIN)/python
-	$(INSTALL) --editable .
+	$(BIN)/python -m pip install --editable .
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
-	$(INSTALL) --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.stamp

@@ -19,6 +19,10 @@ CLINIC = {
     "test_data": str(EXAMPLES / "clinic" / "test.csv"), "columns": {"text": "note", "label": "finding"},
 }  # fmt: skip
 PASS: dict[str, Any] = dict(NO_LIMITS)
+FIRST_TRAIN: dict[str, Any] = {
+    "learning_rate": 5e-4, "num_epochs": 1, "schedule": "constant", "balance_labels": False,
+}  # fmt: skip
+"""The defaults of the first release that have changed since."""
 FAIL = {**PASS, "min_accuracy": 1.0}
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from deal_core.training.train import TrainingResult, TrainingSetup, train_adapte
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
-
-
+SHORT = TrainConfig(
+    max_steps=4, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
+)
 PARTS = ("deal", "rehearsal", "rivals")
 
 
@@ -89,7 +90,7 @@ def train_into(folder: Path, base: BaseModel, strategy: str, parent: Path | None
         strategy=strategy,
         adapter=given.pop("adapter", AdapterConfig(rank=4)),
         method=MethodConfig(**{name: given.pop(name) for name in PARTS if name in given}),
-        train=given.pop("train", TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)),
+        train=given.pop("train", SHORT),
     )
     result = train_adapter(base, setup=setup, parent_folder=parent, **given)
     return Run(result, given["output_folder"], [loss for _, loss in result.losses])
@@ -114,7 +115,7 @@ def one_task_learned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Folder of an adapter that has learned one task; tests take a copy, `parent`."""
     folder = tmp_path_factory.mktemp("one-task-learned")
     base = load_base(str(tiny_base), folder / "cache", precision="fp32")
-    first = TrainConfig(max_steps=12, batch_size=4, learning_rate=2e-2, max_prompt_tokens=64)
+    first = replace(SHORT, max_steps=12, learning_rate=2e-2)
     return train_into(folder, base, "seq_lora", rows=make_rows(24, first=100), train=first).folder
 
 

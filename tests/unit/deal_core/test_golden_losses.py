@@ -14,7 +14,9 @@ import pytest
 from deal_core.config import DealConfig, TrainConfig
 
 FOLDER = Path(__file__).parents[2] / "golden"
-STEPS = TrainConfig(max_steps=10, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+STEPS = TrainConfig(
+    max_steps=10, batch_size=4, learning_rate=5e-3, schedule="constant", balance_labels=False, max_prompt_tokens=64
+)
 SETTINGS = {
     "seq_lora": ("seq_lora", DealConfig()),
     "deal_free": ("deal", DealConfig(core="free")),

@@ -10,6 +10,7 @@ import pytest
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
+from tests.adapting import FIRST_TRAIN
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -169,8 +170,8 @@ def test_memory_stands_for_settings_of_the_rehearsal() -> None:
 
 def test_the_digest_of_a_run_s_settings_is_that_of_the_first_release() -> None:
     """A lineage that learned a file with an earlier release does not learn it again."""
-    spec = parse(AdaptSpec, {"lineage": "l", "task": {"name": "t", "data": "x.csv"}}, "a")
-    assert spec.config_sha256(AdapterConfig(), "deal").startswith("da604f5ff5d3485c")
+    values = {"lineage": "l", "task": {"name": "t", "data": "x.csv"}, "train": FIRST_TRAIN}
+    assert parse(AdaptSpec, values, "a").config_sha256(AdapterConfig(), "deal").startswith("da604f5ff5d3485c")
 
 
 def test_labels_are_a_list_or_a_mapping_from_the_files_cells(tmp_path: Path) -> None:
@@ -196,7 +197,8 @@ def test_wrong_labels_are_named_once(labels: str, message: str, tmp_path: Path) 
 
 def test_a_spec_that_says_nothing_of_turns_has_the_digest_of_earlier_releases() -> None:
     def digest(**task: Any) -> str:
-        spec = parse(AdaptSpec, {"task": {"name": "t", "data": "x.csv", "labels": ["a"], **task}}, "spec")
+        values = {"task": {"name": "t", "data": "x.csv", "labels": ["a"], **task}, "train": FIRST_TRAIN}
+        spec = parse(AdaptSpec, values, "spec")
         return spec.config_sha256(AdapterConfig(), "deal")
 
     assert digest() == "2c68bb92eae8c5bb63b1dfff9b55c8addb0b52bdd63c422c538111d3bd76b1ff"

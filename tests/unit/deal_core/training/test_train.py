@@ -132,8 +132,8 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_losses(base, paren
         {"max_answer_tokens": 1},
         {"seed": 1},
         {"group_by_length": False},
-        {"balance_labels": True},
-        {"schedule": "linear"},
+        {"balance_labels": False},
+        {"schedule": "constant"},
     ],
     ids=str,
 )
@@ -400,7 +400,7 @@ def test_balanced_batches_hold_every_label_in_its_share(grouped):
 
 
 def test_a_task_with_few_rows_is_passed_over_until_the_fewest_steps_are_made(train, rows):
-    few = TrainConfig(batch_size=4, max_prompt_tokens=64, min_steps=7, checkpoint_steps=0)
+    few = TrainConfig(num_epochs=1, batch_size=4, max_prompt_tokens=64, min_steps=7, checkpoint_steps=0)
     assert train("seq_lora", rows=rows(10), train=few).result.num_steps == 7
     assert train("seq_lora", rows=rows(30), train=few).result.num_steps == 8
 
