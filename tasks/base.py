@@ -33,12 +33,21 @@ def lend_base(reference: BaseRef) -> BaseModel:
         ConfigError: The model at this source has changed since the reference was made.
     """
     base = _load(reference.source, reference.quantize)
-    if base.sha256 != reference.sha256:
+    require_base(reference, base.sha256)
+    return base
+
+
+def require_base(reference: BaseRef, sha256: str) -> None:
+    """Refuse a base model with another digest than that of the reference.
+
+    Raises:
+        ConfigError: The model at this source has changed since the reference was made.
+    """
+    if sha256 != reference.sha256:
         raise ConfigError(
-            f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {base.sha256[:12]} now); "
+            f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {sha256[:12]} now); "
             "bring the old one back, or start a new lineage."
         )
-    return base
 
 
 def release_base() -> None:

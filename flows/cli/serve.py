@@ -160,7 +160,7 @@ def show_exported(found: Exported) -> Sequence[RenderableType]:
     return [
         f"[bold green]Version {escape(found.version)} of {escape(found.lineage)}[/] is in {escape(found.address)}",
         f"  logits differ from the served version by {found.max_difference:.2g} at most, on {found.num_prompts} "
-        f"prompts of its tasks ({found.tolerance:g} allowed in {found.precision})",
+        f"prompts of its tasks, in {found.precision} ({found.tolerance:g} is allowed)",
     ]
 
 

@@ -1,11 +1,13 @@
 """Export a version: the base model with the adapter merged into it, or the PEFT folder to the Hub.
 
 Before an export counts, it is loaded and asked prompts of its own tasks. Its logits must be those of the version that
-is served, up to the rounding of the model's precision.
+is served, computed in the same precision. A merged model is computed and written in fp32: rounding the merged weights
+to bf16 would lose much of a small adapter.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -25,7 +27,7 @@ from infra.tracking.registry import Registry, VersionInfo, open_registry
 from tasks.adaptation.frozen_rows import first_rows, load_test_set
 from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
 from tasks.adaptation.promote import rejected_by_person
-from tasks.base import lend_base, release_base
+from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
 from tasks.lineage.history import find_version, require_in_registry
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 Target = Literal["merged", "hub"]
 ROWS_PER_TASK = 4
 MAX_PROMPTS = 32
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-"""Largest difference of a logit, by the precision of the base model: what rounding the merged weights may cause."""
+TOLERANCE = 1e-3
+"""Largest difference of a logit."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_FILES = (*PEFT_FILES, "README.md", SERVED_FILE)
 
@@ -59,6 +61,7 @@ class Exported(BaseModel, frozen=True):
     """Largest difference between a logit of the export and of the served version, at the first token of the answer."""
     tolerance: float
     precision: str
+    """Type of the base model's weights in the comparison. A merged model has it too."""
 
 
 class Prompt(NamedTuple):
@@ -148,39 +151,49 @@ def _export_merged(
             f"Lineage '{info.lineage}' adapts its base model in {record.base.quantize}; a merged model would be "
             "another one than the served version. Export the adapter: --to hub, or copy its folder (deal history)."
         )
-    from transformers import AutoTokenizer
-
-    from deal_core.adapter.state import load_adapter
-
-    base = lend_base(record.base)
-    precision, model_class = str(base.model.dtype).removeprefix("torch."), type(base.model)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        with borrowed_adapter(store, info) as folder:
-            model = load_adapter(base.model, folder)
-            served = _logits(model, base.tokenizer, prompts)
-            reporter().said(f"merging version {info.version} into {base.name}")
-            merged: Any = model.merge_and_unload(safe_merge=True)
-        merged.save_pretrained(part)
-        base.tokenizer.save_pretrained(part)
-        dtype, device = merged.dtype, merged.device
-        del model, merged, base
-        release_base()  # its weights are the merged ones now
-        licence = licence_of_base(record.base.source, resolve_base(record.base.source, HomeSettings().cache_dir))
-        (part / SERVED_FILE).write_text(json.dumps(served_version(record).to_json(), indent=2), encoding="utf-8")
-        loaded = model_class.from_pretrained(part, dtype=dtype, trust_remote_code=False).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(part, trust_remote_code=False)
-        found = _compared(info, "merged", str(target), precision, served, _logits(loaded, tokenizer, prompts))
-        (part / "README.md").write_text(_merged_card(record, info, licence, found), encoding="utf-8")
+        found = _merge(store, info, record, prompts, part).model_copy(update={"address": str(target)})
         if target.is_dir():
             target.rmdir()
         part.rename(target)
     except BaseException:
-        release_base()
         shutil.rmtree(part, ignore_errors=True)
         raise
+    return found
+
+
+def _merge(
+    store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], folder: Path
+) -> Exported:
+    """Write the merged model into a folder, load it again, and compare it."""
+    from transformers import AutoTokenizer
+
+    from deal_core.adapter.state import load_adapter
+    from deal_core.base_model.load import load_base
+
+    cache = HomeSettings().cache_dir
+    release_base()  # only one base model fits
+    base = load_base(record.base.source, cache, precision="fp32")
+    require_base(record.base, base.sha256)
+    model_class, device = type(base.model), base.model.device
+    with borrowed_adapter(store, info) as adapter:
+        model = load_adapter(base.model, adapter)
+        served = _logits(model, base.tokenizer, prompts)
+        reporter().said(f"merging version {info.version} into {base.name}")
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    (folder / SERVED_FILE).write_text(json.dumps(served_version(record).to_json(), indent=2), encoding="utf-8")
+    del model, merged, base
+    gc.collect()
+    loaded = model_class.from_pretrained(folder, dtype="float32", trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found = _compared(info, "merged", "", "float32", served, _logits(loaded, tokenizer, prompts))
+    licence = licence_of_base(record.base.source, resolve_base(record.base.source, cache))
+    (folder / "README.md").write_text(_merged_card(record, info, licence, found), encoding="utf-8")
     return found
 
 
@@ -261,15 +274,15 @@ def _compared(
         IntegrityError: They differ by more than the tolerance.
     """
     differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
-    largest, tolerance = max(differences), TOLERANCE.get(precision, TOLERANCE["bfloat16"])
-    if not largest <= tolerance:
+    largest = max(differences)
+    if not largest <= TOLERANCE:
         raise IntegrityError(
             f"The export of version {info.version} of '{info.lineage}' answers otherwise than the served version: a "
-            f"logit differs by {largest:.3g}, and {tolerance:g} is allowed in {precision}. Nothing was exported."
+            f"logit differs by {largest:.3g} in {precision}, and {TOLERANCE:g} is allowed. Nothing was exported."
         )
     return Exported(
         lineage=info.lineage, version=info.version, to=to, address=address, num_prompts=len(served),
-        max_difference=largest, tolerance=tolerance, precision=precision,
+        max_difference=largest, tolerance=TOLERANCE, precision=precision,
     )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from deal_core.errors import ConfigError, StoreError, TrainingDivergedError
-from flows.watch import _adapt_to
+from flows.watch import InboxWorker
 from infra.store.local import open_store
-from tasks.inbox import Handled, InboxState, list_arrivals
+from tasks.inbox import Handled, list_arrivals, read_state
 from tasks.spec import LineageSpec
 
 
@@ -35,8 +35,10 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         store = open_store(str(tmp_path))
         store.put_bytes("inbox/bank/a.csv", b"text,label\na,b\n")
         (info,) = list_arrivals(store.list("inbox"))
-        handled, run = asyncio.run(_adapt_to(store, LineageSpec(lineage="l"), InboxState(), info, ""))
-        assert run is None and handled.outcome == "failed"
+        worker = InboxWorker(store, LineageSpec(lineage="l"), (), settle_seconds=0, once=True, wait=True)
+        asyncio.run(worker._handle(info, ""))
+        handled = read_state(store, "l").files[info.key]
+        assert worker.runs == [] and handled.outcome == "failed"
         return handled
 
     return handle
