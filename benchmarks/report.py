@@ -6,12 +6,14 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.protocol import describe as describe_training
+from benchmarks.protocol import lines as protocol_lines
 from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
@@ -32,6 +34,8 @@ from infra.report.figures import save_png
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
+CHOICE_SUITE = "4"
+"""The suite on which the training settings were chosen."""
 NUM_RIVALS = 2
 """Rivals in the pictures: the best ones."""
 WIDENING = ("inc_lora", "o_lora", "ella")
@@ -232,6 +236,21 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
     return {name: median(seconds) for name, seconds in sorted(found.items()) if seconds}
 
 
+def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The means of greedy and re-centred accuracy: by training settings that all three methods were run with."""
+    of_suite = [line for line in lines if line["suite"] == CHOICE_SUITE]
+    methods = ["joint", "seq_lora", next((line["method"] for line in of_suite if "both" in line["method"]), "deal")]
+    by: dict[str, dict[str, float]] = defaultdict(dict)
+    trains = {describe_training(line["train"]): line["train"] for line in of_suite}
+    for line in of_suite:
+        by[describe_training(line["train"])][line["method"]] = mean([line["greedy"], line["re-centred"]])
+    complete = {name: [found[method] for method in methods] for name, found in by.items() if {*methods} <= {*found}}
+    return {
+        "methods": methods,
+        "lines": [{"train": trains[name], "values": values, "mean": mean(values)} for name, values in complete.items()],
+    }  # fmt: skip
+
+
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
     page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = (
@@ -246,14 +265,17 @@ def main(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    templates.filters |= {"points": points, "interval": interval, "name": name_of}
+    templates.filters |= {"points": points, "interval": interval, "name": name_of, "training": describe_training}
     cells = read_cells(results / "continual")
     tables = [describe(each, page.parent / "img") for each in protocols(cells)]
     cost = read(results / "step_cost.json")
-    tried = tried_lines(read_cells(results / "development"))
+    development = read_cells(results / "development")
+    tried = tried_lines(development)
+    protocol = sorted(protocol_lines(development), key=lambda line: (line["suite"], line["method"]))
     shown = {
         "tables": sorted(tables, key=lambda table: table["suite"].zfill(3)), "tried": tried, "num_tried": len(tried),
-        "cost": cost, "cost_names": COST_NAMES, "roundings": roundings(cells),
+        "protocol": protocol, "chosen": choice_of(protocol), "cost": cost, "cost_names": COST_NAMES,
+        "roundings": roundings(cells),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip
     page.write_text(templates.get_template("page.md.j2").render(shown))

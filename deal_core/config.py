@@ -87,7 +87,7 @@ class TrainConfig:
     schedule: Schedule = "linear"
     """Course of the learning rate: it falls linearly to zero at the last step, or it stays constant."""
     num_epochs: Count = 3
-    """Passes over the training rows. With one pass, a task of 150 rows is learned by half."""
+    """Passes over the training rows. One pass over 150 rows is 19 steps, which are too few."""
     min_steps: CountOrZero = 0
     """Fewest optimiser steps: a task with few rows is passed over more often than num_epochs says."""
     max_steps: Count | None = None
