@@ -139,6 +139,7 @@ def main(
         tasks = {name: example_task(name) for name in names} if data is None else load_suite(data, names)
         adapter = AdapterConfig(rank=rank)
         train = TrainConfig(
+            schedule="constant", balance_labels=False,
             batch_size=batch_size, num_epochs=epochs, learning_rate=learning_rate, checkpoint_steps=0,
             max_prompt_tokens=max_prompt_tokens,
         )  # fmt: skip

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-COMMAND = (sys.executable, "-c", "from flows.cli.app import main; main()")
-"""The command `deal` of this Python environment, whatever PATH says."""
+COMMAND = (sys.executable, "-P", "-c", "from flows.cli.app import main; main()")
+"""The command `deal` of this Python environment, whatever PATH says. With -P, folders of the caller's working folder
+that are named like the project's packages are not imported."""
 REJECTED = 3
 """Exit code of a command whose version the gate has rejected. The command has a result all the same."""
 NUM_LINES = 20
@@ -106,7 +107,8 @@ class _Told:
             elif "error" in event:
                 self._error = str(event["error"])
             elif self._show is not None:
-                self._show(_line(event))
+                with suppress(Exception):  # the command goes on, whatever the caller does with a line
+                    self._show(_line(event))
 
     def error(self) -> str:
         return self._error or "\n".join(["The command has failed.", *self._lines])

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,14 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 330.0
 """Longest wait for an answer; the server itself gives up a little earlier."""
-NUM_ROWS = 256
+NUM_ROWS = 64
 """Texts of one request."""
+KEY = "DEAL_SERVE_API_KEY"
+"""The variable that makes the server ask for a token."""
+NO_VERSION = "has no champion here"
+"""Part of the message of a lineage without a version."""
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself, whatever proxy the environment names: texts and token stay on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class Adaptation:
 
     Attributes:
         version: The version that was made, or that had learned the same data before.
-        status: How it ended, such as "promoted", "rejected", "awaiting approval" or "unchanged".
+        status: How it ended: promoted, rejected, awaiting or repeat.
         accepted: Whether the gate has let the version pass.
         reasons: Why the gate has rejected the version.
         scores: Task → score of the version on its test rows, 0 to 1, by the task's metric.
@@ -63,7 +70,7 @@ class Lineage:
         name: Name of the lineage; the first arrival creates it.
         home: Folder that holds everything. None: DEAL_HOME, or ./deal-home.
         show: Called with a line for every finished stage. None: nothing is shown.
-        environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URL.
+        environment: Variables for the commands in addition to the program's, such as DEAL_STORE_URI.
 
     Example:
         >>> lineage = Lineage("support")
@@ -112,7 +119,8 @@ class Lineage:
         """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
 
         Args:
-            data: Rows to learn: a file, an address, or a table with the columns that a file would have.
+            data: Rows to learn: a file, an address, or a table with the columns that a file would have. A table is
+                kept as a Parquet file in the home's folder `tables`.
             task: Name of the task that the rows belong to, or the section `task` of a spec, with its name.
             test_data: Rows to judge the task by; None: a share of the rows.
             base: The base model of a new lineage.
@@ -124,11 +132,11 @@ class Lineage:
         Raises:
             CommandError: The data, a setting or the home cannot be used. Nothing is lost.
         """
+        arrival = {"name": task} if isinstance(task, str) else dict(task)
+        arrival["data"] = self._as_file(data)
+        if test_data is not None:
+            arrival["test_data"] = self._as_file(test_data)
         with tempfile.TemporaryDirectory(prefix="deal-") as folder:
-            arrival = {"name": task} if isinstance(task, str) else dict(task)
-            arrival["data"] = _as_file(data, Path(folder) / "data.parquet")
-            if test_data is not None:
-                arrival["test_data"] = _as_file(test_data, Path(folder) / "test.parquet")
             spec = Path(folder) / "spec.yaml"
             spec.write_text(json.dumps({**(settings or {}), "task": arrival}), encoding="utf-8")  # JSON is YAML
             options = self._options({"--base": base, "--strategy": strategy, "--memory": memory})
@@ -139,7 +147,7 @@ class Lineage:
             message=values["message"], values=values,
         )  # fmt: skip
 
-    def evaluate(self, version: str | None = None) -> pd.DataFrame:
+    def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
         """Score a version (None: the champion) again on the test rows of its tasks.
 
         Returns:
@@ -155,10 +163,18 @@ class Lineage:
     def history(self) -> pd.DataFrame:
         """Return the versions of the lineage, oldest first: task, scores, the gate's decision, aliases.
 
+        The table is empty if the lineage has no version.
+
         Raises:
-            CommandError: The lineage has no version.
+            CommandError: The home or its servers cannot be used.
         """
-        return pd.DataFrame(self._run(["history", *self._options({})])).set_index("version")
+        try:
+            versions = self._run(["history", *self._options({})])
+        except CommandError as error:
+            if NO_VERSION not in str(error):
+                raise
+            versions = []
+        return pd.DataFrame(versions, columns=None if versions else ["version", "task", "aliases"]).set_index("version")
 
     def matrix(self) -> pd.DataFrame:
         """Return the accuracy matrix up to the champion: one row per learned arrival, one column per task.
@@ -174,15 +190,11 @@ class Lineage:
 
     @property
     def champion(self) -> str | None:
-        """Number of the version that answers; None: there is none yet."""
-        try:
-            versions = self.history()
-        except CommandError:
-            return None
-        found = [str(number) for number, aliases in versions["aliases"].items() if "champion" in aliases]
+        """Number of the version that answers; None: there is none yet. Errors are those of `history`."""
+        found = [str(number) for number, aliases in self.history()["aliases"].items() if "champion" in aliases]
         return found[0] if found else None
 
-    def rollback(self, version: str | None = None) -> None:
+    def rollback(self, version: str | int | None = None) -> None:
         """Make an earlier version the champion again, at once; None: the one that the champion continues.
 
         Raises:
@@ -214,9 +226,22 @@ class Lineage:
                 self._server.close()
                 self._server = None
 
-    def _options(self, options: Mapping[str, str | None]) -> list[str]:
+    def _options(self, options: Mapping[str, str | int | None]) -> list[str]:
         given = {"--lineage": self.name, **options}
-        return [part for name, value in given.items() if value is not None for part in (name, value)]
+        return [part for name, value in given.items() if value is not None for part in (name, str(value))]
+
+    def _as_file(self, data: str | Path | pd.DataFrame | Dataset) -> str:
+        """A file's path from the root, or an address as it is; a table as a Parquet file that a requeue reads again."""
+        if isinstance(data, str | os.PathLike):
+            return os.fspath(data) if "://" in str(data) else os.path.abspath(Path(data).expanduser())
+        home = self._environment.get("DEAL_HOME") or os.environ.get("DEAL_HOME") or "deal-home"
+        place = Path(home).expanduser().resolve() / "tables" / f"{uuid.uuid4().hex}.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, pd.DataFrame):
+            data.to_parquet(place, index=False)
+        else:
+            data.to_parquet(place)
+        return str(place)
 
     def _run(self, arguments: Sequence[str]) -> Any:
         return run_command(arguments, self._environment, self._show)
@@ -228,19 +253,21 @@ class _Server:
     def __init__(self, lineage: str, environment: Mapping[str, str]) -> None:
         self._process = start_command(["serve", "--lineage", lineage, "--port", "0"], environment)
         self.close = weakref.finalize(self, end_command, self._process)
-        process, errors = self._process, []
+        self._key = environment.get(KEY) or os.environ.get(KEY)
+        process, errors = self._process, list[str]()
         assert process.stdout is not None and process.stderr is not None
+        listener = threading.Thread(target=_drain, args=(process.stderr, errors), daemon=True)
+        listener.start()  # a full pipe would stop the server
         for line in process.stdout:
             event = json.loads(line)
             if "url" in event:
                 self._url = f"{event['url']}/invocations"
                 break
         else:  # the server has ended
-            errors = [line for line in process.stderr if line.startswith('{"error"')]
             code = process.wait()
+            listener.join()
             raise CommandError(json.loads(errors[-1])["error"] if errors else "The server has not started.", code)
-        for stream in (process.stdout, process.stderr):  # a full pipe would stop the server
-            threading.Thread(target=_drain, args=(stream,), daemon=True).start()
+        threading.Thread(target=_drain, args=(process.stdout, []), daemon=True).start()
 
     @property
     def is_alive(self) -> bool:
@@ -248,30 +275,18 @@ class _Server:
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         body = json.dumps({"dataframe_records": rows}).encode()
-        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json", **self._key()})
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json", **key})
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answered:
+            with DIRECT.open(request, timeout=ANSWER_SECONDS) as answered:
                 values = json.load(answered)
         except urllib.error.HTTPError as error:
             raise CommandError(json.load(error)["error"], 1) from None
+        except OSError as error:  # URLError and TimeoutError are of this kind
+            raise CommandError(f"The server at {self._url} does not answer ({error}); call predict again.", 1) from None
         return [str(row["output"]) for row in values["predictions"]]
 
-    def _key(self) -> dict[str, str]:
-        key = os.environ.get("DEAL_SERVE_API_KEY")
-        return {"Authorization": f"Bearer {key}"} if key else {}
 
-
-def _drain(stream: Iterator[str]) -> None:
-    for _ in stream:
-        pass
-
-
-def _as_file(data: str | Path | pd.DataFrame | Dataset, place: Path) -> str:
-    """A file's path from the root, or an address as it is; a table as a Parquet file at `place`."""
-    if isinstance(data, str | os.PathLike):
-        return os.fspath(data) if "://" in str(data) else os.path.abspath(Path(data).expanduser())
-    if isinstance(data, pd.DataFrame):
-        data.to_parquet(place, index=False)
-    else:
-        data.to_parquet(place)
-    return str(place)
+def _drain(stream: Iterator[str], errors: list[str]) -> None:
+    """Read a stream to its end, and keep the lines that tell an error."""
+    errors.extend(line for line in stream if line.startswith('{"error"'))

@@ -206,8 +206,11 @@ def _describe_dataset(dataset: DatasetRef) -> str:
 
 
 def _describe_judged(report: EvaluationReport) -> str:
-    found = report.judged.items()
-    return ", ".join(f"{name} {each.num_won} better, {each.num_lost} worse" for name, each in found) or "nothing"
+    said = []
+    for name, each in report.judged.items():
+        missing = f", {each.num_missing} without a verdict" if each.num_missing else ""
+        said.append(f"{name} {each.num_won} better, {each.num_lost} worse{missing}")
+    return "; ".join(said) or "nothing"
 
 
 def _describe_training(summary: TrainSummary) -> str:

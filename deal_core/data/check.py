@@ -228,7 +228,9 @@ class RowChecker:
 
     def _check_other(self, answer: str, column: str, problems: list[Problem]) -> None:
         """Check a further right answer of a chat."""
-        if UNDECODABLE.search(answer):
+        if not answer.strip():
+            problems.append(_told("empty text", f"a right answer in {column} is empty"))
+        elif UNDECODABLE.search(answer):
             problems.append(Problem("bad encoding", shorten(answer), f"{column} has {NOT_UTF8}"))
         else:
             self._check_length(answer, column, problems)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.config import as_stored
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.errors import DataValidationError, RegistryError, StoreError
 from deal_core.evaluation.report import EvaluationReport
@@ -86,7 +87,7 @@ def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
     if spec is None:
         address = current_store().uri_of(f"{adapter_uri}/{FINDINGS_FILE}")
         raise StoreError(f"{address} does not have the spec of its run; adapt to the file again with --again.")
-    return dict(spec)
+    return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
 
 
 def read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
