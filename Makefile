@@ -21,9 +21,10 @@ setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development
 demo: $(VENV)/.stamp ## three domains arrive one after another; one adapter learns each
 	$(BIN)/deal demo $(ARGS)
 
-# Two processes of one thread each: on two cores faster than one process of two, and no sum depends on the number of cores.
+# Processes of one thread each, so that no sum depends on the number of cores. Three for two cores: a test that waits for
+# a server or a process leaves its core to the third.
 test: $(VENV)/.stamp-dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=worksteal $(ARGS)
 
 nightly: $(VENV)/.stamp-dev ## run the tests that take too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly $(ARGS)

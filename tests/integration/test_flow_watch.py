@@ -280,6 +280,7 @@ def test_the_demo_leaves_other_files_of_its_names_alone(tiny_base: Path, home: P
     assert open_registry().versions("demo") == ()
 
 
+@pytest.mark.nightly
 def test_the_demo_compares_two_lineages_on_the_same_arrivals(
     tiny_base: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,13 @@ def ranks_of(process: psutil.Process) -> dict[str, psutil.Process]:
     return {each.environ()["RANK"]: each for each in below if each.cmdline()[-2:-1] == ["rank"]}
 
 
+def test_two_processes_equal_one(base, job, tmp_path):
+    job = retrained(job, group_by_length=False)
+    two = train_in_processes(job, tmp_path / "ranks")
+    assert_same(train_in_one(base, job, tmp_path), two, tmp_path)
+
+
+@pytest.mark.nightly
 def test_deal_with_a_killed_rank_and_resumed_equals_one_process(base, job, tmp_path):
     # rows of similar length share a rank, whose batches then need less padding: equal to rounding, which AdamW enlarges
     job = retrained(job, group_by_length=False)
