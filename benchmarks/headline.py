@@ -3,8 +3,8 @@
     python -m benchmarks.headline
 
 It reads the stored cells and trains nothing. Every figure is of the judged tasks: those whose own adapter beats the
-majority class and the base model. Without cells of these two bounds, all tasks are judged. A cell counts only if it was
-trained with today's defaults of the settings in LEARNING.
+majority class and the base model. Without cells of these two bounds, all tasks are judged. Cells of other training
+settings (LEARNING) are in tables of their own; a table says whether its settings are today's defaults.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from benchmarks.protocol import describe
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -47,25 +48,25 @@ CONFIDENCE = 0.95
 
 
 def headline(cells: Sequence[CellJson]) -> dict[str, Any]:
-    """Return the figures of every table under today's training settings, by suite and training rows per task."""
+    """Return the figures of every table, by suite, training rows per task and training settings."""
     found = {}
     for protocol in protocols(cells):
         some = next(iter((*protocol.cells, *protocol.joint)), None)
-        if some is None or not is_in_force(some):
+        if some is None:
             continue
-        settings = some["settings"]
-        found[f"suite {protocol.suite}, {settings['rows']} rows"] = {
+        settings, train = some["settings"], learning_of(some)
+        found[f"suite {protocol.suite}, {settings['rows']} rows, {describe(train)}"] = {
             "part": settings["part"], "base": settings["base"], "judged_tasks": judged_tasks(protocol),
+            "train": train, "is_default": train == {name: getattr(TrainConfig(), name) for name in LEARNING},
             "arms": {name: _figures(protocol, each) for name, each in arms(protocol).items() if each},
         }  # fmt: skip
-    today = {name: getattr(TrainConfig(), name) for name in LEARNING}
-    return {"schema_version": 1, "train": today, "stored_share": STORED_SHARE, "tables": found}
+    return {"schema_version": 2, "stored_share": STORED_SHARE, "tables": found}
 
 
-def is_in_force(cell: CellJson) -> bool:
-    """Whether a cell was trained with today's defaults."""
+def learning_of(cell: CellJson) -> dict[str, Any]:
+    """The training settings of a cell that decide how much it learns."""
     train = TrainConfig(**as_stored("train", cell["settings"]["train"]))
-    return all(getattr(train, name) == getattr(TrainConfig(), name) for name in LEARNING)
+    return {name: getattr(train, name) for name in LEARNING}
 
 
 def judged_tasks(protocol: Protocol) -> list[str]:

@@ -231,7 +231,7 @@ def test_an_automation_that_is_switched_on_tells_through_a_block(
             await apply_notifications(server)
             await apply_notifications(server)
             assert [each.actions[0].type for each in await found()] == ["send-notification"] * len(names)
-            kept = [False, True, False, False, False, False]
+            kept = [place == 1 for place in range(len(names))]
             assert [each.enabled for each in await found()] == kept, "as a person left them"
 
     try:

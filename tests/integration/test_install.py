@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("deal_core", "deal_pipeline", "flows", "infra", "tasks")
 IGNORED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "benchmark-work")
 
 IMPORT_PACKAGES = """
@@ -48,8 +49,8 @@ def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_pa
 
 def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir()}
-    assert tops - {"bin", "share"} == {"deal_core", "flows", "infra", "tasks", "deal_pipeline-0.1.0.dist-info"}
-    for package in ("deal_core", "flows", "infra", "tasks"):
+    assert tops - {"bin", "share"} == {*PACKAGES, "deal_pipeline-0.1.0.dist-info"}
+    for package in PACKAGES:
         source = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")} == source
 

@@ -40,7 +40,10 @@ def new_version(train: Any, served_version: ServedVersion) -> NewVersion:
     """Train an adapter that gives other answers; return the folder of its version."""
 
     def make(**changes: Any) -> Path:
-        settings = TrainConfig(max_steps=12, batch_size=4, learning_rate=3e-2, max_prompt_tokens=64, seed=5)
+        settings = TrainConfig(
+            max_steps=12, batch_size=4, learning_rate=3e-2, schedule="constant", balance_labels=False,
+            max_prompt_tokens=64, seed=5,
+        )  # fmt: skip
         folder: Path = train("seq_lora", train=settings, **changes).folder
         (folder / SERVED_FILE).write_text(json.dumps(served_version.to_json()))
         return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ OFF = DealConfig(
     balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
 )
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
-STEPS = TrainConfig(max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
+EVEN = TrainConfig(schedule="constant", balance_labels=False)
+STEPS = replace(EVEN, max_steps=20, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -144,13 +146,13 @@ def test_size_of_the_adapter_stays_the_same(strategy, parent, train):
 
 @pytest.mark.parametrize("strategy", ["deal", "seq_lora"])
 def test_every_later_task_is_learned(strategy, parent, train):
-    losses = train(strategy, parent, train=TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2)).losses
+    losses = train(strategy, parent, train=replace(EVEN, max_steps=30, batch_size=8, learning_rate=2e-2)).losses
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("sides", ["A", "B"])
 def test_one_sided_training_learns_from_the_first_task_on(sides, train):
-    config = TrainConfig(max_steps=30, batch_size=8, learning_rate=2e-2)
+    config = replace(EVEN, max_steps=30, batch_size=8, learning_rate=2e-2)
     first = train("deal", deal=DealConfig(sides=sides), train=config)
     assert sum(first.losses[-5:]) < 0.8 * sum(first.losses[:5])
 
