@@ -24,7 +24,7 @@ from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
-from deal_core.evaluation.generation import first_answer_logits, generate_answers
+from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits, generate_answers
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
 from tasks.adaptation.model_card import served_task
@@ -40,6 +40,8 @@ SCHEMA_VERSION = 1
 CHUNK_ROWS = 1024
 """Rows of a chunk. A chunk is read, answered in batches of similar length, and written."""
 OnProgress = Callable[[int, int], None]
+AnswerInputs = Callable[[Sequence[str], Callable[[int], None]], list[GivenAnswer]]
+"""Answers inputs in their order. The second argument is called with the number of rows just answered."""
 
 
 class Answer(BaseModel):
@@ -141,7 +143,7 @@ class FileAnswers(BaseModel):
     seconds: float
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """The version that answers, and the task."""
 
     info: VersionInfo
@@ -179,7 +181,7 @@ def predict_file(
     survey = survey_rows(data)
     info = choose_version(lineage, version)
     record = read_record(current_store(), info.adapter_uri)
-    asked = _Asked(info, record, choose_task(record, task))
+    asked = Asked(info, record, choose_task(record, task))
     columns = find_input(list(survey.types), asked.known.schema, data.name, column)
     files = AnswerFiles(output, survey.types, own_names(survey.types))
     checker = RowChecker(asked.known.schema, columns, max_text_chars=sys.maxsize)  # a long prompt is cut by tokens
@@ -191,11 +193,11 @@ def predict_file(
     num_bad = num_done = num_resumed = index = 0
     with _alone(files), ExitStack() as stack:
         files.begin(state)
-        answer: Callable[[Sequence[str], Callable[[int], None]], list[str]] | None = None
+        answer: AnswerInputs | None = None
         for index, rows in enumerate(in_chunks(read_rows(data), chunk_rows)):
             counts = files.counts(index)
             if counts is None:
-                answer = answer or stack.enter_context(_answerer(asked))
+                answer = answer or stack.enter_context(answering(asked))
                 own = _answer_chunk(rows, checker, answer, asked, num_done, survey.num_rows, on_progress)
                 counts = files.write_chunk(index, [row.values for row in rows], own)
             else:
@@ -234,7 +236,7 @@ def _alone(files: AnswerFiles) -> Iterator[None]:
 
 
 @contextmanager
-def _answerer(asked: _Asked) -> Iterator[Callable[[Sequence[str], Callable[[int], None]], list[str]]]:
+def answering(asked: Asked) -> Iterator[AnswerInputs]:
     """Give a function from inputs to answers: the base model with the version's adapter."""
     base, known = lend_base(asked.record.base), asked.known
     config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
@@ -242,15 +244,15 @@ def _answerer(asked: _Asked) -> Iterator[Callable[[Sequence[str], Callable[[int]
         borrowed_adapter(current_store(), asked.info) as folder,
         adapter_on(base.model, folder) as model,
     ):
-        yield lambda inputs, on_rows: generate_answers(
+        yield lambda inputs, on_rows: answer_inputs(
             model, base.tokenizer, known.schema, inputs, config, max_prompt_tokens=known.max_prompt_tokens,
             on_progress=on_rows,
         )  # fmt: skip
 
 
 def _answer_chunk(
-    rows: Sequence[RawRow], checker: RowChecker, answer: Callable[[Sequence[str], Callable[[int], None]], list[str]],
-    asked: _Asked, num_done: int, num_rows: int, on_progress: OnProgress | None,
+    rows: Sequence[RawRow], checker: RowChecker, answer: AnswerInputs, asked: Asked, num_done: int, num_rows: int,
+    on_progress: OnProgress | None,
 ) -> list[dict[str, Any]]:
     """Return the added columns of each row: an answer or a problem."""
     num_answered = 0
@@ -265,7 +267,7 @@ def _answer_chunk(
     answers = iter(answer([text for text in checked if isinstance(text, str)], on_rows))
     who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}
     return [
-        {"answer": next(answers), **who} if isinstance(each, str)
+        {"answer": next(answers).text, **who} if isinstance(each, str)
         else {"problem": "; ".join(f"{reason}: {value}" for reason, value, _ in each), **who}
         for each in checked
     ]  # fmt: skip

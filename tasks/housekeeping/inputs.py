@@ -21,6 +21,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE, TRAIN_FILE
 from tasks.data_files import local_file
 from tasks.housekeeping.inventory import KnownArrival, manifests_of
+from tasks.inbox import list_arrivals
 
 
 class ArrivalInputs(NamedTuple):
@@ -43,13 +44,37 @@ def arrival_inputs(store: ObjectStore, arrival: KnownArrival, inbox_keys: Iterab
             found.update(digest for text in _of_file(store, key, schema) for digest in _digests(schema.format, text))
             has_training_rows = True
         for sha256 in arrival.sha256s:
-            for info in store.list(keys.dataset_folder(arrival.task, sha256)):
-                if (name := keys.file_name(info.key)) in (TRAIN_FILE, TEST_FILE):
-                    table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
-                    texts = table.column("input").to_pylist()
-                    found.update(digest for text in texts for digest in _digests(schema.format, text))
-                    has_training_rows |= name == TRAIN_FILE
+            for name, texts in _of_dataset(store, arrival.task, sha256):
+                found.update(digest for text in texts for digest in _digests(schema.format, text))
+                has_training_rows |= name == TRAIN_FILE
     return ArrivalInputs(frozenset(found), has_training_rows)
+
+
+def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
+    """Return the digests of a task's inputs that have landed: those of its files in the inbox and of its stored rows.
+
+    Training rows that the store no longer keeps, and whose file is not in the inbox, are not among them.
+
+    Args:
+        store: The object store.
+        schema: The task, with the names of columns that its files in the inbox have.
+    """
+    assert schema.format != "auto", "a task that was learned has a format"
+    found: set[str] = set()
+    for info in list_arrivals(store.list(keys.inbox_folder(schema.name))):
+        found.update(digest for text in _of_file(store, info.key, schema) for digest in _digests(schema.format, text))
+    for sha256 in {sha256 for sha256, _ in manifests_of(store, schema.name)}:
+        for _, texts in _of_dataset(store, schema.name, sha256):
+            found.update(digest for text in texts for digest in _digests(schema.format, text))
+    return frozenset(found)
+
+
+def _of_dataset(store: ObjectStore, task: str, sha256: str) -> Iterator[tuple[str, list[str]]]:
+    """The inputs of a dataset's stored rows, with the name of their file, once for each lineage with the dataset."""
+    for info in store.list(keys.dataset_folder(task, sha256)):
+        if (name := keys.file_name(info.key)) in (TRAIN_FILE, TEST_FILE):
+            table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
+            yield name, table.column("input").to_pylist()
 
 
 def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +24,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import read_record
+from tasks.monitoring.task_columns import answer_column, as_landed
 
 MAX_TOLD = 3
 """Most wrong rows that a message lists."""
@@ -45,7 +47,8 @@ class FeedbackResult(BaseModel):
 def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     """Store the feedback of a file: CSV, JSON lines or Parquet, with `id` and the other keys of an entry as columns.
 
-    Other columns are not read. The same file may be taken again. All rows are taken, or none.
+    A file without a column `label`, `answer` or `is_right` is read by the task's own name of its answers' column. Other
+    columns are not read. The same file may be taken again. All rows are taken, or none.
 
     Raises:
         RegistryError: The lineage has no champion.
@@ -53,19 +56,22 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     """
     store, now = current_store(), time.time()
     tasks = task_schemas(store, lineage)
+    own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
     logged = read_predictions(store, HomeSettings().home, lineage)
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
     found: list[Feedback] = []
     problems: list[str] = []
     num_blank = 0
     for row in read_rows(path):
+        known = task_of.get(str(row.values.get("id")).strip()[-32:], "")
+        values = _in_names_of_feedback(row.values, [own[known]] if known in own else own.values())
         if row.fault is not None:
             problems.append(f"Row {row.number} cannot be read.")
-        elif all(is_empty(row.values.get(name)) for name in SAID):
+        elif all(is_empty(values.get(name)) for name in SAID):
             num_blank += 1
         else:
             try:
-                entry = read_entry(row.values, f"Row {row.number}", source="command", now=now)
+                entry = read_entry(values, f"Row {row.number}", source="command", now=now)
                 found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), f"Row {row.number}"))
             except ConfigError as error:
                 problems.append(str(error))
@@ -79,6 +85,22 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
         lineage=lineage, file=str(path), num_taken=len(found), num_blank=num_blank,
         num_unknown=sum(each.id not in task_of for each in found),
     )  # fmt: skip
+
+
+def _in_names_of_feedback(
+    values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]
+) -> Mapping[str, Any]:
+    """Return a row with `label` or `answer` in place of a task's own name of that column.
+
+    Args:
+        values: The row.
+        own: The name and the task, for each task that the row may be of.
+    """
+    for column, schema in own:
+        if not is_empty(values.get(column)) and not any(name in values for name in SAID if name != column):
+            others = {name: value for name, value in values.items() if name != column}
+            return {**others, "label" if schema.labels else "answer": values[column]}
+    return values
 
 
 def task_schemas(store: ObjectStore, lineage: str) -> dict[str, TaskSchema]:

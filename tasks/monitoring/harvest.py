@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -27,8 +26,8 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.keys import harvest_key, inbox_folder
 from tasks.context import current_store
-from tasks.inbox import task_spec
 from tasks.monitoring.feedback import task_schemas
+from tasks.monitoring.task_columns import as_landed, has_earlier_answers, row_columns
 
 NOT_IN_LOG = "the log does not have the answer"
 NO_TEXT = "the log keeps no texts (DEAL_LOG_PREDICTIONS=texts)"
@@ -102,17 +101,9 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         feedback = read_feedback(store, home, lineage)
         logged = read_predictions(store, home, lineage)
         skipped: Counter[str] = Counter()
-        rows = _choose(feedback, logged, _as_landed(store, schemas[task]), set(done.rows), skipped)
+        rows = _choose(feedback, logged, as_landed(store, schemas[task]), set(done.rows), skipped)
         key = _land(store, lineage, task, rows, done) if rows else None
     return HarvestResult(lineage=lineage, task=task, key=key, num_rows=len(rows), skipped=dict(skipped))
-
-
-def _as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
-    """The task with the names of columns that its next file must have: those of the task file, if it gives any."""
-    spec = task_spec(store, f"{inbox_folder(schema.name)}/feedback.jsonl")
-    return replace(
-        schema, columns=spec.columns or schema.columns, assistant_turns=spec.assistant_turns or schema.assistant_turns
-    )
 
 
 def _choose(
@@ -133,7 +124,7 @@ def _choose(
         digest = row_digest(answer["input_sha256"], label_key(right) if schema.labels else right).hex()
         found.pop(answer["input_sha256"], None)
         found[answer["input_sha256"]] = _Row(
-            digest, answer["input_sha256"], {**_columns(schema, answer["input"], right), **_origin(said, answer)}
+            digest, answer["input_sha256"], {**row_columns(schema, answer["input"], right), **_origin(said, answer)}
         )
     rows = [row for row in found.values() if row.digest not in harvested]
     if len(rows) < len(found):
@@ -149,26 +140,7 @@ def _problem(said: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSch
         return NO_TEXT
     if schema.labels and label_key(said["label"]) not in {label_key(label) for label in schema.labels}:
         return NO_LABEL
-    if schema.format == "chat" and schema.assistant_turns == "all":
-        roles = [message["role"] for message in json.loads(answer["input"])]
-        return EARLIER_TURNS if "assistant" in roles else ""
-    return ""
-
-
-def _columns(schema: TaskSchema, text: str, right: str) -> dict[str, Any]:
-    """The columns of a row of the task, by their names in its files."""
-    values: dict[str, Any]
-    if schema.format == "chat":
-        messages = json.loads(text)
-        offered = {"tools": messages[0].pop("tools")} if "tools" in messages[0] else {}
-        values = {"messages": [*messages, {"role": "assistant", "content": right}], **offered}
-    elif schema.format == "completion":
-        values = {"prompt": text, "completion": right}
-    else:
-        values = {"text": text, "label": right}
-    wanted = {"context": "", "split": "train"}  # columns that the task's files are said to have
-    values |= {name: value for name, value in wanted.items() if name in schema.columns}
-    return {schema.columns.get(name, name): value for name, value in values.items()}
+    return EARLIER_TURNS if has_earlier_answers(schema, answer["input"]) else ""
 
 
 def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:

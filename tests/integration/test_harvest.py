@@ -1,17 +1,18 @@
-"""From an answer to a row that is learned: feedback by file, harvest, and the arrival in the inbox."""
+"""From an answer to a row that is learned: a file to fill in, feedback, harvest, and the arrival in the inbox."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.evaluation.answerer import Answered
@@ -29,6 +30,9 @@ from tasks.inbox import task_spec
 from tasks.monitoring import harvest as harvesting
 from tasks.monitoring.feedback import take_feedback_file
 from tasks.monitoring.harvest import harvest_feedback
+from tasks.monitoring.select import select_to_label
+from tasks.monitoring.task_columns import row_columns
+from tasks.predict import predict_file
 from tests.adapting import CLINIC, run
 from tests.in_process import put_back
 
@@ -55,15 +59,19 @@ def labels(home: Path, learned_home: tuple[Path, AdaptResult]) -> tuple[str, ...
     return tuple(harvesting.task_schemas(current_store(), "l")["clinic"].labels)
 
 
-def log_answers(home: Path, texts: Mapping[str, str], schema: TaskSchema, *, keeps_texts: bool = True) -> list[str]:
-    """Log these answers of version 1; return their ids."""
+def log_answers(
+    home: Path, texts: Mapping[str, str], schema: TaskSchema, *, keeps_texts: bool = True,
+    sureness: Sequence[float] | None = None,
+) -> list[str]:
+    """Log these answers of version 1, with these confidences; return their ids."""
     served = ServedVersion(
         lineage="l", base_source="b", base_name="b", base_sha256="0", newest_task=schema.name,
         tasks=(ServedTask(schema=schema, max_prompt_tokens=64, max_new_tokens=8),),
     )  # fmt: skip
     log = PredictionLog(current_store(), home, "l", keeps_texts=keeps_texts)
     log.start()
-    answered = Answered([*texts.values()], served, "1", [Confidence(0.5, 0.5)] * len(texts))
+    confidences = [Confidence(each, 0.5) for each in sureness or [0.5] * len(texts)]
+    answered = Answered([*texts.values()], served, "1", confidences)
     ids = [*log.note([InputRow(text) for text in texts], answered, 0.1).ids]
     log.close()
     return ids
@@ -197,6 +205,114 @@ def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
         harvest_feedback("clinic", "l")
 
 
+def test_the_least_certain_texts_are_filled_in_and_learned(
+    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    first, second, *_ = labels
+    frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
+    new = [f'Finding {number}: "sore",\nsince spring; =1+1, é.' for number in range(12)]
+    texts, sureness = [*new, frozen, "Told."], [0.9 - 0.05 * number for number in range(12)] + [0.01, 0.02]
+    *_, told = log_answers(home, dict.fromkeys(texts, first), clinic(labels), sureness=sureness)
+    say(home, {"id": told, "is_right": False})
+    file = tmp_path / "new" / "to-label.csv"
+    command = ["select", "clinic", "--lineage", "l", "--number", "4", "--out", str(file), "--home", str(home), "--json"]
+    with put_back():
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    done = json.loads(found.stdout)
+    assert (done["num_rows"], done["num_random"], done["num_inputs"], done["num_known"]) == (4, 1, 14, 2), done
+    rows = [row.values for row in read_rows(file)]
+    assert [*rows[0]] == ["id", "note", "finding", "champion_answer", "confidence", "is_random"]
+    drawn = [row["note"] for row in rows if row["is_random"] == "true"]
+    least = [text for text in reversed(new) if text not in drawn][:3]
+    assert {row["note"] for row in rows} == {*drawn, *least} and len(drawn) == 1
+    assert {(row["finding"], row["champion_answer"]) for row in rows} == {("", first)}
+    with put_back():
+        again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2 and "exists already" in again.output and next(read_rows(file)).values == rows[0]
+
+    filled = [{**row, "finding": second if row["note"] in (*drawn, least[0]) else ""} for row in rows]
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(filled)
+    taken = take_feedback_file(file, "l")
+    assert (taken.num_taken, taken.num_blank, taken.num_unknown) == (2, 2, 0)
+    stored = read_feedback(current_store(), home, "l")
+    assert stored[stored["label"] == second]["is_random"].tolist().count(True) == 1
+    harvested = harvest_feedback("clinic", "l")
+    assert {(row["note"], row["finding"]) for row in landed(harvested.key or "")} == {
+        (text, second) for text in (*drawn, least[0])
+    }  # fmt: skip
+    for log in ("predictions", "feedback"):
+        shutil.rmtree(home / log)
+        for info in [*current_store().list(f"{log}/l")]:
+            current_store().delete(info.key)
+    log_answers(home, dict.fromkeys(new, first), clinic(labels))
+    left = select_to_label("clinic", "l", out=tmp_path / "more.jsonl", number=99)
+    assert (left.num_rows, left.num_known) == (10, 2), "what has landed is not chosen"
+    learned = run(tiny_base, {"name": "clinic", "data": task_spec(current_store(), harvested.key or "").data})
+    assert (learned.dataset.num_train, learned.dataset.num_rejected) == (2, 0)
+
+
+def test_unlabelled_texts_of_a_file_are_answered_chosen_and_learned(
+    tiny_base: Path, home: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    frozen = next(read_rows(Path(CLINIC["test_data"]))).values["note"]
+    texts = [f"Finding {number}, {'very ' * number}sore." for number in range(8)]
+    data = tmp_path / "new.jsonl"
+    data.write_text("".join(json.dumps({"note": text}) + "\n" for text in (*texts, texts[0], "", frozen)))
+    every = select_to_label("clinic", "l", data=data, out=tmp_path / "every.jsonl", number=99)
+    assert (every.num_rows, every.num_known, every.num_unusable) == (8, 1, 1)
+    sureness = {row.values["note"]: row.values["confidence"] for row in read_rows(tmp_path / "every.jsonl")}
+    assert {*sureness} == {*texts} and len({*sureness.values()}) > 1
+    some = select_to_label("clinic", "l", data=data, out=tmp_path / "some.csv", number=4, random_share=0.5)
+    rows = [row.values for row in read_rows(tmp_path / "some.csv")]
+    chosen = {row["note"] for row in rows}
+    certain = [sureness[row["note"]] for row in rows if row["is_random"] == "false"]
+    assert (some.num_rows, some.num_random) == (4, 2)
+    assert len(certain) == 2 and max(certain) <= min(sureness[text] for text in texts if text not in chosen)
+    predict_file(data, lineage="l", task="clinic", version=None, out=tmp_path / "answers.jsonl", column=None)
+    answers = {row.values["note"]: row.values["answer"] for row in read_rows(tmp_path / "answers.jsonl")}
+    assert all(row["champion_answer"] == answers[row["note"]] and row["id"] == "" for row in rows)
+
+    late = tmp_path / "late.csv"
+
+    def meanwhile(done: int, total: int) -> None:
+        late.write_text(f"{done} of {total}")
+
+    with pytest.raises(ConfigError, match="exists already"):
+        select_to_label("clinic", "l", data=data, out=late, on_progress=meanwhile)
+    assert late.read_text() == "8 of 8"
+
+    with (tmp_path / "filled.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0]])
+        writer.writeheader()
+        writer.writerows({**row, "finding": labels[0]} for row in rows)
+    learned = run(tiny_base, {"name": "clinic", "data": str(tmp_path / "filled.csv")})
+    assert (learned.dataset.num_train, learned.dataset.num_rejected) == (4, 0)
+    with pytest.raises(DataValidationError, match="Row 1 has no id of an answer"):
+        take_feedback_file(tmp_path / "filled.csv", "l")
+
+
+def test_without_texts_there_is_nothing_to_select(home: Path, tmp_path: Path, labels: tuple[str, ...]) -> None:
+    out = tmp_path / "x.csv"
+    with pytest.raises(ConfigError, match=r"has no answers of version 1 .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
+        select_to_label("clinic", "l", out=out)
+    log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
+    with pytest.raises(ConfigError, match=r"has no texts, only 1 rows .*DEAL_LOG_PREDICTIONS=texts.* --data FILE"):
+        select_to_label("clinic", "l", out=out)
+    with pytest.raises(ConfigError, match="knows no task 'bank'"):
+        select_to_label("bank", "l", out=out)
+    with pytest.raises(ConfigError, match=r"\.csv or \.jsonl"):
+        select_to_label("clinic", "l", out=tmp_path / "x.parquet")
+    (one,) = log_answers(home, {FINDINGS[1]: labels[0]}, clinic(labels))
+    say(home, {"id": one, "label": labels[0]})
+    with pytest.raises(ConfigError, match="1 different texts have feedback"):
+        select_to_label("clinic", "l", out=out)
+    assert not out.exists()
+
+
 def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> None:
     asked = [{"role": "user", "content": "Hi", "tools": [{"name": "add"}]}]
     told = [*asked, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Bye"}]
@@ -207,8 +323,8 @@ def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> 
         (TaskSchema(name="t", format="chat"), told, ""),
     ):  # fmt: skip
         assert harvesting._problem(said, {"input": json.dumps(text)}, schema) == problem
-    values = harvesting._columns(chat, json.dumps(asked), "Hello")
+    values = row_columns(chat, json.dumps(asked), "Hello")
     answered = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert values == {"talk": answered, "tools": [{"name": "add"}]}
     completion = TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"})
-    assert harvesting._columns(completion, "p", "c") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}
+    assert row_columns(completion, "p", "c") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}

@@ -1,0 +1,249 @@
+"""Choose texts that are worth labelling, from the prediction log or from a file, and write a file to fill in.
+
+The file has the columns of the task, with an empty one for the right answer. It is also a file of feedback: it has the
+ids of logged answers, and `is_random`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from deal_core.data.answer_files import in_chunks, survey_rows
+from deal_core.data.check import RowChecker
+from deal_core.data.columns import find_input
+from deal_core.data.reading.readers import read_rows
+from deal_core.data.rows import stored_input_digest
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from deal_core.monitoring.feedback import KEYS
+from deal_core.monitoring.predictions import COLUMNS
+from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
+from infra.predictions import read_feedback, read_predictions
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
+from tasks.context import current_store
+from tasks.housekeeping.inputs import task_inputs
+from tasks.lineage.record import choose_task, read_record
+from tasks.monitoring.reference import answer_facts
+from tasks.monitoring.task_columns import answer_column, as_landed, has_earlier_answers, input_columns
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version
+
+CHAMPION_ANSWER = "champion_answer"
+"""The column with the champion's answer. Neither ingest nor feedback reads it."""
+OWN_COLUMNS = ("id", CHAMPION_ANSWER, "confidence", "is_random")
+
+
+class SelectResult(BaseModel):
+    """A file to fill in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    task: str
+    version: str
+    """The version that answered."""
+    out: str
+    column: str
+    """The column to fill in."""
+    data: str | None
+    """The file that the texts come from; None: the prediction log."""
+    num_rows: int
+    num_random: int
+    num_inputs: int
+    """Different inputs that were looked at."""
+    num_known: int
+    """Those of them that have feedback or have landed already."""
+    num_unusable: int
+    """Rows without a text that can be labelled."""
+
+
+def select_to_label(
+    task: str,
+    lineage: str,
+    *,
+    data: Path | None = None,
+    column: str | None = None,
+    out: Path | None = None,
+    number: int = 50,
+    random_share: float = RANDOM_SHARE,
+    on_progress: OnProgress | None = None,
+) -> SelectResult:
+    """Write a file of texts that are worth labelling: those with the least certain answers, and a random share.
+
+    Texts with feedback are left out, and texts that have landed, as far as the store still has them.
+
+    Args:
+        task: The task.
+        lineage: The lineage, whose champion has answered.
+        data: Texts without labels: CSV, JSON lines or Parquet. The champion answers them. None: the prediction log.
+        column: The column of `data` with the texts; None: the task's column, or the conventional one.
+        out: A .csv or .jsonl file that does not exist; None: TASK-to-label.csv in the working folder.
+        number: Most rows.
+        random_share: Share of the rows that is drawn at random.
+        on_progress: Called with the number of answered texts of `data` and of all.
+
+    Raises:
+        ConfigError: There is nothing to choose from, the file exists, or an argument is not valid.
+        DataValidationError: `data` cannot be read.
+        RegistryError: The lineage has no champion that may serve.
+    """
+    output = out or Path(f"{task}-to-label.csv")
+    if output.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"The texts would go to {output.name}; give a name that ends in .csv or .jsonl.")
+    _require_new(output)
+    store, info = current_store(), choose_version(lineage, None)
+    record = read_record(store, info.adapter_uri)
+    asked = Asked(info, record, choose_task(record, task))
+    schema = as_landed(store, asked.known.schema)
+    _check_columns(schema)
+    logged = read_predictions(store, HomeSettings().home, lineage, task=task)
+    known = _with_feedback(store, lineage, logged) | task_inputs(store, schema)
+    if data is None:
+        found = _logged_texts(logged[logged["version"] == info.version], asked)
+        rows = found[[not has_earlier_answers(schema, text) for text in found["input"]]]
+        num_unusable = int((logged["version"] == info.version).sum()) - len(rows)
+    else:
+        rows, num_unusable = _answered_texts(data, column, schema, asked, known, on_progress)
+    chosen = select_rows(rows, number, random_share=random_share, known=known)
+    inputs = set(rows["input_sha256"])
+    if chosen.empty:
+        raise ConfigError(
+            f"There is no text of '{task}' to label: {len(inputs)} different texts have feedback or have landed "
+            f"already, and {num_unusable} rows cannot be labelled."
+        )
+    _write_new(output, [_to_fill_in(schema, row) for row in chosen.to_dict("records")])
+    return SelectResult(
+        lineage=lineage, task=task, version=info.version, out=str(output), column=answer_column(schema),
+        data=None if data is None else str(data), num_rows=len(chosen), num_random=int(chosen["is_random"].sum()),
+        num_inputs=len(inputs), num_known=len(inputs & known), num_unusable=num_unusable,
+    )  # fmt: skip
+
+
+def _require_new(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"{output} exists already; move it, or give another --out.")
+
+
+def _check_columns(schema: TaskSchema) -> None:
+    """Refuse a task whose own names of columns have another meaning in the file."""
+    answer = answer_column(schema)
+    probe = '[{"role": "user", "content": "", "tools": []}]' if schema.format == "chat" else ""
+    inputs = set(input_columns(schema, probe))
+    doubled = (inputs & {*OWN_COLUMNS, *KEYS, answer}) | ({answer} & {*OWN_COLUMNS, "reviewer"})
+    if doubled:
+        raise ConfigError(
+            f"Task '{schema.name}' calls a column {', '.join(sorted(doubled))}, which means something else in a file "
+            "to fill in; give its files another name for the column (task.columns)."
+        )
+
+
+def _with_feedback(store: ObjectStore, lineage: str, logged: pd.DataFrame) -> frozenset[str]:
+    """The inputs of a task that have feedback, whatever version answered."""
+    ids = read_feedback(store, HomeSettings().home, lineage)["id"]
+    return frozenset(logged.loc[logged["id"].isin(ids), "input_sha256"])
+
+
+def _logged_texts(logged: pd.DataFrame, asked: Asked) -> pd.DataFrame:
+    found = logged[logged["input"].notna()]
+    if found.empty:
+        what = f"no texts, only {len(logged)} rows of numbers," if len(logged) else "no answers"
+        raise ConfigError(
+            f"The prediction log has {what} of version {asked.info.version} of '{asked.info.lineage}' to task "
+            f"'{asked.known.schema.name}'. Start deal serve with DEAL_LOG_PREDICTIONS=texts and wait for traffic, or "
+            "give a file of texts with --data FILE."
+        )
+    return found
+
+
+def _answered_texts(
+    data: Path, column: str | None, schema: TaskSchema, asked: Asked, known: frozenset[str],
+    on_progress: OnProgress | None,
+) -> tuple[pd.DataFrame, int]:
+    """The different texts of a file as rows of the log, and the number of rows without one.
+
+    The champion does not answer texts that are known. They have no confidence.
+    """
+    if schema.format == "chat":
+        raise ConfigError(
+            f"Task '{schema.name}' has chats, and a table of chats has no column for the right answer. Let deal serve "
+            "answer them with DEAL_LOG_PREDICTIONS=texts, then select without --data."
+        )
+    checker = RowChecker(schema, find_input([*survey_rows(data).types], schema, data.name, column), sys.maxsize)
+    texts: dict[str, str] = {}
+    num_unusable = 0
+    assert schema.format != "auto", "a task that was learned has a format"
+    for row in read_rows(data):
+        text = checker.check_input(row)
+        if isinstance(text, str):
+            texts.setdefault(stored_input_digest(schema.format, text).hex(), text)
+        else:
+            num_unusable += 1
+    rows: list[dict[str, Any]] = [{"input_sha256": each, "input": texts[each]} for each in texts if each in known]
+    new = [text for digest, text in texts.items() if digest not in known]
+    if new:
+        rows += _answer(new, asked, on_progress)
+    return pd.DataFrame(rows, columns=[*COLUMNS]), num_unusable
+
+
+def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    num_done = 0
+
+    def on_rows(count: int) -> None:
+        nonlocal num_done
+        num_done += count
+        if on_progress is not None:
+            on_progress(num_done, len(texts))
+
+    with answering(asked) as answer:
+        for chunk in in_chunks(texts, CHUNK_ROWS):
+            for text, given in zip(chunk, answer(chunk, on_rows), strict=True):
+                facts = answer_facts(asked.known.schema, text, given.text)
+                rows.append({**facts, "input": text, "output": given.text, "confidence": given.confidence.confidence})
+    return rows
+
+
+def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the file to fill in."""
+    return {
+        "id": row["id"] if isinstance(row["id"], str) else "", **input_columns(schema, row["input"]),
+        answer_column(schema): "", CHAMPION_ANSWER: row["output"], "confidence": round(row["confidence"], 4),
+        "is_random": bool(row["is_random"]),
+    }  # fmt: skip
+
+
+def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file that does not exist, completely or not at all."""
+    content = io.StringIO(newline="")
+    if path.suffix == ".jsonl":
+        content.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(content, [*columns], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = path.open("x", encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
+    except FileExistsError:
+        _require_new(path)
+        raise
+    try:
+        with file:
+            file.write(content.getvalue())
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _csv_cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
