@@ -27,7 +27,7 @@ from tasks.adaptation.promote import champion_deleted, move_champion, note_learn
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.cancelled import release
 from tasks.context import current_store
-from tasks.lineage.history import find_version, require_in_registry, unknown_lineage
+from tasks.lineage.history import find_version, no_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
@@ -96,7 +96,7 @@ def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: State
     Raises:
         RegistryError: The version does not wait for a person any more, or cannot become champion.
     """
-    registry, log, number, _ = _look(lineage)
+    registry, log, number, last, _ = _look(lineage)
     found = find_version(registry, lineage, version)
     if found.approval == "awaiting":
         return (promote_to if verdict == "approve" else reject_version)(lineage, version, who=who, why=why)
@@ -107,18 +107,24 @@ def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: State
             f"--lineage {lineage}."
         )
     if verdict == "reject":
-        return _decline(log, found, number, who=who, why=why)
+        return _decline(log, last, found, number, who=who, why=why)
     act = promote_to if found.parent_version == number else roll_back
     return act(lineage, version, who=who, why=why)
 
 
-def _decline(log: PromotionLog, version: VersionInfo, champion: str | None, *, who: str, why: str) -> Decision:
-    """End the request for a version. The champion stays."""
+def _decline(
+    log: PromotionLog, last: Move | None, version: VersionInfo, champion: str | None, *, who: str, why: str
+) -> Decision:
+    """End the request for a version. The champion stays. `last` is the move that made the champion known here.
+
+    Raises:
+        RegistryError: The log has a newer move.
+    """
     change = Change(
         action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion,
         who=who, why=why,
     )  # fmt: skip
-    _require_added(log.add(log.last(version.lineage), change), version.lineage)
+    _require_added(log.add(last, change), version.lineage)
     return Decision(
         action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion
     )
@@ -137,7 +143,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
     Raises:
         RegistryError: The version cannot become champion.
     """
-    registry, log, number, champion = _look(lineage)
+    registry, log, number, _, champion = _look(lineage)
     found = find_version(registry, lineage, version)
     _require_usable(found, champion)
     if number == version:
@@ -173,7 +179,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     Raises:
         RegistryError: There is no earlier version, or the version was never champion.
     """
-    registry, log, number, champion = _look(lineage)
+    registry, log, number, _, champion = _look(lineage)
     if number is None:
         raise RegistryError(unknown_lineage(lineage))
     if champion is None and to is None:
@@ -260,12 +266,15 @@ def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
     announce(kind, notice)
 
 
-def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, VersionInfo | None]:
-    """Return registry, log, the champion's number, and the champion; None with a number: it was deleted in MLflow."""
+def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, Move | None, VersionInfo | None]:
+    """Return registry, log, the champion's number, the log's last move, and the champion.
+
+    The champion is None although it has a number if it was deleted in MLflow.
+    """
     registry, log = open_registry(), PromotionLog(current_store())
     require_in_registry(registry, log.store, lineage)
-    number, _ = settle_aliases(registry, log, lineage)
-    return registry, log, number, registry.champion(lineage)
+    number, last = settle_aliases(registry, log, lineage)
+    return registry, log, number, last, registry.champion(lineage)
 
 
 def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
@@ -290,12 +299,13 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     An arrival is left out if another version that learned it awaits approval.
 
     Raises:
-        RegistryError: The lineage has no version.
+        NoVersionError: The lineage has no version.
+        RegistryError: The registry does not answer, or has lost the lineage.
     """
     registry = open_registry()
     versions = registry.versions(lineage)
     if not versions:
-        raise RegistryError(unknown_lineage(lineage))
+        raise no_version(registry, lineage)
     line = descent(versions, registry.champion(lineage))
     standings = {version.version: standing_of(version, line) for version in versions}
     waiting = [version for version in versions if standings[version.version] == "awaiting approval"]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from prefect import flow, runtime
+from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
 from deal_core.errors import DataValidationError, DealError, TrainingDivergedError, in_one_line
@@ -33,6 +34,7 @@ from tasks.inbox import (
     announce_again,
     drop_announcement,
     look,
+    note_begun,
     read_announcement,
     read_state,
     settle,
@@ -177,6 +179,7 @@ class InboxWorker:
         if settled:
             async with hold_lineage(self.spec.lineage, wait=self.wait):
                 held = await hold_cancelled(self.store, self.spec.lineage, inbox, settled)
+                self._note_begun(inbox, [info for info in settled if info.key not in held])
                 for info in settled:
                     if is_stopped() or self.is_held():
                         break
@@ -184,6 +187,12 @@ class InboxWorker:
                         await self._handle(info, inbox.stamp(info))
                     self.num_left -= 1
         return len(settled)
+
+    def _note_begun(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> None:
+        """Note what this run has to learn, so that a person who cancels the run holds all of it."""
+        if get_current_settings().api.url:
+            for info in arrivals:
+                note_begun(self.store, self.spec.lineage, info, inbox.stamp(info))
 
     def is_held(self) -> bool:
         """Return whether `deal lineage hold` has stopped the learning of what lands."""
@@ -332,15 +341,18 @@ async def announce_open(
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     num_announced = 0
     lost = []
+    released = {info.key: known.at for info in settled if (known := state.requeued(info))}
     for info in settled:
         if read_announcement(store, name, info, inbox.stamp(info)):
             lost.append(info)
             continue
-        announce(store, name, info, inbox.stamp(info))
+        announce(store, name, info, inbox.stamp(info), released.get(info.key))
         reporter().said(f"{info.key} has landed for lineage '{name}'")
         num_announced += 1
     if lost and not await is_held_on_server(name):
         held = await hold_cancelled(store, name, inbox, lost)
         for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
-            num_announced += announce_again(store, name, info, inbox.stamp(info), datetime.now(UTC))
+            num_announced += announce_again(
+                store, name, info, inbox.stamp(info), datetime.now(UTC), released.get(info.key)
+            )
     return Announced(num_announced, len(growing))

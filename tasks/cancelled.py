@@ -7,13 +7,15 @@ hold does not depend on the run's process, which may have been killed before it 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import NamedTuple
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 from pydantic import BaseModel
@@ -26,13 +28,17 @@ from tasks.progress import patient, reporter
 
 DEPLOYMENT = "adapt"
 """The deployment of prefect.yaml whose runs learn what lands."""
+CANCELLATION = (StateType.CANCELLING, StateType.CANCELLED)
+"""The states of a run that a person cancels, in this order."""
 
 
 class CancelledRun(NamedTuple):
     """A run that a person cancelled."""
 
+    id: str
     name: str
     at: datetime
+    """When it was asked to end. Its process may have ended much later."""
 
 
 class HeldArrival(BaseModel, frozen=True):
@@ -43,7 +49,7 @@ class HeldArrival(BaseModel, frozen=True):
 
     def remedy(self, lineage: str) -> str:
         """Return the command that lets the arrival go on."""
-        return f"deal requeue {self.key} --lineage {lineage}"
+        return f"deal requeue {shlex.quote(self.key)} --lineage {lineage}"
 
 
 async def hold_cancelled(
@@ -51,20 +57,25 @@ async def hold_cancelled(
 ) -> tuple[str, ...]:
     """Hold the open arrivals of a lineage whose run was cancelled; return their keys.
 
-    An arrival belongs to every run that was cancelled after the arrival was announced, or, without an announcement,
-    after it landed. A later `deal requeue` ends the hold.
+    An arrival belongs to every run that was cancelled after the arrival was announced, or was begun by a run without an
+    announcement. Otherwise no run has seen it, and nothing holds it. A later `deal requeue` ends the hold.
     """
     if not arrivals or not get_current_settings().api.url:
         return ()
     state = read_state(store, lineage)
-    since = {info.key: _waits_since(store, lineage, state, info, inbox.stamp(info)) for info in arrivals}
-    runs = await cancelled_runs(lineage, min(since.values()))
+    times = {info.key: _waits_since(store, lineage, state, info, inbox.stamp(info)) for info in arrivals}
+    since = {key: at for key, at in times.items() if at is not None}
+    runs = await cancelled_runs(lineage, min(since.values())) if since else []
     held = []
-    for info in arrivals:
-        run = next((run for run in runs if run.at >= since[info.key]), None)
+    for info in [info for info in arrivals if info.key in since]:
+        released = state.requeued(info)
+        over = released.cancelled_run if released else None  # by the server's clock, it may look newer than the release
+        run = next((run for run in runs if run.at >= since[info.key] and run.id != over), None)
         if run is not None:
             message = f"Its run {run.name} was cancelled on {run.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC."
-            state.record(info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info))
+            state.record(
+                info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info), cancelled_run=run.id
+            )
             held.append(info)
     if held:
         write_state(store, lineage, state)
@@ -75,38 +86,52 @@ async def hold_cancelled(
     return tuple(info.key for info in held)
 
 
-def _waits_since(store: ObjectStore, lineage: str, state: InboxState, info: ObjectInfo, beside: str) -> datetime:
-    """Return the time from which on a cancelled run is a run of this arrival."""
-    known = state.files.get(info.key)
-    if known is not None and known.outcome == "requeued" and known.etag == info.etag:
-        return known.at
+def _waits_since(
+    store: ObjectStore, lineage: str, state: InboxState, info: ObjectInfo, beside: str
+) -> datetime | None:
+    """Return the time from which on a cancelled run is a run of this arrival; None: no run has seen it.
+
+    The file's own time says nothing: a copy may keep the time of its original.
+    """
+    released = state.requeued(info)
+    if released is not None:
+        return released.at
     announced = read_announcement(store, lineage, info, beside)
-    return announced.at if announced else info.modified
+    return announced.at if announced else None
 
 
 @patient
 async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
-    """Return the cancelled runs that learn what lands for a lineage, newest first.
+    """Return the runs that learn what lands for a lineage and were cancelled since then, newest first.
 
     A run that is being cancelled counts too: its process may be gone, and then it stays in this state.
     """
-    states = [StateType.CANCELLED, StateType.CANCELLING]
     async with get_client() as client:
         runs = await client.read_flow_runs(
-            flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states))),
+            flow_run_filter=filters.FlowRunFilter(
+                state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(CANCELLATION)))
+            ),
             deployment_filter=filters.DeploymentFilter(
                 name=filters.DeploymentFilterName(any_=[DEPLOYMENT]), tags=filters.DeploymentFilterTags(all_=["deal"])
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         )
-    found = [CancelledRun(run.name, _since(run)) for run in runs if run.parameters.get("lineage") == lineage]
+        found = []
+        for run in runs:
+            if run.parameters.get("lineage") == lineage and run.state is not None and run.state.timestamp >= since:
+                at = _asked_at(await client.read_flow_run_states(run.id))
+                found += [CancelledRun(str(run.id), run.name, at)] if at else []
     return sorted((run for run in found if run.at >= since), key=lambda run: run.at, reverse=True)
 
 
-def _since(run: FlowRun) -> datetime:
-    """Return the time at which a run got its state."""
-    assert run.state is not None, "it was found by its state"
-    return run.state.timestamp
+def _asked_at(states: Sequence[State]) -> datetime | None:
+    """Return when a cancelled run was asked to end: the time of the first state of its last cancellation.
+
+    None: somebody has started the run again since.
+    """
+    newest_first = sorted(states, key=lambda state: state.timestamp, reverse=True)
+    last = list(takewhile(lambda state: state.type in CANCELLATION, newest_first))
+    return last[-1].timestamp if last else None
 
 
 def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Sequence[str] = ()) -> tuple[HeldArrival, ...]:
@@ -143,7 +168,10 @@ def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tupl
     keys = tuple(key for key in held if not named or key in named)
     for info in inbox.arrivals:
         if info.key in keys:
-            state.record(info, "requeued", "Asked for again.", now=datetime.now(UTC), beside=inbox.stamp(info))
+            state.record(
+                info, "requeued", "Asked for again.", now=datetime.now(UTC), beside=inbox.stamp(info),
+                cancelled_run=state.files[info.key].cancelled_run,
+            )  # fmt: skip
             drop_announcement(store, lineage, info, inbox.stamp(info))
     if keys:
         write_state(store, lineage, state)

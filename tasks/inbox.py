@@ -14,10 +14,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from prefect.events import emit_event
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -62,6 +69,14 @@ class Handled(BaseModel):
     is_final: bool = False
     """Whether a failed file would fail again, so that a watch does not try it again."""
     at: datetime
+    cancelled_run: str | None = None
+    """Id of the cancelled run that held the file; see `tasks.cancelled`."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the JSON, which has a later field only where it is set: an earlier release reads the rest."""
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "cancelled_run" or value is not None}
 
     def due(self) -> datetime | None:
         """Return the time of the next try; None: a watch does not try the file again."""
@@ -98,6 +113,7 @@ class InboxState(BaseModel):
     def record(
         self, info: ObjectInfo, outcome: Outcome, message: str, *,
         now: datetime, beside: str = "", version: str | None = None, is_final: bool = False,
+        cancelled_run: str | None = None,
     ) -> Handled:
         """Note the result for a file."""
         before = self.files.get(info.key)
@@ -105,10 +121,16 @@ class InboxState(BaseModel):
         num_tries = before.num_tries + 1 if before and is_retry else 1
         handled = Handled(
             etag=info.etag, outcome=outcome, message=message, version=version, num_tries=num_tries, beside=beside,
-            is_final=is_final, at=now,
+            is_final=is_final, at=now, cancelled_run=cancelled_run,
         )  # fmt: skip
         self.files[info.key] = handled
         return handled
+
+    def requeued(self, info: ObjectInfo) -> Handled | None:
+        """Return the note of a file whose hold a person ended, until the file is handled."""
+        known = self.files.get(info.key)
+        is_this = known is not None and known.outcome == "requeued" and known.etag == info.etag
+        return known if is_this else None
 
     def drop_gone(self, store: ObjectStore) -> None:
         """Drop the notes of files that are gone. Notes with a version stay, because they name the arrival."""
@@ -343,7 +365,10 @@ def _read_task_file(store: ObjectStore, key: str) -> TaskFile:
 
 
 class Announcement(BaseModel):
-    """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions)."""
+    """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions).
+
+    An arrival that a run began before its announcement counts as announced; see `note_begun`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -354,21 +379,36 @@ class Announcement(BaseModel):
     at: datetime
 
 
-def announce(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
-    """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once."""
-    _announce(store, lineage, info, beside, number=0)
+def announce(
+    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, released: datetime | None = None
+) -> None:
+    """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once.
+
+    `released` is when a person ended a hold of the arrival. The server ignores an event that it has had half an hour
+    before; an announcement after the hold is another event than one before.
+    """
+    _announce(store, lineage, info, beside, released, number=0)
 
 
-def announce_again(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime) -> bool:
+def announce_again(
+    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime, released: datetime | None = None
+) -> bool:
     """Announce an open arrival without a run once more, if the pause since the last announcement is over.
 
-    The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over.
+    The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over. For
+    `released` see `announce`.
     """
     known = read_announcement(store, lineage, info, beside)
     if known is None or now - known.at < growing_pause(known.number):
         return False
-    _announce(store, lineage, info, beside, number=known.number + 1)
+    _announce(store, lineage, info, beside, released, number=known.number + 1)
     return True
+
+
+def note_begun(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Note an arrival that a run begins, unless it was announced. If the run is lost, a server announces it again."""
+    if read_announcement(store, lineage, info, beside) is None:
+        _note(store, lineage, info, beside, number=0)
 
 
 def read_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> Announcement | None:
@@ -384,15 +424,22 @@ def drop_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside
     store.delete(_announcement_key(lineage, info, beside))
 
 
-def _announce(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, *, number: int) -> None:
+def _announce(
+    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, released: datetime | None, *, number: int
+) -> None:
     uri, content = store.uri_of(info.key), f"{info.etag} {beside}".strip()
+    after = f" after {released.isoformat()}" if released else ""
     emit_event(
         event=ARRIVAL_LANDED,
         resource={"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage},
         payload={"lineage": lineage, "task": task_of(info.key), "uri": uri, "etag": info.etag},
-        id=uuid.uuid5(uuid.NAMESPACE_URL, f"{lineage} {uri}@{content} {number}"),  # a repeat has the same id
+        id=uuid.uuid5(uuid.NAMESPACE_URL, f"{lineage} {uri}@{content} {number}{after}"),  # a repeat has the same id
         occurred=datetime.now(UTC),
     )
+    _note(store, lineage, info, beside, number=number)
+
+
+def _note(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, *, number: int) -> None:
     noted = Announcement(key=info.key, etag=info.etag, number=number, at=datetime.now(UTC))
     store.put_bytes(_announcement_key(lineage, info, beside), noted.model_dump_json().encode())
 

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from flows.cli.console import home_option, this_command
 from flows.cli.session import CommandResult, Lineage, Session, command
@@ -223,10 +223,13 @@ def history(
         int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
 ) -> CommandResult:
-    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
+    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time.
+
+    Arrivals that are held are shown too; with --json, deal status has them.
+    """
     from tasks.cancelled import find_held
     from tasks.context import current_store
-    from tasks.lineage.history import read_champion_at, read_history, read_matrix, read_moves
+    from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves
 
     if matrix:
         found = read_matrix(lineage)
@@ -242,7 +245,7 @@ def history(
     held = find_held(current_store(), lineage)
     try:
         entries = read_history(lineage, None if deal.screen.as_json else newest or None)
-    except RegistryError:
+    except NoVersionError:
         if not held:
             raise
         entries = []  # its first arrival is held

@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
-from deal_core.errors import RegistryError
 from deal_core.safe_text import listed
 from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, new_table, show_adaptation, show_held
@@ -151,11 +150,15 @@ def requeue(
     ] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
+    """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned.
+
+    With --json, the list has what was left behind; deal status --json has the arrivals that are held.
+    """
     from flows.promote import find_left_behind
     from flows.promote import requeue as requeue_flow
     from tasks.cancelled import find_held, release
     from tasks.context import current_store
+    from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
     versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]
@@ -167,7 +170,7 @@ def requeue(
         held = find_held(current_store(), lineage)
         try:
             found = find_left_behind(lineage)
-        except RegistryError:
+        except NoVersionError:
             if not held:
                 raise
             found = ()  # its first arrival is held

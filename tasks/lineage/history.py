@@ -22,6 +22,10 @@ from tasks.lineage.record import read_record
 from tasks.lineage.version_files import require_stored
 
 
+class NoVersionError(RegistryError):
+    """A lineage has no version, and never had one."""
+
+
 class HistoryEntry(BaseModel):
     """One version of a lineage."""
 
@@ -51,11 +55,13 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
     """Return the versions of a lineage, oldest first. `newest` limits their number.
 
     Raises:
-        RegistryError: The lineage has no version.
+        NoVersionError: The lineage has no version.
+        RegistryError: The registry does not answer, or has lost the lineage.
     """
-    versions = open_registry().versions(lineage, newest=newest)
+    registry = open_registry()
+    versions = registry.versions(lineage, newest=newest)
     if not versions:
-        raise RegistryError(unknown_lineage(lineage))
+        raise no_version(registry, lineage)
     store = current_store()
     shared = HistoryEntry.model_fields.keys() - {"adapter"}
     return [
@@ -107,6 +113,12 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
             "history is left. Name another version."
         )
     return found
+
+
+def no_version(registry: Registry, lineage: str) -> RegistryError:
+    """Return the error for a lineage of which the registry has no version: `NoVersionError`, unless they are lost."""
+    lost = lost_in_registry(registry, current_store(), lineage)
+    return RegistryError(lost) if lost else NoVersionError(unknown_lineage(lineage))
 
 
 def unknown_lineage(lineage: str) -> str:

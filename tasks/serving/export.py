@@ -12,15 +12,16 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from deal_core.adapter.files import PEFT_FILES
-from deal_core.base_model.sources import licence_of_base, resolve_base
+from deal_core.base_model.sources import HUB_ID, licence_of_base, resolve_base
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
-from deal_core.evaluation.answering import SERVED_FILE
+from deal_core.evaluation.answering import SERVED_FILE, read_served
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.registry import Registry, VersionInfo, open_registry
@@ -77,12 +78,13 @@ def export_version(lineage: str, version: str, to: Target, target: str) -> Expor
     Args:
         lineage: Its lineage.
         version: Its number.
-        to: merged: a transformers folder with base model and adapter in one. hub: a private repository on the Hub with
-            the PEFT folder and its model card.
+        to: merged: a transformers folder with base model and adapter in one. hub: a repository on the Hub with the PEFT
+            folder and its model card. A new repository is made private; one that is there must be private.
         target: The new folder, or the repository OWNER/NAME.
 
     Raises:
-        ConfigError: The target is not free or no valid name, the base model is quantized, or the Hub refuses.
+        ConfigError: The target is not free, no valid name or a public repository, the base model is quantized, or the
+            Hub refuses.
         IntegrityError: The export answers otherwise than the served version; nothing was written.
         RegistryError: The version may not leave: it was rejected, waits for a person, or learned from forgotten rows.
     """
@@ -212,11 +214,18 @@ def _export_to_hub(
 
 
 def hub_folder(registry: Registry, info: VersionInfo, folder: Path) -> None:
-    """Fetch a version as it goes to the Hub: the PEFT files, the model card, and how each task is asked. No rows."""
+    """Fetch a version as it goes to the Hub: the PEFT files, the model card, and how each task is asked. No rows.
+
+    Where the base model's source is a path of this machine, deal.json has the base model's name instead.
+    """
     registry.download(info.lineage, info.version, folder)
     for path in sorted(folder.iterdir()):
         if path.name not in HUB_FILES:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    served = read_served(folder) if (folder / SERVED_FILE).is_file() else None
+    if served and not HUB_ID.fullmatch(served.base_source):
+        known = replace(served, base_source=served.base_name)
+        (folder / SERVED_FILE).write_text(json.dumps(known.to_json(), indent=2), encoding="utf-8")
 
 
 def _compare_folder(
@@ -239,12 +248,22 @@ def _compare_folder(
 
 
 def _upload(folder: Path, repository: str, message: str) -> str:
+    """Upload a folder to a private repository, and return its address. The repository is created if it is not there.
+
+    Raises:
+        ConfigError: The repository is public, or the Hub refuses or does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
+        if not api.repo_info(repository).private:  # it was there before
+            raise ConfigError(
+                f"{repository} is a public repository of the Hub: everyone could read the adapter. Make it private in "
+                "its settings on the Hub, or name another one. Nothing was uploaded."
+            )
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:  # OSError: the Hub does not answer
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -19,11 +23,12 @@ from flows.cli.app import app
 from flows.promote import requeue
 from flows.server.status import read_status
 from flows.watch import adapt_landed, watch_inbox
-from tasks.cancelled import DEPLOYMENT, release
+from infra.store.keys import watch_key
+from tasks.cancelled import DEPLOYMENT, HeldArrival, release
 from tasks.context import current_store
-from tasks.inbox import read_state
+from tasks.inbox import read_state, write_state
 from tasks.lineage.settings import WatchedLineage, add_lineage
-from tests.in_process import put_back
+from tests.in_process import KilledError, put_back
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home", "deployment")
 KEY = "inbox/parcels/a.jsonl"
@@ -75,14 +80,44 @@ def learn(lineage: str) -> list[str]:
     return [seen.key for seen in result.files]
 
 
-def run_ends(lineage: str, state: State) -> None:
+def announced(home: Path, name: str = "a.jsonl") -> None:
+    """An arrival that both lineages know of."""
+    land(home, name)
+    look()
+    assert look() == 2, "settled, and announced to both lineages"
+
+
+def begun(monkeypatch: pytest.MonkeyPatch, lineage: str) -> None:
+    """A run that dies at its first arrival."""
+
+    async def die(*arguments: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.watch._adapt_to", die)
+        with pytest.raises(KilledError):
+            learn(lineage)
+
+
+def run_ends(lineage: str, state: State) -> UUID:
     """A run of the deployment for a lineage, in the state that a person gives it."""
 
-    async def act() -> None:
+    async def act() -> UUID:
         async with get_client() as client:
             found = await client.read_deployment_by_name(f"adapt-landed/{DEPLOYMENT}")
             run = await client.create_flow_run_from_deployment(found.id, parameters={"lineage": lineage})
             await client.set_flow_run_state(run.id, state, force=True)
+            return run.id
+
+    return asyncio.run(act())
+
+
+def then(run: UUID, state: State) -> None:
+    """The next state of a run."""
+
+    async def act() -> None:
+        async with get_client() as client:
+            await client.set_flow_run_state(run, state, force=True)
 
     asyncio.run(act())
 
@@ -101,9 +136,7 @@ def deal(*words: str) -> str:
 
 @pytest.mark.parametrize("state", [Cancelled, Cancelling])
 def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, lineages: None, state: type) -> None:
-    land(home, "a.jsonl")
-    look()
-    assert look() == 2, "settled, and announced to both lineages"
+    announced(home)
     run_ends("l", state())
     assert look() == 1 and is_held() and not is_held("other"), "only the other lineage's run is announced again"
     land(home, "b.jsonl", b"more nonsense\n")
@@ -120,11 +153,83 @@ def test_a_cancelled_run_does_not_start_again_until_a_person_asks(home: Path, li
     assert learn("l") == [KEY], "the run that was cancelled before counts no longer"
 
 
-def test_a_hold_does_not_need_the_watcher(home: Path, lineages: None) -> None:
+def test_a_hold_does_not_need_the_watcher(home: Path, lineages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     land(home, "a.jsonl")
+    begun(monkeypatch, "l")
     run_ends("l", Cancelled())
     assert learn("l") == [] and is_held()
     assert learn("other") == [KEY]
+
+
+def test_the_time_of_a_file_says_nothing(home: Path, lineages: None) -> None:
+    run_ends("l", Cancelled())
+    land(home, "a.jsonl")
+    os.utime(home / "store" / KEY, (1_700_000_000, 1_700_000_000))
+    assert learn("l") == [KEY], "a copy that kept its time: the cancelled run never saw it"
+
+
+def test_a_run_counts_from_the_time_at_which_a_person_cancelled_it(home: Path, lineages: None) -> None:
+    """Its process may end, or its worker may come back, long after that."""
+    announced(home)
+    run = run_ends("l", Cancelling())
+    assert look() == 1 and is_held()
+    release(current_store(), "l", [KEY])
+    land(home, "b.jsonl", b"more nonsense\n")
+    look()
+    assert look() >= 1, "announced, after the cancellation"
+    then(run, Cancelled())
+    assert learn("l") == [KEY, "inbox/parcels/b.jsonl"]
+
+
+def test_a_run_does_not_hold_twice_where_the_clocks_differ(home: Path, lineages: None) -> None:
+    announced(home)
+    run_ends("l", Cancelled())
+    assert learn("l") == [] and is_held()
+    release(current_store(), "l", [KEY])
+    state = read_state(current_store(), "l")
+    state.files[KEY].at -= timedelta(hours=1)  # by the clock of this machine, before the server's cancellation
+    write_state(current_store(), "l", state)
+    assert learn("l") == [KEY]
+    assert "cancelled_run" not in current_store().get_bytes(watch_key("l")).decode(), "as an earlier release wrote it"
+
+
+def test_an_arrival_that_goes_on_is_announced_at_once(
+    home: Path, lineages: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ignores an event whose id it has had."""
+    ids: list[UUID] = []
+    emit = tasks.inbox.emit_event
+
+    def note(**event: Any) -> object:
+        if event["payload"]["lineage"] == "l":
+            ids.append(event["id"])
+        return emit(**event)
+
+    monkeypatch.setattr("tasks.inbox.emit_event", note)
+    monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(hours=1))
+    land(home, "a.jsonl")
+    assert look() + look() == 2
+    run_ends("l", Cancelled())
+    assert look() == 0 and is_held() and len(ids) == 1
+    release(current_store(), "l", [KEY])
+    assert look() + look() == 1 and len(set(ids)) == 2
+
+
+def test_a_hold_hides_no_lost_registry(home: Path, lineages: None) -> None:
+    announced(home)
+    run_ends("l", Cancelled())
+    assert learn("l") == [] and is_held()
+    assert KEY in deal("history", "--lineage", "l"), "without any version"
+    current_store().put_bytes("promotions/l/00000001.json", b'{"version": "1"}')
+    for words in (["history"], ["requeue"]):
+        with put_back():
+            found = CliRunner().invoke(app, [*words, "--lineage", "l"])
+        assert found.exit_code != 0 and KEY not in found.output
+
+
+def test_the_remedy_is_a_command_for_a_shell() -> None:
+    held = HeldArrival(key="inbox/parcels/may 2.jsonl", why="x")
+    assert shlex.split(held.remedy("l")) == ["deal", "requeue", held.key, "--lineage", "l"]
 
 
 def test_what_was_cancelled_before_an_arrival_landed_does_not_hold_it(home: Path, lineages: None) -> None:
@@ -134,7 +239,7 @@ def test_what_was_cancelled_before_an_arrival_landed_does_not_hold_it(home: Path
 
 
 def test_another_content_is_another_arrival(home: Path, lineages: None) -> None:
-    land(home, "a.jsonl")
+    announced(home)
     run_ends("l", Cancelled())
     assert learn("l") == []
     land(home, "a.jsonl", b"other nonsense\n")
@@ -142,7 +247,7 @@ def test_another_content_is_another_arrival(home: Path, lineages: None) -> None:
 
 
 def test_the_deployment_lets_everything_go_on_that_is_held(home: Path, lineages: None) -> None:
-    land(home, "a.jsonl")
+    announced(home)
     run_ends("l", Cancelled())
     assert learn("l") == [] and is_held()
     assert asyncio.run(requeue("l")) == []

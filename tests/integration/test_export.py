@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import ConfigError, IntegrityError, RegistryError
+from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import VllmSettings
@@ -113,11 +116,51 @@ def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(
         "README.md", "adapter_config.json", "adapter_model.safetensors", "deal.json"
     ]  # fmt: skip
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder)
+    for path in folder.iterdir():
+        assert str(tiny_base).encode() not in path.read_bytes(), "a path of this machine is nobody else's business"
+    assert read_served(folder).base_source == tiny_base.name
     with pytest.raises(ConfigError, match="give OWNER/NAME"):
         export_version("l", "3", "hub", "../somewhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="ours/support could not be written on the Hub"):
         export_version("l", "3", "hub", "ours/support")
+
+
+def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        """A Hub whose repository is there already and public."""
+
+        def answer(self, status: int, content: object) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked.append(f"{self.command} {self.path}")
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.answer(409, {"error": "You already created this model repo", "url": "https://huggingface.co/ours/support"})
+
+        def do_GET(self) -> None:
+            self.answer(200, {"id": "ours/support", "private": False})
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(ConfigError, match=r"ours/support is a public repository.*Nothing was uploaded"):
+            export_version("l", "3", "hub", "ours/support")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == ["POST /api/repos/create", "GET /api/models/ours/support"]
 
 
 def resolved(folder: Path, base_model: str, name: str) -> bool:

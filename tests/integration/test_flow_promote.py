@@ -372,6 +372,27 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
 
 
+@pytest.mark.usefixtures("lineage")
+def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(tiny_base, "clinic", approval="person")
+    add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
+    open_registry().client.set_registered_model_alias("l", "champion", "1")
+    settled_champion(open_registry(), current_store(), "l")
+
+    def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
+        monkeypatch.setattr("flows.promote.find_version", find_version)
+        promote_to("l", "3", **BY)
+        return find_version(registry, lineage, version)
+
+    monkeypatch.setattr("flows.promote.find_version", find_slowly)
+    with pytest.raises(RegistryError, match="try again"):
+        decide("l", "1", "reject", why="not now", who="Ada")
+    settled_champion(open_registry(), current_store(), "l")
+    assert (aliases()["champion"], read_moves("l")[-1].champion) == ("3", "3")
+
+
 @pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str

@@ -37,7 +37,7 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {str(number): known_version(number, parent) for number, parent in ((1, None), (2, 1), (3, 1))}
     registry = SimpleNamespace(versions=lambda lineage: list(known.values()))
     log = SimpleNamespace(moves=lambda lineage: [])
-    monkeypatch.setattr("flows.promote._look", lambda lineage: (registry, log, "2", known["2"]))
+    monkeypatch.setattr("flows.promote._look", lambda lineage: (registry, log, "2", None, known["2"]))
     monkeypatch.setattr("flows.promote._require_usable", lambda *args: None)
     monkeypatch.setattr("flows.promote.find_version", lambda registry, lineage, number: known[number])
     for name in ("open_registry", "PromotionLog", "current_store"):

@@ -19,7 +19,13 @@ from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from tasks.lineage.settings import AskedSpec, choose_strategy, spec_from_options, watched_from_options
+from tasks.lineage.settings import (
+    AskedSpec,
+    asks_for_alias_moves,
+    choose_strategy,
+    spec_from_options,
+    watched_from_options,
+)
 from tasks.spec import AdaptSpec, TaskSpec
 
 STORED = """\
@@ -242,3 +248,22 @@ def test_replay_is_refused_where_no_row_may_be_kept(store: ObjectStore) -> None:
     spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="seq_lora", memory="rows")
     with pytest.raises(ConfigError, match="strategy seq_lora asks no kept row again"):
         choose_strategy(spec, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "asks"),
+    [
+        ("gate: {alias_moves: request}\n", True),
+        ("gate: {alias_moves: follow}\n", False),
+        ("gate: {alias_moves: request}\ntrain: {max_steps: many}\n", True),
+        ("train: {max_steps: many}\n", False),
+        ("gate: {alias_moves: requst}\n", True),
+        ("gate: {alias_move: request}\n", True),
+        ("gates: {alias_moves: request}\n", True),
+        ("gate: [\n", True),
+    ],
+)
+def test_a_mistake_in_the_file_does_not_let_the_alias_decide(store: ObjectStore, text: str, asks: bool) -> None:
+    store.put_bytes("lineages/support.yaml", text.encode())
+    assert asks_for_alias_moves(store, "support") == asks
+    assert not asks_for_alias_moves(store, "without-a-file")
