@@ -30,8 +30,9 @@ DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}
 TWO, THREE = tuple(LABELS)[:2], tuple(LABELS)
 TRAIN = TrainConfig(
-    num_epochs=1, batch_size=4, learning_rate=0.02, max_prompt_tokens=64, checkpoint_steps=0, schedule="constant", balance_labels=False
-)
+    num_epochs=1, batch_size=4, learning_rate=0.02, schedule="constant", balance_labels=False,
+    max_prompt_tokens=64, checkpoint_steps=0,
+)  # fmt: skip
 
 
 def task(name: str) -> SuiteTask:
