@@ -353,6 +353,17 @@ def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResul
     assert not holding(home, SECRET)
 
 
+def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -> None:
+    store = current_store()
+    assert plan_forget(first.dataset.sha256).knows_training_rows
+    training = store.get_bytes("inbox/bank/may.jsonl")
+    store.delete("inbox/bank/may.jsonl")
+    assert not plan_forget(first.dataset.sha256).knows_training_rows
+    store.put_bytes("inbox/bank/copy.jsonl", training)
+    store.delete("inbox/bank/test.jsonl")
+    assert plan_forget(first.dataset.sha256).knows_training_rows, "a copy of the file has them too"
+
+
 @pytest.mark.usefixtures("first")
 def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path, tmp_path: Path) -> None:
     june, july = tmp_path / "june.jsonl", tmp_path / "july.jsonl"
