@@ -12,8 +12,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.config import MonitorConfig
 from deal_core.errors import ConfigError
-from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare
+from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare, window
 from infra.predictions import read_feedback
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
@@ -91,7 +92,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
     if rebase:
-        _rebase(store, info, live, config.min_rows)
+        _rebase(store, info, live, config)
     feedback = read_feedback(store, HomeSettings().home, lineage) if data is None else None
     report = compare(
         reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
@@ -162,15 +163,16 @@ def accuracies_before(record: LineageRecord) -> Mapping[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, min_rows: int) -> None:
-    sizes = live.groupby("task").size()
-    enough = sizes[sizes >= min_rows].index
-    if not len(enough):
+def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:
+    """Keep the window of each task that has enough rows, as a look counts them."""
+    windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
+    enough = [rows for rows in windows if len(rows) >= config.min_rows]
+    if not enough:
         raise ConfigError(
-            f"No task has {min_rows} live rows of version {info.version}, which monitor.min_rows asks for; wait for "
-            "more traffic."
+            f"No task has {config.min_rows} live rows of version {info.version} without repeats, which "
+            "monitor.min_rows asks for; wait for more traffic."
         )
-    kept = live.loc[live["task"].isin(enough), BASELINE_COLUMNS]
+    kept = pd.concat(enough)[BASELINE_COLUMNS]
     write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
 
 

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from deal_core.data.rows import stored_input_digest
+from deal_core.config import MonitorConfig
 from deal_core.errors import ConfigError
 from flows.cli.app import app
 from flows.evaluate import evaluate
@@ -222,13 +223,19 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")
     with pytest.raises(ConfigError, match="No task has 100 live rows"):
         look(rebase=True)
-    put_predictions(store, "l", live(2, chars=5000), "b")
+    repeated = [live(1, chars=5000).iloc[:50].assign(id=[f"again-{number}-{row}" for row in range(50)]) for number in range(3)]
+    put_predictions(store, "l", pd.concat(repeated), "repeats")
+    with pytest.raises(ConfigError, match="No task has 100 live rows"):  # a look counts a repeat once too
+        look(rebase=True)
+    put_predictions(store, "l", pd.concat([live(seed, chars=5000) for seed in (2, 3, 4)]), "b")
     assert [each.kind for each in look().alarms] == ["drift"]
     store.put_bytes(baseline_key("l", "1"), b"of a version before")
     found = look(rebase=True)
     assert not found.alarms and found.drift is not None and found.drift.task("bank").is_rebased
     (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
-    assert not {"id", "input_sha256", "time", "input"} & {*pd.read_parquet(kept).columns}
+    rows = pd.read_parquet(kept)
+    assert not {"id", "input_sha256", "time", "input"} & {*rows.columns}
+    assert len(rows) == MonitorConfig().window_rows, "the window of a look"
 
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
