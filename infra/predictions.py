@@ -77,15 +77,13 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
-    label tells whether the answer was right if the log still has the answer and its task has labels.
+    label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
+    entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
 
     Raises:
         StoreError: The store does not answer, or a segment is damaged.
     """
     found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
-    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
-    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
-    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
     if found["label"].notna().any():
         table = _frame(read_log(store, prediction_log(home, lineage)).select(["id", "label", "is_label"]))
         given = {row.id: row.label if row.is_label else "" for row in table.itertuples() if row.is_label is not None}
@@ -95,7 +93,16 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
             for row in found.itertuples()
         ]  # fmt: skip
         found["is_right"] = pd.Series(is_right, dtype=object)
-    return found
+    chosen = set(found.loc[found["is_random"] == True, "id"])  # noqa: E712
+    judged = found[found["is_right"].notna()].sort_values("time", kind="stable")
+    newest = dict(zip(judged["id"], judged["is_right"], strict=True))
+    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
+    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
+    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
+    is_right = [newest.get(row.id) if row.is_right is None else row.is_right for row in found.itertuples()]
+    return found.assign(
+        is_right=pd.Series(is_right, dtype=object), is_random=pd.Series(found["id"].isin(chosen), dtype=object)
+    )
 
 
 def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:

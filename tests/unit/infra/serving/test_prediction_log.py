@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deal_core.evaluation.answering import InputRow
-from deal_core.monitoring.feedback import FEEDBACK_COLUMNS
+from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
 from deal_core.monitoring.predictions import COLUMNS, Prediction
 from infra.log_segments import SegmentWriter, ship, ship_all
 from infra.predictions import PREDICTION_SCHEMA, feedback_log, prediction_log, read_feedback, read_predictions
@@ -288,6 +288,23 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         unknown: ("b", None, False, None), talk: ("Hello", None, False, None),
     }  # fmt: skip
     assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
+
+
+def test_a_correction_keeps_a_row_in_the_random_sample(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        wrong, free = (ids[0] for ids in (ask(log, "a"), ask(log, "b")))
+
+        def say(now: float, **values: Any) -> None:
+            assert log.take_feedback([read_entry(values, "", source="api", now=now).feedback])
+
+        for each in (wrong, free, "f" * 32):
+            say(1.0, id=each, is_right=False, is_random=True)
+        say(2.0, id=wrong, label="b", reviewer="Jo")
+        say(2.0, id="f" * 32, answer="Hello", reviewer="Jo")
+        say(3.0, id=free, is_right=True)
+    found = {row.id: row for row in read_feedback(store, tmp_path, "l").itertuples()}
+    assert [(row.is_random, row.is_right) for row in found.values()] == [(True, False), (True, False), (True, True)]
+    assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
 
 
 def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:
