@@ -112,6 +112,33 @@ def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[
             if digest in inputs}  # fmt: skip
 
 
+def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before: float) -> set[str]:
+    """Return the ids of answers that are not in the log, although there is feedback on them.
+
+    `before` leaves out newer feedback, in seconds since 1970: a server on another machine may not have moved the answer
+    into the store yet. Nothing is moved into the store.
+
+    Raises:
+        StoreError: The store does not answer, or a segment is damaged.
+    """
+    table = read_log(store, feedback_log(home, lineage), ships=False).select(["id", "time"])
+    said = _frame(table).groupby("id")["time"].max()
+    waiting = set(said[said < before].index)
+    if not waiting:
+        return set()
+    answers = read_log(store, prediction_log(home, lineage), ships=False)
+    return waiting - set(answers.column("id").to_pylist())
+
+
+def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collection[str]) -> None:
+    """Remove the feedback on these answers.
+
+    Raises:
+        StoreError: The store does not answer, or a server does not close its segment.
+    """
+    remove_rows(store, feedback_log(home, lineage), ids)
+
+
 def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> None:
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
 
@@ -119,7 +146,7 @@ def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collect
         StoreError: The store does not answer, or a server does not close its segment.
     """
     ids = answers_to(store, home, lineage, inputs)
-    remove_rows(store, feedback_log(home, lineage), ids)  # first, because only the answers tell the ids
+    remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids
     remove_rows(store, prediction_log(home, lineage), ids)
 
 
