@@ -45,6 +45,8 @@ class MonitorResult(BaseModel):
     version: str
     num_rows: int
     """Live rows of this version, repeated requests included."""
+    num_faulty: int = 0
+    """Rows of a file that cannot be read. They are left out."""
     drift: DriftReport | None = None
     """None: there was nothing to compare."""
     problem: str | None = None
@@ -70,13 +72,21 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
 
     Raises:
         RegistryError: The lineage has no champion.
-        ConfigError: The file cannot be used, or there are too few rows for a rebase.
+        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
     """
+    if rebase and data is not None:
+        raise ConfigError(
+            "--rebase keeps rows of the prediction log for later looks, and --data compares a file once; give one of "
+            "them."
+        )
     store = current_store()
     info = find_version(open_registry(), lineage, None)
     record = read_record(store, info.adapter_uri)
-    live = logged_rows(store, lineage, info.version) if data is None else rows_of_file(Path(data), record, info.version)
-    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live))
+    live, num_faulty = (
+        (logged_rows(store, lineage, info.version), 0) if data is None
+        else rows_of_file(Path(data), record, info.version)
+    )
+    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
         return found.model_copy(update={"problem": (
@@ -112,7 +122,7 @@ def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: D
             reasons=alarm.reasons, tracking_id=tracking_id, run_key=info.run_key,
             accuracies=_accuracies(report.task(alarm.task)),
         )  # fmt: skip
-        announce(alarm.kind, notice, once=f"{info.version} {alarm.task} {alarm.look}")
+        announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
     _drop_old_baselines(store, info)
     return found.model_copy(update={"alarms": state.alarms, "new_alarms": new, "tracking_id": tracking_id})
