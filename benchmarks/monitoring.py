@@ -29,9 +29,8 @@ from deal_core.evaluation.answerer import load_base_of
 from deal_core.evaluation.answering import ServedTask, read_served
 from deal_core.evaluation.generation import answer_inputs
 from deal_core.monitoring.drift import TaskDrift, compare
-from deal_core.monitoring.predictions import COLUMNS
+from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from infra.settings import HomeSettings
-from tasks.monitoring.reference import answer_facts
 
 USUAL, TYPOS = "usual", "20 % typos"
 FOREIGN: Mapping[str, Sequence[str]] = {"agnews": ("amazon",), "amazon": ("agnews", "yelp")}

@@ -15,7 +15,7 @@ from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
-from tasks.housekeeping.inventory import find_arrival
+from tasks.housekeeping.inventory import find_arrival, ship_logs
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 
 
@@ -52,6 +52,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
     Raises:
         ConfigError: There is no such arrival, or more than one.
+        StoreError: A server does not close its segment of the prediction log.
     """
     store, registry, tracker = current_store(), open_registry(), open_tracker()
     arrival = find_arrival(store, registry, named)
@@ -60,6 +61,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
     async with AsyncExitStack() as stack:
         for lineage in _affected(plan):
             await stack.enter_async_context(hold_lineage(lineage))
+        ship_logs(store)
         plan = plan_forgetting(store, registry, tracker, arrival)  # a run that has ended may have added data
         put_tombstone(store, tombstone := _tombstone(plan, reason))
         keys = {each.address for each in plan.held if each.kind == "inbox file"} | {arrival.key}

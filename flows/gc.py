@@ -19,6 +19,7 @@ from tasks.housekeeping.garbage import Removal, plan_removals
 from tasks.housekeeping.inventory import (
     list_all_lineages,
     list_logged_lineages,
+    lonely_feedback,
     look_at_lineage,
     old_logs,
     old_temporaries,
@@ -87,8 +88,14 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         except DealError as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
-    days = ServingSettings().log_retention_days
-    apply(old_logs(store, logged if lineage is None else (lineage,), now=now, days=days))
+    days, with_logs = ServingSettings().log_retention_days, logged if lineage is None else {lineage} & {*logged}
+    apply(old_logs(store, with_logs, now=now, days=days))
+    for name in with_logs:
+        try:
+            apply(lonely_feedback(store, name, now=now))
+        except DealError as error:
+            reporter().said(f"Lineage '{name}': {error}")
+            problems[name] = str(error)
     if lineage is None:
         apply(old_training_rows(store, now=now, older_than=limit))
         apply(old_temporaries(store, now=now))

@@ -7,7 +7,8 @@ from prefect import flow
 from deal_core.errors import DealError
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.lineage.settings import for_each, list_lineages
+from tasks.lineage.history import known_lineages
+from tasks.lineage.settings import for_each
 from tasks.monitoring.look import MonitorResult, look_at
 from tasks.progress import Stages, reporter
 
@@ -23,11 +24,12 @@ async def monitor(lineage: str, data: str | None = None, rebase: bool = False) -
 
     Raises:
         RegistryError: The lineage has no champion.
-        ConfigError: The file cannot be used, or there are too few rows for a rebase.
+        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
     """
     stages = Stages()
     found = await stages.run("compare", look_at, lineage, data, rebase)
-    stages.done("compare", found.problem or f"{found.num_rows} rows of version {found.version}")
+    left_out = f"; {found.num_faulty} rows cannot be read and were left out" if found.num_faulty else ""
+    stages.done("compare", (found.problem or f"{found.num_rows} rows of version {found.version}") + left_out)
     for alarm in found.new_alarms:
         reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
     return found
@@ -38,13 +40,13 @@ async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult
     """Look at the live traffic of several lineages' champions, one after another.
 
     Args:
-        lineages: Their names; empty: all lineages in the server's settings that have a champion.
+        lineages: Their names; empty: all lineages that have a champion.
 
     Raises:
         DealError: Some lineages could not be looked at. All others were.
     """
     registry = open_registry()
-    names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
+    names = lineages or known_lineages(current_store())
 
     async def look(name: str) -> MonitorResult | None:
         return await monitor(name) if lineages or registry.champion(name) else None

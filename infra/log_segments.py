@@ -28,7 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from deal_core.errors import StoreError
+from deal_core.data.schema import is_name
+from deal_core.errors import ConfigError, StoreError
+from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
 
@@ -41,6 +43,8 @@ CLOSE_FILE = "close"
 """A file in a log's folder. After its time has changed, writers close their segments."""
 CLOSE_SECONDS = 30.0
 """Time for writers to close their segments."""
+WRITE_SECONDS = 0.5
+"""Time after which a server writes the rows that wait."""
 NUM_READERS = 8
 """Segments that are read from the store at the same time."""
 
@@ -58,6 +62,13 @@ class Log:
     lineage: str
     home: Path
 
+    def __post_init__(self) -> None:
+        if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
+            raise ConfigError(
+                f"The lineage is {brief(self.lineage)}; use 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
+                "letter or a digit."
+            )
+
     @property
     def folder(self) -> Path:
         """The folder of the segments that are not shipped."""
@@ -65,7 +76,11 @@ class Log:
 
     def segments(self) -> list[Path]:
         """Return the segments on this machine, oldest first."""
-        return sorted(self.folder.glob("*.jsonl"))
+        return sorted(self.folder.glob("[0-9]*.jsonl"))
+
+    def unnamed(self) -> list[Path]:
+        """Return the empty segments that have no name yet. Their writer has just opened them, or was killed then."""
+        return sorted(self.folder.glob(".*.jsonl"))
 
     def stored(self, store: ObjectStore, since: date | None = None) -> list[ObjectInfo]:
         """Return the segments in the store, oldest first; with `since`, those opened on this day or later."""
@@ -129,13 +144,14 @@ class SegmentWriter:
         file = FileIO(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600), "w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            close_stamp = _close_stamp(self._log)  # before the rename, after which `ship_all` may ask to close it
             os.rename(hidden, path)
         except OSError:
             file.close()
             hidden.unlink(missing_ok=True)
             raise
         self._file, self._opened, self._num_rows = file, time.monotonic(), 0
-        self._close_stamp = _close_stamp(self._log)
+        self._close_stamp = close_stamp
         return file
 
 
@@ -148,14 +164,15 @@ def ship(store: ObjectStore, log: Log) -> int:
     """Move the segments without a writer into the store; return their number.
 
     Raises:
-        StoreError: The store does not answer, or a segment is damaged.
+        StoreError: The store does not answer, or a segment is damaged or belongs to another user.
     """
     num_shipped = 0
     for path in log.segments():
         with _locked(path) as is_ours:
             if is_ours:
                 put_table(store, log, path.stem, read_segment(path, log.schema))
-                path.unlink()
+                with _usable(path):
+                    path.unlink()
                 num_shipped += 1
     return num_shipped
 
@@ -169,7 +186,8 @@ def ship_all(store: ObjectStore, log: Log) -> None:
     waiting = log.segments()
     if not waiting:
         return
-    (log.folder / CLOSE_FILE).write_text(uuid.uuid4().hex, encoding="utf-8")
+    with _usable(log.folder / CLOSE_FILE) as path:
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
     deadline = time.monotonic() + CLOSE_SECONDS
     while True:
         ship(store, log)
@@ -196,9 +214,12 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a segment on this machine. A line that was not written to its end is skipped.
 
     Raises:
-        StoreError: The segment has a row of another form.
+        StoreError: The segment has a row of another form, or belongs to another user.
+        FileNotFoundError: The segment was moved meanwhile.
     """
-    *lines, _ = path.read_bytes().split(b"\n")  # after the last line end stands nothing, or a half-written line
+    with _usable(path):
+        content = path.read_bytes()
+    *lines, _ = content.split(b"\n")  # after the last line end stands nothing, or a half-written line
     rows = []
     for line in lines:
         with suppress(ValueError):  # a power cut may leave such lines
@@ -223,13 +244,15 @@ def get_table(store: ObjectStore, key: str, schema: pa.Schema) -> pa.Table:
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
-def read_log(store: ObjectStore, log: Log, since: date | None = None) -> pa.Table:
+def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: bool = True) -> pa.Table:
     """Read all rows of a log, in the store and on this machine. A row counts once.
 
-    Segments without a writer are moved into the store first. `since` leaves out segments of earlier days.
+    Segments without a writer are moved into the store first, unless `ships` is False. `since` leaves out segments of
+    earlier days.
     """
     try:
-        ship(store, log)
+        if ships:
+            ship(store, log)
     except StoreError as error:  # what is here can be read all the same
         logger.warning("%s", error)
     tables = []
@@ -272,18 +295,37 @@ def _close_stamp(log: Log) -> int:
 def _locked(path: Path) -> Iterator[bool]:
     """Lock a segment. False: a process writes it, or it is gone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with _usable(path):
+            descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         yield False
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            yield False
-            return
-        yield path.exists()  # another process may have shipped it before this one got the lock
+        is_free = True
+        with _usable(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                is_free = False
+        yield is_free and path.exists()  # another process may have shipped it before this one got the lock
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[Path]:
+    """Report that a file of a log cannot be used. A file that is gone is not reported.
+
+    Raises:
+        StoreError: Another user owns the file, say.
+    """
+    try:
+        yield path
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be used ({error.strerror}); give the command as the user who runs deal serve."
+        ) from None

@@ -77,15 +77,13 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
-    label tells whether the answer was right if the log still has the answer and its task has labels.
+    label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
+    entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
 
     Raises:
         StoreError: The store does not answer, or a segment is damaged.
     """
     found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
-    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
-    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
-    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
     if found["label"].notna().any():
         table = _frame(read_log(store, prediction_log(home, lineage)).select(["id", "label", "is_label"]))
         given = {row.id: row.label if row.is_label else "" for row in table.itertuples() if row.is_label is not None}
@@ -95,7 +93,16 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
             for row in found.itertuples()
         ]  # fmt: skip
         found["is_right"] = pd.Series(is_right, dtype=object)
-    return found
+    chosen = set(found.loc[found["is_random"] == True, "id"])  # noqa: E712
+    judged = found[found["is_right"].notna()].sort_values("time", kind="stable")
+    newest = dict(zip(judged["id"], judged["is_right"], strict=True))
+    found["is_reviewed"] = (found["source"] == "command") | found["reviewer"].notna()
+    found = found.sort_values(["is_reviewed", "time"], kind="stable").drop_duplicates("id", keep="last")
+    found = found.drop(columns="is_reviewed").sort_values("time", kind="stable", ignore_index=True)
+    is_right = [newest.get(row.id) if row.is_right is None else row.is_right for row in found.itertuples()]
+    return found.assign(
+        is_right=pd.Series(is_right, dtype=object), is_random=pd.Series(found["id"].isin(chosen), dtype=object)
+    )
 
 
 def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:
@@ -105,6 +112,33 @@ def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[
             if digest in inputs}  # fmt: skip
 
 
+def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before: float) -> set[str]:
+    """Return the ids of answers that are not in the log, although there is feedback on them.
+
+    `before` leaves out newer feedback, in seconds since 1970: a server on another machine may not have moved the answer
+    into the store yet. Nothing is moved into the store.
+
+    Raises:
+        StoreError: The store does not answer, or a segment is damaged.
+    """
+    table = read_log(store, feedback_log(home, lineage), ships=False).select(["id", "time"])
+    said = _frame(table).groupby("id")["time"].max()
+    waiting = set(said[said < before].index)
+    if not waiting:
+        return set()
+    answers = read_log(store, prediction_log(home, lineage), ships=False)
+    return waiting - set(answers.column("id").to_pylist())
+
+
+def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collection[str]) -> None:
+    """Remove the feedback on these answers.
+
+    Raises:
+        StoreError: The store does not answer, or a server does not close its segment.
+    """
+    remove_rows(store, feedback_log(home, lineage), ids)
+
+
 def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> None:
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
 
@@ -112,7 +146,7 @@ def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collect
         StoreError: The store does not answer, or a server does not close its segment.
     """
     ids = answers_to(store, home, lineage, inputs)
-    remove_rows(store, feedback_log(home, lineage), ids)  # first, because only the answers tell the ids
+    remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids
     remove_rows(store, prediction_log(home, lineage), ids)
 
 

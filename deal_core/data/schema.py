@@ -52,6 +52,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def is_name(text: str) -> bool:
+    """Return whether a text can name a task or a lineage. It can then be the name of a folder too."""
+    return _NAME.fullmatch(text) is not None
+
+
 def label_key(label: str) -> str:
     """Key of a label. Labels that differ only in case, white space or Unicode form have the same key."""
     return unicodedata.normalize("NFC", " ".join(label.split()).casefold())
@@ -98,7 +103,7 @@ class TaskSchema:
     """Whether a column that is known as context joins the prompt. Tasks that older releases stored do not read it."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not is_name(self.name):
             raise ConfigError(
                 f"task.name is {brief(self.name)}; use 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
                 "letter or a digit."

@@ -59,6 +59,15 @@ class FeedbackEntry:
     is_answer: bool
     """Whether the right answer was given as `answer`, which is for tasks without labels."""
 
+    def check_texts(self, keeps_texts: bool, place: str) -> None:
+        """Refuse an answer in free text if the log keeps no texts.
+
+        Raises:
+            ConfigError: The log keeps no texts.
+        """
+        if self.is_answer and not keeps_texts:
+            raise ConfigError(f"{place} has an answer, and the log keeps no texts; send is_right.")
+
     def check_against(self, tasks: Mapping[str, TaskSchema], task: str | None, place: str) -> Feedback:
         """Return the feedback with the label in the task's spelling.
 

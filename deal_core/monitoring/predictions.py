@@ -6,10 +6,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import label_key
+from deal_core.data.schema import TaskSchema, label_key
 
 if TYPE_CHECKING:
     from deal_core.evaluation.answerer import Answered
@@ -65,20 +66,28 @@ def predictions_of(
         keeps_texts: Whether the rows get `input` and `output`.
     """
     found, now = [], time.time()
-    spelled: dict[str, dict[str, str]] = {}
     given = zip(rows, answered.answers, answered.confidences, strict=True)
     for number, (row, answer, (confidence, label_mass)) in enumerate(given, 1):
         task, text = answered.served.asked(row, number)
-        schema = task.schema
-        assert schema.format != "auto", "a task that was learned has a format"
-        if schema.name not in spelled:
-            spelled[schema.name] = {label_key(each): each for each in schema.labels}
-        label = spelled[schema.name].get(label_key(answer))
         found.append(Prediction(
-            id=uuid.uuid4().hex, time=now, lineage=answered.served.lineage, version=answered.version, task=schema.name,
-            input_sha256=stored_input_digest(schema.format, text).hex(), chars=len(text),
-            label=label, is_label=label is not None if schema.labels else None,
-            confidence=confidence, label_mass=label_mass, num_answer_chars=len(answer), seconds=seconds,
+            id=uuid.uuid4().hex, time=now, lineage=answered.served.lineage, version=answered.version,
+            **answer_facts(task.schema, text, answer), confidence=confidence, label_mass=label_mass, seconds=seconds,
             input=text if keeps_texts else None, output=answer if keeps_texts else None,
         ))  # fmt: skip
     return found
+
+
+def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:
+    """Return the columns of an answer that follow from the task, the normalised input and the answer alone."""
+    assert schema.format != "auto", "a task that was learned has a format"
+    label = _spelled(schema.labels).get(label_key(answer))
+    return {
+        "task": schema.name, "input_sha256": stored_input_digest(schema.format, text).hex(), "chars": len(text),
+        "label": label, "is_label": label is not None if schema.labels else None, "num_answer_chars": len(answer),
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _spelled(labels: tuple[str, ...]) -> dict[str, str]:
+    """Each label by its key."""
+    return {label_key(each): each for each in labels}

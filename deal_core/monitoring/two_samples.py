@@ -19,9 +19,14 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
+MIN_COUNT = 5
+"""Labels with fewer rows on both sides together are pooled."""
 MIN_EXPECTED = 5.0
-"""Smallest expected count of a cell; smaller cells are pooled, as the χ² approximation needs (Cochran, 1954)."""
+"""Smallest expected count of a cell for the χ² approximation (Cochran, 1954)."""
+NUM_TABLES = 99_999
+"""Random tables that stand for chance where the approximation does not hold. The smallest p-value is 1e-5."""
 NUM_FOLDS = 5
 MIN_TEXTS = 5 * NUM_FOLDS
 """Fewest texts on each side that the classifier of texts can learn from."""
@@ -53,8 +58,9 @@ class Difference:
 def label_shares(reference: pd.Series, live: pd.Series) -> Difference | None:
     """Compare the shares of labels. Effect: the population stability index (PSI). Test: χ² of homogeneity.
 
-    PSI = Σ (p − q)·ln(p/q), with half a row added to each count. Labels with an expected count below 5 are pooled for
-    both. None: fewer than two labels are left.
+    PSI = Σ (p − q)·ln(p/q), with half a row added to each count. Labels with fewer than 5 rows on both sides together
+    are pooled for both. If an expected count is below 5, the p-value is exact: Fisher's for two labels, else that of
+    random tables with the same margins. None: fewer than two labels are left.
     """
     counts_2K = pooled_counts(reference, live)
     if counts_2K.shape[1] < 2:
@@ -62,28 +68,32 @@ def label_shares(reference: pd.Series, live: pd.Series) -> Difference | None:
     smooth_2K = counts_2K + 0.5
     p_K, q_K = smooth_2K / smooth_2K.sum(1, keepdims=True)
     psi = float(stats.entropy(p_K, q_K) + stats.entropy(q_K, p_K))
-    return Difference(effect=psi, p_value=float(stats.chi2_contingency(counts_2K, correction=False).pvalue))
+    return Difference(effect=psi, p_value=_homogeneity(counts_2K))
 
 
-def pooled_counts(reference: pd.Series, live: pd.Series) -> Floats:
-    """Count the labels of two samples, shape (2, K). Labels with an expected count below 5 become one cell.
+def pooled_counts(reference: pd.Series, live: pd.Series) -> Counts:
+    """Count the labels of two samples, shape (2, K). Labels with fewer than 5 rows on both sides together are one cell.
 
-    If that cell is still too small, it is joined with the rarest other label.
+    The sum of both sides decides. A rule about each side would keep the labels that differ by chance.
     """
-    table = pd.DataFrame({"reference": reference.value_counts(), "live": live.value_counts()}).fillna(0.0)
-    counts_2K: Floats = table.to_numpy(dtype=np.float64).T
+    table = pd.DataFrame({"reference": reference.value_counts(), "live": live.value_counts()}).fillna(0)
+    counts_2K: Counts = table.to_numpy(dtype=np.int64).T
     if counts_2K.shape[1] < 2 or not counts_2K.sum(1).all():
         return counts_2K[:, :0]
-    rare_K = stats.contingency.expected_freq(counts_2K).min(0) < MIN_EXPECTED
+    rare_K = counts_2K.sum(0) < MIN_COUNT
     if not rare_K.any():
         return counts_2K
-    common, pooled = counts_2K[:, ~rare_K], counts_2K[:, rare_K].sum(1, keepdims=True)
-    found = np.hstack([common, pooled])
-    if common.shape[1] and stats.contingency.expected_freq(found)[:, -1].min() < MIN_EXPECTED:
-        rarest = int(common.sum(0).argmin())
-        common[:, rarest] += pooled[:, 0]
-        found = common
-    return found
+    return np.hstack([counts_2K[:, ~rare_K], counts_2K[:, rare_K].sum(1, keepdims=True)])
+
+
+def _homogeneity(counts_2K: Counts) -> float:
+    """Probability of at least this χ² if both rows come from one distribution."""
+    if stats.contingency.expected_freq(counts_2K).min() >= MIN_EXPECTED:
+        return float(stats.chi2_contingency(counts_2K, correction=False).pvalue)
+    if counts_2K.shape[1] == 2:
+        return float(stats.fisher_exact(counts_2K).pvalue)
+    tables = stats.MonteCarloMethod(n_resamples=NUM_TABLES, batch=10_000, rng=np.random.default_rng(0))
+    return float(stats.chi2_contingency(counts_2K, correction=False, method=tables).pvalue)
 
 
 def distributions(reference: ArrayLike, live: ArrayLike) -> Difference:

@@ -154,6 +154,11 @@ def _follows(plan: ForgetPlan) -> Iterable[RenderableType]:
             "Other arrivals came with one of the same files (the task's test rows, say) and still hold its rows; "
             f"forget them too if they have to go: {', '.join(sha256[:12] for sha256 in plan.shared_with)}"
         )
+    if plan.harvested:
+        yield escape(
+            "These files in the inbox have texts of the logged answers, from feedback that was harvested. They stay: "
+            f"forget them too (deal forget KEY) if the texts have to go: {', '.join(plan.harvested)}"
+        )
     if not plan.knows_training_rows:
         yield (
             "No stored file has its training rows any more, so the prediction log was searched for its test rows alone."

@@ -31,8 +31,7 @@ def take_feedback(log: PredictionLog | None, served: ServedVersion, values: Any)
         for number, entry in enumerate(values, 1):
             place = f"Entry {number}"
             read = read_entry(entry, place, source="api", now=now)
-            if read.is_answer and not log.keeps_texts:
-                raise ConfigError(f"{place} has an answer, and the log keeps no texts; send is_right.")
+            read.check_texts(log.keeps_texts, place)
             found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None

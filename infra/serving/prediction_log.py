@@ -20,7 +20,7 @@ from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import Feedback
 from deal_core.monitoring.predictions import predictions_of
-from infra.log_segments import SegmentWriter, ship
+from infra.log_segments import WRITE_SECONDS, SegmentWriter, ship
 from infra.predictions import feedback_log, prediction_log
 from infra.settings import ServingSettings, StoreSettings
 from infra.store.base import ObjectStore
@@ -28,7 +28,6 @@ from infra.store.local import open_store
 
 MAX_QUEUED = 10_000
 """Rows that wait for the disk; further rows are dropped. The tasks of as many answers are remembered for feedback."""
-WRITE_SECONDS = 0.5
 SHIP_SECONDS = 5.0
 JOIN_SECONDS = 2.0
 

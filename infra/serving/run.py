@@ -10,7 +10,7 @@ import threading
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ async def serve(
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
 
     Raises:
-        ConfigError: The server cannot listen on the address.
+        ConfigError: The server cannot listen on the address, or the lineage has no valid name.
         NoChampionError: There is no champion.
         RegistryError: The champion may not serve, or the registry does not answer.
         ServingError: The champion does not load.
@@ -75,11 +75,12 @@ async def serve(
     follower.start()
     begun = asyncio.wrap_future(loaded)
     server_log = _logged_to(home / "logs" / f"serve-{lineage}.log")
-    with listener, server_log, _predictions_logged(log), _signals() as (stopped, again):
+    with listener, server_log, _signals() as (stopped, again), ExitStack() as stack:
         await asyncio.wait([begun, stopped], return_when=asyncio.FIRST_COMPLETED)
         try:
             if not stopped.done():
                 begun.result()
+                stack.enter_context(_predictions_logged(log))  # not before: now the lineage is known
                 ready(_url(listener), str(champion.version))
                 app = make_app(champion, _trusted(host, trusted_hosts), _api_key())
                 await _answer_until(stopped, again, app, listener)

@@ -184,7 +184,7 @@ async def _read(request: Request) -> bytes:
 async def _answer(
     serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work
 ) -> HttpAnswer:
-    """HttpAnswer in a thread; give up the work when the client leaves or the time ends.
+    """Answer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
         ClientDisconnect: The client has closed the connection.
@@ -209,7 +209,7 @@ async def _answer(
 
 
 def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *, is_chat: bool) -> HttpAnswer:
-    """HttpAnswer a body in the form of OpenAI's API.
+    """Answer a body in the form of OpenAI's API.
 
     Raises:
         RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
@@ -248,7 +248,7 @@ def _failed() -> RefusalError:
 
 
 def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> HttpAnswer:
-    """HttpAnswer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
+    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
 
     Raises:
         RefusalError: 400: the body is no valid table of rows. 500: the model fails.

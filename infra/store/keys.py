@@ -14,7 +14,7 @@
     forgotten/TASK/SHA256.json                tombstones of forgotten arrivals
     serving/LINEAGE.json                      the model name of a lineage in a vLLM server
     predictions/LINEAGE/DAY/SEGMENT.parquet   the prediction log
-    feedback/LINEAGE/DAY/SEGMENT.parquet      right answers and thumbs for rows of the prediction log
+    feedback/LINEAGE/DAY/SEGMENT.parquet      right answers to rows of the prediction log, or whether they were right
     harvests/LINEAGE/TASK.json                the feedback that has become rows of an arrival
     monitor/LINEAGE.json                      the last look at a lineage's live traffic, and its open alarms
     monitor/LINEAGE/VERSION.parquet           live rows that later looks compare with, as numbers only

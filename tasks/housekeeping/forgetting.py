@@ -34,6 +34,7 @@ from tasks.housekeeping.inventory import (
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
+from tasks.monitoring.harvest import harvested_from
 from tasks.monitoring.reference import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
@@ -92,6 +93,8 @@ class ForgetPlan(BaseModel):
     """Digests of other datasets that share a landed file, for example the task's file of test rows."""
     inputs: frozenset[str] = Field(default=frozenset(), exclude=True, repr=False)
     """Digests of the inputs that are known, which name the rows of the prediction log."""
+    harvested: tuple[str, ...] = ()
+    """Other files in the inbox with texts of the logged answers, which `deal harvest` has written. They stay."""
     knows_training_rows: bool = True
     """Whether the inputs of the training rows are known: a file of the arrival, or its training rows, are stored."""
 
@@ -121,7 +124,14 @@ def plan_forgetting(
         for each in find_leftovers(store, datetime.now(UTC))
     ]
     inputs = arrival_inputs(store, arrival, arrival.inbox_keys(store, registry))
-    held += _logged(store, inputs.digests)
+    logged = _logged(store, inputs.digests)
+    held += [
+        Held(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
+             lineage=lineage)
+        for lineage, ids in logged.items()
+    ]  # fmt: skip
+    own_files = {each.address for each in held if each.kind == "inbox file"}
+    harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in own_files]
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
@@ -148,7 +158,7 @@ def plan_forgetting(
     return ForgetPlan(
         task=arrival.task, sha256=arrival.sha256, splits=arrival.splits, landed=arrival.landed, files=arrival.files,
         held=tuple(held), learned=tuple(learned), unjudged=tuple(unjudged), shared_with=tuple(sorted(shared)),
-        inputs=inputs.digests, knows_training_rows=inputs.has_training_rows,
+        inputs=inputs.digests, harvested=tuple(harvested), knows_training_rows=inputs.has_training_rows,
     )  # fmt: skip
 
 
@@ -208,14 +218,11 @@ def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     return found
 
 
-def _logged(store: ObjectStore, inputs: Collection[str]) -> list[Held]:
-    """The logs of the lineages that were asked one of the inputs."""
+def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
+    """The ids of the logged answers to the inputs, by lineage."""
     home = HomeSettings().home
-    return [
-        Held(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
-             lineage=lineage)
-        for lineage in list_logged_lineages(store) if (ids := answers_to(store, home, lineage, inputs))
-    ]  # fmt: skip
+    found = {lineage: answers_to(store, home, lineage, inputs) for lineage in list_logged_lineages(store)}
+    return {lineage: ids for lineage, ids in found.items() if ids}
 
 
 def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from infra.tracking.registry import VersionInfo
 from infra.tracking.runs import RunInfo
 
-Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "temporary files"]
+Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",
+               "temporary files"]  # fmt: skip
 
 
 class Folder(NamedTuple):

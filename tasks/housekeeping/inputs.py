@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import RowChecker
+from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import Format, TaskSchema
@@ -29,24 +31,35 @@ class ArrivalInputs(NamedTuple):
 
     digests: frozenset[str]
     has_training_rows: bool
-    """Whether the training rows are among them. They are deleted once they are learned, and their file may be gone."""
+    """Whether the training rows are among them. They are deleted once they are learned, and their file may be gone.
+
+    True if the stored training rows, the file of training rows, or all files of the arrival were read.
+    """
 
 
 def arrival_inputs(store: ObjectStore, arrival: KnownArrival, inbox_keys: Iterable[str]) -> ArrivalInputs:
     """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox."""
-    schemas = {manifest.task.sha256: manifest.task for sha256, manifest in manifests_of(store, arrival.task)
-               if sha256 in arrival.sha256s}  # fmt: skip
+    manifests = [manifest for sha256, manifest in manifests_of(store, arrival.task) if sha256 in arrival.sha256s]
+    schemas = {manifest.task.sha256: manifest.task for manifest in manifests}
+    training_files = {manifest.files[0] for manifest in manifests if manifest.files}
     found: set[str] = set()
+    files_read: set[str] = set()
     has_training_rows = False
     for schema in schemas.values():
         assert schema.format != "auto", "a dataset's task has a format"
         for key in inbox_keys:
-            found.update(digest for text in _of_file(store, key, schema) for digest in _digests(schema.format, text))
-            has_training_rows = True
+            with local_file(store, store.uri_of(key)) as path:
+                texts, is_whole = _of_file(path, schema)
+                if is_whole:
+                    files_read.add(sha256_of_input(path))
+            found.update(digest for text in texts for digest in _digests(schema.format, text))
         for sha256 in arrival.sha256s:
             for name, texts in _of_dataset(store, arrival.task, sha256):
                 found.update(digest for text in texts for digest in _digests(schema.format, text))
                 has_training_rows |= name == TRAIN_FILE
+    has_training_rows |= bool(files_read & training_files) or (
+        bool(arrival.files) and files_read.issuperset(arrival.files)
+    )
     return ArrivalInputs(frozenset(found), has_training_rows)
 
 
@@ -62,7 +75,9 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     assert schema.format != "auto", "a task that was learned has a format"
     found: set[str] = set()
     for info in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        found.update(digest for text in _of_file(store, info.key, schema) for digest in _digests(schema.format, text))
+        with local_file(store, store.uri_of(info.key)) as path:
+            texts, _ = _of_file(path, schema)
+        found.update(digest for text in texts for digest in _digests(schema.format, text))
     for sha256 in {sha256 for sha256, _ in manifests_of(store, schema.name)}:
         for _, texts in _of_dataset(store, schema.name, sha256):
             found.update(digest for text in texts for digest in _digests(schema.format, text))
@@ -77,17 +92,18 @@ def _of_dataset(store: ObjectStore, task: str, sha256: str) -> Iterator[tuple[st
             yield name, table.column("input").to_pylist()
 
 
-def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> Iterator[str]:
-    """The inputs of a file's rows in stored form. Rows that cannot be read were never learned."""
-    with local_file(store, store.uri_of(key)) as path:
-        try:
-            checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
-            for raw in read_rows(path):
-                text = checker.check_input(raw)
-                if isinstance(text, str):
-                    yield text
-        except DataValidationError:
-            return
+def _of_file(path: Path, schema: TaskSchema) -> tuple[list[str], bool]:
+    """The inputs of a file's rows in stored form, and whether the file was read to its end.
+
+    Single rows that cannot be read were never learned.
+    """
+    found: list[str] = []
+    try:
+        checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
+        found.extend(text for raw in read_rows(path) if isinstance(text := checker.check_input(raw), str))
+    except DataValidationError:
+        return found, False
+    return found, True
 
 
 def _digests(kind: Format, stored: str) -> Iterator[str]:

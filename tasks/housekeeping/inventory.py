@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import stat
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.schema import DatasetManifest
+from deal_core.data.schema import DatasetManifest, is_name
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.safe_text import without_secrets
-from infra.predictions import feedback_log, prediction_log
+from infra.log_segments import WRITE_SECONDS, ship_all
+from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import RESERVED, TEMPORARY, ObjectInfo, ObjectStore
@@ -47,7 +49,7 @@ from infra.tracking.tracker import Tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import read_manifest, retains_training_rows
 from tasks.data_files import local_file
-from tasks.housekeeping.garbage import Folder, Holdings, Removal
+from tasks.housekeeping.garbage import Folder, Holdings, Kind, Removal
 from tasks.inbox import read_state
 from tasks.lineage.tombstones import find_tombstone
 
@@ -55,6 +57,8 @@ SERVE = "serve"
 """The folder in which `deal serve` of earlier releases kept fetched versions."""
 AGE = timedelta(days=1)
 """Age at which a temporary file counts as left by a killed process."""
+FEEDBACK_AGE = timedelta(days=7)
+"""Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
 MIN_PREFIX = 6
 
 
@@ -75,13 +79,27 @@ def list_logged_lineages(store: ObjectStore) -> tuple[str, ...]:
         found |= {keys.lineage_of(info.key) for info in store.list(log)}
         folder = HomeSettings().home / log
         found |= {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    return tuple(sorted(found))
+    return tuple(sorted(name for name in found if is_name(name)))
+
+
+def ship_logs(store: ObjectStore) -> None:
+    """Let the servers on this machine write the rows that wait, and move all segments of all logs into the store.
+
+    Raises:
+        StoreError: The store does not answer, or a server does not close its segment.
+    """
+    time.sleep(2 * WRITE_SECONDS)
+    home = HomeSettings().home
+    for lineage in list_logged_lineages(store):
+        for log in (prediction_log(home, lineage), feedback_log(home, lineage)):
+            ship_all(store, log)
 
 
 def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days: int) -> tuple[Removal, ...]:
     """Return the days of the prediction logs and of the feedback that are older than the retention.
 
     A segment that was never moved into the store counts too. Its writer is gone, as a segment is open for minutes only.
+    A segment without a name is empty; its writer was killed.
     """
     last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
     home, found = HomeSettings().home, list[Removal]()
@@ -94,12 +112,36 @@ def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days
                       if day <= last]  # fmt: skip
             places += [(str(path), path.stat().st_size) for path in each.segments()
                        if keys.segment_day(path.name) <= last]  # fmt: skip
+            kind: Kind = "prediction log" if each is log else "feedback"
             found += [
-                Removal(lineage=each.lineage, kind="prediction log" if each is log else "feedback", address=address,
-                        num_bytes=size, reason=f"older than {days} days (DEAL_LOG_RETENTION_DAYS)")
+                Removal(lineage=each.lineage, kind=kind, address=address, num_bytes=size,
+                        reason=f"older than {days} days (DEAL_LOG_RETENTION_DAYS)")
                 for address, size in places
             ]  # fmt: skip
+            found += [
+                Removal(lineage=each.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes,
+                        reason="left by a process that was killed")
+                for folder in _local_folders(each.unnamed()) if folder.modified < now - AGE
+            ]  # fmt: skip
     return tuple(found)
+
+
+def lonely_feedback(store: ObjectStore, lineage: str, *, now: datetime) -> tuple[Removal, ...]:
+    """Return the feedback on answers that the log does not have any more. Without the answer, nobody can find it.
+
+    Raises:
+        StoreError: A segment is damaged.
+    """
+    ids = _without_answer(store, lineage, now)
+    if not ids:
+        return ()
+    return (Removal(lineage=lineage, kind="feedback without an answer", num_bytes=0,
+                    address=f"{len(ids)} answers of {keys.log_folder(FEEDBACK, lineage)}",
+                    reason="the log does not have the answers any more"),)  # fmt: skip
+
+
+def _without_answer(store: ObjectStore, lineage: str, now: datetime) -> set[str]:
+    return feedback_without_answer(store, HomeSettings().home, lineage, (now - FEEDBACK_AGE).timestamp())
 
 
 def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, lineage: str) -> Holdings:
@@ -156,6 +198,9 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
     if removal.kind in ("work folder", "temporary files") or Path(removal.address).is_absolute():
         remove_local(removal.address)
         return
+    if removal.kind == "feedback without an answer":
+        remove_feedback(store, HomeSettings().home, removal.lineage, _without_answer(store, removal.lineage, now))
+        return
     if removal.version and removal.model_id:
         day = f"{now:%Y-%m-%d}"
         remover.remove_model(removal.lineage, removal.version, removal.model_id, day)
@@ -209,13 +254,14 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     places = [home / TEMPORARY, home / SERVE]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
-    found = []
-    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
+    paths = sorted(path for place in places if place.is_dir() for path in place.iterdir())
+    return [folder for folder in _local_folders(paths) if folder.modified < now - AGE]
+
+
+def _local_folders(paths: Iterable[Path]) -> Iterator[Folder]:
+    for path in paths:
         with suppress(FileNotFoundError):  # its process has just removed it
-            folder = local_folder(path)
-            if folder.modified < now - AGE:
-                found.append(folder)
-    return found
+            yield local_folder(path)
 
 
 def remove_local(address: str) -> None:

@@ -59,6 +59,8 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     own = {name: (answer_column(as_landed(store, each)), each) for name, each in tasks.items()}
     logged = read_predictions(store, HomeSettings().home, lineage)
     task_of: dict[str, str] = dict(zip(logged["id"], logged["task"], strict=True))
+    has_text = dict(zip(logged["id"], logged["input"].notna(), strict=True))
+    keeps_texts = any([*has_text.values()][-1:])  # what the log keeps now, for an answer that it does not have
     found: list[Feedback] = []
     problems: list[str] = []
     num_blank = 0
@@ -71,8 +73,10 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
             num_blank += 1
         else:
             try:
-                entry = read_entry(values, f"Row {row.number}", source="command", now=now)
-                found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), f"Row {row.number}"))
+                place = f"Row {row.number}"
+                entry = read_entry(values, place, source="command", now=now)
+                entry.check_texts(has_text.get(entry.feedback.id, keeps_texts), place)
+                found.append(entry.check_against(tasks, task_of.get(entry.feedback.id), place))
             except ConfigError as error:
                 problems.append(str(error))
     if problems:

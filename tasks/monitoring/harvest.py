@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -23,12 +23,15 @@ from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError, StoreError
 from infra.predictions import read_feedback, read_predictions
 from infra.settings import HomeSettings
+from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.keys import harvest_key, inbox_folder
+from infra.store.keys import INBOX, harvest_key, inbox_folder
 from tasks.context import current_store
 from tasks.monitoring.feedback import task_schemas
 from tasks.monitoring.task_columns import as_landed, has_earlier_answers, row_columns
 
+FILE_PREFIX = "feedback-"
+"""Begins the name of a harvested file."""
 NOT_IN_LOG = "the log does not have the answer"
 NO_TEXT = "the log keeps no texts (DEAL_LOG_PREDICTIONS=texts)"
 NO_LABEL = "the task does not have the label any more"
@@ -106,6 +109,26 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     return HarvestResult(lineage=lineage, task=task, key=key, num_rows=len(rows), skipped=dict(skipped))
 
 
+def harvested_from(store: ObjectStore, answer_ids: Set[str]) -> list[str]:
+    """Return the keys of the harvested files in the inbox with a row that comes from one of these logged answers."""
+    if not answer_ids:
+        return []
+    return [
+        info.key for info in store.list(INBOX)
+        if keys.is_arrival(info.key) and keys.file_name(info.key).startswith(FILE_PREFIX)
+        and not answer_ids.isdisjoint(_answer_ids(store.get_bytes(info.key)))
+    ]  # fmt: skip
+
+
+def _answer_ids(content: bytes) -> Iterator[str]:
+    """The ids of the answers that the rows of a harvested file come from. A file of another origin has none."""
+    for line in content.splitlines():
+        with suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("answer_id"), str):
+                yield values["answer_id"]
+
+
 def _choose(
     feedback: pd.DataFrame, logged: pd.DataFrame, schema: TaskSchema, harvested: Collection[str], skipped: Counter[str]
 ) -> list[_Row]:
@@ -157,7 +180,7 @@ def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any
 def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], done: Harvested) -> str:
     """Write the file, and note its rows before and after. A crash in between loses no row and lands none twice."""
     content = "".join(json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows).encode()
-    key = f"{inbox_folder(task)}/feedback-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     digests = tuple(row.digest for row in rows)
     _write_state(store, lineage, task, Harvested(rows=done.rows, pending=Pending(key=key, rows=digests)))
     store.put_bytes(key, content, if_absent=True)
@@ -188,7 +211,7 @@ def _write_state(store: ObjectStore, lineage: str, task: str, state: Harvested) 
 @contextmanager
 def _alone(lineage: str, task: str) -> Iterator[None]:
     """Keep other processes of this home from the same harvest."""
-    path = HomeSettings().home / "locks" / f"harvest-{lineage}-{task}.lock"
+    path = HomeSettings().home / "locks" / "harvest" / lineage / f"{task}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=0):

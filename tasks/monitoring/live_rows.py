@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -13,14 +13,15 @@ from deal_core.data.answer_files import OWN_COLUMNS, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
 from deal_core.data.reading.readers import read_rows
+from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
-from deal_core.monitoring.predictions import COLUMNS
+from deal_core.monitoring.feedback import is_empty
+from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from infra.predictions import read_predictions
 from infra.promotions import PromotionLog
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from tasks.lineage.record import LineageRecord, choose_task
-from tasks.monitoring.reference import answer_facts
 
 OF_LOG = ("task", "input_sha256", "chars", "label", "confidence")
 """Columns by which a file with the log's columns is recognised."""
@@ -43,22 +44,41 @@ def champion_since(store: ObjectStore, lineage: str, version: str) -> float | No
     return found
 
 
-def rows_of_file(path: Path, record: LineageRecord, version: str) -> pd.DataFrame:
+class FileRows(NamedTuple):
+    """The answers of a version in a file."""
+
+    rows: pd.DataFrame
+    num_faulty: int
+    """Rows that cannot be read. They are left out."""
+
+
+def rows_of_file(path: Path, record: LineageRecord, version: str) -> FileRows:
     """Read answers of a version from a file: with the columns of the log, or as `deal predict --data` writes it.
 
     A file of the second kind has a column with the inputs and a column `answer`; `task`, `lineage` and `version` may be
-    missing. It has no confidences, so neither these are compared nor is accuracy estimated. Rows without an answer and
-    rows of other versions are left out.
+    missing. It has no confidences, so neither these are compared nor is accuracy estimated. A row without a task is of
+    the task learned last. Rows without an answer and rows of other versions are left out.
 
     Raises:
         ConfigError: The file has neither kind of columns, a task is unknown, or no row is of the version.
         DataValidationError: The file cannot be read.
     """
     columns = list(survey_rows(path).types)
+    num_faulty = 0
+
+    def readable() -> Iterator[RawRow]:
+        nonlocal num_faulty
+        for row in read_rows(path):
+            if row.fault is None:
+                yield row
+            num_faulty += row.fault is not None
+
     if set(OF_LOG) <= set(columns):
-        rows = [{**dict.fromkeys(COLUMNS), **row.values} for row in read_rows(path)]
+        last = choose_task(record, None).schema.name
+        rows = [{**dict.fromkeys(COLUMNS), **row.values} for row in readable()]
+        rows = [{**row, "task": last if is_empty(row["task"]) else row["task"]} for row in rows]
     elif _own(columns)["answer"] in columns:
-        rows = [*_answered(path, columns, record)]
+        rows = [*_answered(path, readable(), columns, record)]
     else:
         raise ConfigError(
             f"{path.name} has neither the columns of the prediction log ({', '.join(OF_LOG)}, …) nor a column "
@@ -73,7 +93,7 @@ def rows_of_file(path: Path, record: LineageRecord, version: str) -> pd.DataFram
             f"{path.name} has no answer of version {version} of {record.lineage}"
             + (f", only of version {others}" if others else "") + "; give a file that this version has answered."
         )  # fmt: skip
-    return own.assign(version=version, lineage=record.lineage)
+    return FileRows(own.assign(version=version, lineage=record.lineage), num_faulty)
 
 
 def _own(columns: list[str]) -> dict[str, str]:
@@ -81,16 +101,19 @@ def _own(columns: list[str]) -> dict[str, str]:
     return {name: f"deal_{name}" if f"deal_{name}" in columns else name for name in OWN_COLUMNS}
 
 
-def _answered(path: Path, columns: list[str], record: LineageRecord) -> Iterator[dict[str, Any]]:
+def _answered(
+    path: Path, rows: Iterable[RawRow], columns: list[str], record: LineageRecord
+) -> Iterator[dict[str, Any]]:
     own = _own(columns)
     others = [name for name in columns if name not in own.values()]
     checkers: dict[str, RowChecker] = {}
-    for row in read_rows(path):
+    for row in rows:
         values: Mapping[str, Any] = row.values
         answer = values.get(own["answer"])
         if not isinstance(answer, str):
             continue
-        schema = choose_task(record, values.get(own["task"])).schema
+        name = values.get(own["task"])
+        schema = choose_task(record, None if is_empty(name) else str(name)).schema
         if schema.name not in checkers:
             found = find_input(others, schema, path.name)
             checkers[schema.name] = RowChecker(schema, found, max_text_chars=sys.maxsize)

@@ -12,8 +12,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.config import MonitorConfig
 from deal_core.errors import ConfigError
-from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare
+from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare, window
 from infra.predictions import read_feedback
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
@@ -44,6 +45,8 @@ class MonitorResult(BaseModel):
     version: str
     num_rows: int
     """Live rows of this version, repeated requests included."""
+    num_faulty: int = 0
+    """Rows of a file that cannot be read. They are left out."""
     drift: DriftReport | None = None
     """None: there was nothing to compare."""
     problem: str | None = None
@@ -69,13 +72,21 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
 
     Raises:
         RegistryError: The lineage has no champion.
-        ConfigError: The file cannot be used, or there are too few rows for a rebase.
+        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
     """
+    if rebase and data is not None:
+        raise ConfigError(
+            "--rebase keeps rows of the prediction log for later looks, and --data compares a file once; give one of "
+            "them."
+        )
     store = current_store()
     info = find_version(open_registry(), lineage, None)
     record = read_record(store, info.adapter_uri)
-    live = logged_rows(store, lineage, info.version) if data is None else rows_of_file(Path(data), record, info.version)
-    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live))
+    live, num_faulty = (
+        (logged_rows(store, lineage, info.version), 0) if data is None
+        else rows_of_file(Path(data), record, info.version)
+    )
+    found = MonitorResult(lineage=lineage, version=info.version, num_rows=len(live), num_faulty=num_faulty)
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
         return found.model_copy(update={"problem": (
@@ -91,7 +102,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     if live["input"].notna().any():
         reference = with_texts(store, record, reference)
     if rebase:
-        _rebase(store, info, live, config.min_rows)
+        _rebase(store, info, live, config)
     feedback = read_feedback(store, HomeSettings().home, lineage) if data is None else None
     report = compare(
         reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
@@ -111,7 +122,7 @@ def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: D
             reasons=alarm.reasons, tracking_id=tracking_id, run_key=info.run_key,
             accuracies=_accuracies(report.task(alarm.task)),
         )  # fmt: skip
-        announce(alarm.kind, notice, once=f"{info.version} {alarm.task} {alarm.look}")
+        announce(alarm.kind, notice, once=alarm.identity(info.version))
     write_monitor_state(store, state)
     _drop_old_baselines(store, info)
     return found.model_copy(update={"alarms": state.alarms, "new_alarms": new, "tracking_id": tracking_id})
@@ -162,15 +173,16 @@ def accuracies_before(record: LineageRecord) -> Mapping[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, min_rows: int) -> None:
-    sizes = live.groupby("task").size()
-    enough = sizes[sizes >= min_rows].index
-    if not len(enough):
+def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:
+    """Keep the window of each task that has enough rows, as a look counts them."""
+    windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
+    enough = [rows for rows in windows if len(rows) >= config.min_rows]
+    if not enough:
         raise ConfigError(
-            f"No task has {min_rows} live rows of version {info.version}, which monitor.min_rows asks for; wait for "
-            "more traffic."
+            f"No task has {config.min_rows} live rows of version {info.version} without repeats, which "
+            "monitor.min_rows asks for; wait for more traffic."
         )
-    kept = live.loc[live["task"].isin(enough), BASELINE_COLUMNS]
+    kept = pd.concat(enough)[BASELINE_COLUMNS]
     write_frame(store, baseline_key(info.lineage, info.version), kept.sample(frac=1, random_state=0))
 
 

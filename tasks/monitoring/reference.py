@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import TaskSchema, label_key
-from deal_core.monitoring.predictions import COLUMNS
+from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
 from tasks.adaptation.frozen_rows import TestSet, read_test_rows
@@ -50,16 +48,6 @@ def reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> li
         }
         for digest, text, answer, confidence, score in rows
     ]  # fmt: skip
-
-
-def answer_facts(schema: TaskSchema, text: str, answer: str) -> dict[str, Any]:
-    """Return the columns that follow from the normalised input and the answer alone."""
-    assert schema.format != "auto", "a task that was learned has a format"
-    label = {label_key(each): each for each in schema.labels}.get(label_key(answer))
-    return {
-        "task": schema.name, "input_sha256": stored_input_digest(schema.format, text).hex(), "chars": len(text),
-        "label": label, "is_label": label is not None if schema.labels else None, "num_answer_chars": len(answer),
-    }  # fmt: skip
 
 
 def has_reference(store: ObjectStore, adapter_uri: str) -> bool:

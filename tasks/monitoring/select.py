@@ -25,7 +25,7 @@ from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import KEYS
-from deal_core.monitoring.predictions import COLUMNS
+from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
 from infra.predictions import read_feedback, read_predictions
 from infra.settings import HomeSettings
@@ -33,7 +33,6 @@ from infra.store.base import ObjectStore
 from tasks.context import current_store
 from tasks.housekeeping.inputs import task_inputs
 from tasks.lineage.record import choose_task, read_record
-from tasks.monitoring.reference import answer_facts
 from tasks.monitoring.task_columns import answer_column, as_landed, has_earlier_answers, input_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version
 

@@ -33,6 +33,14 @@ class OpenAlarm(BaseModel):
     reasons: tuple[str, ...]
     """Of the last look that found it."""
 
+    def identity(self, version: str) -> str:
+        """Return what tells the alarm from others of its lineage and kind.
+
+        The day is part of it, since the numbers of the looks begin anew after a damaged state was deleted. The time is
+        not, so that a look that is repeated after a crash announces the same alarm.
+        """
+        return f"{version} {self.task} {self.look} {self.since:%Y-%m-%d}"
+
 
 class MonitorState(BaseModel):
     """The last look at a lineage, and what it left open."""

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from deal_core.config import MonitorConfig
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
 from flows.cli.app import app
@@ -77,6 +78,10 @@ def deal(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def store_has_baseline() -> bool:
+    return bool([*current_store().list("monitor")])
 
 
 def test_the_evaluation_writes_a_reference_without_texts(lineage: Path) -> None:
@@ -210,6 +215,18 @@ def test_answers_of_another_server_are_compared_from_a_file(lineage: Path, tmp_p
     logged = tmp_path / "log.parquet"
     live(1).to_parquet(logged)
     assert look(data=str(logged)).drift is not None
+    with pytest.raises(ConfigError, match="give one of them"):
+        look(data=str(logged), rebase=True)
+    assert not store_has_baseline()
+    frame = live(1)
+    blank = tmp_path / "log.jsonl"
+    values = frame.drop(columns=["label_mass"]).assign(is_label=frame["label"].notna()).to_json(orient="records")
+    lines = [json.dumps({**row, "task": ""} if number < 5 else row) for number, row in enumerate(json.loads(values))]
+    blank.write_text("\n".join([*lines, "{ no row"]) + "\n")
+    found = look(data=str(blank))
+    assert (found.num_rows, found.num_faulty) == (NUM_LIVE, 1) and found.drift is not None
+    assert found.drift.task("bank").num_logged + found.drift.task("clinic").num_logged == NUM_LIVE
+    assert found.drift.task("clinic").num_logged == 5, "a row without a task is of the task learned last"
     live(1, version="1").to_parquet(logged)
     with pytest.raises(ConfigError, match="no answer of version 3 of l, only of version 1"):
         look(data=str(logged))
@@ -222,13 +239,20 @@ def test_present_traffic_can_take_the_references_place(lineage: Path) -> None:
     put_predictions(store, "l", live(1, chars=5000).iloc[:50], "a")
     with pytest.raises(ConfigError, match="No task has 100 live rows"):
         look(rebase=True)
-    put_predictions(store, "l", live(2, chars=5000), "b")
+    few = live(1, chars=5000).iloc[:50]
+    repeats = [few.assign(id=[f"{number}-{name}" for name in few["id"]]) for number in range(3)]
+    put_predictions(store, "l", pd.concat(repeats), "repeats")
+    with pytest.raises(ConfigError, match="No task has 100 live rows"):  # a look counts a repeat once too
+        look(rebase=True)
+    put_predictions(store, "l", pd.concat([live(seed, chars=5000) for seed in (2, 3, 4)]), "b")
     assert [each.kind for each in look().alarms] == ["drift"]
     store.put_bytes(baseline_key("l", "1"), b"of a version before")
     found = look(rebase=True)
     assert not found.alarms and found.drift is not None and found.drift.task("bank").is_rebased
     (kept,) = (lineage / "store" / "monitor" / "l").iterdir()  # what was kept for another version is gone
-    assert not {"id", "input_sha256", "time", "input"} & {*pd.read_parquet(kept).columns}
+    rows = pd.read_parquet(kept)
+    assert not {"id", "input_sha256", "time", "input"} & {*rows.columns}
+    assert len(rows) == MonitorConfig().window_rows, "the window of a look"
 
 
 def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
@@ -244,8 +268,10 @@ def test_forgotten_test_rows_leave_the_references(lineage: Path) -> None:
 
 def test_every_champion_is_looked_at(lineage: Path) -> None:
     (lineage / "store" / "lineages").mkdir()
-    for name in ("l", "without-a-champion"):
-        (lineage / "store" / "lineages" / f"{name}.yaml").write_text(f"lineage: {name}\nmonitor: {{min_rows: 500}}\n")
+    (lineage / "store" / "lineages" / "without-a-champion.yaml").write_text("lineage: without-a-champion\n")
     put_predictions(current_store(), "l", live(1), "a")
+    (found,) = asyncio.run(monitor_lineages())
+    assert found.lineage == "l" and found.drift is not None, "a lineage needs no file to be looked at"
+    (lineage / "store" / "lineages" / "l.yaml").write_text("lineage: l\nmonitor: {min_rows: 500}\n")
     (found,) = asyncio.run(monitor_lineages())
     assert found.drift is not None and found.drift.task("bank").status == "too few rows"

@@ -156,11 +156,25 @@ def test_the_newest_answer_to_a_text_counts(home: Path, labels: tuple[str, ...])
 
 def test_numbers_have_nothing_to_harvest(home: Path, labels: tuple[str, ...]) -> None:
     (one,) = log_answers(home, {FINDINGS[0]: labels[0]}, clinic(labels), keeps_texts=False)
+    file = home / "answers.jsonl"
+    for answer_id in (one, "f" * 32):
+        file.write_text(json.dumps({"id": answer_id, "answer": "a text"}) + "\n")
+        with pytest.raises(DataValidationError, match="Row 1 has an answer, and the log keeps no texts; send is_right"):
+            take_feedback_file(file, "l")
     say(home, {"id": one, "label": labels[0], "reviewer": "Jo"})
     found = harvest_feedback("clinic", "l")
     assert (found.key, found.skipped) == (None, {harvesting.NO_TEXT: 1})
     with pytest.raises(ConfigError, match="knows no task 'bank'; it knows clinic"):
         harvest_feedback("bank", "l")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_harvest_keeps_out_only_its_own_lineage_and_task() -> None:
+    with harvesting._alone("a-b", "c"):
+        with harvesting._alone("a", "b-c"):
+            pass
+        with pytest.raises(ConfigError, match="Another process harvests"), harvesting._alone("a-b", "c"):
+            pass
 
 
 @pytest.mark.parametrize("is_written", [True, False])

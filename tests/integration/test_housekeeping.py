@@ -21,6 +21,7 @@ from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
 from flows.adapt import AdaptResult
 from flows.cli.app import app
+from flows.cli.housekeeping import show_forget_plan
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
@@ -235,12 +236,20 @@ def test_gc_removes_logs_beyond_the_retention_and_no_younger_ones(home: Path, mo
     left.write_text("left by a server that was killed")
     assert not collect("l").removals
     monkeypatch.setenv("DEAL_LOG_RETENTION_DAYS", "10")
+    hidden = left.with_name(f".{left.name}")
+    hidden.touch()
+    os.utime(hidden, (0, 0))
     planned = collect("l", dry_run=True).removals
-    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 3]
-    assert left.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
+    assert sorted(each.kind for each in planned) == [*["feedback"] * 2, *["prediction log"] * 4]
+    assert left.exists() and hidden.exists() and len(keys("predictions")) == 4, "a plan removes nothing"
     assert collect("l").removals == planned
-    assert not left.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
+    assert not left.exists() and not hidden.exists() and len(keys("predictions")) == len(keys("feedback")) == 2
     assert young in keys("predictions") and not collect("l").removals
+    store.delete("predictions")
+    (planned_feedback,) = planned = collect("l", dry_run=True).removals
+    assert planned_feedback.kind == "feedback without an answer" and len(read_feedback(store, home, "l")) == 1
+    assert collect("l").removals == planned and not collect("l").removals
+    assert read_feedback(store, home, "l").empty
 
 
 # --- forget
@@ -342,15 +351,31 @@ def test_forgotten_rows_are_learned_again_only_when_asked(tiny_base: Path, first
 
 def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResult, home: Path) -> None:
     test_row = json.loads(Path(BANK["test_data"]).read_text().splitlines()[0])["text"]
-    _, _, other = logged(home, [f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
+    mine, _, other = logged(home, [f"My  card {SECRET} was lost abroad. ", test_row, "Something else."])
     store = current_store()
     plan = plan_forget(first.dataset.sha256)
     (held,) = (each for each in plan.held if each.kind == "logged answers")
     assert held.address == "2 rows of predictions/l" and plan.knows_training_rows
     assert SECRET not in plan.model_dump_json() and len(read_predictions(store, home, "l")) == 3
-    asyncio.run(forget(first.dataset.sha256))
+    for name, answer in (("feedback-1", mine), ("feedback-2", other), ("june", mine)):
+        row = json.dumps({"text": "t", "answer_id": answer})
+        store.put_bytes(f"inbox/other/{name}.jsonl", f"{row}\n3\n{{".encode())
+    plan = asyncio.run(forget(first.dataset.sha256)).plan
+    assert plan.harvested == ("inbox/other/feedback-1.jsonl",) and store.exists(plan.harvested[0])
+    assert any("inbox/other/feedback-1.jsonl" in str(each) for each in show_forget_plan(plan))
     assert [*read_predictions(store, home, "l")["id"]] == [other] == [*read_feedback(store, home, "l")["id"]]
     assert not holding(home, SECRET)
+
+
+def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -> None:
+    store = current_store()
+    assert plan_forget(first.dataset.sha256).knows_training_rows
+    training = store.get_bytes("inbox/bank/may.jsonl")
+    store.delete("inbox/bank/may.jsonl")
+    assert not plan_forget(first.dataset.sha256).knows_training_rows
+    store.put_bytes("inbox/bank/copy.jsonl", training)
+    store.delete("inbox/bank/test.jsonl")
+    assert plan_forget(first.dataset.sha256).knows_training_rows, "a copy of the file has them too"
 
 
 @pytest.mark.usefixtures("first")

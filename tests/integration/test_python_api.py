@@ -53,11 +53,16 @@ def test_two_arrivals_are_looked_back_at_and_one_is_taken_back(home: Path, tiny_
     assert list(lineage.evaluate().index) == ["colours"]
 
 
+@pytest.mark.nightly
+def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> None:
+    lineage = Lineage("api", home=home, show=None)
+    assert lineage.champion is None and lineage.history().empty
+    with pytest.raises(CommandError, match="has no champion here; adapt it first"):
+        lineage.predict("Number 3 is red.")
+
+
 def test_a_mistake_is_one_clear_message(home: Path, tmp_path: Path) -> None:
     lineage = Lineage("api", home=home, show=None)
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:
         lineage.adapt(tmp_path / "no_such.csv", task="colours")
     assert "Traceback" not in str(error.value)
-    assert lineage.champion is None
-    with pytest.raises(CommandError, match="has no champion here; adapt it first"):
-        lineage.predict("Number 3 is red.")

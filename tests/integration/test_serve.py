@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
 from infra.predictions import read_feedback, read_predictions
 from infra.served_model import _load_pyfunc
+from infra.serving.champion import NoChampionError
+from infra.serving.run import serve
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker
@@ -180,6 +183,25 @@ def test_a_server_that_is_killed_has_logged_its_answers_and_no_word_of_a_request
     labels = " ".join(str(label) for label in found["label"])
     words = {word for text in TEXTS for word in text.split() if len(word) > 4 and word not in labels}
     assert len(tables) == 2 and words and not [word for word in words if word.encode() in content]
+
+
+def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+    left = home / "predictions" / "nobody" / "20260101T000000-0123456789ab.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text("a file that this server must not move")
+
+    async def begin(lineage: str) -> None:
+        def settle() -> None: ...
+
+        await serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
+                    ready=lambda *_: None)  # fmt: skip
+
+    with pytest.raises(NoChampionError):
+        asyncio.run(begin("nobody"))
+    assert left.exists()
+    with pytest.raises(ConfigError, match="The lineage is"):
+        asyncio.run(begin("../../data"))
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from deal_core.config import MonitorConfig
+from deal_core.monitoring import two_samples
 from deal_core.monitoring.drift import LiveLook, TaskDrift, compare, window
 from deal_core.monitoring.live_accuracy import estimated_accuracy
-from deal_core.monitoring.two_samples import pooled_counts
+from deal_core.monitoring.two_samples import label_shares, pooled_counts
 from tests.monitored import OTHER_WORDS, SHARES, WORDS, feedback_on, free_rows, logged_rows
 
 REFERENCE = logged_rows(300, 0)
@@ -150,12 +151,31 @@ def test_tests_of_all_tasks_share_the_level() -> None:
     assert two.task("clinic").num_reference == 200, "each task has its own rows"
 
 
+def labels(**counts: int) -> pd.Series:
+    return pd.Series([label for label, count in counts.items() for _ in range(count)])
+
+
 def test_rare_labels_are_pooled() -> None:
-    reference = pd.Series(["a"] * 50 + ["b"] * 45 + ["c"] * 3 + ["d"] * 2)
-    live = pd.Series(["a"] * 50 + ["b"] * 50)
-    counts = pooled_counts(reference, live)
-    assert counts.sum() == 200 and counts.shape == (2, 2), "c and d together are still too rare"
-    assert pooled_counts(pd.Series(["a"] * 9), pd.Series(["a"] * 9)).shape[1] < 2
+    counts = pooled_counts(labels(a=50, b=45, c=3, d=2), labels(a=50, b=50, d=2, e=1))
+    assert counts.tolist() == [[50, 45, 5], [50, 50, 3]], "c, d and e are rare on both sides together"
+    assert pooled_counts(labels(a=9), labels(a=9)).shape[1] < 2
+
+
+def test_a_rare_label_that_surges_is_seen() -> None:
+    two = label_shares(labels(a=497, b=3), labels(a=80, b=20))
+    assert two is not None and two.p_value < 1e-9 and two.effect > 0.2
+    three = label_shares(labels(a=495, b=495, c=10), labels(a=35, b=35, c=30))
+    assert three is not None and three.p_value < 1e-4 and three.effect > 0.2
+
+
+def test_many_rare_labels_differ_significantly_no_oftener_than_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expected counts are about 3 here, so the approximation does not hold."""
+    monkeypatch.setattr(two_samples, "NUM_TABLES", 499)
+    random, num_looks = np.random.default_rng(0), 300
+    drawn = [pd.Series(random.integers(0, 60, 160)) for _ in range(2 * num_looks)]
+    found = [label_shares(reference, live) for reference, live in zip(drawn[::2], drawn[1::2], strict=True)]
+    num_significant = sum(each is not None and each.p_value < 0.05 for each in found)
+    assert num_significant <= num_looks * 0.05 + 3 * (num_looks * 0.05 * 0.95) ** 0.5
 
 
 def test_lower_confidence_lowers_the_estimated_accuracy() -> None:

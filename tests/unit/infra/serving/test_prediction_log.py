@@ -21,14 +21,25 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 
+from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
-from deal_core.monitoring.feedback import FEEDBACK_COLUMNS
+from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
 from deal_core.monitoring.predictions import COLUMNS, Prediction
 from infra.log_segments import SegmentWriter, ship, ship_all
-from infra.predictions import PREDICTION_SCHEMA, feedback_log, prediction_log, read_feedback, read_predictions
+from infra.predictions import (
+    PREDICTION_SCHEMA,
+    feedback_log,
+    feedback_without_answer,
+    forget_answers,
+    prediction_log,
+    read_feedback,
+    read_predictions,
+    remove_feedback,
+)
 from infra.serving import prediction_log as logging_module
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
 from infra.store.local import FileStore
+from tasks.housekeeping.inventory import ship_logs
 from tests.served import WAIT_SECONDS, Champion, running
 
 SECRET = "Zanzibar"
@@ -246,6 +257,76 @@ def test_a_writer_closes_its_segment_when_it_is_asked_to(tmp_path: Path, store: 
     assert os.listdir(tmp_path / "predictions" / "l") == ["close"]
 
 
+def test_a_segment_is_not_seen_before_it_is_locked(tmp_path: Path, store: FileStore) -> None:
+    log = prediction_log(tmp_path, "l")
+    log.folder.mkdir(parents=True)
+    hidden = log.folder / ".20260101T000000-0123456789ab.jsonl"
+    hidden.touch()
+    assert log.segments() == [] and log.unnamed() == [hidden]
+    assert ship(store, log) == 0 and read_predictions(store, tmp_path, "l").empty and hidden.exists()
+
+
+def test_a_segment_that_is_asked_to_close_as_soon_as_it_has_a_name_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, rename = prediction_log(tmp_path, "l"), os.rename
+
+    def rename_and_ask(source: Path, target: Path) -> None:
+        rename(source, target)
+        (log.folder / "close").write_text("asked by ship_all")
+
+    monkeypatch.setattr(os, "rename", rename_and_ask)
+    writer = SegmentWriter(log)
+    writer.write([{"id": "1"}])
+    assert writer._file is not None
+    writer.close_if_due()
+    assert writer._file is None
+
+
+def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileStore) -> None:
+    log = prediction_log(tmp_path, "l")
+    log.folder.mkdir(parents=True)
+    path = log.folder / "20260101T000000-0123456789ab.jsonl"
+    path.symlink_to(path)  # as a file of another user, for a test that may run as root
+    for read in (ship, ship_all):
+        with pytest.raises(StoreError, match=r"0123456789ab.jsonl cannot be used .* as the user who runs deal serve"):
+            read(store, log)
+    with pytest.raises(StoreError, match="cannot be used"):
+        read_predictions(store, tmp_path, "l")
+
+
+@pytest.mark.parametrize("lineage", ["../../data", "..", "", "a/b", ".hidden"])
+def test_a_log_is_no_other_folder(tmp_path: Path, store: FileStore, lineage: str) -> None:
+    with pytest.raises(ConfigError, match="The lineage is"):
+        PredictionLog(store, tmp_path, lineage, keeps_texts=False)
+
+
+def test_rows_that_wait_are_moved_before_a_row_is_forgotten(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path))
+    monkeypatch.setattr(logging_module, "WRITE_SECONDS", 0.1)  # the wait is as long as for the usual half second
+    with logging_to(store, tmp_path) as log:
+        ids = ask(log, "a", "b")
+        log.take_feedback([read_entry({"id": ids[0], "label": "a"}, "", source="api", now=1.0).feedback])
+        ship_logs(store)
+        assert len([*store.list("predictions")]) == len([*store.list("feedback")]) == 1
+        digest = read_predictions(store, tmp_path, "l")["input_sha256"][0]
+        forget_answers(store, tmp_path, "l", {digest})
+    assert [*read_predictions(store, tmp_path, "l")["id"]] == ids[1:] and read_feedback(store, tmp_path, "l").empty
+
+
+def test_feedback_goes_when_its_answer_is_gone(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        (kept,) = ask(log, "a")
+        for number, each in enumerate((kept, "e" * 32, "f" * 32)):
+            log.take_feedback([read_entry({"id": each, "label": "a"}, "", source="api", now=float(number)).feedback])
+    found = feedback_without_answer(store, tmp_path, "l", before=1.5)
+    assert found == {"e" * 32}, "newer feedback may have its answer on another machine"
+    remove_feedback(store, tmp_path, "l", found)
+    assert {*read_feedback(store, tmp_path, "l")["id"]} == {kept, "f" * 32}
+
+
 def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStore) -> None:
     unknown, bank = "f" * 32, {"input": "a", "task": "bank"}
     with logging_to(store, tmp_path, keeps_texts=True) as log, running(Champion(log), tmp_path / "log") as port:
@@ -288,6 +369,23 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         unknown: ("b", None, False, None), talk: ("Hello", None, False, None),
     }  # fmt: skip
     assert set(found["source"]) == {"api"} and not feedback_log(tmp_path, "l").segments()
+
+
+def test_a_correction_keeps_a_row_in_the_random_sample(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        wrong, free = (ids[0] for ids in (ask(log, "a"), ask(log, "b")))
+
+        def say(now: float, **values: Any) -> None:
+            assert log.take_feedback([read_entry(values, "", source="api", now=now).feedback])
+
+        for each in (wrong, free, "f" * 32):
+            say(1.0, id=each, is_right=False, is_random=True)
+        say(2.0, id=wrong, label="b", reviewer="Jo")
+        say(2.0, id="f" * 32, answer="Hello", reviewer="Jo")
+        say(3.0, id=free, is_right=True)
+    found = {row.id: row for row in read_feedback(store, tmp_path, "l").itertuples()}
+    assert [(row.is_random, row.is_right) for row in found.values()] == [(True, False), (True, False), (True, True)]
+    assert (found[wrong].label, found["f" * 32].label) == ("b", "Hello"), "the correction counts"
 
 
 def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileStore) -> None:

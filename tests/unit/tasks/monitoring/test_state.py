@@ -46,6 +46,14 @@ def test_an_alarm_is_announced_once_and_again_after_it_was_gone() -> None:
     assert state.alarms == announced[3] and state.num_looks == 4
 
 
+def test_an_alarm_after_a_lost_state_is_another_and_after_a_crash_the_same() -> None:
+    first, crashed = (next_state(None, "support", "3", report(bank=("drift",)), START + after)[1][0]
+                      for after in (timedelta(), timedelta(minutes=5)))  # fmt: skip
+    assert first.identity("3") == crashed.identity("3")
+    later = next_state(None, "support", "3", report(bank=("drift",)), START + timedelta(days=9))[1][0]
+    assert later.identity("3") != first.identity("3") != first.identity("4")
+
+
 def test_each_kind_and_each_task_is_announced_by_itself() -> None:
     state, announced = looks(report(bank=("drift",), clinic=()), report(bank=("drift", "quality"), clinic=("drift",)))
     assert {(each.task, each.kind) for each in announced[1]} == {("bank", "quality"), ("clinic", "drift")}
