@@ -223,10 +223,7 @@ def history(
         int, Option("--newest", "-n", help="Show the N newest versions (0: all; --json always shows all).", min=0)
     ] = 30,
 ) -> CommandResult:
-    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time.
-
-    Arrivals that are held are shown too; with --json, deal status has them.
-    """
+    """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
     from tasks.cancelled import find_held
     from tasks.context import current_store
     from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves

@@ -150,10 +150,7 @@ def requeue(
     ] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
-    """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned.
-
-    With --json, the list has what was left behind; deal status --json has the arrivals that are held.
-    """
+    """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
     from flows.promote import requeue as requeue_flow
     from tasks.cancelled import find_held, release
