@@ -73,7 +73,8 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
 
 def describe(train: Mapping[str, Any]) -> str:
     """A protocol in a few words."""
-    parts = [f"{train['num_epochs']} epochs", f"rate {train['learning_rate']:g} {train['schedule']}"]
+    epochs = train["num_epochs"]
+    parts = [f"{epochs} epoch{'s' if epochs > 1 else ''}", f"rate {train['learning_rate']:g} {train['schedule']}"]
     parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
     return ", ".join([*parts, *(["labels balanced"] if train["balance_labels"] else [])])
 

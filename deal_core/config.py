@@ -227,8 +227,8 @@ class GateConfig:
     """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
     alias_moves: AliasMoves = "follow"
     """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
-    or run sets the alias back. request: the alias is set back at once, and a person is asked. It counts in the
-    lineage's file."""
+    or run sets the alias back. request: the alias is set back at once, and a person is asked. Only the value in
+    the lineage's file has an effect."""
 
 
 @settings("monitor")
@@ -243,7 +243,7 @@ class MonitorConfig:
     window_rows: Count = 500
     """The newest live rows of a task that are compared."""
     alpha: Annotated[Positive, Field(lt=1)] = 0.01
-    """Most false alarms per look at a lineage, as a share of looks."""
+    """Largest share of looks at a lineage that may raise a false alarm."""
     min_psi: AtLeastZero = 0.2
     """Smallest population stability index of the label shares that counts."""
     min_distance: Share = 0.15

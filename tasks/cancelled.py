@@ -57,8 +57,8 @@ async def hold_cancelled(
 ) -> tuple[str, ...]:
     """Hold the open arrivals of a lineage whose run was cancelled; return their keys.
 
-    An arrival belongs to every run that was cancelled after the arrival was announced, or was begun by a run without an
-    announcement. Otherwise no run has seen it, and nothing holds it. A later `deal requeue` ends the hold.
+    A cancelled run holds an arrival if it was cancelled after the arrival was announced, or after a run without an
+    announcement began to learn it. An arrival that no run has seen is not held. A later `deal requeue` ends the hold.
     """
     if not arrivals or not get_current_settings().api.url:
         return ()

@@ -34,7 +34,10 @@ def benchmark(
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
     strategy: Annotated[
         list[str] | None,
-        Option("--strategy", help="A strategy, or a bound: base, per_task, joint.", show_default="deal, seq_lora"),
+        Option(
+            "--strategy", help="A strategy, or a bound: base, frozen_head, per_task, joint_memory, joint.",
+            show_default="deal, seq_lora",
+        ),
     ] = None,
     seed: Annotated[list[int] | None, Option("--seed", help="Seed of weights and row order.", show_default="0")] = None,
     rows: Annotated[int, Option("--rows", help="Training rows per task.")] = 300,
