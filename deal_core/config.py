@@ -383,6 +383,10 @@ class RehearsalConfig:
         )
         return replace(self, **MEMORY[memory])
 
+    def num_kept(self, num_rows: int) -> int:
+        """Return how many rows of an arrival with `num_rows` rows are kept, if any are."""
+        return min(max(1, round(self.stored_share * num_rows)), self.max_stored_rows or num_rows)
+
     @property
     def keeps_rows(self) -> bool:
         """Whether rows of old tasks are stored."""

@@ -53,7 +53,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: 
     """
     process = start_command(arguments, {**environment, "DEAL_STAGES": "1"})
     assert process.stdout is not None and process.stderr is not None
-    told = _Told(show)
+    told = Told(show)
     listener = threading.Thread(target=told.listen, args=(process.stderr,), daemon=True)
     listener.start()
     try:
@@ -88,7 +88,7 @@ def end_command(process: subprocess.Popen[str]) -> None:
         raise
 
 
-class _Told:
+class Told:
     """What a command says while it works: one JSON object per line, or a library's message."""
 
     def __init__(self, show: Show | None) -> None:
@@ -97,6 +97,7 @@ class _Told:
         self._lines: deque[str] = deque(maxlen=NUM_LINES)
 
     def listen(self, stream: IO[str]) -> None:
+        """Read the stream to its end."""
         for line in stream:
             try:
                 event = json.loads(line)
@@ -110,8 +111,9 @@ class _Told:
                 with suppress(Exception):  # the command goes on, whatever the caller does with a line
                     self._show(_line(event))
 
-    def error(self) -> str:
-        return self._error or "\n".join(["The command has failed.", *self._lines])
+    def error(self, otherwise: str = "The command has failed.") -> str:
+        """Return the command's own message, or another one with the last lines that are no JSON."""
+        return self._error or "\n".join([otherwise, *self._lines])
 
 
 def _line(event: Mapping[str, Any]) -> str:

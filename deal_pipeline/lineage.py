@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
 
-from deal_pipeline.command import CommandError, Show, end_command, run_command, start_command
+from deal_pipeline.command import CommandError, Show, Told, end_command, run_command, start_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -254,9 +254,9 @@ class _Server:
         self._process = start_command(["serve", "--lineage", lineage, "--port", "0"], environment)
         self.close = weakref.finalize(self, end_command, self._process)
         self._key = environment.get(KEY) or os.environ.get(KEY)
-        process, errors = self._process, list[str]()
+        process, told = self._process, Told(None)
         assert process.stdout is not None and process.stderr is not None
-        listener = threading.Thread(target=_drain, args=(process.stderr, errors), daemon=True)
+        listener = threading.Thread(target=told.listen, args=(process.stderr,), daemon=True)
         listener.start()  # a full pipe would stop the server
         for line in process.stdout:
             event = json.loads(line)
@@ -266,8 +266,8 @@ class _Server:
         else:  # the server has ended
             code = process.wait()
             listener.join()
-            raise CommandError(json.loads(errors[-1])["error"] if errors else "The server has not started.", code)
-        threading.Thread(target=_drain, args=(process.stdout, []), daemon=True).start()
+            raise CommandError(told.error("The server has not started."), code)
+        threading.Thread(target=told.listen, args=(process.stdout,), daemon=True).start()
 
     @property
     def is_alive(self) -> bool:
@@ -285,8 +285,3 @@ class _Server:
         except OSError as error:  # URLError and TimeoutError are of this kind
             raise CommandError(f"The server at {self._url} does not answer ({error}); call predict again.", 1) from None
         return [str(row["output"]) for row in values["predictions"]]
-
-
-def _drain(stream: Iterator[str], errors: list[str]) -> None:
-    """Read a stream to its end, and keep the lines that tell an error."""
-    errors.extend(line for line in stream if line.startswith('{"error"'))

@@ -27,7 +27,14 @@ from tasks.adaptation.promote import champion_deleted, move_champion, note_learn
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.cancelled import release
 from tasks.context import current_store
-from tasks.lineage.history import find_version, no_version, require_in_registry, unknown_lineage
+from tasks.lineage.history import (
+    NoVersionError,
+    find_version,
+    no_version,
+    read_history,
+    require_in_registry,
+    unknown_lineage,
+)
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
@@ -340,7 +347,7 @@ async def requeue(
         ForgottenRowsError: Rows of an arrival were forgotten.
     """
     released = release(current_store(), lineage, arrivals) if arrivals or not versions else ()
-    if released and not versions and (arrivals or not open_registry().versions(lineage, newest=1)):
+    if released and not versions and (arrivals or not _has_versions(lineage)):
         return []
     registry = open_registry()
     async with hold_lineage(lineage):
@@ -348,6 +355,15 @@ async def requeue(
         found = [find_version(registry, lineage, number) for number in numbers]
         specs = [_spec_of(version) for version in found]
         return [await _learn(registry, spec, version) for spec, version in zip(specs, found, strict=True)]
+
+
+def _has_versions(lineage: str) -> bool:
+    """Return whether the lineage has versions. An empty registry with a filled store is an error."""
+    try:
+        read_history(lineage, newest=1)
+    except NoVersionError:
+        return False
+    return True
 
 
 async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> AdaptResult:

@@ -22,6 +22,7 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.store.s3 import open_landing_queue
+from tasks.announcements import announce, announce_again, drop_announcement, note_begun, read_announcements
 from tasks.cancelled import hold_cancelled
 from tasks.context import current_store
 from tasks.inbox import (
@@ -30,12 +31,7 @@ from tasks.inbox import (
     KnownStates,
     Outcome,
     TestFiles,
-    announce,
-    announce_again,
-    drop_announcement,
     look,
-    note_begun,
-    read_announcement,
     read_state,
     settle,
     task_spec,
@@ -178,8 +174,7 @@ class InboxWorker:
         self.num_left = len(settled) + len(growing)
         if settled:
             async with hold_lineage(self.spec.lineage, wait=self.wait):
-                held = await hold_cancelled(self.store, self.spec.lineage, inbox, settled)
-                self._note_begun(inbox, [info for info in settled if info.key not in held])
+                held = await self._hold_cancelled(inbox, settled)
                 for info in settled:
                     if is_stopped() or self.is_held():
                         break
@@ -188,11 +183,17 @@ class InboxWorker:
                     self.num_left -= 1
         return len(settled)
 
-    def _note_begun(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> None:
-        """Note what this run has to learn, so that a person who cancels the run holds all of it."""
-        if get_current_settings().api.url:
-            for info in arrivals:
-                note_begun(self.store, self.spec.lineage, info, inbox.stamp(info))
+    async def _hold_cancelled(self, inbox: InboxLook, arrivals: Sequence[ObjectInfo]) -> tuple[str, ...]:
+        """Hold arrivals of cancelled runs. Note the others, so that a person who cancels this run holds all of them."""
+        if not get_current_settings().api.url:
+            return ()
+        name = self.spec.lineage
+        announced = read_announcements(self.store, name, inbox, arrivals)
+        held = await hold_cancelled(self.store, name, inbox, arrivals, announced)
+        for info in arrivals:
+            if info.key not in held and info.key not in announced:
+                note_begun(self.store, name, info, inbox.stamp(info))
+        return held
 
     def is_held(self) -> bool:
         """Return whether `deal lineage hold` has stopped the learning of what lands."""
@@ -340,17 +341,17 @@ async def announce_open(
         return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
     num_announced = 0
-    lost = []
+    announced = read_announcements(store, name, inbox, settled)
+    lost = [info for info in settled if info.key in announced]
     released = {info.key: known.at for info in settled if (known := state.requeued(info))}
     for info in settled:
-        if read_announcement(store, name, info, inbox.stamp(info)):
-            lost.append(info)
+        if info.key in announced:
             continue
         announce(store, name, info, inbox.stamp(info), released.get(info.key))
         reporter().said(f"{info.key} has landed for lineage '{name}'")
         num_announced += 1
     if lost and not await is_held_on_server(name):
-        held = await hold_cancelled(store, name, inbox, lost)
+        held = await hold_cancelled(store, name, inbox, lost, announced)
         for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
             num_announced += announce_again(
                 store, name, info, inbox.stamp(info), datetime.now(UTC), released.get(info.key)

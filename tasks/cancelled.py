@@ -23,13 +23,21 @@ from pydantic import BaseModel
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from infra.store.base import ObjectInfo, ObjectStore
-from tasks.inbox import InboxLook, InboxState, drop_announcement, look, read_announcement, read_state, write_state
+from tasks.announcements import Announcement, drop_announcement
+from tasks.inbox import InboxLook, InboxState, look, read_state, write_state
 from tasks.progress import patient, reporter
 
 DEPLOYMENT = "adapt"
 """The deployment of prefect.yaml whose runs learn what lands."""
 CANCELLATION = (StateType.CANCELLING, StateType.CANCELLED)
 """The states of a run that a person cancels, in this order."""
+
+
+def learning_deployment() -> filters.DeploymentFilter:
+    """Return the filter for this project's deployment whose runs learn what lands."""
+    return filters.DeploymentFilter(
+        name=filters.DeploymentFilterName(any_=[DEPLOYMENT]), tags=filters.DeploymentFilterTags(all_=["deal"])
+    )
 
 
 class CancelledRun(NamedTuple):
@@ -53,17 +61,28 @@ class HeldArrival(BaseModel, frozen=True):
 
 
 async def hold_cancelled(
-    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo]
+    store: ObjectStore,
+    lineage: str,
+    inbox: InboxLook,
+    arrivals: Sequence[ObjectInfo],
+    announced: Mapping[str, Announcement],
 ) -> tuple[str, ...]:
     """Hold the open arrivals of a lineage whose run was cancelled; return their keys.
 
     A cancelled run holds an arrival if it was cancelled after the arrival was announced, or after a run without an
     announcement began to learn it. An arrival that no run has seen is not held. A later `deal requeue` ends the hold.
+
+    Args:
+        store: The object store.
+        lineage: The lineage.
+        inbox: A look at the inbox.
+        arrivals: Its open arrivals.
+        announced: Key of an arrival → its last announcement, for those that have one.
     """
     if not arrivals or not get_current_settings().api.url:
         return ()
     state = read_state(store, lineage)
-    times = {info.key: _waits_since(store, lineage, state, info, inbox.stamp(info)) for info in arrivals}
+    times = {info.key: _waits_since(state, info, announced.get(info.key)) for info in arrivals}
     since = {key: at for key, at in times.items() if at is not None}
     runs = await cancelled_runs(lineage, min(since.values())) if since else []
     held = []
@@ -86,9 +105,7 @@ async def hold_cancelled(
     return tuple(info.key for info in held)
 
 
-def _waits_since(
-    store: ObjectStore, lineage: str, state: InboxState, info: ObjectInfo, beside: str
-) -> datetime | None:
+def _waits_since(state: InboxState, info: ObjectInfo, announced: Announcement | None) -> datetime | None:
     """Return the time from which on a cancelled run is a run of this arrival; None: no run has seen it.
 
     The file's own time says nothing: a copy may keep the time of its original.
@@ -96,7 +113,6 @@ def _waits_since(
     released = state.requeued(info)
     if released is not None:
         return released.at
-    announced = read_announcement(store, lineage, info, beside)
     return announced.at if announced else None
 
 
@@ -111,9 +127,7 @@ async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
             flow_run_filter=filters.FlowRunFilter(
                 state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(CANCELLATION)))
             ),
-            deployment_filter=filters.DeploymentFilter(
-                name=filters.DeploymentFilterName(any_=[DEPLOYMENT]), tags=filters.DeploymentFilterTags(all_=["deal"])
-            ),
+            deployment_filter=learning_deployment(),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         )
         found = []
@@ -160,7 +174,7 @@ def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tupl
         ConfigError: A named arrival is not held.
     """
     inbox, state = look(store), read_state(store, lineage)
-    held: Mapping[str, HeldArrival] = {each.key: each for each in held_arrivals(inbox, state)}
+    held = [each.key for each in held_arrivals(inbox, state)]
     for key in named:
         if key not in held:
             known = f"held are: {', '.join(held)}" if held else "none is held"

@@ -115,11 +115,10 @@ def choose_version(lineage: str, number: str | None) -> VersionInfo:
             its gate.
     """
     registry = open_registry()
-    if number is None:
-        settled_champion(registry, current_store(), lineage)  # sets back an alias whose move only asks
-    info = find_version(registry, lineage, number)
-    if number is None:
-        require_through_gate(info)
+    if number is not None:
+        return find_version(registry, lineage, number)
+    info = settled_champion(registry, current_store(), lineage) or find_version(registry, lineage, None)
+    require_through_gate(info)
     return info
 
 

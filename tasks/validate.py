@@ -150,7 +150,7 @@ def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
 
     answer = answer_text(task, output)
     if not task.uses_chat_template:
-        return ShownRow(prompt="".join(render_prompt(task, input, None)), answer=answer)
+        return ShownRow(prompt=readable_prompt(task, input), answer=answer)
     try:
         return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=answer)
     except ConfigError as error:

@@ -28,7 +28,7 @@ from infra.settings import VllmSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from infra.tracking.registry import Registry, VersionInfo, open_registry, require_through_gate
 from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
 from tasks.lineage.history import lost_in_registry
@@ -75,10 +75,7 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     """
     store = current_store()
     registry = open_registry()
-    champion = settled_champion(registry, store, lineage)
-    if champion is None:
-        lost = lost_in_registry(registry, store, lineage)
-        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
+    champion = require_champion(registry, store, lineage)
     client = VllmClient(settings)
     before = read_route(store, lineage)
     try:
@@ -90,6 +87,19 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
         _write(store, _behind(read_route(store, lineage), client, champion, error))
         raise
     return route
+
+
+def require_champion(registry: Registry, store: ObjectStore, lineage: str) -> VersionInfo:
+    """Return the champion that answers.
+
+    Raises:
+        RegistryError: The lineage has none.
+    """
+    champion = settled_champion(registry, store, lineage)
+    if champion is None:
+        lost = lost_in_registry(registry, store, lineage)
+        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
+    return champion
 
 
 def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:

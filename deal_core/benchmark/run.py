@@ -22,7 +22,7 @@ from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.frozen_head import answer_by_head, features
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import MEMORY, EvaluateConfig, MethodConfig
+from deal_core.config import MEMORY, EvaluateConfig, MethodConfig, RehearsalConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.generation import LanguageModel
@@ -172,8 +172,7 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
 def _rows(run: CellRun, name: str) -> Dataset:
     rows = list(run.tasks[name].train[: run.cell.rows])
     if run.cell.strategy == "joint_memory":
-        kept = MEMORY["rows"]
-        rows = rows[: min(max(1, round(kept["stored_share"] * len(rows))), kept["max_stored_rows"])]
+        rows = rows[: RehearsalConfig(**MEMORY["rows"]).num_kept(len(rows))]
     return Dataset.from_list(rows)
 
 

@@ -57,7 +57,7 @@ def keep_rows(
     if not config.keeps_rows:
         return {}
     new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-    num_kept = min(max(1, round(config.stored_share * len(new))), config.max_stored_rows or len(new))
+    num_kept = config.num_kept(len(new))
     generator = random.Random(seed)
     chosen = generator.sample(new, len(new) if config.balance_stored else num_kept)
     if config.balance_stored:

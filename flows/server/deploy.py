@@ -15,16 +15,15 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
-from tasks.cancelled import DEPLOYMENT
+from tasks.announcements import LANDED
+from tasks.cancelled import learning_deployment
 from tasks.context import current_store
-from tasks.inbox import LANDED
 
 PoolType = Literal["process", "docker", "kubernetes"]
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
@@ -110,9 +109,7 @@ async def _read_place(client: PrefectClient) -> Place | None:
     homes = [
         str(settings["directory"])
         for deployment in await client.read_deployments(
-            deployment_filter=DeploymentFilter(
-                name=DeploymentFilterName(any_=[DEPLOYMENT]), tags=DeploymentFilterTags(all_=["deal"])
-            )
+            deployment_filter=learning_deployment()
         )
         for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
     ]  # fmt: skip

@@ -209,10 +209,8 @@ def read_page(tracking_id: str) -> tuple[RunReport, str]:
         RegistryError: The run has no such files, or MLflow does not answer.
     """
     tracked = open_tracker().run(tracking_id)
-    report = RunReport.from_json(tracked.read_json(REPORT_FILE))
-    evaluation = EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE))
     live = LiveLook.from_json(tracked.read_json(LIVE_FILE)) if tracked.has_file(LIVE_FILE) else None
-    return report, render_page(report, evaluation, live)
+    return _page(tracked, live)
 
 
 def renew_page(tracking_id: str, live: LiveLook) -> None:
@@ -223,7 +221,12 @@ def renew_page(tracking_id: str, live: LiveLook) -> None:
     tracked = open_tracker().run(tracking_id)
     tracked.log_json(LIVE_FILE, live.to_json())
     if tracked.has_file(REPORT_FILE):
-        tracked.log_text(PAGE_FILE, read_page(tracking_id)[1])
+        tracked.log_text(PAGE_FILE, _page(tracked, live)[1])
+
+
+def _page(tracked: TrackedRun, live: LiveLook | None) -> tuple[RunReport, str]:
+    report = RunReport.from_json(tracked.read_json(REPORT_FILE))
+    return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)), live)
 
 
 def _log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:

@@ -65,13 +65,11 @@ def read_lineage(store: ObjectStore, lineage: str) -> WatchedLineage:
     Raises:
         ConfigError: There is no file, or a setting is not valid.
     """
-    uri = store.uri_of(keys.settings_key(lineage))
-    values = _read_values(store, lineage)
-    if values is None:
-        if lineage == DEFAULT:
-            return WatchedLineage()
+    found = _parsed(store, lineage)
+    if found is None and lineage != DEFAULT:
+        uri = store.uri_of(keys.settings_key(lineage))
         raise ConfigError(f"There is no {uri}; add the lineage with: deal lineage add SPEC.")
-    return parse(WatchedLineage, values, uri)
+    return found or WatchedLineage()
 
 
 def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
@@ -80,10 +78,13 @@ def monitor_settings(store: ObjectStore, lineage: str) -> MonitorConfig:
     Raises:
         ConfigError: A setting in the file is not valid.
     """
+    return (_parsed(store, lineage) or WatchedLineage()).monitor
+
+
+def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
+    """Read a lineage's file; None: there is none."""
     values = _read_values(store, lineage)
-    if values is None:
-        return MonitorConfig()
-    return parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage))).monitor
+    return None if values is None else parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
 
 
 def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:

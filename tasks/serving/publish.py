@@ -17,17 +17,16 @@ from pydantic import BaseModel
 
 from deal_core.adapter.files import CONFIG_FILE, WEIGHTS_FILE, digests_of
 from deal_core.base_model.sources import resolve_base
-from deal_core.errors import ConfigError, RegistryError
+from deal_core.errors import ConfigError
 from infra.settings import HomeSettings, VllmSettings
 from infra.store.base import ObjectStore
 from infra.tracking.registry import VersionInfo, open_registry
-from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
-from tasks.lineage.history import find_version, lost_in_registry
+from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.serving.export import require_exportable
-from tasks.vllm import config_of, model_name, require_servable
+from tasks.vllm import config_of, model_name, require_champion, require_servable
 
 
 class Published(BaseModel, frozen=True):
@@ -63,10 +62,7 @@ def publish(
         RegistryError: There is no such version, or it may not be used elsewhere.
     """
     store, registry = current_store(), open_registry()
-    info = find_version(registry, lineage, version) if version else settled_champion(registry, store, lineage)
-    if info is None:
-        lost = lost_in_registry(registry, store, lineage)
-        raise RegistryError(lost or f"Lineage '{lineage}' has no champion; promote a version first (deal promote).")
+    info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
     require_exportable(store, registry, info)
     config = config_of(store, info)
     require_servable(config, settings)

@@ -31,8 +31,8 @@ from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.adaptation.report import save_report
+from tasks.announcements import LANDED
 from tasks.context import current_store
-from tasks.inbox import LANDED
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse
 from tests.in_process import put_back

@@ -23,18 +23,9 @@ from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
+from tasks.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.context import current_store
-from tasks.inbox import (
-    ARRIVAL_LANDED,
-    Announcement,
-    InboxState,
-    TestFiles,
-    announce_again,
-    list_arrivals,
-    read_announcement,
-    read_state,
-    write_state,
-)
+from tasks.inbox import InboxState, TestFiles, list_arrivals, read_state, write_state
 from tasks.inbox import look as look_at_inbox
 from tasks.lineage.settings import WatchedLineage, add_lineage, hold_lineage_file, list_lineages, read_lineage
 from tasks.spec import parse
