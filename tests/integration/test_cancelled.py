@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Cancelling, State
 from typer.testing import CliRunner
 
+import tasks.announcements
 import tasks.inbox
 from deal_core.errors import ConfigError
 from flows.cli.app import app
@@ -198,14 +199,14 @@ def test_an_arrival_that_goes_on_is_announced_at_once(
 ) -> None:
     """The server ignores an event whose id it has had."""
     ids: list[UUID] = []
-    emit = tasks.inbox.emit_event
+    emit = tasks.announcements.emit_event
 
     def note(**event: Any) -> object:
         if event["payload"]["lineage"] == "l":
             ids.append(event["id"])
         return emit(**event)
 
-    monkeypatch.setattr("tasks.inbox.emit_event", note)
+    monkeypatch.setattr("tasks.announcements.emit_event", note)
     monkeypatch.setattr(tasks.inbox, "PAUSE", timedelta(hours=1))
     land(home, "a.jsonl")
     assert look() + look() == 2
