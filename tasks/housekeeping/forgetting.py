@@ -118,12 +118,13 @@ def plan_forgetting(
     """Find every place with rows of an arrival. Nothing is changed."""
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
-    held = [*_rows_in_store(store, arrival), *_inbox_files(store, registry, arrival)]
+    inbox_keys, manifests = arrival.inbox_keys(store, registry), [*manifests_of(store, arrival.task)]
+    held = [*_rows_in_store(store, arrival), *_inbox_files(store, arrival.task, inbox_keys)]
     held += [  # a killed process may have left rows of any arrival
         Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
         for each in find_leftovers(store, datetime.now(UTC))
     ]
-    inputs = arrival_inputs(store, arrival, arrival.inbox_keys(store, registry))
+    inputs = arrival_inputs(store, arrival, inbox_keys, manifests)
     logged = _logged(store, inputs.digests)
     held += [
         Held(kind="logged answers", address=f"{len(ids)} rows of {keys.log_folder(keys.PREDICTIONS, lineage)}",
@@ -152,7 +153,7 @@ def plan_forgetting(
         held += _artifacts(remover, own | {version.tracking_id for version in asked})
         held += _kept_by_method(store, versions, numbers, arrival)
     shared = {
-        sha256 for sha256, manifest in manifests_of(store, arrival.task)
+        sha256 for sha256, manifest in manifests
         if sha256 not in arrival.sha256s and set(manifest.files) & set(arrival.files)
     }  # fmt: skip
     return ForgetPlan(
@@ -225,10 +226,9 @@ def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
     return {lineage: ids for lineage, ids in found.items() if ids}
 
 
-def _inbox_files(store: ObjectStore, registry: Registry, arrival: KnownArrival) -> list[Held]:
-    landed = arrival.inbox_keys(store, registry)
-    sizes = {info.key: info.size for info in store.list(keys.inbox_folder(arrival.task))}
-    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in landed]
+def _inbox_files(store: ObjectStore, task: str, inbox_keys: Iterable[str]) -> list[Held]:
+    sizes = {info.key: info.size for info in store.list(keys.inbox_folder(task))}
+    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in inbox_keys]
 
 
 def _judged_by(

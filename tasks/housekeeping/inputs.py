@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from deal_core.data.check import RowChecker
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import Format, TaskSchema
+from deal_core.data.schema import DatasetManifest, Format, TaskSchema
 from deal_core.data.shapes import recognise
 from deal_core.errors import DataValidationError
 from infra.store import keys
@@ -37,11 +37,21 @@ class ArrivalInputs(NamedTuple):
     """
 
 
-def arrival_inputs(store: ObjectStore, arrival: KnownArrival, inbox_keys: Iterable[str]) -> ArrivalInputs:
-    """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox."""
-    manifests = [manifest for sha256, manifest in manifests_of(store, arrival.task) if sha256 in arrival.sha256s]
-    schemas = {manifest.task.sha256: manifest.task for manifest in manifests}
-    training_files = {manifest.files[0] for manifest in manifests if manifest.files}
+def arrival_inputs(
+    store: ObjectStore, arrival: KnownArrival, inbox_keys: Sequence[str],
+    manifests: Iterable[tuple[str, DatasetManifest]],
+) -> ArrivalInputs:
+    """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox.
+
+    Args:
+        store: The object store.
+        arrival: The arrival.
+        inbox_keys: Its files in the inbox.
+        manifests: The digests and the manifests of its task's datasets.
+    """
+    own = [manifest for sha256, manifest in manifests if sha256 in arrival.sha256s]
+    schemas = {manifest.task.sha256: manifest.task for manifest in own}
+    training_files = {manifest.files[0] for manifest in own if manifest.files}
     found: set[str] = set()
     files_read: set[str] = set()
     has_training_rows = False
