@@ -20,9 +20,9 @@ from deal_core.data.shapes import recognise
 from deal_core.errors import DataValidationError
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.store.keys import TEST_FILE, TRAIN_FILE
+from infra.store.keys import DATASETS, MANIFEST_FILE, TEST_FILE, TRAIN_FILE, dataset_sha256
 from tasks.data_files import local_file
-from tasks.housekeeping.inventory import KnownArrival, manifests_of
+from tasks.housekeeping.inventory import KnownArrival
 from tasks.inbox import list_arrivals
 
 
@@ -62,10 +62,10 @@ def arrival_inputs(
                 texts, is_whole = _of_file(path, schema)
                 if is_whole:
                     files_read.add(sha256_of_input(path))
-            found.update(digest for text in texts for digest in _digests(schema.format, text))
+            found.update(_digests(schema.format, texts))
         for sha256 in arrival.sha256s:
             for name, texts in _of_dataset(store, arrival.task, sha256):
-                found.update(digest for text in texts for digest in _digests(schema.format, text))
+                found.update(_digests(schema.format, texts))
                 has_training_rows |= name == TRAIN_FILE
     has_training_rows |= bool(files_read & training_files) or (
         bool(arrival.files) and files_read.issuperset(arrival.files)
@@ -87,10 +87,11 @@ def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     for info in list_arrivals(store.list(keys.inbox_folder(schema.name))):
         with local_file(store, store.uri_of(info.key)) as path:
             texts, _ = _of_file(path, schema)
-        found.update(digest for text in texts for digest in _digests(schema.format, text))
-    for sha256 in {sha256 for sha256, _ in manifests_of(store, schema.name)}:
+        found.update(_digests(schema.format, texts))
+    listing = store.list(f"{DATASETS}/{schema.name}")
+    for sha256 in {dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == MANIFEST_FILE}:
         for _, texts in _of_dataset(store, schema.name, sha256):
-            found.update(digest for text in texts for digest in _digests(schema.format, text))
+            found.update(_digests(schema.format, texts))
     return frozenset(found)
 
 
@@ -116,8 +117,9 @@ def _of_file(path: Path, schema: TaskSchema) -> tuple[list[str], bool]:
     return found, True
 
 
-def _digests(kind: Format, stored: str) -> Iterator[str]:
-    """The digest of an input, and those of a chat's earlier turns, which are learned as rows of their own."""
-    yield stored_input_digest(kind, stored).hex()
-    if kind == "chat":
-        yield from (row.input_digest.hex() for row in earlier_turns(stored))
+def _digests(kind: Format, texts: Iterable[str]) -> Iterator[str]:
+    """The digests of inputs, and those of a chat's earlier turns, which are learned as rows of their own."""
+    for stored in texts:
+        yield stored_input_digest(kind, stored).hex()
+        if kind == "chat":
+            yield from (row.input_digest.hex() for row in earlier_turns(stored))

@@ -195,7 +195,7 @@ def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
 
 def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: datetime) -> None:
     """Do one removal. The store is last: after an interruption, the next plan finds the removal again there."""
-    if removal.kind in ("work folder", "temporary files") or Path(removal.address).is_absolute():
+    if Path(removal.address).is_absolute():
         remove_local(removal.address)
         return
     if removal.kind == "feedback without an answer":
