@@ -8,13 +8,14 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+
+from tests.loopback import Loopback
 
 _ANSWERS = re.compile(r"\nAnswer A:\n(.*)\n\nAnswer B:\n(.*)\n\nWhich answer is better\?", re.DOTALL)
 
 
-class FakeJudge:
+class FakeJudge(Loopback):
     """`decide` gets both answers and says the reply; `status` other than 200 is a failure, `pause` comes before."""
 
     def __init__(self, decide: Callable[[str, str], str] = lambda first, second: "C") -> None:
@@ -43,15 +44,5 @@ class FakeJudge:
                 with contextlib.suppress(OSError):  # the client may have given up
                     self.wfile.write(reply)
 
-            def log_message(self, *arguments: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
+        self.url = f"{self.address}/v1"

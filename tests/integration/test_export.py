@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tasks.serving.export import export_version, hub_folder
 from tasks.serving.publish import publish
 from tests.adapting import CLINIC, PASS, run
 from tests.in_process import put_back
+from tests.loopback import Loopback
 
 TEXT = "Patient reports chest pain since this morning."
 
@@ -148,18 +148,11 @@ def test_nothing_is_uploaded_to_a_public_repository(tmp_path: Path, monkeypatch:
         def do_GET(self) -> None:
             self.answer(200, {"id": "ours/support", "private": False})
 
-        def log_message(self, *arguments: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    try:
+    with Loopback(Hub) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
         with pytest.raises(ConfigError, match=r"ours/support is a public repository.*Nothing was uploaded"):
             export_version("l", "3", "hub", "ours/support")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert asked == ["POST /api/repos/create", "GET /api/models/ours/support"]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,6 +22,7 @@ from infra.settings import StoreSettings
 from infra.store.local import FileStore
 from infra.store.s3 import make_client
 from tasks.data_files import as_file, local_file
+from tests.loopback import Loopback
 
 
 @pytest.fixture
@@ -147,17 +147,12 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        key = {"gcs_base_url": f"http://127.0.0.1:{server.server_port}", "disable_oauth": True, "client_email": "",
+    with Loopback(Handler) as server:
+        key = {"gcs_base_url": server.address, "disable_oauth": True, "client_email": "",
                "private_key": "", "private_key_id": ""}  # fmt: skip
         monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
         monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
         yield asked
-        server.shutdown()
 
 
 def test_a_file_of_another_cloud_is_read(cloud: list[str], tmp_path: Path) -> None:
