@@ -230,26 +230,30 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
         raise StoreError(f"{path} has a row of another form; move the file elsewhere.") from None
 
 
-def get_table(store: ObjectStore, key: str, schema: pa.Schema) -> pa.Table:
-    """Read a segment in the store; a segment that was deleted meanwhile has no rows.
+def get_table(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
-        return pq.read_table(io.BytesIO(store.get_bytes(key))).cast(schema)
+        return pq.read_table(io.BytesIO(store.get_bytes(key)), columns=columns).cast(wanted)
     except ObjectNotFoundError:
-        return schema.empty_table()
+        return wanted.empty_table()
     except (pa.ArrowException, ValueError):
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
-def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: bool = True) -> pa.Table:
+def read_log(
+    store: ObjectStore, log: Log, since: date | None = None, *, columns: Sequence[str] | None = None, ships: bool = True
+) -> pa.Table:
     """Read all rows of a log, in the store and on this machine. A row counts once.
 
     Segments without a writer are moved into the store first, unless `ships` is False. `since` leaves out segments of
-    earlier days.
+    earlier days. The result has `columns`; None: all.
     """
+    read = log.schema.names if columns is None else [*dict.fromkeys((log.key, *columns))]
     try:
         if ships:
             ship(store, log)
@@ -258,15 +262,16 @@ def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: 
     tables = []
     for path in log.segments():  # before the store is read, so that a segment that moves meanwhile is not missed
         with suppress(FileNotFoundError):
-            tables.append(read_segment(path, log.schema))
+            tables.append(read_segment(path, log.schema).select(read))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         infos = log.stored(store, since)
-        tables += pool.map(lambda info: get_table(store, info.key, log.schema), infos)
-    table = pa.concat_tables([log.schema.empty_table(), *tables])
+        tables += pool.map(lambda info: get_table(store, info.key, log.schema, read), infos)
+    table = pa.concat_tables([log.schema.empty_table().select(read), *tables])
     places: dict[str, int] = {}
     for place, name in enumerate(table.column(log.key).to_pylist()):
         places.setdefault(name, place)
-    return table if len(places) == table.num_rows else table.take(list(places.values()))
+    table = table if len(places) == table.num_rows else table.take(list(places.values()))
+    return table if columns is None else table.select(columns)
 
 
 def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:

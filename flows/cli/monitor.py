@@ -15,8 +15,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, new_table, percent
 
 if TYPE_CHECKING:
-    from deal_core.monitoring.drift import TaskDrift
-    from deal_core.monitoring.live_accuracy import LiveAccuracy
+    from deal_core.monitoring.report import LiveAccuracy, TaskDrift
     from tasks.monitoring.look import MonitorResult
 
 monitor_app = typer.Typer()
