@@ -104,13 +104,21 @@ def enter_home(home: Path | None) -> Path:
 
 
 def _servers(home: Path) -> dict[str, str]:
-    """Return the variables that make this command use the servers of `deal up`; empty if they do not run."""
+    """Return the variables that make this command use the servers of `deal up`; empty if they do not run.
+
+    The database that `deal up` was given is that of its MLflow server. A command asks the server then, because the
+    versions' files can only be fetched from it. So the database's address is removed from the environment.
+    """
     if not (home / "stack.json").exists():
         return {}
     from flows.server.local_processes import read_stack
 
     stack = read_stack(home)
-    return stack.environment() if stack and stack.is_alive() else {}
+    if stack is None or not stack.is_alive():
+        return {}
+    if os.environ.get("MLFLOW_TRACKING_URI") == stack.backend_uri:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    return stack.environment()
 
 
 def calm_libraries() -> None:

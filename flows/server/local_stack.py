@@ -6,6 +6,7 @@ All servers listen on the loopback address only.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ async def bring_up(home: Path, *, prefect_port: int, mlflow_port: int, num_train
             return running
         if stop(home):
             say("processes of an earlier start were ended")
+        if running and os.environ.get("MLFLOW_TRACKING_URI") == running.mlflow_url:  # this command was to ask it
+            os.environ["MLFLOW_TRACKING_URI"] = running.backend_uri
         try:
             stack = start_servers(home, prefect_port, mlflow_port, say)
             with temporary_settings({PREFECT_API_URL: stack.environment()["PREFECT_API_URL"]}):

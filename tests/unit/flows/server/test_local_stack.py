@@ -20,6 +20,7 @@ from prefect.settings.models.server.services import ServerServicesDBVacuumSettin
 from prefect.states import Running
 
 from deal_core.errors import ConfigError
+from flows.server.embedded import enter_home
 from flows.server.local_processes import (
     SUPERVISOR,
     LocalProcess,
@@ -34,7 +35,9 @@ from flows.server.local_processes import (
     stop,
     supervise,
 )
-from flows.server.local_stack import _restart_left_runs, heal, start_servers
+from flows.server.local_stack import _restart_left_runs, bring_up, heal, start_servers
+from infra.settings import TrackingSettings
+from tests.in_process import put_back
 
 SLEEP = ("-c", "import time; time.sleep(600)")
 
@@ -59,6 +62,37 @@ def test_a_taken_port_is_refused_before_anything_starts(home: Path) -> None:
         other.listen()
         with pytest.raises(ConfigError, match="--mlflow-port"):
             start_servers(home, free_port(), other.getsockname()[1], print)
+    assert read_stack(home) is None
+
+
+def test_a_command_asks_the_server_whose_database_the_environment_names(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stack()
+    start_part(home, made, "worker", SLEEP)
+    try:
+        for named, used in ((made.backend_uri, made.mlflow_url), ("sqlite:///other.db", "sqlite:///other.db")):
+            with put_back():
+                monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+                enter_home(home)
+                assert TrackingSettings().tracking_uri == used
+    finally:
+        stop(home)
+
+
+def test_up_after_a_start_that_did_not_end_starts_on_the_same_database(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stack()
+    start_part(home, made, "mlflow-server", SLEEP)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.mlflow_url)  # as a command sets it while a part runs
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        up = bring_up(
+            home, prefect_port=free_port(), mlflow_port=other.getsockname()[1], num_trainings=1, say=print
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match="--mlflow-port"):
+            asyncio.run(up)
+    assert TrackingSettings().tracking_uri == made.backend_uri
     assert read_stack(home) is None
 
 
