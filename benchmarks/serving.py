@@ -166,11 +166,14 @@ def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage
 
 
 @contextmanager
-def served(lineage: str = LINEAGE) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`deal serve` of a lineage: its address and process; ended afterwards."""
+def served(
+    lineage: str = LINEAGE, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`deal serve` of a lineage: its address and process; ended afterwards. Environment None: that of this process."""
     process = subprocess.Popen(
-        [*DEAL, "serve", "--lineage", lineage, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True
-    )
+        [*DEAL, "serve", "--lineage", lineage, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         for line in process.stdout:

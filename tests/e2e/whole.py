@@ -66,8 +66,10 @@ class Whole:
         self.deal("lineage", "add", str(path))
 
     def land(self, key: str, rows: list[dict[str, str]]) -> None:
-        body = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        self.s3.put_object(Bucket=BUCKET, Key=f"team/inbox/{key}", Body=body)
+        self.put(f"inbox/{key}", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def put(self, key: str, body: bytes) -> None:
+        self.s3.put_object(Bucket=BUCKET, Key=f"team/{key}", Body=body)
 
     def read(self, key: str) -> Any:
         return json.loads(self.s3.get_object(Bucket=BUCKET, Key=f"team/{key}")["Body"].read())
