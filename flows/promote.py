@@ -303,7 +303,7 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
 def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
-    An arrival is left out if another version that learned it awaits approval.
+    An arrival is left out if another version that learned it awaits approval or is in rollout.
 
     Raises:
         NoVersionError: The lineage has no version.
@@ -315,7 +315,7 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
         raise no_version(registry, lineage)
     line = descent(versions, registry.champion(lineage))
     standings = {version.version: standing_of(version, line) for version in versions}
-    waiting = [version for version in versions if standings[version.version] == "awaiting approval"]
+    waiting = [each for each in versions if standings[each.version] in ("awaiting approval", "in rollout")]
     known = {digest for version in (*line, *waiting) for digest in version.digests}
     found: list[LeftBehind] = []
     for version in reversed(versions):
