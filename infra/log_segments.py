@@ -61,6 +61,8 @@ class Log:
     """The column that tells rows apart."""
     lineage: str
     home: Path
+    later: tuple[str, ...] = ()
+    """Columns that earlier releases do not know. A segment in the store has them where a row has a value."""
 
     def __post_init__(self) -> None:
         if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
@@ -205,6 +207,7 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
     if not table.num_rows:
         store.delete(key)
         return
+    table = table.drop_columns([name for name in log.later if table[name].null_count == table.num_rows])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     store.put_bytes(key, sink.getvalue())
@@ -230,17 +233,22 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
         raise StoreError(f"{path} has a row of another form; move the file elsewhere.") from None
 
 
-def get_table(store: ObjectStore, key: str, schema: pa.Schema) -> pa.Table:
+def get_table(store: ObjectStore, key: str, log: Log) -> pa.Table:
     """Read a segment in the store; a segment that was deleted meanwhile has no rows.
 
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
     try:
-        return pq.read_table(io.BytesIO(store.get_bytes(key))).cast(schema)
+        table = pq.read_table(io.BytesIO(store.get_bytes(key)))
+        for name in log.later:
+            if name not in table.column_names:
+                field = log.schema.field(name)
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(log.schema.names).cast(log.schema)
     except ObjectNotFoundError:
-        return schema.empty_table()
-    except (pa.ArrowException, ValueError):
+        return log.schema.empty_table()
+    except (pa.ArrowException, ValueError, KeyError):
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
@@ -261,7 +269,7 @@ def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: 
             tables.append(read_segment(path, log.schema))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         infos = log.stored(store, since)
-        tables += pool.map(lambda info: get_table(store, info.key, log.schema), infos)
+        tables += pool.map(lambda info: get_table(store, info.key, log), infos)
     table = pa.concat_tables([log.schema.empty_table(), *tables])
     places: dict[str, int] = {}
     for place, name in enumerate(table.column(log.key).to_pylist()):
@@ -278,7 +286,7 @@ def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
     ship_all(store, log)
     wanted = pa.array(sorted(ids), pa.string())
     for info in log.stored(store):
-        table = get_table(store, info.key, log.schema)
+        table = get_table(store, info.key, log)
         kept = table.filter(pc.invert(pc.is_in(table.column("id"), value_set=wanted)))
         if kept.num_rows < table.num_rows:
             put_table(store, log, keys.file_name(info.key).removesuffix(".parquet"), kept)

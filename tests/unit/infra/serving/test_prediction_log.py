@@ -80,7 +80,7 @@ def all_bytes(folder: Path) -> bytes:
 
 
 def test_the_stored_columns_are_those_of_a_row() -> None:
-    assert PREDICTION_SCHEMA.names == [*COLUMNS] == [each.name for each in fields(Prediction)]
+    assert PREDICTION_SCHEMA.names == [*COLUMNS, *ROLLOUT_COLUMNS] == [each.name for each in fields(Prediction)]
 
 
 @pytest.mark.parametrize("keeps_texts", [False, True])
