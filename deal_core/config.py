@@ -258,6 +258,13 @@ class GateConfig:
     rollout_rows: Count = 200
     """Answers of the version that are judged before it becomes champion."""
 
+    def __post_init__(self) -> None:
+        _require(
+            not (self.rollout == "canary" and self.rollout_share == 1),
+            "gate.rollout_share is 1: a canary is compared with the champion's answers to the other requests; give a "
+            "smaller share.",
+        )
+
     @property
     def rollout_terms(self) -> RolloutTerms | None:
         """How a version is tried on live traffic; None: it is not."""

@@ -24,7 +24,7 @@ import pytest
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
-from deal_core.monitoring.predictions import COLUMNS, Prediction
+from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
 from infra.log_segments import SegmentWriter, ship, ship_all
 from infra.predictions import (
     PREDICTION_SCHEMA,
