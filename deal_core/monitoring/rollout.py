@@ -218,9 +218,9 @@ def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.D
     candidate had that label. Whether an answer was right says nothing about a different one, so it does not count.
     """
     both = mine.merge(theirs, left_on="shadow_of", right_on="id", suffixes=("", "_before"))
-    found = []
+    found, entry_of = [], said.to_dict("index")
     for row in both.to_dict("records"):
-        entries = [said.loc[name] for name in (row["id_before"], row["id"]) if name in said.index]
+        entries = [entry_of[name] for name in (row["id_before"], row["id"]) if name in entry_of]
         given = next((entry for entry in entries if pd.notna(entry["label"])), None)
         knows = given is not None and row["is_label_before"] is not None
         found.append({
