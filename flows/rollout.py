@@ -10,9 +10,11 @@ from pydantic import BaseModel
 
 from deal_core.errors import DealError
 from flows.promote import Decision, promote_to, reject_version
+from infra.promotions import PromotionLog
 from infra.tracking.registry import open_registry
+from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
-from tasks.lineage.history import find_version
+from tasks.lineage.history import find_version, known_lineages
 from tasks.lineage.settings import for_each
 from tasks.lineage.versions import ROLLOUT
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
@@ -39,7 +41,9 @@ async def rollouts() -> list[RolloutResult]:
     Raises:
         DealError: Some could not be looked at. All others were.
     """
-    names = open_registry().lineages_with("rollout")
+    store = current_store()
+    log, named = PromotionLog(store), open_registry().lineages_with("rollout")
+    names = [name for name in known_lineages(store) if name in named or log.open_rollout(name) is not None]
 
     async def check(name: str) -> RolloutResult:
         return check_rollout(name)
@@ -53,9 +57,12 @@ async def rollouts() -> list[RolloutResult]:
 def check_rollout(lineage: str) -> RolloutResult:
     """Make the version that is tried the champion, reject it, or let its rollout go on.
 
+    An alias that does not fit the promotion log is set back first.
+
     Raises:
         RegistryError: The champion has changed meanwhile, or the version cannot become champion.
     """
+    settle_aliases(open_registry(), PromotionLog(current_store()), lineage)
     status = look_at_rollout(lineage)
     if status.version is None or status.report is None or status.report.verdict == "goes on":
         return RolloutResult(status=status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from deal_core.config import RolloutTerms
 from deal_core.errors import RegistryError
 from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
-from flows.rollout import abort_rollout, check_rollout, finish_rollout
+from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts
 from infra.promotions import PromotionLog
 from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
 from tasks.adaptation.promote import complete_version
@@ -154,6 +155,8 @@ def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeyp
         with pytest.raises(KilledError):
             abort_rollout("l", **BY)
     assert find_parent.fn("l") is not None and in_rollout() is None
+    open_registry().set_alias("l", "rollout", "4")  # by hand, in MLflow
+    assert asyncio.run(rollouts())[0].status.version is None and in_rollout() is None
 
 
 def test_the_commands_say_what_is_tried(home: Path) -> None:
