@@ -28,8 +28,9 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_base_of
 from deal_core.evaluation.answering import ServedTask, read_served
 from deal_core.evaluation.generation import answer_inputs
-from deal_core.monitoring.drift import TaskDrift, compare
+from deal_core.monitoring.drift import compare
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
+from deal_core.monitoring.report import TaskDrift
 from infra.settings import HomeSettings
 
 USUAL, TYPOS = "usual", "20 % typos"

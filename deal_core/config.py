@@ -419,12 +419,17 @@ class RehearsalConfig:
         """
         if memory is None:
             return self
-        changed = [name for name in MEMORY["rows"] if getattr(self, name) != getattr(RehearsalConfig(), name)]
+        changed = self.decides_memory
         _require(
             not changed,
             f"memory is {memory}, which decides rehearsal.{', rehearsal.'.join(changed)} too; remove one of the two.",
         )
         return replace(self, **MEMORY[memory])
+
+    @property
+    def decides_memory(self) -> list[str]:
+        """The settings that were changed and that `memory` stands for."""
+        return [name for name in MEMORY["rows"] if getattr(self, name) != getattr(RehearsalConfig(), name)]
 
     def num_kept(self, num_rows: int) -> int:
         """Return how many rows of an arrival with `num_rows` rows are kept, if any are."""

@@ -31,8 +31,9 @@ from tasks.adaptation.resume import find_parent, keep_findings
 from tasks.adaptation.train import train_version
 from tasks.base import identify_base, refuse_what_cannot_fit
 from tasks.context import current_store, end_run, fail_run, remove_work, start_run
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, settings_of, with_memory_of
 from tasks.lineage.record import read_record, require_same_base
-from tasks.lineage.settings import AskedSpec, arrival_of, choose_adapter, choose_base, choose_strategy, settings_of
+from tasks.lineage.settings import AskedSpec, arrival_of
 from tasks.notices import announce_failure, announce_version
 from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import AdaptationJob, DatasetRef, TrainSummary, VersionRef
@@ -122,6 +123,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     stages = Stages()
     parent = await stages.run("parent", find_parent, spec.lineage)
     record = read_record(current_store(), parent.adapter_uri) if parent else None
+    spec = with_memory_of(spec, record)
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))

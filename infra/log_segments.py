@@ -233,31 +233,36 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
         raise StoreError(f"{path} has a row of another form; move the file elsewhere.") from None
 
 
-def get_table(store: ObjectStore, key: str, log: Log) -> pa.Table:
-    """Read a segment in the store; a segment that was deleted meanwhile has no rows.
+def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
+    wanted = log.schema if columns is None else pa.schema([log.schema.field(name) for name in columns])
     try:
-        table = pq.read_table(io.BytesIO(store.get_bytes(key)))
+        file = pq.ParquetFile(io.BytesIO(store.get_bytes(key)))
+        table = file.read([name for name in wanted.names if name in file.schema_arrow.names])
         for name in log.later:
-            if name not in table.column_names:
+            if name in wanted.names and name not in table.column_names:
                 field = log.schema.field(name)
                 table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        return table.select(log.schema.names).cast(log.schema)
+        return table.select(wanted.names).cast(wanted)
     except ObjectNotFoundError:
-        return log.schema.empty_table()
+        return wanted.empty_table()
     except (pa.ArrowException, ValueError, KeyError):
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
-def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: bool = True) -> pa.Table:
+def read_log(
+    store: ObjectStore, log: Log, since: date | None = None, *, columns: Sequence[str] | None = None, ships: bool = True
+) -> pa.Table:
     """Read all rows of a log, in the store and on this machine. A row counts once.
 
     Segments without a writer are moved into the store first, unless `ships` is False. `since` leaves out segments of
-    earlier days.
+    earlier days. The result has `columns`; None: all.
     """
+    read = log.schema.names if columns is None else [*dict.fromkeys((log.key, *columns))]
     try:
         if ships:
             ship(store, log)
@@ -266,15 +271,16 @@ def read_log(store: ObjectStore, log: Log, since: date | None = None, *, ships: 
     tables = []
     for path in log.segments():  # before the store is read, so that a segment that moves meanwhile is not missed
         with suppress(FileNotFoundError):
-            tables.append(read_segment(path, log.schema))
+            tables.append(read_segment(path, log.schema).select(read))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         infos = log.stored(store, since)
-        tables += pool.map(lambda info: get_table(store, info.key, log), infos)
-    table = pa.concat_tables([log.schema.empty_table(), *tables])
+        tables += pool.map(lambda info: get_table(store, info.key, log, read), infos)
+    table = pa.concat_tables([log.schema.empty_table().select(read), *tables])
     places: dict[str, int] = {}
     for place, name in enumerate(table.column(log.key).to_pylist()):
         places.setdefault(name, place)
-    return table if len(places) == table.num_rows else table.take(list(places.values()))
+    table = table if len(places) == table.num_rows else table.take(list(places.values()))
+    return table if columns is None else table.select(columns)
 
 
 def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:

@@ -81,20 +81,29 @@ def read_predictions(
     return found.sort_values("time", kind="stable", ignore_index=True)
 
 
-def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
+def read_feedback(
+    store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
     label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
     entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
 
+    Args:
+        store: The object store.
+        home: This machine's home folder, whose segments need not be in the store yet.
+        lineage: The lineage.
+        answers: The rows of the log, if the caller has read those that matter to it; None: they are read.
+
     Raises:
         StoreError: The store does not answer, or a segment is damaged.
     """
     found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
     if found["label"].notna().any():
-        table = _frame(read_log(store, prediction_log(home, lineage)).select(["id", "label", "is_label"]))
-        given = {row.id: row.label if row.is_label else "" for row in table.itertuples() if row.is_label is not None}
+        if answers is None:
+            answers = _frame(read_log(store, prediction_log(home, lineage), columns=["id", "label", "is_label"]))
+        given = {row.id: row.label if row.is_label else "" for row in answers.itertuples() if row.is_label is not None}
         is_right = [
             label_key(given[row.id]) == label_key(row.label) if row.label is not None and row.id in given
             else row.is_right
@@ -113,9 +122,18 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str) -> pd.DataFrame:
     )
 
 
+def feedback_ids(store: ObjectStore, home: Path, lineage: str) -> set[str]:
+    """Return the ids of the answers with feedback.
+
+    Raises:
+        StoreError: The store does not answer, or a segment is damaged.
+    """
+    return set(read_log(store, feedback_log(home, lineage), columns=["id"]).column("id").to_pylist())
+
+
 def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:
     """Return the ids of the logged answers to these inputs, which are named by `input_sha256`."""
-    table = read_log(store, prediction_log(home, lineage)).select(["id", "input_sha256"])
+    table = read_log(store, prediction_log(home, lineage), columns=["id", "input_sha256"])
     return {name for name, digest in zip(*(column.to_pylist() for column in table.columns), strict=True)
             if digest in inputs}  # fmt: skip
 
@@ -129,12 +147,12 @@ def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before
     Raises:
         StoreError: The store does not answer, or a segment is damaged.
     """
-    table = read_log(store, feedback_log(home, lineage), ships=False).select(["id", "time"])
+    table = read_log(store, feedback_log(home, lineage), columns=["id", "time"], ships=False)
     said = _frame(table).groupby("id")["time"].max()
     waiting = set(said[said < before].index)
     if not waiting:
         return set()
-    answers = read_log(store, prediction_log(home, lineage), ships=False)
+    answers = read_log(store, prediction_log(home, lineage), columns=["id"], ships=False)
     return waiting - set(answers.column("id").to_pylist())
 
 

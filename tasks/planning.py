@@ -41,8 +41,9 @@ from infra.store.keys import TRAIN_FILE
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
 from tasks.context import current_store
 from tasks.data_files import local_file
+from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord, read_record
-from tasks.lineage.settings import arrival_of, choose_adapter, choose_base, choose_strategy
+from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent
 from tasks.references import VersionRef
 from tasks.spec import AdaptSpec
@@ -142,6 +143,7 @@ def plan(
     """
     champion = known_champion(spec.lineage)
     record = read_record(current_store(), champion.adapter_uri) if champion else None
+    spec = with_memory_of(spec, record)
     on_progress("reading the base model's config")
     source = choose_base(spec, record)
     base = find_config(source, HomeSettings().cache_dir)

@@ -18,8 +18,9 @@ from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_te
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.data_files import local_file
+from tasks.lineage.choices import choose_base
 from tasks.lineage.record import read_record
-from tasks.lineage.settings import choose_base, spec_from_options
+from tasks.lineage.settings import spec_from_options
 from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 

@@ -12,154 +12,35 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from typing import ClassVar, Literal, get_args
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from deal_core.config import MonitorConfig
-from deal_core.errors import RegistryError
 from deal_core.monitoring import two_samples
-from deal_core.monitoring.live_accuracy import LiveAccuracy, estimated_accuracy, measured_accuracy
+from deal_core.monitoring.live_accuracy import estimated_accuracy, measured_accuracy
+from deal_core.monitoring.report import (
+    NUM_BINS,
+    Alarm,
+    DriftReport,
+    DriftTest,
+    LiveAccuracy,
+    TaskDrift,
+    TestName,
+)
 from deal_core.monitoring.two_samples import Difference
-from deal_core.schema_version import Kept, VersionedJson
 
-Status = Literal["compared", "too few rows", "no reference"]
-AlarmKind = Literal["drift", "quality", "decayed"]
-"""drift: live rows differ from the reference. quality: live accuracy is lower. decayed: it is also below what the gate
-measured for the version before."""
-ALARM_KINDS: tuple[AlarmKind, ...] = get_args(AlarmKind)
-
-NUM_BINS = 20
-"""Bins of a histogram of confidences, from 0 to 1."""
 MIN_MOVED = 0.05
 """Change of a label's share that a reason mentions."""
 MAX_MOVED = 3
 """Labels that a reason mentions."""
 
-TestName = Literal["labels", "no label", "confidence", "label mass", "length of inputs", "length of answers", "texts"]
-UNITS: dict[TestName, str] = {
-    "labels": "PSI", "no label": "share", "confidence": "D", "label mass": "D", "length of inputs": "D",
-    "length of answers": "D", "texts": "AUC",
-}  # fmt: skip
-"""A test → the unit of its effect."""
 DISTRIBUTIONS: dict[TestName, str] = {
     "confidence": "confidence", "label mass": "label_mass", "length of inputs": "chars",
     "length of answers": "num_answer_chars",
 }  # fmt: skip
 """A test of two distributions → the column that it compares."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftTest:
-    """One test of a task.
-
-    Attributes:
-        name: What is compared.
-        effect: Size of the difference, in the test's unit.
-        limit: Smallest effect that counts.
-        p_value: Probability of at least this difference by chance.
-        low: Lower end of the 95 % interval around an AUC; None for other tests.
-        high: Upper end.
-        is_alarm: Whether the difference is significant and large.
-    """
-
-    name: TestName
-    effect: float
-    limit: float
-    p_value: float
-    low: float | None = None
-    high: float | None = None
-    is_alarm: bool = False
-
-    @property
-    def unit(self) -> str:
-        """Unit of the effect."""
-        return UNITS[self.name]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alarm:
-    """What has changed, and why it counts."""
-
-    kind: AlarmKind
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskDrift:
-    """The comparison of one task.
-
-    Attributes:
-        task: Name of the task.
-        status: Whether it was compared.
-        num_logged: Live rows, repeated requests included.
-        num_live: The newest live rows that are compared, without repeated requests.
-        num_reference: Rows that they are compared with.
-        is_rebased: Whether these rows are earlier live rows instead of test rows.
-        tests: The tests that could be made.
-        estimated: Accuracy estimated from confidences.
-        measured: Accuracy measured by feedback.
-        before: Accuracy that the gate measured for the version before; None: not known.
-        alarms: The alarms.
-        label_shares: Label → its share among the reference's and the live answers. An empty name: no label.
-        confidences: Shares of the reference's and the live rows in each of NUM_BINS bins of confidence.
-    """
-
-    task: str
-    status: Status
-    num_logged: int
-    num_live: int
-    num_reference: int
-    is_rebased: bool = False
-    tests: tuple[DriftTest, ...] = ()
-    estimated: LiveAccuracy | None = None
-    measured: LiveAccuracy | None = None
-    before: float | None = None
-    alarms: tuple[Alarm, ...] = ()
-    label_shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    confidences: tuple[tuple[float, float], ...] = ()
-
-    @property
-    def num_tests(self) -> int:
-        """Number of the comparisons that may raise an alarm."""
-        accuracies = [each for each in (self.estimated, self.measured) if each is not None]
-        return len(self.tests) + sum(each.p_value is not None for each in accuracies)
-
-    @property
-    def reference_accuracy(self) -> float | None:
-        """Accuracy on the test rows, where live accuracy was compared with it."""
-        found = [each.reference for each in (self.measured, self.estimated) if each is not None]
-        return next((each for each in found if each is not None), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftReport:
-    """The comparison of all tasks of a version."""
-
-    tasks: tuple[TaskDrift, ...]
-    num_tests: int
-    """Tests of all tasks together."""
-    level: float
-    """A p-value below it is significant: alpha / num_tests."""
-
-    def task(self, name: str) -> TaskDrift:
-        """Return the comparison of a task."""
-        return next(each for each in self.tasks if each.task == name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveLook(VersionedJson):
-    """One look at the live traffic of a version."""
-
-    kept: ClassVar[Kept] = Kept("The look at live traffic", RegistryError, version=1)
-
-    lineage: str
-    version: str
-    looked: datetime
-    drift: DriftReport
 
 
 def compare(

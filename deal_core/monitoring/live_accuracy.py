@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from deal_core.monitoring.report import LiveAccuracy
 from deal_core.monitoring.two_samples import share_grew, wilson
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveAccuracy:
-    """An accuracy of live answers, 0 to 1.
-
-    Attributes:
-        accuracy: The estimate.
-        low: Lower end of its 95 % Wilson interval.
-        high: Upper end.
-        num_rows: Live rows that it comes from.
-        reference: Accuracy on the reference rows; None: their scores are graded, so the two cannot be compared.
-        drop_points: Points below the reference; negative: above.
-        p_value: Probability of at least this drop if nothing has changed (Fisher's exact test, one-sided).
-        is_alarm: Whether the drop is significant and large.
-    """
-
-    accuracy: float
-    low: float
-    high: float
-    num_rows: int
-    reference: float | None = None
-    drop_points: float | None = None
-    p_value: float | None = None
-    is_alarm: bool = False
-
-    def is_below(self, accuracy: float) -> bool:
-        """Whether the whole interval is below an accuracy."""
-        return self.high < accuracy
 
 
 class Hits(NamedTuple):

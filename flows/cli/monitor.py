@@ -16,8 +16,7 @@ from flows.cli.tables import heading, new_table, percent
 from flows.cli.versions import Why, show_decision
 
 if TYPE_CHECKING:
-    from deal_core.monitoring.drift import TaskDrift
-    from deal_core.monitoring.live_accuracy import LiveAccuracy
+    from deal_core.monitoring.report import LiveAccuracy, TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
     from flows.rollout import RolloutResult
     from tasks.monitoring.look import MonitorResult

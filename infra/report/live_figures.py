@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deal_core.monitoring.drift import TaskDrift
+from deal_core.monitoring.report import TaskDrift
 from infra.report.figures import COLOURS, MUTED, new_figure, say_empty, tidy
 
 MAX_LABELS = 12

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.monitoring.drift import LiveLook
+from deal_core.monitoring.report import LiveLook
 from infra.report import formatting as words
 from infra.report.figures import COLOURS, MUTED, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.live_figures import live_traffic

@@ -58,7 +58,7 @@ def register_version(
     known = tuple(replace(task, schema=dataset.widen(task.schema)) for task in known)
     record = LineageRecord(
         lineage=run.lineage, base=base, strategy=job.strategy, adapter=job.adapter, tasks=known, matrix=report.matrix,
-        slices=tuple(each for each in renewal.slices if each.name in report.slices),
+        slices=tuple(each for each in renewal.slices if each.name in report.slices), memory=spec.memory,
     )
     write_record(store, adapter.uri, record)
     facts = VersionFacts(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.monitoring.drift import LiveLook
+from deal_core.monitoring.report import LiveLook
 from infra.report import formatting as words
 from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.page import matrix_rows, render_page

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from deal_core.config import AdapterConfig, EvaluateConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, Memory
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
@@ -57,7 +57,7 @@ class KnownSlice:
 class LineageRecord(VersionedJson):
     """The record of a lineage at one version."""
 
-    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices",))
+    kept: ClassVar[Kept] = Kept(f"The lineage's {RECORD_FILE}", StoreError, version=1, later=("slices", "memory"))
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     lineage: str
@@ -67,6 +67,8 @@ class LineageRecord(VersionedJson):
     tasks: tuple[KnownTask, ...]
     matrix: KeptMatrix
     slices: tuple[KnownSlice, ...] = ()
+    memory: Memory | None = None
+    """The spec's `memory`, which later arrivals share; None: the settings under `rehearsal` decided."""
 
     def task(self, name: str) -> KnownTask | None:
         """Return the task of that name, or None."""

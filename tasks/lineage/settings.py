@@ -10,26 +10,22 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BeforeValidator
 
-from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import MEMORY, AdapterConfig, MonitorConfig
+from deal_core.config import MEMORY, MonitorConfig
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectError
 from tasks.context import current_store
-from tasks.lineage.record import LineageRecord
 from tasks.progress import Interrupted
 from tasks.references import Arrival
 from tasks.spec import (
-    DEFAULT_STRATEGY,
     NAME_PATTERN,
     AdaptSpec,
     LineageSpec,
@@ -41,8 +37,6 @@ from tasks.spec import (
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
-REHEARSING = ("deal", "replay")
-"""Strategies that ask kept rows again."""
 _logged: dict[str, str] = {}
 """The problem that was logged last, by lineage."""
 
@@ -351,48 +345,3 @@ def arrival_of(spec: AdaptSpec) -> Arrival:
     """Return the arrival of a spec."""
     task = spec.task
     return Arrival(task=task.name, data=task.data, test_data=task.test_data, given=task.given())
-
-
-def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
-    """Return the spec's base model, or else the lineage's, or else the default."""
-    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
-
-
-def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
-    """Return the adapter's shape of the spec, or else of the lineage, or else the default.
-
-    Raises:
-        ConfigError: The spec and the lineage have different shapes.
-    """
-    if record is None:
-        return spec.adapter or AdapterConfig()
-    if spec.adapter is not None and spec.adapter != record.adapter:
-        raise ConfigError(
-            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
-            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
-        )
-    return record.adapter
-
-
-def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
-    """Return the spec's strategy, or else the lineage's, or else the default.
-
-    Raises:
-        ConfigError: The spec's memory and the strategy contradict each other.
-    """
-    strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
-    if strategy == "replay" and spec.memory == "none":
-        raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
-    if spec.memory == "rows" and strategy not in REHEARSING:
-        raise ConfigError(
-            f"memory is rows, but strategy {strategy} asks no kept row again; leave memory out, or take the strategy "
-            f"{' or '.join(REHEARSING)}."
-        )
-    return strategy
-
-
-def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
-    """Return the settings of a run for its log."""
-    parts = {"memory", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
-    settings = spec.model_dump(mode="json", include=parts)
-    return {**settings, "adapter": asdict(adapter), "strategy": strategy}

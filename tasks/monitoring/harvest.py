@@ -101,8 +101,8 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
             done = Harvested(rows=(*done.rows, *landed))
-        feedback = read_feedback(store, home, lineage)
         logged = read_predictions(store, home, lineage)
+        feedback = read_feedback(store, home, lineage, answers=logged)
         skipped: Counter[str] = Counter()
         rows = _choose(feedback, logged, as_landed(store, schemas[task]), set(done.rows), skipped)
         key = _land(store, lineage, task, rows, done) if rows else None

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import MonitorConfig
 from deal_core.errors import ConfigError
-from deal_core.monitoring.drift import DriftReport, LiveLook, TaskDrift, compare, window
+from deal_core.monitoring.drift import compare, window
+from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
 from infra.predictions import read_feedback
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
@@ -103,7 +104,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         reference = with_texts(store, record, reference)
     if rebase:
         _rebase(store, info, live, config)
-    feedback = read_feedback(store, HomeSettings().home, lineage) if data is None else None
+    feedback = read_feedback(store, HomeSettings().home, lineage, answers=live) if data is None else None
     report = compare(
         reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
     )

@@ -52,7 +52,8 @@ def look_at_rollout(lineage: str) -> RolloutStatus:
     home, since = HomeSettings().home, opened.when.timestamp()
     rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
     report = judge(
-        rows, read_feedback(store, home, lineage), terms, champion=opened.champion, candidate=opened.version
+        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
+        candidate=opened.version,
     )
     return RolloutStatus(
         lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,

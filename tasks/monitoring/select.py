@@ -27,7 +27,7 @@ from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import KEYS
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
-from infra.predictions import read_feedback, read_predictions
+from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from tasks.context import current_store
@@ -147,7 +147,7 @@ def _check_columns(schema: TaskSchema) -> None:
 
 def _with_feedback(store: ObjectStore, lineage: str, logged: pd.DataFrame) -> frozenset[str]:
     """The inputs of a task that have feedback, whatever version answered."""
-    ids = read_feedback(store, HomeSettings().home, lineage)["id"]
+    ids = feedback_ids(store, HomeSettings().home, lineage)
     return frozenset(logged.loc[logged["id"].isin(ids), "input_sha256"])
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import StoreError
-from deal_core.monitoring.drift import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
+from deal_core.monitoring.report import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from infra.store.keys import monitor_key

@@ -1,7 +1,8 @@
-"""Shared fixtures: a home that modules copy, and an S3 server."""
+"""Shared fixtures: a home that modules copy, deployments, and an S3 server."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,29 @@ def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         return figure
 
     monkeypatch.setattr(figures, "new_figure", plain)
+
+
+@pytest.fixture
+def deployed(prefect_api: None, home: Path) -> Iterator[Path]:
+    """A home whose deployments are on the tests' Prefect server."""
+    from prefect.client.orchestration import get_client
+
+    from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+
+    async def clear() -> None:
+        async with get_client() as client:
+            for automation in await client.read_automations():
+                await client.delete_automation(automation.id)
+            for deployment in await client.read_deployments():
+                await client.delete_deployment(deployment.id)
+            for pool in (CPU_POOL, GPU_POOL):
+                await client.delete_work_pool(pool)
+            await client.delete_variable_by_name("deal_store")
+
+    (home / "logs").mkdir()
+    asyncio.run(deploy_all(home))
+    yield home
+    asyncio.run(clear())  # other tests use the same server
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError, RegistryError
 from flows.cli.app import app
 from flows.promote import decide, reject
-from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
+from flows.server.deploy import deploy_all
 from infra.promotions import Move
 from infra.tracking.registry import open_registry
 from tasks.lineage.history import read_moves
@@ -30,26 +29,6 @@ from tests.receiver import Receiver
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 BY = {"why": "read the report", "who": "Ada"}
-
-
-@pytest.fixture
-def deployed(home: Path) -> Iterator[Path]:
-    """A home whose deployments are on the tests' Prefect server."""
-
-    async def clear() -> None:
-        async with get_client() as client:
-            for automation in await client.read_automations():
-                await client.delete_automation(automation.id)
-            for deployment in await client.read_deployments():
-                await client.delete_deployment(deployment.id)
-            for pool in (CPU_POOL, GPU_POOL):
-                await client.delete_work_pool(pool)
-            await client.delete_variable_by_name("deal_store")
-
-    (home / "logs").mkdir()
-    asyncio.run(deploy_all(home))
-    yield home
-    asyncio.run(clear())  # other tests use the same server
 
 
 def start(name: str, parameters: dict[str, Any]) -> dict[str, Any]:

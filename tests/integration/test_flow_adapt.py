@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
 from flows.evaluate import evaluate
@@ -27,6 +28,7 @@ from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.record import read_record
+from tasks.lineage.version_files import borrowed_adapter
 from tasks.predict import predict
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
@@ -94,6 +96,15 @@ def test_a_lineage_keeps_its_strategy_until_another_is_asked_for(tiny_base: Path
     for task, settings in ((BANK, {"strategy": "seq_lora"}), (CLINIC, {}), (CLINIC, {"strategy": "deal"})):
         run(tiny_base, task, again=bool(settings), **settings)
     assert [info.strategy for info in open_registry().versions("l")] == ["seq_lora", "seq_lora", "deal"]
+
+
+def test_a_lineage_keeps_rows_until_another_memory_is_asked_for(tiny_base: Path) -> None:
+    run(tiny_base, BANK, memory="rows")
+    run(tiny_base, CLINIC)
+    store, versions = current_store(), open_registry().versions("l")
+    assert [read_record(store, info.adapter_uri).memory for info in versions] == ["rows", "rows"]
+    with borrowed_adapter(store, versions[-1], with_method=True) as folder:
+        assert len(stored_rows(folder)) == 2, "of both arrivals"
 
 
 def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:

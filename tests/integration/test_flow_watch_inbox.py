@@ -19,7 +19,6 @@ import tasks.inbox
 from benchmarks.tiny_base import NO_LIMITS
 from deal_core.errors import ConfigError
 from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
-from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
@@ -306,8 +305,8 @@ def test_the_server_carries_the_automations_once() -> None:
 
 
 @pytest.mark.nightly
-def test_an_event_of_others_starts_a_run_with_or_without_a_payload(home: Path) -> None:
-    (home / "logs").mkdir()
+@pytest.mark.usefixtures("deployed")
+def test_an_event_of_others_starts_a_run_with_or_without_a_payload() -> None:
     payloads: dict[str, dict[str, str]] = {"bare": {}, "said": {"lineage": "said"}}
     events = [
         {"event": ARRIVAL_LANDED, "occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4()),
@@ -328,17 +327,4 @@ def test_an_event_of_others_starts_a_run_with_or_without_a_payload(home: Path) -
                     assert len(runs) == len(events)
             return sorted((run.parameters for run in runs), key=str)
 
-    async def clear() -> None:
-        async with get_client() as client:
-            for automation in await client.read_automations():
-                await client.delete_automation(automation.id)
-            for deployment in await client.read_deployments():
-                await client.delete_deployment(deployment.id)
-            for pool in (CPU_POOL, GPU_POOL):
-                await client.delete_work_pool(pool)
-
-    asyncio.run(deploy_all(home))
-    try:
-        assert asyncio.run(started()) == [{"lineage": "bare"}, {"lineage": "said"}]
-    finally:
-        asyncio.run(clear())  # other tests use the same server
+    assert asyncio.run(started()) == [{"lineage": "bare"}, {"lineage": "said"}]

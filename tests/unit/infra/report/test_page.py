@@ -18,7 +18,8 @@ import infra.report
 from deal_core.config import MonitorConfig
 from deal_core.errors import RegistryError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.monitoring.drift import LiveLook, compare
+from deal_core.monitoring.drift import compare
+from deal_core.monitoring.report import LiveLook
 from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
 from infra.report.formatting import count, duration, points, verdict_of, versions_of
 from infra.report.live_figures import MAX_CHARS, MAX_LABELS, shown_labels

@@ -26,7 +26,7 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
 from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
-from infra.log_segments import SegmentWriter, ship, ship_all
+from infra.log_segments import SegmentWriter, read_log, ship, ship_all
 from infra.predictions import (
     PREDICTION_SCHEMA,
     feedback_log,
@@ -189,6 +189,7 @@ def test_a_row_that_is_in_the_store_and_here_counts_once(tmp_path: Path, store: 
     writer = SegmentWriter(log)  # an open segment with the same rows stays here
     writer.write([json.loads(line) for line in content.splitlines()])
     assert [*read_predictions(store, tmp_path, "l")["id"]] == ids
+    assert read_log(store, log, columns=["chars", "task"]) == read_log(store, log).select(["chars", "task"])
     assert len(log.segments()) == 1
     writer.close()
 

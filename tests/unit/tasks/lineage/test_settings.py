@@ -19,13 +19,7 @@ from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from tasks.lineage.settings import (
-    AskedSpec,
-    asks_for_alias_moves,
-    choose_strategy,
-    spec_from_options,
-    watched_from_options,
-)
+from tasks.lineage.settings import AskedSpec, asks_for_alias_moves, spec_from_options, watched_from_options
 from tasks.spec import AdaptSpec, TaskSpec
 
 STORED = """\
@@ -239,15 +233,6 @@ def test_the_last_word_on_memory_wins(
     arrival = {"lineage": "support", "task": {"name": "t", "data": "x.csv"}, **yaml.safe_load(spec)}
     found = adapt(store, write(tmp_path / "s.yaml", yaml.safe_dump(arrival)), memory=option).method.rehearsal
     assert found.keeps_rows == keeps_rows and found.weight == 2.0
-
-
-def test_replay_is_refused_where_no_row_may_be_kept(store: ObjectStore) -> None:
-    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="replay", memory="none")
-    with pytest.raises(ConfigError, match="memory is none, but strategy replay"):
-        choose_strategy(spec, None)
-    spec = adapt(store, task="t", data="x.csv", lineage="l", strategy="seq_lora", memory="rows")
-    with pytest.raises(ConfigError, match="strategy seq_lora asks no kept row again"):
-        choose_strategy(spec, None)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import StoreError
-from deal_core.monitoring.drift import Alarm, AlarmKind, DriftReport, Status, TaskDrift
+from deal_core.monitoring.report import Alarm, AlarmKind, DriftReport, Status, TaskDrift
 from infra.store.keys import monitor_key
 from infra.store.local import open_store
 from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state

@@ -1,0 +1,71 @@
+"""What a run takes from its lineage where its spec leaves the choice: base model, adapter, strategy and memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.config import AdapterConfig
+from deal_core.errors import ConfigError
+from tasks.lineage.record import LineageRecord
+from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
+
+REHEARSING = ("deal", "replay")
+"""Strategies that ask kept rows again."""
+
+
+def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """Return the spec's base model, or else the lineage's, or else the default."""
+    return spec.base_model or (record.base.source if record else DEFAULT_BASE)
+
+
+def choose_adapter(spec: AdaptSpec, record: LineageRecord | None) -> AdapterConfig:
+    """Return the adapter's shape of the spec, or else of the lineage, or else the default.
+
+    Raises:
+        ConfigError: The spec and the lineage have different shapes.
+    """
+    if record is None:
+        return spec.adapter or AdapterConfig()
+    if spec.adapter is not None and spec.adapter != record.adapter:
+        raise ConfigError(
+            f"The adapter of lineage '{record.lineage}' has the shape {record.adapter}, the spec asks for "
+            f"{spec.adapter}; leave adapter out of the spec, or start a new lineage with --lineage."
+        )
+    return record.adapter
+
+
+def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
+    """Return the spec's strategy, or else the lineage's, or else the default.
+
+    Raises:
+        ConfigError: The spec's memory and the strategy contradict each other.
+    """
+    strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
+    if strategy == "replay" and spec.memory == "none":
+        raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
+    if spec.memory == "rows" and strategy not in REHEARSING:
+        raise ConfigError(
+            f"memory is rows, but strategy {strategy} asks no kept row again; leave memory out, or take the strategy "
+            f"{' or '.join(REHEARSING)}."
+        )
+    return strategy
+
+
+def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
+    """Return the spec with the lineage's memory, if the lineage keeps rows and the spec does not choose.
+
+    A spec chooses with `memory`, with the settings of the rehearsal that `memory` stands for, or with a strategy that
+    asks no kept row again.
+    """
+    if record is None or record.memory != "rows" or spec.memory is not None or spec.rehearsal.decides_memory:
+        return spec
+    return spec.model_copy(update={"memory": "rows"}) if choose_strategy(spec, record) in REHEARSING else spec
+
+
+def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
+    """Return the settings of a run for its log."""
+    parts = {"memory", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate"}
+    settings = spec.model_dump(mode="json", include=parts)
+    return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -1,0 +1,50 @@
+"""What a run takes from its lineage where its spec leaves the choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deal_core.config import Memory
+from deal_core.errors import ConfigError
+from tasks.lineage.choices import choose_strategy, with_memory_of
+from tasks.lineage.record import LineageRecord
+from tasks.spec import AdaptSpec, parse
+from tests.unit.test_stored_json import RECORD
+
+
+def spec(**given: Any) -> AdaptSpec:
+    return parse(AdaptSpec, {"task": {"name": "t", "data": "x.csv"}, **given}, "test")
+
+
+def record(memory: Memory | None) -> LineageRecord:
+    return LineageRecord.from_json({**RECORD.to_json(), "memory": memory})
+
+
+def test_a_memory_that_contradicts_the_strategy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="memory is none, but strategy replay"):
+        choose_strategy(spec(strategy="replay", memory="none"), None)
+    with pytest.raises(ConfigError, match="strategy seq_lora asks no kept row again"):
+        choose_strategy(spec(strategy="seq_lora", memory="rows"), None)
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "memory"),
+    [
+        ("rows", {}, "rows"),
+        ("rows", {"rehearsal": {"rows_per_step": 2}}, "rows"),
+        ("rows", {"memory": "none"}, "none"),
+        ("rows", {"rehearsal": {"texts": "stored"}}, None),
+        ("rows", {"strategy": "seq_lora"}, None),
+        ("rows", {"strategy": "replay"}, "rows"),
+        ("none", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_lineage_keeps_rows_until_its_spec_chooses(
+    before: Memory | None, given: dict[str, Any], memory: Memory | None
+) -> None:
+    found = with_memory_of(spec(**given), record(before))
+    assert found.memory == memory
+    assert found.method.rehearsal.keeps_rows == (memory == "rows" or "texts" in given.get("rehearsal", {}))
