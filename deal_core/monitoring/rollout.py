@@ -300,7 +300,7 @@ def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> 
     drop = PairedDrop.of(before.astype(float).tolist(), now.astype(float).tolist())
     middle, noise = -100 * drop.total / (drop.num_rows + 2), drop.noise(level)
     return ShareDifference(
-        figure=figure, points=-drop.points, low=middle - noise, high=middle + noise, num_rows=drop.num_rows,
+        figure=figure, points=0.0 - drop.points, low=middle - noise, high=middle + noise, num_rows=drop.num_rows,
         is_paired=True, is_worse=middle + noise < 0,
     )  # fmt: skip
 

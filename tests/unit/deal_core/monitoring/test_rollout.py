@@ -165,5 +165,6 @@ def test_rows_of_other_versions_and_copies_do_not_count_for_a_canary() -> None:
     traffic, said = canary(0.9, 0.9)
     before = traffic.judged(said=said)
     traffic.add("3", [False] * 50)
+    traffic.add("2", [False] * 50, shadow=True)
     assert traffic.judged(said=said) == before
     assert (before.champion.num_rows, before.candidate.num_rows) == (400, 400)
