@@ -32,7 +32,8 @@ from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, Train
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval
-from deal_core.strategies import MethodState, Strategy, TaskContext, make_strategy
+from deal_core.strategies import make_strategy
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 from infra.settings import HomeSettings
 
 PLAIN = "seq_lora"

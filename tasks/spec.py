@@ -46,6 +46,7 @@ from deal_core.config import (
 from deal_core.errors import ConfigError
 from deal_core.limits import describe
 from deal_core.safe_text import brief, holds_secret, shorten
+from deal_core.strategies import check_strategy_name, find_strategies
 from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -53,8 +54,13 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Format = Literal["labelled", "completion", "chat"]
 AssistantTurns = Literal["all", "last"]
 PromptForm = Literal["plain", "chat"]
-Strategy = Literal["deal", "seq_lora", "inc_lora", "o_lora", "ella", "ewc", "lwf", "replay", "slao"]
-DEFAULT_STRATEGY: Strategy = "deal"
+Strategy = Annotated[
+    str,
+    AfterValidator(check_strategy_name),
+    Field(json_schema_extra=lambda schema: schema.update(enum=[*find_strategies()])),
+]
+"""The name of one of this project's strategies, or of an installed package's."""
+DEFAULT_STRATEGY = "deal"
 MAX_PROBLEMS = 20
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)

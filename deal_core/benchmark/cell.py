@@ -11,7 +11,7 @@ from deal_core.benchmark.suites import Part
 from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig, known_before
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
-from deal_core.strategies import STRATEGIES, strategy_class
+from deal_core.strategies import find_strategies, strategy_class
 
 SCHEMA_VERSION = 2
 
@@ -105,8 +105,8 @@ def make_cell(
     Raises:
         ConfigError: There is no such strategy.
     """
-    if strategy not in (*STRATEGIES, *BOUNDS):
-        raise ConfigError(f"Strategy {strategy!r} is not known; choose from {', '.join((*STRATEGIES, *BOUNDS))}.")
+    if strategy not in (known := (*find_strategies(), *BOUNDS)):
+        raise ConfigError(f"strategy is {strategy!r}; give {', '.join(known)}.")
     is_bound = strategy in BOUNDS
     return Cell(
         strategy=strategy,

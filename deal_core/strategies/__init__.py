@@ -1,32 +1,65 @@
-"""Strategies: ways of learning a task, with one interface."""
+"""Strategies: ways of learning a task, with one interface.
+
+Another package adds a strategy with an entry point in the group GROUP: its name is the strategy's name, its value the
+class. `deal_core.strategies.conformance` checks such a class. Nothing is imported before a strategy is used.
+"""
 
 from __future__ import annotations
 
-from deal_core.config import MethodConfig
-from deal_core.errors import ConfigError
-from deal_core.strategies.deal import Deal
-from deal_core.strategies.rivals import Ella, Ewc, IncLora, Lwf, OLora, Replay, SeqLora, Slao
-from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (Deal, SeqLora, IncLora, OLora, Ella, Ewc, Lwf, Replay, Slao)
-}
+from deal_core.config import MethodConfig
+from deal_core.errors import ConfigError, in_one_line
+
+if TYPE_CHECKING:
+    from deal_core.strategies.strategy import Strategy
+
+GROUP = "deal_pipeline.strategies"
+RIVALS = "deal_core.strategies.rivals"
+OWN = {
+    "deal": "deal_core.strategies.deal:Deal", "seq_lora": f"{RIVALS}:SeqLora", "inc_lora": f"{RIVALS}:IncLora",
+    "o_lora": f"{RIVALS}:OLora", "ella": f"{RIVALS}:Ella", "ewc": f"{RIVALS}:Ewc", "lwf": f"{RIVALS}:Lwf",
+    "replay": f"{RIVALS}:Replay", "slao": f"{RIVALS}:Slao",
+}  # fmt: skip
+"""This project's strategies. Another package cannot replace them."""
+
+
+def find_strategies() -> dict[str, EntryPoint]:
+    """Return every strategy that can be used, by name, this project's first."""
+    own = {name: EntryPoint(name, value, GROUP) for name, value in OWN.items()}
+    return {**own, **{each.name: each for each in entry_points(group=GROUP) if each.name not in own}}
+
+
+def check_strategy_name(name: str) -> str:
+    """Return the name.
+
+    Raises:
+        ConfigError: There is no such strategy.
+    """
+    if name not in OWN and name not in (known := find_strategies()):
+        raise ConfigError(f"strategy is {name!r}; give {', '.join(known)}.")
+    return name
 
 
 def strategy_class(name: str) -> type[Strategy]:
     """Return the class of the strategy called `name`.
 
     Raises:
-        ConfigError: There is no such strategy.
+        ConfigError: There is no such strategy, or its package cannot be used.
     """
-    if name not in STRATEGIES:
-        raise ConfigError(f"Strategy {name!r} is not known; choose one of: {', '.join(sorted(STRATEGIES))}.")
-    return STRATEGIES[name]
+    from deal_core.strategies.strategy import Strategy
+
+    entry = find_strategies()[check_strategy_name(name)]
+    try:
+        found = entry.load()
+    except Exception as error:
+        raise ConfigError(f"Strategy {name!r} ({entry.value}) cannot be imported: {in_one_line(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy) and found.name == name):
+        raise ConfigError(f"{entry.value} is no subclass of Strategy with the name {name!r}; mend its package.")
+    return found
 
 
 def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:
     """Return a new strategy; the errors are those of `strategy_class`."""
     return strategy_class(name)(config, seed)
-
-
-__all__ = ["STRATEGIES", "MethodState", "Strategy", "TaskContext", "make_strategy", "strategy_class"]

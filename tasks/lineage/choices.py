@@ -8,11 +8,12 @@ from typing import Any
 from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from deal_core.strategies import OWN, strategy_class
 from tasks.lineage.record import LineageRecord
 from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")
-"""Strategies that ask kept rows again."""
+"""This project's strategies that ask kept rows again."""
 
 
 def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
@@ -45,12 +46,16 @@ def choose_strategy(spec: AdaptSpec, record: LineageRecord | None) -> str:
     strategy = spec.strategy or (record.strategy if record else DEFAULT_STRATEGY)
     if strategy == "replay" and spec.memory == "none":
         raise ConfigError("memory is none, but strategy replay learns from kept rows; set memory: rows.")
-    if spec.memory == "rows" and strategy not in REHEARSING:
+    if spec.memory == "rows" and not _asks_kept_rows(strategy):
         raise ConfigError(
             f"memory is rows, but strategy {strategy} asks no kept row again; leave memory out, or take the strategy "
             f"{' or '.join(REHEARSING)}."
         )
     return strategy
+
+
+def _asks_kept_rows(strategy: str) -> bool:
+    return strategy in REHEARSING or (strategy not in OWN and "rehearsal" in strategy_class(strategy).reads)
 
 
 def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
@@ -61,7 +66,7 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
     """
     if record is None or record.memory != "rows" or spec.memory is not None or spec.rehearsal.decides_memory:
         return spec
-    return spec.model_copy(update={"memory": "rows"}) if choose_strategy(spec, record) in REHEARSING else spec
+    return spec.model_copy(update={"memory": "rows"}) if _asks_kept_rows(choose_strategy(spec, record)) else spec
 
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
-from deal_core.strategies import STRATEGIES
+from deal_core.strategies import OWN
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)
 OFF = DealConfig(
@@ -105,7 +105,7 @@ def test_answers_and_plain_peft_agree(base, task, rows, train):
     torch.testing.assert_close(again, ours)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, *BOUNDS])
+@pytest.mark.parametrize("strategy", [*OWN, *BOUNDS])
 def test_a_benchmark_cell_runs_whatever_the_strategy(strategy, base, tmp_path):
     cell = make_cell(
         strategy, ("colours", "sizes"), method=MethodConfig(), seed=0, rows=8, part="reported", max_test_rows=4,

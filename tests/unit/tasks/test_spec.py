@@ -58,7 +58,7 @@ def test_a_base_that_is_no_path_stays_a_name(tmp_path: Path) -> None:
         ("task: {name: ../t, data: x}", "'task.name' is '../t'"),
         ("lineage: a/b\ntask: {name: t, data: x}", "'lineage' is 'a/b'"),
         ("schema_version: 2\ntask: {name: t, data: x}", "schema_version is 2; give 1"),
-        ("strategy: magic\ntask: {name: t, data: x}", "strategy is 'magic'; give 'deal', 'seq_lora'"),
+        ("strategy: magic\ntask: {name: t, data: x}", "strategy is 'magic'; give deal, seq_lora"),
         ("adapter: {rank: 1}\ntask: {name: t, data: x}", "adapter.rank is 1; give at least 2"),
         ("- a list", "holds list, not a mapping"),
         ("a: b: c", "is not valid YAML"),

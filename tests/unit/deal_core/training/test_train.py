@@ -19,8 +19,8 @@ from deal_core.config import AdapterConfig, DealConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits
-from deal_core.strategies import MethodState
 from deal_core.strategies.rehearsal import Question
+from deal_core.strategies.strategy import MethodState
 from deal_core.training.train import training_arguments
 from deal_core.training.trainer import AdapterTrainer
 
@@ -150,7 +150,8 @@ def test_epochs_and_accumulation_count_steps(train):
 
 def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
     from deal_core.config import MethodConfig
-    from deal_core.strategies import TaskContext, make_strategy, strategy_class
+    from deal_core.strategies import make_strategy, strategy_class
+    from deal_core.strategies.strategy import TaskContext
 
     for strategy in ("deal", "seq_lora", "inc_lora"):
         adapter = AdapterConfig(rank=4)

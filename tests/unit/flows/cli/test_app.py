@@ -104,7 +104,7 @@ def test_the_package_is_cheap_to_import_and_has_the_entry_point() -> None:
         (["adapt"], "--task NAME and --data FILE"),
         (["adapt", "none.yaml"], "There is no file none.yaml"),
         (["adapt", "--task", "t"], "--task NAME and --data FILE"),
-        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "strategy is 'magic'; give 'deal'"),
+        (["adapt", "--task", "t", "--data", "x.csv", "--strategy", "magic"], "strategy is 'magic'; give deal"),
         (["watch", "--once", "--spec", "none.yaml"], "There is no file none.yaml"),
         (["validate", str(EXAMPLES / "bank" / "train.jsonl"), "--task", "my task"], "'task.name' is 'my task'"),
         (["model", "fetch", "no such model!"], "no such model!"),

@@ -1,0 +1,34 @@
+"""A strategy in a package of its own: L2-SP (arXiv 1802.01483) pulls the adapter back to its parent's factors.
+
+The package's pyproject.toml names it; then `strategy: l2_sp` works in a spec, and `--strategy l2_sp` in every command:
+
+    [project.entry-points."deal_pipeline.strategies"]
+    l2_sp = "own_strategy:L2Sp"
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import Tensor, stack
+
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
+
+WEIGHT = 0.1
+
+
+class L2Sp(Strategy):
+    """Adds WEIGHT · Σ (θ − θ_parent)² to the loss of every task but the first."""
+
+    name = "l2_sp"
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Keep the factors that the parent left."""
+        super().prepare(model, state, context)
+        self.starts = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def penalty(self) -> Tensor | None:
+        """Return the distance to the parent, squared and weighted."""
+        if self.num_arrivals == 0:
+            return None
+        pairs = zip(self.parameters(), self.starts, strict=True)
+        return WEIGHT * stack([(now - start).square().sum() for now, start in pairs]).sum()
