@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -60,7 +60,8 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
-    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100},
+    "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
+             "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
     "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
 }
@@ -187,6 +188,25 @@ class DataConfig:
 Approval = Literal["automatic", "person"]
 AliasMoves = Literal["follow", "request"]
 JudgeUse = Literal["none", "report", "veto"]
+RolloutKind = Literal["shadow", "canary"]
+ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
+"""The share of the requests that a candidate answers, unless the settings name one."""
+
+
+@dataclass(frozen=True)
+class RolloutTerms:
+    """How an accepted version is tried on live traffic, and when that ends."""
+
+    kind: RolloutKind
+    share: float
+    """Share of the requests that the version answers, above 0 and at most 1."""
+    num_rows: int
+    """Answers that are judged before the version becomes champion."""
+    max_drop_points: float
+    """Points that the version may lose against the champion."""
+    confidence: float
+    """One-sided level of the intervals, over all looks together."""
+
 
 
 @settings("gate")
@@ -229,6 +249,29 @@ class GateConfig:
     """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
     or run sets the alias back. request: the alias is set back at once, and a person is asked. Only the value in
     the lineage's file has an effect."""
+    rollout: Literal["none", "shadow", "canary"] = "none"
+    """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
+    answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,
+    vLLM and `mlflow models serve` do not."""
+    rollout_share: ShareAboveZero | None = None
+    """Share of the requests that the version answers. None: 1 for shadow, 0.1 for canary."""
+    rollout_rows: Count = 200
+    """Answers of the version that are judged before it becomes champion."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.rollout == "canary" and self.rollout_share == 1),
+            "gate.rollout_share is 1: a canary is compared with the champion's answers to the other requests; give a "
+            "smaller share.",
+        )
+
+    @property
+    def rollout_terms(self) -> RolloutTerms | None:
+        """How a version is tried on live traffic; None: it is not."""
+        if self.rollout == "none":
+            return None
+        share = ROLLOUT_SHARES[self.rollout] if self.rollout_share is None else self.rollout_share
+        return RolloutTerms(self.rollout, share, self.rollout_rows, self.max_drop_points, self.confidence)
 
 
 @settings("monitor")

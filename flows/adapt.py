@@ -39,7 +39,7 @@ from tasks.progress import Interrupted, Stages, reporter
 from tasks.references import AdaptationJob, DatasetRef, TrainSummary, VersionRef
 from tasks.spec import AdaptSpec
 
-Status = Literal["promoted", "awaiting approval", "rejected", "repeat"]
+Status = Literal["promoted", "awaiting approval", "rollout", "rejected", "repeat"]
 
 
 class Scores(BaseModel, frozen=True):
@@ -188,8 +188,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     stages.done("register", f"version {version.version} of {version.lineage}")
     if version.accepted:
         await stages.run("promote", promote_version, version)
-        waits = version.approval == "awaiting"
-        stages.done("promote", f"version {version.version} {'awaits approval' if waits else 'is champion'}")
+        stages.done("promote", f"version {version.version} {_PROMOTED[version.outcome]}")
     await stages.run(
         "report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds),
         include_texts=spec.data.include_texts,
@@ -199,6 +198,9 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
     )
     return adapted(version, dataset, report, trained.summary, run.tracking_id, stages.seconds)
+
+
+_PROMOTED = {"promoted": "is champion", "awaiting-approval": "awaits approval", "rollout": "is tried on live traffic"}
 
 
 def _describe_dataset(dataset: DatasetRef) -> str:
@@ -229,9 +231,11 @@ def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
     said = {
         "learned": f"version {number} has learned from this arrival; --again trains anew.",
         "awaiting approval": f"{trained} and {_awaits_approval(version)}.",
+        "in rollout": f"{trained} and {_in_rollout(version)}.",
         "left behind": f"{trained}, but the champion does not continue it; learn it again with "
                        f"deal requeue {number}{option}.",
         "rejected by a person": f"{trained} and was rejected; change the settings or give --again.",
+        "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
                                 "give --again.",
     }  # fmt: skip
@@ -250,6 +254,8 @@ def adapted(
         status, verdict = "rejected", "was rejected by the gate; the champion stays as it was"
     elif version.approval == "awaiting":
         status, verdict = "awaiting approval", _awaits_approval(version)
+    elif version.outcome == "rollout":
+        status, verdict = "rollout", _in_rollout(version)
     return _result(
         version, dataset, status=status, message=f"Version {version.version} of {version.lineage} {verdict}.",
         tracking_id=tracking_id, accuracies=dict(report.accuracies), scores=Scores.of(report.matrix),
@@ -261,6 +267,10 @@ def adapted(
 def _awaits_approval(version: VersionRef) -> str:
     which = f"{version.version} --lineage {version.lineage}"
     return f"awaits approval: deal promote {which}, or deal reject {which} --why REASON"
+
+
+def _in_rollout(version: VersionRef) -> str:
+    return f"is tried on live traffic: deal rollout status --lineage {version.lineage}"
 
 
 def _result(version: VersionRef, dataset: DatasetRef, **fields: Any) -> AdaptResult:

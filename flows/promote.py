@@ -23,7 +23,14 @@ from infra.ledger import Ledger
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from infra.version_log import VersionLog
-from tasks.adaptation.promote import champion_deleted, move_champion, note_learned, rejected_by_person, settle_aliases
+from tasks.adaptation.promote import (
+    begin_rollout,
+    champion_deleted,
+    move_champion,
+    note_learned,
+    rejected_by_person,
+    settle_aliases,
+)
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.cancelled import release
 from tasks.context import current_store
@@ -144,8 +151,11 @@ def _require_added(added: Move | None, lineage: str) -> None:
         )
 
 
-def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
+def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
     """Make a version that continues the champion the new champion.
+
+    A version that waited for approval, and whose gate asks for a rollout, begins the rollout instead. `run` is the key
+    of its run if its rollout decided.
 
     Raises:
         RegistryError: The version cannot become champion.
@@ -169,8 +179,12 @@ def promote_to(lineage: str, version: str, *, who: str, why: str) -> Decision:
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
             f"be lost. Use {remedy}."
         )
+    if found.approval == "awaiting" and found.rollout is not None:
+        begin_rollout(registry, log, found, who=who, why=why)
+        _announce("rollout", found, who, why)
+        return Decision(action="rollout", lineage=lineage, version=version, before=number, champion=number)
     note_learned(Ledger(log.store), found)  # before the move: if this process dies here, the arrival is known
-    move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why)
+    move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why, run=run)
     _announce("promoted", found, who, why)
     return Decision(
         action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version
@@ -303,7 +317,7 @@ def _require_usable(version: VersionInfo, champion: VersionInfo | None) -> None:
 def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     """Return the accepted versions whose arrival the champion has not learned, oldest first, each arrival once.
 
-    An arrival is left out if another version that learned it awaits approval.
+    An arrival is left out if another version that learned it awaits approval or is in rollout.
 
     Raises:
         NoVersionError: The lineage has no version.
@@ -315,7 +329,7 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
         raise no_version(registry, lineage)
     line = descent(versions, registry.champion(lineage))
     standings = {version.version: standing_of(version, line) for version in versions}
-    waiting = [version for version in versions if standings[version.version] == "awaiting approval"]
+    waiting = [each for each in versions if standings[each.version] in ("awaiting approval", "in rollout")]
     known = {digest for version in (*line, *waiting) for digest in version.digests}
     found: list[LeftBehind] = []
     for version in reversed(versions):

@@ -61,6 +61,8 @@ class Log:
     """The column that tells rows apart."""
     lineage: str
     home: Path
+    later: tuple[str, ...] = ()
+    """Columns that earlier releases do not know. A segment in the store has them where a row has a value."""
 
     def __post_init__(self) -> None:
         if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
@@ -205,6 +207,7 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
     if not table.num_rows:
         store.delete(key)
         return
+    table = table.drop_columns([name for name in log.later if table[name].null_count == table.num_rows])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     store.put_bytes(key, sink.getvalue())
@@ -230,18 +233,24 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
         raise StoreError(f"{path} has a row of another form; move the file elsewhere.") from None
 
 
-def get_table(store: ObjectStore, key: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
-    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    wanted = log.schema if columns is None else pa.schema([log.schema.field(name) for name in columns])
     try:
-        return pq.read_table(io.BytesIO(store.get_bytes(key)), columns=columns).cast(wanted)
+        file = pq.ParquetFile(io.BytesIO(store.get_bytes(key)))
+        table = file.read([name for name in wanted.names if name in file.schema_arrow.names])
+        for name in log.later:
+            if name in wanted.names and name not in table.column_names:
+                field = log.schema.field(name)
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        return table.select(wanted.names).cast(wanted)
     except ObjectNotFoundError:
         return wanted.empty_table()
-    except (pa.ArrowException, ValueError):
+    except (pa.ArrowException, ValueError, KeyError):
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
@@ -265,7 +274,7 @@ def read_log(
             tables.append(read_segment(path, log.schema).select(read))
     with ThreadPoolExecutor(NUM_READERS) as pool:
         infos = log.stored(store, since)
-        tables += pool.map(lambda info: get_table(store, info.key, log.schema, read), infos)
+        tables += pool.map(lambda info: get_table(store, info.key, log, read), infos)
     table = pa.concat_tables([log.schema.empty_table().select(read), *tables])
     places: dict[str, int] = {}
     for place, name in enumerate(table.column(log.key).to_pylist()):
@@ -283,7 +292,7 @@ def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
     ship_all(store, log)
     wanted = pa.array(sorted(ids), pa.string())
     for info in log.stored(store):
-        table = get_table(store, info.key, log.schema)
+        table = get_table(store, info.key, log)
         kept = table.filter(pc.invert(pc.is_in(table.column("id"), value_set=wanted)))
         if kept.num_rows < table.num_rows:
             put_table(store, log, keys.file_name(info.key).removesuffix(".parquet"), kept)

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from deal_core.data.schema import label_key
+from deal_core.monitoring.predictions import ROLLOUT_COLUMNS
 from infra.log_segments import Log, read_log, remove_rows
 from infra.store.base import ObjectStore
 from infra.store.keys import FEEDBACK, PREDICTIONS
@@ -19,6 +20,7 @@ PREDICTION_SCHEMA = pa.schema([
     ("task", pa.string()), ("input_sha256", pa.string()), ("chars", pa.int64()), ("label", pa.string()),
     ("is_label", pa.bool_()), ("confidence", pa.float64()), ("label_mass", pa.float64()),
     ("num_answer_chars", pa.int64()), ("seconds", pa.float64()), ("input", pa.string()), ("output", pa.string()),
+    ("shadow_of", pa.string()), ("is_failed", pa.bool_()),
 ])  # fmt: skip
 """The columns of `Prediction`, as they are stored."""
 FEEDBACK_SCHEMA = pa.schema([
@@ -30,7 +32,7 @@ FEEDBACK_SCHEMA = pa.schema([
 
 def prediction_log(home: Path, lineage: str) -> Log:
     """Return the prediction log of a lineage."""
-    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home)
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home, later=ROLLOUT_COLUMNS)
 
 
 def feedback_log(home: Path, lineage: str) -> Log:
@@ -46,8 +48,11 @@ def read_predictions(
     task: str | None = None,
     version: str | None = None,
     since: float | None = None,
+    of_rollout: bool = False,
 ) -> pd.DataFrame:
     """Return logged answers, oldest first, with the columns of `Prediction`. A row counts once.
+
+    Only a rollout has rows without an answer that was returned. They, and their columns, are left out.
 
     Texts and truth values that are missing are None, missing numbers NaN.
 
@@ -58,6 +63,7 @@ def read_predictions(
         task: Only answers of this task.
         version: Only answers of this version.
         since: Only answers from this time on, in seconds since 1970 (UTC).
+        of_rollout: Whether all rows of a rollout are returned, with their columns.
 
     Raises:
         StoreError: The store does not answer, or a segment is damaged.
@@ -70,6 +76,8 @@ def read_predictions(
             found = found[found[name] == value]
     if since is not None:
         found = found[found["time"] >= since]
+    if not of_rollout:
+        found = found[found["shadow_of"].isna() & found["is_failed"].isna()].drop(columns=[*ROLLOUT_COLUMNS])
     return found.sort_values("time", kind="stable", ignore_index=True)
 
 

@@ -8,16 +8,20 @@ follows the log.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from deal_core.config import RolloutKind
 from deal_core.errors import StoreError
 from infra.store import keys
 from infra.store.base import ObjectStore
 
-Action = Literal["promoted", "rolled back", "rejected", "requested", "declined"]
-"""requested: somebody moved the alias in MLflow, and a person decides. declined: the person decided against it."""
+Action = Literal["promoted", "rolled back", "rejected", "requested", "declined", "rollout"]
+"""requested: somebody moved the alias in MLflow, and a person decides. declined: the person decided against it.
+rollout: the version is tried on live traffic; its promotion or rejection ends that."""
+ENDING = frozenset({"promoted", "rolled back"})
+"""Actions that move the champion. A rollout compares with the champion, so each of them ends it."""
 
 
 class Change(BaseModel):
@@ -38,6 +42,14 @@ class Change(BaseModel):
     why: str
     run: str | None = None
     """Key of the adaptation run, if a run made the change."""
+    rollout: RolloutKind | None = None
+    """How the version is tried on live traffic; only of the action `rollout`."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty `rollout`, which earlier releases do not know."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "rollout" or value is not None}
 
 
 class Move(Change):
@@ -74,6 +86,22 @@ class PromotionLog:
         """Return whether a version is asked for by a move of the alias, and nobody has decided yet."""
         about = [move.action for move in self.moves(lineage) if move.version == version]
         return bool(about) and about[-1] == "requested"
+
+    def open_rollout(self, lineage: str) -> Move | None:
+        """Return the entry that began the rollout that runs now; None: no version is tried on live traffic.
+
+        A promotion, a rollback, a rejection of the version, and a newer rollout end it.
+        """
+        rejected: set[str] = set()
+        for key in sorted((info.key for info in self.store.list(keys.promotion_folder(lineage))), reverse=True):
+            move = self._read(key)
+            if move.action == "rollout":
+                return None if move.version in rejected else move
+            if move.action in ENDING:
+                return None
+            if move.action == "rejected":
+                rejected.add(move.version)
+        return None
 
     def add(self, after: Move | None, change: Change) -> Move | None:
         """Write the move that follows `after`; None: another writer was faster, and nothing was written."""

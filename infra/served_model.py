@@ -21,10 +21,11 @@ import pandas as pd
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import FLAVOR_NAME
 from mlflow.types import ColSpec, DataType, Schema
 
 from deal_core.adapter.files import PEFT_FILES
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
 from infra.settings import HomeSettings, ServingSettings
@@ -47,6 +48,10 @@ REGISTERED_FILE = "registered_model_meta"
 SERVED_VERSION = "DEAL_SERVED_VERSION"
 VERSION = "version"
 """The attribute of a table of answers that names the version."""
+
+
+class ServingError(DealError):
+    """A version does not load, or may not be loaded."""
 
 
 class AnswersRows(Protocol):
@@ -92,6 +97,27 @@ class ServedModel:
             table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
         table.attrs[VERSION] = found.version  # so that a table without rows names the version too
         return table
+
+
+def require_own_loader(folder: Path) -> Model:
+    """Return MLflow's description of a version, if only this project's code loads the version.
+
+    MLflow would import the module that the MLmodel names, and code in the folder. So every user who may register models
+    could run code on this machine.
+
+    Raises:
+        ServingError: The MLmodel names another loader, or code.
+    """
+    meta = Model.load(str(folder))
+    flavor = meta.flavors.get(FLAVOR_NAME, {})
+    loader, code = flavor.get("loader_module"), flavor.get("code")
+    if loader != LOADER or code is not None:
+        found = f"the loader {loader}" if loader != LOADER else f"code of its own ({code})"
+        raise ServingError(
+            f"its MLmodel names {found}, and nothing but {LOADER} is run here; this pipeline registers no such "
+            "version. Promote another one."
+        )
+    return meta
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:

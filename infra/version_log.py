@@ -98,5 +98,6 @@ class VersionLog:
             ) from None
 
     def _put(self, stored: StoredVersion) -> None:
-        data = stored.model_dump_json(indent=1) + "\n"
+        later = {"facts": {"rollout"}} if stored.facts.rollout is None else None  # earlier releases do not know it
+        data = stored.model_dump_json(indent=1, exclude=later) + "\n"
         self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))

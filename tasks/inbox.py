@@ -36,7 +36,7 @@ PAUSE = timedelta(seconds=60)
 MAX_DOUBLINGS = 6
 
 Outcome = Literal[
-    "promoted", "awaiting approval", "rejected", "repeat", "refused", "failed", "held", "requeued"
+    "promoted", "awaiting approval", "rollout", "rejected", "repeat", "refused", "failed", "held", "requeued"
 ]  # fmt: skip
 TestFiles = dict[tuple[str, str], str | None]
 """The file of test rows that a task file names, by the task file's key and ETag."""

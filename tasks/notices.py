@@ -30,12 +30,13 @@ from tasks.references import VersionRef
 logger = logging.getLogger(__name__)
 
 Kind = Literal[
-    "promoted", "rejected", "awaiting-approval", "rolled-back", "failed", "drift", "quality", "decayed"
+    "promoted", "rejected", "awaiting-approval", "rollout", "rolled-back", "failed", "drift", "quality", "decayed"
 ]
 EVENTS: dict[Kind, str] = {
     "promoted": "deal.version.promoted",
     "rejected": "deal.version.rejected",
     "awaiting-approval": "deal.version.awaiting-approval",
+    "rollout": "deal.version.rollout",
     "rolled-back": "deal.version.rolled-back",
     "failed": "deal.adaptation.failed",
     "drift": "deal.drift.detected",

@@ -9,10 +9,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.config import AdapterConfig, Quantize
+from deal_core.config import AdapterConfig, Quantize, RolloutTerms
 from deal_core.data.schema import DatasetManifest, TaskSchema
 
-Standing = Literal["learned", "awaiting approval", "left behind", "rejected by the gate", "rejected by a person"]
+Standing = Literal[
+    "learned", "awaiting approval", "in rollout", "left behind", "rejected by the gate", "rejected by a person",
+    "rejected by its rollout",
+]
 """left behind: accepted, but not an ancestor of the champion, because the lineage was rolled back or moved past it.
 
 A version awaits approval only while its parent is champion."""
@@ -102,15 +105,19 @@ class VersionRef(Reference):
     parent_version: str | None = None
     approval: Literal["awaiting", "given", "refused"] | None = None
     """State of a person's approval; None: no approval is needed."""
+    rollout: RolloutTerms | None = None
+    """How the version is tried on live traffic before it becomes champion; None: it is not."""
     standing: Standing | None = None
     """The present state of the version; None: not looked up."""
 
     @property
-    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval"]:
+    def outcome(self) -> Literal["promoted", "rejected", "awaiting-approval", "rollout"]:
         """How the version's run ended."""
         if not self.accepted or self.approval == "refused":
             return "rejected"
-        return "awaiting-approval" if self.approval == "awaiting" else "promoted"
+        if self.approval == "awaiting":
+            return "awaiting-approval"
+        return "promoted" if self.rollout is None else "rollout"
 
 
 class RunRef(Reference):

@@ -219,7 +219,8 @@ class AdaptSpec(LineageSpec):
         settings = self.model_dump(
             mode="json", exclude={"lineage": True, "base_model": True, "schema_version": True,
                                   "memory": True, "monitor": True, "task": {"name", "data", "test_data", "columns"},
-                                  "data": {"retain_training_rows", "include_texts"}, "gate": {"alias_moves"}}
+                                  "data": {"retain_training_rows", "include_texts"},
+                                  "gate": {"alias_moves", "rollout", "rollout_share", "rollout_rows"}}
         )
         settings |= {"train": self.train.deciding(), "rehearsal": asdict(self.method.rehearsal)}
         settings |= {name: known_before(name, settings[name]) for name in ("task", "rehearsal", "gate")}

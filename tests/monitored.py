@@ -84,6 +84,7 @@ def put_feedback(store: ObjectStore, lineage: str, rows: pd.DataFrame, segment: 
 
 def _put(store: ObjectStore, folder: str, rows: pd.DataFrame, schema: pa.Schema, segment: str) -> None:
     content, now = io.BytesIO(), datetime.now(UTC)
-    values = {name: [None if pd.isna(value) else value for value in rows[name]] for name in schema.names}
+    columns = rows.reindex(columns=schema.names)  # rows of a rollout have more columns
+    values = {name: [None if pd.isna(value) else value for value in columns[name]] for name in schema.names}
     pq.write_table(pa.table(values, schema=schema), content)
     store.put_bytes(f"{folder}/{now:%Y-%m-%d}/{now:%Y%m%dT%H%M%S}-{segment}.parquet", content.getvalue())

@@ -40,6 +40,7 @@ class Champion:
 
     def __init__(self, log: PredictionLog | None = None) -> None:
         self.log = log
+        self.rollout, self.canary = None, None
         self.num_inside = 0
         self.may_answer = threading.Event()
         self.may_answer.set()
@@ -49,10 +50,13 @@ class Champion:
     def state(self) -> dict[str, Any]:
         return {"version": self.version}
 
-    def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
+    def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
         return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=ServedModel(self, is_given_up))
 
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
+    def ask(
+        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None = None,
+        version: str | None = None,
+    ) -> Answered:
         if any(row.task == "nope" for row in rows):
             raise ConfigError("Row 1 names the task 'nope'; this version knows bank.")
         if any(row.input == "poison" for row in rows):

@@ -32,6 +32,8 @@ SCHEMA_VERSION = 1
 
 OTHER_NAME = "deal_other"
 """Name for a new adapter of another form. It and ADAPTER_NAME alternate, so old and new can be loaded together."""
+CANDIDATE_NAME = "deal_candidate"
+"""Name for a second adapter that answers too; see `add_candidate`."""
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("t5", "mt5", "umt5"), ("q", "v")),
     **dict.fromkeys(
@@ -295,30 +297,58 @@ def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
     Raises:
         AdapterStateError: the new adapter does not fit the model, which keeps the old adapter.
     """
-    old = model.active_adapter
+    old = str(model.active_adapter)
     if _has_same_form(model, old, saved):
         tensors = {_name_in_model(key, old): tensor for key, tensor in saved.tensors.items()}
         hotswap_adapter_from_state_dict(model, tensors, old, saved.config)
         model.peft_config[old] = saved.config
         return
     new = OTHER_NAME if old == ADAPTER_NAME else ADAPTER_NAME
-    try:
-        model.add_adapter(new, saved.config)
-        saved.config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub
-        require_fit(model, new, saved)
-    except (ValueError, AdapterStateError) as error:
-        if new in model.peft_config:
-            model.delete_adapter(new)
-        _activate(model, old)
-        if isinstance(error, AdapterStateError):
-            raise
-        raise AdapterStateError(f"{saved.path.parent} does not fit the model: {error}") from error
-    set_peft_model_state_dict(model, saved.tensors, adapter_name=new)
-    _activate(model, new)
+    _add(model, new, saved)
+    activate(model, new)
     model.delete_adapter(old)
 
 
-def _activate(model: PeftModel, name: str) -> None:
+def add_candidate(model: PeftModel, saved: SavedAdapter) -> None:
+    """Add a saved adapter as CANDIDATE_NAME, in place of an earlier one. The active adapter stays active.
+
+    Args:
+        model: a base model with an adapter. It must not be in use during the call.
+        saved: the second adapter.
+
+    Raises:
+        AdapterStateError: the second adapter does not fit the model, which then has none.
+    """
+    drop_candidate(model)
+    _add(model, CANDIDATE_NAME, saved)
+
+
+def drop_candidate(model: PeftModel) -> None:
+    """Delete the adapter of `add_candidate`, if there is one. Another adapter must be active."""
+    if CANDIDATE_NAME in model.peft_config:
+        model.delete_adapter(CANDIDATE_NAME)
+
+
+def _add(model: PeftModel, name: str, saved: SavedAdapter) -> None:
+    """Add an adapter; the active one stays active."""
+    old = str(model.active_adapter)
+    try:
+        model.add_adapter(name, saved.config)
+        saved.config.base_model_name_or_path = None  # else PEFT looks the base up on the Hub
+        require_fit(model, name, saved)
+        set_peft_model_state_dict(model, saved.tensors, adapter_name=name)
+    except (ValueError, AdapterStateError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        if isinstance(error, AdapterStateError):
+            raise
+        raise AdapterStateError(f"{saved.path.parent} does not fit the model: {error}") from error
+    finally:
+        activate(model, old)
+
+
+def activate(model: PeftModel, name: str) -> None:
+    """Let an adapter of the model answer, and no other."""
     model.set_adapter(name)
     model.requires_grad_(False)  # PEFT makes the active adapter trainable
 

@@ -1,10 +1,4 @@
-"""Answer rows with one version on one base model, with one queue for all callers; the version can be swapped.
-
-Example:
-    >>> answerer = load_answerer(Path("version"), Path("cache"))  # doctest: +SKIP
-    >>> answerer.answer([InputRow("I lost my card.", "bank")])  # doctest: +SKIP
-    ['lost card']
-"""
+"""Answer rows with one version on one base model, with one queue for all callers; the version can be swapped."""
 
 from __future__ import annotations
 
@@ -18,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from deal_core.adapter.state import load_adapter, read_adapter, swap_adapter
+from deal_core.adapter import state as adapters
+from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
@@ -34,7 +29,7 @@ MAX_ROWS_CPU = 6
 
 
 class GivenUpError(DealError):
-    """Rows were not answered, because the caller has gone or the server is stopping."""
+    """Rows were not answered, because the caller has gone, the server is stopping, or the candidate was removed."""
 
 
 class Answered(NamedTuple):
@@ -97,6 +92,9 @@ class Answerer:
     A thread that asks computes the next batch if no other thread computes; it goes on until its own rows are answered.
     A swap comes before every batch. A swap interrupts the batch that is computed; its rows are answered by the new
     version.
+
+    A second version, the candidate, may answer next to it, with an adapter of its own on the same base model. A batch
+    has rows for one of the two. Rows in the background wait for all others, which also interrupt their batch.
     """
 
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
@@ -109,6 +107,12 @@ class Answerer:
         """Swaps that wait or run."""
         self._is_stopped = False
         self._waiting: list[_Request] = []
+        self._candidate: tuple[ServedVersion, str] | None = None
+        """Facts and number of the candidate."""
+        self._is_background = False
+        """Whether the batch that is computed is one in the background."""
+        self._name: str
+        """Name of the first version's adapter on the model."""
         self._put_on(base, load_adapter(base.model, folder))
 
     @property
@@ -130,18 +134,23 @@ class Answerer:
         """One answer per row, in the rows' order; errors are those of `ask`."""
         return self.ask(rows).answers
 
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False) -> Answered:
+    def ask(
+        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False, *,
+        by_candidate: bool = False, in_background: bool = False,
+    ) -> Answered:
         """Answer rows, all with the same version.
 
         Args:
             rows: the rows to answer.
             is_given_up: returns True once the caller has gone; the remaining rows are then not answered.
+            by_candidate: whether the candidate answers.
+            in_background: whether the rows wait for all others.
 
         Raises:
             ConfigError: a row does not fit the version; then no row is answered.
-            GivenUpError: the caller has gone, or `stop` was called.
+            GivenUpError: the caller has gone, `stop` was called, or there is no candidate.
         """
-        request = _Request(list(rows), is_given_up)
+        request = _Request(list(rows), is_given_up, by_candidate, in_background)
         with self._changed:
             self._waiting.append(request)
         while not self._is_done(request):
@@ -170,23 +179,48 @@ class Answerer:
             AdapterStateError: the folder cannot be served, or does not fit the base; the previous version stays.
             ConfigError: the version needs another base model than the given or loaded one.
         """
-        served = read_served(folder)
         base_sha256 = self._base_sha256 if base is None else base.sha256
-        if served.base_sha256 != base_sha256:
-            raise ConfigError(
-                f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but another one is "
-                f"loaded ({base_sha256[:12]})."
-            )
-        saved = read_adapter(folder)
+        served, saved = _read(folder, base_sha256)
         model = None if base is None else load_adapter(base.model, folder)
         with self._alone():
             if base is None or model is None:
+                activate(self._model, self._name)
                 swap_adapter(self._model, saved)
+                self._name = self._model.active_adapter
             else:
                 self._put_on(base, model)
+                self._candidate = None
             self._served, self._version, self._base_sha256 = served, version, base_sha256
             for request in self._waiting:
                 request.begin_again()
+
+    def add_candidate(self, folder: Path, version: str) -> None:
+        """Let a second version answer too, in place of an earlier candidate. Its files are read first.
+
+        Raises:
+            AdapterStateError: the folder cannot be served, or does not fit the base; then there is no candidate.
+            ConfigError: the version needs another base model.
+        """
+        served, saved = _read(folder, self._base_sha256)
+        with self._without_candidate():
+            adapters.add_candidate(self._model, saved)
+            self._candidate = served, version
+
+    def drop_candidate(self) -> None:
+        """Remove the candidate, if there is one. Rows that wait for it are given up."""
+        with self._without_candidate():
+            adapters.drop_candidate(self._model)
+
+    @contextmanager
+    def _without_candidate(self) -> Iterator[None]:
+        """Hold the model, with the first version on it. Rows that the candidate has begun begin again."""
+        with self._alone():
+            self._candidate = None
+            activate(self._model, self._name)
+            for request in self._waiting:
+                if request.by_candidate:
+                    request.begin_again()
+            yield
 
     def stop(self) -> None:
         """Answer no more rows. Waiting callers get an error within one step of the model."""
@@ -195,7 +229,7 @@ class Answerer:
             self._changed.notify_all()
 
     def _put_on(self, base: BaseModel, model: PeftModel) -> None:
-        self._tokenizer, self._model = base.tokenizer, model
+        self._tokenizer, self._model, self._name = base.tokenizer, model, model.active_adapter
         for blocks in base.model.modules():
             if isinstance(blocks, torch.nn.ModuleList):  # every transformers model holds its layers in one
                 for block in blocks:
@@ -203,7 +237,10 @@ class Answerer:
         self._max_rows = MAX_ROWS_CPU if next(model.parameters()).device.type == "cpu" else MAX_ROWS
 
     def _interrupt_for_swap(self, *_: Any) -> None:
-        if self._holder == threading.get_ident() and (self._num_swaps or self._is_stopped):
+        if self._holder != threading.get_ident():
+            return
+        is_overtaken = self._is_background and any(not request.in_background for request in self._waiting)
+        if self._num_swaps or self._is_stopped or is_overtaken:
             raise _InterruptedError
 
     def _is_free(self) -> bool:
@@ -240,22 +277,29 @@ class Answerer:
     def _answer_next(self) -> None:
         """Answer a batch of waiting rows. Older requests come first, and requests take turns between batches."""
         with self._changed:
-            waiting = list(self._waiting)
+            waiting = sorted(self._waiting, key=lambda request: request.in_background)
         batch: list[_Part] = []
         num_left = self._max_rows
         for request in waiting:
-            if self._is_stopped or request.is_given_up():
+            served = self._candidate if request.by_candidate else (self._served, self._version)
+            if self._is_stopped or request.is_given_up() or served is None:
                 request.end(GivenUpError("The server is stopping, or the client has gone; ask again."))
-            elif num_left > 0 and request.prepare(self._served, self._version):
+            elif num_left > 0 and request.prepare(*served) and (not batch or request.is_like(batch[0].request)):
                 batch.append(_Part(request, request.asked[len(request.given) :][:num_left]))
                 num_left -= len(batch[-1].rows)
+        if not batch:
+            return
+        self._is_background = batch[0].request.in_background
+        name = CANDIDATE_NAME if batch[0].request.by_candidate else self._name
+        if self._model.active_adapter != name:
+            activate(self._model, name)
         try:
             self._answer_together(batch)
         except _InterruptedError:
             return
         with self._changed:  # requests that were served now go to the end of the queue
-            served = {id(part.request) for part in batch}
-            self._waiting.sort(key=lambda request: id(request) in served)
+            answered = {id(part.request) for part in batch}
+            self._waiting.sort(key=lambda request: id(request) in answered)
 
     def _answer_together(self, batch: Sequence[_Part]) -> None:
         try:
@@ -286,6 +330,17 @@ class Answerer:
             part.request.take([given[place] for place in range(len(part.rows))])
 
 
+def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:
+    """Read a version's folder for the base model that is loaded."""
+    served = read_served(folder)
+    if served.base_sha256 != base_sha256:
+        raise ConfigError(
+            f"The version needs the base model {served.base_name} ({served.base_sha256[:12]}), but another one is "
+            f"loaded ({base_sha256[:12]})."
+        )
+    return served, read_adapter(folder)
+
+
 class _InterruptedError(Exception):
     """A batch was interrupted by a waiting swap or by `stop`."""
 
@@ -296,6 +351,8 @@ class _Request:
 
     rows: Sequence[InputRow]
     is_given_up: Callable[[], bool]
+    by_candidate: bool = False
+    in_background: bool = False
     asked: list[tuple[ServedTask, str]] = field(default_factory=list)
     """The rows in the form that the version `served` is asked; empty before the first batch."""
     given: list[GivenAnswer] = field(default_factory=list)
@@ -304,6 +361,10 @@ class _Request:
     version: str = ""
     error: Exception | None = None
     is_done: bool = False
+
+    def is_like(self, other: _Request) -> bool:
+        """Return whether both can be in one batch."""
+        return (self.by_candidate, self.in_background) == (other.by_candidate, other.in_background)
 
     def prepare(self, served: ServedVersion, version: str) -> bool:
         """Check that the rows fit the version. False: they do not fit or there are none, and the request is done."""

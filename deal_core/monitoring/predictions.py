@@ -14,7 +14,7 @@ from deal_core.data.schema import TaskSchema, label_key
 
 if TYPE_CHECKING:
     from deal_core.evaluation.answerer import Answered
-    from deal_core.evaluation.answering import InputRow
+    from deal_core.evaluation.answering import InputRow, ServedVersion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,25 @@ class Prediction:
     """The normalised input; None: the log keeps no texts."""
     output: str | None = None
     """The answer; None: the log keeps no texts."""
+    shadow_of: str | None = None
+    """The id of the answer that was returned, if this one was not: a version in rollout answered a copy of the row.
+    None: this answer was returned."""
+    is_failed: bool | None = None
+    """True: the version failed on the row during a rollout, so there is no answer. None: there is one."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the columns with their values. Those of a rollout are left out where they are empty."""
+        return {name: value for name, value in vars(self).items() if name not in ROLLOUT_COLUMNS or value is not None}
 
 
-COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction))
-"""The names of a row's columns, in order."""
+ROLLOUT_COLUMNS = ("shadow_of", "is_failed")
+"""Columns that came later. Only rows of a rollout have values there."""
+COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction) if each.name not in ROLLOUT_COLUMNS)
+"""The names of the columns of an answer that was returned, in order."""
 
 
 def predictions_of(
-    rows: Sequence[InputRow], answered: Answered, *, seconds: float, keeps_texts: bool
+    rows: Sequence[InputRow], answered: Answered, *, seconds: float, keeps_texts: bool, shadow_of: Sequence[str] = ()
 ) -> list[Prediction]:
     """Return the log's rows of one request. Each gets a new id.
 
@@ -64,6 +75,7 @@ def predictions_of(
         answered: Their answers.
         seconds: How long the request took.
         keeps_texts: Whether the rows get `input` and `output`.
+        shadow_of: The ids of the answers that were returned instead; empty: these answers were returned.
     """
     found, now = [], time.time()
     given = zip(rows, answered.answers, answered.confidences, strict=True)
@@ -73,6 +85,30 @@ def predictions_of(
             id=uuid.uuid4().hex, time=now, lineage=answered.served.lineage, version=answered.version,
             **answer_facts(task.schema, text, answer), confidence=confidence, label_mass=label_mass, seconds=seconds,
             input=text if keeps_texts else None, output=answer if keeps_texts else None,
+            shadow_of=shadow_of[number - 1] if shadow_of else None,
+        ))  # fmt: skip
+    return found
+
+
+def failures_of(
+    rows: Sequence[InputRow], served: ServedVersion, version: str, *, seconds: float, shadow_of: Sequence[str] = ()
+) -> list[Prediction]:
+    """Return the log's rows of a request on which a version in rollout, or its champion, failed. They have no texts.
+
+    Args:
+        rows: The request's rows.
+        served: A version that the rows fit.
+        version: The version that failed.
+        seconds: How long the request took.
+        shadow_of: As for `predictions_of`.
+    """
+    found, now = [], time.time()
+    for number, row in enumerate(rows, 1):
+        task, text = served.asked(row, number)
+        facts = {**answer_facts(task.schema, text, ""), "label": None, "is_label": None}
+        found.append(Prediction(
+            id=uuid.uuid4().hex, time=now, lineage=served.lineage, version=version, **facts, confidence=0.0,
+            label_mass=None, seconds=seconds, shadow_of=shadow_of[number - 1] if shadow_of else None, is_failed=True,
         ))  # fmt: skip
     return found
 

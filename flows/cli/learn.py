@@ -260,6 +260,8 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
         gate = "[green]accepted[/]" if entry.accepted else "[red]rejected[/]"
         if entry.approval is not None:
             gate += _APPROVAL[entry.approval]
+        if "rollout" in entry.aliases:
+            gate += ", in rollout"
         table.add_row(
             entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",

@@ -1,4 +1,4 @@
-"""`deal monitor`: the live traffic of a lineage's champion against its test rows."""
+"""Commands about live traffic: the champion against its test rows, and a version in rollout against the champion."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from typer import Option
 
 from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, new_table, percent
+from flows.cli.versions import Why, show_decision
 
 if TYPE_CHECKING:
     from deal_core.monitoring.report import LiveAccuracy, TaskDrift
+    from deal_core.monitoring.rollout import Arm, RolloutReport
+    from flows.rollout import RolloutResult
     from tasks.monitoring.look import MonitorResult
+    from tasks.monitoring.rollout import RolloutStatus
 
 monitor_app = typer.Typer()
+rollout_app = typer.Typer(help="A new version on live traffic, before it becomes champion.", no_args_is_help=True)
 
 
 @command(monitor_app, "starting")
@@ -91,3 +96,90 @@ def _accuracy(found: LiveAccuracy) -> tuple[str, ...]:
     return (
         percent(found.accuracy), percent(found.low), percent(found.high), str(found.num_rows), percent(found.reference)
     )
+
+
+@command(rollout_app, "reading")
+def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
+    """Compare the version that is tried on live traffic with the champion. Nothing is changed."""
+    from tasks.monitoring.rollout import look_at_rollout
+
+    found = look_at_rollout(lineage)
+    return CommandResult(found, show_rollout(found))
+
+
+@command(rollout_app, "looking")
+def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
+    """Promote or reject the version if the figures say so. A server does this every five minutes."""
+    from flows.rollout import check_rollout
+
+    found = check_rollout(lineage)
+    is_rejected = found.decision is not None and found.decision.action == "rejected"
+    return CommandResult(found, show_checked(found), rejected=is_rejected)
+
+
+@command(rollout_app, "promoting")
+def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
+    """Make the version that is tried on live traffic the champion, whatever the figures say."""
+    from flows.promote import current_account
+    from flows.rollout import finish_rollout
+
+    done = finish_rollout(lineage, who=current_account(), why=why)
+    return CommandResult(done, show_decision(done))
+
+
+@command(rollout_app, "rejecting")
+def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
+    """Reject the version that is tried on live traffic. It can never become champion."""
+    from flows.promote import current_account
+    from flows.rollout import abort_rollout
+
+    done = abort_rollout(lineage, who=current_account(), why=why)
+    return CommandResult(done, show_decision(done))
+
+
+def show_checked(result: RolloutResult) -> Sequence[RenderableType]:
+    """A rollout, and how it ended."""
+    return [*show_rollout(result.status), *(show_decision(result.decision) if result.decision else ())]
+
+
+def show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
+    """Both versions side by side, the differences, and what follows."""
+    if found.report is None or found.since is None:
+        return [f"No version of {escape(found.lineage)} is tried on live traffic."]
+    report = found.report
+    head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
+    sides = new_table("", f"version {report.champion.version}", f"version {report.candidate.version}",
+                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])  # fmt: skip
+    for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
+        sides.add_row(name, before, now)
+    shown: list[RenderableType] = [
+        heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"), sides, *_compared(report),
+    ]  # fmt: skip
+    if report.num_pairs:
+        shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
+    counted = "rows with feedback" if report.by_feedback else "answers"
+    said = {"goes on": "It goes on.", "abort": "[red]It has to be aborted.[/]", "finish": "[green]It can finish.[/]"}
+    shown.append(f"{report.num_counted} of {report.num_wanted} {counted} count. {said[report.verdict]}")
+    return shown + [f"  [red]•[/] {escape(reason)}" for reason in report.reasons if report.verdict == "abort"]
+
+
+_FIGURES = ("rows", "failed", "with feedback", "right, %", "no label, %", "mean confidence", "median seconds")
+
+
+def _figures(arm: Arm) -> tuple[str, ...]:
+    right = percent(arm.num_right / arm.num_judged if arm.num_judged else None)
+    numbers = ("–" if value is None else f"{value:.2f}" for value in (arm.confidence, arm.seconds))
+    return (
+        str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers
+    )
+
+
+def _compared(report: RolloutReport) -> list[RenderableType]:
+    if not report.differences:
+        return []
+    columns = ["points", "from", "to", "rows"]
+    table = new_table("new version minus champion", *columns, "", right=columns)
+    for each in report.differences:
+        ends = f"{each.points:+.1f}", f"{each.low:+.1f}", f"{each.high:+.1f}"
+        table.add_row(each.figure, *ends, str(each.num_rows), "[red]worse[/]" if each.is_worse else "")
+    return [table]

@@ -110,6 +110,7 @@ def show_status(status: Status) -> Sequence[RenderableType]:
         lineages.add_row(escape(each.lineage), each.champion or "–", f"{num_open} (held)" if each.held else num_open)
     shown += [heading("Lineages"), lineages]
     shown += [f"  {escape(f'{each.lineage} live: {each.monitor}')}" for each in status.lineages if each.monitor]
+    shown += [f"  {escape(f'{each.lineage} rollout: {each.rollout}')}" for each in status.lineages if each.rollout]
     shown += [f"  [red]•[/] {escape(problem)}" for each in status.lineages for problem in each.failed]
     shown += [line for each in status.lineages for line in show_held(each.lineage, each.held_arrivals)]
     shown += [f"[red]•[/] {escape(problem)}" for problem in (*status.damaged, *status.problems)]

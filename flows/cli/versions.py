@@ -125,6 +125,9 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
     if done.action == "rejected":
         serves = f"version {done.champion} serves on" if done.champion else "no version serves"
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
+    if done.action == "rollout":
+        return [f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
+                f"{done.champion} serves on.[/]"]  # fmt: skip
     before = f"version {done.before}" if done.before else "none"
     shown: list[RenderableType] = [
         f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"

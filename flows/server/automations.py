@@ -50,6 +50,7 @@ TITLES: dict[Kind, str] = {
     "promoted": "version {{ event.payload.version }} was promoted",
     "rejected": "version {{ event.payload.version }} was rejected",
     "awaiting-approval": "version {{ event.payload.version }} waits for approval",
+    "rollout": "version {{ event.payload.version }} is tried on live traffic",
     "rolled-back": "version {{ event.payload.version }} is champion again",
     "failed": "an adaptation failed",
     "drift": "live traffic of {{ event.payload.task }} has changed",

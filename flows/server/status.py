@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from deal_core.errors import DealError, in_one_line
 from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
+from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
@@ -65,6 +66,8 @@ class LineageStatus(BaseModel, frozen=True):
     """Arrivals whose run was cancelled; they wait for `deal requeue`."""
     monitor: str | None = None
     """The last look at the champion's live traffic, in one line; None: nobody has looked."""
+    rollout: str | None = None
+    """The version that is tried on live traffic, in one line; None: none is."""
 
 
 class Status(BaseModel, frozen=True):
@@ -201,8 +204,19 @@ def _lineage(
     return LineageStatus(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
         held=watched.held if watched else None, held_arrivals=waiting,
-        monitor=_monitor(store, name, champion, damaged),
+        monitor=_monitor(store, name, champion, damaged), rollout=_rollout(store, name),
     )  # fmt: skip
+
+
+def _rollout(store: ObjectStore, name: str) -> str | None:
+    """Return the version that is tried on live traffic in one line; None: none is, or the promotion log is damaged."""
+    try:
+        opened = PromotionLog(store).open_rollout(name)
+    except DealError:  # `look_at_champion` names the damage
+        return None
+    if opened is None:
+        return None
+    return f"version {opened.version} is tried ({opened.rollout}) since {opened.when:%Y-%m-%d %H:%M} UTC"
 
 
 def _monitor(store: ObjectStore, name: str, champion: VersionInfo | None, damaged: list[str]) -> str | None:

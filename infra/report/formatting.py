@@ -15,6 +15,8 @@ def verdict_of(report: RunReport) -> str:
         return f"{version} has learned {report.task}, passed the gate and was promoted."
     if report.verdict == "awaiting-approval":
         return f"{version} has learned {report.task}, passed the gate and waits for a person's approval."
+    if report.verdict == "rollout":
+        return f"{version} has learned {report.task}, passed the gate and is tried on live traffic."
     stays = f"version {report.parent_version} stays champion" if report.parent_version else "there is no champion yet"
     return f"{version}, trained on {report.task}, was rejected by the gate; {stays}."
 

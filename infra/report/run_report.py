@@ -17,7 +17,7 @@ from infra.settings import TrackingSettings
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
 
-Verdict = Literal["promoted", "rejected", "awaiting-approval"]
+Verdict = Literal["promoted", "rejected", "awaiting-approval", "rollout"]
 
 
 class ReportPart(BaseModel):

@@ -7,23 +7,24 @@ fails, or MLflow does not answer, the loaded version continues to serve.
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from mlflow.models import Model
-from mlflow.pyfunc import FLAVOR_NAME, PyFuncModel
+from mlflow.pyfunc import PyFuncModel
 
-from deal_core.errors import DealError, RegistryError, StoreError
-from deal_core.evaluation.answerer import Answered, Answerer, load_answerer, load_base_of
+from deal_core.errors import ConfigError, DealError, RegistryError, StoreError
+from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError, load_answerer, load_base_of
 from deal_core.evaluation.answering import InputRow, ServedVersion, read_served
-from infra.served_model import LOADER, ServedModel
-from infra.serving.prediction_log import PredictionLog
+from infra.served_model import ServedModel, ServingError, require_own_loader
+from infra.serving.prediction_log import LOG, PredictionLog
+from infra.serving.rollout import Rollout, with_tasks
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
 from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
@@ -35,13 +36,7 @@ MAX_POLL_SECONDS = 10.0
 PAUSE_SECONDS = 60.0
 """Pause before a version that did not load is tried again."""
 
-LOG = logging.getLogger("deal.serving")
-
 Say = Callable[[str], None]
-
-
-class ServingError(DealError):
-    """A version does not load, or may not be loaded."""
 
 
 class NoChampionError(RegistryError):
@@ -66,6 +61,8 @@ class Champion:
         self._problem: str | None = None
         self._failed: tuple[str, float] | None = None
         """The version that did not load, and the time of the attempt."""
+        self.rollout: Rollout | None = None
+        """The version that is tried next to the champion; None: no version was loaded yet."""
 
     def state(self) -> dict[str, Any]:
         """Return the body of GET /version."""
@@ -75,6 +72,7 @@ class Champion:
             "champion": self._champion,
             "starting": self._starting,
             "problem": self._problem,
+            **(self.rollout.state() if self.rollout else {}),
         }
 
     @property
@@ -88,20 +86,49 @@ class Champion:
         assert self._answerer is not None, "requests come after the champion was loaded"
         return self._answerer.served
 
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
-        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`."""
-        assert self._answerer is not None, "requests come after the champion was loaded"
-        begun = time.perf_counter()
-        answered = self._answerer.ask(rows, is_given_up)
-        return answered if self.log is None else self.log.note(rows, answered, time.perf_counter() - begun)
+    @property
+    def canary(self) -> str | None:
+        """Number of the version that answers a share of the requests; None: none does."""
+        return None if self.rollout is None else self.rollout.canary
 
-    def model(self, is_given_up: Callable[[], bool]) -> PyFuncModel:
+    def ask(
+        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None = None,
+        version: str | None = None,
+    ) -> Answered:
+        """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
+
+        Args:
+            rows: The rows.
+            is_given_up: As for `Answerer.ask`.
+            key: In a canary's rollout, requests with the same key go to the same version.
+            version: The version that the request names; None: none.
+        """
+        assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
+        begun, served = time.perf_counter(), self.served
+        named = with_tasks(rows, served)
+        if (found := self.rollout.ask(named, is_given_up, key, version)) is not None:
+            return found._replace(served=served)
+        try:
+            answered = self._answerer.ask(rows, is_given_up)
+        except (ConfigError, GivenUpError):
+            raise
+        except Exception:
+            self.rollout.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
+            raise
+        if self.log is None:
+            return answered
+        answered = self.log.note(rows, answered, time.perf_counter() - begun)
+        self.rollout.copy(named, answered, key)
+        return answered
+
+    def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
         """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.
 
-        The model stops when `is_given_up` returns True, because the client has closed the connection.
+        The model stops when `is_given_up` returns True, because the client has closed the connection. For `key` see
+        `ask`.
         """
         assert self._meta is not None, "requests come after the champion was loaded"
-        return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(self, is_given_up))
+        return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(_Caller(self, key), is_given_up))
 
     def begin(self) -> None:
         """Load the champion.
@@ -122,6 +149,7 @@ class Champion:
         self._try(champion.version)
         if self._answerer is None:
             raise ServingError(self._problem or "")
+        self.rollout = Rollout(self._registry, self.lineage, self._answerer, self.log, self._say)
 
     def follow(self, stopped: threading.Event) -> None:
         """Load each new champion until `stopped` is set. A call to MLflow that hangs is not interrupted."""
@@ -129,6 +157,8 @@ class Champion:
         while not stopped.wait(pause):
             try:
                 self._keep_up_with(self._let_settle(self._registry.champion(self.lineage)))
+                if self.rollout is not None:
+                    self.rollout.keep_up(self.version)
             except Exception as error:  # the thread must not end
                 if not isinstance(error, RegistryError):
                     LOG.exception("Following the alias failed")
@@ -142,6 +172,8 @@ class Champion:
         """Stop the running computations."""
         if self._answerer is not None:
             self._answerer.stop()
+        if self.rollout is not None:
+            self.rollout.stop()
 
     def _let_settle(self, champion: VersionInfo | None) -> VersionInfo | None:
         """Return the champion, or, if the alias has moved, the champion after `settle`."""
@@ -213,22 +245,12 @@ class Champion:
         self._problem = problem
 
 
-def require_own_loader(folder: Path) -> Model:
-    """Return MLflow's description of a version, if only this project's code loads the version.
+@dataclass(frozen=True)
+class _Caller:
+    """A client of the champion. It answers rows as the champion does."""
 
-    MLflow would import the module that the MLmodel names, and code in the folder. So every user who may register models
-    could run code on this machine.
+    champion: Champion
+    key: str | None
 
-    Raises:
-        ServingError: The MLmodel names another loader, or code.
-    """
-    meta = Model.load(str(folder))
-    flavor = meta.flavors.get(FLAVOR_NAME, {})
-    loader, code = flavor.get("loader_module"), flavor.get("code")
-    if loader != LOADER or code is not None:
-        found = f"the loader {loader}" if loader != LOADER else f"code of its own ({code})"
-        raise ServingError(
-            f"its MLmodel names {found}, and nothing but {LOADER} is run here; this pipeline registers no such "
-            "version. Promote another one."
-        )
-    return meta
+    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
+        return self.champion.ask(rows, is_given_up, self.key)

@@ -24,23 +24,33 @@ class Measured:
 
 
 class _Dropped(Collector):
-    """The rows that the prediction log lost, as the log counts them."""
+    """What the server left out, as others count it."""
 
-    def __init__(self, num_dropped: Callable[[], int]) -> None:
+    def __init__(self, num_dropped: Callable[[], int], num_copies_dropped: Callable[[], int]) -> None:
         self._num_dropped = num_dropped
+        self._num_copies_dropped = num_copies_dropped
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        """Return the figure of this moment."""
-        help_text = "Answers that are missing in the prediction log."
-        return [CounterMetricFamily("deal_predictions_dropped", help_text, value=self._num_dropped())]
+        """Return the figures of this moment."""
+        lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
+        return [
+            CounterMetricFamily("deal_predictions_dropped", lost, value=self._num_dropped()),
+            CounterMetricFamily("deal_shadow_requests_dropped", left_out, value=self._num_copies_dropped()),
+        ]
 
 
 class Meter:
-    """Counts the requests of one server. `num_dropped` returns the rows that the prediction log has lost."""
+    """Counts the requests of one server.
 
-    def __init__(self, num_dropped: Callable[[], int] = lambda: 0) -> None:
+    `num_dropped` returns the rows that the prediction log has lost, `num_copies_dropped` the copies of requests that no
+    shadow has answered.
+    """
+
+    def __init__(
+        self, num_dropped: Callable[[], int] = lambda: 0, num_copies_dropped: Callable[[], int] = lambda: 0
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Dropped(num_dropped))
+        self._registry.register(_Dropped(num_dropped, num_copies_dropped))
         self._requests = Counter(
             "deal_requests", "Requests that ended.", ["path", "status", "version"], registry=self._registry
         )

@@ -40,14 +40,16 @@ class ApiRequest:
     """The version that has to answer; None: the champion, whatever its number."""
     is_chat: bool
     is_stream: bool
+    user: str | None = None
+    """The client's name of its user; None: it gives none."""
 
-    def require_version(self, version: str | None) -> None:
+    def require_version(self, version: str | None, canary: str | None = None) -> None:
         """Require the version that the model's name has.
 
         Raises:
-            RefusalError: `version` answers, which is another one.
+            RefusalError: `version` answers, which is another one, and so is `canary`.
         """
-        if self.version is not None and self.version != version:
+        if self.version is not None and self.version not in (version, canary):
             message = f"Version {self.version} does not answer here; version {version} does."
             raise RefusalError(404, message, code=NOT_FOUND)
 
@@ -130,6 +132,7 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
     return ApiRequest(
         rows=tuple(InputRow(text, task.schema.name) for text in texts),
         version=name.version, is_chat=is_chat, is_stream=values.get("stream") is True,
+        user=values["user"] if isinstance(values.get("user"), str) else None,
     )  # fmt: skip
 
 

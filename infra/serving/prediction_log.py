@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from deal_core.errors import DealError
 from deal_core.evaluation.answerer import Answered
-from deal_core.evaluation.answering import InputRow
+from deal_core.evaluation.answering import InputRow, ServedVersion
 from deal_core.monitoring.feedback import Feedback
-from deal_core.monitoring.predictions import predictions_of
+from deal_core.monitoring.predictions import Prediction, failures_of, predictions_of
 from infra.log_segments import WRITE_SECONDS, SegmentWriter, ship
 from infra.predictions import feedback_log, prediction_log
 from infra.settings import ServingSettings, StoreSettings
@@ -73,20 +73,44 @@ class PredictionLog:
             if thread.is_alive():
                 thread.join(JOIN_SECONDS)
 
-    def note(self, rows: Sequence[InputRow], answered: Answered, seconds: float) -> Answered:
-        """Log the answers to a request; return them with the ids of their rows. No error reaches the caller."""
+    def note(
+        self, rows: Sequence[InputRow], answered: Answered, seconds: float, shadow_of: Sequence[str] = ()
+    ) -> Answered:
+        """Log the answers to a request; return them with the ids of their rows. No error reaches the caller.
+
+        `shadow_of` are the ids of the answers that were returned instead of these.
+        """
         try:
-            made = predictions_of(rows, answered, seconds=seconds, keeps_texts=self.keeps_texts)
+            made = predictions_of(
+                rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of
+            )
         except Exception:
             LOG.exception("Answers were not logged")
             self._drop(len(rows))
             return answered
+        if not shadow_of:  # no client knows the ids of the others
+            self._remember(made)
+        self._keep(made)
+        return answered._replace(ids=[each.id for each in made])
+
+    def note_failure(
+        self, rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float,
+        shadow_of: Sequence[str] = (),
+    ) -> None:
+        """Log that a version failed on a request. The rows fit `served`. No error reaches the caller."""
+        try:
+            self._keep(failures_of(rows, served, version, seconds=seconds, shadow_of=shadow_of))
+        except Exception:
+            LOG.exception("A failure was not logged")
+
+    def _remember(self, made: Sequence[Prediction]) -> None:
         with self._changing:
             self._tasks.update((each.id, each.task) for each in made)
             while len(self._tasks) > MAX_QUEUED:
                 self._tasks.popitem(last=False)
-        self._drop(len(made) - self._put(_Waiting(False, vars(each)) for each in made))
-        return answered._replace(ids=[each.id for each in made])
+
+    def _keep(self, made: Sequence[Prediction]) -> None:
+        self._drop(len(made) - self._put(_Waiting(False, each.to_row()) for each in made))
 
     def take_feedback(self, entries: Sequence[Feedback]) -> bool:
         """Log feedback. False: there is no room now, so it has to be sent again."""

@@ -20,8 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deal_core.errors import ConfigError
 from infra.logs import MAX_BYTES
-from infra.serving.champion import LOG, Champion, Say
-from infra.serving.prediction_log import PredictionLog, open_prediction_log
+from infra.serving.champion import Champion, Say
+from infra.serving.prediction_log import LOG, PredictionLog, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import ServingSettings
 

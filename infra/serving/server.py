@@ -35,10 +35,11 @@ from starlette.routing import Route
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import GivenUpError
 from infra.served_model import VERSION
-from infra.serving.champion import LOG, Champion
+from infra.serving.champion import Champion
 from infra.serving.feedback import FEEDBACK_BODY, take_feedback
 from infra.serving.meter import Meter
 from infra.serving.openai_api import list_models, read_request
+from infra.serving.prediction_log import LOG
 from infra.serving.refusal import RefusalError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -52,6 +53,7 @@ ANSWER_SECONDS = 300.0
 """Time after which a request is given up."""
 TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
 OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
+KEY_HEADER = "X-Deal-Key"
 RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
 
@@ -65,8 +67,17 @@ class HttpAnswer(NamedTuple):
     status: int = 200
 
 
-Work = Callable[[Champion, bytes, Callable[[], bool]], HttpAnswer]
-"""The champion, the request's body and a check whether the client has gone → the answer."""
+class Caller(NamedTuple):
+    """The client of a request."""
+
+    is_given_up: Callable[[], bool]
+    """Tells whether it has gone."""
+    key: str | None = None
+    """In a canary's rollout, requests with the same key go to the same version; None: the client names no key."""
+
+
+Work = Callable[[Champion, bytes, Caller], HttpAnswer]
+"""The champion, the request's body and its client → the answer."""
 
 
 def make_app(
@@ -81,7 +92,10 @@ def make_app(
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
     places, log = asyncio.Semaphore(MAX_IN_FLIGHT), serving.log
-    meter = Meter() if log is None else Meter(lambda: log.num_dropped)
+    meter = Meter(
+        lambda: log.num_dropped if log is not None else 0,
+        lambda: serving.rollout.num_dropped if serving.rollout is not None else 0,
+    )
 
     def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
         async def respond(request: Request) -> Response:
@@ -191,7 +205,8 @@ async def _answer(
         RefusalError: The request cannot be answered.
     """
     given_up = threading.Event()
-    working = asyncio.get_running_loop().run_in_executor(pool, work, serving, body, given_up.is_set)
+    caller = Caller(given_up.is_set, request.headers.get(KEY_HEADER))
+    working = asyncio.get_running_loop().run_in_executor(pool, work, serving, body, caller)
     gone = asyncio.ensure_future(request.receive())  # after the body only a disconnect can come
     waited: list[asyncio.Future[Any]] = [working, gone]
     try:
@@ -208,7 +223,7 @@ async def _answer(
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *, is_chat: bool) -> HttpAnswer:
+def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
     """Answer a body in the form of OpenAI's API.
 
     Raises:
@@ -216,8 +231,8 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
     """
     try:
         asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
-        asked.require_version(serving.version)
-        answered = serving.ask(asked.rows, is_given_up)
+        asked.require_version(serving.version, serving.canary)
+        answered = serving.ask(asked.rows, caller.is_given_up, caller.key or asked.user, asked.version)
         asked.require_version(answered.version)  # the champion may have moved
     except ConfigError as error:
         raise RefusalError(400, str(error)) from None
@@ -231,13 +246,13 @@ def complete(serving: Champion, body: bytes, is_given_up: Callable[[], bool], *,
     return HttpAnswer(asked.body(answered), answered.version, kind)
 
 
-def give_feedback(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> HttpAnswer:
+def give_feedback(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
     """Take feedback on answers.
 
     Raises:
         RefusalError: The feedback is not taken, see `take_feedback`.
     """
-    del is_given_up  # there is nothing to wait for
+    del caller  # there is nothing to wait for
     number = take_feedback(serving.log, serving.served, _decode(body, FEEDBACK_BODY))
     return HttpAnswer(json.dumps({"taken": number}), serving.version or "", status=202)
 
@@ -247,13 +262,13 @@ def _failed() -> RefusalError:
     return RefusalError(500, "The model failed on this request; the server's log has the error.")
 
 
-def predict(serving: Champion, body: bytes, is_given_up: Callable[[], bool]) -> HttpAnswer:
+def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
     """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
 
     Raises:
         RefusalError: 400: the body is no valid table of rows. 500: the model fails.
     """
-    model = serving.model(is_given_up)
+    model = serving.model(caller.is_given_up, caller.key)
     values = _decode_object(body, TABLE_BODY)
     values.pop("params", None)  # MLflow's clients may send params; the model has none
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from deal_core.adapter.files import Recorded, as_recorded, digests_of, require_undamaged
+from deal_core.config import RolloutTerms
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
@@ -38,8 +39,9 @@ from infra.tracking.client import (
     retry_if_overtaken,
 )
 
-Alias = Literal["champion", "challenger", "previous"]
-"""champion serves, previous served before it, and challenger is the newest version that passed its run."""
+Alias = Literal["champion", "challenger", "previous", "rollout"]
+"""champion serves, previous served before it, and challenger is the newest version that passed its run. rollout is
+tried on live traffic."""
 ApprovalState = Literal["awaiting", "given", "refused"]
 OWNER = {"deal.kind": "lineage"}
 """Tag of the registered models that are lineages."""
@@ -74,6 +76,8 @@ class VersionFacts:
     """Digest of the arrival's rows, independent of the lineage's test rows; None for older versions."""
     requeued_sha256: str | None = None
     """Digest of the dataset of the version that a requeue replaced by this version."""
+    rollout: RolloutTerms | None = None
+    """How the version is tried on live traffic before it becomes champion; None: it is not."""
     average_accuracy: float | None
     forgetting: float | None
     backward_transfer: float | None
@@ -91,6 +95,7 @@ class VersionFacts:
             "gate_reasons": json.dumps(self.reasons, ensure_ascii=False),
             "gate_vetoes": json.dumps(self.vetoes, ensure_ascii=False),
             "files_sha256": None if self.files_sha256 is None else files_tag(self.files_sha256),
+            "rollout": None if self.rollout is None else json.dumps(asdict(self.rollout)),
         }
         plain = {field.name: getattr(self, field.name) for field in fields(VersionFacts)}
         del plain["accepted"], plain["reasons"], plain["vetoes"]
@@ -109,6 +114,10 @@ class VersionInfo(VersionFacts):
     model_id: str
     promoted: str | None = None
     """Number of the newest entry of the promotion log that promoted the version; None: it was never promoted."""
+    rolled_out: str | None = None
+    """Number of the entry of the promotion log that began its rollout; None: none began."""
+    refused_by: str | None = None
+    """Who rejected the version; None: nobody, or only its gate."""
     adapter_removed: str | None = None
     """Day on which the adapter was removed; the version stays in the history."""
 
@@ -274,6 +283,12 @@ class Registry:
             self.client.set_registered_model_alias(lineage, alias, version)
 
     @retry_if_overtaken
+    def drop_alias(self, lineage: str, alias: Alias) -> None:
+        """Remove an alias, if there is one."""
+        with report_errors(f"remove {lineage}@{alias}", self.uri):
+            self.client.delete_registered_model_alias(lineage, alias)
+
+    @retry_if_overtaken
     def tag_version(self, lineage: str, version: str, tags: Mapping[str, str]) -> None:
         """Add tags `deal.<name>` to a version, or replace their values."""
         with report_errors(f"tag version {version} of {lineage!r}", self.uri):
@@ -353,6 +368,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         "reasons": tuple(json.loads(tags.get("gate_reasons", "[]"))),
         "vetoes": tuple(json.loads(tags.get("gate_vetoes", "[]"))),
         "files_sha256": None,
+        "rollout": RolloutTerms(**json.loads(tags["rollout"])) if "rollout" in tags else None,
     }
     if "files_sha256" in tags:
         values["files_sha256"] = {name: tuple(each) for name, each in json.loads(tags["files_sha256"]).items()}
@@ -370,5 +386,7 @@ def _read(version: ModelVersion, aliases: Mapping[str, str]) -> VersionInfo:
         tracking_id=version.run_id or "",
         model_id=(version.source or "").removeprefix("models:/"),
         promoted=tags.get("promoted"),
+        rolled_out=tags.get("rolled_out"),
+        refused_by=tags.get("refused_by"),
         adapter_removed=tags.get("adapter_removed"),
     )

@@ -18,6 +18,7 @@ from infra.store.base import ObjectStore
 from infra.tracking.registry import Alias, Registry, VersionInfo, open_registry
 from tasks.context import current_store
 from tasks.lineage.settings import asks_for_alias_moves
+from tasks.lineage.versions import ROLLOUT
 from tasks.notices import Notice, announce
 from tasks.references import VersionRef
 
@@ -29,7 +30,7 @@ GATE = "gate"
 
 @task(name="promote", cache_policy=NO_CACHE)
 def promote_version(version: VersionRef) -> None:
-    """Make an accepted version the champion, unless a person must approve it first."""
+    """Make an accepted version the champion, or begin its rollout, unless a person must approve it first."""
     registry = open_registry()
     known = registry.find_version(version.run_key)
     assert known is not None, "the version was registered by this run"
@@ -46,7 +47,7 @@ def is_overtaken(registry: Registry, version: VersionInfo) -> bool:
 
     This is so if the champion is neither the version nor its parent.
     """
-    if version.approval is not None or version.promoted is not None:
+    if version.approval is not None or version.promoted is not None or version.rolled_out is not None:
         return False
     champion = registry.champion(version.lineage)
     return (champion.version if champion else None) not in (version.parent_version, version.version)
@@ -66,7 +67,10 @@ def complete_version(registry: Registry, version: VersionInfo) -> None:
         raise RegistryError(rejected_by_person(version))
     if is_overtaken(registry, version):
         raise RegistryError(_overtaken(registry, version))
-    if version.approval is None:
+    if version.approval is None and version.rollout is not None:
+        if version.promoted is None and version.rolled_out is None:
+            begin_rollout(registry, PromotionLog(store), version, who=GATE, why="passed its gate", run=version.run_key)
+    elif version.approval is None:
         if version.promoted is None:
             move_champion(
                 registry, PromotionLog(store), version, expected=version.parent_version, action="promoted", who=GATE,
@@ -96,27 +100,58 @@ def move_champion(
     Raises:
         RegistryError: The champion has changed since, or a person has rejected the version.
     """
-    lineage = version.lineage
-    champion, last = settle_aliases(registry, log, lineage)
+    champion, last = settle_aliases(registry, log, version.lineage)
     if champion == version.version:
         return
-    known = registry.version(lineage, version.version)  # the caller's copy may be older than the log
+    change = Change(
+        action=action, lineage=version.lineage, version=version.version, before=champion, champion=version.version,
+        who=who, why=why, run=run,
+    )  # fmt: skip
+    _add(registry, log, last, change, is_due=champion == expected)
+
+
+def begin_rollout(
+    registry: Registry, log: PromotionLog, version: VersionInfo, *, who: str, why: str, run: str | None = None
+) -> None:
+    """Let a version that continues the champion be tried on live traffic. Do nothing if it is tried already.
+
+    A rollout of another version ends: that version is left behind. `who`, `why` and `run` are those of `move_champion`.
+
+    Raises:
+        RegistryError: The champion has changed since, or the version was rejected.
+    """
+    assert version.rollout is not None, "the caller has looked"
+    champion, last = settle_aliases(registry, log, version.lineage)
+    opened = log.open_rollout(version.lineage)
+    if opened is not None and opened.version == version.version:
+        return
+    change = Change(
+        action="rollout", lineage=version.lineage, version=version.version, before=champion, champion=champion,
+        who=who, why=why, run=run, rollout=version.rollout.kind,
+    )  # fmt: skip
+    _add(registry, log, last, change, is_due=champion == version.parent_version)
+
+
+def _add(registry: Registry, log: PromotionLog, last: Move | None, change: Change, *, is_due: bool) -> None:
+    """Add a change to the log, if it is due and its version was not rejected, and set the aliases.
+
+    Raises:
+        RegistryError: Nothing was added.
+    """
+    lineage = change.lineage
+    known = registry.version(lineage, change.version)  # the caller's copy may be older than the log
     if known is not None and known.approval == "refused":
-        raise RegistryError(rejected_by_person(version))
-    if champion == expected:
-        change = Change(
-            action=action, lineage=lineage, version=version.version, before=champion, champion=version.version,
-            who=who, why=why, run=run,
-        )  # fmt: skip
-        added = log.add(last, change)
-        if added is not None:
-            settle_aliases(registry, log, lineage)
-            return
+        raise RegistryError(rejected_by_person(known))
+    if is_due and log.add(last, change) is not None:
+        settle_aliases(registry, log, lineage)
+        return
     winner = log.last(lineage)
     by = f" by {winner.who} ({winner.why})" if winner else ""
+    what = "tried on live traffic" if change.action == "rollout" else "made champion"
     raise RegistryError(
-        f"Version {version.version} of '{lineage}' was not made champion: meanwhile version "
-        f"{winner.champion if winner else champion} was{by}. See deal history --lineage {lineage}, and decide again."
+        f"Version {change.version} of '{lineage}' was not {what}: meanwhile version "
+        f"{winner.champion if winner else change.before} was made champion{by}. See deal history --lineage {lineage}, "
+        "and decide again."
     )
 
 
@@ -138,6 +173,7 @@ def settle_aliases(registry: Registry, log: PromotionLog, lineage: str) -> tuple
         requested = _request(log, move, asked) if asked and move else None
         if asked is None or requested is not None:  # otherwise the log has a newer move, which may explain the alias
             champion = _follow(registry, move, lineage)
+            _follow_rollout(registry, log, lineage)
         if asked and requested:
             _announce_request(asked, requested)
         newest = log.last(lineage)
@@ -209,6 +245,16 @@ def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:
     return move.champion
 
 
+def _follow_rollout(registry: Registry, log: PromotionLog, lineage: str) -> None:
+    """Set or remove the alias of the version that is tried on live traffic."""
+    opened, current = log.open_rollout(lineage), registry.with_alias(lineage, "rollout")
+    wanted, found = opened.version if opened else None, current.version if current else None
+    if found is not None and found != wanted:
+        registry.drop_alias(lineage, "rollout")
+    if wanted is not None and found != wanted:
+        _set_alias(registry, lineage, "rollout", wanted)
+
+
 def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> bool:
     """Set an alias if the version still exists; return whether it exists."""
     if registry.version(lineage, version) is None:
@@ -234,7 +280,10 @@ def _tag(registry: Registry, move: Move) -> None:
     version = registry.version(move.lineage, move.version)
     if version is None:
         return
-    is_tagged = {"rejected": version.approval == "refused", "promoted": version.promoted == str(move.number)}
+    is_tagged = {
+        "rejected": version.approval == "refused", "promoted": version.promoted == str(move.number),
+        "rollout": version.rolled_out == str(move.number),
+    }  # fmt: skip
     if not is_tagged.get(move.action, True):
         registry.tag_version(move.lineage, move.version, tags_of(move))
 
@@ -243,16 +292,17 @@ def tags_of(move: Move) -> dict[str, str]:
     """Return the tags that a move gives to its version. The last tag marks that all are set."""
     if move.action == "rejected":
         return {"refused_by": move.who, "refused_why": move.why, "approval": "refused"}
-    if move.action == "promoted":
+    if move.action in ("promoted", "rollout"):
         given = {"approval": "given"} if move.run is None else {}
-        return {**given, "promoted": str(move.number)}
+        return {**given, "promoted" if move.action == "promoted" else "rolled_out": str(move.number)}
     return {}
 
 
 def rejected_by_person(version: VersionInfo) -> str:
-    """Return the message for a version that a person rejected and that shall become champion."""
+    """Return the message for a version that a person or its rollout rejected and that shall become champion."""
+    by = "its rollout" if version.refused_by == ROLLOUT else "a person"
     return (
-        f"Version {version.version} of '{version.lineage}' was rejected by a person; learn its arrival again with: "
+        f"Version {version.version} of '{version.lineage}' was rejected by {by}; learn its arrival again with: "
         f"deal requeue {version.version} --lineage {version.lineage}"
     )
 

@@ -69,6 +69,7 @@ def register_version(
         vetoes=tuple({name: getattr(veto, name) for name in VETO_FIELDS} for veto in decision.vetoes),
         approval="awaiting" if decision.accepted and spec.gate.approval == "person" else None,
         flow_run=runtime.flow_run.id,
+        rollout=spec.gate.rollout_terms if decision.accepted and adapter.parent_version else None,
         **scores_of(report.matrix),
     )  # fmt: skip
     with borrowed_adapter(store, adapter, with_method=True) as folder:

@@ -60,7 +60,7 @@ def _gather_report(
         version=version.version,
         task=dataset.task,
         parent_version=version.parent_version,
-        verdict=version.outcome,
+        verdict="promoted" if version.outcome == "rollout" and own.promoted is not None else version.outcome,
         reasons=version.reasons,
         created=own.created,
         include_texts=include_texts,

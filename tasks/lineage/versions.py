@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from infra.tracking.registry import VersionFacts, VersionInfo
 from tasks.references import Standing, VersionRef
 
+ROLLOUT = "rollout"
+"""The name in the promotion log for an end of a rollout without a person."""
+
 
 def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:
     """Return a version and its ancestors, newest first. Without a version the result is empty."""
@@ -33,9 +36,11 @@ def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
     if not version.accepted:
         return "rejected by the gate"
     if version.approval == "refused":
-        return "rejected by a person"
+        return "rejected by its rollout" if version.refused_by == ROLLOUT else "rejected by a person"
     if any(each.version == version.version for each in line):
         return "learned"
+    if "rollout" in version.aliases:
+        return "in rollout"
     continues_champion = version.parent_version == (line[0].version if line else None)
     return "awaiting approval" if version.approval == "awaiting" and continues_champion else "left behind"
 

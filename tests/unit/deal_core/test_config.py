@@ -24,7 +24,8 @@ SECTIONS = {
     "rehearsal": config.RehearsalConfig, "rivals": config.RivalConfig,
 }  # fmt: skip
 OPTIONAL = {"adapter.alpha": 32.0, "train.max_steps": 3, "gate.min_accuracy": 0.5,
-            "gate.max_old_slice_drop_points": 5.0, "rehearsal.max_stored_rows": 3}  # fmt: skip
+            "gate.max_old_slice_drop_points": 5.0, "gate.rollout_share": 0.5,
+            "rehearsal.max_stored_rows": 3}  # fmt: skip
 WRONG: dict[type, list[Any]] = {
     float: [math.nan, math.inf, -math.inf, True, "3", [1.0], {}, 10**400],
     int: [True, "3", 1.5, 3.0, math.nan, math.inf, [1], 10**400],

@@ -77,8 +77,8 @@ def test_prefect_yaml_says_only_what_prefect_understands(content: dict[str, Any]
     assert problems_of(content) == []
     names = [deployment["name"] for deployment in content["deployments"]]
     assert names == [
-        "watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "monitor-lineage", "promote", "rollback", "reject",
-        "decide", "requeue", "gc", "forget", "serve-vllm", "harvest-feedback", "benchmark",
+        "watch-inbox", "adapt", "adapt-file", "evaluate-lineage", "monitor-lineage", "rollout", "promote", "rollback",
+        "reject", "decide", "requeue", "gc", "forget", "serve-vllm", "harvest-feedback", "benchmark",
     ]  # fmt: skip
     for deployment in content["deployments"]:
         assert deployment["work_pool"]["name"] in ("deal-gpu", "deal-cpu")

@@ -26,7 +26,7 @@ def known_version(number: int, parent: int | None = None, **values: Any) -> Vers
     nothing = {field.name: None for field in fields(VersionInfo)}
     known = {
         "accepted": True, "lineage": "support", "task": "t", "version": str(number),
-        "parent_version": parent and str(parent), "dataset_sha256": f"{number:064d}",
+        "parent_version": parent and str(parent), "dataset_sha256": f"{number:064d}", "aliases": (),
     }  # fmt: skip
     return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
 
@@ -119,6 +119,8 @@ def test_a_version_that_awaited_approval_while_the_champion_moved_is_left_behind
     assert left_behind(monkeypatch, 3, first, second, third) == ["2"]
     again = known_version(4, parent_version="3", approval="awaiting", dataset_sha256=second.dataset_sha256)
     assert left_behind(monkeypatch, 3, first, second, third, again) == [], "it can be promoted"
+    tried = known_version(5, parent_version="3", dataset_sha256=second.dataset_sha256, aliases=("rollout",))
+    assert left_behind(monkeypatch, 3, first, second, third, tried) == [], "it may become champion"
 
 
 def test_the_same_rows_under_another_split_are_left_behind_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

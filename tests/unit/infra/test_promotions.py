@@ -58,6 +58,27 @@ def test_the_champion_of_any_moment_is_known(log: PromotionLog) -> None:
     assert log.champion_at("l", two.when) == log.champion_at("l", datetime.now(UTC)) == "2"
 
 
+def test_a_rollout_is_open_until_the_champion_moves_or_its_version_is_rejected(log: PromotionLog) -> None:
+    def rollout(after: Move | None, version: str) -> Move | None:
+        return add(log, after, version, action="rollout", champion="1", rollout="shadow")
+
+    last = add(log, None, "1")
+    assert log.open_rollout("l") is None
+    assert b"rollout" not in log.store.get_bytes("promotions/l/00000001.json"), "earlier releases read it"
+    last = begun = rollout(last, "2")
+    for action in ("requested", "declined", "rejected"):
+        last = add(log, last, "9", action=action, champion="1")
+        assert log.open_rollout("l") == begun
+    last = rollout(last, "3")
+    assert log.open_rollout("l") == last and last is not None and last.rollout == "shadow"
+    last = add(log, last, "3", action="rejected", champion="1")
+    assert log.open_rollout("l") is None, "the one before does not come back"
+    last = add(log, rollout(last, "4"), "1", action="rolled back")
+    assert log.open_rollout("l") is None
+    add(log, rollout(last, "5"), "5")
+    assert log.open_rollout("l") is None
+
+
 def test_a_damaged_move_is_named(log: PromotionLog) -> None:
     log.store.put_bytes("promotions/l/00000001.json", b"{}")
     with pytest.raises(StoreError, match=r"00000001\.json is damaged"):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from deal_core.config import RolloutTerms
 from infra.store.base import ObjectNotFoundError
+from infra.store.keys import version_key
 from infra.store.local import open_store
 from infra.tracking.registry import VersionFacts, VersionInfo
 from infra.version_log import VersionLog
@@ -36,6 +38,11 @@ def test_facts_come_back_as_they_were(log: VersionLog) -> None:
     found = log.read("l", 12)
     assert found.facts == FACTS and found.facts.tags() == FACTS.tags()
     assert (found.version, found.created, found.adapter_removed) == ("12", INFO.created, None)
+    assert b"rollout" not in log.store.get_bytes(version_key("l", 12)), "earlier releases do not know it"
+    tried = replace(INFO, version="13", rollout=RolloutTerms("canary", 0.1, 200, 10.0, 0.95))
+    log.keep(tried)
+    assert log.read("l", 13).facts.rollout == tried.rollout
+    log.store.delete(version_key("l", 13))
     assert log.numbers("l") == {12} and log.numbers("other") == frozenset()
     with pytest.raises(ObjectNotFoundError):
         log.read("l", 1)

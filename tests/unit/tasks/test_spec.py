@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import AdapterConfig
+from deal_core.config import AdapterConfig, RolloutTerms
 from deal_core.errors import ConfigError
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 from tests.adapting import FIRST_TRAIN
@@ -126,6 +126,17 @@ def test_how_many_processes_train_is_no_setting_of_the_run() -> None:
     adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
     one, two = (parse(AdaptSpec, {**plain, "train": {"num_processes": number}}, "a") for number in (1, 2))
     assert one.config_sha256(adapter, "deal") == two.config_sha256(adapter, "deal")
+
+
+def test_how_a_version_is_tried_is_no_setting_of_the_run() -> None:
+    adapter, plain = AdapterConfig(), {"task": {"name": "t", "data": "x"}}
+    tried = parse(AdaptSpec, {**plain, "gate": {"rollout": "canary", "rollout_share": 0.2, "rollout_rows": 9}}, "a")
+    assert tried.config_sha256(adapter, "deal") == parse(AdaptSpec, plain, "b").config_sha256(adapter, "deal")
+    assert tried.gate.rollout_terms == RolloutTerms("canary", 0.2, 9, 10.0, 0.95)
+    shadow = parse(AdaptSpec, {**plain, "gate": {"rollout": "shadow"}}, "a").gate.rollout_terms
+    assert shadow is not None and shadow.share == 1.0
+    with pytest.raises(ConfigError, match="rollout_share is 1"):
+        parse(AdaptSpec, {**plain, "gate": {"rollout": "canary", "rollout_share": 1}}, "a")
 
 
 def test_where_the_file_lies_is_no_setting() -> None:

@@ -306,3 +306,53 @@ def test_what_nobody_waits_for_is_not_computed_and_a_stop_ends_the_rest(
         held.may_go_on.set()
         with pytest.raises(GivenUpError, match="stopping"):
             last.result(WAIT_SECONDS)
+
+
+def test_a_candidate_answers_next_to_the_version_and_changes_none_of_its_answers(
+    answerer: Answerer, new_version: NewVersion, served_folder: Path, tmp_path: Path
+) -> None:
+    rows = [InputRow(text) for text in TEXTS]
+    with pytest.raises(GivenUpError):
+        answerer.ask(rows, by_candidate=True)
+    folder, other = new_version(adapter=AdapterConfig(rank=2)), new_version()
+    first, second, third = (answers_alone(each, tmp_path) for each in (served_folder, folder, other))
+    assert len({*map(tuple, (first, second, third))}) == 3
+
+    def both() -> list[tuple[list[str], str]]:
+        found = [answerer.ask(rows, by_candidate=each) for each in (False, True)]
+        return [(each.answers, each.version) for each in found]
+
+    answerer.add_candidate(folder, "2")
+    assert both() == [(first, "1"), (second, "2")]
+    answerer.swap(other, "3")
+    assert both() == [(third, "3"), (second, "2")], "the champion may move while a candidate is tried"
+    answerer.add_candidate(served_folder, "4")
+    assert both() == [(third, "3"), (first, "4")]
+    (served_folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterStateError):
+        answerer.add_candidate(served_folder, "5")
+    answerer.drop_candidate()
+    with pytest.raises(GivenUpError):
+        answerer.ask(rows, by_candidate=True)
+    assert answerer.ask(rows).answers == third and len(answerer._model.peft_config) == 1
+    assert not any(each.requires_grad for each in answerer._model.parameters())
+
+
+def test_rows_in_the_background_give_way_to_all_others(
+    answerer: Answerer, new_version: NewVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_version()
+    wanted = answers_alone(folder, tmp_path)
+    answerer.add_candidate(folder, "2")
+    held = HeldModel(monkeypatch)
+    with ThreadPoolExecutor(3) as pool:
+        copy = pool.submit(
+            answerer.ask, [InputRow(text) for text in TEXTS], by_candidate=True, in_background=True
+        )
+        assert held.is_inside.wait(WAIT_SECONDS)
+        asked = pool.submit(answerer.ask, [InputRow(TEXTS[0])])
+        wait_until_waiting(answerer, 2)
+        held.may_go_on.set()
+        assert asked.result(WAIT_SECONDS).version == "1"
+        assert (copy.result(WAIT_SECONDS).answers, copy.result().version) == (wanted, "2")
+    assert [len(batch) for batch in held.batches] == [len(TEXTS), 1, len(TEXTS)], "it was interrupted, and began again"

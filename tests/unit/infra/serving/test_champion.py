@@ -14,9 +14,9 @@ import pytest
 
 from deal_core.errors import ConfigError, RegistryError, StoreError
 from deal_core.evaluation.answering import SERVED_FILE, ServedVersion
-from infra.served_model import PEFT_FILES, write_served_folder
+from infra.served_model import PEFT_FILES, ServingError, require_own_loader, write_served_folder
 from infra.serving import champion as serving
-from infra.serving.champion import Champion, ServingError, require_own_loader
+from infra.serving.champion import Champion
 
 WAIT_SECONDS = 60
 
@@ -39,6 +39,9 @@ class Registry:
         if self.is_broken:
             raise KeyError("what nobody expects")
         return self.version and SimpleNamespace(lineage=lineage, version=self.version, **self.facts)
+
+    def with_alias(self, lineage: str, alias: str) -> None:
+        return None
 
     def download(self, lineage: str, version: str, folder: Path) -> None:
         self.num_downloads += 1

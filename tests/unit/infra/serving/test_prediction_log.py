@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ import pytest
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
-from deal_core.monitoring.predictions import COLUMNS, Prediction
+from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
 from infra.log_segments import SegmentWriter, read_log, ship, ship_all
 from infra.predictions import (
     PREDICTION_SCHEMA,
@@ -80,7 +81,7 @@ def all_bytes(folder: Path) -> bytes:
 
 
 def test_the_stored_columns_are_those_of_a_row() -> None:
-    assert PREDICTION_SCHEMA.names == [*COLUMNS] == [each.name for each in fields(Prediction)]
+    assert PREDICTION_SCHEMA.names == [*COLUMNS, *ROLLOUT_COLUMNS] == [each.name for each in fields(Prediction)]
 
 
 @pytest.mark.parametrize("keeps_texts", [False, True])
@@ -396,3 +397,25 @@ def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileS
         assert httpx.post(url, json=entry).status_code == 401
         refused = httpx.post(url, json=entry, headers={"Authorization": "Bearer k"})
         assert refused.status_code == 400 and "keeps no texts" in refused.text
+
+
+def test_a_log_without_a_rollout_is_as_earlier_releases_wrote_it(tmp_path: Path, store: FileStore) -> None:
+    with logging_to(store, tmp_path) as log:
+        ask(log, "a")
+    log_of_l = prediction_log(tmp_path, "l")
+    assert all(b"shadow_of" not in path.read_bytes() for path in log_of_l.segments())
+    ship_all(store, log_of_l)
+    (info,) = log_of_l.stored(store)
+    assert pq.read_table(io.BytesIO(store.get_bytes(info.key))).column_names == [*COLUMNS]
+    with logging_to(store, tmp_path) as log:
+        (returned,) = ask(log, "a")
+        rows = [InputRow("b", "bank")]
+        log.note(rows, Champion().ask(rows, lambda: False), 0.25, [returned])
+        log.note_failure(rows, Champion.served, "4", 0.25)
+        assert log.task_of(returned) == "bank"
+    ship_all(store, log_of_l)
+    assert len(read_predictions(store, tmp_path, "l")) == 2, "of both segments"
+    found = read_predictions(store, tmp_path, "l", of_rollout=True)
+    assert [*found["shadow_of"]] == [None, None, returned, None] and [*found["is_failed"]] == [None, None, None, True]
+    forget_answers(store, tmp_path, "l", {*found["input_sha256"]})
+    assert read_predictions(store, tmp_path, "l", of_rollout=True).empty, "copies are forgotten too"

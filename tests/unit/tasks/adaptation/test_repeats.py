@@ -27,7 +27,7 @@ def known_version(number: int, **values: Any) -> VersionInfo:
     known = {
         "accepted": True, "lineage": "l", "task": "t", "version": str(number), "run_key": f"run {number}",
         "dataset_sha256": f"split as of then {number}", "parent_version": "1" if number > 1 else None, "reasons": (),
-        "adapter_uri": "a", "adapter_sha256": "b",
+        "adapter_uri": "a", "adapter_sha256": "b", "aliases": (),
     }  # fmt: skip
     return VersionInfo(**{**nothing, **known, **values})  # type: ignore[arg-type]
 

@@ -1,0 +1,318 @@
+"""Judge a rollout: is the candidate worse than the champion on live traffic, and when is that decided?
+
+Every figure is a share of good rows: right, not failed, an answer that is a label, not said to be wrong. A difference
+is the candidate's share minus the champion's, in points (0.01), with an interval.
+
+    shadow: both have answered the same rows, so the rows are paired (`PairedDrop`)
+    canary: each has answered other rows, so two shares are compared (Agresti and Caffo, 2000, The American Statistician
+            54(4): one right and one wrong row are added to each side)
+
+A rollout is looked at when the candidate has 1/8, 1/4, 1/2 and 1 of the wanted rows, then whenever they have doubled.
+Between two looks nothing new is counted. Look k = 0, 1, … may be wrong with (1 − confidence) / ((k + 1)(k + 2)),
+divided by the number of figures. The sum over all looks is 1 − confidence, however often the figures are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import pandas as pd
+from scipy.special import ndtri
+
+from deal_core.config import RolloutKind, RolloutTerms
+from deal_core.data.schema import label_key
+from deal_core.evaluation.significance import PairedDrop
+
+FIRST_LOOK = 3
+"""The first look has the wanted rows / 2^FIRST_LOOK."""
+Verdict = Literal["goes on", "abort", "finish"]
+Figure = Literal["accuracy", "not said to be wrong", "answered", "answers that are labels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What one of the two versions has done since the rollout began.
+
+    Attributes:
+        version: Its number.
+        num_rows: Rows that it was asked.
+        num_failed: Rows on which it failed.
+        num_judged: Answers with feedback that says whether they were right.
+        num_right: Right ones of these.
+        share_no_label: Share of its answers that are no label; None: no task has labels.
+        confidence: Mean confidence of its answers; None: it has none.
+        seconds: Median seconds of a request. A shadow waits for all other requests.
+    """
+
+    version: str
+    num_rows: int
+    num_failed: int
+    num_judged: int
+    num_right: int
+    share_no_label: float | None
+    confidence: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareDifference:
+    """Candidate minus champion at the last look, in points. Negative is worse.
+
+    Attributes:
+        figure: What is compared.
+        points: The difference.
+        low: Lower end of its interval.
+        high: Upper end.
+        num_rows: Rows of the candidate.
+        is_paired: Whether both answered the same rows.
+        is_worse: Whether the whole interval is below 0.
+    """
+
+    figure: Figure
+    points: float
+    low: float
+    high: float
+    num_rows: int
+    is_paired: bool
+    is_worse: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutReport:
+    """A rollout so far, and what has to be done.
+
+    Attributes:
+        kind: How the candidate is tried.
+        champion: The version that serves.
+        candidate: The version that is tried.
+        num_pairs: Rows that both have answered.
+        agreement: Share of these with the same answer; None: not known.
+        num_counted: Rows of the candidate that count at the last look; 0: there was no look yet.
+        num_wanted: Rows of the candidate that have to count.
+        by_feedback: Whether these are rows with feedback.
+        differences: The figures at the last look.
+        verdict: What has to be done.
+        reasons: Why.
+    """
+
+    kind: RolloutKind
+    champion: Arm
+    candidate: Arm
+    num_pairs: int
+    agreement: float | None
+    num_counted: int
+    num_wanted: int
+    by_feedback: bool
+    differences: tuple[ShareDifference, ...]
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+class Look(NamedTuple):
+    """A look at the first rows of the candidate."""
+
+    number: int
+    """It counts from 0."""
+    num_rows: int
+
+
+def last_look(num_rows: int, wanted: int) -> Look | None:
+    """Return the last look that is due with so many rows of the candidate; None: none is.
+
+    Example:
+        >>> last_look(120, 200)
+        Look(number=2, num_rows=100)
+    """
+    found, number = None, 0
+    while (size := math.ceil(wanted * 2.0 ** (number - FIRST_LOOK))) <= num_rows:
+        found, number = Look(number, size), number + 1
+    return found
+
+
+def judge(
+    rows: pd.DataFrame, feedback: pd.DataFrame, terms: RolloutTerms, *, champion: str, candidate: str
+) -> RolloutReport:
+    """Judge a rollout.
+
+    Args:
+        rows: The rows of the prediction log since it began, with those of the rollout.
+        feedback: As `read_feedback` returns it: columns id, time, label and is_right.
+        terms: How the candidate is tried.
+        champion: Number of the version that serves.
+        candidate: Number of the version that is tried.
+    """
+    rows = rows[rows["version"].isin([champion, candidate])].sort_values("time", kind="stable")
+    of_shadow = rows["shadow_of"].notna()
+    mine = rows[(rows["version"] == candidate) & (of_shadow == (terms.kind == "shadow"))]
+    theirs = rows[(rows["version"] == champion) & ~of_shadow]
+    said = feedback.drop_duplicates("id", keep="last").set_index("id")[["time", "label", "is_right"]]
+    pairs = _pairs(theirs, mine, said) if terms.kind == "shadow" else None
+    judged = (pairs[pairs["said"].notna()] if pairs is not None else _judged(mine, said)).sort_values("said")
+    by_feedback = not judged.empty
+    look = last_look(len(judged) if by_feedback else len(mine), terms.num_rows)
+    differences: list[ShareDifference] = []
+    if pairs is not None:
+        differences = _of_shadow(pairs, judged, terms)
+    else:
+        differences = _of_canary(theirs, mine, _judged(theirs, said), judged, terms)
+    agree = pairs["agree"].dropna() if pairs is not None else pd.Series(dtype=bool)
+    verdict, reasons = _decide(differences, look, by_feedback, terms)
+    return RolloutReport(
+        kind=terms.kind, champion=_arm(champion, theirs, said), candidate=_arm(candidate, mine, said, judged),
+        num_pairs=0 if pairs is None else len(pairs), agreement=None if agree.empty else float(agree.mean()),
+        num_counted=look.num_rows if look else 0, num_wanted=terms.num_rows, by_feedback=by_feedback,
+        differences=tuple(differences), verdict=verdict, reasons=reasons,
+    )
+
+
+def _decide(
+    differences: Sequence[ShareDifference], look: Look | None, by_feedback: bool, terms: RolloutTerms
+) -> tuple[Verdict, tuple[str, ...]]:
+    worse = tuple(_say(each) for each in differences if each.is_worse)
+    if worse:
+        return "abort", worse
+    if look is None or look.num_rows < terms.num_rows:
+        return "goes on", ()
+    for each in differences:
+        if each.figure == "accuracy" and -each.points > terms.max_drop_points:
+            return "abort", (f"{_say(each)}; a loss of {terms.max_drop_points:g} points is allowed",)
+    if not by_feedback:
+        return "finish", (f"{look.num_rows} answers without feedback: neither more failures nor more answers that are "
+                          "no label",)  # fmt: skip
+    return "finish", tuple(_say(each) for each in differences if each.figure == "accuracy")
+
+
+def _say(each: ShareDifference) -> str:
+    rows = "paired rows" if each.is_paired else "rows"
+    return f"{each.figure}: {each.points:+.1f} points ({each.low:+.1f} to {each.high:+.1f}) in {each.num_rows} {rows}"
+
+
+def _arm(version: str, rows: pd.DataFrame, said: pd.DataFrame, judged: pd.DataFrame | None = None) -> Arm:
+    answered = rows[rows["is_failed"].isna()]
+    labelled = answered["is_label"].dropna().astype(bool)
+    known = _judged(rows, said) if judged is None else judged
+    return Arm(
+        version=version, num_rows=len(rows), num_failed=len(rows) - len(answered), num_judged=len(known),
+        num_right=int(known["right"].sum()), share_no_label=None if labelled.empty else float(1 - labelled.mean()),
+        confidence=None if answered.empty else float(answered["confidence"].mean()),
+        seconds=None if answered.empty else float(answered["seconds"].median()),
+    )  # fmt: skip
+
+
+def _judged(rows: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
+    """Answers with feedback: `said`, the time of the feedback, and `right`."""
+    found = rows[["id", "time"]].merge(
+        said[["time", "is_right"]].rename(columns={"time": "said", "is_right": "right"}), left_on="id", right_index=True
+    )
+    found = found[found["right"].notna()]
+    return found.assign(right=found["right"].astype(bool))
+
+
+def _pairs(theirs: pd.DataFrame, mine: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
+    """Rows that both have answered, or on which the shadow failed.
+
+    `said` is the time of feedback with a label, on either answer; `before` and `right` tell whether champion and
+    candidate had that label. Whether an answer was right says nothing about a different one, so it does not count.
+    """
+    both = mine.merge(theirs, left_on="shadow_of", right_on="id", suffixes=("", "_before"))
+    found, entry_of = [], said.to_dict("index")
+    for row in both.to_dict("records"):
+        entries = [entry_of[name] for name in (row["id_before"], row["id"]) if name in entry_of]
+        given = next((entry for entry in entries if pd.notna(entry["label"])), None)
+        knows = given is not None and row["is_label_before"] is not None
+        found.append({
+            "failed": row["is_failed"] is True, "agree": _agree(row),
+            "is_label": row["is_label"], "is_label_before": row["is_label_before"],
+            "said": given["time"] if given is not None and knows else math.nan,
+            "right": given is not None and _is(row["label"], given["label"]),
+            "before": given is not None and _is(row["label_before"], given["label"]),
+        })  # fmt: skip
+    columns = ["failed", "agree", "is_label", "is_label_before", "said", "right", "before"]
+    return pd.DataFrame(found, columns=columns).astype({"said": float, "right": bool, "before": bool})
+
+
+def _is(label: str | None, given: str) -> bool:
+    return label is not None and label_key(label) == label_key(given)
+
+
+def _agree(row: dict[str, object]) -> bool | None:
+    """Whether both gave the same answer; None: not known, since the log keeps no texts."""
+    if row["is_failed"] is True:
+        return False
+    if row["label"] is not None or row["label_before"] is not None:
+        return row["label"] == row["label_before"]
+    known = row["output"] is not None and row["output_before"] is not None
+    return row["output"] == row["output_before"] if known else None
+
+
+def _of_shadow(pairs: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms) -> list[ShareDifference]:
+    found: list[ShareDifference] = []
+    num_figures = 3 if len(judged) else 2
+    if look := last_look(len(judged), terms.num_rows):
+        rows = judged.head(look.num_rows)
+        found.append(_paired("accuracy", rows["before"], rows["right"], _level(look, num_figures, terms)))
+    if look := last_look(len(pairs), terms.num_rows):
+        rows, level = pairs.head(look.num_rows), _level(look, num_figures, terms)
+        answered = ~rows["failed"].astype(bool)
+        found.append(_paired("answered", answered | True, answered, level))
+        labelled = rows.dropna(subset=["is_label", "is_label_before"])
+        if len(labelled):
+            found.append(_paired("answers that are labels", labelled["is_label_before"], labelled["is_label"], level))
+    return found
+
+
+def _of_canary(
+    theirs: pd.DataFrame, mine: pd.DataFrame, their_judged: pd.DataFrame, judged: pd.DataFrame, terms: RolloutTerms
+) -> list[ShareDifference]:
+    found: list[ShareDifference] = []
+    num_figures = 4 if len(judged) else 2
+    if look := last_look(len(judged), terms.num_rows):
+        level, rows = _level(look, num_figures, terms), judged.head(look.num_rows)
+        until = rows["said"].max()
+        others = their_judged[their_judged["said"] <= until]
+        found.append(_unpaired("accuracy", others["right"], rows["right"], level))
+        found.append(_unpaired(
+            "not said to be wrong", _not_wrong(theirs, others, until), _not_wrong(mine, rows, until), level
+        ))  # fmt: skip
+    if look := last_look(len(mine), terms.num_rows):
+        level, rows = _level(look, num_figures, terms), mine.head(look.num_rows)
+        others = theirs[theirs["time"] <= rows["time"].max()]
+        found.append(_unpaired("answered", others["is_failed"].isna(), rows["is_failed"].isna(), level))
+        before, now = (side["is_label"].dropna().astype(bool) for side in (others, rows))
+        if len(before) and len(now):
+            found.append(_unpaired("answers that are labels", before, now, level))
+    return found
+
+
+def _not_wrong(rows: pd.DataFrame, judged: pd.DataFrame, until: float) -> pd.Series:
+    """Which answers up to a time no feedback says to be wrong."""
+    return ~rows.loc[rows["time"] <= until, "id"].isin(judged.loc[~judged["right"], "id"])
+
+
+def _level(look: Look, num_figures: int, terms: RolloutTerms) -> float:
+    return 1 - (1 - terms.confidence) / ((look.number + 1) * (look.number + 2) * num_figures)
+
+
+def _paired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
+    drop = PairedDrop.of(before.astype(float).tolist(), now.astype(float).tolist())
+    middle, noise = -100 * drop.total / (drop.num_rows + 2), drop.noise(level)
+    return ShareDifference(
+        figure=figure, points=0.0 - drop.points, low=middle - noise, high=middle + noise, num_rows=drop.num_rows,
+        is_paired=True, is_worse=middle + noise < 0,
+    )  # fmt: skip
+
+
+def _unpaired(figure: Figure, before: pd.Series, now: pd.Series, level: float) -> ShareDifference:
+    """Compare two shares of good rows, by the interval of Agresti and Caffo."""
+    sides = [(int(side.sum()), len(side)) for side in (before, now)]
+    (first, first_rows), (second, second_rows) = (((good + 1) / (number + 2), number + 2) for good, number in sides)
+    deviation = math.sqrt(first * (1 - first) / first_rows + second * (1 - second) / second_rows)
+    middle, noise = 100 * (second - first), 100 * float(ndtri(level)) * deviation
+    raw = [good / number if number else 0.0 for good, number in sides]
+    return ShareDifference(
+        figure=figure, points=100 * (raw[1] - raw[0]), low=middle - noise, high=middle + noise, num_rows=sides[1][1],
+        is_paired=False, is_worse=middle + noise < 0,
+    )  # fmt: skip

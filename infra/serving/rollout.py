@@ -1,0 +1,230 @@
+"""The rollout of a version in one server: the candidate answers a share of the requests, or copies of them.
+
+The candidate is the version with the alias `rollout`. It shares the base model with the champion. Without a prediction
+log nothing could be judged, so there is no rollout then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from typing import Any, NamedTuple
+
+from deal_core.config import RolloutKind
+from deal_core.errors import ConfigError, DealError, RegistryError
+from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
+from deal_core.evaluation.answering import InputRow, ServedVersion
+from infra.served_model import require_own_loader
+from infra.serving.prediction_log import LOG, PredictionLog
+from infra.store.base import temporary_folder
+from infra.tracking.registry import Registry, VersionInfo, require_through_gate
+
+MAX_COPIES = 256
+"""Requests that wait for a shadow. Further ones are not copied."""
+LOOK_SECONDS = 0.5
+PAUSE_SECONDS = 60.0
+"""Pause before a candidate that did not load is tried again."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A version that is tried on live traffic."""
+
+    version: str
+    kind: RolloutKind
+    share: float
+
+    def takes(self, key: str) -> bool:
+        """Return whether the requests with a key are among the share. Each version draws other keys."""
+        drawn = int.from_bytes(hashlib.sha256(f"{self.version} {key}".encode(errors="replace")).digest()[:8], "big")
+        return drawn < self.share * 2**64
+
+
+class Copy(NamedTuple):
+    """A request that was answered by the champion and waits for the shadow."""
+
+    trial: Trial
+    rows: Sequence[InputRow]
+    served: ServedVersion
+    """The champion that answered."""
+    ids: Sequence[str]
+    """The ids of its answers."""
+
+
+class Rollout:
+    """The candidate of one server. `keep_up` loads and removes it; the other methods never fail a request."""
+
+    def __init__(
+        self, registry: Registry, lineage: str, answerer: Answerer, log: PredictionLog | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._registry, self._lineage = registry, lineage
+        self._answerer, self._log = answerer, log
+        self._note = note
+        self.trial: Trial | None = None
+        """What is tried now; None: nothing."""
+        self.problem: str | None = None
+        """Why the version with the alias is not tried."""
+        self._told = ""
+        self._failed: tuple[Trial, float] | None = None
+        self._copies: Queue[Copy] = Queue(MAX_COPIES)
+        self._num_dropped = 0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_dropped(self) -> int:
+        """Requests that were not copied since the server started, because the shadow is slower than they come."""
+        return self._num_dropped
+
+    @property
+    def canary(self) -> str | None:
+        """The version that answers a share of the requests; None: none does."""
+        return self.trial.version if self.trial is not None and self.trial.kind == "canary" else None
+
+    def state(self) -> dict[str, Any]:
+        """Return the entry in the body of GET /version; empty if there is no rollout."""
+        if self.trial is None and self.problem is None:
+            return {}
+        return {"rollout": {**(vars(self.trial) if self.trial else {}), "problem": self.problem}}
+
+    def keep_up(self, champion: str | None) -> None:
+        """Load the version that the alias names, or remove it. `champion` is the version that answers now."""
+        wanted = self._wanted(self._registry.with_alias(self._lineage, "rollout"), champion)
+        if wanted == self.trial:
+            return
+        if self.trial is not None:
+            self.end()
+        if wanted is not None and (self._failed is None or self._failed[0] != wanted
+                                   or time.monotonic() - self._failed[1] > PAUSE_SECONDS):  # fmt: skip
+            self._try(wanted)
+
+    def end(self) -> None:
+        """Remove the candidate."""
+        self.trial = None
+        self._answerer.drop_candidate()
+
+    def stop(self) -> None:
+        """End the thread of the shadow."""
+        self._ended.set()
+
+    def ask(
+        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None, version: str | None
+    ) -> Answered | None:
+        """Let the candidate answer a request of the canary's share; None: the champion has to answer.
+
+        Args:
+            rows: The rows; each names its task.
+            is_given_up: As for `Answerer.ask`.
+            key: What makes requests of one user go to the same version; None: the request itself.
+            version: The version that the request names; None: none.
+        """
+        trial = self.trial
+        if trial is None or trial.kind != "canary" or version not in (None, trial.version):
+            return None
+        if version is None and not trial.takes(key or digest(rows)):
+            return None
+        return self._ask(trial, rows, is_given_up)
+
+    def copy(self, rows: Sequence[InputRow], answered: Answered, key: str | None) -> None:
+        """Let the shadow answer a copy of a request later. If too many wait, there is no copy."""
+        trial = self.trial
+        if trial is None or trial.kind != "shadow" or not answered.ids or not trial.takes(key or digest(rows)):
+            return
+        try:
+            self._copies.put_nowait(Copy(trial, rows, answered.served, answered.ids))
+        except Full:
+            self._num_dropped += 1
+
+    def note_failure(self, rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float) -> None:
+        """Log that the champion failed while a version is tried."""
+        if self.trial is not None and self._log is not None:
+            self._log.note_failure(rows, served, version, seconds)
+
+    def _wanted(self, candidate: VersionInfo | None, champion: str | None) -> Trial | None:
+        """Return what has to be tried. `problem` says why a version with the alias is not."""
+        self.problem = None
+        if candidate is None or candidate.rollout is None or candidate.rolled_out is None:
+            return None
+        if candidate.parent_version != champion:
+            return None  # the champion has moved, and the alias follows soon
+        if self._log is None:
+            self._tell(f"Version {candidate.version} is not tried: its rollout needs DEAL_LOG_PREDICTIONS.")
+            return None
+        try:
+            require_through_gate(candidate)
+        except RegistryError as error:
+            self._tell(str(error))
+            return None
+        trial = Trial(candidate.version, candidate.rollout.kind, candidate.rollout.share)
+        if self._failed is not None and self._failed[0] == trial:
+            self.problem = f"Version {trial.version} does not load; the server's output says why."
+        return trial
+
+    def _try(self, trial: Trial) -> None:
+        try:
+            with temporary_folder() as temporary:
+                folder = temporary / "candidate"
+                self._registry.download(self._lineage, trial.version, folder)
+                require_own_loader(folder)
+                self._answerer.add_candidate(folder, trial.version)
+        except Exception as error:  # damaged files, a full disk: the champion must serve on
+            if not isinstance(error, DealError | OSError):
+                LOG.exception("Version %s does not load", trial.version)
+            self._failed = trial, time.monotonic()
+            self._tell(f"Version {trial.version} does not load for its rollout: {' '.join(str(error).split())}")
+            return
+        self._failed, self.problem, self._told = None, None, ""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._answer_copies, name="shadow", daemon=True)
+            self._thread.start()
+        self.trial = trial
+        share = f"{100 * trial.share:g} % of the requests"
+        what = f"answers copies of {share}" if trial.kind == "shadow" else f"answers {share}"
+        self._note(f"Version {trial.version} is tried: it {what}.")
+
+    def _tell(self, problem: str) -> None:
+        self.problem = problem
+        if problem != self._told:
+            self._note(problem)
+        self._told = problem
+
+    def _ask(
+        self, trial: Trial, rows: Sequence[InputRow], is_given_up: Callable[[], bool], copy: Copy | None = None
+    ) -> Answered | None:
+        """Let the candidate answer, and log what comes of it; None: there is no answer."""
+        assert self._log is not None, "there is no trial without a log"
+        begun, served = time.perf_counter(), copy.served if copy else self._answerer.served
+        ids = copy.ids if copy else ()
+        try:
+            answered = self._answerer.ask(rows, is_given_up, by_candidate=True, in_background=copy is not None)
+        except GivenUpError:
+            return None
+        except Exception as error:
+            if not isinstance(error, ConfigError):
+                LOG.exception("Version %s failed on a request", trial.version)
+            self._log.note_failure(rows, served, trial.version, time.perf_counter() - begun, ids)
+            return None
+        return self._log.note(rows, answered, time.perf_counter() - begun, ids)
+
+    def _answer_copies(self) -> None:
+        while not self._ended.is_set():
+            with suppress(Empty):
+                copy = self._copies.get(timeout=LOOK_SECONDS)
+                self._ask(copy.trial, copy.rows, lambda trial=copy.trial: self.trial != trial, copy)  # type: ignore[misc]
+
+
+def with_tasks(rows: Sequence[InputRow], served: ServedVersion) -> list[InputRow]:
+    """Let every row name its task: a candidate may have learned a newer one."""
+    return [InputRow(row.input, row.task or served.newest_task) for row in rows]
+
+
+def digest(rows: Sequence[InputRow]) -> str:
+    """Return what tells a request from others, as a key."""
+    return hashlib.sha256(json.dumps([[row.task, row.input] for row in rows]).encode()).hexdigest()

@@ -1,0 +1,176 @@
+"""A rollout in the promotion log and the registry: how it begins, what ends it, and who decides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deal_core.config import RolloutTerms
+from deal_core.errors import RegistryError
+from flows.cli.app import app
+from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
+from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts
+from infra.promotions import PromotionLog
+from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
+from tasks.adaptation.promote import complete_version
+from tasks.adaptation.resume import find_parent
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+from tasks.lineage.versions import descent, standing_of
+from tests.in_process import KilledError
+
+BY = {"who": "Ada", "why": "a test"}
+TERMS = RolloutTerms("canary", 0.1, 200, 10.0, 0.95)
+
+pytestmark = pytest.mark.usefixtures("lineage")
+
+
+@pytest.fixture
+def lineage(home: Path, three_versions: Path) -> None:
+    """Versions 1 and 3 were promoted, in a copy of the home."""
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+
+
+def register(name: str, approval: str | None = None) -> VersionInfo:
+    """Register a version that continues version 3 and passed its gate, as another arrival's run does."""
+    registry = open_registry()
+    third = registry.version("l", "3")
+    assert third is not None
+    facts = VersionFacts(**{each: getattr(third, each) for each in VersionFacts.__dataclass_fields__})
+    facts = replace(
+        facts, run_key=name, parent_version="3", rollout=TERMS, dataset_sha256=name, landed_sha256=name,
+        approval=approval,  # type: ignore[arg-type]
+    )
+    return registry.register("l", facts, tracking_id=third.tracking_id, model_id=third.model_id)
+
+
+def begin(name: str) -> VersionInfo:
+    """Let the run of a new version end."""
+    version = register(name)
+    complete_version(open_registry(), version)
+    return version
+
+
+def in_rollout() -> str | None:
+    """The version that the log and the alias name; both name the same."""
+    opened, found = PromotionLog(current_store()).open_rollout("l"), open_registry().with_alias("l", "rollout")
+    assert (opened.version if opened else None) == (found.version if found else None)
+    return found.version if found else None
+
+
+def champion() -> str:
+    found = open_registry().champion("l")
+    assert found is not None
+    return found.version
+
+
+def standing(version: str) -> str:
+    registry = open_registry()
+    versions = registry.versions("l")
+    return standing_of(find_version(registry, "l", version), descent(versions, registry.champion("l")))
+
+
+def newest_move() -> tuple[str, str, str | None, str]:
+    move = PromotionLog(current_store()).moves("l")[-1]
+    return move.action, move.version, move.champion, move.who
+
+
+def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -> None:
+    version = begin("a")
+    assert (in_rollout(), champion(), standing("4")) == ("4", "3", "in rollout")
+    assert newest_move() == ("rollout", "4", "3", "gate")
+    num_moves = len(PromotionLog(current_store()).moves("l"))
+    complete_version(open_registry(), find_version(open_registry(), "l", "4"))  # its run died, and is completed again
+    complete_version(open_registry(), version)
+    assert len(PromotionLog(current_store()).moves("l")) == num_moves
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
+    entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
+    assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]
+    assert not any("rollout" in entry for entry in entries[:-1]), "earlier releases read them"
+    assert find_version(open_registry(), "l", "4").rollout == TERMS
+
+
+def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
+    begin("a")
+    begin("b")
+    assert (in_rollout(), standing("4")) == ("5", "left behind")
+    assert [each.version for each in find_left_behind("l")] == ["4"]
+    finish_rollout("l", **BY)
+    assert (in_rollout(), champion(), newest_move()) == (None, "5", ("promoted", "5", "5", "Ada"))
+
+
+def test_a_move_of_the_champion_ends_a_rollout() -> None:
+    begin("a")
+    roll_back("l", "1", **BY)
+    assert (in_rollout(), champion(), standing("4")) == (None, "1", "left behind")
+    promote_to("l", "3", **BY)
+    assert in_rollout() is None, "a rollout that ended does not come back"
+
+
+def test_a_person_or_the_rollout_rejects_the_version() -> None:
+    begin("a")
+    reject_version("l", "4", **BY)
+    assert (in_rollout(), standing("4")) == (None, "rejected by a person")
+    begin("b")
+    assert abort_rollout("l", who="rollout", why="worse").action == "rejected"
+    assert (in_rollout(), champion(), standing("5")) == (None, "3", "rejected by its rollout")
+    with pytest.raises(RegistryError, match="was rejected by its rollout"):
+        promote_to("l", "5", **BY)
+    for act in (abort_rollout, finish_rollout):
+        with pytest.raises(RegistryError, match="No version of 'l' is tried"):
+            act("l", **BY)
+
+
+@pytest.mark.parametrize("by_form", [False, True])
+def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
+    complete_version(open_registry(), register("a", "awaiting"))
+    assert (in_rollout(), standing("4")) == (None, "awaiting approval")
+    done = decide("l", "4", "approve", **BY) if by_form else promote_to("l", "4", **BY)
+    assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
+    assert find_version(open_registry(), "l", "4").approval == "given"
+    assert check_rollout("l").decision is None, "nobody has asked it yet"
+    assert promote_to("l", "4", **BY).action == "promoted" and (in_rollout(), champion()) == (None, "4")
+
+
+def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = register("a")
+
+    def die(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "set_alias", die)
+        with pytest.raises(KilledError):
+            complete_version(open_registry(), version)
+    assert find_parent.fn("l") is not None and in_rollout() == "4"
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "drop_alias", die)
+        with pytest.raises(KilledError):
+            abort_rollout("l", **BY)
+    assert find_parent.fn("l") is not None and in_rollout() is None
+    open_registry().set_alias("l", "rollout", "4")  # by hand, in MLflow
+    assert asyncio.run(rollouts())[0].status.version is None and in_rollout() is None
+
+
+def test_the_commands_say_what_is_tried(home: Path) -> None:
+    def deal(*words: str) -> str:
+        done = CliRunner().invoke(app, [*words, "--lineage", "l", "--home", str(home)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert json.loads(deal("rollout", "status", "--json"))["version"] is None
+    begin("a")
+    found = json.loads(deal("rollout", "check", "--json"))
+    assert found["decision"] is None and found["status"]["report"]["verdict"] == "goes on"
+    assert "0 of 200 answers count. It goes on." in deal("rollout", "status")
+    assert "in rollout" in deal("history")
+    status = CliRunner().invoke(app, ["status", "--home", str(home)]).stdout
+    assert "l rollout: version 4 is tried (canary) since" in status
+    assert "Champion of l: version 4" in deal("rollout", "finish", "--why", "enough")

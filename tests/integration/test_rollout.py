@@ -1,0 +1,162 @@
+"""A version on live traffic, on the tiny base and over HTTP: a worse one is rejected, a better one promoted."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.serving import Expected, answers_of, served, texts_to_ask
+from flows.rollout import RolloutResult, rollouts
+from infra.predictions import read_feedback, read_predictions
+from infra.promotions import PromotionLog
+from infra.settings import HomeSettings
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.monitoring.rollout import look_at_rollout
+from tests.adapting import BANK, CLINIC, PASS, run
+
+WAIT_SECONDS = 300.0
+NUM_ROWS = 12
+TEXTS = texts_to_ask()[:12]
+TRAIN = {"max_steps": 4, "learning_rate": 0.02, "max_prompt_tokens": 192, "max_answer_tokens": 12,
+         "checkpoint_steps": 0}  # fmt: skip
+ID = re.compile(rb'"id": ?"[0-9a-f]{32}"')
+
+
+@pytest.fixture(scope="module")
+def first(
+    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A home whose lineage `l` has one version. The environment names the home while the module runs."""
+    folder = tmp_path_factory.mktemp("rollout-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DEAL_HOME", str(folder))
+        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # so that the rounding of a batch changes no answer
+        patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+        assert learn(tiny_base, BANK, "canary") == ("promoted", "1"), "there is no champion to compare with"
+        yield folder
+
+
+def learn(base: Path, task: dict[str, Any], kind: str, **train: Any) -> tuple[str, str]:
+    gate = {**PASS, "rollout": kind, "rollout_rows": NUM_ROWS, "rollout_share": 0.5 if kind == "canary" else 1.0}
+    found = run(base, task, again=True, gate=gate, train={**TRAIN, **train})
+    return found.status, found.version
+
+
+def moves() -> list[tuple[str, str, str | None, str]]:
+    return [(move.action, move.version, move.champion, move.who) for move in PromotionLog(current_store()).moves("l")]
+
+
+def wait_for(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def tried(url: str) -> str | None:
+    found: dict[str, Any] = httpx.get(f"{url}/version").json()
+    return found.get("rollout", {}).get("version")
+
+
+def ask_as(url: str, user: int, text: str) -> dict[str, Any]:
+    """Ask one text; the answer, checked to name its version everywhere."""
+    body = {"dataframe_records": [{"input": text, "task": "bank"}]}
+    answer = httpx.post(f"{url}/invocations", json=body, headers={"X-Deal-Key": f"user {user}"}, timeout=300)
+    (row,) = answer.raise_for_status().json()["predictions"]
+    assert answer.headers["X-Deal-Version"] == row["version"]
+    return dict(row)
+
+
+def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
+    """Ask until both versions have enough feedback: an answer is right if version `right` would give it.
+
+    Returns:
+        The version that answered each user.
+    """
+    answered: dict[int, str] = {}
+    candidate = tried(url)
+    counts = {"1": 0, candidate: 0}
+    user = 0
+    while min(counts.values()) < NUM_ROWS:
+        place = user % len(TEXTS)
+        row = ask_as(url, user, TEXTS[place])
+        assert row["output"] == expected[row["version"]][place]
+        is_right = row["output"] == expected[right][place]
+        httpx.post(f"{url}/feedback", json=[{"id": row["id"], "is_right": is_right}]).raise_for_status()
+        counts[row["version"]] += 1
+        answered[user] = row["version"]
+        user += 1
+    wait_for(lambda: len(read_feedback(current_store(), HomeSettings().home, "l").merge(
+        read_predictions(current_store(), HomeSettings().home, "l")[["id"]], on="id")) >= user)  # fmt: skip
+    return answered
+
+
+def look() -> RolloutResult:
+    (found,) = asyncio.run(rollouts())
+    return found
+
+
+def test_a_worse_canary_is_rejected_by_itself_and_a_better_one_promoted(first: Path, tiny_base: Path) -> None:
+    with served("l") as (url, _):
+        assert tried(url) is None
+        assert learn(tiny_base, CLINIC, "canary") == ("rollout", "2")
+        wait_for(lambda: tried(url) == "2")
+        expected = answers_of(["1", "2"], TEXTS, "bank", "l")
+        answered = ask_and_judge(url, expected, right="1")
+        assert {ask_as(url, user, TEXTS[0])["version"] for user, version in answered.items() if version == "2"} == {"2"}
+        found = look()
+        assert found.decision is not None and found.decision.action == "rejected", found
+        assert moves()[-2:] == [("rollout", "2", "1", "gate"), ("rejected", "2", "1", "rollout")]
+        assert "rollout" not in [alias for each in open_registry().versions("l") for alias in each.aliases]
+        wait_for(lambda: tried(url) is None)
+        assert {ask_as(url, user, TEXTS[0])["version"] for user in answered} == {"1"}
+        assert asyncio.run(rollouts()) == []
+
+        assert learn(tiny_base, BANK, "canary", seed=1) == ("rollout", "3")
+        wait_for(lambda: tried(url) == "3")
+        ask_and_judge(url, answers_of(["1", "3"], TEXTS, "bank", "l"), right="3")
+        found = look()
+        assert found.decision is not None and found.decision.action == "promoted", found
+        assert moves()[-2:] == [("rollout", "3", "1", "gate"), ("promoted", "3", "3", "rollout")]
+        wait_for(lambda: httpx.get(f"{url}/version").json()["version"] == "3")
+        assert tried(url) is None and ask_as(url, 0, TEXTS[0])["version"] == "3"
+
+
+def test_a_shadow_changes_no_answer_and_the_log_has_both(first: Path, tiny_base: Path) -> None:
+    champion = open_registry().champion("l")
+    assert champion is not None
+    body = {"dataframe_records": [{"input": text} for text in TEXTS]}  # the task that the champion learned last
+    with served("l") as (url, _):
+
+        def answers() -> bytes:
+            return ID.sub(b"", httpx.post(f"{url}/invocations", json=body, timeout=300).raise_for_status().content)
+
+        before = answers()
+        status, version = learn(tiny_base, CLINIC, "shadow", seed=2)
+        assert status == "rollout"
+        wait_for(lambda: tried(url) == version)
+        assert answers() == before
+
+        def logged() -> Any:
+            return read_predictions(current_store(), HomeSettings().home, "l", version=version, of_rollout=True)
+
+        wait_for(lambda: len(logged()) == len(TEXTS))
+        everything = read_predictions(current_store(), HomeSettings().home, "l")
+        twins = everything.set_index("id").loc[logged()["shadow_of"]]
+        assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
+        assert version not in set(everything["version"]), "no other reader sees what was not returned"
+        found = look_at_rollout("l").report
+        assert found is not None and found.num_pairs == len(TEXTS) and found.candidate.num_failed == 0
+        assert found.agreement is None or 0 <= found.agreement < 1

@@ -1,0 +1,226 @@
+"""The candidate of one server: who it answers, what happens where it fails, and what is copied to a shadow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deal_core.config import RolloutKind, RolloutTerms
+from deal_core.errors import AdapterStateError
+from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answering import InputRow
+from deal_core.evaluation.confidence import Confidence
+from infra.predictions import read_predictions
+from infra.serving import rollout as serving
+from infra.serving.champion import Champion
+from infra.serving.prediction_log import PredictionLog
+from infra.serving.rollout import Rollout, Trial, with_tasks
+from infra.store.local import FileStore
+from tests.served import TASKS, WAIT_SECONDS
+from tests.served import Champion as Served
+
+ROWS = [InputRow("a", "bank")]
+
+
+class Answerer:
+    """Two versions: the champion answers in capitals, the candidate as it is told."""
+
+    version, served = "1", Served.served
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str], str] = lambda text: text
+        self.candidate: str | None = None
+        self.is_damaged = False
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def add_candidate(self, folder: Path, version: str) -> None:
+        if self.is_damaged:
+            raise AdapterStateError("the files are damaged.")
+        self.candidate = version
+
+    def drop_candidate(self) -> None:
+        self.candidate = None
+
+    def stop(self) -> None: ...
+
+    def ask(
+        self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], *, by_candidate: bool = False,
+        in_background: bool = False,
+    ) -> Answered:
+        assert by_candidate or not in_background
+        if by_candidate and self.candidate is None:
+            raise GivenUpError("gone")
+        if in_background:
+            assert self.may_answer.wait(WAIT_SECONDS)
+        answer, version = (self.answer, str(self.candidate)) if by_candidate else (str.upper, self.version)
+        sure = [Confidence(0.5, 0.5)] * len(rows)
+        return Answered([answer(row.input) for row in rows], self.served, version, sure)
+
+
+class Registry:
+    """A registry with one version in rollout."""
+
+    def __init__(self, kind: RolloutKind = "canary", share: float = 0.5) -> None:
+        self.found: SimpleNamespace | None = SimpleNamespace(
+            lineage="l", version="2", parent_version="1", accepted=True, reasons=(), approval=None, promoted=None,
+            rolled_out="7", rollout=RolloutTerms(kind, share, 200, 10.0, 0.95),
+        )  # fmt: skip
+
+    def with_alias(self, lineage: str, alias: str) -> SimpleNamespace | None:
+        assert (lineage, alias) == ("l", "rollout")
+        return self.found
+
+    def download(self, lineage: str, version: str, folder: Path) -> None:
+        folder.mkdir()
+
+
+class Server:
+    """A champion with a rollout, and its log."""
+
+    def __init__(self, log: PredictionLog | None, registry: Registry) -> None:
+        self.registry, self.answerer, self.said = registry, Answerer(), list[str]()
+        self.champion = Champion("l", self.said.append, log)
+        self.champion._answerer = self.answerer  # type: ignore[assignment]
+        rollout: Any = Rollout(registry, "l", self.answerer, log, self.said.append)  # type: ignore[arg-type]
+        self.rollout: Rollout = rollout
+        self.champion.rollout = rollout
+
+    def keep_up(self) -> None:
+        self.rollout.keep_up("1")
+
+    def ask(self, rows: Sequence[InputRow] = ROWS, key: str | None = None, version: str | None = None) -> Answered:
+        return self.champion.ask(rows, lambda: False, key, version)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path))
+    monkeypatch.setattr(serving, "require_own_loader", lambda folder: None)
+    return FileStore(tmp_path / "store")
+
+
+@contextmanager
+def logged(store: FileStore, home: Path, registry: Registry) -> Iterator[Server]:
+    log = PredictionLog(store, home, "l", keeps_texts=True)
+    log.start()
+    server = Server(log, registry)
+    try:
+        yield server
+    finally:
+        server.champion.stop()
+        if server.rollout._thread is not None:
+            server.rollout._thread.join(WAIT_SECONDS)
+        log.close()
+
+
+def rows_of(store: FileStore, home: Path) -> list[dict[str, Any]]:
+    return read_predictions(store, home, "l", of_rollout=True).to_dict("records")  # type: ignore[return-value]
+
+
+def test_a_share_of_the_keys_goes_to_the_canary_and_always_the_same_ones() -> None:
+    trial, later = Trial("2", "canary", 0.1), Trial("3", "canary", 0.1)
+    keys = [f"user {number}" for number in range(10_000)]
+    taken = [key for key in keys if trial.takes(key)]
+    assert 850 < len(taken) < 1150 and all(trial.takes(key) for key in taken)
+    assert not {*taken} <= {key for key in keys if later.takes(key)}, "each version has its own users"
+    assert all(Trial("2", "shadow", 1.0).takes(key) for key in keys)
+    wider = Trial("2", "canary", 0.5)
+    assert all(wider.takes(key) for key in taken), "who was among a share is among a larger one"
+
+
+def test_a_canary_answers_its_users_and_the_names_that_ask_for_it(tmp_path: Path, store: FileStore) -> None:
+    with logged(store, tmp_path, Registry()) as server:
+        assert server.ask().version == "1" and server.champion.canary is None
+        server.keep_up()
+        assert server.champion.canary == "2" and server.champion.state()["rollout"] == {
+            "version": "2", "kind": "canary", "share": 0.5, "problem": None
+        }  # fmt: skip
+        by_key = {f"u{number}": server.ask(key=f"u{number}").version for number in range(40)}
+        assert {*by_key.values()} == {"1", "2"}
+        assert all(server.ask(key=key).version == version for key, version in by_key.items())
+        by_text = {text: server.ask([InputRow(text, "bank")]).version for text in map(str, range(40))}
+        assert {*by_text.values()} == {"1", "2"}, "without a key the request itself decides"
+        assert {server.ask(key=key, version="2").version for key in by_key} == {"2"}
+        assert {server.ask(key=key, version="1").version for key in by_key} == {"1"}
+        assert server.ask([InputRow("a")], version="2").served is Served.served
+        server.registry.found = None
+        server.keep_up()
+        assert {server.ask(key=key).version for key in by_key} == {"1"} and server.champion.canary is None
+    versions = [row["version"] for row in rows_of(store, tmp_path)]
+    assert len(versions) == 1 + 40 * 6 + 1 and {*versions} == {"1", "2"}
+
+
+def test_where_a_canary_fails_the_champion_answers_and_the_log_counts_it(tmp_path: Path, store: FileStore) -> None:
+    def broken(text: str) -> str:
+        raise RuntimeError("no answer")
+
+    with logged(store, tmp_path, Registry()) as server:
+        server.keep_up()
+        server.answerer.answer = broken
+        found = server.ask(version="2")
+        assert (found.version, found.answers) == ("1", ["A"])
+    failed, answered = rows_of(store, tmp_path)
+    assert (failed["version"], failed["is_failed"], failed["input"]) == ("2", True, None)
+    assert (answered["version"], answered["is_failed"]) == ("1", None)
+    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"]
+
+
+def test_a_shadow_answers_copies_and_what_it_cannot_do_is_dropped(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "MAX_COPIES", 2)
+    with logged(store, tmp_path, Registry("shadow", 1.0)) as server:
+        server.keep_up()
+        server.answerer.may_answer.clear()
+        found = [server.ask() for _ in range(6)]
+        assert {each.version for each in found} == {"1"} and server.champion.canary is None
+        num_dropped = server.rollout.num_dropped
+        assert 3 <= num_dropped <= 4, "one or none is with the shadow, two wait"
+        server.answerer.may_answer.set()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len([row for row in rows_of(store, tmp_path) if row["shadow_of"]]) < 6 - num_dropped:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    rows = rows_of(store, tmp_path)
+    copies = [row for row in rows if row["shadow_of"]]
+    assert {row["version"] for row in copies} == {"2"} and {row["output"] for row in copies} == {"a"}
+    assert {row["shadow_of"] for row in copies} <= {row["id"] for row in rows if row["version"] == "1"}
+    assert [*read_predictions(store, tmp_path, "l")["version"]] == ["1"] * 6
+
+
+def test_a_version_is_tried_only_where_it_may_be_and_can_be_judged(tmp_path: Path, store: FileStore) -> None:
+    unlogged = Server(None, Registry())
+    unlogged.keep_up()
+    unlogged.keep_up()
+    assert unlogged.answerer.candidate is None and unlogged.ask().version == "1"
+    assert unlogged.said == ["Version 2 is not tried: its rollout needs DEAL_LOG_PREDICTIONS."]
+    for changes in (
+        {"accepted": False}, {"approval": "refused"}, {"approval": "awaiting"}, {"rollout": None}, {"rolled_out": None},
+        {"parent_version": "0"},
+    ):  # fmt: skip
+        with logged(store, tmp_path, Registry()) as server:
+            server.registry.found = SimpleNamespace(**{**vars(server.registry.found), **changes})
+            server.keep_up()
+            assert server.answerer.candidate is None and server.champion.canary is None, changes
+
+
+def test_a_version_that_does_not_load_is_told_once_and_the_champion_serves(tmp_path: Path, store: FileStore) -> None:
+    with logged(store, tmp_path, Registry()) as server:
+        server.answerer.is_damaged = True
+        server.keep_up()
+        server.keep_up()
+        assert server.said == ["Version 2 does not load for its rollout: the files are damaged."]
+        assert "does not load" in server.champion.state()["rollout"]["problem"] and server.ask().version == "1"
+
+
+def test_a_row_without_a_task_means_the_champions_newest_task() -> None:
+    rows = with_tasks([InputRow("a"), InputRow("b", "talk")], Served.served)
+    assert [row.task for row in rows] == [TASKS[0].name, "talk"]
