@@ -155,7 +155,7 @@ def requeue(
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
-    from flows.promote import requeue as requeue_flow
+    from flows.requeue import requeue as requeue_flow
     from tasks.cancelled import find_held, release
     from tasks.context import current_store
     from tasks.lineage.history import NoVersionError

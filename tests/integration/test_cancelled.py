@@ -21,7 +21,7 @@ import tasks.announcements
 import tasks.inbox
 from deal_core.errors import ConfigError
 from flows.cli.app import app
-from flows.promote import requeue
+from flows.requeue import requeue
 from flows.server.status import read_status
 from flows.watch import adapt_landed, watch_inbox
 from infra.store.keys import watch_key

@@ -16,7 +16,8 @@ import deal_core.evaluation.score
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
-from flows.promote import find_left_behind, requeue, roll_back
+from flows.promote import find_left_behind, roll_back
+from flows.requeue import requeue
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store

@@ -19,7 +19,8 @@ from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from deal_core.errors import DataValidationError, RegistryError
 from flows.adapt import AdaptResult, adapt
 from flows.cli.app import app
-from flows.promote import decide, find_left_behind, promote_to, reject_version, requeue, roll_back
+from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
+from flows.requeue import requeue
 from infra.promotions import PromotionLog
 from infra.tracking.registry import Registry, VersionInfo, open_registry
 from tasks.adaptation.promote import complete_version, move_champion, settled_champion

@@ -25,7 +25,8 @@ from flows.cli.housekeeping import show_forget_plan
 from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
-from flows.promote import requeue, roll_back
+from flows.promote import roll_back
+from flows.requeue import requeue
 from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import log_key

@@ -1,0 +1,86 @@
+"""Requeue: learn arrivals again that a rollback left behind, and let arrivals go on whose run was cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefect import flow
+
+from flows.adapt import AdaptResult, learn_arrival
+from flows.lock import hold_lineage
+from flows.promote import find_left_behind
+from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.version_log import VersionLog
+from tasks.adaptation.resume import read_spec_of, require_same_files
+from tasks.cancelled import release
+from tasks.context import current_store
+from tasks.lineage.history import NoVersionError, find_version, read_history
+from tasks.lineage.settings import arrival_of
+from tasks.lineage.tombstones import refuse_forgotten
+from tasks.lineage.versions import arrival_digests, descent
+from tasks.spec import AdaptSpec, parse
+
+
+@flow(name="requeue", flow_run_name="requeue-{lineage}")
+async def requeue(
+    lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()
+) -> list[AdaptResult]:
+    """Learn the arrivals of versions again, and let held arrivals go on.
+
+    Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned
+    in the meantime is reported as a repeat. Without versions and without arrivals, all versions that were left behind
+    are learned again, oldest first, and all held arrivals go on.
+
+    Args:
+        lineage: The lineage.
+        versions: Numbers of the versions.
+        arrivals: Keys inbox/TASK/FILE of arrivals that are held because their run was cancelled. A watch learns them.
+
+    Raises:
+        ConfigError: A named arrival is not held.
+        RegistryError: There is no such version.
+        DataValidationError: An arrival's file is gone or was replaced by another.
+        ForgottenRowsError: Rows of an arrival were forgotten.
+    """
+    released = release(current_store(), lineage, arrivals) if arrivals or not versions else ()
+    if released and not versions and (arrivals or not _has_versions(lineage)):
+        return []
+    registry = open_registry()
+    async with hold_lineage(lineage):
+        numbers = versions or [each.version for each in find_left_behind(lineage)]
+        found = [find_version(registry, lineage, number) for number in numbers]
+        specs = [_spec_of(version) for version in found]
+        return [await _learn(registry, spec, version) for spec, version in zip(specs, found, strict=True)]
+
+
+def _has_versions(lineage: str) -> bool:
+    """Return whether the lineage has versions. An empty registry with a filled store is an error."""
+    try:
+        read_history(lineage, newest=1)
+    except NoVersionError:
+        return False
+    return True
+
+
+async def _learn(registry: Registry, spec: AdaptSpec, version: VersionInfo) -> AdaptResult:
+    run = await learn_arrival(spec, again=not _is_learned(registry, version))
+    if run.version and run.status != "repeat":  # the dataset may differ, because the task may have new labels
+        registry.tag_version(version.lineage, run.version, {"requeued_sha256": version.dataset_sha256})
+        if tagged := registry.version(version.lineage, run.version):
+            VersionLog(current_store()).keep(tagged)
+    return run
+
+
+def _spec_of(version: VersionInfo) -> AdaptSpec:
+    """Return the spec of a version's run, after checking that the same arrival can be learned again."""
+    store = current_store()
+    refuse_forgotten(store, version.task, [version.dataset_sha256])
+    spec = parse(AdaptSpec, dict(read_spec_of(version.adapter_uri)), f"version {version.version}")
+    refuse_forgotten(store, version.task, require_same_files(store, arrival_of(spec), version))
+    return spec
+
+
+def _is_learned(registry: Registry, version: VersionInfo) -> bool:
+    versions = registry.versions(version.lineage)
+    wanted = arrival_digests(version, versions)
+    return any(each.digests & wanted for each in descent(versions, registry.champion(version.lineage)))
