@@ -50,7 +50,7 @@ def strategy_class(name: str) -> type[Strategy]:
     """
     from deal_core.strategies.strategy import Strategy
 
-    entry = find_strategies()[check_strategy_name(name)]
+    entry = EntryPoint(name, OWN[name], GROUP) if name in OWN else find_strategies()[check_strategy_name(name)]
     try:
         found = entry.load()
     except Exception as error:

@@ -16,8 +16,6 @@ import numpy
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -76,32 +74,11 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return [position - excess for position in moved]
 
 
-def accuracy_heatmap(matrix: AccuracyMatrix) -> Figure:
-    """Draw the accuracy matrix in per cent: a column per task, a row for the base model and one per version.
+def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
+    """Draw the accuracy matrix in per cent: a column per task, a row for the base model, then a row per version.
 
     A version's cell for its new task has a frame. Cells that were not measured are hatched.
     """
-    num_rows, num_tasks = len(matrix.rows) + 1, max(len(matrix.tasks), 1)
-    cell = min(0.5, 24 / num_rows)
-    longest = max((len(name) for name in (*matrix.tasks, *matrix.trained)), default=4)
-    width = 2.4 + 0.08 * longest + 0.95 * num_tasks
-    figure = new_figure(max(width, 4.2), 1.5 + 0.05 * longest + cell * num_rows)
-    axes = figure.subplots()
-    if not matrix.rows:
-        say_empty(axes, "no version yet")
-        return figure
-    draw_heatmap(axes, matrix, font_size=min(10.0, 22 * cell))
-    axes.set_title(f"Accuracy in %{describe(matrix, ' · ')}", fontsize=11, loc="left", pad=12)
-    figure.supxlabel("framed: the task a version was trained on; hatched: not measured", fontsize=8, color=MUTED)
-    colours = ScalarMappable(Normalize(0, 100), COLOUR_MAP)
-    bar = figure.colorbar(colours, ax=axes, shrink=min(1.0, 4 / (cell * num_rows)), pad=0.02, ticks=range(0, 101, 25))
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, length=0)
-    return figure
-
-
-def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0) -> None:
-    """Draw the matrix into `axes`, the base model's row first."""
     values = 100 * numpy.array([matrix.base, *matrix.rows], dtype=float)
     tops = [-GAP, *range(1, len(values))]
     for (row, column), value in numpy.ndenumerate(values):
@@ -112,7 +89,7 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0)
             continue
         cell.set_facecolor(COLOUR_MAP(value / 100))
         colour = "white" if value >= DARK_FROM else "black"
-        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=font_size,
+        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10,
                   color=colour)  # fmt: skip
     for version, task in enumerate(matrix.trained, start=1):
         corner = (matrix.tasks.index(task), version)
@@ -122,7 +99,7 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix, *, font_size: float = 10.0)
     axes.set_ylim(len(values), -GAP)
     name_columns(axes, matrix.tasks, offset=0.5)
     names = ["base model", *(f"{number}  after {task}" for number, task in enumerate(matrix.trained, start=1))]
-    axes.set_yticks([top + 0.5 for top in tops], names, fontsize=min(9.0, font_size))
+    axes.set_yticks([top + 0.5 for top in tops], names, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

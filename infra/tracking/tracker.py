@@ -20,7 +20,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, Self
 
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
@@ -202,11 +201,6 @@ class TrackedRun:
         tags = [InputTag("mlflow.data.context", context), InputTag("deal.dataset_sha256", sha256)]
         with self._report_errors("log the dataset"):
             self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
-
-    def log_figure(self, name: str, figure: Figure) -> None:
-        """Log a figure as figures/<name>.png."""
-        with self._report_errors("keep a figure"):
-            self.client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs={"dpi": 150})
 
     def log_json(self, file: str, value: Any) -> None:
         """Log a value as a JSON artifact, for example `evaluation.json`."""

@@ -21,7 +21,6 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from infra.report import formatting as words
-from infra.report.figures import accuracy_heatmap, accuracy_over_versions, fill_bars, loss_curve
 from infra.report.page import matrix_rows, render_page
 from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 from infra.store.base import ObjectNotFoundError, ObjectStore, complete_file
@@ -191,13 +190,6 @@ def write_report(
     tracked.log_json(EVALUATION_FILE, report.to_json())
     tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
     tracked.log_text(PAGE_FILE, render_page(found, report))
-    for name, figure in (
-        ("accuracy_matrix", accuracy_heatmap(report.matrix)),
-        ("accuracy_over_versions", accuracy_over_versions(report.matrix)),
-        ("adapter_fill", fill_bars(summary.fill)),
-        ("loss", loss_curve(summary.losses)),
-    ):
-        tracked.log_figure(name, figure)
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
     return found
 

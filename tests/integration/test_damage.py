@@ -57,6 +57,7 @@ def exit_code_of_status() -> int:
         return CliRunner().invoke(app, ["status", "--json"]).exit_code
 
 
+@pytest.mark.nightly
 def test_a_damaged_champion_is_named_and_the_lineage_can_go_back(
     home: Path, adapters: dict[str, Path], tiny_base: Path
 ) -> None:

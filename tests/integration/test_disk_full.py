@@ -45,6 +45,7 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("prefect_api")
 def test_rows_that_find_no_room_leave_one_message_and_the_next_run_learns_them(
     tiny_base: Path, home: Path, tmp_path: Path

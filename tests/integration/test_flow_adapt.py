@@ -126,11 +126,8 @@ def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     assert [point.step for point in client.get_metric_history(result.tracking_id, "train/loss")] == [1, 2, 3]
-    figures = {entry.path for entry in client.list_artifacts(result.tracking_id, "figures")}
-    assert figures == {
-        "figures/accuracy_matrix.png", "figures/accuracy_over_versions.png", "figures/adapter_fill.png",
-        "figures/loss.png",
-    }  # fmt: skip
+    files = {entry.path for entry in client.list_artifacts(result.tracking_id)}
+    assert {"evaluation.json", "report.json", "report.html"} <= files
     tags = client.get_model_version("l", "1").tags
     assert tags["deal.dataset_sha256"] == result.dataset.sha256
     assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and "deal.config_sha256" in tags
@@ -214,6 +211,7 @@ def test_other_settings_do_not_make_an_adapted_arrival_new(tiny_base: Path, firs
     assert run(tiny_base, BANK, deal={"energy": 0.9}).status == "repeat"
 
 
+@pytest.mark.nightly
 def test_again_trains_anew_each_time(tiny_base: Path, first: AdaptResult) -> None:
     second = run(tiny_base, BANK, again=True)
     third = run(tiny_base, BANK, again=True)
@@ -241,6 +239,7 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home:
     assert accepted.matrix is not None and accepted.matrix["trained"] == ["bank", "clinic"]
 
 
+@pytest.mark.nightly
 def test_again_retries_what_was_rejected(tiny_base: Path) -> None:
     run(tiny_base, BANK, gate=FAIL)
     retried = run(tiny_base, BANK, gate=FAIL, again=True)
@@ -263,6 +262,7 @@ def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
     assert record.matrix.trained == ("bank", "bank") and record.matrix.tasks == ("bank",)
 
 
+@pytest.mark.nightly
 def test_a_task_is_asked_for_answers_as_long_as_when_it_was_learned(tiny_base: Path, tmp_path: Path) -> None:
     file = tmp_path / "counts.jsonl"
     rows = ({"prompt": f"Count to {number}.", "completion": "one two three four"} for number in range(40))
@@ -296,6 +296,7 @@ def test_bad_rows_go_to_quarantine_and_the_good_ones_are_learned(tiny_base: Path
     assert [bad["reason"] for bad in quarantined(result)] == ["empty text"]
 
 
+@pytest.mark.nightly
 def test_files_with_the_same_good_rows_keep_their_bad_rows_apart(tiny_base: Path, tmp_path: Path) -> None:
     results: list[AdaptResult] = []
     for name, bad in (("one", '{"text": "", "label": "lost card"}\n'), ("other", '{"text": "late", "label": ""}\n')):
@@ -393,7 +394,6 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
     assert (repeat.status, repeat.version) == ("repeat", "2")
     done = client.get_run(tracking_id)
     assert done.info.status == "FINISHED" and "accuracy/clinic" in done.data.metrics
-    assert client.list_artifacts(tracking_id, "figures")
     assert "report.html" in {entry.path for entry in client.list_artifacts(tracking_id)}
     assert not list((home / "work").rglob("*.*"))
     assert not list((home / "store" / "datasets").rglob("train.parquet")), "they are learned"
@@ -448,6 +448,7 @@ def test_an_mlflow_that_does_not_end_the_run_does_not_hide_why_it_failed(
     assert "Cannot end the run" in caplog.text and "the server is away" in caplog.text
 
 
+@pytest.mark.nightly
 def test_an_again_that_is_started_again_after_it_registered_trains_nothing(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,7 +160,7 @@ def test_the_commands_adapter_and_training_reach_the_cells(
         ({"suite": "4"}, "either a suite or tasks"),
         ({"tasks": None}, "either a suite or tasks"),
         ({"tasks": ["sizes", "colours", "sizes"]}, "tasks names sizes more than once; give every task once"),
-        ({"strategies": ["dael"]}, "Strategy 'dael' is not known"),
+        ({"strategies": ["dael"]}, "strategy is 'dael'; give deal"),
     ],
 )
 def test_unknown_settings_are_refused(options: dict[str, Any], message: str, data: Path, tiny_base: Path) -> None:

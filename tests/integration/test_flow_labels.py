@@ -124,6 +124,7 @@ def test_old_test_rows_are_asked_of_each_version_by_its_own_labels(
     assert any("new labels of bank are longer than" in note for note in notes)
 
 
+@pytest.mark.nightly
 def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
     deal: Deal, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_test_rows_that_replace_forgotten_ones_may_have_the_new_label(
     assert asked == [("bank", True, 8)] * 3, "the base model, the parent and the new version, on the same questions"
 
 
+@pytest.mark.nightly
 def test_a_requeue_learns_the_rows_of_a_gained_label_too_and_once(deal: Deal, tiny_base: Path, more: Path) -> None:
     """The new version replaces the version that was left behind, whose dataset is different."""
     run(tiny_base, {**BANK, "labels": LABELS})

@@ -304,6 +304,7 @@ def test_a_move_cut_short_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {move.action for move in read_moves("l")} == {"promoted", "rolled back"}
 
 
+@pytest.mark.nightly
 def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
     assert len(read_moves("l")) == 4
 
 
+@pytest.mark.nightly
 def test_a_rollback_of_a_version_that_was_registered_twice_stays(
     tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_shifted_task_is_vetoed_by_its_old_rows_and_promoted_by_renewed_ones(
     assert read_record(current_store(), f"adapters/l/{later.run_key[:16]}").slices == record.slices
 
 
+@pytest.mark.nightly
 def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
     renew(home)
@@ -83,6 +84,7 @@ def test_a_limit_for_earlier_rows_can_be_set(home: Path, tiny_base: Path, tmp_pa
     assert reason.startswith("colours.old-1: accuracy fell by") and reason.endswith("; the limit is 50.0 points.")
 
 
+@pytest.mark.nightly
 def test_an_arrival_cannot_take_the_name_of_earlier_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
     learn(tiny_base, january)
@@ -92,6 +94,7 @@ def test_an_arrival_cannot_take_the_name_of_earlier_rows(home: Path, tiny_base: 
         run(tiny_base, {**january, "name": "colours.old-1"})
 
 
+@pytest.mark.nightly
 def test_a_file_without_a_split_renews_by_the_digests_of_its_rows(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Old test texts in it are neither learned nor the only ones that judge."""
     january, june = (file_of(tmp_path, name, "warm", "cold") for name in ("january", "june"))
@@ -105,6 +108,7 @@ def test_a_file_without_a_split_renews_by_the_digests_of_its_rows(home: Path, ti
     assert now.dataset.num_test > 3, "a share of all rows"
 
 
+@pytest.mark.nightly
 def test_earlier_rows_can_be_forgotten_and_the_lineage_learns_on(home: Path, tiny_base: Path, tmp_path: Path) -> None:
     first = learn(tiny_base, file_of(tmp_path, "january", "warm", "cold"))
     renew(home)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 
 from flows.server.local_processes import LocalStack, start_part, stop
 from flows.server.local_stack import _server_commands, _wait_for_server
 from infra.settings import TrackingSettings
 
 
+@pytest.mark.nightly
 def test_mlflows_log_has_no_line_for_each_request(home: Path, free_port: int) -> None:
     settings, name = TrackingSettings(), "mlflow-server"
     stack = LocalStack(

@@ -183,6 +183,7 @@ def test_a_corrected_file_is_looked_at_again(tiny_base: Path, home: Path) -> Non
     assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
 
 
+@pytest.mark.nightly
 def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base: Path, home: Path) -> None:
     land(home, "parcels/task.yaml", b"labels: [no, such]\n")
     land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
@@ -232,6 +233,7 @@ def test_a_training_that_diverged_closes_its_arrival_until_somebody_asks(
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
 
 
+@pytest.mark.nightly
 def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
     land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
     failed, said = look(lineage(tmp_path / "away"))

@@ -161,6 +161,7 @@ def test_gc_removes_exactly_what_its_dry_run_says(tiny_base: Path, first: AdaptR
     assert predict("hello", lineage="l", task=None, version=None).version == "1"
 
 
+@pytest.mark.nightly
 def test_gc_cut_short_is_completed_by_the_next(
     tiny_base: Path, first: AdaptResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +380,7 @@ def test_a_test_file_alone_does_not_tell_the_training_rows(first: AdaptResult) -
     assert plan_forget(first.dataset.sha256).knows_training_rows, "a copy of the file has them too"
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("first")
 def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path, tmp_path: Path) -> None:
     june, july = tmp_path / "june.jsonl", tmp_path / "july.jsonl"
@@ -395,6 +397,7 @@ def test_forgotten_test_rows_do_not_come_back_with_another_file(tiny_base: Path,
         asyncio.run(requeue("l", ["2"]))
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("first")
 def test_rows_that_were_learned_can_judge_a_task_whose_test_rows_were_forgotten(
     tiny_base: Path, tmp_path: Path
@@ -409,6 +412,7 @@ def test_rows_that_were_learned_can_judge_a_task_whose_test_rows_were_forgotten(
     assert asyncio.run(evaluate("l")).unjudged == {}
 
 
+@pytest.mark.nightly
 def test_the_same_file_split_otherwise_in_another_lineage_is_forgotten_with_it(
     tiny_base: Path, home: Path, tmp_path: Path
 ) -> None:

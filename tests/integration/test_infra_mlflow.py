@@ -18,7 +18,6 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from deal_core.errors import RegistryError
-from infra.report.figures import loss_curve
 from infra.settings import TrackingSettings
 from infra.tracking import registry as registry_module
 from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
@@ -90,7 +89,6 @@ def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: Trac
         run.log_stage("train", 4.0, num_rows=100)
         run.log_stage("gate", 0.5)
         run.log_dataset("billing", "f" * 64, "s3://bucket/datasets/billing", {"num_train": 3, "num_test": 1})
-        run.log_figure("loss", loss_curve([(1, 2.0), (2, 1.0)]))
         run.log_json("evaluation.json", {"task": "Rückfragen", "value": None})
         model_id = run.log_adapter(adapter, "billing.v1/x", sha256="a" * 64, params={"rank": 16})
 
@@ -114,7 +112,6 @@ def test_all_that_a_run_logs_is_found_in_mlflow(tracker: Tracker, settings: Trac
 
     assert found.info.artifact_uri.startswith(settings.artifact_uri)
     folder = Path(tracker.client.download_artifacts(run.run_id, "", str(adapter.parent)))
-    assert (folder / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["task"] == "Rückfragen"
     model = tracker.client.get_logged_model(model_id)
     assert (str(model.status), model.model_type, model.params) == ("READY", "lora-adapter", {"rank": "16"})

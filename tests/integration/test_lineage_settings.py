@@ -76,6 +76,7 @@ def test_deal_adapt_keeps_to_the_lineage_s_file(deal: Deal, support: dict[str, A
     assert spec_of(2)["train"]["max_steps"] == 2 and spec_of(2)["strategy"] == "deal"
 
 
+@pytest.mark.nightly
 def test_a_spec_says_otherwise_only_where_it_says_so(deal: Deal, support: dict[str, Any], tmp_path: Path) -> None:
     spec = {"lineage": "support", "task": {"name": "parcels", "data": str(ROWS)}, "train": {"max_steps": 1}}
     path = tmp_path / "spec.yaml"
@@ -106,6 +107,7 @@ def test_a_run_that_a_server_starts_for_a_person_keeps_to_the_lineage_s_file(sup
     assert asyncio.run(adapt(complete)).status == "promoted", "a spec that code has made is complete"
 
 
+@pytest.mark.nightly
 def test_what_the_gate_rejected_is_tried_under_new_limits_once_it_lands_under_another_name(
     deal: Deal, support: dict[str, Any]
 ) -> None:

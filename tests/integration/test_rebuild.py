@@ -127,6 +127,7 @@ def without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name not in names}
 
 
+@pytest.mark.nightly
 def test_a_rebuild_that_was_cut_short_is_given_again(
     known: list[dict[str, Any]], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_registered_model_of_somebody_else_is_left_alone(known: list[dict[str,
     assert client.get_registered_model("l").description == "theirs"
 
 
+@pytest.mark.nightly
 def test_numbers_are_the_same_where_the_emptied_registered_model_is_left(known: list[dict[str, Any]]) -> None:
     rebuilt()
     for number in ("1", "2", "3"):

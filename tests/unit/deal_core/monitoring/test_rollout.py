@@ -103,7 +103,7 @@ def test_equal_versions_are_seldom_aborted_however_often_somebody_looks(make: An
     aborted = 0
     for seed in range(40):
         traffic, said = make(0.8, 0.8, 200, seed)
-        looks = [said.groupby(said["id"].str.split("-").str[1]).head(number) for number in range(25, 201, 25)]
+        looks = [said.groupby(said["id"].str.split("-").str[1]).head(number) for number in (25, 50, 100, 200)]
         aborted += any(any(each.is_worse for each in traffic.judged(said=look).differences) for look in looks)
     assert aborted <= 40 * 0.05 + 2
 
