@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.report import read
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "adaptation", "command_start", "number_of_tasks",
-         "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile", "landing")  # fmt: skip
+         "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile", "landing", "serving",
+         "serving_log", "serving_log_tiny")  # fmt: skip
 """Results on the page, each written by the benchmark of its name."""
 
 
