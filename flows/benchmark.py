@@ -38,6 +38,8 @@ SUMMARY_FILE = "summary.json"
 LOOK_SECONDS = 2.0
 PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
 """The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
+LONGER = {"superni": {"max_prompt_tokens": 512}}
+"""Other defaults by suite: the instructions of superni alone take more than 160 tokens. The field cuts at 512."""
 
 
 class BenchmarkSpec(BaseModel, frozen=True, extra="forbid"):
@@ -186,7 +188,7 @@ def spec_from_options(
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     values = {
         **given, "data": tasks_folder(data), "adapter": _json_object(adapter),
-        "train": {**PROTOCOL, **_json_object(train)},
+        "train": {**PROTOCOL, **LONGER.get(given.get("suite", ""), {}), **_json_object(train)},
     }  # fmt: skip
     if methods:
         values["methods"] = [_json_object(text) for text in methods]

@@ -23,6 +23,7 @@ from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.frozen_head import answer_by_head, features
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import MEMORY, EvaluateConfig, MethodConfig, RehearsalConfig
+from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
 from deal_core.evaluation.generation import LanguageModel
@@ -67,9 +68,12 @@ def run_cell(run: CellRun) -> dict[str, Any]:
         the base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
+        ConfigError: A task's prompt does not fit without any text.
         DealError: the errors of `train_adapter`.
     """
     cell = run.cell
+    for name in cell.tasks:  # before hours of training, not after them
+        encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
     before = perplexity(run.base.model, run.base.tokenizer)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"

@@ -142,6 +142,8 @@ def test_the_commands_adapter_and_training_reach_the_cells(
     assert narrow == replace(plain, adapter=AdapterConfig(rank=8)) and narrow.file_name != plain.file_name
     assert longer == replace(plain, train=replace(plain.train, num_epochs=2))
     assert chat == replace(plain, prompt="chat")
+    generation = spec_from_options(data=str(spec.data), train='{"num_epochs": 2}', methods=[], suite="superni")
+    assert (generation.train.max_prompt_tokens, generation.train.num_epochs) == (512, 2)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
 from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
@@ -152,6 +153,16 @@ def test_a_cell_that_died_goes_on_with_the_task_it_was_at(run):
     num_before = len(seen)
     run("o_lora", on_progress=lambda _, __, doing: seen.append(doing))
     assert seen[num_before] == "sizes: step 1 of 4"
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anything_is_trained(run, tmp_path, monkeypatch):
+    second = TASKS[TWO[1]]
+    monkeypatch.setitem(
+        TASKS, TWO[1], replace(second, schema=replace(second.schema, instruction="Say it. " * 60))
+    )
+    with pytest.raises(ConfigError, match=f"The prompt of task {TWO[1]} takes .* without any text"):
+        run("seq_lora")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_perplexity_is_that_of_the_texts(base, parent):
