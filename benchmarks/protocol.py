@@ -66,7 +66,7 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
             "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
             "train": {name: getattr(train, name) for name in SHOWN},
             "method": settings["strategy"] + (f" ({changes})" if (changes := departures(cell)) else ""),
-            "seconds": sum(version["seconds"]["train"] for version in cell["versions"]),
+            "seconds": sum(version.get("seconds", {}).get("train", 0.0) for version in cell["versions"]),
             "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []), **found,
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.protocol import SHOWN
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
@@ -29,6 +30,7 @@ from deal_core.benchmark.summary import (
     read_cells,
     summarise,
 )
+from deal_core.config import TrainConfig
 from flows.cli.tables import interval, points
 from infra.report.figures import save_png
 
@@ -272,7 +274,10 @@ def main(
     development = read_cells(results / "development")
     tried = tried_lines(development)
     protocol = sorted(protocol_lines(development), key=lambda line: (line["suite"], line["method"]))
+    today = {name: getattr(TrainConfig(), name) for name in SHOWN}
+    reported = [line for line in protocol_lines(cells) if line["train"] == today]
     shown = {
+        "reported": sorted(reported, key=lambda line: (line["suite"], line["order"], line["seed"], line["method"])),
         "tables": sorted(tables, key=lambda table: table["suite"].zfill(3)), "tried": tried, "num_tried": len(tried),
         "protocol": protocol, "chosen": choice_of(protocol), "cost": cost, "cost_names": COST_NAMES,
         "roundings": roundings(cells),
