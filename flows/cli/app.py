@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flows.cli.benchmark import benchmark_app
 from flows.cli.feedback import feedback_app
@@ -17,15 +18,36 @@ from flows.cli.serve import serve_app, vllm_app
 from flows.cli.server import lineage_app, server_app, ui_app
 from flows.cli.versions import tests_app, versions_app
 
+TOPICS = {
+    "Learn": ("demo", "plan", "validate", "adapt", "watch", "predict"),
+    "Look": ("status", "history", "report", "ui", "evaluate", "benchmark"),
+    "Decide which version serves": ("promote", "rollback", "reject", "requeue", "rollout"),
+    "Serve, and learn from what is served": ("serve", "vllm", "export", "monitor", "select", "feedback", "harvest"),
+    "Lineages, tasks and data": ("lineage", "labels", "tests", "model", "forget", "gc"),
+    "Servers": ("up", "down", "deploy"),
+}
+"""The commands in the order of the help, by topic."""
+
+
+class _ByTopic(TyperGroup):
+    """Shows the commands under their topics."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        for topic, names in TOPICS.items():
+            for name in names:
+                self.commands[name].rich_help_panel = topic  # type: ignore[attr-defined]
+        return [name for names in TOPICS.values() for name in names]
+
+
 app = typer.Typer(
     name="deal",
+    cls=_ByTopic,
     help="Continual LoRA adaptation: one adapter learns domain after domain and keeps what it learned before.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 3 rejected by the gate, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# The help lists the commands in this order.
 app.add_typer(learn_app)
 app.add_typer(benchmark_app)
 app.add_typer(ui_app)

@@ -17,7 +17,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from deal_core.errors import RegistryError
-from flows.cli.app import app
+from flows.cli.app import TOPICS, app
 from tests.in_process import put_back
 
 ROOT = Path(__file__).parents[4]
@@ -61,6 +61,13 @@ def test_a_shell_can_complete_commands(deal: Deal, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # whatever shell runs the tests
     shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="deal")
     assert shown.exit_code == 0 and "_DEAL_COMPLETE=complete_bash" in shown.stdout
+
+
+def test_the_help_has_every_command_under_a_topic() -> None:
+    listed = [name for names in TOPICS.values() for name in names]
+    assert sorted(listed) == sorted(get_command(app).commands)  # type: ignore[attr-defined]
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert all(f"─ {topic} ─" in shown for topic in TOPICS) and "─ Commands ─" not in shown
 
 
 def commands(command: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
