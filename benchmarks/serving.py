@@ -253,6 +253,24 @@ def measure(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextmanager
+def learned_home(base: str, precision: str, **train: Any) -> Iterator[None]:
+    """A new home with two versions of LINEAGE, which this process and its children use. `base` may be tiny."""
+    with tempfile.TemporaryDirectory(prefix="deal-serving-") as folder:
+        for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DEAL_STORE_URI"):
+            os.environ.pop(name, None)
+        from flows.server.embedded import calm_libraries, enter_home
+
+        enter_home(Path(folder) / "home")
+        os.environ["DEAL_SERVING_PRECISION"] = precision
+        if base == "tiny":
+            base = str(Path(folder) / "tiny")
+            build_tiny_base(Path(base))
+        learn_versions(base, **train)
+        calm_libraries()
+        yield
+
+
 def main() -> None:
     """Learn, serve, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,19 +282,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="training steps of each version [one epoch]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="deal-serving-") as folder:
-        for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DEAL_STORE_URI"):
-            os.environ.pop(name, None)
-        from flows.server.embedded import calm_libraries, enter_home
-
-        enter_home(Path(folder) / "home")
-        os.environ["DEAL_SERVING_PRECISION"] = given.precision
-        base = given.base
-        if base == "tiny":
-            base = str(Path(folder) / "tiny")
-            build_tiny_base(Path(base))
-        learn_versions(base, **({"max_steps": given.steps} if given.steps else {}))
-        calm_libraries()
+    with learned_home(given.base, given.precision, **({"max_steps": given.steps} if given.steps else {})):
         figures = measure(given.clients, given.seconds, given.moves)
     found = {"base": given.base, "precision": given.precision, **figures}
     write_result(given.out, found)

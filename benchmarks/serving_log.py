@@ -12,30 +12,20 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.output import write_result
-from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_versions, served, texts_to_ask
-from benchmarks.tiny_base import build_tiny_base
+from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learned_home, served, texts_to_ask
 from infra.predictions import read_predictions
 from infra.settings import HomeSettings
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 
 KEPT = ("off", "texts")
-
-
-@contextmanager
-def logging(kept: str) -> Iterator[str]:
-    """`deal serve` with DEAL_LOG_PREDICTIONS set: its address."""
-    os.environ["DEAL_LOG_PREDICTIONS"] = kept
-    with served() as (url, _):
-        yield url
 
 
 def turn(url: str, texts: Sequence[str], expected: Expected, num_clients: int, seconds: float) -> float:
@@ -62,8 +52,11 @@ def measure(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
     texts, version = texts_to_ask(), open_registry().versions(LINEAGE)[-1].version
     expected = answers_of([version], texts, "bank")
     rates: dict[str, list[float]] = {kept: [] for kept in KEPT}
-    with logging("off") as without, logging("texts") as having:
-        urls = dict(zip(KEPT, (without, having), strict=True))
+    with ExitStack() as servers:
+        urls = {
+            kept: servers.enter_context(served(environment={**os.environ, "DEAL_LOG_PREDICTIONS": kept}))[0]
+            for kept in KEPT
+        }
         for kept in KEPT:
             turn(urls[kept], texts, expected, num_clients, 2.0)
         for number in range(rounds):
@@ -89,19 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving_log.json"))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="deal-serving-") as folder:
-        for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "DEAL_STORE_URI"):
-            os.environ.pop(name, None)
-        from flows.server.embedded import calm_libraries, enter_home
-
-        enter_home(Path(folder) / "home")
-        os.environ["DEAL_SERVING_PRECISION"] = "fp32"
-        base = given.base
-        if base == "tiny":
-            base = str(Path(folder) / "tiny")
-            build_tiny_base(Path(base))
-        learn_versions(base, max_steps=3)
-        calm_libraries()
+    with learned_home(given.base, "fp32", max_steps=3):
         figures = measure(given.clients, given.seconds, given.rounds)
     write_result(given.out, {"base": given.base, **figures})
 

@@ -29,12 +29,7 @@ from tasks.adaptation.promote import (
     settle_aliases,
 )
 from tasks.context import current_store
-from tasks.lineage.history import (
-    find_version,
-    no_version,
-    require_in_registry,
-    unknown_lineage,
-)
+from tasks.lineage.history import find_version, no_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce

@@ -37,9 +37,17 @@ def check_strategy_name(name: str) -> str:
     Raises:
         ConfigError: There is no such strategy.
     """
-    if name not in OWN and name not in (known := find_strategies()):
-        raise ConfigError(f"strategy is {name!r}; give {', '.join(known)}.")
+    _find(name)
     return name
+
+
+def _find(name: str) -> EntryPoint:
+    if name in OWN:
+        return EntryPoint(name, OWN[name], GROUP)
+    known = find_strategies()
+    if name not in known:
+        raise ConfigError(f"strategy is {name!r}; give {', '.join(known)}.")
+    return known[name]
 
 
 def strategy_class(name: str) -> type[Strategy]:
@@ -50,7 +58,7 @@ def strategy_class(name: str) -> type[Strategy]:
     """
     from deal_core.strategies.strategy import Strategy
 
-    entry = EntryPoint(name, OWN[name], GROUP) if name in OWN else find_strategies()[check_strategy_name(name)]
+    entry = _find(name)
     try:
         found = entry.load()
     except Exception as error:

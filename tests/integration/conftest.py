@@ -30,6 +30,21 @@ def three_versions(
     return folder
 
 
+@pytest.fixture(scope="module")
+def serving_home(
+    prefect_api: None, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A home without a version, for servers. The environment names the home while the module runs."""
+    folder = tmp_path_factory.mktemp("serving-home")
+    shutil.copy(mlflow_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("DEAL_HOME", str(folder))
+        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # so that the rounding of a batch changes no answer
+        patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield folder
+
+
 @pytest.fixture(autouse=True)
 def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the reports' figures without arranging their axes, which takes a sixth of a small adaptation."""

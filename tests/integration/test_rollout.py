@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,20 +31,12 @@ ID = re.compile(rb'"id": ?"[0-9a-f]{32}"')
 
 
 @pytest.fixture(scope="module")
-def first(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """A home whose lineage `l` has one version. The environment names the home while the module runs."""
-    folder = tmp_path_factory.mktemp("rollout-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
+def first(serving_home: Path, tiny_base: Path) -> Iterator[Path]:
+    """A home with a prediction log, whose lineage `l` has one version."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("DEAL_HOME", str(folder))
-        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # so that the rounding of a batch changes no answer
-        patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
         assert learn(tiny_base, BANK, "canary") == ("promoted", "1"), "there is no champion to compare with"
-        yield folder
+        yield serving_home
 
 
 def learn(base: Path, task: dict[str, Any], kind: str, **train: Any) -> tuple[str, str]:
@@ -66,7 +57,7 @@ def wait_for(check: Callable[[], bool]) -> None:
 
 
 def tried(url: str) -> str | None:
-    found: dict[str, Any] = httpx.get(f"{url}/version").json()
+    found: dict[str, Any] = httpx.get(f"{url}/version", timeout=WAIT_SECONDS).json()
     return found.get("rollout", {}).get("version")
 
 
@@ -94,7 +85,8 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         row = ask_as(url, user, TEXTS[place])
         assert row["output"] == expected[row["version"]][place]
         is_right = row["output"] == expected[right][place]
-        httpx.post(f"{url}/feedback", json=[{"id": row["id"], "is_right": is_right}]).raise_for_status()
+        said = [{"id": row["id"], "is_right": is_right}]
+        httpx.post(f"{url}/feedback", json=said, timeout=WAIT_SECONDS).raise_for_status()
         counts[row["version"]] += 1
         answered[user] = row["version"]
         user += 1
@@ -130,7 +122,7 @@ def test_a_worse_canary_is_rejected_by_itself_and_a_better_one_promoted(first: P
         found = look()
         assert found.decision is not None and found.decision.action == "promoted", found
         assert moves()[-2:] == [("rollout", "3", "1", "gate"), ("promoted", "3", "3", "rollout")]
-        wait_for(lambda: httpx.get(f"{url}/version").json()["version"] == "3")
+        wait_for(lambda: httpx.get(f"{url}/version", timeout=WAIT_SECONDS).json()["version"] == "3")
         assert tried(url) is None and ask_as(url, 0, TEXTS[0])["version"] == "3"
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,21 +45,12 @@ TEXTS = texts_to_ask()[:12]
 
 
 @pytest.fixture(scope="module")
-def versions(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Expected]:
-    """A home with two versions, and the answers of each. The environment names the home while the module runs."""
-    folder = tmp_path_factory.mktemp("served-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setenv("DEAL_HOME", str(folder))
-        patch.setenv("DEAL_SERVING_PRECISION", "fp32")  # so that the rounding of a batch changes no answer
-        patch.setenv("DEAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
-        learn_versions(str(tiny_base), max_steps=4, learning_rate=0.02)
-        expected = answers_of(["1", "2"], TEXTS, "bank")
-        assert sum(first != second for first, second in zip(*expected.values(), strict=True)) >= 4
-        yield expected
+def versions(serving_home: Path, tiny_base: Path) -> Expected:
+    """The answers of two versions."""
+    learn_versions(str(tiny_base), max_steps=4, learning_rate=0.02)
+    expected = answers_of(["1", "2"], TEXTS, "bank")
+    assert sum(first != second for first, second in zip(*expected.values(), strict=True)) >= 4
+    return expected
 
 
 def wait_for(check: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
