@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import typer
@@ -245,11 +245,12 @@ def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by: dict[str, dict[str, float]] = defaultdict(dict)
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
-        by[describe_training(line["train"])][line["method"]] = mean([line["greedy"], line["re-centred"]])
+        by[describe_training(line["train"])][line["method"]] = fmean([line["greedy"], line["re-centred"]])
     complete = {name: [found[method] for method in methods] for name, found in by.items() if {*methods} <= {*found}}
     return {
         "methods": methods,
-        "lines": [{"train": trains[name], "values": values, "mean": mean(values)} for name, values in complete.items()],
+        "lines": [{"train": trains[name], "values": values, "mean": fmean(values)}
+                  for name, values in complete.items()],
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median, pvariance
+from statistics import fmean, median, pvariance
 from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
@@ -56,7 +56,7 @@ def row_scores(score: Mapping[str, Any]) -> list[float]:
 
 def accuracy(score: Mapping[str, Any]) -> float:
     """Mean score of a task's test rows; for labels, the share of right rows."""
-    return mean(row_scores(score))
+    return fmean(row_scores(score))
 
 
 def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | None:
@@ -96,7 +96,7 @@ class Protocol:
         found = {}
         for name, score in untouched.items():
             share = sum(accuracy(scores[name]) for scores in alone) / len(alone)
-            spread = mean(pvariance(row_scores(scores[name])) for scores in alone)
+            spread = fmean(pvariance(row_scores(scores[name])) for scores in alone)
             error = Z95 * math.sqrt(spread / len(score["correct"]))
             found[name] = share - error > max(accuracy(score), score["majority_rate"])
         return found
