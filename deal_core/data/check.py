@@ -46,7 +46,10 @@ from deal_core.data.rows import (
 from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
-_SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+_SPLITS: dict[str, dict[str, Split]] = {
+    "split": {"train": "train", "test": "test"}, "is_random": {"false": "train", "true": "test"},
+}  # fmt: skip
+"""Column → what a cell may say → split."""
 _ASKING = ("user", "human", "tool")
 """Roles whose message the assistant answers next."""
 _WHOLE_NUMBER = re.compile(r"[+-]?\d+(\.0+)?")
@@ -193,12 +196,13 @@ class RowChecker:
 
     def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
         """The split that the file names, or None; problems are appended to `problems`."""
-        if "split" not in self._columns.names:
+        name = self._columns.splitting
+        if name is None:
             return None
-        text = self._cell(values, "split", problems)
-        split = None if text is None else _SPLITS.get(text.strip().casefold())
+        text = self._cell(values, name, problems)
+        split = None if text is None else _SPLITS[name].get(text.strip().casefold())
         if text is not None and split is None:
-            why = "neither train nor test"
+            why = f"neither {' nor '.join(_SPLITS[name])}"
             problems.append(Problem("unknown split", f"{shorten(text)!r} is {why}", why))
         return split
 
@@ -290,7 +294,7 @@ class GoodRows(NamedTuple):
     digests: Digests
     input_digests: Digests
     is_test: npt.NDArray[np.bool_]
-    """Whether the file's column "split" says test; False if there is no such column."""
+    """Whether the file says that these are test rows; False if it has no column for it."""
     references: pa.Array
     """Lists of all right answers; null for rows with one."""
 
@@ -339,8 +343,8 @@ class BatchChecker:
         normal = pc.binary_join_element_wise("[", input_parts, ", ", output_parts, "]", "")
         normal_inputs = pc.binary_join_element_wise("[", input_parts, "]", "")
         is_test = pa.repeat(False, batch.num_rows)
-        if "split" in names:
-            (is_test,) = _by_value(batch.column(names["split"]), self._is_test, [pa.bool_()])
+        if self._columns.splitting is not None:
+            (is_test,) = _by_value(batch.column(names[self._columns.splitting]), self._is_test, [pa.bool_()])
         is_plain = pc.and_(normal.is_valid(), is_test.is_valid())
         return GoodRows(
             places=np.flatnonzero(is_plain),
@@ -370,7 +374,7 @@ class BatchChecker:
 
     def _is_test(self, cell: str) -> tuple[bool] | None:
         problems: list[Problem] = []
-        split = self._checker.split({self._columns.names["split"]: cell}, problems)
+        split = self._checker.split({self._columns.names[self._columns.splitting or ""]: cell}, problems)
         return None if problems else (split == "test",)
 
 

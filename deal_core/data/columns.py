@@ -20,10 +20,15 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation", "conversations"),
     "tools": ("tools",),
     "split": ("split",),
+    "is_random": ("is_random",),
 }  # fmt: skip
 """Possible names of a column; case and outer blanks do not count. The first wins; of the others a file may have one."""
 CONTEXTS: dict[str, tuple[str, ...]] = {"instruction": ("input", "context"), "question": ("context",)}
 """A prompt's column → columns whose text belongs under the prompt, as in Alpaca and Dolly files."""
+
+
+SPLITTING = ("split", "is_random")
+"""Columns that say which rows are test rows: by name, and as the rows that were drawn at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,15 @@ class Columns:
     """Content of a label cell → label, if the file itself names its labels."""
     shape: str = ""
     """What the file was recognised as, for people."""
+
+    @property
+    def splitting(self) -> str | None:
+        """The column that says which rows are test rows; None if there is none."""
+        return next((name for name in SPLITTING if name in self.names), None)
+
+    def without(self, *dropped: str) -> Columns:
+        """The same without some optional columns."""
+        return replace(self, names={name: column for name, column in self.names.items() if name not in dropped})
 
 
 def resolve_columns(
@@ -98,7 +112,7 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
     elif name in task.columns and task.columns[name] not in file_columns:
         task = replace(task, columns={})  # the names of the task's first file need not be this file's
     overview = _describe(file_columns, task, source, include_texts=True)
-    wanted = (name, *(optional for optional in OPTIONAL_OF_FORMAT[kind] if optional != "split"))
+    wanted = (name, *(optional for optional in OPTIONAL_OF_FORMAT[kind] if optional not in SPLITTING))
     found = {each: _matches(each, file_columns, task, source, overview) for each in wanted}
     if kind == "completion":
         _find_context(found, task)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from deal_core.config import DataConfig
 from deal_core.data.chats import earlier_turns
 from deal_core.data.check import BadInBatch, BatchChecker, GoodRows, is_whole_number, side_by_side
-from deal_core.data.columns import Columns
+from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_batches
@@ -46,6 +46,8 @@ from deal_core.safe_text import shorten
 
 MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
+MIN_DRAWN = 0.5
+"""Rows drawn at random become new test rows if they are at least this part of the usual share of test rows."""
 _PROGRESS_ROWS = 1000
 _SHOWN_EXAMPLES = 3
 _SPLITS: tuple[Split, Split] = ("test", "train")
@@ -101,8 +103,10 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     """Check a landed file and write the dataset: train.parquet, test.parquet, manifest.json and quarantine.jsonl.
 
     Test rows are decided by a test file, else by the column "split", else by the digests of the rows' texts. A text's
-    digest puts it on the same side in every file, with any answer. Files of an earlier call are replaced. The manifest
-    has the task's format and labels filled in.
+    digest puts it on the same side in every file, with any answer. New test rows of a known task are those drawn at
+    random, if the file says it (`is_random`) and they are enough: the others were chosen as uncertain, so they say
+    nothing about the usual text. Files of an earlier call are replaced. The manifest has the task's format and labels
+    filled in.
 
     Raises:
         ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
@@ -151,14 +155,14 @@ class ArrivalReader:
         files: list[tuple[Path, Split | None]] = [(source, None)]
         if test_source is not None:
             files = [(test_source, "test"), (source, "train")]
-        self._files = [(path, split, _columns_of(path, task, split, config)) for path, split in files]
+        self._files = [(path, split, _columns_of(path, split, landing)) for path, split in files]
         formats = {columns.format for _, _, columns in self._files}
         if len(formats) > 1:
             raise DataValidationError(
                 f"{source.name} and its test file have rows of different formats ({', '.join(sorted(formats))}); "
                 "set task.format and name the columns alike."
             )
-        self._names_split = any("split" in columns.names for _, _, columns in self._files)
+        self._names_split = any(columns.splitting is not None for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
         kind = formats.pop()
         of_kind = "exact" if kind == "labelled" else "rouge_l"
@@ -170,8 +174,8 @@ class ArrivalReader:
         # The completion of a chat in two columns is its last turn: the others belong to the prompt.
         in_one_column = all("messages" in columns.names for _, _, columns in self._files)
         self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column
-        self._test_inputs = DigestSet()
-        self._test_inputs.add(as_digests(b"".join(landing.frozen_test_inputs)))
+        self._frozen = as_digests(b"".join(landing.frozen_test_inputs))
+        self._test_inputs = self._frozen_inputs()
         self._has_frozen_rows, self._renews_tests = bool(landing.frozen_test_inputs), landing.renews_tests
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
@@ -222,23 +226,34 @@ class ArrivalReader:
                 self._on_progress(step * _PROGRESS_ROWS)
 
     def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Which rows are test rows: decided by the file, else by the column "split", else by the rows' digests.
+        """Which rows are test rows: decided by the file, else by its column, else by the rows' digests.
 
         If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
         rows can be learned.
         """
         if file_split is not None:
             return np.full(len(good.places), file_split == "test")
-        if "split" in columns.names:
+        if columns.splitting is not None:
             return good.is_test
         if self._has_frozen_rows and not self._renews_tests:
             return self._test_inputs.contains(good.input_digests)
         return first_words(good.input_digests) / 2**32 < self._config.test_share
 
+    def _frozen_inputs(self) -> DigestSet:
+        inputs = DigestSet()
+        inputs.add(self._frozen)
+        return inputs
+
+    def _judges_by_draw(self, num_random: int, num_rows: int) -> bool:
+        """Whether the rows that were drawn at random are enough for test rows, and leave rows to learn."""
+        return MIN_DRAWN * self._config.test_share * num_rows <= num_random < num_rows
+
     def _survey(self, infers_labels: bool) -> None:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
+        num_good = num_test = 0
         for _, _, good, _ in self._checked_batches():
+            num_good, num_test = num_good + len(good.places), num_test + int(good.is_test.sum())
             if self._is_split_given:
                 self._test_inputs.add(good.input_digests[good.is_test])
             if infers_labels:
@@ -248,6 +263,10 @@ class ArrivalReader:
                     if len(spellings) > MAX_INFERRED_LABELS:
                         shown = spellings if self._config.include_texts else ()
                         raise DataValidationError(_too_many_labels(self._source, shown))
+        if self._files[0][-1].splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
+            self._files = [(path, split, columns.without("is_random")) for path, split, columns in self._files]
+            self._names_split = self._is_split_given = False
+            self._test_inputs = self._frozen_inputs()
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
@@ -369,11 +388,13 @@ def _table_of(good: GoodRows, rows: npt.NDArray[np.int64], split: Split) -> pa.T
     return table.append_column(REFERENCES, references) if has_several else table
 
 
-def _columns_of(path: Path, task: TaskSchema, split: Split | None, config: DataConfig) -> Columns:
-    columns = recognise(path, task, include_texts=config.include_texts)
-    if split is not None:  # the file belongs to one split; a column "split" in it is ignored
-        columns = replace(columns, names={ours: name for ours, name in columns.names.items() if ours != "split"})
-    return columns
+def _columns_of(path: Path, split: Split | None, landing: Landing) -> Columns:
+    """The file's columns. Of several ways to name the split one is left: the file, "split", then "is_random"."""
+    columns = recognise(path, landing.task, include_texts=landing.config.include_texts)
+    if split is not None:
+        return columns.without(*SPLITTING)
+    is_drawn = landing.renews_tests and columns.splitting == "is_random"
+    return columns if is_drawn else columns.without("is_random")
 
 
 def _numbers_for_labels(source: Path) -> str:

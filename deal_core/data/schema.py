@@ -34,9 +34,9 @@ COLUMNS_OF_FORMAT: dict[Format, tuple[str, str] | tuple[str]] = {
 }
 """The required columns of each format, by this project's names."""
 OPTIONAL_OF_FORMAT: dict[Format, tuple[str, ...]] = {
-    "labelled": ("split",),
-    "completion": ("context", "split"),
-    "chat": ("tools", "split"),
+    "labelled": ("split", "is_random"),
+    "completion": ("context", "split", "is_random"),
+    "chat": ("tools", "split", "is_random"),
 }
 """The columns that a file of each format may have too."""
 

@@ -85,7 +85,8 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     """Write the reviewed right answers to a task's logged texts into the task's inbox.
 
     The file has the columns of the task, and the origin of each row: `answer_id`, `answered_by`, `answered_at`,
-    `reviewed_by` and `reviewed_at`, which ingest does not read. Of several answers to one text, the newest counts.
+    `reviewed_by` and `reviewed_at`, which ingest does not read, and `is_random`. Of several answers to one text, the
+    newest counts.
 
     Raises:
         ConfigError: The lineage does not know the task, or another process harvests it.
@@ -173,7 +174,7 @@ def _origin(said: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any
     return {
         "answer_id": answer["id"], "answered_by": f"{answer['lineage']}@{answer['version']}",
         "answered_at": when(answer["time"]), "reviewed_by": said["reviewer"] or said["source"],
-        "reviewed_at": when(said["time"]),
+        "reviewed_at": when(said["time"]), "is_random": bool(said["is_random"]),
     }  # fmt: skip
 
 

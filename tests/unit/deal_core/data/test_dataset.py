@@ -314,6 +314,46 @@ def test_a_split_column_wins_and_a_training_row_never_equals_a_test_row(tmp_path
     ]
 
 
+def drawn(num_random: int) -> list[dict[str, Any]]:
+    """The good rows; so many of them, at the end, were drawn at random."""
+    return [{**row, "is_random": index >= len(GOOD) - num_random} for index, row in enumerate(GOOD)]
+
+
+FROZEN = [row_digest("a text of the first arrival")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_renewed_test_rows_are_those_drawn_at_random(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"pets.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(drawn(25)), source)
+    else:
+        {"jsonl": write_jsonl, "csv": write_csv}[kind](source, drawn(25))
+    manifest = build(source, frozen_test_inputs=FROZEN, renews_tests=True)
+    assert (manifest.split, manifest.num_train, manifest.num_test) == ("given", 75, 25)
+    assert {row["input"] for row in rows_of(tmp_path, "test")} == {row["text"] for row in GOOD[75:]}
+
+
+@pytest.mark.parametrize("num_random", [0, 9, 100])
+def test_too_few_rows_drawn_at_random_or_nothing_else_leave_the_split_to_the_digests(
+    tmp_path: Path, num_random: int
+) -> None:
+    plain = build(write_jsonl(tmp_path / "pets.jsonl", GOOD), frozen_test_inputs=FROZEN, renews_tests=True)
+    manifest = build(write_jsonl(tmp_path / "pets.jsonl", drawn(num_random)), frozen_test_inputs=FROZEN,
+                     renews_tests=True)  # fmt: skip
+    assert (manifest.split, manifest.sha256, manifest.num_rejected) == ("hash", plain.sha256, 0)
+    assert 0 < manifest.num_test < 40
+
+
+def test_rows_drawn_at_random_are_learned_if_no_test_rows_are_renewed(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "pets.jsonl", drawn(25))
+    assert build(source, frozen_test_inputs=FROZEN).num_train == len(GOOD)
+    assert build(source).split == "hash"
+    named = [{**row, "split": "train" if index else "test"} for index, row in enumerate(drawn(25))]
+    source = write_jsonl(tmp_path / "pets.jsonl", named)
+    assert build(source, frozen_test_inputs=FROZEN, renews_tests=True).num_test == 1
+
+
 def test_a_test_file_wins_over_a_split_column(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "pets.jsonl", [{**row, "split": "test"} for row in GOOD[:80]])
     test = write_csv(tmp_path / "held_out.csv", GOOD[78:])
