@@ -11,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint type clean
+.PHONY: help setup demo test nightly lint type wheel constraints clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -34,6 +34,15 @@ lint: $(VENV)/.stamp-dev ## check style
 
 type: $(VENV)/.stamp-dev ## check types
 	$(BIN)/mypy
+
+wheel: $(VENV)/.stamp-dev ## build the wheel, in dist/
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# A local build such as torch's +cpu is in no index, and a path is only on this machine.
+constraints: $(VENV)/.stamp-dev ## write constraints.txt: the versions in the environment, after `make test` and `make nightly`
+	$(BIN)/python -m pip check
+	{ echo "# The versions that the tests passed with. make constraints writes this file."; \
+	$(BIN)/python -m pip freeze --exclude deal-pipeline | sed -nE 's/^([A-Za-z0-9._-]+==[^+ ]+)(\+[^ ]*)?$$/\1/p'; } > constraints.txt
 
 clean: ## remove the virtual environment and what the tools left; deal-home stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
