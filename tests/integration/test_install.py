@@ -20,7 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = ("deal_core", "deal_pipeline", "flows", "infra", "tasks")
 IGNORED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "benchmark-work")
 
-NOT_IN_THE_TESTS = {"bitsandbytes"}  # needs a GPU
+NOT_IN_THE_TESTS = {"bitsandbytes", "setuptools", "trackio"}
+"""The first needs a GPU, pip freeze leaves out the second, and TensorBoard and wandb stand for the third."""
 
 IMPORT_PACKAGES = """
 import importlib, sys
