@@ -11,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint type wheel constraints clean
+.PHONY: help setup demo test nightly lint type wheel constraints notebook site clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ constraints: $(VENV)/.stamp-dev ## write constraints.txt: the versions in the en
 	$(BIN)/python -m pip check
 	{ echo "# The versions that the tests passed with. make constraints writes this file."; \
 	$(BIN)/python -m pip freeze --exclude deal-pipeline | sed -nE 's/^([A-Za-z0-9._-]+==[^+ ]+)(\+[^ ]*)?$$/\1/p'; } > constraints.txt
+
+notebook: $(VENV)/.stamp-dev ## run docs/quickstart.ipynb and store what its cells show
+	$(BIN)/python -m docs.site.run_notebook
+
+site: $(VENV)/.stamp-dev ## build the documentation's site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean: ## remove the virtual environment and what the tools left; deal-home stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
