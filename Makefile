@@ -11,10 +11,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint type wheel constraints notebook site clean
+.PHONY: help setup demo test nightly lint type wheel constraints notebook site release-notes clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development needs
 
@@ -49,6 +49,10 @@ notebook: $(VENV)/.stamp-dev ## run docs/quickstart.ipynb and store what its cel
 
 site: $(VENV)/.stamp-dev ## build the documentation's site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release-notes: ## print the changelog of VERSION; without one, of what is not released yet
+	@awk -v start='## [$(or $(VERSION),Unreleased)]' '/^## \[/ {shown = index($$0, start) == 1; next} shown {print; found = 1} \
+		END {if (!found) {print "CHANGELOG.md has no section " start > "/dev/stderr"; exit 1}}' CHANGELOG.md
 
 clean: ## remove the virtual environment and what the tools left; deal-home stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
