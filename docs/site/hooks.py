@@ -30,6 +30,8 @@ PAGES = {
 FILES = {page: file for file, page in PAGES.items()}
 CODE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()((?!https?:|#)[^)#\s]+)")
+TABLE_STYLE = re.compile(r'<style scoped>.*?</style>|(?<=<table) border="1" class="dataframe"', re.DOTALL)
+"""The look of a pandas table; the site has its own."""
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 
 logger = get_plugin_logger(__name__)
@@ -40,6 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file, page in PAGES.items():
         if file.endswith(".ipynb"):
             content = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / file, as_version=4))[0]
+            content = TABLE_STYLE.sub("", content)
         else:
             content = (ROOT / file).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=content))
