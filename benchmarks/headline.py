@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def arms(protocol: Protocol) -> dict[str, list[CellJson]]:
 
     def best(chosen: Callable[[CellJson], bool]) -> list[CellJson]:
         fitting = [group for group in groups.values() if chosen(group[0])]
-        return max(fitting, key=lambda group: mean(judged_accuracy(cell, judged) for cell in group), default=[])
+        return max(fitting, key=lambda group: fmean(judged_accuracy(cell, judged) for cell in group), default=[])
 
     rival = best(lambda cell: cell["settings"]["strategy"] != OURS and cell.get("stores") == "nothing")
     name = rival[0]["settings"]["strategy"] if rival else "none"
@@ -115,7 +115,7 @@ def _has_memory(cell: CellJson, strategy: str) -> bool:
 def judged_accuracy(cell: CellJson, judged: Sequence[str]) -> float:
     """Mean accuracy over the judged tasks at the end, in percent."""
     final = final_scores(cell)
-    return 100 * mean(accuracy(final[name]) for name in judged)
+    return 100 * fmean(accuracy(final[name]) for name in judged)
 
 
 def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
@@ -129,17 +129,17 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
         "num_cells": len(cells),
         "orders": sorted({order_of(cell) for cell in cells}),
         "seeds": sorted({cell["settings"]["seed"] for cell in cells}),
-        "judged_accuracy": mean(by_cell),
+        "judged_accuracy": fmean(by_cell),
         "judged_accuracy_ci95_over_cells": t_interval(by_cell),
-        "forgetting": mean(100 * (matrix.forgetting or 0.0) for matrix in matrices) if matrices else None,
+        "forgetting": fmean(100 * (matrix.forgetting or 0.0) for matrix in matrices) if matrices else None,
         "worst_task": worst_task(cells, judged),
-        "seconds_per_training": mean(trained) if trained else None,
+        "seconds_per_training": fmean(trained) if trained else None,
         "adapter_bytes": cells[0]["versions"][-1].get("adapter_bytes"),
     }
     if pairs and cells[0]["settings"]["strategy"] not in BOUNDS:
         ratios = [judged_accuracy(cell, judged) / judged_accuracy(other, judged) for cell, other in pairs]
         found |= {
-            "ratio_to_joint": mean(ratios),
+            "ratio_to_joint": fmean(ratios),
             "ratio_to_joint_ci95_over_cells": t_interval(ratios),
             "ratio_to_joint_ci95_over_rows": bootstrap_ratio(pairs, judged),
         }
@@ -157,7 +157,7 @@ def worst_task(cells: Sequence[CellJson], judged: Sequence[str]) -> dict[str, An
             measured = [value for value in column[matrix.trained.index(name):] if value is not None]
             if name in losses:
                 losses[name].append(100 * (measured[-1] - max(measured)))
-    means = {name: mean(values) for name, values in losses.items() if values}
+    means = {name: fmean(values) for name, values in losses.items() if values}
     if not means:
         return None
     name = min(means, key=lambda each: means[each])
@@ -169,7 +169,7 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     if len(values) < 2:
         return None
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return [mean(values) - half, mean(values) + half]
+    return [fmean(values) - half, fmean(values) + half]
 
 
 def bootstrap_ratio(pairs: Sequence[tuple[CellJson, CellJson]], judged: Sequence[str]) -> list[float]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -46,10 +46,10 @@ def figures_of(cell: CellJson) -> dict[str, Any] | None:
     by_task = {name: 100 * accuracy(score) for name, score in scores.items()}
     targets = [(each.log_probs_NL, each.targets_N) for each in answers.values()]
     return {
-        "greedy": mean(by_task.values()),
-        "labels": 100 * mean(constrained_accuracy(*pair) for pair in targets),
-        "re-centred": 100 * mean(recentred_accuracy(*pair) for pair in targets),
-        "AUC": 100 * mean(ranking_auc(*pair) or 0.0 for pair in targets),
+        "greedy": fmean(by_task.values()),
+        "labels": 100 * fmean(constrained_accuracy(*pair) for pair in targets),
+        "re-centred": 100 * fmean(recentred_accuracy(*pair) for pair in targets),
+        "AUC": 100 * fmean(ranking_auc(*pair) or 0.0 for pair in targets),
         "by_task": by_task,
     }
 

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +30,7 @@ from deal_core.benchmark.summary import (
     read_cells,
     summarise,
 )
-from deal_core.config import TrainConfig
+from deal_core.config import TrainConfig, as_stored
 from flows.cli.tables import interval, points
 from infra.report.figures import save_png
 
@@ -59,9 +59,11 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
     rows = summarise(protocol)
     settings = some_cell(protocol)["settings"]
+    train = TrainConfig(**as_stored("train", settings["train"]))
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
-        "suite": protocol.suite, "settings": settings, "rows": rows, "tasks": task_lines(protocol, rows),
+        "suite": protocol.suite, "settings": settings, "train": {name: getattr(train, name) for name in SHOWN},
+        "rows": rows, "tasks": task_lines(protocol, rows),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
         "pictures": draw(protocol, rows, images),
@@ -241,15 +243,16 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
 def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The means of greedy and re-centred accuracy: by training settings that all three methods were run with."""
     of_suite = [line for line in lines if line["suite"] == CHOICE_SUITE]
-    methods = ["joint", "seq_lora", next((line["method"] for line in of_suite if "both" in line["method"]), "deal")]
+    methods = ["joint", "seq_lora", f"{OURS} (memory rows)"]
     by: dict[str, dict[str, float]] = defaultdict(dict)
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
-        by[describe_training(line["train"])][line["method"]] = mean([line["greedy"], line["re-centred"]])
+        by[describe_training(line["train"])][line["method"]] = fmean([line["greedy"], line["re-centred"]])
     complete = {name: [found[method] for method in methods] for name, found in by.items() if {*methods} <= {*found}}
     return {
         "methods": methods,
-        "lines": [{"train": trains[name], "values": values, "mean": mean(values)} for name, values in complete.items()],
+        "lines": [{"train": trains[name], "values": values, "mean": fmean(values)}
+                  for name, values in complete.items()],
     }  # fmt: skip
 
 
@@ -276,9 +279,12 @@ def main(
     protocol = sorted(protocol_lines(development), key=lambda line: (line["suite"], line["method"]))
     today = {name: getattr(TrainConfig(), name) for name in SHOWN}
     reported = [line for line in protocol_lines(cells) if line["train"] == today]
+    tables.sort(key=lambda table: table["suite"].zfill(3))
     shown = {
+        "current": [table for table in tables if table["train"] == today],
+        "low": [table for table in tables if table["train"] != today],
         "reported": sorted(reported, key=lambda line: (line["suite"], line["order"], line["seed"], line["method"])),
-        "tables": sorted(tables, key=lambda table: table["suite"].zfill(3)), "tried": tried, "num_tried": len(tried),
+        "tables": tables, "tried": tried, "num_tried": len(tried),
         "protocol": protocol, "chosen": choice_of(protocol), "cost": cost, "cost_names": COST_NAMES,
         "roundings": roundings(cells),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),

@@ -8,17 +8,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median, pvariance
+from statistics import fmean, median, pvariance
 from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
-from deal_core.config import MethodConfig
+from deal_core.config import MEMORY, MethodConfig
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
+MEMORY_ROWS = [f"rehearsal.{name} {value}" for name, value in MEMORY["rows"].items() if name != "max_stored_rows"]
+"""Departures of `memory: rows`, without the limit of stored rows: no cell stores so many."""
 KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "per_task": "an adapter per task",
                   "joint_memory": "a tenth of the rows", "joint": "all rows"}  # fmt: skip
 CellJson = Mapping[str, Any]
@@ -56,7 +58,7 @@ def row_scores(score: Mapping[str, Any]) -> list[float]:
 
 def accuracy(score: Mapping[str, Any]) -> float:
     """Mean score of a task's test rows; for labels, the share of right rows."""
-    return mean(row_scores(score))
+    return fmean(row_scores(score))
 
 
 def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | None:
@@ -96,7 +98,7 @@ class Protocol:
         found = {}
         for name, score in untouched.items():
             share = sum(accuracy(scores[name]) for scores in alone) / len(alone)
-            spread = mean(pvariance(row_scores(scores[name])) for scores in alone)
+            spread = fmean(pvariance(row_scores(scores[name])) for scores in alone)
             error = Z95 * math.sqrt(spread / len(score["correct"]))
             found[name] = share - error > max(accuracy(score), score["majority_rate"])
         return found
@@ -141,13 +143,18 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 
 
 def departures(cell: CellJson) -> str:
-    """Describe a cell's settings that differ from today's defaults, and a past revision, for people."""
+    """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
+
+    "memory rows" stands for MEMORY_ROWS.
+    """
     settings = cell["settings"]
     revision = settings.get("revision", 1)
     is_past = revision < revision_of(settings["strategy"])
     is_bound = settings["strategy"] in BOUNDS
     today = {} if is_bound else json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
+    if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:
+        changes = ["memory rows", *(change for change in changes if change not in MEMORY_ROWS)]
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 

@@ -164,6 +164,14 @@ def test_departures_from_the_defaults_are_named():
     assert departures(made("joint", [])) == ""
 
 
+def test_stored_rows_of_the_product_s_setting_are_called_memory_rows():
+    method = {"rehearsal.texts": "both", "rehearsal.stored_share": 0.1}
+    assert departures(made("deal", [], method=method)) == "memory rows"
+    assert departures(made("deal", [], method={**method, "deal.energy": 0.5})) == "memory rows, deal.energy 0.5"
+    assert departures(made("deal", [], method={**method, "rehearsal.stored_share": 0.2})) != "memory rows"
+    assert "memory" not in departures(made("replay", [], method=method))
+
+
 def test_a_strategy_that_gives_other_results_than_before_has_cells_of_its_own(monkeypatch):
     def cell() -> Cell:
         return make_cell(
