@@ -11,10 +11,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly lint type clean
+.PHONY: help setup demo test nightly lint type wheel constraints notebook site release-notes clean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp-dev ## make the virtual environment, with what development needs
 
@@ -34,6 +34,25 @@ lint: $(VENV)/.stamp-dev ## check style
 
 type: $(VENV)/.stamp-dev ## check types
 	$(BIN)/mypy
+
+wheel: $(VENV)/.stamp-dev ## build the wheel, in dist/
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# A local build such as torch's +cpu is in no index, and a path is only on this machine.
+constraints: $(VENV)/.stamp-dev ## write constraints.txt: the versions in the environment, after `make test` and `make nightly`
+	$(BIN)/python -m pip check
+	{ echo "# The versions that the tests passed with. make constraints writes this file."; \
+	$(BIN)/python -m pip freeze --exclude deal-pipeline | sed -nE 's/^([A-Za-z0-9._-]+==[^+ ]+)(\+[^ ]*)?$$/\1/p'; } > constraints.txt
+
+notebook: $(VENV)/.stamp-dev ## run docs/quickstart.ipynb and store what its cells show
+	$(BIN)/python -m docs.site.run_notebook
+
+site: $(VENV)/.stamp-dev ## build the documentation's site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release-notes: ## print the changelog of VERSION; without one, of what is not released yet
+	@awk -v start='## [$(or $(VERSION),Unreleased)]' '/^## \[/ {shown = index($$0, start) == 1; next} shown {print; found = 1} \
+		END {if (!found) {print "CHANGELOG.md has no section " start > "/dev/stderr"; exit 1}}' CHANGELOG.md
 
 clean: ## remove the virtual environment and what the tools left; deal-home stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -58,8 +58,9 @@ class AdapterConfig:
 
 Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
+ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
-    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False},
+    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": ()},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
@@ -117,6 +118,8 @@ class TrainConfig:
     """Processes that share every micro-batch, one per device. The result differs only by rounding."""
     quantize: Quantize = "none"
     """Precision of the frozen base model's linear layers: 8bit and 4bit (NF4) need CUDA and bitsandbytes."""
+    report_to: tuple[ReportTool, ...] = ()
+    """Tools that get the loss and the rate of every step, in addition to MLflow. They must be installed."""
 
     def __post_init__(self) -> None:
         _require(
@@ -126,9 +129,9 @@ class TrainConfig:
         )
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, for digests: all but num_processes."""
+        """The settings that decide the result, for digests: all but num_processes and report_to."""
         values = asdict(self)
-        del values["num_processes"]
+        del values["num_processes"], values["report_to"]
         return known_before("train", values)
 
     def num_steps(self, num_rows: int) -> int:

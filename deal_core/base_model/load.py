@@ -179,7 +179,7 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"train.quantize is {quantize}, which needs bitsandbytes; install it, in the project's checkout: "
-            "pip install '.[quantize]'"
+            "pip install '.[gpu]'"
         )
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantize == "4bit":

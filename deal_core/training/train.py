@@ -20,6 +20,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.training.reporting import Reporting, reported, require_installed
 from deal_core.training.trainer import AdapterTrainer, find_checkpoint
 
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -59,6 +60,7 @@ class TrainingSetup:
         adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
         method: Settings of the strategies; each strategy reads its own part.
         train: Steps, batches and learning rate.
+        reporting: Names for the tools of `train.report_to`; None: the training is not reported to them.
     """
 
     task: TaskSchema
@@ -67,6 +69,7 @@ class TrainingSetup:
     adapter: AdapterConfig
     method: MethodConfig
     train: TrainConfig
+    reporting: Reporting | None = None
 
 
 def train_adapter(
@@ -104,7 +107,7 @@ def train_adapter(
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
-    args = training_arguments(train, checkpoint_folder, num_rows)
+    args = training_arguments(train, checkpoint_folder, num_rows, setup.reporting)
     if args.world_size != train.num_processes:
         raise ConfigError(
             f"train.num_processes is {train.num_processes}, but here {args.world_size} train; an adaptation starts its "
@@ -148,7 +151,8 @@ def train_adapter(
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
-        trainer.run(checkpoint)
+        with reported(trainer, setup.reporting):
+            trainer.run(checkpoint)
         seconds = time.perf_counter() - started
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
@@ -187,8 +191,16 @@ def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
         )
 
 
-def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: int) -> TrainingArguments:
-    """Translate this project's settings into transformers' TrainingArguments."""
+def training_arguments(
+    train: TrainConfig, checkpoint_folder: Path, num_rows: int, reporting: Reporting | None = None
+) -> TrainingArguments:
+    """Translate this project's settings into transformers' TrainingArguments.
+
+    Raises:
+        ConfigError: A tool of `train.report_to` is not installed.
+    """
+    if reporting is not None:
+        require_installed(train.report_to)
     save_steps = train.checkpoint_steps
     args = TrainingArguments(
         output_dir=str(checkpoint_folder),
@@ -205,7 +217,9 @@ def training_arguments(train: TrainConfig, checkpoint_folder: Path, num_rows: in
         save_total_limit=2,
         seed=train.seed,
         gradient_checkpointing=train.gradient_checkpointing,
-        report_to=[],
+        report_to=[] if reporting is None else [*train.report_to],
+        project="huggingface" if reporting is None else reporting.project,
+        run_name=None if reporting is None else reporting.run,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,

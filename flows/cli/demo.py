@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.adapt import AdaptResult, Scores
 from flows.watch import WatchResult, watch
-from infra.report.figures import result_figure, save_png
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, TASK_FILE
 from infra.tracking.registry import open_registry
@@ -174,7 +174,9 @@ def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
 
 
 def _make_room(picture: Path) -> None:
-    """Check before the work whether the picture can be written."""
+    """Check before the work whether the picture can be drawn and written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("The demo's picture needs matplotlib, which is not installed here; pip install matplotlib.")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,5 +194,7 @@ def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
     name, rival = next(
         ((outcome.strategy, matrix) for outcome, matrix in rivals if matrix and matrix.tasks == first.tasks), ("", None)
     )
+    from infra.report.figures import result_figure, save_png
+
     save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=name), picture)
     return picture

@@ -6,6 +6,7 @@ All servers listen on the loopback address only.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import socket
 import time
@@ -83,12 +84,14 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     """Start both servers and wait until they answer.
 
     Raises:
-        ConfigError: MLFLOW_TRACKING_URI names a server, or a port is taken.
+        ConfigError: MLFLOW_TRACKING_URI names a server, a port is taken, or MLflow's server is not installed.
         StartError: A server ended, or does not answer in time. The caller must then call `stop`.
     """
     settings = TrackingSettings()
     if settings.tracking_uri.startswith(("http://", "https://")):
         raise ConfigError("MLFLOW_TRACKING_URI names a server; deal up starts one of its own, so unset it.")
+    if importlib.util.find_spec("flask") is None:
+        raise ConfigError("MLflow's server is not installed here, only its client, as on a worker; pip install mlflow.")
     for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
         with socket.socket() as probe:
             probe.settimeout(1)

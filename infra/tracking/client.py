@@ -19,6 +19,8 @@ from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
 
+MLFLOW = "mlflow-skinny"
+"""The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""
 RUN_KEY = "deal.run_key"
 """Tag of a run, a model and a version: the key of their adaptation."""
 KIND = "deal.kind"

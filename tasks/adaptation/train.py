@@ -36,6 +36,7 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
+        ConfigError: A tool of `train.report_to` is not installed.
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
@@ -65,12 +66,18 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
+    from deal_core.training.reporting import Reporting, require_installed
     from deal_core.training.train import TrainingSetup
 
+    require_installed(train.report_to)  # before the base model is loaded
+    run, task = job.run, read_manifest(store, job.dataset.uri).task
+    folder = HomeSettings().home / "tensorboard" / run.lineage / run.short_key
+    reporting = Reporting(project=run.lineage, run=f"{run.lineage}-{task.name}-{run.short_key}", folder=folder)
     old_tasks = read_record(store, job.parent.adapter_uri).tasks if job.parent else ()
     return TrainingSetup(
-        task=read_manifest(store, job.dataset.uri).task, old_tasks=tuple(known.schema for known in old_tasks),
+        task=task, old_tasks=tuple(known.schema for known in old_tasks),
         strategy=job.strategy, adapter=job.adapter, method=method, train=train,
+        reporting=reporting if train.report_to else None,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from infra.report import page
+from infra.report import charts
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 
 
@@ -50,7 +50,7 @@ def plain_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
     tests/unit/infra/report and the tests in the browser draw them.
     """
-    monkeypatch.setattr(page, "inline_svg", lambda figure, name, title: f"<svg><title>{title}</title></svg>")
+    monkeypatch.setattr(charts, "inline_svg", lambda figure, name, title: f"<svg><title>{title}</title></svg>")
 
 
 @pytest.fixture

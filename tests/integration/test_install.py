@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -10,10 +11,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = ("deal_core", "deal_pipeline", "flows", "infra", "tasks")
 IGNORED = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "deal-home", "benchmark-work")
+
+NOT_IN_THE_TESTS = {"bitsandbytes", "setuptools", "trackio"}
+"""The first needs a GPU, pip freeze leaves out the second, and TensorBoard and wandb stand for the third."""
 
 IMPORT_PACKAGES = """
 import importlib, sys
@@ -27,14 +35,15 @@ for name in packages:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the project was installed from a copy, because the build writes next to the sources."""
+    """A folder with the installed wheel, which is built from a copy, because a build writes next to the sources."""
     folder = tmp_path_factory.mktemp("install")
     shutil.copytree(ROOT, folder / "copy", ignore=IGNORED)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-         "--disable-pip-version-check", "--target", str(folder / "target"), str(folder / "copy")],
-        check=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "copy")]
+    subprocess.run([*pip, *build], check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
+    install = ["install", "--no-deps", "--no-index", "--target", str(folder / "target"), str(wheel)]
+    subprocess.run([*pip, *install], check=True, stdin=subprocess.DEVNULL)
     return folder / "target"
 
 
@@ -49,7 +58,7 @@ def test_every_package_imports_from_outside_the_checkout(installed: Path, tmp_pa
 
 def test_every_module_is_installed_and_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir()}
-    assert tops - {"bin", "share"} == {*PACKAGES, "deal_pipeline-0.1.0.dist-info"}
+    assert tops - {"bin", "share"} == {*PACKAGES, f"deal_pipeline-{PROJECT['version']}.dist-info"}
     for package in PACKAGES:
         source = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")} == source
@@ -69,10 +78,38 @@ def test_the_example_data_is_installed(installed: Path) -> None:
 
 
 def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    result = subprocess.run(
-        [sys.executable, str(installed / "bin/deal"), "--help"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0 and "adapt" in result.stdout, result.stderr
+    def answer(*options: str, **environment: str) -> str:
+        result = subprocess.run(
+            [sys.executable, str(installed / "bin/deal"), *options], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(installed), **environment}, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "adapt" in answer("--help")
+    assert answer("--version") == f"deal-pipeline {PROJECT['version']}\n"
+    typed = {"_DEAL_COMPLETE": "complete_bash", "COMP_WORDS": "deal hist", "COMP_CWORD": "1"}
+    assert answer(**typed).split() == ["history"], "what the shell asks after `deal --install-completion`"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_notes_of_a_release_are_its_section_of_the_changelog(tmp_path: Path) -> None:
+    (tmp_path / "CHANGELOG.md").write_text("# Changes\n\n## [0.2.0] - soon\n\n- new\n\n## [0.1.0] - before\n\n- old\n")
+
+    def notes(*options: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "--silent", "--file", str(ROOT / "Makefile"), "release-notes", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert notes("VERSION=0.2.0").stdout.strip() == "- new"
+    assert notes("VERSION=0.1.0").stdout.strip() == "- old"
+    assert notes().returncode != 0 and "no section ## [Unreleased]" in notes().stderr
+
+
+def test_the_constraints_pin_every_dependency_to_a_release_that_anyone_can_get() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    assert [version for version in pinned.values() if Version(version).local] == [], "no index has a local build"
+    extras = PROJECT["optional-dependencies"].values()
+    for wanted in map(Requirement, itertools.chain(PROJECT["dependencies"], *extras)):
+        if wanted.name not in NOT_IN_THE_TESTS:
+            assert pinned[canonicalize_name(wanted.name)] in wanted.specifier

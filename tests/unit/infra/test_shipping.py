@@ -6,6 +6,7 @@ import configparser
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,14 @@ def test_images_get_what_they_copy_and_no_secret(tmp_path: Path) -> None:
     copied = [
         source
         for path in (INFRA / "docker").glob("*ockerfile")
-        for line in re.findall(r"^COPY (.+)", path.read_text(), re.MULTILINE)
+        for line in re.findall(r"^COPY (?!--from)(.+)", path.read_text(), re.MULTILINE)
         for source in line.split()[:-1]
     ]
     patterns = (INFRA.parent / ".dockerignore").read_text().splitlines()
     sent = exclude_paths(str(INFRA.parent), patterns)
     assert set(copied) <= sent
+    packages = tomllib.loads((INFRA.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.partition(".")[0] for name in packages} <= set(copied), "the wheel is built from them"
     secrets = (".env", "infra/docker/.env", "flows/.env.local", "infra/kubernetes/secrets.yaml", "deal-home/stack.json")
     for name in secrets:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
