@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.config import TrainConfig
 from deal_core.data.dataset import Landing, validate_file
+from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from infra.settings import TrackingSettings
+from deal_core.safe_text import brief
+from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
 from tasks.base import local_tokenizer
@@ -46,6 +51,18 @@ class ShownRow(BaseModel):
     """What is missing in the prompt."""
 
 
+class LikelyWrongLabel(BaseModel):
+    """A training row whose label is probably wrong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    label: str
+    likelier: str
+    share: float
+    """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""
+
+
 class ValidateResult(BaseModel):
     """The result of the checks of a file."""
 
@@ -72,6 +89,12 @@ class ValidateResult(BaseModel):
     example: ShownRow | None
     """The first good training row."""
     sha256: str
+    warnings: tuple[str, ...] = ()
+    """What is odd about the training rows together: near duplicates, and labels with few rows."""
+    num_labels_checked: int | None = None
+    """Rows whose label was checked by a model; None: no model was asked for."""
+    likely_wrong: tuple[LikelyWrongLabel, ...] = ()
+    """Rows whose label is probably wrong, the worst first."""
 
 
 def validate(
@@ -81,7 +104,9 @@ def validate(
     task: str,
     lineage: str | None = None,
     test_data: str | None = None,
+    with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
     """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
 
@@ -93,7 +118,9 @@ def validate(
         task: Name of the task if there is no spec.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
+        with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
+        on_model: Called with the number of rows that the model has read, and that of all that it reads.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
@@ -120,8 +147,12 @@ def validate(
             renews_tests=renews_tests(store, record, read.task.name),
             on_progress=on_progress,
         )
-        report = validate_file(landing)
+        kept = _TrainingRows(MAX_COMPARED)
+        report = validate_file(landing, kept.add)
     manifest = report.manifest
+    wrong = None
+    if with_model and manifest.task.labels:
+        wrong = _likely_wrong(manifest.task, kept, choose_base(read, record), read.train, on_model)
     return ValidateResult(
         file=file,
         accepted=report.refusal is None,
@@ -142,6 +173,53 @@ def validate(
         num_several=report.num_several,
         example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
+        warnings=kept.warnings(manifest.task),
+        num_labels_checked=None if wrong is None else len(kept.inputs),
+        likely_wrong=wrong or (),
+    )
+
+
+class _TrainingRows:
+    """The first training rows of a file, and its labels' counts."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        self._counts: Counter[str] = Counter()
+        self._is_counted = True
+
+    def add(self, rows: pa.Table) -> None:
+        first = rows.slice(0, self._most - len(self.inputs))
+        self.inputs += first.column("input").to_pylist()
+        self.outputs += first.column("output").to_pylist()
+        if self._is_counted:
+            for found in rows.column("output").value_counts().to_pylist():
+                self._counts[found["values"]] += found["counts"]
+            self._is_counted = len(self._counts) <= MAX_COMPARED  # free answers, of which there may be millions
+
+    def warnings(self, task: TaskSchema) -> tuple[str, ...]:
+        copies = copies_warning(self.inputs, lambda row: brief(self.inputs[row]))
+        balance = balance_warning({label: self._counts[label] for label in task.labels})
+        return tuple(filter(None, [copies, balance]))
+
+
+def _likely_wrong(
+    task: TaskSchema, rows: _TrainingRows, source: str, train: TrainConfig, on_model: Callable[[int, int], None]
+) -> tuple[LikelyWrongLabel, ...]:
+    """The rows whose label is probably wrong by the base model's features."""
+    from datasets import Dataset
+
+    from deal_core.base_model.load import load_base
+    from deal_core.selection.label_noise import check_labels
+
+    texts = Dataset.from_dict({"input": rows.inputs, "output": rows.outputs})
+    found = check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
+    return tuple(
+        LikelyWrongLabel(
+            text=rows.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
+        )
+        for each in found
     )
 
 
