@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +29,9 @@ from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
+
+if TYPE_CHECKING:
+    from deal_core.selection.label_noise import LabelCheck
 
 
 class RefusedRow(BaseModel):
@@ -91,8 +95,8 @@ class ValidateResult(BaseModel):
     sha256: str
     warnings: tuple[str, ...] = ()
     """What is odd about the training rows together: near duplicates, and labels with few rows."""
-    num_labels_checked: int | None = None
-    """Rows whose label was checked by a model; None: no model was asked for."""
+    label_check: str | None = None
+    """What a model found about the labels, in one sentence; None: none was asked."""
     likely_wrong: tuple[LikelyWrongLabel, ...] = ()
     """Rows whose label is probably wrong, the worst first."""
 
@@ -150,9 +154,9 @@ def validate(
         kept = _TrainingRows(MAX_COMPARED)
         report = validate_file(landing, kept.add)
     manifest = report.manifest
-    wrong = None
+    checked = None
     if with_model and manifest.task.labels:
-        wrong = _likely_wrong(manifest.task, kept, choose_base(read, record), read.train, on_model)
+        checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     return ValidateResult(
         file=file,
         accepted=report.refusal is None,
@@ -174,8 +178,13 @@ def validate(
         example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
         warnings=kept.warnings(manifest.task),
-        num_labels_checked=None if wrong is None else len(kept.inputs),
-        likely_wrong=wrong or (),
+        label_check=checked and checked.describe(),
+        likely_wrong=() if checked is None else tuple(
+            LikelyWrongLabel(
+                text=kept.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
+            )
+            for each in checked.suspects
+        ),
     )
 
 
@@ -204,23 +213,17 @@ class _TrainingRows:
         return tuple(filter(None, [copies, balance]))
 
 
-def _likely_wrong(
+def _check_labels(
     task: TaskSchema, rows: _TrainingRows, source: str, train: TrainConfig, on_model: Callable[[int, int], None]
-) -> tuple[LikelyWrongLabel, ...]:
-    """The rows whose label is probably wrong by the base model's features."""
+) -> LabelCheck:
+    """Look for wrong labels with the base model."""
     from datasets import Dataset
 
     from deal_core.base_model.load import load_base
     from deal_core.selection.label_noise import check_labels
 
     texts = Dataset.from_dict({"input": rows.inputs, "output": rows.outputs})
-    found = check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
-    return tuple(
-        LikelyWrongLabel(
-            text=rows.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
-        )
-        for each in found
-    )
+    return check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
 
 
 def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:

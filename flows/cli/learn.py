@@ -400,10 +400,8 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         for bad in result.bad_rows:
             table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
         shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
-    if result.num_labels_checked is not None:
-        shown.append(
-            f"{len(result.likely_wrong)} of {result.num_labels_checked} labels that were checked are probably wrong"
-        )
+    if result.label_check is not None:
+        shown.append(escape(result.label_check))
     if result.likely_wrong:
         table = new_table("text", "label", "likelier")
         for row in result.likely_wrong[:_SHOWN_LABELS]:
