@@ -516,6 +516,14 @@ class SelectionConfig:
             "a share such as 0.3 or a number of rows.",
         )
 
+        used_by = {"band": ("pick", "band"), "temperature": ("pick", "weighted"), "target": ("score", "difficulty")}
+        for name, (setting, value) in used_by.items():
+            _require(
+                name not in changed or getattr(self, setting) == value,
+                f"selection.{name} would do nothing: selection.{setting} is {getattr(self, setting)}. Leave it out, or "
+                f"set selection.{setting} to {value}.",
+            )
+
     @property
     def is_on(self) -> bool:
         """Whether anything is chosen or named."""

@@ -183,7 +183,9 @@ def test_the_rows_that_are_read_are_known_before(task):
 @pytest.mark.parametrize(("values", "message"), [
     ({"score": "loss"}, "selection.score would do nothing"), ({"keep": 0}, "selection.keep is 0; give a share above 0"),
     ({"keep": True}, "selection.keep is True"), ({"keep": 1.5}, "selection.keep is 1.5"),
-    ({"keep": 5, "band": [0.5, 0.5]}, "give the smaller quantile first"),
+    ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
+    ({"keep": 5, "target": 0.1}, "selection.target would do nothing: selection.score is random"),
+    ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
