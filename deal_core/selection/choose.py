@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.adapter.state import adapter_on
+from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.config import SelectionConfig
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
@@ -32,11 +32,14 @@ from deal_core.selection.label_noise import LabelCheck, check_labels
 from deal_core.selection.measure import MeasuredAnswers, measure
 from deal_core.selection.pick import pick_rows
 from deal_core.selection.score import Candidates
+from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
 
 OnProgress = Callable[[int, int], None]
 SAMPLE, SCORE, PICK = range(3)
 """Numbers of the random choices of one selection; each has its own seed."""
+PURPOSE_STRIDE = 7_919
+"""Distance between the seeds of these choices."""
 MAX_NAMED = 10
 """Suspected rows that a note names."""
 UNDECIDED = (0.1, 0.9)
@@ -131,6 +134,8 @@ class _Choosing:
             self._score = score_class("random")
         self._measures = config.keep is not None and self._score.reads_model
         self._checks_labels = config.noise != "none" and self._labels is not None
+        num_arrivals = 0 if parent_folder is None else load_method_state(parent_folder).num_arrivals
+        self._first_seed = setup.train.seed + SEED_STRIDE * num_arrivals
 
     def make(self, key: str) -> ChosenRows:
         """Run the steps."""
@@ -150,7 +155,7 @@ class _Choosing:
         return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
 
     def _seed(self, purpose: int) -> int:
-        return self._train.seed * 7_919 + purpose
+        return self._first_seed + PURPOSE_STRIDE * purpose
 
     def _looked_at(self) -> list[int]:
         """The rows to choose from: all of them, or a random sample if a model reads them and they are too many."""

@@ -132,7 +132,9 @@ def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -
     known = sorted(set(given.tolist()))
     if len(known) < 2:
         return LabelCheck()
-    head = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_PENALTY / features_ND.shape[1], max_iter=1000))
+    # balanced: otherwise every row of a rare label would be suspected
+    classifier = LogisticRegression(C=INVERSE_PENALTY / features_ND.shape[1], max_iter=1000, class_weight="balanced")
+    head = make_pipeline(StandardScaler(), classifier)
     parts = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed % 2**32)
     array_ND = features_ND.double().numpy()[checked]
     probabilities_NL = cross_val_predict(head, array_ND, given, cv=parts, method="predict_proba")

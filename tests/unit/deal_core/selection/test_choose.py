@@ -91,6 +91,11 @@ def test_the_same_seed_gives_the_same_rows_and_leaves_the_global_generator_alone
     assert choose(config, journal="three", lend=refuse, train=replace(TRAIN, seed=1)).rows != first.rows
 
 
+def test_two_arrivals_of_as_many_rows_do_not_take_the_same_places(choose, half_learned):
+    config = SelectionConfig(keep=10)
+    assert choose(config, journal="one").rows != choose(config, journal="two", parent=None).rows
+
+
 def test_the_first_arrival_is_chosen_at_random_and_says_so(choose):
     found = choose(LOSS, parent=None, lend=refuse)
     assert found.rows == choose(SelectionConfig(keep=0.25), parent=None, lend=refuse, journal="random").rows

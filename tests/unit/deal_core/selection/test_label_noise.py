@@ -46,10 +46,19 @@ def test_of_a_third_of_wrong_labels_some_are_named_and_few_right_ones():
     assert len(found) >= 0.1 * sum(is_wrong) and sum(is_wrong[each.row] for each in found) >= 0.9 * len(found)
 
 
-def test_features_that_say_nothing_condemn_no_row():
-    features_ND = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
-    found = suspected_labels(features_ND, [NAMES[row % 3] for row in range(300)], seed=0)
-    assert not found.suspects and found.skill < MIN_SKILL and "no label could be checked" in found.describe()
+def test_features_that_say_little_condemn_no_row():
+    features_ND, labels = clusters(300, distance=0.5)
+    found = suspected_labels(features_ND, labels, seed=0)
+    assert not found.suspects and 0 < found.skill < MIN_SKILL and "no label could be checked" in found.describe()
+
+
+def test_a_rare_label_is_not_condemned_for_being_rare():
+    features_ND, labels = clusters(300, distance=6)
+    for row in range(0, 300, 25):
+        labels[row] = "rare"
+        features_ND[row, :3], features_ND[row, 3] = 0, 2.5
+    found = suspected_labels(features_ND, labels, seed=0)
+    assert sum(each.label == "rare" for each in found.suspects) <= 2
 
 
 def test_labels_with_too_few_rows_are_not_checked():
