@@ -35,7 +35,7 @@ MAX_SHARE = 0.1
 """Largest share of a suspected label, see `SuspectedLabel`."""
 INVERSE_PENALTY = 6.0
 """C·D of the logistic regression. There are often more features than rows, so the penalty is strong."""
-MIN_SKILL = 0.25
+MIN_SKILL = 1 / 6
 """Least skill of the classifier: (agreement - m) / (1 - m), m the share of the commonest label. With less, the features
 do not tell the labels apart, and a disagreement says nothing about a label."""
 
