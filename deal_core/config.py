@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from deal_core.errors import ConfigError
 from deal_core.limits import (
+    MAX_COUNT,
     AtLeastOne,
     AtLeastZero,
     Count,
@@ -465,10 +466,84 @@ class RivalConfig:
     """T of LwF's distillation."""
 
 
+Pick = Literal["high", "low", "band", "weighted"]
+NoiseGate = Literal["none", "name", "leave_out"]
+
+
+def _check_keep(keep: object) -> object:
+    is_share, is_number = isinstance(keep, float) and 0 < keep <= 1, isinstance(keep, int) and 1 <= keep <= MAX_COUNT
+    if keep is not None and (isinstance(keep, bool) or not (is_share or is_number)):
+        raise ConfigError(
+            f"selection.keep is {brief(keep)}; give a share above 0 and at most 1.0, or a number of rows from 2."
+        )
+    return keep
+
+
+@settings("selection")
+class SelectionConfig:
+    """Which rows of an arrival are trained on. Every strategy heeds it, since it comes before the strategy."""
+
+    keep: Annotated[ShareAboveZero | Annotated[Count, Field(ge=2)] | None, BeforeValidator(_check_keep)] = None
+    """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row."""
+    score: str = "random"
+    """The number that a row is chosen by: random, length, loss, difficulty, errors, or an installed package's."""
+    pick: Pick = "high"
+    """high, low: the rows with the largest or smallest scores. band: rows whose scores lie in the quantiles of `band`,
+    at random. weighted: at random, with probabilities in proportion to exp(score / temperature)."""
+    band: tuple[Share, Share] = (0.25, 0.75)
+    """Smallest and largest quantile of `pick: band`."""
+    temperature: Positive = 1.0
+    """τ of `pick: weighted`. A small one takes the rows with the largest scores."""
+    target: Share = 0.5
+    """Share of wrong answers that the score `difficulty` prefers."""
+    strata: Literal["label", "none"] = "label"
+    """label: the labels keep their shares, and every label has a row if there is room. none: scores alone decide."""
+    max_scored: Count = 20_000
+    """Most rows that a model reads to choose among them. Of more rows, a random sample with the labels' shares is
+    read."""
+    noise: NoiseGate = "none"
+    """Rows of a labelled task whose label is probably wrong. name: they are counted and named in the run's notes.
+    leave_out: they are not trained on either."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first."
+        )
+        changed = [
+            each.name for each in fields(self)
+            if each.name not in ("keep", "noise", "max_scored") and getattr(self, each.name) != each.default
+        ]
+        _require(
+            self.keep is not None or not changed,
+            f"selection.{', selection.'.join(changed)} would do nothing: every row is trained on. Give selection.keep, "
+            "a share such as 0.3 or a number of rows.",
+        )
+
+        used_by = {"band": ("pick", "band"), "temperature": ("pick", "weighted"), "target": ("score", "difficulty")}
+        for name, (setting, value) in used_by.items():
+            _require(
+                name not in changed or getattr(self, setting) == value,
+                f"selection.{name} would do nothing: selection.{setting} is {getattr(self, setting)}. Leave it out, or "
+                f"set selection.{setting} to {value}.",
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is chosen or named."""
+        return self.keep is not None or self.noise != "none"
+
+    def num_kept(self, num_rows: int) -> int:
+        """Return how many of `num_rows` training rows are trained on, before the noise gate leaves rows out."""
+        if self.keep is None:
+            return num_rows
+        return min(num_rows, self.keep if isinstance(self.keep, int) else max(1, round(self.keep * num_rows)))
+
+
 @settings("method")
 class MethodConfig:
-    """Settings of all strategies; each reads its own part."""
+    """Settings of all strategies; each reads its own part. All heed `selection`."""
 
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
+    selection: SelectionConfig = SelectionConfig()

@@ -34,6 +34,7 @@ from deal_core.planning.memory import (
     rehearsed_rows,
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
+from deal_core.selection.choose import rows_read
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -51,6 +52,9 @@ from tasks.validate import known_champion
 
 OnProgress = Callable[[str], None]
 NUM_PROBE_STEPS = 3
+FORWARD_SHARE = 1 / 3
+"""Time that reading a row takes, as a share of a training step's time per row: the backward pass takes two of three
+parts of the computation."""
 
 
 class PlannedRemedy(BaseModel):
@@ -76,6 +80,8 @@ class PlanResult(BaseModel):
     strategy: str
     precision: str
     num_train: int
+    num_chosen: int
+    """Training rows that are trained on, before the noise gate leaves rows out; see `SelectionConfig.keep`."""
     num_test: int
     num_rejected: int
     num_steps: int
@@ -213,12 +219,16 @@ def _plan_rows(
         notes.append(f"memory and time are those of one process with the whole batch; {train.num_processes} share it")
     if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
         notes.append(f"the tensors that {setup.strategy} keeps for earlier tasks are not counted")
+    num_read = rows_read(setup, manifest.num_train, has_parent=run.champion is not None)
+    if num_read:
+        notes.append(_about_reading(num_read, seconds, train))
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
-    steps = train.num_steps(manifest.num_train)
+    num_chosen = setup.method.selection.num_kept(manifest.num_train)
+    steps = train.num_steps(num_chosen)
     return PlanResult(
         base=run.source, model_type=model.model_type, parameters=dict(model.parameters),
         adapter_parameters=sum(model.num_factor_numbers(run.rank)), rank=run.rank, strategy=setup.strategy,
-        precision=run.precision, num_train=manifest.num_train, num_test=manifest.num_test,
+        precision=run.precision, num_train=manifest.num_train, num_chosen=num_chosen, num_test=manifest.num_test,
         num_rejected=manifest.num_rejected, num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
         rehearsed_per_step=rehearsed_rows(
@@ -231,6 +241,15 @@ def _plan_rows(
         remedies=tuple(PlannedRemedy(**vars(each)) for each in remedies),
         seconds_per_step=seconds, expected_seconds=None if seconds is None else seconds * steps, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _about_reading(num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
+    """A note: a model reads rows before the training."""
+    time = ""
+    if seconds_per_step is not None:
+        seconds = FORWARD_SHARE * seconds_per_step * num_read / (train.batch_size * train.gradient_accumulation_steps)
+        time = f", about {round(seconds):,} s that are not counted above"
+    return f"the rows are chosen first: a model reads {num_read:,} rows before the training{time}"
 
 
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
@@ -281,7 +300,7 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
         train_adapter(
             load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize),
             rows,
-            replace(run.setup, train=train),
+            replace(run.setup, train=train),  # with all rows: train_adapter chooses none
             parent_folder=parent_folder,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",

@@ -23,8 +23,10 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -39,6 +41,7 @@ from deal_core.config import (
     MonitorConfig,
     RehearsalConfig,
     RivalConfig,
+    SelectionConfig,
     TrainConfig,
     check_metric,
     known_before,
@@ -46,6 +49,7 @@ from deal_core.config import (
 from deal_core.errors import ConfigError
 from deal_core.limits import describe
 from deal_core.safe_text import brief, holds_secret, shorten
+from deal_core.selection import check_score_name
 from deal_core.strategies import check_strategy_name, find_strategies
 from deal_core.yaml_file import read_yaml
 
@@ -177,6 +181,7 @@ class LineageSpec(BaseModel):
     deal: DealConfig = DealConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
+    selection: SelectionConfig = SelectionConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
@@ -187,12 +192,25 @@ class LineageSpec(BaseModel):
     def method(self) -> MethodConfig:
         """Settings of the strategies."""
         rehearsal = self.rehearsal.with_memory(self.memory)
-        return MethodConfig(deal=self.deal, rehearsal=rehearsal, rivals=self.rivals)
+        return MethodConfig(deal=self.deal, rehearsal=rehearsal, rivals=self.rivals, selection=self.selection)
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
         self.rehearsal.with_memory(self.memory)
         return self
+
+    @model_validator(mode="after")
+    def _check_score(self) -> Self:
+        check_score_name(self.selection.score)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_selection(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `selection` out where it is off: digests and stored JSON are then those of earlier releases."""
+        values: dict[str, Any] = dump(self)
+        if not self.selection.is_on:
+            values.pop("selection", None)
+        return values
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""

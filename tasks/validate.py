@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from deal_core.config import TrainConfig
 from deal_core.data.dataset import Landing, validate_file
+from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from infra.settings import TrackingSettings
+from deal_core.safe_text import brief
+from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.registry import open_registry
 from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
 from tasks.base import local_tokenizer
@@ -23,6 +29,9 @@ from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
 from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
+
+if TYPE_CHECKING:
+    from deal_core.selection.label_noise import LabelCheck
 
 
 class RefusedRow(BaseModel):
@@ -44,6 +53,18 @@ class ShownRow(BaseModel):
     answer: str
     note: str | None = None
     """What is missing in the prompt."""
+
+
+class LikelyWrongLabel(BaseModel):
+    """A training row whose label is probably wrong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    label: str
+    likelier: str
+    share: float
+    """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""
 
 
 class ValidateResult(BaseModel):
@@ -72,6 +93,12 @@ class ValidateResult(BaseModel):
     example: ShownRow | None
     """The first good training row."""
     sha256: str
+    warnings: tuple[str, ...] = ()
+    """What is odd about the training rows together: near duplicates, and labels with few rows."""
+    label_check: str | None = None
+    """What a model found about the labels, in one sentence; None: none was asked."""
+    likely_wrong: tuple[LikelyWrongLabel, ...] = ()
+    """Rows whose label is probably wrong, the worst first."""
 
 
 def validate(
@@ -81,7 +108,9 @@ def validate(
     task: str,
     lineage: str | None = None,
     test_data: str | None = None,
+    with_model: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
     """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
 
@@ -93,7 +122,9 @@ def validate(
         task: Name of the task if there is no spec.
         lineage: Replaces the spec's lineage.
         test_data: Replaces the spec's file of test rows.
+        with_model: Check the labels with the base model, which is fetched if it is not on this machine.
         on_progress: Called now and then with the number of rows read.
+        on_model: Called with the number of rows that the model has read, and that of all that it reads.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
@@ -120,8 +151,12 @@ def validate(
             renews_tests=renews_tests(store, record, read.task.name),
             on_progress=on_progress,
         )
-        report = validate_file(landing)
+        kept = _TrainingRows(MAX_COMPARED)
+        report = validate_file(landing, kept.add)
     manifest = report.manifest
+    checked = None
+    if with_model and manifest.task.labels:
+        checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
     return ValidateResult(
         file=file,
         accepted=report.refusal is None,
@@ -142,7 +177,53 @@ def validate(
         num_several=report.num_several,
         example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
         sha256=manifest.sha256,
+        warnings=kept.warnings(manifest.task),
+        label_check=checked and checked.describe(),
+        likely_wrong=() if checked is None else tuple(
+            LikelyWrongLabel(
+                text=kept.inputs[each.row], label=each.label, likelier=each.likelier, share=round(each.share, 4)
+            )
+            for each in checked.suspects
+        ),
     )
+
+
+class _TrainingRows:
+    """The first training rows of a file, and its labels' counts."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
+        self._counts: Counter[str] = Counter()
+        self._is_counted = True
+
+    def add(self, rows: pa.Table) -> None:
+        first = rows.slice(0, self._most - len(self.inputs))
+        self.inputs += first.column("input").to_pylist()
+        self.outputs += first.column("output").to_pylist()
+        if self._is_counted:
+            for found in rows.column("output").value_counts().to_pylist():
+                self._counts[found["values"]] += found["counts"]
+            self._is_counted = len(self._counts) <= MAX_COMPARED  # free answers, of which there may be millions
+
+    def warnings(self, task: TaskSchema) -> tuple[str, ...]:
+        copies = copies_warning(self.inputs, lambda row: brief(self.inputs[row]))
+        balance = balance_warning({label: self._counts[label] for label in task.labels})
+        return tuple(filter(None, [copies, balance]))
+
+
+def _check_labels(
+    task: TaskSchema, rows: _TrainingRows, source: str, train: TrainConfig, on_model: Callable[[int, int], None]
+) -> LabelCheck:
+    """Look for wrong labels with the base model."""
+    from datasets import Dataset
+
+    from deal_core.base_model.load import load_base
+    from deal_core.selection.label_noise import check_labels
+
+    texts = Dataset.from_dict({"input": rows.inputs, "output": rows.outputs})
+    return check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
 
 
 def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:

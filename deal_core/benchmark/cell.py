@@ -83,12 +83,16 @@ class Cell:
         return {"all": self.tasks[: version + 2], "ends": self.tasks[version : version + 1], "last": ()}[self.scored]
 
     def shared_digest(self) -> str | None:
-        """Digest of the first version if it is plain LoRA without kept rows; else None.
+        """Digest of the first version if it is plain LoRA on all rows without kept rows; else None.
 
         Cells with the same digest share their first version, which is trained and scored once.
         """
         method = {"deal.sides": "both", "rehearsal.texts": "arrival", **self.method}
-        is_plain = method["deal.sides"] == "both" and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
+        is_plain = (
+            method["deal.sides"] == "both"
+            and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
+            and not any(name.startswith("selection.") for name in method)
+        )
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
         names = ("seed", "rows", "part", "max_test_rows", "adapter", "train", "base", "data")
@@ -130,8 +134,8 @@ def _later_revision(strategy: str) -> dict[str, int]:
 
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
-    """Return the method settings that a strategy reads, by dotted name."""
-    reads = strategy_class(strategy).reads
+    """Return the method settings that a strategy reads, by dotted name; those of `selection` if it is on."""
+    reads = (*strategy_class(strategy).reads, *(("selection",) if method.selection.is_on else ()))
     flat = {
         f"{part}.{name}": value
         for part, values in asdict(method).items()

@@ -20,7 +20,7 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
-from deal_core.benchmark.frozen_head import answer_by_head, features
+from deal_core.benchmark.frozen_head import answer_by_head
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import MEMORY, EvaluateConfig, MethodConfig, RehearsalConfig
 from deal_core.data.prompts import encode_prompt
@@ -30,6 +30,8 @@ from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
+from deal_core.selection.choose import ChosenRows, choose_rows
+from deal_core.selection.features import features
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -131,23 +133,28 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     """Train and score one version. VERSION_FILE is written last and marks the version as complete."""
     cell, num_versions = run.cell, len(_learned(run.cell))
     is_bound = cell.strategy in BOUNDS
-    num_steps = sum(cell.train.num_steps(len(_rows(run, name))) for name in learned)
+    setup = TrainingSetup(
+        task=run.tasks[learned[0]].schema,
+        strategy="seq_lora" if is_bound else cell.strategy,
+        adapter=cell.adapter,
+        method=run.method,
+        train=cell.train,
+        old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
+    )
+    parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
+    started = time.perf_counter()
+    rows = _rows(run, learned[0])
+    chosen = None if is_bound else _choose(run, number, rows, setup, parent_folder)
+    if chosen is not None:
+        rows = rows.select(chosen.rows)
+    num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
 
-    started = time.perf_counter()
     result = train_adapter(
-        run.base, _rows(run, learned[0]),
-        TrainingSetup(
-            task=run.tasks[learned[0]].schema,
-            strategy="seq_lora" if is_bound else cell.strategy,
-            adapter=cell.adapter,
-            method=run.method,
-            train=cell.train,
-            old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
-        ),
-        parent_folder=None if number == 0 or is_bound else _folder(run, number - 1),
+        run.base, rows, setup,
+        parent_folder=parent_folder,
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
         output_folder=folder,
         checkpoint_folder=run.work / f"{number}-checkpoints",
@@ -157,7 +164,7 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     scored = _scored(cell, number)
     with adapter_on(run.base.model, folder) as model:
         scores = _score(run, model, scored, number + 0.7, num_versions)
-    version = {
+    version: dict[str, Any] = {
         "task": learned[0] if len(learned) == 1 else None,
         "scores": scores,
         "num_steps": result.num_steps,
@@ -168,9 +175,22 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "notes": list(result.notes),
         "machine": describe_machine(),
     }
+    if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
+        version |= {"notes": [*chosen.notes, *result.notes], "chosen": list(chosen.rows)}
     part = folder / f"{VERSION_FILE}.part"
     part.write_text(json.dumps(version))
     os.replace(part, folder / VERSION_FILE)
+
+
+def _choose(
+    run: CellRun, number: int, rows: Dataset, setup: TrainingSetup, parent_folder: Path | None
+) -> ChosenRows | None:
+    """The rows that a version learns; None: all."""
+    if not setup.method.selection.is_on:
+        return None
+    run.on_progress(number, len(_learned(run.cell)), f"{setup.task.name}: choosing rows")
+    journal = run.work / f"{number}-selection.json"
+    return choose_rows(rows, setup, lambda: run.base, parent_folder=parent_folder, journal=journal)
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

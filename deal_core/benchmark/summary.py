@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
-from deal_core.config import MEMORY, MethodConfig
+from deal_core.config import MEMORY, MethodConfig, SelectionConfig
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
 from deal_core.schema_version import require_schema_version
@@ -151,7 +151,10 @@ def departures(cell: CellJson) -> str:
     revision = settings.get("revision", 1)
     is_past = revision < revision_of(settings["strategy"])
     is_bound = settings["strategy"] in BOUNDS
-    today = {} if is_bound else json.loads(json.dumps(settings_read(settings["strategy"], MethodConfig())))
+    today = {} if is_bound else json.loads(json.dumps(
+        settings_read(settings["strategy"], MethodConfig())
+        | {f"selection.{name}": value for name, value in asdict(SelectionConfig()).items()}
+    ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:
         changes = ["memory rows", *(change for change in changes if change not in MEMORY_ROWS)]

@@ -48,12 +48,26 @@ def encode_rows(
     """Tokenise rows of (input, output) into columns prompt_ids, answer_ids, length and is_prompt_cut."""
 
     def encode(row: Mapping[str, str]) -> dict[str, Any]:
-        prompt_ids, is_cut = cut_prompt(tokenizer, task, row["input"], max_prompt_tokens)
-        answer_ids = encode_answer(tokenizer, task, row["output"], max_answer_tokens)
-        length = len(prompt_ids) + len(answer_ids)
-        return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "length": length, "is_prompt_cut": is_cut}
+        return encode_row(
+            row, tokenizer, task, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens
+        )
 
     return rows.map(encode, remove_columns=rows.column_names)
+
+
+def encode_row(
+    row: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+) -> dict[str, Any]:
+    """Tokenise one row of (input, output) into prompt_ids, answer_ids, length and is_prompt_cut."""
+    prompt_ids, is_cut = cut_prompt(tokenizer, task, row["input"], max_prompt_tokens)
+    answer_ids = encode_answer(tokenizer, task, row["output"], max_answer_tokens)
+    length = len(prompt_ids) + len(answer_ids)
+    return {"prompt_ids": prompt_ids, "answer_ids": answer_ids, "length": length, "is_prompt_cut": is_cut}
 
 
 def add_blank_row(encoded: Dataset) -> Dataset:
@@ -147,6 +161,24 @@ class AnswerCollator:
             "labels": labels,
         }
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
+
+
+def answer_collator(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool
+) -> AnswerCollator:
+    """Return the collator that pads rows to a batch for this model.
+
+    On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
+    tokens would cost more than it saves.
+
+    Args:
+        model: The base model, with or without an adapter.
+        tokenizer: Source of the padding token.
+        is_recomputed: Whether activations are recomputed, so that no cache is between prefix and texts.
+    """
+    is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+    can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
+    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model))
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -125,8 +125,12 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     return report.manifest
 
 
-def validate_file(landing: Landing) -> ValidationReport:
+def validate_file(landing: Landing, on_rows: Callable[[pa.Table], None] | None = None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
+
+    Args:
+        landing: The files and their checks.
+        on_rows: Called with the good training rows, a part at a time, in the form of ROW_SCHEMA.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
@@ -134,9 +138,12 @@ def validate_file(landing: Landing) -> ValidationReport:
     examples: list[tuple[str, str]] = []
 
     def keep(rows: pa.Table, split: Split) -> None:
-        if split == "train" and rows.num_rows and not examples:
-            first = rows.slice(0, 1).to_pylist()[0]
-            examples.append((first["input"], first["output"]))
+        if split == "train" and rows.num_rows:
+            if not examples:
+                first = rows.slice(0, 1).to_pylist()[0]
+                examples.append((first["input"], first["output"]))
+            if on_rows is not None:
+                on_rows(rows)
 
     report = ArrivalReader(landing).validate(keep, lambda bad, raw: None)
     return replace(report, example=examples[0] if examples else None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deal_core.adapter.stack import LoraStack, collect_stacks
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, can_share_prefix
+from deal_core.data.collate import AnswerCollator, answer_collator
 from deal_core.data.schema import TaskSchema
 from deal_core.strategies.rehearsal import Rehearsal
 
@@ -75,16 +75,10 @@ class TaskContext:
     train: TrainConfig
 
     def collator(self) -> AnswerCollator:
-        """Return the collator that pads rows to a batch for this base model.
-
-        On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
-        tokens would cost more than it saves.
-        """
-        is_seq2seq, model = self.base.kind == "seq2seq", self.base.model
-        is_recomputed = self.train.gradient_checkpointing  # without a cache between prefix and texts
-        can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
-        shares_prefix = can_share and can_share_prefix(model)
-        return AnswerCollator(self.base.tokenizer, is_seq2seq=is_seq2seq, shares_prefix=shares_prefix)
+        """Return the collator that pads rows to a batch for this base model."""
+        return answer_collator(
+            self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing
+        )
 
 
 class Strategy:

@@ -58,7 +58,8 @@ class TrainingSetup:
         old_tasks: The tasks that the parent has learned, in order: instructions and labels, never rows.
         strategy: Name of the strategy.
         adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
-        method: Settings of the strategies; each strategy reads its own part.
+        method: Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller
+            chooses rows first, see `deal_core.selection.choose`.
         train: Steps, batches and learning rate.
         reporting: Names for the tools of `train.report_to`; None: the training is not reported to them.
     """

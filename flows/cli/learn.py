@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from deal_core.safe_text import listed
+from deal_core.safe_text import listed, shorten
 from flows.cli.console import home_option, this_command
 from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation, show_held
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 learn_app = typer.Typer()
 _SHOWN_CHARS = 1000
+_SHOWN_LABELS = 20
 
 Base = Annotated[
     str | None,
@@ -355,13 +356,17 @@ def validate(
         str | None,
         Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
     ] = None,
+    with_model: Annotated[
+        bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
+    ] = False,
 ) -> CommandResult:
     """Check a file as a run would check it. Nothing is stored."""
     from tasks.validate import validate as validate_rows
 
     outcome = validate_rows(
-        file, spec=spec, task=task, lineage=lineage, test_data=test_data,
+        file, spec=spec, task=task, lineage=lineage, test_data=test_data, with_model=with_model,
         on_progress=lambda done: deal.screen.advanced("validate", done, None),
+        on_model=lambda done, total: deal.screen.advanced("labels", done, total),
     )  # fmt: skip
     return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
 
@@ -395,6 +400,14 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         for bad in result.bad_rows:
             table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
         shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
+    if result.label_check is not None:
+        shown.append(escape(result.label_check))
+    if result.likely_wrong:
+        table = new_table("text", "label", "likelier")
+        for row in result.likely_wrong[:_SHOWN_LABELS]:
+            table.add_row(*(escape(shorten(text)) for text in (row.text, row.label, row.likelier)))
+        shown += [heading(f"Labels to look at (the first {table.row_count}; --json has all)"), table]
+    shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
     if result.refusal:
         shown.append(f"[red]{escape(result.refusal)}[/]")
     return shown

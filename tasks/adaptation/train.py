@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +25,19 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
+    from deal_core.selection.choose import ChosenRows
     from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
+SELECTION_FILE = "selection.json"
+CHOSEN_FILE = "rows/chosen.parquet"
 
 
 @task(name="train", cache_policy=NO_CACHE)
 def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
+
+    If `method.selection` is on, the rows are chosen first. A file in the work folder keeps the choice.
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
@@ -46,11 +51,18 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
     if not (folder / SUMMARY_FILE).is_file():
         tracked = open_tracker().run(run.tracking_id)
         setup = _setup(store, job, method, train)
-        rows_file, on_log = folder / "rows" / keys.TRAIN_FILE, _on_log(tracked, train.num_steps(dataset.num_train))
+        rows_file = folder / "rows" / keys.TRAIN_FILE
         store.download_file(f"{dataset.uri}/{keys.TRAIN_FILE}", rows_file)
         with borrowed_parent(store, parent) as parent_folder:
+            chosen = _choose(job.base, setup, rows_file, parent_folder, folder)
+            num_rows = dataset.num_train if chosen is None else len(chosen.rows)
             learn = _in_this_process if train.num_processes == 1 else _in_processes
-            result = learn(job.base, setup, rows_file, parent_folder, folder, on_log)
+            result = learn(
+                job.base, setup, rows_file if chosen is None else folder / CHOSEN_FILE, parent_folder, folder,
+                _on_log(tracked, train.num_steps(num_rows)),
+            )  # fmt: skip
+        if chosen is not None:
+            result = replace(result, notes=(*chosen.notes, *result.notes))
         tracked.flush()
         summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
@@ -79,6 +91,29 @@ def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: 
         strategy=job.strategy, adapter=job.adapter, method=method, train=train,
         reporting=reporting if train.report_to else None,
     )  # fmt: skip
+
+
+def _choose(
+    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path
+) -> ChosenRows | None:
+    """Choose the rows that are trained on and write them to CHOSEN_FILE; None: all rows are trained on.
+
+    The choice is made in this process, before others start.
+    """
+    if not setup.method.selection.is_on:
+        return None
+    from datasets import Dataset
+
+    from deal_core.selection.choose import choose_rows
+
+    rows = Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent))
+    report = advance("train")
+    chosen = choose_rows(
+        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, journal=folder / SELECTION_FILE,
+        on_progress=lambda done, total: report(done, total, "choosing rows"),
+    )  # fmt: skip
+    rows.select(chosen.rows).to_parquet(folder / CHOSEN_FILE)
+    return chosen
 
 
 def _in_this_process(

@@ -25,11 +25,14 @@ Plan = Callable[..., Result]
 def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
     """Runs deal plan on the bank example with the tiny base model."""
 
-    def invoke(*options: str, base: Path = tiny_base, **train: object) -> Result:
+    def invoke(
+        *options: str, base: Path = tiny_base, selection: dict[str, object] | None = None, **train: object
+    ) -> Result:
         spec = yaml.safe_load((BANK / "spec.yaml").read_text())
         spec["base_model"] = str(base)
         spec["task"] |= {"data": str(BANK / "train.jsonl"), "test_data": str(BANK / "test.jsonl")}
         spec["train"] |= train
+        spec |= {"selection": selection} if selection else {}
         file = tmp_path / "spec.yaml"
         file.write_text(yaml.safe_dump(spec))
         return CliRunner().invoke(app, ["plan", str(file), "--home", str(tmp_path / "home"), *options])
@@ -48,6 +51,16 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
     assert found["expected_seconds"] == pytest.approx(found["seconds_per_step"] * found["num_steps"])
     left = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.parent.name != "logs"]
     assert not left, "a plan stores nothing"
+
+
+def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) -> None:
+    found = json.loads(plan("--json", num_epochs=2, max_steps=None, selection={"keep": 0.25, "noise": "name"}).stdout)
+    assert (found["num_train"], found["num_chosen"], found["num_steps"]) == (72, 18, 2 * 3)
+    assert any(
+        "a model reads 72 rows before the training, about" in note and "not counted" in note for note in found["notes"]
+    )
+    text = plan("--no-probe", selection={"keep": 0.25}).stdout
+    assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model
 
 
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:

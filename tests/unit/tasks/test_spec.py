@@ -9,6 +9,7 @@ import pytest
 
 from deal_core.config import AdapterConfig, RolloutTerms
 from deal_core.errors import ConfigError
+from tasks.lineage.choices import settings_of
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 from tests.adapting import FIRST_TRAIN
 
@@ -120,6 +121,23 @@ def test_what_reports_may_show_is_no_setting_of_the_run() -> None:
     assert hidden.config_sha256(AdapterConfig(), "deal") != parse(AdaptSpec, plain, "b").config_sha256(
         AdapterConfig(), "deal"
     )
+
+
+def test_selection_changes_digests_and_json_only_where_it_is_on() -> None:
+    plain = {"task": {"name": "t", "data": "x"}}
+    off, idle, named, kept = (
+        parse(AdaptSpec, {**plain, **change}, "a")
+        for change in ({}, {"selection": {"max_scored": 9}}, {"selection": {"noise": "name"}},
+                       {"selection": {"keep": 0.5}})
+    )  # fmt: skip
+    digests = [spec.config_sha256(AdapterConfig(), "deal") for spec in (off, idle, named, kept)]
+    assert digests[0] == digests[1] == "f3b0267dccab92b2186cd9c6050d4005ebc852eedb7023d5a38496f421df0bee"
+    assert len(set(digests)) == 3
+    assert "selection" not in off.model_dump(mode="json") and kept.model_dump()["selection"]["keep"] == 0.5
+    assert "selection" not in settings_of(off, AdapterConfig(), "deal")
+    assert kept.method.selection.keep == 0.5
+    with pytest.raises(ConfigError, match=r"selection.score is 'unknown'; give random, loss"):
+        parse(AdaptSpec, {**plain, "selection": {"keep": 0.5, "score": "unknown"}}, "a")
 
 
 def test_how_many_processes_train_is_no_setting_of_the_run() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from deal_core.benchmark.cell import Cell, revision_of
-from deal_core.config import AdapterConfig, TrainConfig, as_stored
+from deal_core.benchmark.cell import Cell, make_cell, revision_of
+from deal_core.benchmark.summary import departures
+from deal_core.config import AdapterConfig, MethodConfig, SelectionConfig, TrainConfig, as_stored
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
@@ -43,3 +44,30 @@ def test_stored_cells_of_todays_revision_keep_their_digests(folder: str) -> None
     stored = settings_in(folder)
     assert len(stored) >= 30, "the stored cells were found"
     assert {name: cell_of(settings).file_name for name, settings in stored.items()} == {name: name for name in stored}
+
+
+def made(strategy: str, method: MethodConfig) -> Cell:
+    return make_cell(
+        strategy, ("a", "b"), method=method, seed=0, train=TrainConfig(), rows=9, part="dev", max_test_rows=None,
+        scored="all", adapter=AdapterConfig(), base="b", data="d",
+    )  # fmt: skip
+
+
+SELECTING = MethodConfig(selection=SelectionConfig(keep=0.3, score="loss", pick="low"))
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "ella"])
+def test_a_selecting_cell_is_another_cell_and_shares_no_first_version(strategy: str) -> None:
+    plain, selecting = made(strategy, MethodConfig()), made(strategy, SELECTING)
+    assert not any(name.startswith("selection.") for name in plain.method)
+    idle = MethodConfig(selection=SelectionConfig(max_scored=9))
+    assert made(strategy, idle).digest() == plain.digest() != selecting.digest()
+    assert selecting.method["selection.keep"] == 0.3 and selecting.shared_digest() is None
+    assert departures({"settings": plain.to_json()}) == ""
+    assert departures({"settings": selecting.to_json()}) == (
+        "selection.keep 0.3, selection.score loss, selection.pick low"
+    )
+
+
+def test_a_bound_selects_nothing_and_keeps_its_digest() -> None:
+    assert made("joint", SELECTING).digest() == made("joint", MethodConfig()).digest()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.frozen_head import answer_by_head, features
+from deal_core.benchmark.frozen_head import answer_by_head
 from deal_core.data.schema import TaskSchema
+from deal_core.selection.features import features
 
 
 def test_the_head_finds_a_linear_rule():

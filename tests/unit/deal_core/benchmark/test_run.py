@@ -19,7 +19,7 @@ from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
-from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, SelectionConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import score_answers
@@ -200,3 +200,20 @@ def test_heads_on_the_base_model_are_scored_as_answers_are(run):
     cell = run("frozen_head")
     assert {name: len(score["correct"]) for name, score in final_scores(cell).items()} == {"colours": 6, "sizes": 6}
     assert cell["settings"]["seed"] == 0 and "num_steps" not in cell["versions"][0]
+
+
+def test_a_selecting_cell_trains_on_the_chosen_rows_in_as_many_steps(run):
+    method = MethodConfig(selection=SelectionConfig(keep=0.5, score="loss"))
+    result = run("seq_lora", method, scored="last")
+    for version in result["versions"]:
+        assert version["num_steps"] == 2 and len(set(version["chosen"])) == 8 and max(version["chosen"]) < 16
+        assert "8 of 16 training rows were chosen" in version["notes"][0]
+    first, second = (version["notes"][0] for version in result["versions"])
+    assert "at random" in first and "by loss" in second  # the first arrival has no parent
+
+
+def test_a_bound_trains_on_all_rows_whatever_is_selected(run):
+    method = MethodConfig(selection=SelectionConfig(keep=0.5))
+    for bound, num_steps in (("per_task", 4), ("joint", 8)):
+        for version in run(bound, method, scored="last")["versions"]:
+            assert version["num_steps"] == num_steps and "chosen" not in version

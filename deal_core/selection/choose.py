@@ -1,0 +1,269 @@
+"""Choose the rows of an arrival that are trained on: noise gate, strata, score, pick, in this order.
+
+The parent scores the rows: the model before the arrival. The first arrival of a lineage has no parent, and the base
+model's scores would say how odd the form of an answer is, so its rows are chosen at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from deal_core.adapter.files import digests_of, sha256_together
+from deal_core.adapter.state import adapter_on, load_method_state
+from deal_core.base_model.load import BaseModel
+from deal_core.config import SelectionConfig
+from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
+from deal_core.errors import AdapterStateError
+from deal_core.safe_text import listed
+from deal_core.schema_version import Kept, VersionedJson
+from deal_core.selection import score_class
+from deal_core.selection.label_noise import LabelCheck, check_labels
+from deal_core.selection.measure import MeasuredAnswers, measure
+from deal_core.selection.pick import pick_rows
+from deal_core.selection.score import Candidates
+from deal_core.strategies.strategy import SEED_STRIDE
+from deal_core.training.train import TrainingSetup
+
+OnProgress = Callable[[int, int], None]
+SAMPLE, SCORE, PICK = range(3)
+"""Numbers of the random choices of one selection; each has its own seed."""
+PURPOSE_STRIDE = 7_919
+"""Distance between the seeds of these choices."""
+MAX_NAMED = 10
+"""Suspected rows that a note names."""
+UNDECIDED = (0.1, 0.9)
+"""A row whose difficulty lies outside is answered rightly, or wrongly, almost always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenRows(VersionedJson):
+    """The rows that are trained on. A file keeps them, so a resumed run trains on the same rows."""
+
+    kept: ClassVar[Kept] = Kept("selection.json", AdapterStateError, version=1)
+
+    key: str
+    """Digest of all that decides the choice: settings, seed, number of rows, task and parent."""
+    rows: tuple[int, ...]
+    """Numbers of the training rows, ascending from 0."""
+    notes: tuple[str, ...]
+    """What was chosen and why, for people."""
+
+
+def choose_rows(
+    rows: Dataset,
+    setup: TrainingSetup,
+    lend_base: Callable[[], BaseModel],
+    *,
+    parent_folder: Path | None,
+    journal: Path,
+    on_progress: OnProgress = lambda done, total: None,
+) -> ChosenRows:
+    """Choose training rows by `setup.method.selection`. A second call with the same arguments reads the first's choice.
+
+    Args:
+        rows: All training rows, columns input and output, and sha256 if rows are to be named by it.
+        setup: The task, the settings and the seed.
+        lend_base: Returns the base model without an adapter. It is called only if a model reads rows.
+        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
+        journal: File of the choice; it must outlive the run's checkpoints.
+        on_progress: Called with the number of rows that the model has read, and the number that it will read.
+
+    Raises:
+        ConfigError: The score is not known or cannot be used.
+        AdapterStateError: The parent's adapter does not fit the base.
+    """
+    key = _key(rows, setup, parent_folder)
+    if journal.is_file() and (known := ChosenRows.from_json(json.loads(journal.read_bytes()))).key == key:
+        return known
+    found = _Choosing(rows, setup, lend_base, parent_folder, on_progress).make(key)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    part = journal.with_name(f"{journal.name}.part")
+    part.write_text(json.dumps(found.to_json()), encoding="utf-8")
+    os.replace(part, journal)
+    return found
+
+
+def rows_read(setup: TrainingSetup, num_rows: int, *, has_parent: bool) -> int:
+    """Return how many of `num_rows` rows a model reads before the training; 0 if the choice needs no model.
+
+    If labels are checked and the score reads the model, the rows are read twice.
+    """
+    config = setup.method.selection
+    measures = config.keep is not None and has_parent and score_class(config.score).reads_model
+    checks_labels = config.noise != "none" and bool(setup.task.labels)
+    limit = max(config.max_scored, 0 if config.keep is None else config.num_kept(num_rows))
+    return min(num_rows, limit) * (measures + checks_labels)
+
+
+def _key(rows: Dataset, setup: TrainingSetup, parent_folder: Path | None) -> str:
+    parent = None if parent_folder is None else sha256_together(digests_of(parent_folder))
+    deciding = [asdict(setup.method.selection), setup.train.deciding(), len(rows), setup.task.sha256, parent]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+class _Choosing:
+    """One choice while it is made. Rows are meant by their numbers in all training rows."""
+
+    def __init__(
+        self,
+        rows: Dataset,
+        setup: TrainingSetup,
+        lend_base: Callable[[], BaseModel],
+        parent_folder: Path | None,
+        on_progress: OnProgress,
+    ) -> None:
+        self._rows, self._task, self._train = rows, setup.task, setup.train
+        self._lend_base, self._parent_folder, self._on_progress = lend_base, parent_folder, on_progress
+        self._config = config = setup.method.selection
+        self._labels = [str(label) for label in rows["output"]] if setup.task.labels else None
+        self._budget = config.num_kept(len(rows))
+        self._score = score_class(config.score)
+        self._lacks_parent = self._score.reads_model and parent_folder is None
+        if self._lacks_parent:
+            self._score = score_class("random")
+        self._measures = config.keep is not None and self._score.reads_model
+        self._checks_labels = config.noise != "none" and self._labels is not None
+        num_arrivals = 0 if parent_folder is None else load_method_state(parent_folder).num_arrivals
+        self._first_seed = setup.train.seed + SEED_STRIDE * num_arrivals
+
+    def make(self, key: str) -> ChosenRows:
+        """Run the steps."""
+        looked_at = self._looked_at()
+        checked = self._check_labels(looked_at) if self._checks_labels else LabelCheck()
+        left_out = {each.row for each in checked.suspects} if self._config.noise == "leave_out" else set()
+        if self._config.keep is None:
+            chosen, notes = [row for row in range(len(self._rows)) if row not in left_out], []
+        else:
+            candidates = [row for row in looked_at if row not in left_out]
+            measured = self._measure(candidates) if self._measures else None
+            scores_N = self._score().score(self._candidates(candidates, measured))
+            chosen = self._pick(scores_N, candidates, self._budget, self._config, PICK)
+            notes = [*self._about_choice(chosen), *self._about_measured(chosen, candidates, measured)]
+        if self._config.noise != "none":
+            notes += [self._about_labels(checked), *self._about_rows()]
+        return ChosenRows(key=key, rows=tuple(chosen), notes=tuple(notes))
+
+    def _seed(self, purpose: int) -> int:
+        return self._first_seed + PURPOSE_STRIDE * purpose
+
+    def _looked_at(self) -> list[int]:
+        """The rows to choose from: all of them, or a random sample if a model reads them and they are too many."""
+        everything = list(range(len(self._rows)))
+        limit = max(self._config.max_scored, 0 if self._config.keep is None else self._budget)
+        if not (self._measures or self._checks_labels) or len(everything) <= limit:
+            return everything
+        random_N = score_class("random")().score(self._candidates(everything, None, SAMPLE))
+        return self._pick(random_N, everything, limit, SelectionConfig(), SAMPLE)
+
+    def _candidates(self, rows: Sequence[int], measured: MeasuredAnswers | None, purpose: int = SCORE) -> Candidates:
+        return Candidates(
+            rows=self._rows.select(rows), task=self._task, measured=measured, config=self._config,
+            seed=self._seed(purpose),
+        )  # fmt: skip
+
+    def _pick(
+        self, scores_N: Tensor, rows: Sequence[int], budget: int, config: SelectionConfig, purpose: int
+    ) -> list[int]:
+        """Return the picked ones of `rows`, which have these scores."""
+        by_label = self._labels is not None and self._config.strata == "label"
+        strata = [self._labels[row] for row in rows] if by_label and self._labels is not None else None
+        return [rows[place] for place in pick_rows(scores_N, strata, budget, config, self._seed(purpose))]
+
+    def _check_labels(self, rows: Sequence[int]) -> LabelCheck:
+        """Check the labels of these rows; the result has the rows' numbers."""
+        found = check_labels(self._lend_base(), self._task, self._rows.select(rows), self._train, self._on_progress)
+        return replace(found, suspects=tuple(replace(each, row=rows[each.row]) for each in found.suspects))
+
+    def _measure(self, rows: Sequence[int]) -> MeasuredAnswers:
+        base, done = self._lend_base(), 0
+
+        def on_progress(num_rows: int) -> None:
+            nonlocal done
+            done += num_rows
+            self._on_progress(done, len(rows))
+
+        with adapter_on(base.model, self._parent_folder) as model:
+            return measure(model, base.tokenizer, self._task, self._rows.select(rows), self._train, on_progress)
+
+    def _about_choice(self, chosen: Sequence[int]) -> Iterator[str]:
+        """Notes: how many rows were chosen, by what, and how many of each label."""
+        config, name = self._config, self._score.name
+        how = {
+            "high": "the highest", "low": "the lowest",
+            "weighted": f"at random, by exp({name} / {config.temperature:g})",
+            "band": f"at random between the quantiles {config.band[0]:g} and {config.band[1]:g}",
+        }[config.pick]  # fmt: skip
+        by = "at random" if name == "random" else f"by {name} ({how})"
+        yield f"{len(chosen):,} of {len(self._rows):,} training rows were chosen {by}{self._of_labels(chosen)}"
+        if self._lacks_parent:
+            yield (
+                f"the rows were not chosen by {config.score}: the lineage has no version yet, and the base model's "
+                "scores would say how odd the form of an answer is"
+            )
+
+    def _of_labels(self, chosen: Sequence[int]) -> str:
+        """How many rows of each label were chosen."""
+        if self._labels is None:
+            return ""
+        counts = self._counts(chosen)
+        if len(set(counts.values())) == 1:
+            return f", {next(iter(counts.values())):,} of each of {len(counts)} labels"
+        return f"; by label: {listed([f'{label} {count:,}' for label, count in counts.most_common()])}"
+
+    def _counts(self, rows: Iterable[int]) -> Counter[str]:
+        """Rows of every label of the task."""
+        assert self._labels is not None
+        counts = Counter(dict.fromkeys(self._task.labels, 0))
+        counts.update(self._labels[row] for row in rows)
+        return counts
+
+    def _about_measured(
+        self, chosen: Sequence[int], candidates: Sequence[int], measured: MeasuredAnswers | None
+    ) -> Iterator[str]:
+        """Notes: what the parent made of the chosen rows and of all that it read."""
+        if measured is None:
+            return
+        read = f"{len(candidates):,}" + (" rows" if len(candidates) == len(self._rows) else " rows drawn at random")
+        places = {row: place for place, row in enumerate(candidates)}
+        chosen_n = torch.tensor([places[row] for row in chosen])
+        loss_N, failure_N = measured.mean_loss, measured.failure_rate
+        yield (
+            f"the parent version read {read}; its mean loss per answer token is {float(loss_N.mean()):.2f}, on the "
+            f"chosen rows {float(loss_N[chosen_n].mean()):.2f}"
+        )
+        if self._score.name == "difficulty":
+            num_undecided = int(((failure_N > UNDECIDED[0]) & (failure_N < UNDECIDED[1])).sum())
+            yield (
+                f"{num_undecided:,} rows that were read have a difficulty between {UNDECIDED[0]} and {UNDECIDED[1]}; "
+                "the others are answered the same almost always"
+            )
+
+    def _about_labels(self, checked: LabelCheck) -> str:
+        """A note: the rows whose label is probably wrong."""
+        if not self._checks_labels:
+            return f"no label was checked: task {self._task.name!r} has none"
+        named = [f"{self._name_of(each.row)} ({each.label}, likelier {each.likelier})" for each in checked.suspects]
+        fate = ", and left out" if self._config.noise == "leave_out" and named else ""
+        return checked.describe() + fate + (f": {listed(named, most=MAX_NAMED, width=200)}" if named else "")
+
+    def _about_rows(self) -> Iterator[str]:
+        """Notes: near duplicates, and labels with few rows."""
+        copies = copies_warning(self._rows[:MAX_COMPARED]["input"], self._name_of)
+        balance = None if self._labels is None else balance_warning(self._counts(range(len(self._rows))))
+        yield from filter(None, [copies, balance])
+
+    def _name_of(self, row: int) -> str:
+        """A row without its text: by its digest, as its number in the file is not known here."""
+        known = "sha256" in self._rows.column_names
+        return f"sha256 {self._rows[row]['sha256'][:12]}" if known else f"row {row}"

@@ -1,0 +1,157 @@
+"""Find rows whose label is probably wrong, by a classifier that did not see their labels.
+
+A linear classifier on features of the frozen base model is fitted to four fifths of the rows and gives the labels'
+probabilities for the last fifth, five times. So every row is judged without its own label (cross-fitting, as in
+confident learning, arXiv 1911.00068). A model that was fine-tuned on the rows would repeat their wrong labels, and the
+parent does not know a new task's labels.
+
+Shapes: N rows, D features, L labels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from deal_core.base_model.load import BaseModel
+from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.selection.features import features
+from deal_core.selection.measure import CHUNK_ROWS
+
+NUM_FOLDS = 5
+"""Parts of the cross-fitting. Labels with fewer rows are not checked."""
+MAX_SHARE = 0.1
+"""Largest share of a suspected label, see `SuspectedLabel`."""
+INVERSE_PENALTY = 6.0
+"""C·D of the logistic regression. There are often more features than rows, so the penalty is strong."""
+MIN_SKILL = 1 / 6
+"""Least skill of the classifier: (agreement - m) / (1 - m), m the share of the commonest label. With less, the features
+do not tell the labels apart, and a disagreement says nothing about a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectedLabel:
+    """A row whose label is probably wrong.
+
+    Attributes:
+        row: The row's number.
+        label: Its label.
+        likelier: The likeliest other label.
+        share: p(label) / (p(label) + p(likelier)), at most MAX_SHARE.
+    """
+
+    row: int
+    label: str
+    likelier: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCheck:
+    """The result of the check.
+
+    Attributes:
+        suspects: The rows whose label is probably wrong, the least likely label first; empty below MIN_SKILL.
+        num_checked: Rows that were checked: those of labels with at least NUM_FOLDS rows.
+        agreement: Share of these rows whose label is the classifier's likeliest.
+        skill: See MIN_SKILL.
+    """
+
+    suspects: tuple[SuspectedLabel, ...] = ()
+    num_checked: int = 0
+    agreement: float = 0.0
+    skill: float = 0.0
+
+    def describe(self) -> str:
+        """Say in one sentence what was found."""
+        if self.num_checked == 0:
+            return f"no label was checked: fewer than two labels have {NUM_FOLDS} rows"
+        agrees = f"a classifier on the base model's features agrees with {self.agreement:.0%}"
+        if self.skill < MIN_SKILL:
+            return (
+                f"no label could be checked: {agrees} of {self.num_checked:,} labels, which is too little to doubt one"
+            )
+        return f"{len(self.suspects):,} of {self.num_checked:,} labels that were checked are probably wrong ({agrees})"
+
+
+def check_labels(
+    base: BaseModel,
+    task: TaskSchema,
+    rows: Dataset,
+    train: TrainConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LabelCheck:
+    """Look for rows whose label is probably wrong. The base model reads every row once.
+
+    Args:
+        base: The base model, without an adapter.
+        task: How a row becomes a prompt; it has labels.
+        rows: The rows, columns input and output.
+        train: Limit of prompts, and seed of the cross-fitting.
+        on_progress: Called with the number of rows that were read, and the number of all.
+    """
+    found = []
+    for start in range(0, len(rows), CHUNK_ROWS):
+        done = start
+
+        def read(num_rows: int) -> None:
+            nonlocal done
+            done += num_rows
+            on_progress(done, len(rows))
+
+        found.append(features(
+            base.model, base.tokenizer, task, rows[start : start + CHUNK_ROWS]["input"],
+            max_prompt_tokens=train.max_prompt_tokens, max_batch_tokens=EvaluateConfig().max_batch_tokens,
+            on_progress=read,
+        ))  # fmt: skip
+    return suspected_labels(torch.cat(found), list(rows["output"]), seed=train.seed)
+
+
+def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -> LabelCheck:
+    """Look for rows whose label has at most the share MAX_SHARE.
+
+    Args:
+        features_ND: The rows' features, see `deal_core.selection.features`.
+        labels: The rows' labels.
+        seed: Decides the parts of the cross-fitting.
+    """
+    counts = Counter(labels)
+    checked = np.array([row for row, label in enumerate(labels) if counts[label] >= NUM_FOLDS], dtype=np.int64)
+    given = np.array([labels[row] for row in checked])
+    known = sorted(set(given.tolist()))
+    if len(known) < 2:
+        return LabelCheck()
+    # balanced: otherwise every row of a rare label would be suspected
+    classifier = LogisticRegression(C=INVERSE_PENALTY / features_ND.shape[1], max_iter=1000, class_weight="balanced")
+    head = make_pipeline(StandardScaler(), classifier)
+    parts = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed % 2**32)
+    array_ND = features_ND.double().numpy()[checked]
+    probabilities_NL = cross_val_predict(head, array_ND, given, cv=parts, method="predict_proba")
+    places = np.arange(len(checked))
+    own = np.searchsorted(known, given)
+    own_N = probabilities_NL[places, own]
+    probabilities_NL[places, own] = -1
+    other_N = probabilities_NL.max(1)
+    share_N = own_N / (own_N + other_N)
+    likelier = probabilities_NL.argmax(1)
+    agreement, majority = float((own_N > other_N).mean()), max(Counter(given.tolist()).values()) / len(given)
+    skill = (agreement - majority) / (1 - majority)
+    suspected = np.flatnonzero(share_N <= MAX_SHARE) if skill >= MIN_SKILL else np.array([], dtype=np.int64)
+    suspects = tuple(
+        SuspectedLabel(
+            row=int(checked[i]), label=str(given[i]), likelier=known[likelier[i]], share=float(share_N[i])
+        )
+        for i in suspected[np.argsort(share_N[suspected], kind="stable")]
+    )
+    return LabelCheck(suspects=suspects, num_checked=len(checked), agreement=agreement, skill=skill)

@@ -1,0 +1,67 @@
+"""Runs that train on chosen rows: every stage counts them, and a resumed run takes the same ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import tasks.adaptation.train as train_stage
+from deal_core.adapter.state import load_method_state
+from deal_core.config import SelectionConfig
+from deal_core.strategies.rehearsal import unpack
+from infra.tracking.registry import open_registry
+from tasks.adaptation.report import read_page
+from tasks.context import current_store
+from tasks.lineage.version_files import borrowed_adapter
+from tests.adapting import BANK, CLINIC, run
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+TRAIN = {
+    "num_epochs": 1, "batch_size": 4, "max_prompt_tokens": 192, "max_answer_tokens": 12, "checkpoint_steps": 0,
+}  # fmt: skip
+
+
+class _DiedError(Exception):
+    pass
+
+
+def test_a_resumed_run_trains_on_the_rows_that_it_chose_first(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tiny_base, BANK, train=TRAIN, selection={"keep": 16}, memory="rows")
+    assert first.num_steps == 4 and first.dataset.num_train == 72
+    settings: dict[str, Any] = {
+        "train": TRAIN, "memory": "rows", "selection": {"score": "loss", "keep": 0.25, "noise": "name"},
+    }  # fmt: skip
+    trained_on: list[list[str]] = []
+    learn = train_stage._in_this_process
+
+    def die_once(base: Any, setup: Any, rows_file: Path, *rest: Any) -> Any:
+        trained_on.append(pq.read_table(rows_file).column("sha256").to_pylist())
+        if len(trained_on) == 1:
+            journal = json.loads((rows_file.parents[1] / "selection.json").read_text())
+            assert len(journal["rows"]) == len(trained_on[0])
+            raise _DiedError
+        return learn(base, setup, rows_file, *rest)
+
+    monkeypatch.setattr(train_stage, "_in_this_process", die_once)
+    with pytest.raises(_DiedError):
+        run(tiny_base, CLINIC, **settings)
+    monkeypatch.setattr("deal_core.selection.choose._Choosing.make", None)  # a second choice would fail
+    second = run(tiny_base, CLINIC, **settings)
+    kept = SelectionConfig(keep=0.25).num_kept(second.dataset.num_train)
+    assert trained_on[1] == trained_on[0] and len(trained_on[0]) == kept
+    assert second.num_steps == -(-kept // 4)
+    assert not list(home.rglob("selection.json")), "row numbers are of no use after the run"
+    version = open_registry().versions("l")[-1]
+    assert second.tracking_id is not None
+    _, page = read_page(second.tracking_id)
+    assert f"{kept} of {second.dataset.num_train} training rows were chosen by loss (the highest)" in page
+    assert "labels that were checked" in page or "no label could be checked" in page
+    with borrowed_adapter(current_store(), version, with_method=True) as folder:
+        stored = [len(unpack(rows)) for _, rows in sorted(load_method_state(folder).stored_rows.items())]
+    assert stored == [2, max(1, round(0.1 * kept))], "a tenth of the chosen rows, not of all"

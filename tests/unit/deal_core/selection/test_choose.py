@@ -1,0 +1,202 @@
+"""Rows are chosen before the strategy sees them, once per run, and a note says what was chosen and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from deal_core.config import AdapterConfig, MethodConfig, SelectionConfig, TrainConfig
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from deal_core.selection.choose import ChosenRows, choose_rows, rows_read
+from deal_core.training.train import TrainingSetup
+
+TRAIN = TrainConfig(max_prompt_tokens=64)
+LOSS = SelectionConfig(keep=0.25, score="loss")
+
+
+@pytest.fixture
+def choose(base, task, rows, half_learned, tmp_path):
+    """Choose among 48 rows by settings; the other arguments change the rest."""
+
+    def run(
+        selection: SelectionConfig, *, parent: Path | None = half_learned, data: Dataset | None = None,
+        task: TaskSchema = task, train: TrainConfig = TRAIN, journal: str = "selection.json", lend=lambda: base,
+        on_progress=lambda done, total: None,
+    ) -> ChosenRows:  # fmt: skip
+        setup = TrainingSetup(
+            task=task, strategy="deal", adapter=AdapterConfig(rank=4), method=MethodConfig(selection=selection),
+            train=train,
+        )  # fmt: skip
+        return choose_rows(
+            rows(48) if data is None else data, setup, lend, parent_folder=parent, journal=tmp_path / journal,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    return run
+
+
+def refuse():
+    raise AssertionError("the base model was asked for")
+
+
+def test_the_budget_is_kept_with_every_label_in_its_share(choose, rows):
+    found = choose(LOSS)
+    labels = [rows(48)[row]["output"] for row in found.rows]
+    assert len(found.rows) == 12 and sorted(found.rows) == list(found.rows)
+    assert {label: labels.count(label) for label in set(labels)} == {"red": 4, "green": 4, "blue": 4}
+    assert "12 of 48 training rows were chosen by loss (the highest), 4 of each of 3 labels" in found.notes[0]
+    assert "the parent version read 48 rows" in found.notes[1]
+
+
+def test_high_and_low_losses_are_on_either_side(choose):
+    high, low = (choose(replace(LOSS, pick=pick), journal=pick) for pick in ("high", "low"))
+    assert not set(high.rows) & set(low.rows)
+
+    def loss(found: ChosenRows) -> float:
+        return float(found.notes[1].rsplit(" ", 1)[1])
+
+    assert loss(high) > loss(low)
+
+
+def test_a_second_call_takes_the_rows_of_the_journal(choose, tmp_path):
+    first = choose(LOSS)
+    assert choose(LOSS, lend=refuse) == first
+    written = json.loads((tmp_path / "selection.json").read_text())
+    assert written["rows"] == list(first.rows) and not list(tmp_path.glob("*.part"))
+    (tmp_path / "selection.json").write_text(json.dumps({**written, "rows": [1, 2, 3]}))
+    assert choose(LOSS, lend=refuse).rows == (1, 2, 3)  # what is written counts, not what would be chosen now
+
+
+@pytest.mark.parametrize("change", [
+    {"selection": replace(LOSS, keep=0.5)}, {"train": replace(TRAIN, seed=1)}, {"parent": None},
+])  # fmt: skip
+def test_a_journal_of_another_run_is_not_taken(choose, change):
+    first = choose(LOSS)
+    assert choose(**{"selection": LOSS, **change}).key != first.key
+
+
+def test_the_same_seed_gives_the_same_rows_and_leaves_the_global_generator_alone(choose):
+    config = SelectionConfig(keep=10)
+    state = torch.get_rng_state()
+    first = choose(config, journal="one", lend=refuse)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert choose(config, journal="two", lend=refuse).rows == first.rows
+    assert choose(config, journal="three", lend=refuse, train=replace(TRAIN, seed=1)).rows != first.rows
+
+
+def test_two_arrivals_of_as_many_rows_do_not_take_the_same_places(choose, half_learned):
+    config = SelectionConfig(keep=10)
+    assert choose(config, journal="one").rows != choose(config, journal="two", parent=None).rows
+
+
+def test_the_first_arrival_is_chosen_at_random_and_says_so(choose):
+    found = choose(LOSS, parent=None, lend=refuse)
+    assert found.rows == choose(SelectionConfig(keep=0.25), parent=None, lend=refuse, journal="random").rows
+    assert "chosen at random" in found.notes[0] and "not chosen by loss" in found.notes[1]
+
+
+def test_a_model_reads_no_more_rows_than_asked(choose, rows):
+    calls: list[tuple[int, int]] = []
+    config = replace(LOSS, keep=6, max_scored=18)
+    found = choose(config, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (18, 18) and len(found.rows) == 6
+    labels = [rows(48)[row]["output"] for row in found.rows]
+    assert all(labels.count(label) == 2 for label in ("red", "green", "blue"))
+    assert "read 18 rows drawn at random" in found.notes[1]
+    assert len(choose(replace(config, keep=20), journal="more").rows) == 20  # the budget comes before the limit
+
+
+def test_rows_without_labels_have_no_strata(choose, task):
+    texts = replace(task, format="completion", labels=(), metric="rouge_l")
+    data = Dataset.from_list([{"input": f"question {i}", "output": "word " * (i % 7 + 1)} for i in range(40)])
+    found = choose(SelectionConfig(keep=5, score="length"), task=texts, data=data, lend=refuse)
+    assert all(row % 7 == 6 for row in found.rows)
+    errors = choose(SelectionConfig(keep=5, score="errors", noise="leave_out"), task=texts, data=data, journal="errors")
+    assert len(errors.rows) == 5 and "no label was checked" in errors.notes[-1]
+
+
+def swapped(rows: Dataset, wrong: dict[int, str]) -> Dataset:
+    return Dataset.from_list([{**row, "output": wrong.get(i, row["output"]), "sha256": f"{i:064x}"}
+                              for i, row in enumerate(rows)])  # fmt: skip
+
+
+def test_wrong_labels_are_named_and_left_out_only_if_asked(choose, rows, monkeypatch):
+    """The tiny base's features say little, so features that say all take their place."""
+    kinds = ("red", "green", "blue")
+    right = [row["output"] for row in rows(48)]
+    wrong = {row: kinds[(kinds.index(right[row]) + 1) % 3] for row in (5, 20)}
+    centres = {label: 8.0 * torch.eye(3)[place] for place, label in enumerate(kinds)}
+    texts = {row["input"]: row["output"] for row in rows(48)}
+
+    def features(model, tokenizer, task, inputs, **settings):
+        return torch.stack([centres[texts[text]] for text in inputs])
+
+    monkeypatch.setattr("deal_core.selection.label_noise.features", features)
+    data = swapped(rows(48), wrong)
+    named = choose(SelectionConfig(noise="name"), data=data, journal="name")
+    assert named.rows == tuple(range(48))
+    assert named.notes[0].startswith("2 of 48 labels that were checked are probably wrong")
+    assert ": sha256 " in named.notes[0]
+    assert all(f"({wrong[row]}, likelier {right[row]})" in named.notes[0] for row in wrong)
+    left = choose(SelectionConfig(noise="leave_out"), data=data, journal="out")
+    assert left.rows == tuple(row for row in range(48) if row not in wrong) and ", and left out: " in left.notes[0]
+    kept = choose(replace(LOSS, keep=46, noise="leave_out"), data=data, journal="both")
+    assert len(kept.rows) == 46 and not set(kept.rows) & set(wrong)
+
+
+def test_the_gate_reads_the_base_without_the_parents_adapter(choose, rows):
+    data = swapped(rows(48), {})
+    with_parent = choose(SelectionConfig(noise="name"), data=data, journal="one")
+    assert with_parent.notes == choose(SelectionConfig(noise="name"), data=data, journal="two", parent=None).notes
+
+
+def test_hard_rows_are_wrong_rows_and_a_band_avoids_them(choose, rows):
+    """Of rows with a wrong label, the highest losses hold more than their share, and the lowest fewer."""
+    kinds = ("red", "green", "blue")
+    data = rows(90)
+    right = data["output"]
+    wrong = {row: kinds[(kinds.index(right[row]) + 1) % 3] for row in range(0, 90, 4)}
+    held = {}
+    for pick in ("high", "low"):
+        found = choose(SelectionConfig(keep=30, score="loss", pick=pick), data=swapped(data, wrong), journal=pick)
+        held[pick] = sum(row in wrong for row in found.rows) / 30
+    assert held["low"] < len(wrong) / 90 < held["high"]
+
+
+def test_the_rows_that_are_read_are_known_before(task):
+    def setup(selection: SelectionConfig, **changes: object) -> TrainingSetup:
+        return TrainingSetup(
+            task=replace(task, **changes), strategy="deal", adapter=AdapterConfig(), train=TRAIN,
+            method=MethodConfig(selection=selection),
+        )  # fmt: skip
+
+    assert rows_read(setup(SelectionConfig()), 100, has_parent=True) == 0
+    assert rows_read(setup(SelectionConfig(keep=0.1)), 100, has_parent=True) == 0
+    assert rows_read(setup(replace(LOSS, max_scored=60)), 100, has_parent=True) == 60
+    assert rows_read(setup(LOSS), 100, has_parent=False) == 0
+    assert rows_read(setup(replace(LOSS, noise="name")), 100, has_parent=True) == 200
+    assert rows_read(setup(replace(LOSS, noise="name"), labels=()), 100, has_parent=True) == 100
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"score": "loss"}, "selection.score would do nothing"), ({"keep": 0}, "selection.keep is 0; give a share above 0"),
+    ({"keep": True}, "selection.keep is True"), ({"keep": 1.5}, "selection.keep is 1.5"),
+    ({"keep": 5, "band": [0.1, 0.5]}, "selection.band would do nothing: selection.pick is high"),
+    ({"keep": 5, "target": 0.1}, "selection.target would do nothing: selection.score is random"),
+    ({"keep": 5, "pick": "band", "band": [0.5, 0.5]}, "give the smaller quantile first"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        SelectionConfig(**values)
+
+
+def test_a_share_and_a_number_are_told_apart():
+    assert [SelectionConfig(keep=keep).num_kept(100_000) for keep in (0.01, 1000, 1.0)] == [1000, 1000, 100_000]
+    assert SelectionConfig(keep=1000).num_kept(30) == 30 and SelectionConfig(keep=0.01).num_kept(3) == 1

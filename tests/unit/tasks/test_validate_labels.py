@@ -1,0 +1,63 @@
+"""What `deal validate` says about rows together: near duplicates, rare labels and, with a model, wrong labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tasks.validate import ValidateResult, validate
+
+KINDS = {"loan": "money and interest for a house", "card": "plastic that was lost in a shop", "app": "an update of it"}
+
+
+@pytest.fixture
+def check(home: Path, tiny_base: Path, tmp_path: Path):
+    """Validate rows of (text, label), all of them training rows but one."""
+
+    def run(rows: list[tuple[str, str]], with_model: bool = False) -> ValidateResult:
+        file, test, spec = (tmp_path / name for name in ("rows.jsonl", "test.jsonl", "spec.yaml"))
+        file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+        test.write_text(json.dumps({"text": "a text of its own", "label": rows[0][1]}) + "\n")
+        values = {"base_model": str(tiny_base), "task": {"name": "t", "data": str(file), "test_data": str(test)}}
+        spec.write_text(yaml.safe_dump(values))
+        return validate(file, spec=spec, task="t", with_model=with_model)
+
+    return run
+
+
+def rows_of(number: int) -> list[tuple[str, str]]:
+    kinds = list(KINDS)
+    return [(f"{chr(97 + row % 26) * 9} {row ** 3} {KINDS[kinds[row % 3]]}", kinds[row % 3]) for row in range(number)]
+
+
+def test_near_duplicates_and_rare_labels_are_warned_of_with_texts(check) -> None:
+    text = "please change the delivery address of my parcel"
+    rows = [*rows_of(30), (f"{text.upper()}!", "card"), (text, "card"), ("something rare indeed happened", "rare")]
+    found = check(rows)
+    assert found.accepted and found.label_check is None and not found.likely_wrong
+    copies, balance = found.warnings
+    assert "1 of 33 training rows that were compared are near copies of another" in copies
+    assert "please change the delivery address" in copies and "1 of 4 labels have few rows (rare 1)" in balance
+    assert not check(rows_of(30)).warnings
+
+
+def test_a_model_names_labels_that_are_probably_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that tell the kinds apart take the place of the tiny base's, which do not."""
+    kinds = list(KINDS)
+    rows = rows_of(60)
+    rows[7] = (rows[7][0], kinds[(kinds.index(rows[7][1]) + 1) % 3])
+
+    def features(model, tokenizer, task, inputs, **settings):
+        return torch.stack([8.0 * torch.eye(3)[next(i for i, k in enumerate(kinds) if KINDS[k] in text)]
+                            for text in inputs])  # fmt: skip
+
+    assert check(rows).label_check is None
+    monkeypatch.setattr("deal_core.selection.label_noise.features", features)
+    found = check(rows, with_model=True)
+    assert found.label_check is not None and "1 of 60 labels that were checked are probably wrong" in found.label_check
+    (wrong,) = found.likely_wrong
+    assert (wrong.text, wrong.label, wrong.likelier) == (*rows[7], kinds[7 % 3]) and wrong.share <= 0.1
