@@ -30,10 +30,11 @@ from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
-from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate_answers
+from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 

@@ -21,8 +21,9 @@ import typer
 
 from benchmarks.output import write_result
 from deal_core.benchmark.summary import CellJson, read_cells
-from deal_core.config import EvaluateConfig, GateConfig
+from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
+from deal_core.judging_config import GateConfig
 
 NUM_TASKS = 50
 CONFIDENCE = GateConfig().confidence

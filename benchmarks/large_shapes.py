@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.output import write_result
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack, check_rank
-from deal_core.config import DealConfig
+from deal_core.method_config import DealConfig
 
 LAYERS, RANK = 32, 32
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}

@@ -23,11 +23,12 @@ import typer
 from benchmarks.output import write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import Precision
-from deal_core.config import EvaluateConfig, MonitorConfig
+from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_base_of
 from deal_core.evaluation.answering import ServedTask, read_served
 from deal_core.evaluation.generation import answer_inputs
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.report import TaskDrift

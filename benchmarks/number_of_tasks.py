@@ -27,9 +27,10 @@ from benchmarks.step_cost import make_parent
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.base_model.load import load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval
+from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 

@@ -25,8 +25,9 @@ from benchmarks.tiny_base import build_tiny_base
 from deal_core.adapter.state import load_method_state
 from deal_core.base_model.load import find_config, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import MethodShape, largest_batch, longest_of, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.training.train import TrainingSetup, train_adapter

@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import LlamaConfig
 
 from benchmarks.roofline import Hardware, row_flops, step_cost, step_time
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.method_config import MethodConfig
 from deal_core.planning.memory import HEADROOM, BatchShape, MethodShape, ModelSize, plan_memory
 from deal_core.planning.meta_model import measure_activations, measure_model
 

@@ -26,7 +26,8 @@ from benchmarks.ingest import CHUNK_ROWS, TASK, text_of
 from benchmarks.output import alone, write_result
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, MethodConfig, SelectionConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
 from deal_core.training.train import TrainingSetup, train_adapter
 

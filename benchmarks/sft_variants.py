@@ -26,10 +26,11 @@ from transformers.trainer_callback import PrinterCallback
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.suites import Rows
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss, encode_rows
 from deal_core.data.prompts import render_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 

@@ -28,10 +28,11 @@ from benchmarks.output import write_result
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.metrics import paired_interval
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
 from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 from infra.settings import HomeSettings

@@ -49,6 +49,16 @@ _WANTED = {
 """Pydantic's error type → what to give instead."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Refuse settings that do not fit together.
+
+    Raises:
+        ConfigError: The condition does not hold.
+    """
+    if not condition:
+        raise ConfigError(message)
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def settings(section: str) -> Callable[[Settings], Settings]:
     """Make a class a frozen dataclass that checks its fields when an instance is made.

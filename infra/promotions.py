@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from deal_core.config import RolloutKind
 from deal_core.errors import StoreError
+from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
+from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.errors import ConfigError
+from deal_core.method_config import MethodConfig
 from infra.settings import HomeSettings
 from tasks.progress import advance
 from tasks.references import BaseRef

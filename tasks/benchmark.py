@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.benchmark.cell import Cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import load_suite, with_prompts
-from deal_core.config import MethodConfig
+from deal_core.method_config import MethodConfig
 from infra.store.base import complete_file
 from tasks.base import lend_base
 from tasks.progress import advance

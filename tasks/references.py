@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.config import AdapterConfig, Quantize, RolloutTerms
+from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.judging_config import RolloutTerms
 
 Standing = Literal[
     "learned", "awaiting approval", "in rollout", "left behind", "rejected by the gate", "rejected by a person",

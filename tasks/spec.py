@@ -30,24 +30,11 @@ from pydantic import (
     model_validator,
 )
 
-from deal_core.config import (
-    AdapterConfig,
-    DataConfig,
-    DealConfig,
-    EvaluateConfig,
-    GateConfig,
-    Memory,
-    MethodConfig,
-    MonitorConfig,
-    RehearsalConfig,
-    RivalConfig,
-    SelectionConfig,
-    TrainConfig,
-    check_metric,
-    known_before,
-)
+from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
 from deal_core.errors import ConfigError
+from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
+from deal_core.method_config import DealConfig, Memory, MethodConfig, RehearsalConfig, RivalConfig, SelectionConfig
 from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.selection import check_score_name
 from deal_core.strategies import check_strategy_name, find_strategies

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deal_core.adapter.retention import ControlledUpdate, HaarRetention, LiteralRetention, SpectralRetention
-from deal_core.config import DealConfig
+from deal_core.method_config import DealConfig
 
 TINY = 1e-12
 BLOCK_BYTES = 2**23

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deal_core.adapter.factor import FactorNetwork, HaarFactor, LiteralFactor, SpectralFactor
 from deal_core.adapter.spectrum import Spectrum, count_core_slots, decompose
 from deal_core.adapter.stack import LoraStack, draw_seeds
-from deal_core.config import DealConfig
+from deal_core.method_config import DealConfig
 
 
 class Reparametrization(nn.Module):

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deal_core.benchmark.suites import Part
-from deal_core.config import AdapterConfig, MethodConfig, RehearsalConfig, TrainConfig, known_before
+from deal_core.config import AdapterConfig, TrainConfig, known_before
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError
+from deal_core.method_config import MethodConfig, RehearsalConfig
 from deal_core.strategies import find_strategies, strategy_class
 
 SCHEMA_VERSION = 2

@@ -22,7 +22,7 @@ from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
 from deal_core.benchmark.frozen_head import answer_by_head
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import MEMORY, EvaluateConfig, MethodConfig, RehearsalConfig
+from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.errors import ConfigError
 from deal_core.evaluation.general_ability import perplexity
@@ -30,6 +30,7 @@ from deal_core.evaluation.generation import LanguageModel
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
+from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.selection.choose import ChosenRows, choose_rows
 from deal_core.selection.features import features
 from deal_core.training.train import TrainingSetup, train_adapter

@@ -13,9 +13,9 @@ from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
-from deal_core.config import MEMORY, MethodConfig, SelectionConfig
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
+from deal_core.method_config import MEMORY, MethodConfig, SelectionConfig
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"

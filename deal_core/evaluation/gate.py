@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from deal_core.config import GateConfig
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
+from deal_core.judging_config import GateConfig
 
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from deal_core.config import MonitorConfig
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring import two_samples
 from deal_core.monitoring.live_accuracy import estimated_accuracy, measured_accuracy
 from deal_core.monitoring.report import (

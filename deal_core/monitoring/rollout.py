@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple
 import pandas as pd
 from scipy.special import ndtri
 
-from deal_core.config import RolloutKind, RolloutTerms
 from deal_core.data.schema import label_key
 from deal_core.evaluation.significance import PairedDrop
+from deal_core.judging_config import RolloutKind, RolloutTerms
 
 FIRST_LOOK = 3
 """The first look has the wanted rows / 2^FIRST_LOOK."""

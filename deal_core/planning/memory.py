@@ -14,9 +14,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.cpu_attention import MAX_SCORES
-from deal_core.config import AdapterConfig, MethodConfig, Quantize, TrainConfig
+from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import tasks_to_ask
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
-from deal_core.config import SelectionConfig
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.errors import AdapterStateError
+from deal_core.method_config import SelectionConfig
 from deal_core.safe_text import listed
 from deal_core.schema_version import Kept, VersionedJson
 from deal_core.selection import score_class

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deal_core.config import SelectionConfig
+from deal_core.method_config import SelectionConfig
 
 
 def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:

@@ -11,8 +11,8 @@ from typing import ClassVar
 from datasets import Dataset
 from torch import Tensor
 
-from deal_core.config import SelectionConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import SelectionConfig
 from deal_core.selection.measure import MeasuredAnswers
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from deal_core.config import MethodConfig
 from deal_core.errors import ConfigError, in_one_line
+from deal_core.method_config import MethodConfig
 
 if TYPE_CHECKING:
     from deal_core.strategies.strategy import Strategy

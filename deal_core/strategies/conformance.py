@@ -20,8 +20,9 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import load_method_state
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.training.train import TrainingSetup, train_adapter
 

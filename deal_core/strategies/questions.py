@@ -11,11 +11,12 @@ from itertools import chain
 from peft import PeftModel
 from torch import Tensor
 
-from deal_core.config import EvaluateConfig, RehearsalConfig
+from deal_core.config import EvaluateConfig
 from deal_core.data.collate import spread
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
+from deal_core.method_config import RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label, with_target
 from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
 

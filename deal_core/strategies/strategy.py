@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from deal_core.adapter.stack import LoraStack, collect_stacks
 from deal_core.base_model.load import BaseModel
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_collator
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.strategies.rehearsal import Rehearsal
 
 Stores = Literal["nothing", "data"]

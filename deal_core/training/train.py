@@ -14,10 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.strategy import MethodState, TaskContext
 from deal_core.training.reporting import Reporting, reported, require_installed

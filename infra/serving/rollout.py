@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
 
-from deal_core.config import RolloutKind
 from deal_core.errors import ConfigError, DealError, RegistryError
 from deal_core.evaluation.answerer import Answered, Answerer, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedVersion
+from deal_core.judging_config import RolloutKind
 from infra.served_model import require_own_loader
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.store.base import temporary_folder

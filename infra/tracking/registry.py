@@ -23,8 +23,8 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from deal_core.adapter.files import Recorded, as_recorded, digests_of, require_undamaged
-from deal_core.config import RolloutTerms
 from deal_core.errors import RegistryError
+from deal_core.judging_config import RolloutTerms
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
 from infra.tracking.client import (

@@ -11,9 +11,9 @@ from functools import partial
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deal_core.config import GateConfig
 from deal_core.evaluation.answer_scores import all_of, right_answers
 from deal_core.evaluation.report import EvaluationReport, Judged
+from deal_core.judging_config import GateConfig
 from infra.judge import Judge, JudgeError, open_judge
 from infra.store.base import ObjectStore
 from tasks.adaptation.frozen_rows import first_rows, load_test_sets, read_answers

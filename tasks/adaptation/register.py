@@ -11,9 +11,9 @@ from prefect.cache_policies import NO_CACHE
 
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
-from deal_core.config import GateConfig
 from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.judging_config import GateConfig
 from infra.settings import HomeSettings
 from infra.tracking.registry import VersionFacts, open_registry
 from infra.tracking.tracker import open_tracker

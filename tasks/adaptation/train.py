@@ -11,7 +11,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.adapter.files import digests_of, sha256_together
-from deal_core.config import MethodConfig, TrainConfig
+from deal_core.config import TrainConfig
+from deal_core.method_config import MethodConfig
 from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, complete_file

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from deal_core.config import AdapterConfig, EvaluateConfig, Memory
+from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix, KeptMatrix
+from deal_core.method_config import Memory
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store.base import ObjectStore
 from tasks.lineage.version_files import reading_beside

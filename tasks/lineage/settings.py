@@ -16,8 +16,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BeforeValidator
 
-from deal_core.config import MEMORY, MonitorConfig
 from deal_core.errors import ConfigError, in_one_line
+from deal_core.judging_config import MonitorConfig
+from deal_core.method_config import MEMORY
 from deal_core.safe_text import brief
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys

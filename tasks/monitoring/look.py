@@ -12,8 +12,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.config import MonitorConfig
 from deal_core.errors import ConfigError
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
 from infra.predictions import read_feedback

@@ -6,8 +6,8 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.config import RolloutTerms
 from deal_core.errors import RegistryError
+from deal_core.judging_config import RolloutTerms
 from deal_core.monitoring.rollout import RolloutReport, judge
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import Move, PromotionLog

@@ -11,8 +11,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from deal_core.base_model.load import load_base
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.method_config import MethodConfig
 from deal_core.training.ranks import TrainingJob, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 

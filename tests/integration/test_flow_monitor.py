@@ -15,9 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from deal_core.config import MonitorConfig
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
+from deal_core.judging_config import MonitorConfig
 from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.forget import forget

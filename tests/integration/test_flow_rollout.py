@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deal_core.config import RolloutTerms
 from deal_core.errors import RegistryError
+from deal_core.judging_config import RolloutTerms
 from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
 from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts

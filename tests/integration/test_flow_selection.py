@@ -11,7 +11,7 @@ import pytest
 
 import tasks.adaptation.train as train_stage
 from deal_core.adapter.state import load_method_state
-from deal_core.config import SelectionConfig
+from deal_core.method_config import SelectionConfig
 from deal_core.strategies.rehearsal import unpack
 from infra.tracking.registry import open_registry
 from tasks.adaptation.report import read_page

@@ -11,8 +11,9 @@ import yaml
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError
+from deal_core.method_config import MethodConfig
 from flows.cli.app import app
 from tasks.base import refuse_what_cannot_fit
 from tests.in_process import put_back

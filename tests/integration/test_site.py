@@ -15,7 +15,8 @@ import click
 import pytest
 import typer.main
 
-from deal_core.config import GateConfig, TrainConfig
+from deal_core.config import TrainConfig
+from deal_core.judging_config import GateConfig
 from flows.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]

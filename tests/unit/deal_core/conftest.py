@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import SERVED_FILE, ServedTask, ServedVersion
+from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")

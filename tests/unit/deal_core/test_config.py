@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from deal_core import config
 from deal_core.benchmark.cell import make_cell
-from deal_core.config import AdapterConfig, DealConfig, GateConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig
 from deal_core.errors import ConfigError
+from deal_core.judging_config import GateConfig
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, RivalConfig
 from flows.benchmark import BenchmarkSpec
 from tasks.spec import AdaptSpec, parse
 from tests.adapting import FIRST_TRAIN
 
 TASK = {"name": "t", "data": "x"}
 SECTIONS = {
-    "adapter": config.AdapterConfig, "train": config.TrainConfig, "evaluate": config.EvaluateConfig,
-    "data": config.DataConfig, "gate": config.GateConfig, "deal": config.DealConfig,
-    "rehearsal": config.RehearsalConfig, "rivals": config.RivalConfig,
+    "adapter": AdapterConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "data": DataConfig, "gate": GateConfig,
+    "deal": DealConfig, "rehearsal": RehearsalConfig, "rivals": RivalConfig,
 }  # fmt: skip
 OPTIONAL = {"adapter.alpha": 32.0, "train.max_steps": 3, "gate.min_accuracy": 0.5,
             "gate.max_old_slice_drop_points": 5.0, "gate.rollout_share": 0.5,

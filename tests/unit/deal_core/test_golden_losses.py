@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import DealConfig, TrainConfig
+from deal_core.config import TrainConfig
+from deal_core.method_config import DealConfig
 
 FOLDER = Path(__file__).parents[2] / "golden"
 STEPS = TrainConfig(

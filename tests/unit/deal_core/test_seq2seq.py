@@ -19,13 +19,14 @@ from deal_core.base_model.load import BaseModel, load_base
 from deal_core.benchmark.cell import BOUNDS, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
-from deal_core.config import AdapterConfig, DealConfig, EvaluateConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
+from deal_core.method_config import DealConfig, MethodConfig
 from deal_core.strategies import OWN
 
 STEPS = TrainConfig(max_steps=6, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64, checkpoint_steps=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import RolloutTerms
+from deal_core.judging_config import RolloutTerms
 from infra.store.base import ObjectNotFoundError
 from infra.store.keys import version_key
 from infra.store.local import open_store

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import AdapterConfig, RolloutTerms
+from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from deal_core.judging_config import RolloutTerms
 from tasks.lineage.choices import settings_of
 from tasks.spec import AdaptSpec, LineageSpec, TaskSpec, parse, read_spec
 from tests.adapting import FIRST_TRAIN

@@ -14,7 +14,7 @@ from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.retention import FLOOR, LOG_KERNELS, HaarRetention
 from deal_core.adapter.spectrum import decompose
 from deal_core.adapter.stack import LoraStack
-from deal_core.config import DealConfig
+from deal_core.method_config import DealConfig
 
 RANK, IN, OUT, MODULES = 8, 24, 20, 3
 SIGMA = torch.tensor([2.0, 1.0, 0.5, 0.1, 0.05, 0.02, 0.01, 0.005])

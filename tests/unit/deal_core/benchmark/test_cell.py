@@ -11,7 +11,8 @@ import pytest
 
 from deal_core.benchmark.cell import Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures
-from deal_core.config import AdapterConfig, MethodConfig, SelectionConfig, TrainConfig, as_stored
+from deal_core.config import AdapterConfig, TrainConfig, as_stored
+from deal_core.method_config import MethodConfig, SelectionConfig
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 

@@ -19,13 +19,14 @@ from deal_core.benchmark.cell import Cell, make_cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
-from deal_core.config import AdapterConfig, EvaluateConfig, MethodConfig, SelectionConfig, TrainConfig
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import score_answers
 from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
+from deal_core.method_config import MethodConfig, SelectionConfig
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}

@@ -11,9 +11,10 @@ import pytest
 
 from deal_core.benchmark.cell import Cell, make_cell, settings_read
 from deal_core.benchmark.suites import SUITES, SuiteTask, digest_of, load_suite, name_of, order_of, tasks_folder
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, RivalConfig
 from deal_core.strategies import OWN, strategy_class
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(10)]

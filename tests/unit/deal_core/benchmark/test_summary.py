@@ -10,8 +10,9 @@ import pytest
 from benchmarks.report import best_rivals
 from deal_core.benchmark.cell import SCHEMA_VERSION, Cell, make_cell, revision_of
 from deal_core.benchmark.summary import departures, matrix_of, protocols, read_cells, summarise
-from deal_core.config import AdapterConfig, MethodConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import DataValidationError
+from deal_core.method_config import MethodConfig
 from deal_core.strategies.rivals import SeqLora
 
 

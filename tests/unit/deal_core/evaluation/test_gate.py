@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from deal_core.config import GateConfig
 from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Judged
+from deal_core.judging_config import GateConfig
 
 
 def make_report(

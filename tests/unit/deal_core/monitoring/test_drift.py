@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deal_core.config import MonitorConfig
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring import two_samples
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.live_accuracy import estimated_accuracy

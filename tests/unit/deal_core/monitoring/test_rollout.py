@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deal_core.config import RolloutKind, RolloutTerms
+from deal_core.judging_config import RolloutKind, RolloutTerms
 from deal_core.monitoring.predictions import ROLLOUT_COLUMNS
 from deal_core.monitoring.rollout import Look, RolloutReport, judge, last_look
 from tests.monitored import logged_rows

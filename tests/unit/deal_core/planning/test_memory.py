@@ -20,9 +20,10 @@ from deal_core.base_model import cpu_attention as attention
 from deal_core.base_model.device import parse_bytes
 from deal_core.base_model.load import find_config
 from deal_core.base_model.sources import DEFAULT_BASE
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_loss
 from deal_core.errors import ConfigError
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.planning.memory import (
     ActivationSize,
     BatchShape,

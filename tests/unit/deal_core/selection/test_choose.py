@@ -10,9 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from deal_core.config import AdapterConfig, MethodConfig, SelectionConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import ChosenRows, choose_rows, rows_read
 from deal_core.training.train import TrainingSetup
 

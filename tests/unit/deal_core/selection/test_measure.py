@@ -6,9 +6,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from deal_core.adapter.state import adapter_on
-from deal_core.config import EvaluateConfig, SelectionConfig, TrainConfig
+from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
 from deal_core.evaluation.generation import generate_answers
+from deal_core.method_config import SelectionConfig
 from deal_core.selection import measure as module
 from deal_core.selection import score_class
 from deal_core.selection.measure import measure

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deal_core.config import SelectionConfig
+from deal_core.method_config import SelectionConfig
 from deal_core.selection.pick import pick_rows, quotas, ranked
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.config import MethodConfig
 from deal_core.errors import ConfigError
+from deal_core.method_config import MethodConfig
 from deal_core.strategies import OWN, find_strategies, make_strategy
 from deal_core.strategies.conformance import check_strategy
 from tasks.lineage.choices import choose_strategy

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from deal_core.adapter.state import adapter_on, load_method_state
-from deal_core.config import AdapterConfig, DealConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
+from deal_core.method_config import DealConfig, RehearsalConfig
 from deal_core.strategies.questions import make_rehearsal, tasks_to_ask
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label
 from deal_core.strategies.strategy import TaskContext

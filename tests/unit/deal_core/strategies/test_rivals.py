@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from deal_core.adapter.state import adapter_on, load_adapter, load_method_state
-from deal_core.config import AdapterConfig, RehearsalConfig, RivalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import answer_loss
 from deal_core.evaluation.generation import first_answer_logits
+from deal_core.method_config import RehearsalConfig, RivalConfig
 from deal_core.strategies.rehearsal import unpack
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)

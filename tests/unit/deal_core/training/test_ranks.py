@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, record
 
-from deal_core.config import AdapterConfig, DealConfig, MethodConfig, RehearsalConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import IGNORED, AnswerCollator, BucketSampler, add_blank_row, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, RankError
+from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal
 from deal_core.training.ranks import TrainingJob, describe, error_of, require_devices, train_in_processes
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter

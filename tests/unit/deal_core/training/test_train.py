@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
-from deal_core.config import AdapterConfig, DealConfig, TrainConfig
+from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits
+from deal_core.method_config import DealConfig
 from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import MethodState
 from deal_core.training.train import training_arguments
@@ -149,7 +150,7 @@ def test_epochs_and_accumulation_count_steps(train):
 
 
 def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, parent, tmp_path):
-    from deal_core.config import MethodConfig
+    from deal_core.method_config import MethodConfig
     from deal_core.strategies import make_strategy, strategy_class
     from deal_core.strategies.strategy import TaskContext
 

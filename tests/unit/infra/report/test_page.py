@@ -15,9 +15,9 @@ import pytest
 from matplotlib.figure import Figure
 
 import infra.report
-from deal_core.config import MonitorConfig
 from deal_core.errors import RegistryError
 from deal_core.evaluation.report import EvaluationReport
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.report import LiveLook
 from infra.report.charts import PAGE_COLOURS, inline_svg

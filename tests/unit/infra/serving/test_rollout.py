@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import RolloutKind, RolloutTerms
 from deal_core.errors import AdapterStateError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow
 from deal_core.evaluation.confidence import Confidence
+from deal_core.judging_config import RolloutKind, RolloutTerms
 from infra.predictions import read_predictions
 from infra.serving import rollout as serving
 from infra.serving.champion import Champion

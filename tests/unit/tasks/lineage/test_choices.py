@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from deal_core.config import Memory
 from deal_core.errors import ConfigError
+from deal_core.method_config import Memory
 from tasks.lineage.choices import choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord
 from tasks.spec import AdaptSpec, parse

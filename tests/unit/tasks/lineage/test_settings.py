@@ -13,8 +13,9 @@ import yaml
 from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
-from deal_core.config import AdapterConfig, GateConfig
+from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError
+from deal_core.judging_config import GateConfig
 from flows.cli.app import app
 from flows.cli.session import Session
 from infra.store.base import ObjectStore

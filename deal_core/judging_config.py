@@ -1,0 +1,131 @@
+"""Settings of the gate, of a rollout and of monitoring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from deal_core.limits import (
+    AtLeastOne,
+    AtLeastZero,
+    Count,
+    Number,
+    Positive,
+    Share,
+    ShareAboveZero,
+    require,
+    settings,
+)
+
+Approval = Literal["automatic", "person"]
+AliasMoves = Literal["follow", "request"]
+JudgeUse = Literal["none", "report", "veto"]
+RolloutKind = Literal["shadow", "canary"]
+ROLLOUT_SHARES: dict[RolloutKind, float] = {"shadow": 1.0, "canary": 0.1}
+"""The share of the requests that a candidate answers, unless the settings name one."""
+
+
+@dataclass(frozen=True)
+class RolloutTerms:
+    """How an accepted version is tried on live traffic, and when that ends."""
+
+    kind: RolloutKind
+    share: float
+    """Share of the requests that the version answers, above 0 and at most 1."""
+    num_rows: int
+    """Answers that are judged before the version becomes champion."""
+    max_drop_points: float
+    """Points that the version may lose against the champion."""
+    confidence: float
+    """One-sided level of the intervals, over all looks together."""
+
+
+
+@settings("gate")
+class GateConfig:
+    """Limits that a new version must keep to become champion. A point is 0.01 of accuracy; None turns a limit off.
+
+    Limits against the base model use the measured figures. Limits against the champion allow for noise, which is
+    estimated from the rows on which the two versions differ (Agresti and Min, 2005). A loss counts if it is above its
+    limit and noise does not explain it. A gain counts as missed if it falls short by more than noise.
+    """
+
+    min_accuracy: Share | None = None
+    """Lowest accuracy of the new task, 0 to 1. None: only min_gain_points sets a floor."""
+    min_gain_points: Number = 10.0
+    """Points by which the new task must beat the untouched base model and the best constant answer. If the better of
+    the two is close to 100 %, half of its distance to 100 % is enough."""
+    min_gain_over_champion_points: Number | None = 0.0
+    """Points by which the new task must beat the champion. A version fails if it falls short by more than noise."""
+    max_drop_points: AtLeastZero = 10.0
+    """Most points that an old task may lose against the champion. A loss that noise explains is allowed."""
+    max_mean_drop_points: AtLeastZero | None = 5.0
+    """Most points that the old tasks may lose on average, if there are two or more. Noise is allowed here too."""
+    max_old_slice_drop_points: AtLeastZero | None = None
+    """Most points that a task may lose on its test rows from before a renewal. None: the loss is only reported."""
+    max_perplexity_ratio: AtLeastOne | None = 1.5
+    """Largest perplexity of plain English, as a multiple of the untouched base model's."""
+    max_norm_ratio: AtLeastOne | None = 10.0
+    """Largest norm ‖ΔW‖ of the adapter, as a multiple of the parent's. The inverse is the smallest."""
+    confidence: Annotated[Number, Field(ge=0.5, lt=1)] = 0.95
+    """One-sided level of the paired intervals, 0.5 (noise is ignored) to below 1."""
+    judge: JudgeUse = "none"
+    """A language model compares free answers with the champion's (DEAL_JUDGE_URL, DEAL_JUDGE_MODEL). report: the notes
+    have its verdicts. veto: a task in which it prefers the champion by more than max_drop_points, beyond noise, rejects
+    the version too. The judge gets the texts of test rows and their answers."""
+    max_judged_rows: Count = 100
+    """Most test rows of a task that the judge compares. Each takes two requests."""
+    approval: Approval = "automatic"
+    """automatic: a version that passes is promoted. person: it waits until a person promotes it."""
+    alias_moves: AliasMoves = "follow"
+    """What `champion` does when somebody moves it in MLflow. follow: servers serve the version until the next command
+    or run sets the alias back. request: the alias is set back at once, and a person is asked. Only the value in
+    the lineage's file has an effect."""
+    rollout: Literal["none", "shadow", "canary"] = "none"
+    """What a version that passes does before it becomes champion. shadow: it answers a copy of the requests, and its
+    answers are never returned. canary: it answers a share of the requests. none: nothing. Only `deal serve` does it,
+    vLLM and `mlflow models serve` do not."""
+    rollout_share: ShareAboveZero | None = None
+    """Share of the requests that the version answers. None: 1 for shadow, 0.1 for canary."""
+    rollout_rows: Count = 200
+    """Answers of the version that are judged before it becomes champion."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.rollout == "canary" and self.rollout_share == 1),
+            "gate.rollout_share is 1: a canary is compared with the champion's answers to the other requests; give a "
+            "smaller share.",
+        )
+
+    @property
+    def rollout_terms(self) -> RolloutTerms | None:
+        """How a version is tried on live traffic; None: it is not."""
+        if self.rollout == "none":
+            return None
+        share = ROLLOUT_SHARES[self.rollout] if self.rollout_share is None else self.rollout_share
+        return RolloutTerms(self.rollout, share, self.rollout_rows, self.max_drop_points, self.confidence)
+
+
+@settings("monitor")
+class MonitorConfig:
+    """How live traffic is compared with a version's test rows. These settings change no version and no digest.
+
+    An alarm needs both: a p-value below alpha / (tests of all tasks together), and an effect of at least its limit.
+    """
+
+    min_rows: Count = 100
+    """Fewest live rows of a task; with fewer, nothing is compared."""
+    window_rows: Count = 500
+    """The newest live rows of a task that are compared."""
+    alpha: Annotated[Positive, Field(lt=1)] = 0.01
+    """Largest share of looks at a lineage that may raise a false alarm."""
+    min_psi: AtLeastZero = 0.2
+    """Smallest population stability index of the label shares that counts."""
+    min_distance: Share = 0.15
+    """Smallest distance of two distributions (Kolmogorov-Smirnov), or of two shares, that counts."""
+    min_auc: Annotated[Number, Field(ge=0.5, le=1)] = 0.7
+    """Smallest area under the ROC curve that counts, for the classifier that tells live texts from test texts."""
+    max_live_drop_points: AtLeastZero = 10.0
+    """Points that live accuracy, measured or estimated, may lose against the test rows."""

@@ -1,0 +1,272 @@
+"""Settings of the methods: DEAL, rehearsal, rivals, and the choice of rows."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from deal_core.errors import ConfigError
+from deal_core.limits import (
+    MAX_COUNT,
+    AtLeastOne,
+    AtLeastZero,
+    Count,
+    CountOrZero,
+    Flag,
+    Positive,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    require,
+    settings,
+)
+from deal_core.safe_text import brief
+
+Form = Literal["spectral", "literal"]
+Core = Literal["frozen", "soft", "free"]
+Sides = Literal["both", "A", "B"]
+Kernel = Literal["heat", "linear_decay", "spline", "haar"]
+
+
+@settings("deal")
+class DealConfig:
+    """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12).
+
+    All but `core` and `interpolation` are for a soft or frozen core.
+    """
+
+    form: Form = "spectral"
+    """spectral: slots of the (balanced) factors. literal: Eq. 8-12 on the raw factors, kept for comparison."""
+    core: Core = "soft"
+    """frozen: core slots never change. soft: core slots may change, at the cost of the lambda1 term. free: the factors
+    are trained without a decomposition, and only the rehearsal preserves old answers."""
+    sides: Sides = "both"
+    """Which factors are updated."""
+    balanced: Flag = True
+    """Rewrite the factors as P Σ^½ and Q Σ^½ when a task arrives. False leaves the factors unchanged."""
+    energy: ShareAboveZero = 0.95
+    """Core slots hold at least this share of ‖ΔW‖²_F."""
+    free_share: ShareBelowOne = 0.25
+    """At least this share of the slots stays free for the new task."""
+    recycle: Flag = True
+    """Empty the free slots and draw new seeds for them. False keeps their content: the new task continues from it, with
+    one factor of each free slot scaled to the length of a seed."""
+    seed_scale: Positive = 1.0
+    """Size of the free slots' seeds, in units of PEFT's. A larger value learns faster at the same learning rate."""
+    project: Flag = True
+    """Keep the free rows of A orthogonal to the core's row space; needs the balanced form."""
+    kernel: Kernel = "heat"
+    """The retention filter: kernels of the singular value (heat, x·e^−x, quadratic spline), or haar: a gate on the
+    one-level Haar transform of the features, for comparison."""
+    widths: tuple[Positive, ...] = (0.25, 0.5, 1.0)
+    """Widths σ_j of the kernels, in units of the largest singular value."""
+    num_layers: CountOrZero = 1
+    """K of Eq. 9; 0 turns the retention filter off."""
+    mixing: Flag = True
+    """Train the matrix Ω of Eq. 11 as well as the offset b."""
+    lambda1: AtLeastZero = 0.01
+    """Weight of the core's deviation."""
+    a: AtLeastOne = 5.0
+    """Exponent of the core's deviation."""
+    lambda2: AtLeastZero = 0.001
+    """Weight of the update's size."""
+    b: AtLeastOne = 2.0
+    """Exponent of the update's size."""
+    interpolation: ShareAboveZero = 1.0
+    """γ: the version is (1 − γ)·parent + γ·trained, at the same rank. 1 keeps the trained adapter unchanged."""
+    tolerance: Positive = 0.1
+    """ρ: relative deviation of a core slot at which the lambda1 term takes effect."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.widths), "deal.widths is (); give at least one width.")
+        require(
+            self.form == "spectral" or min(self.widths) >= 0.2,
+            f"deal.widths is {self.widths}; the literal form's inverse kernel overflows below 0.2.",
+        )
+        require(
+            self.form == "spectral" or self.kernel == "heat",
+            f"deal.kernel is {self.kernel!r}; the literal form has only the heat kernel.",
+        )
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        idle = [f"deal.{name}" for name in changed if name not in ("core", "interpolation")]
+        require(
+            self.core != "free" or not idle,
+            f"deal.core is free, which decomposes nothing, so {', '.join(idle)} would do nothing; leave it "
+            "out, or set deal.core to soft or frozen.",
+        )
+        require(
+            self.balanced or not self.recycle or self.form == "literal" or self.core == "free",
+            "deal.balanced is false and deal.recycle is true: a slot of the raw factors mixes several directions, "
+            "so emptying a slot would lose what was learned; set deal.recycle to false too.",
+        )
+        require(self.a >= self.b, f"deal.a is {self.a} and deal.b is {self.b}; the method needs a >= b.")
+
+
+Texts = Literal["none", "arrival", "stored", "both"]
+Memory = Literal["none", "rows"]
+MEMORY: dict[Memory, dict[str, Any]] = {
+    "none": {"texts": "arrival"},
+    "rows": {"texts": "both", "stored_share": 0.1, "max_stored_rows": 200},
+}
+"""What a lineage may keep of its training rows → the settings of the rehearsal."""
+
+
+@settings("rehearsal")
+class RehearsalConfig:
+    """Questions about old tasks while a new task is learned; `deal` and `replay` read these settings."""
+
+    texts: Texts = "arrival"
+    """Texts that the old tasks are asked about. arrival: texts of the new task, under the old tasks' instructions; no
+    old data is kept. stored: rows of the old tasks, kept with the adapter. both: half of each."""
+    stored_share: ShareAboveZero = 0.02
+    """Share of an arrival's training rows that `stored` and `both` keep."""
+    max_stored_rows: Count | None = None
+    """Most rows that are kept of one arrival; None: the share alone decides."""
+    balance_stored: Flag = False
+    """Keep rows of every label, in the shares that the labels have; False keeps a plain random sample."""
+    parent_share: Share = 0.0
+    """Share of the parent's own answer in the target of a stored row; its label has the rest (after DER++,
+    arXiv 2004.07211). 0 holds a stored row to its label alone."""
+    num_texts: Count = 256
+    """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
+    rows_per_step: Count = 4
+    """Questions added to every optimiser step's batch."""
+    weight: Positive = 1.0
+    """Weight of the questions' loss relative to the new task's loss."""
+    temperature: Positive = 1.0
+    """Temperature that softens both the parent's and the model's distribution in the questions' loss."""
+
+    def with_memory(self, memory: Memory | None) -> RehearsalConfig:
+        """Return the settings with those that `memory` stands for.
+
+        Raises:
+            ConfigError: One of these settings was changed as well.
+        """
+        if memory is None:
+            return self
+        changed = self.decides_memory
+        require(
+            not changed,
+            f"memory is {memory}, which decides rehearsal.{', rehearsal.'.join(changed)} too; remove one of the two.",
+        )
+        return replace(self, **MEMORY[memory])
+
+    @property
+    def decides_memory(self) -> list[str]:
+        """The settings that were changed and that `memory` stands for."""
+        return [name for name in MEMORY["rows"] if getattr(self, name) != getattr(RehearsalConfig(), name)]
+
+    def num_kept(self, num_rows: int) -> int:
+        """Return how many rows of an arrival with `num_rows` rows are kept, if any are."""
+        return min(max(1, round(self.stored_share * num_rows)), self.max_stored_rows or num_rows)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether rows of old tasks are stored."""
+        return self.texts in ("stored", "both")
+
+    @property
+    def asks_about_arrival(self) -> bool:
+        """Whether questions are made of the new task's texts."""
+        return self.texts in ("arrival", "both")
+
+
+@settings("rivals")
+class RivalConfig:
+    """Settings of the methods that `deal` is compared with."""
+
+    o_lora_weight: AtLeastZero = 0.01
+    """λ of O-LoRA's orthogonality (arXiv 2310.14152)."""
+    ella_weight: AtLeastZero = 10_000.0
+    """λ of ELLA's overlap with the past (arXiv 2601.02232)."""
+    ewc_weight: AtLeastZero = 100.0
+    """λ of EWC's quadratic penalty (arXiv 1612.00796)."""
+    lwf_weight: AtLeastZero = 1.0
+    """Weight of LwF's distillation (arXiv 1606.09282)."""
+    lwf_temperature: Positive = 2.0
+    """T of LwF's distillation."""
+
+
+Pick = Literal["high", "low", "band", "weighted"]
+NoiseGate = Literal["none", "name", "leave_out"]
+
+
+def _check_keep(keep: object) -> object:
+    is_share, is_number = isinstance(keep, float) and 0 < keep <= 1, isinstance(keep, int) and 1 <= keep <= MAX_COUNT
+    if keep is not None and (isinstance(keep, bool) or not (is_share or is_number)):
+        raise ConfigError(
+            f"selection.keep is {brief(keep)}; give a share above 0 and at most 1.0, or a number of rows from 2."
+        )
+    return keep
+
+
+@settings("selection")
+class SelectionConfig:
+    """Which rows of an arrival are trained on. Every strategy heeds it, since it comes before the strategy."""
+
+    keep: Annotated[ShareAboveZero | Annotated[Count, Field(ge=2)] | None, BeforeValidator(_check_keep)] = None
+    """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row."""
+    score: str = "random"
+    """The number that a row is chosen by: random, length, loss, difficulty, errors, or an installed package's."""
+    pick: Pick = "high"
+    """high, low: the rows with the largest or smallest scores. band: rows whose scores lie in the quantiles of `band`,
+    at random. weighted: at random, with probabilities in proportion to exp(score / temperature)."""
+    band: tuple[Share, Share] = (0.25, 0.75)
+    """Smallest and largest quantile of `pick: band`."""
+    temperature: Positive = 1.0
+    """τ of `pick: weighted`. A small one takes the rows with the largest scores."""
+    target: Share = 0.5
+    """Share of wrong answers that the score `difficulty` prefers."""
+    strata: Literal["label", "none"] = "label"
+    """label: the labels keep their shares, and every label has a row if there is room. none: scores alone decide."""
+    max_scored: Count = 20_000
+    """Most rows that a model reads to choose among them. Of more rows, a random sample with the labels' shares is
+    read."""
+    noise: NoiseGate = "none"
+    """Rows of a labelled task whose label is probably wrong. name: they are counted and named in the run's notes.
+    leave_out: they are not trained on either."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first."
+        )
+        changed = [
+            each.name for each in fields(self)
+            if each.name not in ("keep", "noise", "max_scored") and getattr(self, each.name) != each.default
+        ]
+        require(
+            self.keep is not None or not changed,
+            f"selection.{', selection.'.join(changed)} would do nothing: every row is trained on. Give selection.keep, "
+            "a share such as 0.3 or a number of rows.",
+        )
+
+        used_by = {"band": ("pick", "band"), "temperature": ("pick", "weighted"), "target": ("score", "difficulty")}
+        for name, (setting, value) in used_by.items():
+            require(
+                name not in changed or getattr(self, setting) == value,
+                f"selection.{name} would do nothing: selection.{setting} is {getattr(self, setting)}. Leave it out, or "
+                f"set selection.{setting} to {value}.",
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is chosen or named."""
+        return self.keep is not None or self.noise != "none"
+
+    def num_kept(self, num_rows: int) -> int:
+        """Return how many of `num_rows` training rows are trained on, before the noise gate leaves rows out."""
+        if self.keep is None:
+            return num_rows
+        return min(num_rows, self.keep if isinstance(self.keep, int) else max(1, round(self.keep * num_rows)))
+
+
+@settings("method")
+class MethodConfig:
+    """Settings of all strategies; each reads its own part. All heed `selection`."""
+
+    deal: DealConfig = DealConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
+    rivals: RivalConfig = RivalConfig()
+    selection: SelectionConfig = SelectionConfig()
