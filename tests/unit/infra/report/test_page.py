@@ -156,6 +156,13 @@ def test_what_is_not_known_is_said() -> None:
         assert said in text
 
 
+def test_an_empty_answer_is_said_to_be_empty() -> None:
+    row = Example(row=DIGEST, text="t", expected="a loan", before="a card", now=" ")
+    changed = Changed(task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(row,))
+    text = "".join(Tags(render(changed=(changed,))).text.split())
+    assert "beforeacardnow(empty)" in text and text.count("(empty)") == 1
+
+
 def test_without_texts_rows_are_named_by_their_digests() -> None:
     changed = Changed(task="bank", num_rows=20, num_gained=0, num_lost=1, gained=(), lost=(Example(row=DIGEST),))
     text = Tags(render(changed=(changed,), include_texts=False)).text
