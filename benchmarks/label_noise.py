@@ -1,6 +1,6 @@
 """How many wrong labels `selection.noise` finds: precision and recall on tasks whose labels were made wrong.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.label_noise --data ../shared/data/cl_benchmark
+    OMP_NUM_THREADS=1 python -m benchmarks.label_noise --data FOLDER
 
 A share of a task's labels is replaced by another label of the task, see `benchmarks.noisy_pool`. The base model reads
 the rows once, since their texts stay the same.

@@ -1,6 +1,6 @@
 """How often drift is reported where there is none, how often it is found where it is, and how good ATC's estimate is.
 
-    python -m benchmarks.monitoring --version FOLDER --data ../shared/data/cl_benchmark --answers answers.parquet
+    python -m benchmarks.monitoring --version FOLDER --data FOLDER --answers answers.parquet
     python -m benchmarks.monitoring --answers answers.parquet
 
 The first step asks the model: a version's folder (PEFT files and deal.json) answers a task's test rows, the same rows

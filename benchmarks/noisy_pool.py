@@ -1,6 +1,6 @@
 """Copy a benchmark's tasks with wrong labels among the training rows. Test rows stay as they are.
 
-    python -m benchmarks.noisy_pool --data ../shared/data/cl_benchmark --out noisy --task dbpedia --share 0.3
+    python -m benchmarks.noisy_pool --data FOLDER --out noisy --task dbpedia --share 0.3
 
 The copy has another digest than the tasks, so `deal benchmark --data noisy` makes cells of its own.
 """
