@@ -71,7 +71,7 @@ def balance_warning(counts: Mapping[str, int]) -> str | None:
     rare = sorted((count, label) for label, count in counts.items() if count * MAX_RATIO <= most)
     if not rare:
         return None
-    few = listed([f"{label} {count:,}" for count, label in rare])
+    few = listed([f"{label} {count:,}" for count, label in rare], most=MAX_SHOWN)
     return (
         f"{len(rare)} of {len(counts)} labels have few rows ({few}) against {most:,} of the commonest: the model will "
         "seldom answer with them; add rows of these labels"

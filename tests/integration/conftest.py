@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sqlite3
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.tracking._tracking_service import utils as mlflow_utils
 from moto.server import ThreadedMotoServer
 
 from infra.report import charts
@@ -27,6 +31,23 @@ def three_versions(
         found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
         assert found == ["promoted", "rejected", "promoted"]
     return folder
+
+
+@pytest.fixture
+def copied_home(three_versions: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a copy of `three_versions`. What a test removes or damages there, the original keeps."""
+    # MLflow keeps the folder of a run's artifacts in memory by the run's id, which all copies share.
+    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())
+    shutil.copytree(three_versions, home, dirs_exist_ok=True)
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:  # MLflow stores absolute addresses
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for table in tables:
+            for _, column, kind, *_ in database.execute(f'PRAGMA table_info("{table}")').fetchall():
+                if kind.startswith(("VARCHAR", "TEXT")):
+                    database.execute(
+                        f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?)', (str(three_versions), str(home))
+                    )
+    return home
 
 
 @pytest.fixture(scope="module")

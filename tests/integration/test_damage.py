@@ -38,10 +38,9 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
 @pytest.fixture
-def adapters(home: Path, three_versions: Path) -> dict[str, Path]:
+def adapters(copied_home: Path) -> dict[str, Path]:
     """The folders of the versions' adapters, in a copy of the home."""
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
-    return {info.version: home / "store" / info.adapter_uri for info in open_registry().versions("l")}
+    return {info.version: copied_home / "store" / info.adapter_uri for info in open_registry().versions("l")}
 
 
 def ask(version: str | None = None) -> str:

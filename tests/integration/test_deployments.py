@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -119,9 +118,8 @@ def check_another_home_or_store_is_not_overwritten(
 
 
 @pytest.fixture
-def waiting(home: Path, three_versions: Path, tiny_base: Path) -> str:
+def waiting(copied_home: Path, tiny_base: Path) -> str:
     """Number of a version that waits for a person."""
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
     found = run(tiny_base, CLINIC, gate={**PASS, "approval": "person"}, again=True)
     assert found.status == "awaiting approval"
     return found.version

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,8 @@ pytestmark = pytest.mark.usefixtures("lineage")
 
 
 @pytest.fixture
-def lineage(home: Path, three_versions: Path) -> None:
+def lineage(copied_home: Path) -> None:
     """Version 1 and 3 of `l` were champions; version 2 did not pass its gate."""
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
 
 
 def version(number: str) -> VersionInfo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,9 @@ NUM_LIVE = 200
 
 
 @pytest.fixture
-def lineage(three_versions: Path, home: Path) -> Path:
+def lineage(copied_home: Path) -> Path:
     """A home whose lineage `l` has the champion 3, which knows bank and clinic."""
-    shutil.rmtree(home)
-    shutil.copytree(three_versions, home)
-    return home
+    return copied_home
 
 
 def reference_of(version: str = "3") -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +31,8 @@ pytestmark = pytest.mark.usefixtures("lineage")
 
 
 @pytest.fixture
-def lineage(home: Path, three_versions: Path) -> None:
+def lineage(copied_home: Path) -> None:
     """Versions 1 and 3 were promoted, in a copy of the home."""
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
 
 
 def register(name: str, approval: str | None = None) -> VersionInfo:

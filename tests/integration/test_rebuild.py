@@ -36,11 +36,10 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 @pytest.fixture
-def known(home: Path, three_versions: Path, mlflow_database: Path) -> list[dict[str, Any]]:
+def known(copied_home: Path, mlflow_database: Path) -> list[dict[str, Any]]:
     """The versions in MLflow before an empty database replaced its database."""
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
     before = what_is_known()
-    shutil.copy(mlflow_database, home / "mlflow.db")
+    shutil.copy(mlflow_database, copied_home / "mlflow.db")
     return before
 
 

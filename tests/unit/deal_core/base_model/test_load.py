@@ -260,7 +260,7 @@ def test_a_base_that_cannot_be_quantized_here_is_not_even_looked_for(quantize: s
 def test_quantizing_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs bitsandbytes; install it, .* pip install '\.\[quantize\]'"):
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes; install it, .* pip install '\.\[gpu\]'"):
         quantization("4bit", torch.bfloat16)
 
 
