@@ -54,6 +54,11 @@ def figures_of(cell: CellJson) -> dict[str, Any] | None:
     }
 
 
+def named_changes(changes: str, settings: Mapping[str, Any]) -> str:
+    """A cell's departures from the defaults, and its prompts if they are chats: these make a table of their own."""
+    return ", ".join(filter(None, [changes, "chat prompts" if settings.get("prompt") == "chat" else ""]))
+
+
 def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
     """One line per cell: suite, order, protocol, method and figures."""
     for cell in cells:
@@ -61,11 +66,12 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
         if found is None:
             continue
         suite, order = name_of(tuple(settings["tasks"]))
+        changes = named_changes(departures(cell), settings)
         train = TrainConfig(**as_stored("train", settings["train"]))
         yield {
             "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
             "train": {name: getattr(train, name) for name in SHOWN},
-            "method": settings["strategy"] + (f" ({changes})" if (changes := departures(cell)) else ""),
+            "method": settings["strategy"] + (f" ({changes})" if changes else ""),
             "seconds": sum(version.get("seconds", {}).get("train", 0.0) for version in cell["versions"]),
             "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []), **found,
         }  # fmt: skip

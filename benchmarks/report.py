@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.protocol import SHOWN
+from benchmarks.protocol import SHOWN, named_changes
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
@@ -116,7 +116,8 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
         cell = some_cell(protocol)
         num_test = sum(len(score["correct"]) for score in final_scores(cell).values())
         given = {"suite": protocol.suite, "rows": cell["settings"]["rows"], "num_test": num_test}
-        lines += [{**given, **row} for row in summarise(protocol)]
+        lines += [{**given, **row, "changes": named_changes(row["changes"], cell["settings"])}
+                  for row in summarise(protocol)]  # fmt: skip
     return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["orders"], -line["rows"], line["num_test"],
                                            -line["average_accuracy"]))  # fmt: skip
 
