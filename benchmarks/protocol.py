@@ -25,7 +25,7 @@ from rich.table import Table
 
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, read_cells
+from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name, read_cells
 from deal_core.config import TrainConfig, as_stored
 from deal_core.evaluation.criterion import constrained_accuracy, ranking_auc, recentred_accuracy
 
@@ -54,6 +54,16 @@ def figures_of(cell: CellJson) -> dict[str, Any] | None:
     }
 
 
+def settings_shown(train: TrainConfig) -> dict[str, Any]:
+    """The training settings that make a protocol."""
+    return {name: getattr(train, name) for name in SHOWN}
+
+
+def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings that make the protocol of a cell."""
+    return settings_shown(TrainConfig(**as_stored("train", settings["train"])))
+
+
 def named_changes(changes: str, settings: Mapping[str, Any]) -> str:
     """A cell's departures from the defaults, and its prompts if they are chats: these make a table of their own."""
     return ", ".join(filter(None, [changes, "chat prompts" if settings.get("prompt") == "chat" else ""]))
@@ -67,11 +77,9 @@ def lines(cells: Sequence[CellJson]) -> Iterator[dict[str, Any]]:
             continue
         suite, order = name_of(tuple(settings["tasks"]))
         changes = named_changes(departures(cell), settings)
-        train = TrainConfig(**as_stored("train", settings["train"]))
         yield {
             "suite": suite, "order": "any" if settings["strategy"] == "joint" else order, "seed": settings["seed"],
-            "train": {name: getattr(train, name) for name in SHOWN},
-            "method": settings["strategy"] + (f" ({changes})" if changes else ""),
+            "train": training_of(settings), "method": method_name(settings["strategy"], changes),
             "seconds": sum(version.get("seconds", {}).get("train", 0.0) for version in cell["versions"]),
             "bf16": cell["versions"][-1].get("machine", {}).get("bf16_instructions", []), **found,
         }  # fmt: skip

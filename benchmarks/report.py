@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.protocol import SHOWN, named_changes
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
+from benchmarks.protocol import named_changes, settings_shown, training_of
 from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
@@ -25,12 +25,13 @@ from deal_core.benchmark.summary import (
     departures,
     final_scores,
     matrix_of,
+    method_name,
     order_of,
     protocols,
     read_cells,
     summarise,
 )
-from deal_core.config import TrainConfig, as_stored
+from deal_core.config import TrainConfig
 from flows.cli.tables import interval, points
 from infra.report.figures import save_png
 
@@ -59,10 +60,9 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
     """What the page shows of one table: its protocol, its lines, its tasks and its pictures."""
     rows = summarise(protocol)
     settings = some_cell(protocol)["settings"]
-    train = TrainConfig(**as_stored("train", settings["train"]))
     trained = [row for row in rows if row["orders"] == widest(rows, row) and row["minutes"] is not None]
     return {
-        "suite": protocol.suite, "settings": settings, "train": {name: getattr(train, name) for name in SHOWN},
+        "suite": protocol.suite, "settings": settings, "train": training_of(settings),
         "rows": rows, "tasks": task_lines(protocol, rows),
         "widest": [row for row in rows if row["orders"] == widest(rows, row)],
         "is_judged": bool(protocol.lifted()), "num_alone": len(protocol.per_task),
@@ -106,7 +106,7 @@ def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
 
 def name_of(row: Mapping[str, Any]) -> str:
     """A strategy, and in what it departs from the defaults."""
-    return row["strategy"] + (f" ({row['changes']})" if row["changes"] else "")
+    return method_name(row["strategy"], row["changes"])
 
 
 def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[st
     """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
     by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
     for cell in protocol.cells:
-        name = name_of({"strategy": cell["settings"]["strategy"], "changes": departures(cell)})
+        name = method_name(cell["settings"]["strategy"], departures(cell))
         if name in shown:
             by_order.setdefault(order_of(cell), {}).setdefault(name, {})[cell["settings"]["seed"]] = cell
     for order, found in sorted(by_order.items()):
@@ -219,7 +219,7 @@ def roundings(cells: Sequence[CellJson]) -> dict[str, list[str]]:
     found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for cell in cells:
         settings, before = cell["settings"], cell.get("perplexity", {}).get("base")
-        name = name_of({"strategy": settings["strategy"], "changes": departures(cell)})
+        name = method_name(settings["strategy"], departures(cell))
         figure = f"{before:.3f}" if before else "not recorded"
         found[figure][f"suite {len(settings['tasks'])}, {name}"].add(settings["seed"])
     return {
@@ -278,10 +278,10 @@ def main(
     development = read_cells(results / "development")
     tried = tried_lines(development)
     protocol = sorted(protocol_lines(development), key=lambda line: (line["suite"], line["method"]))
-    today = {name: getattr(TrainConfig(), name) for name in SHOWN}
-    reported = [line for line in protocol_lines(cells) if line["train"] == today]
+    today = settings_shown(TrainConfig())
+    reported = protocol_lines([cell for cell in cells if training_of(cell["settings"]) == today])
     tables.sort(key=lambda table: table["suite"].zfill(3))
-    shown = {
+    page_values = {
         "current": [table for table in tables if table["train"] == today],
         "low": [table for table in tables if table["train"] != today],
         "reported": sorted(reported, key=lambda line: (line["suite"], line["order"], line["seed"], line["method"])),
@@ -290,8 +290,8 @@ def main(
         "roundings": roundings(cells),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip
-    page.write_text(templates.get_template("page.md.j2").render(shown))
-    cells_page.write_text(templates.get_template("cells.md.j2").render(shown))
+    page.write_text(templates.get_template("page.md.j2").render(page_values))
+    cells_page.write_text(templates.get_template("cells.md.j2").render(page_values))
     typer.echo(f"{page} and {cells_page} written")
 
 

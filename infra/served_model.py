@@ -30,7 +30,7 @@ from deal_core.evaluation.answerer import UNKNOWN_VERSION, Answered, load_answer
 from deal_core.evaluation.answering import InputRow, read_served
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
-from infra.tracking.client import MLFLOW
+from infra.tracking.client import installed_version
 
 LOADER = "infra.served_model"
 """This module, as registered models name it."""
@@ -173,8 +173,7 @@ def write_served_folder(
     text = json.dumps(served, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     (target / served_file).write_text(text, encoding="utf-8")
     # a local build such as torch's +cpu is in no index, so its suffix is cut off
-    installed = {name: importlib.metadata.version(MLFLOW if name == "mlflow" else name) for name in REQUIREMENTS}
-    pinned = [f"{name}=={version.split('+')[0]}" for name, version in installed.items()]
+    pinned = [f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS]
     project = importlib.metadata.version(PROJECT)
     with temporary_folder() as temporary:
         folder = temporary / "model"

@@ -161,6 +161,11 @@ def departures(cell: CellJson) -> str:
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
 
 
+def method_name(strategy: str, changes: str) -> str:
+    """A strategy, and in what it departs from the defaults."""
+    return strategy + (f" ({changes})" if changes else "")
+
+
 def summarise(protocol: Protocol) -> list[dict[str, Any]]:
     """One dict per strategy, settings and order. With several orders, a dict over all orders comes first."""
     groups: dict[tuple[str, str], list[CellJson]] = defaultdict(list)

@@ -6,10 +6,10 @@ Another package adds a score with an entry point in the group GROUP: its name is
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
-from deal_core.errors import ConfigError, in_one_line
+from deal_core.plugins import Plugins
 
 if TYPE_CHECKING:
     from deal_core.selection.score import RowScore
@@ -21,12 +21,12 @@ OWN = {
     "difficulty": f"{SCORES}:DifficultyScore", "errors": f"{SCORES}:ErrorScore",
 }  # fmt: skip
 """This project's scores. Another package cannot replace them."""
+PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)
 
 
 def find_scores() -> dict[str, EntryPoint]:
     """Return every score that can be used, by name, this project's first."""
-    own = {name: EntryPoint(name, value, GROUP) for name, value in OWN.items()}
-    return {**own, **{each.name: each for each in entry_points(group=GROUP) if each.name not in own}}
+    return PLUGINS.find()
 
 
 def check_score_name(name: str) -> str:
@@ -35,17 +35,7 @@ def check_score_name(name: str) -> str:
     Raises:
         ConfigError: There is no such score.
     """
-    _find(name)
-    return name
-
-
-def _find(name: str) -> EntryPoint:
-    if name in OWN:
-        return EntryPoint(name, OWN[name], GROUP)
-    known = find_scores()
-    if name not in known:
-        raise ConfigError(f"selection.score is {name!r}; give {', '.join(known)}.")
-    return known[name]
+    return PLUGINS.entry(name).name
 
 
 def score_class(name: str) -> type[RowScore]:
@@ -56,11 +46,4 @@ def score_class(name: str) -> type[RowScore]:
     """
     from deal_core.selection.score import RowScore
 
-    entry = _find(name)
-    try:
-        found = entry.load()
-    except Exception as error:
-        raise ConfigError(f"Score {name!r} ({entry.value}) cannot be imported: {in_one_line(error)}") from error
-    if not (isinstance(found, type) and issubclass(found, RowScore) and found.name == name):
-        raise ConfigError(f"{entry.value} is no subclass of RowScore with the name {name!r}; mend its package.")
-    return found
+    return PLUGINS.load(name, RowScore)

@@ -6,11 +6,11 @@ class. `deal_core.strategies.conformance` checks such a class. Nothing is import
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
-from deal_core.errors import ConfigError, in_one_line
 from deal_core.method_config import MethodConfig
+from deal_core.plugins import Plugins
 
 if TYPE_CHECKING:
     from deal_core.strategies.strategy import Strategy
@@ -23,12 +23,12 @@ OWN = {
     "replay": f"{RIVALS}:Replay", "slao": f"{RIVALS}:Slao",
 }  # fmt: skip
 """This project's strategies. Another package cannot replace them."""
+PLUGINS = Plugins(kind="Strategy", setting="strategy", group=GROUP, own=OWN)
 
 
 def find_strategies() -> dict[str, EntryPoint]:
     """Return every strategy that can be used, by name, this project's first."""
-    own = {name: EntryPoint(name, value, GROUP) for name, value in OWN.items()}
-    return {**own, **{each.name: each for each in entry_points(group=GROUP) if each.name not in own}}
+    return PLUGINS.find()
 
 
 def check_strategy_name(name: str) -> str:
@@ -37,17 +37,7 @@ def check_strategy_name(name: str) -> str:
     Raises:
         ConfigError: There is no such strategy.
     """
-    _find(name)
-    return name
-
-
-def _find(name: str) -> EntryPoint:
-    if name in OWN:
-        return EntryPoint(name, OWN[name], GROUP)
-    known = find_strategies()
-    if name not in known:
-        raise ConfigError(f"strategy is {name!r}; give {', '.join(known)}.")
-    return known[name]
+    return PLUGINS.entry(name).name
 
 
 def strategy_class(name: str) -> type[Strategy]:
@@ -58,14 +48,7 @@ def strategy_class(name: str) -> type[Strategy]:
     """
     from deal_core.strategies.strategy import Strategy
 
-    entry = _find(name)
-    try:
-        found = entry.load()
-    except Exception as error:
-        raise ConfigError(f"Strategy {name!r} ({entry.value}) cannot be imported: {in_one_line(error)}") from error
-    if not (isinstance(found, type) and issubclass(found, Strategy) and found.name == name):
-        raise ConfigError(f"{entry.value} is no subclass of Strategy with the name {name!r}; mend its package.")
-    return found
+    return PLUGINS.load(name, Strategy)
 
 
 def make_strategy(name: str, config: MethodConfig, seed: int) -> Strategy:

@@ -17,7 +17,6 @@ from typer.cli import get_docs_for_click
 from flows.cli.app import app
 from tasks.spec import AdaptSpec
 
-SECTIONS = ("task", "train", "gate", "data", "evaluate", "monitor", "adapter", "rehearsal", "deal", "rivals")
 LIMITS = {
     "minimum": "at least {}", "exclusiveMinimum": "more than {}", "maximum": "at most {}",
     "exclusiveMaximum": "less than {}",
@@ -32,15 +31,15 @@ TYPES = {
 def settings_page() -> str:
     """Return the page of all settings: a table for each section of a spec, from the fields and their docstrings."""
     schema = AdaptSpec.model_json_schema()
-    top = {name: field for name, field in schema["properties"].items() if name not in SECTIONS}
+    sections = {name: kind for name in schema["properties"] if (kind := _class_of(name))}
+    top = {name: field for name, field in schema["properties"].items() if name not in sections}
     lines = [
         "# Settings of a spec", "",
         "The fields of a spec and of a lineage's file, with their defaults. The page is generated from the code. The "
         "[guide](guide.md) has an example.", "", "## At the top", "", *_table(AdaptSpec, top),
     ]  # fmt: skip
-    for section in SECTIONS:
+    for section, kind in sections.items():
         part = schema["$defs"][_reference(schema["properties"][section])]
-        kind = _class_of(section)
         summary = " ".join((_text(kind) or "").split("\n\n")[0].split())
         lines += ["", f"## {section}", "", summary, "", *_table(kind, part["properties"])]
     return "\n".join(lines) + "\n"
@@ -83,10 +82,11 @@ def _reference(field: Mapping[str, Any]) -> str:
     return next(str(each["$ref"]).rpartition("/")[2] for each in choices if "$ref" in each)
 
 
-def _class_of(section: str) -> type:
-    annotation = AdaptSpec.model_fields[section].annotation
+def _class_of(name: str) -> type | None:
+    """The class of a spec's field; None: the field is no section."""
+    annotation = AdaptSpec.model_fields[name].annotation
     choices = [annotation, *getattr(annotation, "__args__", ())]
-    return next(each for each in choices if dataclasses.is_dataclass(each) or hasattr(each, "model_fields"))
+    return next((each for each in choices if dataclasses.is_dataclass(each) or hasattr(each, "model_fields")), None)
 
 
 @functools.cache

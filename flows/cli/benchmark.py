@@ -77,13 +77,15 @@ def benchmark(
 
 def show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
     """A table per suite, and the cells that failed."""
+    from deal_core.benchmark.summary import method_name
+
     shown: list[RenderableType] = []
     numbers = ["cells", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
     for found in result.tables:
         table = new_table("strategy", "order", *numbers, right=numbers)
         for row in found["rows"]:
             table.add_row(
-                escape(row["strategy"] + (f" ({row['changes']})" if row["changes"] else "")),
+                escape(method_name(row["strategy"], row["changes"])),
                 " and ".join(row["orders"]), str(row["num_cells"]),
                 *(points(row[name]) for name in ("average_accuracy", "forgetting", "backward_transfer",
                                                  "forward_transfer")),

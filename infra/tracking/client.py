@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,15 @@ PAGE = 1000
 Found = TypeVar("Found")
 
 _address_lock = threading.Lock()
+
+
+def installed_version(name: str) -> str:
+    """Return the version of an installed distribution; of `mlflow`, that of its client.
+
+    Raises:
+        PackageNotFoundError: It is not installed.
+    """
+    return importlib.metadata.version(MLFLOW if name == "mlflow" else name)
 
 
 def open_client(settings: TrackingSettings) -> MlflowClient:

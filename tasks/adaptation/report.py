@@ -24,7 +24,7 @@ from infra.report import formatting as words
 from infra.report.page import matrix_rows, render_page
 from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 from infra.store.base import ObjectNotFoundError, ObjectStore, complete_file
-from infra.tracking.client import MLFLOW
+from infra.tracking.client import installed_version
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.frozen_rows import MAX_EXAMPLES, compare_answers, cut
@@ -87,7 +87,7 @@ def _library_versions() -> dict[str, str]:
     found = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(MLFLOW if name == "mlflow" else name)
+            found[name] = installed_version(name)
         except metadata.PackageNotFoundError:  # the checkout is not installed
             continue
     return found

@@ -17,6 +17,7 @@ import typer.main
 
 from deal_core.config import TrainConfig
 from deal_core.judging_config import GateConfig
+from deal_core.method_config import SelectionConfig
 from flows.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,9 @@ def test_every_link_leads_somewhere_and_no_page_loads_from_elsewhere(site: Path)
 def test_every_setting_has_its_line_with_its_meaning(site: Path) -> None:
     page = (site / "settings" / "index.html").read_text()
     rows = dict(re.findall(r"<tr>\s*<td><code>(\w+)</code></td>\s*<td>.*?</td>\s*<td>(.*?)</td>", page, re.DOTALL))
-    names = {field.name for kind in (TrainConfig, GateConfig) for field in fields(kind)} | {"lineage", "instruction"}
+    kinds = (TrainConfig, GateConfig, SelectionConfig)
+    names = {field.name for kind in kinds for field in fields(kind)}
+    names |= {"lineage", "instruction"}
     assert names <= rows.keys()
     assert [name for name in names - {"lineage"} if not rows[name].strip()] == []
     assert "more than 0. Default <code>0.001</code>" in page, "limits and defaults come from the fields"
