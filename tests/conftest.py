@@ -8,8 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -18,6 +20,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 
 from tests.receiver import Receiver
+
+START_SECONDS = 300
+PREFECT_SERVER = pytest.StashKey[Any]()
+"""The server of the fixture `prefect_api`, once a test has asked for it."""
+last_test = "no test"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,16 +57,35 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def prefect_api() -> Iterator[None]:
+def prefect_api(request: pytest.FixtureRequest) -> Iterator[None]:
     """A Prefect server for the flows of the whole session."""
+    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     with (
-        prefect_test_harness(server_startup_timeout=300),
+        prefect_test_harness(server_startup_timeout=START_SECONDS),
         temporary_settings(updates={PREFECT_LOGGING_TO_API_ENABLED: False}),  # no test reads log lines on the server
     ):
+        request.session.stash[PREFECT_SERVER] = SubprocessASGIServer()
         yield
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Keep the name of the test that ended last."""
+    global last_test
+    last_test = nodeid
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Start the Prefect server again if it has ended, so that one lost server does not fail every later test."""
+    server = item.session.stash.get(PREFECT_SERVER, None)
+    if server is None or server.server_process is None or (code := server.server_process.poll()) is None:
+        return
+    warnings.warn(f"The Prefect server ended with code {code}, noticed after {last_test}.", stacklevel=1)
+    server.running = False
+    server.start(START_SECONDS)
 
 
 @pytest.fixture(scope="session")

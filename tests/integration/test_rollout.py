@@ -79,6 +79,7 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
     answered: dict[int, str] = {}
     candidate = tried(url)
     counts = {"1": 0, candidate: 0}
+    ids: set[str] = set()
     user = 0
     while min(counts.values()) < NUM_ROWS:
         place = user % len(TEXTS)
@@ -89,9 +90,11 @@ def ask_and_judge(url: str, expected: Expected, right: str) -> dict[int, str]:
         httpx.post(f"{url}/feedback", json=said, timeout=WAIT_SECONDS).raise_for_status()
         counts[row["version"]] += 1
         answered[user] = row["version"]
+        ids.add(row["id"])
         user += 1
-    wait_for(lambda: len(read_feedback(current_store(), HomeSettings().home, "l").merge(
-        read_predictions(current_store(), HomeSettings().home, "l")[["id"]], on="id")) >= user)  # fmt: skip
+    wait_for(lambda: all(
+        ids <= set(read(current_store(), HomeSettings().home, "l")["id"]) for read in (read_feedback, read_predictions)
+    ))  # fmt: skip
     return answered
 
 
