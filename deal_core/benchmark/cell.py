@@ -20,11 +20,11 @@ Scored = Literal["all", "ends", "last"]
 """Which entries of the accuracy matrix are measured. all: after every task, all tasks so far and the next one. ends:
 every task directly after it was learned, and all tasks at the end. last: all tasks at the end."""
 
-BOUNDS = ("base", "frozen_head", "per_task", "joint_memory", "joint")
-"""Bounds for comparison: the untouched base model, a linear head per task on it, an adapter per task, one adapter for
-the rows together that `memory: rows` would keep, and one adapter for all rows together."""
-UNTRAINED = ("base", "frozen_head")
-"""Bounds that train no adapter."""
+UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
+"""Bounds that train no adapter: the base model itself, and classifiers per task on its features."""
+BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
+"""Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
+would keep, and one adapter for all rows together."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,14 +202,15 @@ def _rows(run: CellRun, name: str) -> Dataset:
 
 
 def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
-    """Fit a linear head for every task and score its answers, in the form of `_score`."""
+    """Fit a classifier for every task and score its answers, in the form of `_score`."""
     scores: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(run.cell.tasks):
         run.on_progress(number, len(run.cell.tasks), f"features of {name}")
         task, learned = run.tasks[name].schema, _rows(run, name)
         rows = run.tasks[name].part(run.cell.part, run.cell.max_test_rows)
         if not task.labels:
-            raise ConfigError(f"frozen_head answers with labels, and task {name} has none; leave frozen_head out.")
+            bound = run.cell.strategy
+            raise ConfigError(f"{bound} answers with labels, and task {name} has none; leave {bound} out.")
         train_ND, test_ND = (
             features(
                 run.base.model, run.base.tokenizer, task, each, max_prompt_tokens=run.cell.train.max_prompt_tokens,
@@ -217,7 +218,7 @@ def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
             )
             for each in (list(learned["input"]), [row["input"] for row in rows])
         )  # fmt: skip
-        answers = answer_by_head(train_ND, list(learned["output"]), test_ND, task.labels)
+        answers = answer_by_head(run.cell.strategy, train_ND, list(learned["output"]), test_ND, task.labels)
         scores[name] = _kept(evaluate_answers(task, Dataset.from_list(list(rows)), answers))
     return scores
 

@@ -21,8 +21,10 @@ from deal_core.schema_version import require_schema_version
 OURS = "deal"
 MEMORY_ROWS = [f"rehearsal.{name} {value}" for name, value in MEMORY["rows"].items() if name != "max_stored_rows"]
 """Departures of `memory: rows`, without the limit of stored rows: no cell stores so many."""
-KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "per_task": "an adapter per task",
-                  "joint_memory": "a tenth of the rows", "joint": "all rows"}  # fmt: skip
+KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
+                  "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
+                  "joint": "all rows"}  # fmt: skip
+OTHER_BOUNDS = [name for name in BOUNDS if name not in ("base", "per_task", "joint")]
 CellJson = Mapping[str, Any]
 Scores = Mapping[str, Mapping[str, Any]]
 Z95 = 1.96
@@ -83,7 +85,7 @@ class Protocol:
     per_task: tuple[CellJson, ...]
     joint: tuple[CellJson, ...]
     others: tuple[CellJson, ...]
-    """The cells of the bounds `frozen_head` and `joint_memory`."""
+    """The cells of the bounds that are neither `base`, `per_task` nor `joint`."""
     cells: tuple[CellJson, ...]
     """The strategies' cells."""
 
@@ -126,7 +128,7 @@ def protocols(cells: Iterable[CellJson]) -> list[Protocol]:
         found.append(
             Protocol(
                 suite=suite, key=key, base=by["base"][0] if by["base"] else None, per_task=tuple(by["per_task"]),
-                joint=tuple(by["joint"]), others=(*by["frozen_head"], *by["joint_memory"]),
+                joint=tuple(by["joint"]), others=tuple(cell for name in OTHER_BOUNDS for cell in by[name]),
                 cells=tuple(cell for name, each in by.items() if name not in BOUNDS for cell in each),
             )
         )  # fmt: skip

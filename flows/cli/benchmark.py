@@ -35,7 +35,8 @@ def benchmark(
     strategy: Annotated[
         list[str] | None,
         Option(
-            "--strategy", help="A strategy, or a bound: base, frozen_head, per_task, joint_memory, joint.",
+            "--strategy",
+            help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
             show_default="deal, seq_lora",
         ),
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,7 @@ from prefect.settings.models.server.services import ServerServicesDBVacuumSettin
 
 INFRA = Path(__file__).parents[3] / "infra"
 COMPOSE = INFRA / "docker" / "compose.yaml"
-MANIFESTS = ("deal.yaml", "prefect-home.yaml", "secrets.example.yaml")
+MANIFESTS = ("base/deal.yaml", "prefect-home.yaml", "secrets.example.yaml")
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -31,9 +32,30 @@ def test_kubernetes_takes_the_manifests(name: str) -> None:
         kubernetes_validate.validate(document, "1.32", strict=True)
 
 
+@pytest.mark.skipif(shutil.which("kustomize") is None, reason="kustomize is not installed")
+def test_an_overlay_changes_images_and_sizes_and_nothing_else() -> None:
+    folder = INFRA / "kubernetes" / "overlay.example"
+    done = subprocess.run(["kustomize", "build", str(folder)], capture_output=True, text=True, check=True)
+    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(done.stdout)}
+    expected = {(each["kind"], each["metadata"]["name"]): each for each in documents("base/deal.yaml")}
+    for name, document in made.items():
+        kubernetes_validate.validate(document, "1.32", strict=True)
+        if "template" in document.get("spec", {}):
+            (theirs,), (ours,) = (pod["spec"]["template"]["spec"]["containers"] for pod in (document, expected[name]))
+            assert theirs["image"] == "registry.example.com/deal-worker:cpu-0.2.0"
+            theirs["image"] = ours["image"]
+    claim = made["PersistentVolumeClaim", "deal-home"]["spec"]
+    assert (claim.pop("storageClassName"), claim["resources"]["requests"]["storage"]) == ("shared-files", "1Ti")
+    claim["resources"]["requests"]["storage"] = "200Gi"
+    limits = made["Deployment", "worker-cpu"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"memory": "8Gi"}
+    limits["memory"] = "4Gi"
+    assert made == expected
+
+
 def test_pods_have_no_more_rights_than_the_namespace_allows() -> None:
     kinds = ("Deployment", "Job")
-    pods = [each["spec"]["template"]["spec"] for each in documents("deal.yaml") if each["kind"] in kinds]
+    pods = [each["spec"]["template"]["spec"] for each in documents("base/deal.yaml") if each["kind"] in kinds]
     assert len(pods) == 3
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -124,7 +146,7 @@ def test_no_secret_of_the_example_looks_as_if_it_could_stay() -> None:
 
 
 def test_workers_wait_for_the_pool_that_the_deploy_makes() -> None:
-    commands = [container["args"] for each in documents("deal.yaml") if each["kind"] == "Deployment"
+    commands = [container["args"] for each in documents("base/deal.yaml") if each["kind"] == "Deployment"
                 for container in each["spec"]["template"]["spec"]["containers"]]  # fmt: skip
     commands.append((INFRA / "docker" / "Dockerfile").read_text().partition("CMD")[2].split())
     assert len(commands) == 3 and all("--no-create-pool-if-not-found" in command for command in commands)
