@@ -52,7 +52,8 @@ Quantize = Literal["none", "8bit", "4bit"]
 Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
-    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": ()},
+    "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
+              "prompt_loss_weight": 0.0},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
@@ -104,6 +105,8 @@ class TrainConfig:
     """Fill batches with rows of similar length."""
     balance_labels: Flag = True
     """Give every batch the labels in the shares that they have among all rows."""
+    prompt_loss_weight: Share = 0.0
+    """Weight of a token of the text, if a token of the answer weighs 1; what all prompts of a task share counts 0."""
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1

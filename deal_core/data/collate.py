@@ -17,11 +17,14 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from deal_core.data.prompt_loss import without_text
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
+NOT_READ = ("labels", "prefix_ids", "text_labels")
+"""Parts of a batch that the model is not called with."""
 MIN_PREFIX = 8
 """Smallest number of common first tokens for which a shared prefix is computed once."""
 
@@ -75,7 +78,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
 
     Processes that share batches need equal numbers of rows; this row fills up the last batch.
     """
-    blank = {**encoded[0], "answer_ids": [], "length": 0}
+    blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
@@ -121,14 +124,21 @@ class AnswerCollator:
         is_seq2seq: Whether the model is an encoder-decoder.
         shares_prefix: Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The
             other tensors then hold only what follows, but the mask counts the prefix.
+        scores_texts: Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool, shares_prefix: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        is_seq2seq: bool,
+        shares_prefix: bool = False,
+        scores_texts: bool = False,
     ) -> None:
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._is_seq2seq = is_seq2seq
         self._shares_prefix = shares_prefix
+        self._scores_texts = scores_texts
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
@@ -140,8 +150,11 @@ class AnswerCollator:
         single = [row for group in by_start.values() if len(group) == 1 for row in group]
         return [*(group for group in by_start.values() if len(group) > 1), *([single] if single else [])]
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only."""
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only.
+
+        With scores_texts also text_labels (B×T), the tokens of the texts only.
+        """
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
         prompts = [list(row["prompt_ids"]) for row in rows]
@@ -149,7 +162,7 @@ class AnswerCollator:
             input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        shared = common_prefix(prompts) if self._shares_prefix else 0
+        shared = self._shared(prompts, rows) if self._shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, self._pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
@@ -160,11 +173,27 @@ class AnswerCollator:
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
             "labels": labels,
         }
+        if self._scores_texts:
+            texts = [_only(row["text_start"] - shared, row["text_end"] - shared, tail)
+                     for row, tail in zip(rows, tails, strict=True)]  # fmt: skip
+            batch["text_labels"], _ = pad_batch(texts, IGNORED, side="left")
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
+
+    def _shared(self, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> int:
+        """Length of the prefix that is computed once. A scored token's predecessor is never in it."""
+        shared = common_prefix(prompts)
+        if self._scores_texts:
+            shared = min(shared, *(row["text_start"] - 1 for row in rows))
+        return shared if shared >= MIN_PREFIX else 0
+
+
+def _only(start: int, end: int, tokens: Sequence[int]) -> list[int]:
+    """The tokens, ignored outside of start to end."""
+    return [token if start <= place < end else IGNORED for place, token in enumerate(tokens)]
 
 
 def answer_collator(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False
 ) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.
 
@@ -175,24 +204,32 @@ def answer_collator(
         model: The base model, with or without an adapter.
         tokenizer: Source of the padding token.
         is_recomputed: Whether activations are recomputed, so that no cache is between prefix and texts.
+        scores_texts: See AnswerCollator.
     """
     is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
-    return AnswerCollator(tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model))
+    return AnswerCollator(
+        tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model), scores_texts=scores_texts
+    )
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions.
+    """Logits (B×K×V) for the labels (B×K) of a collated batch, computed only at these positions."""
+    return _logits_of_last(model, inputs, inputs["labels"].shape[1])
+
+
+def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: int) -> Tensor:
+    """Logits for the last tokens of every row, or for the labels of an encoder-decoder.
 
     A shared prefix is computed once. Its gradients are the sum over the rows, so the result is that of whole rows.
     """
     if "position_ids" not in inputs:  # an encoder-decoder, whose decoder has only the answer
         return cast(Tensor, model(**inputs).logits)
-    features: dict[str, Any] = {name: value for name, value in inputs.items() if name not in ("labels", "prefix_ids")}
+    features: dict[str, Any] = {name: value for name, value in inputs.items() if name not in NOT_READ}
     # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
     # copies its whole weight once per row
-    (num_rows, length), num_answer = inputs["input_ids"].shape, inputs["labels"].shape[1]
-    positions = torch.arange(length - num_answer - 1, length - 1, device=inputs["labels"].device)
+    num_rows, length = inputs["input_ids"].shape
+    positions = torch.arange(length - num_tokens - 1, length - 1, device=inputs["labels"].device)
     if "prefix_ids" not in inputs:
         return cast(Tensor, model(**features, logits_to_keep=positions, use_cache=False).logits)
     cache = read_cache(model, inputs["prefix_ids"])
@@ -203,9 +240,25 @@ def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of a collated batch's answers, summed over their tokens."""
-    logits_BKV = answer_logits(model, inputs)
+    return _summed_loss(answer_logits(model, inputs), inputs["labels"])
+
+
+def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of a collated batch's answers and of its texts, each summed over its tokens."""
+    length, num_answer = inputs["input_ids"].shape[1], inputs["labels"].shape[1]
+    columns = inputs["text_labels"].ne(IGNORED).any(0).nonzero()
+    first = int(columns[0]) if len(columns) else length
+    num_scored = max(length - first, num_answer)
+    logits_BSV = _logits_of_last(model, inputs, num_scored)
+    return (
+        _summed_loss(logits_BSV[:, num_scored - num_answer :], inputs["labels"]),
+        _summed_loss(logits_BSV, inputs["text_labels"][:, length - num_scored :]),
+    )
+
+
+def _summed_loss(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
     return cross_entropy(
-        logits_BKV.flatten(0, 1).float(), inputs["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 

@@ -151,9 +151,10 @@ def _kept_bytes(config: Any, adapter: AdapterConfig, batch: BatchShape, precisio
 def _empty_batch(batch: BatchShape, *, is_seq2seq: bool) -> dict[str, Tensor]:
     """A batch in the form of `AnswerCollator`, without content."""
     rows, tokens, answer = batch.num_rows, batch.num_tokens, batch.num_answer_tokens
-    labels = torch.zeros(rows, answer, dtype=torch.long)
     if is_seq2seq:
+        labels = torch.zeros(rows, answer, dtype=torch.long)
         return {"input_ids": torch.zeros(rows, tokens - answer, dtype=torch.long), "labels": labels}
+    labels = torch.zeros(rows, batch.num_scored_tokens, dtype=torch.long)
     input_ids = torch.zeros(rows, tokens, dtype=torch.long)
     # transformers uses a mask of four dimensions unchanged; to make one, it would read the content of another
     mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)

@@ -75,11 +75,12 @@ class TaskContext:
     adapter: AdapterConfig
     train: TrainConfig
 
-    def collator(self) -> AnswerCollator:
+    def collator(self, *, scores_texts: bool = False) -> AnswerCollator:
         """Return the collator that pads rows to a batch for this base model."""
         return answer_collator(
-            self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing
-        )
+            self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing,
+            scores_texts=scores_texts,
+        )  # fmt: skip
 
 
 class Strategy:

@@ -16,6 +16,7 @@ from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, 
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import encode_rows
+from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.method_config import MethodConfig
@@ -35,7 +36,7 @@ class TrainingResult:
         num_steps: Optimiser steps of the whole run, including those before a resume.
         seconds: Wall time of this call's training loop.
         rows_per_second: Training rows per second in this call.
-        losses: (step, mean loss per answer token) of every step, including those before a resume.
+        losses: (step, mean loss per token that counts) of every step, including those before a resume.
         resumed_from_step: Step of the checkpoint that the run continued from, or None.
         fill: Share of each module's slots that the trained adapter uses.
         notes: Remarks for people about how the task was learned.
@@ -102,7 +103,8 @@ def train_adapter(
 
     Raises:
         DataValidationError: There is no row to train on.
-        ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them.
+        ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
+            train.prompt_loss_weight is set for an encoder-decoder.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
@@ -127,13 +129,7 @@ def train_adapter(
         num_new_slots = strategy_class(strategy).num_new_slots(setup.adapter)
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
-        encoded = concatenate_datasets([
-            encode_rows(
-                each_rows, base.tokenizer, each,
-                max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
-            )
-            for each, each_rows in ((task, rows), *joined)
-        ])  # fmt: skip
+        encoded = _encode(base, train, [(task, rows), *joined])
         context = TaskContext(
             base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
             train=train,
@@ -144,10 +140,11 @@ def train_adapter(
             model=model,
             args=args,
             train_dataset=encoded,
-            data_collator=context.collator(),
+            data_collator=context.collator(scores_texts=train.prompt_loss_weight > 0),
             strategy=learner,
             group_by_length=train.group_by_length,
             balance_labels=train.balance_labels,
+            prompt_loss_weight=train.prompt_loss_weight,
         )
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
@@ -159,10 +156,27 @@ def train_adapter(
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train))
+        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train), *_texts(encoded, train))
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
+
+
+def _encode(base: BaseModel, train: TrainConfig, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
+    """Tokenise the rows of all tasks, with the spans of their texts if these count."""
+    if train.prompt_loss_weight and base.model.config.is_encoder_decoder:
+        raise ConfigError(
+            "train.prompt_loss_weight needs a model that predicts its prompt, and an encoder-decoder does not; set it "
+            "to 0."
+        )
+    parts = [
+        encode_rows(
+            rows, base.tokenizer, task,
+            max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+        )
+        for task, rows in tasks
+    ]  # fmt: skip
+    return concatenate_datasets([add_text_spans(part) for part in parts] if train.prompt_loss_weight else parts)
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:
@@ -191,6 +205,13 @@ def _cut(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
             f"{num_answers} of {len(encoded)} training answers fill train.max_answer_tokens "
             f"({train.max_answer_tokens}): longer answers were cut"
         )
+
+
+def _texts(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
+    """A note about the texts' share of the loss."""
+    if train.prompt_loss_weight:
+        share = share_of_texts(encoded, train.prompt_loss_weight)
+        yield f"train.prompt_loss_weight {train.prompt_loss_weight:g}: the texts have {share:.0%} of the loss's weight"
 
 
 def training_arguments(

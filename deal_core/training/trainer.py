@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_loss
+from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_and_text_loss, answer_loss
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.strategies.strategy import Strategy
 
@@ -49,6 +49,7 @@ class AdapterTrainer(Trainer):
         strategy: Strategy,
         group_by_length: bool,
         balance_labels: bool = False,
+        prompt_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
@@ -61,6 +62,7 @@ class AdapterTrainer(Trainer):
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._group_by_length = group_by_length
+        self._text_weight = prompt_loss_weight
         # compute_loss gives a sum over tokens divided by the tokens of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -103,13 +105,33 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the answer's tokens; logits are computed only at their positions."""
-        loss_sum = answer_loss(model, inputs)
+        """Cross-entropy of the answers' tokens, and of the texts' if they count, over the weight of all of them.
+
+        Logits are computed only for tokens that count.
+        """
+        if self._text_weight:
+            answers, texts = answer_and_text_loss(model, inputs)
+            loss_sum = answers + self._text_weight * texts
+        else:
+            loss_sum = answer_loss(model, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / inputs["labels"].ne(IGNORED).sum()
+            loss = loss_sum / self._weight_of([inputs])
         else:
             loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """The weight of the accumulated batch's tokens; without a weight of texts, the answers' tokens."""
+        if not self._text_weight:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weight = self._weight_of(batch_samples).to(device)
+        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+
+    def _weight_of(self, batches: list[Any]) -> Tensor:
+        def count(name: str) -> Tensor:
+            return torch.stack([batch[name].ne(IGNORED).sum() for batch in batches]).sum()
+
+        return count("labels") + self._text_weight * count("text_labels") if self._text_weight else count("labels")
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""

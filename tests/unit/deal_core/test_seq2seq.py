@@ -23,6 +23,7 @@ from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_loss
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.score import evaluate_task
@@ -93,6 +94,11 @@ def test_deal_differs_from_plain_lora_and_resumes(base, parent, train, tmp_path)
         train("deal", parent, train=STEPS, on_log=die, **folders)
     resumed = train("deal", parent, train=STEPS, **folders)
     assert resumed.result.resumed_from_step == 2 and resumed.losses == whole.losses
+
+
+def test_a_prompt_that_the_model_does_not_predict_cannot_count(train):
+    with pytest.raises(ConfigError, match="prompt_loss_weight"):
+        train("seq_lora", train=replace(STEPS, prompt_loss_weight=0.1))
 
 
 def test_answers_and_plain_peft_agree(base, task, rows, train):
