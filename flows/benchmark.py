@@ -39,7 +39,7 @@ SUMMARY_FILE = "summary.json"
 LOOK_SECONDS = 2.0
 PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
 """The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
-LONGER = {"superni": {"max_prompt_tokens": 512}}
+LONGER = {"superni": {"max_prompt_tokens": 512}, "superni8": {"max_prompt_tokens": 512}}
 """Other defaults by suite: the instructions of superni alone take more than 160 tokens. The field cuts at 512."""
 
 

@@ -48,6 +48,14 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
               "personachat_generate_next", "outcome_extraction", "reddit_tifu_long_text_summarization",
               "quoref_answer_generation", "xsum_summarization", "emotion_classification"),
     },
+    "superni8": {
+        "1": ("samsum_summary", "sst2_polarity_classification", "outcome_extraction", "evalution_relation_extraction",
+              "commonsenseqa_answer_generation", "sciq_answer_generation", "sentiment140_classification",
+              "emotion_classification"),
+        "2": ("commonsenseqa_answer_generation", "samsum_summary", "sentiment140_classification",
+              "sciq_answer_generation", "sst2_polarity_classification", "evalution_relation_extraction",
+              "outcome_extraction", "emotion_classification"),
+    },
     "15": {
         "1": ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo",
               "MultiRC", "BoolQA", "WiC"),
@@ -57,7 +65,8 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Suite → order → tasks. "8" and "9" are this project's own. In "8" consecutive tasks differ much, so forgetting is
 strong. "9" is for choosing settings: seven tasks of "15" on which methods differ, and two that share label words.
-"superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295)."""
+"superni" is generation: 15 tasks of Super-NaturalInstructions in the two orders of SAPT (arXiv 2401.08295). "superni8"
+has those of its tasks with short prompts that an adapter of their own lifts above SmolLM2-135M-Instruct."""
 
 HUB_SCHEME = "hf://"
 

@@ -28,7 +28,7 @@ def benchmark(
     ],
     suite: Annotated[
         str | None,
-        Option("--suite", help="3, 4, 8, 9 or 15 (tasks with labels), or superni (15 with texts).", show_default=False),
+        Option("--suite", help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False),
     ] = None,
     order: Annotated[list[str] | None, Option("--order", help="Order of the suite's tasks.", show_default="1")] = None,
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
