@@ -79,8 +79,8 @@ def core_hours(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def some_cell(protocol: Protocol) -> CellJson:
     """A cell of the table: what all of them share is read from it."""
-    cells = (*protocol.cells, *protocol.per_task, *protocol.joint, *([protocol.base] if protocol.base else []))
-    return cells[0]
+    trained = (*protocol.cells, *protocol.per_task, *protocol.joint, *protocol.others)
+    return (*trained, *([protocol.base] if protocol.base else []))[0]
 
 
 def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
