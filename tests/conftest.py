@@ -24,7 +24,10 @@ from tests.receiver import Receiver
 START_SECONDS = 300
 PREFECT_SERVER = pytest.StashKey[Any]()
 """The server of the fixture `prefect_api`, once a test has asked for it."""
+NEW_MODULES = 200
+"""After so many new modules the garbage collector is told to leave out what is there."""
 last_test = "no test"
+num_frozen_modules = 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,10 +35,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("base_model", "e2e")))
 
 
+def keep_imports_out_of_garbage_collections() -> None:
+    """Each training asks for a full collection, which looks at every object that was made and not frozen."""
+    global num_frozen_modules
+    if len(sys.modules) > num_frozen_modules + NEW_MODULES:
+        gc.collect()
+        gc.freeze()
+        num_frozen_modules = len(sys.modules)
+
+
 def pytest_collection_finish() -> None:
-    """Keep what was imported out of every later garbage collection: each training asks for a full one."""
-    gc.collect()
-    gc.freeze()
+    """Begin without a long collection in the first training."""
+    keep_imports_out_of_garbage_collections()
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +91,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Start the Prefect server again if it has ended, so that one lost server does not fail every later test."""
+    keep_imports_out_of_garbage_collections()
     server = item.session.stash.get(PREFECT_SERVER, None)
     if server is None or server.server_process is None or (code := server.server_process.poll()) is None:
         return
