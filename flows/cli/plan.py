@@ -1,4 +1,4 @@
-"""Commands before a run: what it will take (`deal plan`), and its base model (`deal model fetch`)."""
+"""Commands before a run: what a file holds (`deal validate`), what the run will take (`deal plan`), its base model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
+from deal_core.safe_text import listed, shorten
 from flows.cli.session import CommandResult, Session, command
 from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from tasks.planning import PlanResult
+    from tasks.validate import ShownRow, ValidateResult
 
 plan_app = typer.Typer()
+_SHOWN_CHARS = 1000
+_SHOWN_LABELS = 20
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 
 
@@ -134,4 +138,76 @@ def _remedies(found: PlanResult) -> list[RenderableType]:
         shown += [heading("What to change"), table]
     if not any(each.fits for each in found.remedies):
         shown.append("No setting makes it fit: take a smaller base model, or a device with more memory.")
+    return shown
+
+
+@command(plan_app, "validate")
+def validate(
+    deal: Session,
+    file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
+    spec: Annotated[
+        Path | None, Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
+    ] = None,
+    task: Annotated[str, Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
+    test_data: Annotated[
+        str | None, Option("--test-data", help="File of test rows.", show_default="the spec's")
+    ] = None,
+    lineage: Annotated[
+        str | None,
+        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
+    ] = None,
+    with_model: Annotated[
+        bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
+    ] = False,
+) -> CommandResult:
+    """Check a file as a run would check it. Nothing is stored."""
+    from tasks.validate import validate as validate_rows
+
+    outcome = validate_rows(
+        file, spec=spec, task=task, lineage=lineage, test_data=test_data, with_model=with_model,
+        on_progress=lambda done: deal.screen.advanced("validate", done, None),
+        on_model=lambda done, total: deal.screen.advanced("labels", done, total),
+    )  # fmt: skip
+    return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
+
+
+def show_row(row: ShownRow) -> Sequence[RenderableType]:
+    """A row's prompt and answer; the middle of a long text is left out."""
+    prompt, answer = (
+        text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}"
+        for text in (row.prompt, row.answer)
+    )  # fmt: skip
+    note = [f"[yellow]{escape(row.note)}[/]"] if row.note else []
+    return [f"{escape(prompt)}[green]{escape(answer)}[/]", *note]
+
+
+def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
+    """The result of the checks of a file."""
+    verdict = "[green]can be adapted[/]" if result.accepted else "[red]is refused[/]"
+    shown: list[RenderableType] = [
+        f"{escape(result.file)} {verdict}: {result.num_read} rows read, {result.num_train} training, "
+        f"{result.num_test} test, {result.num_rejected} bad"
+        + (f"; {result.num_turns} training rows are earlier turns of chats" if result.num_turns else ""),
+        *([f"{result.num_several} rows have several right answers: the first one is learned, and the metric takes the "
+           "best of them"] if result.num_several else []),
+        f"recognised as {escape(result.shape or 'no known shape: no row can be read')}",
+        f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
+    ]
+    if result.example:
+        shown += [heading("One row as the model sees it"), *show_row(result.example)]
+    if result.bad_rows:
+        table = new_table("row", "line", "reason", right=["row", "line"])
+        for bad in result.bad_rows:
+            table.add_row(str(bad.row), "–" if bad.line is None else str(bad.line), escape("\n".join(bad.reasons)))
+        shown += [heading(f"Bad rows (the first {len(result.bad_rows)})"), table]
+    if result.label_check is not None:
+        shown.append(escape(result.label_check))
+    if result.likely_wrong:
+        table = new_table("text", "label", "likelier")
+        for row in result.likely_wrong[:_SHOWN_LABELS]:
+            table.add_row(*(escape(shorten(text)) for text in (row.text, row.label, row.likelier)))
+        shown += [heading(f"Labels to look at (the first {table.row_count}; --json has all)"), table]
+    shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
+    if result.refusal:
+        shown.append(f"[red]{escape(result.refusal)}[/]")
     return shown

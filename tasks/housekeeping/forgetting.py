@@ -21,15 +21,13 @@ from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, l
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
+from tasks.housekeeping.arrivals import KnownArrival, manifests_of, with_every_split
 from tasks.housekeeping.inputs import arrival_inputs
 from tasks.housekeeping.inventory import (
-    KnownArrival,
     find_leftovers,
     list_all_lineages,
     list_logged_lineages,
-    manifests_of,
     remove_local,
-    with_every_split,
 )
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record

@@ -22,7 +22,7 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import DATASETS, MANIFEST_FILE, TEST_FILE, TRAIN_FILE, dataset_sha256
 from tasks.data_files import local_file
-from tasks.housekeeping.inventory import KnownArrival
+from tasks.housekeeping.arrivals import KnownArrival
 from tasks.inbox import list_arrivals
 
 

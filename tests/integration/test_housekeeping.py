@@ -35,7 +35,7 @@ from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
-from tasks.housekeeping.inventory import find_arrival
+from tasks.housekeeping.arrivals import find_arrival
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, TestRowsForgottenError

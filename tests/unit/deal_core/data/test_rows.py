@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.check import PLAIN, BatchChecker, RowChecker
+from deal_core.data.batch_check import PLAIN, BatchChecker
+from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.reading.parquet_rows import ParquetBatch
 from deal_core.data.reading.readers import read_batches
