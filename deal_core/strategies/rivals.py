@@ -27,15 +27,58 @@ class SeqLora(Strategy):
     name = "seq_lora"
 
 
-class IncLora(Strategy):
-    """Trains only the slots that a task adds; slots of earlier tasks stay fixed: ΔW = Σ_i B_i A_i.
-
-    The adapter grows with every task.
+class LastSlots(Strategy):
+    """Trains only the adapter's last slots; the slots before them stay as `past` has them.
 
     Attributes:
-        a_new: A of the new slots, M×R×I, one per stack; empty for the first task, which is plain LoRA.
-        b_new: B of the new slots, M×O×R.
-        past: A and B of the earlier slots, one pair per stack.
+        a_new: A of the trained slots, M×R'×I, one per stack; empty if all of the adapter is trained.
+        b_new: B of the trained slots, M×O×R'.
+        past: A and B of the slots before them, one pair per stack.
+    """
+
+    def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
+        """Start without such slots; a subclass adds them."""
+        super().prepare(model, state, context)
+        self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
+        self.past: list[tuple[Tensor, Tensor]] = []
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the trained slots' factors."""
+        return [*self.a_new, *self.b_new] if self.past else super().parameters()
+
+    def before_step(self) -> None:
+        """Copy the trained slots' part of the factors' gradients."""
+        for stack, a, b in zip(self.stacks, self.a_new, self.b_new, strict=False):
+            grad_A, grad_B = stack.gradients()
+            a.grad, b.grad = grad_A[:, -a.shape[1] :].clone(), grad_B[:, :, -b.shape[2] :].clone()
+
+    def after_step(self) -> None:
+        """Write the adapter."""
+        self.write()
+
+    def write(self) -> None:
+        """Write fixed and trained slots side by side."""
+        for stack, (a_past, b_past), a, b in zip(self.stacks, self.past, self.a_new, self.b_new, strict=False):
+            stack.write(torch.cat([a_past, a], dim=1), torch.cat([b_past, b], dim=2))
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Return the trained slots' factors."""
+        named = [*((f"a.{i}", p) for i, p in enumerate(self.a_new)), *((f"b.{i}", p) for i, p in enumerate(self.b_new))]
+        return {name: parameter.detach() for name, parameter in named}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the trained slots' factors."""
+        for kind, parameters in (("a", self.a_new), ("b", self.b_new)):
+            for i, parameter in enumerate(parameters):
+                parameter.copy_(tensors[f"{kind}.{i}"])
+        self.write()
+
+
+class IncLora(LastSlots):
+    """Trains only the slots that a task adds; slots of earlier tasks stay fixed: ΔW = Σ_i B_i A_i.
+
+    The adapter grows with every task. The first task is plain LoRA.
     """
 
     name = "inc_lora"
@@ -49,8 +92,6 @@ class IncLora(Strategy):
     def prepare(self, model: PeftModel, state: MethodState | None, context: TaskContext) -> None:
         """Seed the new slots as PEFT seeds a new LoRA: A ~ U(−1/√I, 1/√I), B = 0. Every arrival gets other seeds."""
         super().prepare(model, state, context)
-        self.a_new, self.b_new = nn.ParameterList(), nn.ParameterList()
-        self.past: list[tuple[Tensor, Tensor]] = []
         if state is None:
             return
         num_new = self.num_new_slots(context.adapter)
@@ -60,35 +101,7 @@ class IncLora(Strategy):
             self.past.append((a_MRI[:, :-num_new], b_MOR[:, :, :-num_new]))
             self.a_new.append(nn.Parameter(draw_seeds(a_MRI[:, -num_new:], a_MRI.shape[2], generator)))
             self.b_new.append(nn.Parameter(torch.zeros_like(b_MOR[:, :, -num_new:])))
-        self.after_step()
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """Return the new slots' factors."""
-        return [*self.a_new, *self.b_new] if self.past else super().parameters()
-
-    def before_step(self) -> None:
-        """Copy the new slots' part of the factors' gradients."""
-        for stack, a, b in zip(self.stacks, self.a_new, self.b_new, strict=False):
-            grad_A, grad_B = stack.gradients()
-            a.grad, b.grad = grad_A[:, -a.shape[1] :].clone(), grad_B[:, :, -b.shape[2] :].clone()
-
-    def after_step(self) -> None:
-        """Write earlier and new slots side by side."""
-        for stack, (a_past, b_past), a, b in zip(self.stacks, self.past, self.a_new, self.b_new, strict=False):
-            stack.write(torch.cat([a_past, a], dim=1), torch.cat([b_past, b], dim=2))
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Return the new slots' factors."""
-        named = [*((f"a.{i}", p) for i, p in enumerate(self.a_new)), *((f"b.{i}", p) for i, p in enumerate(self.b_new))]
-        return {name: parameter.detach() for name, parameter in named}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the new slots' factors."""
-        for kind, parameters in (("a", self.a_new), ("b", self.b_new)):
-            for i, parameter in enumerate(parameters):
-                parameter.copy_(tensors[f"{kind}.{i}"])
-        self.after_step()
+        self.write()
 
 
 class Slao(Strategy):
