@@ -98,6 +98,13 @@ def task_lines(protocol: Protocol, rows: Sequence[Mapping[str, Any]]) -> dict[st
     return {"columns": list(columns), "num_cells": [row["num_cells"] for row in columns.values()], "lines": lines}
 
 
+def lift_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
+    """What an adapter of its own brings each task, in points; best first."""
+    lines = [{"task": name, "lift": lift, "points": {name: 100 * value for name, value in vars(lift).items()}}
+             for protocol in protocols(cells) for name, lift in protocol.lifts().items()]  # fmt: skip
+    return sorted(lines, key=lambda line: line["lift"].base - line["lift"].alone)
+
+
 def widest(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Any:
     """The orders of the line that covers most of a strategy's cells."""
     same = [each["orders"] for each in rows if name_of(each) == name_of(row)]
@@ -287,6 +294,7 @@ def main(
         "reported": sorted(reported, key=lambda line: (line["suite"], line["order"], line["seed"], line["method"])),
         "tables": tables, "tried": tried, "num_tried": len(tried),
         "protocol": protocol, "chosen": choice_of(protocol), "cost": cost, "cost_names": COST_NAMES,
+        "lifts": lift_lines(read_cells(results / "superni")),
         "roundings": roundings(cells),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip

@@ -76,6 +76,24 @@ def matrix_of(cell: CellJson, base: CellJson | None = None) -> AccuracyMatrix | 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lift:
+    """Scores of one task, 0 to 1."""
+
+    base: float
+    """Of the base model."""
+    majority: float
+    """Of the commonest right answer, given to every row."""
+    alone: float
+    """Of an adapter that learned only this task, mean over seeds."""
+    error: float
+    """Half the width of the 95 % interval of `alone` over test rows."""
+
+    def is_above(self, score: float) -> bool:
+        """Whether the adapter is better, with 95 % confidence."""
+        return self.alone - self.error > score
+
+
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """The cells of one table, which share suite and settings, and their bounds."""
 
@@ -89,21 +107,27 @@ class Protocol:
     cells: tuple[CellJson, ...]
     """The strategies' cells."""
 
-    def lifted(self) -> dict[str, bool]:
-        """By task, whether its own adapter beats the majority class and the base model, with 95 % confidence.
-
-        Other tasks measure nothing here. The dict is empty if the bounds were not run.
-        """
+    def lifts(self) -> dict[str, Lift]:
+        """What an adapter of its own brings each task. The dict is empty if the bounds were not run."""
         if self.base is None or not self.per_task:
             return {}
         untouched, alone = final_scores(self.base), [final_scores(cell) for cell in self.per_task]
         found = {}
         for name, score in untouched.items():
-            share = sum(accuracy(scores[name]) for scores in alone) / len(alone)
             spread = fmean(pvariance(row_scores(scores[name])) for scores in alone)
-            error = Z95 * math.sqrt(spread / len(score["correct"]))
-            found[name] = share - error > max(accuracy(score), score["majority_rate"])
+            found[name] = Lift(
+                base=accuracy(score), majority=score["majority_rate"],
+                alone=fmean(accuracy(scores[name]) for scores in alone),
+                error=Z95 * math.sqrt(spread / len(score["correct"])),
+            )  # fmt: skip
         return found
+
+    def lifted(self) -> dict[str, bool]:
+        """By task, whether its own adapter beats the majority class and the base model; see `lifts`.
+
+        Other tasks measure nothing here.
+        """
+        return {name: lift.is_above(max(lift.base, lift.majority)) for name, lift in self.lifts().items()}
 
     def lifted_tasks(self) -> list[str]:
         """The tasks that measure something; empty if the bounds were not run."""
