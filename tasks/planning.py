@@ -19,6 +19,7 @@ from deal_core.config import TrainConfig
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
+from deal_core.method_config import TokenMaskConfig
 from deal_core.planning.memory import (
     HEADROOM,
     BatchShape,
@@ -35,6 +36,7 @@ from deal_core.planning.memory import (
 )
 from deal_core.planning.meta_model import measure_activations, measure_model
 from deal_core.selection.choose import rows_read
+from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
@@ -167,6 +169,7 @@ def plan(
                 strategy=strategy, adapter=adapter, method=spec.method, train=spec.train,
             ),
         )  # fmt: skip
+        require_no_labels(spec.method, manifest.task)
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
 
@@ -221,9 +224,11 @@ def _plan_rows(
         notes.append(f"the tensors that {setup.strategy} keeps for earlier tasks are not counted")
     num_read = rows_read(setup, manifest.num_train, has_parent=run.champion is not None)
     if num_read:
-        notes.append(_about_reading(num_read, seconds, train))
-    remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
+        notes.append(_about_reading("the rows are chosen first", num_read, seconds, train))
     num_chosen = setup.method.selection.num_kept(manifest.num_train)
+    if setup.method.token_mask.is_on:
+        notes.append(_about_reading("tokens are masked first", num_chosen, seconds, train))
+    remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     steps = train.num_steps(num_chosen)
     return PlanResult(
         base=run.source, model_type=model.model_type, parameters=dict(model.parameters),
@@ -243,13 +248,13 @@ def _plan_rows(
     )  # fmt: skip
 
 
-def _about_reading(num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
+def _about_reading(why: str, num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
     """A note: a model reads rows before the training."""
     time = ""
     if seconds_per_step is not None:
         seconds = FORWARD_SHARE * seconds_per_step * num_read / (train.batch_size * train.gradient_accumulation_steps)
         time = f", about {round(seconds):,} s that are not counted above"
-    return f"the rows are chosen first: a model reads {num_read:,} rows before the training{time}"
+    return f"{why}: a model reads {num_read:,} rows before the training{time}"
 
 
 def _batch(run: _Run, rows: Dataset) -> BatchShape:
@@ -300,7 +305,8 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
         train_adapter(
             load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize),
             rows,
-            replace(run.setup, train=train),  # with all rows: train_adapter chooses none
+            # with all rows and tokens: train_adapter chooses and masks none
+            replace(run.setup, train=train, method=replace(run.setup.method, token_mask=TokenMaskConfig())),
             parent_folder=parent_folder,
             output_folder=temporary / "adapter",
             checkpoint_folder=temporary / "checkpoints",

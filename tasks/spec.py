@@ -42,6 +42,7 @@ from deal_core.method_config import (
     RehearsalConfig,
     RivalConfig,
     SelectionConfig,
+    TokenMaskConfig,
 )
 from deal_core.safe_text import brief, holds_secret, shorten
 from deal_core.selection import check_score_name
@@ -177,6 +178,7 @@ class LineageSpec(BaseModel):
     rehearsal: RehearsalConfig = RehearsalConfig()
     rivals: RivalConfig = RivalConfig()
     selection: SelectionConfig = SelectionConfig()
+    token_mask: TokenMaskConfig = TokenMaskConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     data: DataConfig = DataConfig()
@@ -187,7 +189,10 @@ class LineageSpec(BaseModel):
     def method(self) -> MethodConfig:
         """Settings of the strategies."""
         rehearsal = self.rehearsal.with_memory(self.memory)
-        return MethodConfig(deal=self.deal, rehearsal=rehearsal, rivals=self.rivals, selection=self.selection)
+        return MethodConfig(
+            deal=self.deal, rehearsal=rehearsal, rivals=self.rivals, selection=self.selection,
+            token_mask=self.token_mask,
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _check_memory(self) -> Self:
@@ -200,12 +205,10 @@ class LineageSpec(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_idle_selection(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `selection` out where it is off: digests and stored JSON are then those of earlier releases."""
-        values: dict[str, Any] = dump(self)
-        if not self.selection.is_on:
-            values.pop("selection", None)
-        return values
+    def _without_idle_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out parts that came later where they are off: digests and stored JSON are those of earlier releases."""
+        idle = [name for name in ("selection", "token_mask") if not getattr(self, name).is_on]
+        return {name: value for name, value in dump(self).items() if name not in idle}
 
     def with_task(self, task: TaskSpec) -> AdaptSpec:
         """Return the spec of one arrival in this lineage."""

@@ -25,6 +25,8 @@ UNTRAINED = ("base", "frozen_head", "knn", "knn_means")
 BOUNDS = (*UNTRAINED, "per_task", "joint_memory", "joint")
 """Bounds for comparison. The last three: an adapter per task, one adapter for the rows together that `memory: rows`
 would keep, and one adapter for all rows together."""
+COMMON = ("selection", "token_mask")
+"""Parts of MethodConfig that every strategy heeds. A cell has a part's settings only where the part is on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class Cell:
         return {"all": self.tasks[: version + 2], "ends": self.tasks[version : version + 1], "last": ()}[self.scored]
 
     def shared_digest(self) -> str | None:
-        """Digest of the first version if it is plain LoRA on all rows without kept rows; else None.
+        """Digest of the first version if it is plain LoRA on all rows and tokens without kept rows; else None.
 
         Cells with the same digest share their first version, which is trained and scored once.
         """
@@ -92,7 +94,7 @@ class Cell:
         is_plain = (
             method["deal.sides"] == "both"
             and not RehearsalConfig(texts=method["rehearsal.texts"]).keeps_rows
-            and not any(name.startswith("selection.") for name in method)
+            and not any(name.partition(".")[0] in COMMON for name in method)
         )
         if self.strategy not in ("seq_lora", "deal") or not is_plain:
             return None
@@ -135,8 +137,8 @@ def _later_revision(strategy: str) -> dict[str, int]:
 
 
 def settings_read(strategy: str, method: MethodConfig) -> dict[str, Any]:
-    """Return the method settings that a strategy reads, by dotted name; those of `selection` if it is on."""
-    reads = (*strategy_class(strategy).reads, *(("selection",) if method.selection.is_on else ()))
+    """Return the method settings that a strategy reads, by dotted name; those of a part of COMMON if it is on."""
+    reads = (*strategy_class(strategy).reads, *(part for part in COMMON if getattr(method, part).is_on))
     flat = {
         f"{part}.{name}": value
         for part, values in asdict(method).items()

@@ -33,6 +33,7 @@ from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluat
 from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.selection.choose import ChosenRows, choose_rows
 from deal_core.selection.features import features
+from deal_core.training.token_mask import MASK_FILE, mask_tokens, require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -71,12 +72,13 @@ def run_cell(run: CellRun) -> dict[str, Any]:
         the base and of the last version. `stores` and `state_bytes` describe the last version's method state.
 
     Raises:
-        ConfigError: A task's prompt does not fit without any text.
+        ConfigError: A task's prompt does not fit without any text, or tokens of a task with labels are to be masked.
         DealError: the errors of `train_adapter`.
     """
     cell = run.cell
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
+        require_no_labels(_method(run), run.tasks[name].schema)
     before = perplexity(run.base.model, run.base.tokenizer)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
@@ -110,6 +112,11 @@ def _is_joint(cell: Cell) -> bool:
     return cell.strategy in ("joint", "joint_memory")
 
 
+def _method(run: CellRun) -> MethodConfig:
+    """The settings that the cell's training heeds; a bound heeds none."""
+    return MethodConfig() if run.cell.strategy in BOUNDS else run.method
+
+
 def _scored(cell: Cell, number: int) -> tuple[str, ...]:
     if _is_joint(cell):
         return cell.tasks
@@ -138,16 +145,15 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         task=run.tasks[learned[0]].schema,
         strategy="seq_lora" if is_bound else cell.strategy,
         adapter=cell.adapter,
-        method=run.method,
+        method=_method(run),
         train=cell.train,
         old_tasks=() if is_bound else tuple(run.tasks[name].schema for name in cell.tasks[:number]),
     )
     parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
     started = time.perf_counter()
     rows = _rows(run, learned[0])
-    chosen = None if is_bound else _choose(run, number, rows, setup, parent_folder)
-    if chosen is not None:
-        rows = rows.select(chosen.rows)
+    chosen = _choose(run, number, rows, setup, parent_folder)
+    rows, notes = _mask(run, number, rows if chosen is None else rows.select(chosen.rows), setup, parent_folder)
     num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
@@ -173,11 +179,11 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": list(result.notes),
+        "notes": [*notes, *result.notes],
         "machine": describe_machine(),
     }
     if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
-        version |= {"notes": [*chosen.notes, *result.notes], "chosen": list(chosen.rows)}
+        version |= {"notes": [*chosen.notes, *version["notes"]], "chosen": list(chosen.rows)}
     part = folder / f"{VERSION_FILE}.part"
     part.write_text(json.dumps(version))
     os.replace(part, folder / VERSION_FILE)
@@ -192,6 +198,19 @@ def _choose(
     run.on_progress(number, len(_learned(run.cell)), f"{setup.task.name}: choosing rows")
     journal = run.work / f"{number}-selection.json"
     return choose_rows(rows, setup, lambda: run.base, parent_folder=parent_folder, journal=journal)
+
+
+def _mask(
+    run: CellRun, number: int, rows: Dataset, setup: TrainingSetup, parent_folder: Path | None
+) -> tuple[Dataset, list[str]]:
+    """The rows with their mask, if tokens are masked, and notes about it."""
+    if not setup.method.token_mask.is_on:
+        return rows, []
+    run.on_progress(number, len(_learned(run.cell)), f"{setup.task.name}: masking tokens")
+    masked = mask_tokens(
+        rows, setup, lambda: run.base, parent_folder=parent_folder, file=run.work / f"{number}-{MASK_FILE}"
+    )
+    return masked.rows, [masked.note]
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

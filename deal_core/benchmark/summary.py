@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean, median, pvariance
 from typing import Any, get_args
 
-from deal_core.benchmark.cell import BOUNDS, SCHEMA_VERSION, Scored, revision_of, settings_read
+from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
-from deal_core.method_config import MEMORY, MethodConfig, SelectionConfig
+from deal_core.method_config import MEMORY, MethodConfig
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
@@ -179,7 +179,7 @@ def departures(cell: CellJson) -> str:
     is_bound = settings["strategy"] in BOUNDS
     today = {} if is_bound else json.loads(json.dumps(
         settings_read(settings["strategy"], MethodConfig())
-        | {f"selection.{name}": value for name, value in asdict(SelectionConfig()).items()}
+        | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
     ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
     if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:

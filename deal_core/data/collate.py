@@ -23,8 +23,10 @@ from deal_core.data.schema import TaskSchema
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
-NOT_READ = ("labels", "prefix_ids", "text_labels")
-"""Parts of a batch that the model is not called with."""
+NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels")
+"""Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
+LOSS_MASK = "loss_mask"
+"""Column of rows: for each answer token whether it carries loss."""
 MIN_PREFIX = 8
 """Smallest number of common first tokens for which a shared prefix is computed once."""
 
@@ -79,6 +81,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     Processes that share batches need equal numbers of rows; this row fills up the last batch.
     """
     blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
+    blank |= {LOSS_MASK: []} if LOSS_MASK in blank else {}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 
@@ -125,6 +128,7 @@ class AnswerCollator:
         shares_prefix: Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The
             other tensors then hold only what follows, but the mask counts the prefix.
         scores_texts: Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`.
+        masks_answers: Whether a batch has `counted_labels` too; rows then need the column LOSS_MASK.
     """
 
     def __init__(
@@ -134,11 +138,13 @@ class AnswerCollator:
         is_seq2seq: bool,
         shares_prefix: bool = False,
         scores_texts: bool = False,
+        masks_answers: bool = False,
     ) -> None:
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._is_seq2seq = is_seq2seq
         self._shares_prefix = shares_prefix
         self._scores_texts = scores_texts
+        self._masks_answers = masks_answers
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
@@ -153,7 +159,8 @@ class AnswerCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids (B×T), attention_mask (B×T, or B×(P+T)) and labels (B×K), the answers' tokens only.
 
-        With scores_texts also text_labels (B×T), the tokens of the texts only.
+        With scores_texts also text_labels (B×T), the tokens of the texts only. With masks_answers also counted_labels
+        (B×K), the labels that carry loss.
         """
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
@@ -161,7 +168,7 @@ class AnswerCollator:
         if self._is_seq2seq:
             input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
-            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+            return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **self._counted(rows, "right")}
         shared = self._shared(prompts, rows) if self._shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
         input_ids, mask = pad_batch(tails, self._pad_id, side="left")
@@ -172,12 +179,23 @@ class AnswerCollator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
             "labels": labels,
+            **self._counted(rows, "left"),
         }
         if self._scores_texts:
             texts = [_only(row["text_start"] - shared, row["text_end"] - shared, tail)
                      for row, tail in zip(rows, tails, strict=True)]  # fmt: skip
             batch["text_labels"], _ = pad_batch(texts, IGNORED, side="left")
         return batch | ({"prefix_ids": torch.tensor([prompts[0][:shared]])} if shared else {})
+
+    def _counted(self, rows: Sequence[Mapping[str, Any]], side: str) -> dict[str, Tensor]:
+        """The labels that carry loss."""
+        if not self._masks_answers:
+            return {}
+        counted = [
+            [token if counts else IGNORED for token, counts in zip(row["answer_ids"], row[LOSS_MASK], strict=True)]
+            for row in rows
+        ]
+        return {"counted_labels": pad_batch([each or [IGNORED] for each in counted], IGNORED, side=side)[0]}
 
     def _shared(self, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> int:
         """Length of the prefix that is computed once. A scored token's predecessor is never in it."""
@@ -193,7 +211,12 @@ def _only(start: int, end: int, tokens: Sequence[int]) -> list[int]:
 
 
 def answer_collator(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_recomputed: bool,
+    scores_texts: bool = False,
+    masks_answers: bool = False,
 ) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.
 
@@ -205,12 +228,14 @@ def answer_collator(
         tokenizer: Source of the padding token.
         is_recomputed: Whether activations are recomputed, so that no cache is between prefix and texts.
         scores_texts: See AnswerCollator.
+        masks_answers: See AnswerCollator.
     """
     is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
     return AnswerCollator(
-        tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model), scores_texts=scores_texts
-    )
+        tokenizer, is_seq2seq=is_seq2seq, shares_prefix=can_share and can_share_prefix(model),
+        scores_texts=scores_texts, masks_answers=masks_answers,
+    )  # fmt: skip
 
 
 def answer_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -223,9 +248,9 @@ def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: 
 
     A shared prefix is computed once. Its gradients are the sum over the rows, so the result is that of whole rows.
     """
-    if "position_ids" not in inputs:  # an encoder-decoder, whose decoder has only the answer
-        return cast(Tensor, model(**inputs).logits)
     features: dict[str, Any] = {name: value for name, value in inputs.items() if name not in NOT_READ}
+    if "position_ids" not in inputs:  # an encoder-decoder, whose decoder has only the answer
+        return cast(Tensor, model(**features, labels=inputs["labels"]).logits)
     # indices instead of a number: a number gives a slice that is not contiguous, and then the output layer on a CPU
     # copies its whole weight once per row
     num_rows, length = inputs["input_ids"].shape
@@ -239,8 +264,13 @@ def _logits_of_last(model: nn.Module, inputs: Mapping[str, Tensor], num_tokens: 
 
 
 def answer_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy of a collated batch's answers, summed over their tokens."""
-    return _summed_loss(answer_logits(model, inputs), inputs["labels"])
+    """Cross-entropy of a collated batch's answers, summed over the tokens that carry loss; 0 if none does."""
+    return _summed_loss(answer_logits(model, inputs), counted_labels(inputs))
+
+
+def counted_labels(inputs: Mapping[str, Tensor]) -> Tensor:
+    """The labels (B×K) of a collated batch that carry loss; the others are IGNORED."""
+    return inputs["counted_labels"] if "counted_labels" in inputs else inputs["labels"]
 
 
 def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -251,7 +281,7 @@ def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tupl
     num_scored = max(length - first, num_answer)
     logits_BSV = _logits_of_last(model, inputs, num_scored)
     return (
-        _summed_loss(logits_BSV[:, num_scored - num_answer :], inputs["labels"]),
+        _summed_loss(logits_BSV[:, num_scored - num_answer :], counted_labels(inputs)),
         _summed_loss(logits_BSV, inputs["text_labels"][:, length - num_scored :]),
     )
 

@@ -5,7 +5,7 @@ Shapes: N rows, B rows of a batch, K tokens of the longest answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,23 @@ class MeasuredAnswers:
         return -torch.expm1(-self.loss_N)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, kw_only=True)
+class ReadBatch:
+    """What a model makes of every answer token of a batch; on the model's device.
+
+    Attributes:
+        rows: Numbers of the batch's rows.
+        losses_BK: -log of a token's probability, in nats, float64; computed from logits in fp32.
+        hits_BK: Whether a token is the likeliest one.
+        is_token_BK: Whether there is a token. The tokens of a row have their order.
+    """
+
+    rows: list[int]
+    losses_BK: Tensor
+    hits_BK: Tensor
+    is_token_BK: Tensor
+
+
 def measure(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -70,9 +86,28 @@ def measure(
         train: Limits of prompts and answers.
         on_progress: Called with the number of rows just read.
     """
+    found_N3 = torch.zeros(len(rows), 3, dtype=torch.float64)
+    for read in read_answers(model, tokenizer, task, rows, train, on_progress):
+        figures_B3 = torch.stack(
+            [read.losses_BK.sum(1), read.is_token_BK.sum(1).double(), read.hits_BK.sum(1).double()], 1
+        )
+        found_N3[read.rows] = figures_B3.cpu()
+    loss_N, num_tokens_N, num_hits_N = found_N3.unbind(1)
+    return MeasuredAnswers(loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N)
+
+
+@torch.inference_mode()
+def read_answers(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    train: TrainConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[ReadBatch]:
+    """Read every row once, with its answer given. See `measure` for the arguments."""
     model.eval()
     collate = answer_collator(model, tokenizer, is_recomputed=False)
-    found_N3 = torch.zeros(len(rows), 3, dtype=torch.float64)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         encoded = [
@@ -93,9 +128,8 @@ def measure(
             losses_BK = cross_entropy(logits_BKV.mT, labels_BK, ignore_index=IGNORED, reduction="none").double()
             is_token_BK = labels_BK != IGNORED
             hits_BK = (logits_BKV.argmax(-1) == labels_BK) & is_token_BK
-            figures_B3 = torch.stack([losses_BK.sum(1), is_token_BK.sum(1).double(), hits_BK.sum(1).double()], 1)
-            found_N3[[start + i for i in batch]] = figures_B3.cpu()
+            yield ReadBatch(
+                rows=[start + i for i in batch], losses_BK=losses_BK, hits_BK=hits_BK, is_token_BK=is_token_BK
+            )
             if on_progress is not None:
                 on_progress(len(batch))
-    loss_N, num_tokens_N, num_hits_N = found_N3.unbind(1)
-    return MeasuredAnswers(loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N)

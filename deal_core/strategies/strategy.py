@@ -75,11 +75,11 @@ class TaskContext:
     adapter: AdapterConfig
     train: TrainConfig
 
-    def collator(self, *, scores_texts: bool = False) -> AnswerCollator:
-        """Return the collator that pads rows to a batch for this base model."""
+    def collator(self, *, scores_texts: bool = False, masks_answers: bool = False) -> AnswerCollator:
+        """Return the collator that pads rows to a batch for this base model. Without arguments no token is masked."""
         return answer_collator(
             self.base.model, self.base.tokenizer, is_recomputed=self.train.gradient_checkpointing,
-            scores_texts=scores_texts,
+            scores_texts=scores_texts, masks_answers=masks_answers,
         )  # fmt: skip
 
 

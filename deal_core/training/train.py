@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import encode_rows
+from deal_core.data.collate import LOSS_MASK, encode_rows
 from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
@@ -61,7 +61,8 @@ class TrainingSetup:
         strategy: Name of the strategy.
         adapter: Shape of a new adapter; a parent's adapter keeps its own shape.
         method: Settings of the strategies; each strategy reads its own part. `selection` is not read here: a caller
-            chooses rows first, see `deal_core.selection.choose`.
+            chooses rows first, see `deal_core.selection.choose`. For `token_mask` a caller masks the chosen rows, see
+            `deal_core.training.token_mask`.
         train: Steps, batches and learning rate.
         reporting: Names for the tools of `train.report_to`; None: the training is not reported to them.
     """
@@ -92,7 +93,7 @@ def train_adapter(
 
     Args:
         base: The base model. It has no adapter again after the call.
-        rows: Training rows with columns input and output.
+        rows: Training rows with columns input and output, and LOSS_MASK if `setup.method.token_mask` is on.
         setup: The task, the strategy and their settings.
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Folder for the PEFT files and the method's state.
@@ -104,7 +105,7 @@ def train_adapter(
     Raises:
         DataValidationError: There is no row to train on.
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
-            train.prompt_loss_weight is set for an encoder-decoder.
+            train.prompt_loss_weight is set for an encoder-decoder. Or token_mask is on and rows have no mask that fits.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
@@ -129,7 +130,7 @@ def train_adapter(
         num_new_slots = strategy_class(strategy).num_new_slots(setup.adapter)
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
-        encoded = _encode(base, train, [(task, rows), *joined])
+        encoded = _encode(base, setup, [(task, rows), *joined])
         context = TaskContext(
             base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
             train=train,
@@ -140,7 +141,9 @@ def train_adapter(
             model=model,
             args=args,
             train_dataset=encoded,
-            data_collator=context.collator(scores_texts=train.prompt_loss_weight > 0),
+            data_collator=context.collator(
+                scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on
+            ),
             strategy=learner,
             group_by_length=train.group_by_length,
             balance_labels=train.balance_labels,
@@ -162,8 +165,9 @@ def train_adapter(
         model.unload()
 
 
-def _encode(base: BaseModel, train: TrainConfig, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
-    """Tokenise the rows of all tasks, with the spans of their texts if these count."""
+def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
+    """Tokenise the rows of all tasks, with the spans of their texts if these count, and with the mask if it is on."""
+    train = setup.train
     if train.prompt_loss_weight and base.model.config.is_encoder_decoder:
         raise ConfigError(
             "train.prompt_loss_weight needs a model that predicts its prompt, and an encoder-decoder does not; set it "
@@ -176,7 +180,22 @@ def _encode(base: BaseModel, train: TrainConfig, tasks: Sequence[tuple[TaskSchem
         )
         for task, rows in tasks
     ]  # fmt: skip
-    return concatenate_datasets([add_text_spans(part) for part in parts] if train.prompt_loss_weight else parts)
+    if train.prompt_loss_weight:
+        parts = [add_text_spans(part) for part in parts]
+    if setup.method.token_mask.is_on:
+        parts = [_with_mask(part, rows) for part, (_, rows) in zip(parts, tasks, strict=True)]
+    return concatenate_datasets(parts)
+
+
+def _with_mask(encoded: Dataset, rows: Dataset) -> Dataset:
+    """Add the rows' mask to their tokens."""
+    masks = rows[LOSS_MASK] if LOSS_MASK in rows.column_names else []
+    if [len(mask) for mask in masks] != [len(answer_ids) for answer_ids in encoded["answer_ids"]]:
+        raise ConfigError(
+            f"token_mask is on, and the rows have no column {LOSS_MASK} that fits their answers; "
+            "deal_core.training.token_mask.mask_tokens adds it."
+        )
+    return encoded.add_column(LOSS_MASK, list(masks))
 
 
 def _lost(parent: MethodState | None, state: MethodState) -> Iterator[str]:

@@ -19,7 +19,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import IGNORED, BucketSampler, add_blank_row, answer_and_text_loss, answer_loss
+from deal_core.data.collate import (
+    IGNORED,
+    LOSS_MASK,
+    BucketSampler,
+    add_blank_row,
+    answer_and_text_loss,
+    answer_loss,
+    counted_labels,
+)
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.strategies.strategy import Strategy
 
@@ -53,6 +61,7 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
+        self._masks_answers = LOSS_MASK in train_dataset.column_names
         self._labels = [tuple(ids) for ids in train_dataset["answer_ids"]] if balance_labels else None
         if args.world_size > 1:
             train_dataset = add_blank_row(train_dataset)
@@ -105,9 +114,9 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the answers' tokens, and of the texts' if they count, over the weight of all of them.
+        """Cross-entropy of the answers' tokens, and of the texts' if they count, over the weight of all that count.
 
-        Logits are computed only for tokens that count.
+        Logits are computed only for answers, and for texts if they count. If no token counts, the loss is 0.
         """
         if self._text_weight:
             answers, texts = answer_and_text_loss(model, inputs)
@@ -115,23 +124,26 @@ class AdapterTrainer(Trainer):
         else:
             loss_sum = answer_loss(model, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / self._weight_of([inputs])
+            loss = loss_sum / _divisor(self._weight_of([inputs]))
         else:
             loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """The weight of the accumulated batch's tokens; without a weight of texts, the answers' tokens."""
-        if not self._text_weight:
+        """The weight of the accumulated batch's tokens; without a weight of texts, the answers' tokens that count."""
+        if not self._text_weight and not self._masks_answers:
             return super()._get_num_items_in_batch(batch_samples, device)
         weight = self._weight_of(batch_samples).to(device)
-        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+        return _divisor(self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight)
 
     def _weight_of(self, batches: list[Any]) -> Tensor:
-        def count(name: str) -> Tensor:
-            return torch.stack([batch[name].ne(IGNORED).sum() for batch in batches]).sum()
+        def count(labels: list[Tensor]) -> Tensor:
+            return torch.stack([each.ne(IGNORED).sum() for each in labels]).sum()
 
-        return count("labels") + self._text_weight * count("text_labels") if self._text_weight else count("labels")
+        num_answers = count([counted_labels(batch) for batch in batches])
+        if not self._text_weight:
+            return num_answers
+        return num_answers + self._text_weight * count([batch["text_labels"] for batch in batches])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""
@@ -172,6 +184,11 @@ class AdapterTrainer(Trainer):
                 folder / STRATEGY_TENSORS,
             )
         (folder / COMPLETE).touch()  # written last: a folder without it does not count
+
+
+def _divisor(weight: Tensor) -> Tensor:
+    """The weight, or 1 if it is 0: the sum over no tokens is 0 too."""
+    return weight + weight.eq(0)
 
 
 class _StepStrategy(TrainerCallback):

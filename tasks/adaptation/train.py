@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -26,7 +26,8 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.selection.choose import ChosenRows
+    from datasets import Dataset
+
     from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
@@ -34,15 +35,24 @@ SELECTION_FILE = "selection.json"
 CHOSEN_FILE = "rows/chosen.parquet"
 
 
+class _LearnedRows(NamedTuple):
+    """The rows that are trained on, and what was chosen and masked, for people."""
+
+    file: Path
+    num_rows: int
+    notes: tuple[str, ...] = ()
+
+
 @task(name="train", cache_policy=NO_CACHE)
 def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 
-    If `method.selection` is on, the rows are chosen first. A file in the work folder keeps the choice.
+    If `method.selection` is on, the rows are chosen first. If `method.token_mask` is on, tokens of their answers are
+    masked then. Files in the work folder keep both.
 
     Raises:
         AdapterStateError: The parent's adapter does not fit the base model.
-        ConfigError: A tool of `train.report_to` is not installed.
+        ConfigError: A tool of `train.report_to` is not installed, or tokens of a task with labels are to be masked.
         IntegrityError: The parent's adapter is damaged; nothing is trained.
         RankError: One of several training processes died.
     """
@@ -55,15 +65,13 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
         rows_file = folder / "rows" / keys.TRAIN_FILE
         store.download_file(f"{dataset.uri}/{keys.TRAIN_FILE}", rows_file)
         with borrowed_parent(store, parent) as parent_folder:
-            chosen = _choose(job.base, setup, rows_file, parent_folder, folder)
-            num_rows = dataset.num_train if chosen is None else len(chosen.rows)
+            learned = _choose(job.base, setup, _LearnedRows(rows_file, dataset.num_train), parent_folder, folder)
             learn = _in_this_process if train.num_processes == 1 else _in_processes
             result = learn(
-                job.base, setup, rows_file if chosen is None else folder / CHOSEN_FILE, parent_folder, folder,
-                _on_log(tracked, train.num_steps(num_rows)),
+                job.base, setup, learned.file, parent_folder, folder,
+                _on_log(tracked, train.num_steps(learned.num_rows)),
             )  # fmt: skip
-        if chosen is not None:
-            result = replace(result, notes=(*chosen.notes, *result.notes))
+        result = replace(result, notes=(*learned.notes, *result.notes))
         tracked.flush()
         summary = TrainSummary(adapter_sha256=sha256_together(digests_of(folder / "adapter")), **asdict(result))
         with complete_file(folder / SUMMARY_FILE) as part:  # the last file: the adapter is complete
@@ -95,26 +103,56 @@ def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: 
 
 
 def _choose(
-    base: BaseRef, setup: TrainingSetup, rows_file: Path, parent_folder: Path | None, folder: Path
-) -> ChosenRows | None:
-    """Choose the rows that are trained on and write them to CHOSEN_FILE; None: all rows are trained on.
+    base: BaseRef, setup: TrainingSetup, every: _LearnedRows, parent_folder: Path | None, folder: Path
+) -> _LearnedRows:
+    """Choose the rows that are trained on, mask tokens of their answers, and write the rows to CHOSEN_FILE.
 
-    The choice is made in this process, before others start.
+    Both are made in this process, before others start. If both are off, the rows stay as they are.
     """
-    if not setup.method.selection.is_on:
-        return None
     from datasets import Dataset
 
+    from deal_core.training.token_mask import require_no_labels
+
+    method = setup.method
+    if not (method.selection.is_on or method.token_mask.is_on):
+        return every
+    require_no_labels(method, setup.task)
+    rows = Dataset.from_parquet(str(every.file), cache_dir=str(every.file.parent))
+    notes: list[str] = []
+    if method.selection.is_on:
+        rows, chosen = _select(base, setup, rows, parent_folder, folder)
+        notes += chosen
+    if method.token_mask.is_on:
+        rows, masked = _mask(base, setup, rows, parent_folder, folder)
+        notes.append(masked)
+    rows.to_parquet(folder / CHOSEN_FILE)
+    return _LearnedRows(folder / CHOSEN_FILE, len(rows), tuple(notes))
+
+
+def _select(
+    base: BaseRef, setup: TrainingSetup, rows: Dataset, parent_folder: Path | None, folder: Path
+) -> tuple[Dataset, tuple[str, ...]]:
     from deal_core.selection.choose import choose_rows
 
-    rows = Dataset.from_parquet(str(rows_file), cache_dir=str(rows_file.parent))
     report = advance("train")
     chosen = choose_rows(
         rows, setup, lambda: lend_base(base), parent_folder=parent_folder, journal=folder / SELECTION_FILE,
         on_progress=lambda done, total: report(done, total, "choosing rows"),
     )  # fmt: skip
-    rows.select(chosen.rows).to_parquet(folder / CHOSEN_FILE)
-    return chosen
+    return rows.select(chosen.rows), chosen.notes
+
+
+def _mask(
+    base: BaseRef, setup: TrainingSetup, rows: Dataset, parent_folder: Path | None, folder: Path
+) -> tuple[Dataset, str]:
+    from deal_core.training.token_mask import MASK_FILE, mask_tokens
+
+    report = advance("train")
+    masked = mask_tokens(
+        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, file=folder / MASK_FILE,
+        on_progress=lambda done, total: report(done, total, "masking tokens"),
+    )  # fmt: skip
+    return masked.rows, masked.note
 
 
 def _in_this_process(

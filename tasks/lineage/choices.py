@@ -71,6 +71,6 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
     """Return the settings of a run for its log."""
-    parts = {"memory", "deal", "rehearsal", "rivals", "selection", "train", "evaluate", "data", "gate"}
+    parts = {"memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate"}
     settings = spec.model_dump(mode="json", include=parts)
     return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -27,13 +27,13 @@ def plan(tmp_path: Path, tiny_base: Path) -> Iterator[Plan]:
     """Runs deal plan on the bank example with the tiny base model."""
 
     def invoke(
-        *options: str, base: Path = tiny_base, selection: dict[str, object] | None = None, **train: object
+        *options: str, base: Path = tiny_base, parts: dict[str, object] | None = None, **train: object
     ) -> Result:
         spec = yaml.safe_load((BANK / "spec.yaml").read_text())
         spec["base_model"] = str(base)
         spec["task"] |= {"data": str(BANK / "train.jsonl"), "test_data": str(BANK / "test.jsonl")}
         spec["train"] |= train
-        spec |= {"selection": selection} if selection else {}
+        spec |= parts or {}
         file = tmp_path / "spec.yaml"
         file.write_text(yaml.safe_dump(spec))
         return CliRunner().invoke(app, ["plan", str(file), "--home", str(tmp_path / "home"), *options])
@@ -55,13 +55,27 @@ def test_a_plan_counts_rows_and_steps_and_times_one(plan: Plan, tmp_path: Path) 
 
 
 def test_a_plan_counts_the_chosen_rows_and_says_what_choosing_costs(plan: Plan) -> None:
-    found = json.loads(plan("--json", num_epochs=2, max_steps=None, selection={"keep": 0.25, "noise": "name"}).stdout)
+    parts = {"selection": {"keep": 0.25, "noise": "name"}}
+    found = json.loads(plan("--json", num_epochs=2, max_steps=None, parts=parts).stdout)
     assert (found["num_train"], found["num_chosen"], found["num_steps"]) == (72, 18, 2 * 3)
     assert any(
         "a model reads 72 rows before the training, about" in note and "not counted" in note for note in found["notes"]
     )
-    text = plan("--no-probe", selection={"keep": 0.25}).stdout
+    text = plan("--no-probe", parts={"selection": {"keep": 0.25}}).stdout
     assert "72 training (18 chosen)" in text and "before the training" not in text  # random needs no model
+
+
+def test_a_plan_says_what_masking_tokens_costs_and_refuses_labels(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    rows = [{"prompt": f"Message {i}.", "completion": f"A thing, number {i}, is reported."} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mask = {"token_mask": {"share": 0.2}}
+    parts = {**mask, "task": {"name": "notes", "data": str(file)}, "selection": {"keep": 12}}
+    found = json.loads(plan("--json", max_steps=None, num_epochs=1, parts=parts).stdout)
+    (note,) = (note for note in found["notes"] if note.startswith("tokens are masked first"))
+    assert "a model reads 12 rows before the training, about" in note and found["num_steps"] == 2
+    refused = plan("--no-probe", parts=mask)
+    assert refused.exit_code != 0 and "are what it would mask" in " ".join(refused.output.split())
 
 
 def test_a_run_of_several_processes_is_timed_in_one(plan: Plan) -> None:
