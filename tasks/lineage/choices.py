@@ -14,6 +14,10 @@ from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")
 """This project's strategies that ask kept rows again."""
+LOGGED_PARTS = (
+    "memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate",
+)  # fmt: skip
+"""Parts of a spec that a run's log shows."""
 
 
 def choose_base(spec: AdaptSpec, record: LineageRecord | None) -> str:
@@ -71,6 +75,5 @@ def with_memory_of(spec: AdaptSpec, record: LineageRecord | None) -> AdaptSpec:
 
 def settings_of(spec: AdaptSpec, adapter: AdapterConfig, strategy: str) -> dict[str, Any]:
     """Return the settings of a run for its log."""
-    parts = {"memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate"}
-    settings = spec.model_dump(mode="json", include=parts)
+    settings = spec.model_dump(mode="json", include=set(LOGGED_PARTS))
     return {**settings, "adapter": asdict(adapter), "strategy": strategy}

@@ -32,6 +32,7 @@ from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
 from tasks.context import current_store, run_tags
+from tasks.lineage.choices import LOGGED_PARTS
 from tasks.lineage.history import stored_numbers
 from tasks.lineage.record import RECORD_FILE, read_record, scores_of
 from tasks.lineage.version_files import borrowed_adapter
@@ -40,9 +41,6 @@ from tasks.progress import advance, raise_if_stopped
 from tasks.references import RunRef
 
 logger = logging.getLogger(__name__)
-
-SETTINGS = ("strategy", "adapter", "memory", "deal", "rehearsal", "rivals", "train", "evaluate", "data", "gate")
-"""Parts of a run's spec that its MLflow run shows."""
 
 
 class RebuildResult(BaseModel):
@@ -179,7 +177,7 @@ def _log_run(store: ObjectStore, stored: StoredVersion, problems: list[str]) -> 
     spec: Mapping[str, Any] = {}
     with suppress(StoreError):
         spec = (read_findings(facts.adapter_uri) or {}).get("spec") or {}
-    params = {name: spec[name] for name in SETTINGS if spec.get(name) is not None}
+    params = {name: spec[name] for name in ("strategy", "adapter", *LOGGED_PARTS) if spec.get(name) is not None}
     tags = run_tags(facts.task, facts.dataset_sha256, facts.base_sha256, facts.parent_version)
     tags |= {"deal.version": stored.version, "deal.rebuilt": "true"}
     tracked = open_tracker().start(stored.lineage, facts.run_key, name=facts.task, params=params, tags=tags)
