@@ -15,7 +15,8 @@ from benchmarks.report import read
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "adaptation", "command_start", "number_of_tasks",
          "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile", "landing", "serving",
-         "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise")  # fmt: skip
+         "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
+         "two_lineages")  # fmt: skip
 """Results on the page, each written by the benchmark of its name."""
 
 
