@@ -37,10 +37,11 @@ from infra.report.figures import save_png
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
+OURS_WITH_ROWS = f"{OURS} (memory rows)"
 CHOICE_SUITE = "4"
 """The suite on which the training settings were chosen."""
-NUM_RIVALS = 2
-"""Rivals in the pictures: the best ones."""
+NUM_SHOWN = 3
+"""Methods in a picture: ours, and the best rivals."""
 WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
 
@@ -69,7 +70,22 @@ def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
         "pictures": draw(protocol, rows, images),
         "differences": [row for row in rows if row["orders"] == widest(rows, row) and "heaviest_task" in row],
         "num_trained": sum(row["num_cells"] for row in trained), "core_hours": core_hours(trained),
+        "by_method": by_method(protocol),
     }  # fmt: skip
+
+
+def by_method(protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """By method, over its cells: what it kept of each task, and how long a later arrival is trained."""
+    cells: dict[str, list[CellJson]] = defaultdict(list)
+    for cell in protocol.cells:
+        cells[method_name(cell["settings"]["strategy"], departures(cell))].append(cell)
+    found = {}
+    for name, each in cells.items():
+        seconds = [version["seconds"]["train"] for cell in each for version in cell["versions"][1:]
+                   if "seconds" in version]  # fmt: skip
+        is_one_order = len({tuple(cell["settings"]["tasks"]) for cell in each}) == 1
+        found[name] = {"kept": points_of(each) if is_one_order else {}, "seconds": median(seconds) if seconds else None}
+    return found
 
 
 def core_hours(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -131,12 +147,14 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) -> list[tuple[str, str]]:
     """Draw `deal` and its best rivals on the first order that has cells of all, their common seeds; (file, caption)."""
-    order, cells = side_by_side(protocol, [OURS, *best_rivals(rows)[:NUM_RIVALS]])
-    if not cells:
+    ours = [name for name in (OURS, OURS_WITH_ROWS) if name in map(name_of, rows)]
+    order, cells = side_by_side(protocol, [*ours, *best_rivals(rows)[: NUM_SHOWN - len(ours)]])
+    if not ours or not cells:
         return []
-    seeds = sorted({cell["settings"]["seed"] for cell in cells[OURS]})
+    some = cells[ours[0]]
+    seeds = sorted({cell["settings"]["seed"] for cell in some})
     on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
-    settings = cells[OURS][0]["settings"]
+    settings = some[0]["settings"]
     tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}"
     kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
@@ -251,7 +269,7 @@ def seconds_beside_steps(cells: Sequence[CellJson]) -> dict[str, float]:
 def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The means of greedy and re-centred accuracy: by training settings that all three methods were run with."""
     of_suite = [line for line in lines if line["suite"] == CHOICE_SUITE]
-    methods = ["joint", "seq_lora", f"{OURS} (memory rows)"]
+    methods = ["joint", "seq_lora", OURS_WITH_ROWS]
     by: dict[str, dict[str, float]] = defaultdict(dict)
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
