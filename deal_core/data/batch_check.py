@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
-from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, quote_normal
-from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, TaskSchema, label_key
+from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, hex_array, quote_normal
+from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, ROW_SCHEMA, Split, TaskSchema, label_key
 
 PLAIN = "!-~¡-ʯЀ-ҁҊ-ԯ‐-‧‰-⁞₠-₿ぁ-ゖァ-ヺ一-鿿가-힣！-～\U0001f300-\U0001faff"
 """Characters other than white space that Unicode's form NFC does not change, alone or next to each other."""
@@ -38,6 +38,15 @@ class GoodRows(NamedTuple):
     """Whether the file says that these are test rows; False if it has no column for it."""
     references: pa.Array
     """Lists of all right answers; null for rows with one."""
+
+    def table(self, rows: npt.NDArray[np.int64], split: Split) -> pa.Table:
+        """Some of the rows, by their indices, as a dataset stores them: only test rows keep several right answers."""
+        places = pa.array(rows)
+        columns = [column.take(places) for column in (self.inputs, self.outputs, hex_array(self.digests))]
+        table = pa.Table.from_arrays(columns, schema=ROW_SCHEMA)
+        references = self.references.take(places)
+        has_several = split == "test" and references.null_count < len(references)
+        return table.append_column(REFERENCES, references) if has_several else table
 
 
 class BadInBatch(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from deal_core.data.chats import (
@@ -241,6 +241,25 @@ def _several(answers: Sequence[str]) -> tuple[str, ...]:
 def is_whole_number(label: str) -> bool:
     """Whether a label is a number, which says nothing about its meaning."""
     return _WHOLE_NUMBER.fullmatch(label) is not None
+
+
+def numbers_for_labels(file: str) -> str:
+    """Why a file whose labels are all numbers is refused."""
+    return (
+        f"{file} has whole numbers for labels, and the model would answer with numbers. Name them in "
+        'task.labels: {"0": NAME, "1": NAME}. If the numbers are the right answers, list them there as texts: '
+        'task.labels: ["0", "1"].'
+    )
+
+
+def too_many_labels(file: str, labels: Collection[str], most: int) -> str:
+    """Why a file with so many labels is refused."""
+    some = ", ".join(repr(shorten(label, 30)) for label in sorted(labels)[:5])
+    return (
+        f"{file} has more than {most} different labels{f', such as {some}' if some else ''}; "
+        "list the right ones in task.labels, "
+        "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
+    )
 
 
 def _told(reason: Reason, why: str) -> Problem:

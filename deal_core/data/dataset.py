@@ -16,7 +16,7 @@ import pyarrow as pa
 from deal_core.config import DataConfig
 from deal_core.data.batch_check import BadInBatch, BatchChecker, GoodRows, side_by_side
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import is_whole_number
+from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
 from deal_core.data.reading.lines import sha256_of_input
@@ -29,12 +29,9 @@ from deal_core.data.rows import (
     RowBatch,
     as_digests,
     first_words,
-    hex_array,
     merge_digests,
 )
 from deal_core.data.schema import (
-    REFERENCES,
-    ROW_SCHEMA,
     SCHEMA_VERSION,
     DatasetManifest,
     Split,
@@ -270,7 +267,7 @@ class ArrivalReader:
                     spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
                     if len(spellings) > MAX_INFERRED_LABELS:
                         shown = spellings if self._config.include_texts else ()
-                        raise DataValidationError(_too_many_labels(self._source, shown))
+                        raise DataValidationError(too_many_labels(self._source.name, shown, MAX_INFERRED_LABELS))
         if self._files[0][-1].splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
             self._files = [(path, split, columns.without("is_random")) for path, split, columns in self._files]
             self._names_split = self._is_split_given = False
@@ -279,7 +276,7 @@ class ArrivalReader:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             if labels and all(map(is_whole_number, labels)):
-                raise DataValidationError(_numbers_for_labels(self._source))
+                raise DataValidationError(numbers_for_labels(self._source.name))
             self._task = replace(self._task, labels=labels)
 
     def _keep_new(self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]) -> list[BadInBatch]:
@@ -299,7 +296,7 @@ class ArrivalReader:
             if split == "train":
                 again = self._without_beginnings(good, again)
             reasons |= dict.fromkeys(again.tolist(), "duplicate row")
-            keep(_table_of(good, rows[is_new], split), split)
+            keep(good.table(rows[is_new], split), split)
             if self._learns_every_turn and split == "train":
                 self._keep_turns(good.inputs.take(pa.array(rows[is_new])), keep)
         places = good.places[list(reasons)].tolist()
@@ -330,7 +327,7 @@ class ArrivalReader:
         rows = np.flatnonzero(~is_apart)
         rows = rows[self._kept["train"].add(turns.digests[rows])]
         self._turns.add(turns.digests[rows])
-        keep(_table_of(turns, rows, "train"), "train")
+        keep(turns.table(rows, "train"), "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
@@ -386,16 +383,6 @@ class ArrivalReader:
         return None
 
 
-def _table_of(good: GoodRows, rows: npt.NDArray[np.int64], split: Split) -> pa.Table:
-    """Some of the rows, by their indices, as a dataset stores them: only test rows keep several right answers."""
-    places = pa.array(rows)
-    columns = [column.take(places) for column in (good.inputs, good.outputs, hex_array(good.digests))]
-    table = pa.Table.from_arrays(columns, schema=ROW_SCHEMA)
-    references = good.references.take(places)
-    has_several = split == "test" and references.null_count < len(references)
-    return table.append_column(REFERENCES, references) if has_several else table
-
-
 def _columns_of(path: Path, split: Split | None, landing: Landing) -> Columns:
     """The file's columns. Of several ways to name the split one is left: the file, "split", then "is_random"."""
     columns = recognise(path, landing.task, include_texts=landing.config.include_texts)
@@ -403,20 +390,3 @@ def _columns_of(path: Path, split: Split | None, landing: Landing) -> Columns:
         return columns.without(*SPLITTING)
     is_drawn = landing.renews_tests and columns.splitting == "is_random"
     return columns if is_drawn else columns.without("is_random")
-
-
-def _numbers_for_labels(source: Path) -> str:
-    return (
-        f"{source.name} has whole numbers for labels, and the model would answer with numbers. Name them in "
-        'task.labels: {"0": NAME, "1": NAME}. If the numbers are the right answers, list them there as texts: '
-        'task.labels: ["0", "1"].'
-    )
-
-
-def _too_many_labels(source: Path, labels: Collection[str]) -> str:
-    some = ", ".join(repr(shorten(label, 30)) for label in sorted(labels)[:5])
-    return (
-        f"{source.name} has more than {MAX_INFERRED_LABELS} different labels{f', such as {some}' if some else ''}; "
-        "list the right ones in task.labels, "
-        "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
-    )
