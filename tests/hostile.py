@@ -90,7 +90,7 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
 
 
 def _validate(file: str, spec: str | None, task: str) -> int:
-    from flows.cli.learn import show_validation
+    from flows.cli.plan import show_validation
     from tasks.validate import validate
 
     outcome = validate(Path(file), spec=Path(spec) if spec else None, task=task)

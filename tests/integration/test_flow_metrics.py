@@ -9,7 +9,7 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import MODULES_VARIABLE
-from flows.cli.learn import show_validation
+from flows.cli.plan import show_validation
 from flows.cli.tables import show_adaptation
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
