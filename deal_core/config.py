@@ -53,7 +53,7 @@ Schedule = Literal["constant", "linear"]
 ReportTool = Literal["tensorboard", "wandb", "trackio"]
 LATER: dict[str, dict[str, Any]] = {
     "train": {"quantize": "none", "schedule": "constant", "min_steps": 0, "balance_labels": False, "report_to": (),
-              "prompt_loss_weight": 0.0},
+              "prompt_loss_weight": 0.0, "preference_beta": 0.1, "preference_learning_rate": 3e-4},
     "gate": {"max_old_slice_drop_points": None, "alias_moves": "follow", "judge": "none", "max_judged_rows": 100,
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
@@ -107,6 +107,10 @@ class TrainConfig:
     """Give every batch the labels in the shares that they have among all rows."""
     prompt_loss_weight: Share = 0.0
     """Weight of a token of the text, if a token of the answer weighs 1; what all prompts of a task share counts 0."""
+    preference_beta: Positive = 0.1
+    """β of the loss of preferences (DPO): with a larger one the model stays nearer to its parent version."""
+    preference_learning_rate: Positive = 3e-4
+    """In place of learning_rate for tasks that learn preferences: at 1e-3 the model forgets plain English."""
     seed: Seed = 0
     """Seed of the adapter's initialisation and of the order of rows."""
     num_processes: Count = 1
@@ -135,8 +139,12 @@ class TrainConfig:
         return self.max_steps or max(math.ceil(num_rows / rows_per_step) * self.num_epochs, self.min_steps)
 
 
-METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss")
+PREFERENCE = "preference"
+"""The metric of tasks that learn preferences."""
+METRICS = ("exact", "contains", "rouge_l", "json_fields", "loss", PREFERENCE)
 """The metrics of a task; `deal_core.evaluation.answer_scores` has their functions."""
+MEASURED = ("loss", PREFERENCE)
+"""Metrics that read the model's probabilities of given answers: nothing is generated."""
 _OWN_METRIC = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

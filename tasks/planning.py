@@ -125,7 +125,10 @@ class _Run:
 
     def largest_batch(self, train: TrainConfig) -> int:
         setup = self.setup
-        return largest_batch(train, setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy)
+        return largest_batch(
+            train, setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy,
+            learns_preferences=setup.task.learns_preferences,
+        )  # fmt: skip
 
 
 def plan(
@@ -228,6 +231,8 @@ def _plan_rows(
     num_chosen = setup.method.selection.num_kept(manifest.num_train)
     if setup.method.token_mask.is_on:
         notes.append(_about_reading("tokens are masked first", num_chosen, seconds, train))
+    if setup.task.learns_preferences:
+        notes.append(_about_reading("the parent's answers are the reference", num_chosen, seconds, train))
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     steps = train.num_steps(num_chosen)
     return PlanResult(

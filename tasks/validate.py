@@ -51,6 +51,8 @@ class ShownRow(BaseModel):
 
     prompt: str
     answer: str
+    rejected: str | None = None
+    """The worse answer, if the row is a preference."""
     note: str | None = None
     """What is missing in the prompt."""
 
@@ -175,7 +177,7 @@ def validate(
             for bad in report.bad_rows
         ),
         num_several=report.num_several,
-        example=report.example and _shown(manifest.task, *report.example, choose_base(read, record)),
+        example=report.example and _shown(manifest.task, report.example, choose_base(read, record)),
         sha256=manifest.sha256,
         warnings=kept.warnings(manifest.task),
         label_check=checked and checked.describe(),
@@ -226,18 +228,19 @@ def _check_labels(
     return check_labels(load_base(source, HomeSettings().cache_dir), task, texts, train, on_model)
 
 
-def _shown(task: TaskSchema, input: str, output: str, base: str) -> ShownRow:
+def _shown(task: TaskSchema, example: tuple[str, str, str | None], base: str) -> ShownRow:
     """A row as the model sees it. A chat template is the base model's, which the call never fetches."""
     from deal_core.data.prompts import answer_text, readable_prompt, render_prompt
 
-    answer = answer_text(task, output)
-    if not task.uses_chat_template:
-        return ShownRow(prompt=readable_prompt(task, input), answer=answer)
-    try:
-        return ShownRow(prompt="".join(render_prompt(task, input, local_tokenizer(base))), answer=answer)
-    except ConfigError as error:
-        note = f"without the base model's chat template: {error}"
-        return ShownRow(prompt=readable_prompt(task, input), answer=answer, note=note)
+    input, better, worse = example
+    answer, rejected = answer_text(task, better), None if worse is None else answer_text(task, worse)
+    prompt, note = readable_prompt(task, input), None
+    if task.uses_chat_template:
+        try:
+            prompt = "".join(render_prompt(task, input, local_tokenizer(base)))
+        except ConfigError as error:
+            note = f"without the base model's chat template: {error}"
+    return ShownRow(prompt=prompt, answer=answer, rejected=rejected, note=note)
 
 
 def known_champion(lineage: str) -> VersionRef | None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import Columns
 from deal_core.data.rows import Digests, Problem, RawRow, Row, RowBatch, as_digests, hex_array, quote_normal
-from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, ROW_SCHEMA, Split, TaskSchema, label_key
+from deal_core.data.schema import COLUMNS_OF_FORMAT, REFERENCES, REJECTED, ROW_SCHEMA, Split, TaskSchema, label_key
 
 PLAIN = "!-~¡-ʯЀ-ҁҊ-ԯ‐-‧‰-⁞₠-₿ぁ-ゖァ-ヺ一-鿿가-힣！-～\U0001f300-\U0001faff"
 """Characters other than white space that Unicode's form NFC does not change, alone or next to each other."""
@@ -38,15 +38,18 @@ class GoodRows(NamedTuple):
     """Whether the file says that these are test rows; False if it has no column for it."""
     references: pa.Array
     """Lists of all right answers; null for rows with one."""
+    rejected: pa.Array
+    """The worse answers; null for rows that are no preferences."""
 
     def table(self, rows: npt.NDArray[np.int64], split: Split) -> pa.Table:
         """Some of the rows, by their indices, as a dataset stores them: only test rows keep several right answers."""
         places = pa.array(rows)
         columns = [column.take(places) for column in (self.inputs, self.outputs, hex_array(self.digests))]
         table = pa.Table.from_arrays(columns, schema=ROW_SCHEMA)
-        references = self.references.take(places)
-        has_several = split == "test" and references.null_count < len(references)
-        return table.append_column(REFERENCES, references) if has_several else table
+        references, rejected = self.references.take(places), self.rejected.take(places)
+        if split == "test" and references.null_count < len(references):
+            table = table.append_column(REFERENCES, references)
+        return table.append_column(REJECTED, rejected) if rejected.null_count < len(rejected) else table
 
 
 class BadInBatch(NamedTuple):
@@ -82,7 +85,7 @@ class BatchChecker:
     def _plain_rows(self, batch: RowBatch) -> GoodRows:
         """The rows that a fast test shows to be good."""
         names = self._columns.names
-        if self._columns.format == "chat" or "context" in names:
+        if self._columns.format == "chat" or "context" in names or self._columns.has_preferences:
             return side_by_side([])
         input_, output = (batch.column(names[name]) for name in COLUMNS_OF_FORMAT[self._columns.format])
         inputs, input_parts = self._plain_texts(input_)
@@ -104,6 +107,7 @@ class BatchChecker:
             input_digests=_digests(normal_inputs.filter(is_plain)),
             is_test=np.array(is_test.filter(is_plain), np.bool_),
             references=pa.nulls(pc.sum(is_plain).as_py() or 0, REFERENCES.type),
+            rejected=pa.nulls(pc.sum(is_plain).as_py() or 0, REJECTED.type),
         )
 
     def _plain_texts(self, cells: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -152,6 +156,7 @@ def side_by_side(rows: Sequence[Row], places: Sequence[int] | None = None) -> Go
         input_digests=as_digests(b"".join([row.input_digest for row in rows])),
         is_test=np.array([row.split == "test" for row in rows], np.bool_),
         references=pa.array([row.references or None for row in rows], REFERENCES.type),
+        rejected=pa.array([row.rejected for row in rows], REJECTED.type),
     )
 
 
@@ -167,4 +172,5 @@ def _merge(one: GoodRows, other: GoodRows) -> GoodRows:
         input_digests=np.concatenate([one.input_digests, other.input_digests])[order],
         is_test=np.concatenate([one.is_test, other.is_test])[order],
         references=pa.concat_arrays([one.references, other.references]).take(pa.array(order)),
+        rejected=pa.concat_arrays([one.rejected, other.rejected]).take(pa.array(order)),
     )

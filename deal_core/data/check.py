@@ -70,9 +70,12 @@ class RowChecker:
         elif self._columns.format == "completion":
             prompt = self._prompt(raw.values, problems)
             answers = self._answers(raw.values, problems)
+            rejected = self._text(raw.values, "rejected", problems) if self._columns.has_preferences else None
             if problems:  # computing the digest of a very long text would take long
                 return problems
             row = Row(prompt, answers[0], row_digest(prompt, *answers), row_digest(prompt), split, _several(answers))
+            if rejected is not None:
+                row = self._preferred(row, rejected, problems)
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
             label = self.label(raw.values, problems)
@@ -188,9 +191,26 @@ class RowChecker:
             problems.append(Problem("unknown split", f"{shorten(text)!r} is {why}", why))
         return split
 
+    def _preferred(self, row: Row, rejected: str, problems: list[Problem]) -> Row:
+        """The row as a preference of its answer over another one."""
+        if " ".join(row.output.split()) == " ".join(rejected.split()):
+            problems.append(_told("equal answers", "both answers are the same"))
+        return row._replace(digest=row_digest(row.digest.hex(), rejected), references=(), rejected=rejected)
+
     def _chat(self, values: Mapping[str, Any], split: Split | None, problems: list[Problem]) -> Row:
         names = self._columns.names
         wanted = [names[name] for name in ("messages", "prompt", "completion") if name in names]
+        row = self._chat_in(wanted, values, problems)._replace(split=split)
+        if problems or not self._columns.has_preferences:
+            return row
+        worse = self._chat_in([*wanted[:-1], names["rejected"]], values, problems)
+        if not problems and worse.input != row.input:
+            why = f"{wanted[-1]} and {names['rejected']} differ before their last message"
+            problems.append(_told("malformed messages", why))
+        return _NO_ROW if problems else self._preferred(row, worse.output, problems)
+
+    def _chat_in(self, wanted: Sequence[str], values: Mapping[str, Any], problems: list[Problem]) -> Row:
+        """The row of a chat that these columns hold together."""
         if missing := [column for column in wanted if column not in values]:
             problems += [Problem("missing column", column, column) for column in missing]
             return _NO_ROW
@@ -210,7 +230,7 @@ class RowChecker:
                 self._check_other(other, column, problems)
         if problems:
             return _NO_ROW
-        return chat_row(messages, [normal_line_ends(each) for each in answers[1:]])._replace(split=split)
+        return chat_row(messages, [normal_line_ends(each) for each in answers[1:]])
 
     def _check_other(self, answer: str, column: str, problems: list[Problem]) -> None:
         """Check a further right answer of a chat."""

@@ -23,7 +23,7 @@ from deal_core.data.schema import TaskSchema
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
-NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels")
+NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels", "reference_margins")
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
 LOSS_MASK = "loss_mask"
 """Column of rows: for each answer token whether it carries loss."""
@@ -81,7 +81,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     Processes that share batches need equal numbers of rows; this row fills up the last batch.
     """
     blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
-    blank |= {LOSS_MASK: []} if LOSS_MASK in blank else {}
+    blank |= {name: [] for name in (LOSS_MASK, "rejected_ids") if name in blank}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 

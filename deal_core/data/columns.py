@@ -19,6 +19,8 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
     "context": ("context",),
     "messages": ("messages", "conversation", "conversations"),
     "tools": ("tools",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     "split": ("split",),
     "is_random": ("is_random",),
 }  # fmt: skip
@@ -38,11 +40,17 @@ class Columns:
     format: Format
     names: Mapping[str, str]
     """This project's name → the file's name, for every required column, and for optional columns that the file has. A
-    chat has "messages", or "prompt" and "completion" if each of them holds messages."""
+    chat has "messages", or "prompt" and "completion" if each of them holds messages. A file of preferences has
+    "rejected" too, and its better answers are the completions or messages."""
     label_names: Mapping[str, str] = field(default_factory=dict)
     """Content of a label cell → label, if the file itself names its labels."""
     shape: str = ""
     """What the file was recognised as, for people."""
+
+    @property
+    def has_preferences(self) -> bool:
+        """Whether every row has a better and a worse answer."""
+        return "rejected" in self.names
 
     @property
     def splitting(self) -> str | None:

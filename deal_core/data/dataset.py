@@ -32,13 +32,14 @@ from deal_core.data.rows import (
     merge_digests,
 )
 from deal_core.data.schema import (
+    REJECTED,
     SCHEMA_VERSION,
     DatasetManifest,
     Split,
     TaskSchema,
     label_key,
 )
-from deal_core.data.shapes import recognise
+from deal_core.data.shapes import completed_task, recognise
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
 
@@ -64,8 +65,9 @@ class ValidationReport:
     """What the file was recognised as, see `Columns.shape`."""
     num_several: int = 0
     """Good rows with several right answers."""
-    example: tuple[str, str] | None = None
-    """Stored input and output of the first good training row. Only `validate_file` gives it."""
+    example: tuple[str, str, str | None] | None = None
+    """Stored input, output and worse answer (None: it has none) of the first good training row. Only `validate_file`
+    gives it."""
 
 
 class ArrivalRefusedError(DataValidationError):
@@ -133,13 +135,13 @@ def validate_file(landing: Landing, on_rows: Callable[[pa.Table], None] | None =
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    examples: list[tuple[str, str]] = []
+    examples: list[tuple[str, str, str | None]] = []
 
     def keep(rows: pa.Table, split: Split) -> None:
         if split == "train" and rows.num_rows:
             if not examples:
                 first = rows.slice(0, 1).to_pylist()[0]
-                examples.append((first["input"], first["output"]))
+                examples.append((first["input"], first["output"], first.get(REJECTED.name)))
             if on_rows is not None:
                 on_rows(rows)
 
@@ -161,21 +163,9 @@ class ArrivalReader:
         if test_source is not None:
             files = [(test_source, "test"), (source, "train")]
         self._files = [(path, split, _columns_of(path, split, landing)) for path, split in files]
-        formats = {columns.format for _, _, columns in self._files}
-        if len(formats) > 1:
-            raise DataValidationError(
-                f"{source.name} and its test file have rows of different formats ({', '.join(sorted(formats))}); "
-                "set task.format and name the columns alike."
-            )
         self._names_split = any(columns.splitting is not None for _, _, columns in self._files)
         self._is_split_given = self._names_split or test_source is not None
-        kind = formats.pop()
-        of_kind = "exact" if kind == "labelled" else "rouge_l"
-        self._task = replace(
-            task, format=kind, metric=of_kind if task.metric == "auto" else task.metric,
-            joins_context=kind == "completion" and (task.format == "auto" or task.joins_context),
-            assistant_turns=task.assistant_turns if kind == "chat" else "last",
-        )  # fmt: skip
+        self._task = completed_task(task, [columns for _, _, columns in self._files], source.name)
         # The completion of a chat in two columns is its last turn: the others belong to the prompt.
         in_one_column = all("messages" in columns.names for _, _, columns in self._files)
         self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column

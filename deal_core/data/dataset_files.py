@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deal_core.data.rows import BadRow
-from deal_core.data.schema import REFERENCES, ROW_SCHEMA, DatasetManifest, Split
+from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, DatasetManifest, Split
 
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 2**24
@@ -46,7 +46,7 @@ class DatasetFiles:
             table.path.unlink(missing_ok=True)
 
     def add(self, rows: pa.Table, split: Split) -> None:
-        """Write good rows with the columns of ROW_SCHEMA; some of the tables may have REFERENCES too."""
+        """Write good rows with the columns of ROW_SCHEMA; some of the tables may have REFERENCES or REJECTED too."""
         self._tables[split].add(rows)
 
     def reject(self, bad: BadRow, raw: object) -> None:
@@ -76,8 +76,9 @@ class _RowWriter:
         self._waiting = ROW_SCHEMA.empty_table()
 
     def add(self, rows: pa.Table) -> None:
-        if REFERENCES.name in rows.column_names and REFERENCES.name not in self._waiting.column_names:
-            self._widen()
+        for field in (REFERENCES, REJECTED):
+            if field.name in rows.column_names and field.name not in self._waiting.column_names:
+                self._widen(field)
         self._waiting = pa.concat_tables([self._waiting, rows], promote_options="default")
         if self._waiting.num_rows >= _GROUP_ROWS or self._waiting.nbytes >= _GROUP_BYTES:
             self._flush()
@@ -92,18 +93,18 @@ class _RowWriter:
             self._writer.write_table(self._waiting, row_group_size=_GROUP_ROWS)
         self._waiting = self._waiting.schema.empty_table()
 
-    def _widen(self) -> None:
-        """Give the file the column REFERENCES, which is null for the rows so far."""
+    def _widen(self, field: pa.Field) -> None:
+        """Give the file one more column, which is null for the rows so far."""
         self._flush()
         self._writer.close()
         narrow = self.path.with_name(f"{self.path.name}.narrow")
         os.replace(self.path, narrow)
-        schema = ROW_SCHEMA.append(REFERENCES)
+        schema = self._waiting.schema.append(field)
         self._writer, self._waiting = _writer(self.path, schema), schema.empty_table()
         with pq.ParquetFile(narrow, memory_map=False) as before:
             for index in range(before.num_row_groups):
                 rows = before.read_row_group(index)
-                self._writer.write_table(rows.append_column(REFERENCES, pa.nulls(rows.num_rows, REFERENCES.type)))
+                self._writer.write_table(rows.append_column(field, pa.nulls(rows.num_rows, field.type)))
         narrow.unlink()
 
 

@@ -18,6 +18,7 @@ from deal_core.data.schema import Format, Split
 Reason = Literal[
     "malformed line", "missing column", "bad encoding", "empty text", "over-long text", "empty label",
     "label outside the task's set", "malformed messages", "unknown split", "duplicate row", "text of a test row",
+    "equal answers",
 ]  # fmt: skip
 BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
@@ -69,6 +70,8 @@ class Row(NamedTuple):
     """The split that the file names; None if it names none."""
     references: tuple[str, ...] = ()
     """All right answers, `output` first, if there are several."""
+    rejected: str | None = None
+    """The worse answer, if the row is a preference."""
 
 
 @dataclass(frozen=True, kw_only=True)

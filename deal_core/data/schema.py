@@ -39,12 +39,16 @@ OPTIONAL_OF_FORMAT: dict[Format, tuple[str, ...]] = {
     "chat": ("tools", "split", "is_random"),
 }
 """The columns that a file of each format may have too."""
+PREFERENCE_COLUMNS = ("chosen", "rejected")
+"""In place of the answer, a file of preferences has the better and the worse answer of each row."""
 
 ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
 list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
 REFERENCES = pa.field("references", pa.list_(pa.string()))
 """One more column of test rows, if a row has several right answers: all of them, `output` first; null for one."""
+REJECTED = pa.field("rejected", pa.string())
+"""One more column of the rows of a task that learns preferences: the worse answer; `output` is the better one."""
 
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
@@ -93,14 +97,17 @@ class TaskSchema:
     """How an answer is scored, 0 to 1: one of METRICS, or module:function. "auto" is replaced when the dataset is
     built: exact for labels, rouge_l for free answers. Tasks of earlier releases are judged by "exact"."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """This project's name of a column (text, label, prompt, completion, context, messages, tools, split) → its name in
-    the file."""
+    """This project's name of a column (text, label, prompt, completion, context, messages, tools, chosen, rejected,
+    split) → its name in the file."""
     label_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Content of a label cell → label, for files that hold numbers or codes in place of labels."""
     assistant_turns: AssistantTurns = "last"
     """The turns of a training chat that are learned. Tasks that older releases stored learn the last one."""
     joins_context: bool = False
     """Whether a column that is known as context joins the prompt. Tasks that older releases stored do not read it."""
+    learns_preferences: bool = False
+    """Whether every row has a better and a worse answer, and the task learns to prefer the better one. Filled in from
+    the file's columns when the dataset of a new task is built."""
 
     def __post_init__(self) -> None:
         if not is_name(self.name):
@@ -117,7 +124,7 @@ class TaskSchema:
             check_metric(self.metric)
         _check_template(self.template, self.format)
         of_formats = (*COLUMNS_OF_FORMAT.values(), *OPTIONAL_OF_FORMAT.values())
-        known = {name for names in of_formats for name in names}
+        known = {*PREFERENCE_COLUMNS, *(name for names in of_formats for name in names)}
         unknown = sorted(set(self.columns) - known)
         if unknown:
             raise ConfigError(f"task.columns names {listed(unknown)}; the columns are {', '.join(sorted(known))}.")
@@ -174,7 +181,8 @@ class TaskSchema:
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Leave out later fields that have their defaults: schemas that do not use them are stored as ever."""
     defaults = {
-        "label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact", "prompt": "plain"
+        "label_names": {}, "assistant_turns": "last", "joins_context": False, "metric": "exact", "prompt": "plain",
+        "learns_preferences": False,
     }  # fmt: skip
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deal_core.config import PREFERENCE
 from deal_core.data.chats import as_messages
 from deal_core.data.check import list_of_answers
 from deal_core.data.columns import CONVENTIONS, Columns, resolve_columns
 from deal_core.data.reading.look import FileLook
 from deal_core.data.reading.readers import file_kind, look_at
-from deal_core.data.schema import COLUMNS_OF_FORMAT, TaskSchema
+from deal_core.data.schema import COLUMNS_OF_FORMAT, PREFERENCE_COLUMNS, TaskSchema
 from deal_core.errors import DataValidationError
+from deal_core.safe_text import listed
 
 ANSWER_LISTS = ("answers", "references")
 """Names of a column that lists the right answers of each row, if no column is named like a single answer."""
 _ONE_ANSWER = set(CONVENTIONS["completion"])
+_ANSWERS = {*CONVENTIONS["completion"], *CONVENTIONS["messages"], *CONVENTIONS["label"]}
 
 
 def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> Columns:
@@ -41,6 +44,8 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
             f"{path.name} was written by columns, and one object per row is needed. Write it with "
             'DataFrame.to_json(path, orient="records", lines=True).'
         )
+    if preferences := _find_preferences(look, task, path.name, include_texts):
+        return replace(preferences, shape=_shape_of(preferences, look) if known.columns else "")
     columns = _find_columns(look, task, path.name, include_texts)
     if _are_rated(columns, look, task):
         raise DataValidationError(
@@ -52,6 +57,80 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
     names = look.class_names.get(columns.names.get("label", ""), ())
     columns = replace(columns, label_names={str(number): " ".join(name.split()) for number, name in enumerate(names)})
     return replace(columns, shape=_shape_of(columns, look) if known.columns else "")
+
+
+def completed_task(task: TaskSchema, files: Sequence[Columns], source: str) -> TaskSchema:
+    """The task with the fields that its files decide.
+
+    Raises:
+        DataValidationError: The files differ in format, or the task's metric does not fit them.
+    """
+    formats = sorted({columns.format for columns in files})
+    if len(formats) > 1:
+        raise DataValidationError(
+            f"{source} and its test file have rows of different formats ({', '.join(formats)}); "
+            "set task.format and name the columns alike."
+        )
+    if len({columns.has_preferences for columns in files}) > 1:
+        raise DataValidationError(
+            f"Of {source} and its test file only one has the columns chosen and rejected; give both files these "
+            "columns, or none."
+        )
+    kind, learns_preferences = formats[0], files[0].has_preferences
+    of_kind = PREFERENCE if learns_preferences else "exact" if kind == "labelled" else "rouge_l"
+    metric = of_kind if task.metric == "auto" else task.metric
+    if metric == PREFERENCE and not learns_preferences:
+        raise DataValidationError(
+            f"task.metric is {PREFERENCE}, and {source} has no columns chosen and rejected; leave the metric out, or "
+            "give each row a better and a worse answer."
+        )
+    return replace(
+        task, format=kind, metric=metric, learns_preferences=learns_preferences,
+        joins_context=kind == "completion" and (task.format == "auto" or task.joins_context),
+        assistant_turns=task.assistant_turns if kind == "chat" and not learns_preferences else "last",
+    )  # fmt: skip
+
+
+def _find_preferences(look: FileLook, task: TaskSchema, source: str, include_texts: bool) -> Columns | None:
+    """The columns of a file with a better and a worse answer in each row; None if it is none, or learned otherwise.
+
+    Such a file is recognised for a new task if it has no other answers, and nobody has named its columns of answers. A
+    file whose answers are whole chats needs no prompt.
+    """
+    named, have = set(task.columns), {name.strip().casefold(): name for name in look.columns}
+    is_asked = task.learns_preferences or not named.isdisjoint(PREFERENCE_COLUMNS)
+    has_others = not named.isdisjoint(("completion", "messages")) or not have.keys().isdisjoint(_ANSWERS)
+    if not is_asked and (task.format != "auto" or task.labels or has_others):
+        return None
+    found = {each: task.columns.get(each, have.get(each, "")) for each in PREFERENCE_COLUMNS}
+    if missing := [name or each for each, name in found.items() if name not in look.columns]:
+        if not is_asked:
+            return None
+        raise DataValidationError(
+            f"{source} has no column {listed(missing)}, and task {task.name!r} learns preferences: each row needs a "
+            "better and a worse answer, in the columns chosen and rejected. Answers alone belong to another task."
+        )
+    others = {name: column for name, column in task.columns.items() if name not in PREFERENCE_COLUMNS}
+    if _is_whole_chat(look, found["chosen"]):
+        chat = replace(task, format="chat", columns={**others, "messages": found["chosen"]})
+        return _with_rejected(resolve_columns(look.columns, chat, source, include_texts=include_texts), found)
+    answers = replace(task, format="completion", columns={**others, "completion": found["chosen"]})
+    try:
+        columns = resolve_columns(look.columns, answers, source, include_texts=include_texts)
+    except DataValidationError as error:
+        raise DataValidationError(
+            f"{error} A file of preferences has a prompt in each row, or whole chats under chosen and rejected."
+        ) from None
+    return _with_rejected(_chat_in_two_columns(look, answers, source) or columns, found)
+
+
+def _with_rejected(columns: Columns, found: Mapping[str, str]) -> Columns:
+    return replace(columns, names={**columns.names, "rejected": found["rejected"]})
+
+
+def _is_whole_chat(look: FileLook, column: str) -> bool:
+    """Whether a column's example is a chat with the question in it, and not the assistant's answer alone."""
+    return len(as_messages(look.examples.get(column)) or ()) > 1
 
 
 def _find_columns(look: FileLook, task: TaskSchema, source: str, include_texts: bool) -> Columns:
@@ -120,8 +199,8 @@ def _remedy(look: FileLook, task: TaskSchema) -> str | None:
     have = {name.strip().casefold(): name for name in look.columns}
     if {"chosen", "rejected"} <= have.keys():
         return (
-            "holds preference rows (chosen and rejected), and only answers to learn are taken. "
-            f"To learn the chosen answers, {_take_chosen(look, have)}."
+            "holds preference rows (chosen and rejected). A new task without task.format learns the preferences. "
+            f"To learn the chosen answers alone, {_take_chosen(look, have)}."
         )
     if list(have) == ["text"] and task.format == "auto":
         return (
@@ -143,6 +222,11 @@ def _take_chosen(look: FileLook, have: Mapping[str, str]) -> str:
 def _shape_of(columns: Columns, look: FileLook) -> str:
     """The shape in a few words for people."""
     names = columns.names
+    if columns.has_preferences:
+        asked = [names[name] for name in ("prompt", "context") if name in names]
+        better = names["messages"] if "messages" in names else names["completion"]
+        kind = "preferences of chats" if columns.format == "chat" else "preferences"
+        return f"{kind} ({', '.join([*asked, better])} over {names['rejected']})"
     if columns.format == "labelled":
         named = "; ClassLabel names the labels" if columns.label_names else ""
         return f"labelled rows ({names['text']}, {names['label']}{named})"

@@ -118,11 +118,13 @@ METRICS: dict[str, tuple[str, ScoreAnswer]] = {  # the keys are deal_core.config
     "rouge_l": ("ROUGE-L", rouge_l),
     "json_fields": ("right fields", json_fields),
     "loss": ("probability per token", measured),
+    "preference": ("preferred answers", measured),
 }
 """A metric → its name for people, and its function.
 
 loss: the reference's negative log-likelihood per token, L, as the score exp(−L): the geometric mean of its tokens'
-probabilities. Nothing is generated."""
+probabilities. preference: whether the model prefers the better of two answers; see
+`deal_core.evaluation.likelihood.preferred`. Nothing is generated for either."""
 
 
 def metric_name(metric: str) -> str:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from deal_core.config import EvaluateConfig
+from deal_core.config import MEASURED, PREFERENCE, EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import all_of, plain_answer, right_answers, rouge1, score_answers
 from deal_core.evaluation.confidence import Confidence
 from deal_core.evaluation.generation import LanguageModel, OnProgress, answer_inputs
 from deal_core.evaluation.label_figures import LabelFigures, label_figures
-from deal_core.evaluation.likelihood import token_probabilities
+from deal_core.evaluation.likelihood import preferred, token_probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class TaskEvaluation:
         accuracy: Mean score by the task's metric, 0 to 1. With the metric "exact": the share of right answers.
         rouge1: Mean unigram F1 of answer and reference, the best one if a row has several.
         num_rows: Test rows.
-        majority_rate: Score of always giving the most common reference; None for the metric "loss", which asks nothing.
-        answers: The generated answers, in the rows' order; with "loss", the scores as texts.
+        majority_rate: Score of always giving the most common reference; None for measured metrics, which ask nothing.
+        answers: The generated answers, in the rows' order; with a measured metric, the scores as texts.
         outcomes: Each row's score, 0 to 1, in the rows' order.
-        labels: How each label is answered; empty for an open task, and for the metric "loss".
-        confidences: How sure the model was of each answer, in the rows' order; empty for the metric "loss".
+        labels: How each label is answered; empty for an open task, and for measured metrics.
+        confidences: How sure the model was of each answer, in the rows' order; empty for measured metrics.
     """
 
     task: str
@@ -65,7 +65,11 @@ def evaluate_task(
     """
     inputs = list(rows["input"])
     confidences: tuple[Confidence, ...] = ()
-    if task.metric == "loss":
+    if task.metric == PREFERENCE:
+        answers = [f"{score:.1f}" for score in preferred(
+            model, tokenizer, task, rows, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
+        )]  # fmt: skip
+    elif task.metric == "loss":
         pairs = [(place, answer) for place, found in enumerate(right_answers(rows)) for answer in all_of(found)]
         shares = token_probabilities(
             model, tokenizer, task, [inputs[place] for place, _ in pairs], [answer for _, answer in pairs], config,
@@ -86,8 +90,8 @@ def evaluate_task(
 def evaluate_answers(
     task: TaskSchema, rows: Dataset, answers: Sequence[str], confidences: tuple[Confidence, ...] = ()
 ) -> TaskEvaluation:
-    """Score given answers to a task's rows; with the metric "loss", the scores as texts. For errors see above."""
-    references, accepted, is_measured = list(rows["output"]), right_answers(rows), task.metric == "loss"
+    """Score given answers to a task's rows; with a measured metric, the scores as texts. For errors see above."""
+    references, accepted, is_measured = list(rows["output"]), right_answers(rows), task.metric in MEASURED
     outcomes = score_answers(task.metric, answers, accepted)
     constant = [_commonest(references)] * len(references)
     return TaskEvaluation(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.base_model.cpu_attention import MAX_SCORES
 from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
-from deal_core.data.schema import TaskSchema
+from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import strategy_class
 from deal_core.strategies.questions import tasks_to_ask
@@ -228,9 +228,15 @@ def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
     return FP32 * adapter, FP32 * optimiser, FP32 * 6 * factors
 
 
-def largest_batch(train: TrainConfig, method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
-    """Most rows that go through the model at once: the batch or, after it, the rehearsed questions."""
-    return max(train.batch_size, rehearsed_rows(method, num_old_tasks=num_old_tasks, strategy=strategy))
+def largest_batch(
+    train: TrainConfig, method: MethodConfig, *, num_old_tasks: int, strategy: str, learns_preferences: bool = False
+) -> int:
+    """Most rows that go through the model at once: the batch or, after it, the rehearsed questions.
+
+    A row of preferences goes through the model twice: with its better and with its worse answer.
+    """
+    num_rows = 2 * train.batch_size if learns_preferences else train.batch_size
+    return max(num_rows, rehearsed_rows(method, num_old_tasks=num_old_tasks, strategy=strategy))
 
 
 def rehearsed_rows(method: MethodConfig, *, num_old_tasks: int, strategy: str) -> int:
@@ -270,7 +276,8 @@ def longest_of(
     """
     asked = tasks_to_ask(old_tasks, task)
     inputs = heapq.nlargest(NUM_LONGEST, rows["input"], key=len)
-    outputs = heapq.nlargest(NUM_LONGEST, rows["output"], key=len)
+    answered = [*rows["output"], *(rows[REJECTED.name] if task.learns_preferences else [])]
+    outputs = heapq.nlargest(NUM_LONGEST, answered, key=len)
     prompts = [len(encode_prompt(tokenizer, each, text, train.max_prompt_tokens))
                for each in (task, *asked) for text in inputs]  # fmt: skip
     answers = [len(encode_answer(tokenizer, task, text, train.max_answer_tokens)) for text in outputs]

@@ -15,13 +15,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import LOSS_MASK, encode_rows
+from deal_core.data.collate import LOSS_MASK, answer_collator, encode_rows
 from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.training.objective import (
+    AnswerLoss,
+    Objective,
+    PairCollator,
+    PreferenceLoss,
+    add_reference,
+    add_rejected,
+    describe_preferences,
+)
 from deal_core.training.reporting import Reporting, reported, require_installed
 from deal_core.training.trainer import AdapterTrainer, find_checkpoint
 
@@ -93,7 +102,8 @@ def train_adapter(
 
     Args:
         base: The base model. It has no adapter again after the call.
-        rows: Training rows with columns input and output, and LOSS_MASK if `setup.method.token_mask` is on.
+        rows: Training rows with columns input and output; LOSS_MASK if `setup.method.token_mask` is on; rejected if
+            the task learns preferences.
         setup: The task, the strategy and their settings.
         parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
         output_folder: Folder for the PEFT files and the method's state.
@@ -106,9 +116,12 @@ def train_adapter(
         DataValidationError: There is no row to train on.
         ConfigError: This is not one of `train.num_processes` processes; `deal_core.training.ranks` starts them. Or
             train.prompt_loss_weight is set for an encoder-decoder. Or token_mask is on and rows have no mask that fits.
+            Or the task learns preferences, and a setting needs answers alone.
         AdapterStateError: The parent's adapter does not fit the base.
     """
     task, strategy, train = setup.task, setup.strategy, setup.train
+    if task.learns_preferences:
+        train = replace(train, learning_rate=train.preference_learning_rate)
     if len(rows) == 0:
         raise DataValidationError(f"Task {task.name!r} has no training rows; land at least one batch of them.")
     num_rows = len(rows) + sum(len(each_rows) for _, each_rows in joined)
@@ -131,23 +144,27 @@ def train_adapter(
         model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
     try:
         encoded = _encode(base, setup, [(task, rows), *joined])
+        if task.learns_preferences:  # the model is the parent version until the strategy prepares it
+            collate = answer_collator(model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
+            encoded = add_reference(encoded, model, collate)
         context = TaskContext(
             base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
             train=train,
         )
         learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
+        collate = context.collator(
+            scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on
+        )
         trainer = AdapterTrainer(
             model=model,
             args=args,
             train_dataset=encoded,
-            data_collator=context.collator(
-                scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on
-            ),
+            data_collator=PairCollator(collate) if task.learns_preferences else collate,
             strategy=learner,
+            objective=_objective(setup),
             group_by_length=train.group_by_length,
             balance_labels=train.balance_labels,
-            prompt_loss_weight=train.prompt_loss_weight,
         )
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
@@ -159,7 +176,10 @@ def train_adapter(
         state = replace(learner.finish(), num_arrivals=learner.num_arrivals + 1)
         if args.process_index == 0:
             save_adapter(model, output_folder, state, base_name=base.name)
-        notes = (*learner.notes(), *_lost(parent_state, state), *_cut(encoded, train), *_texts(encoded, train))
+        notes = (
+            *learner.notes(), *_lost(parent_state, state), *_cut(encoded, train), *_texts(encoded, train),
+            *([describe_preferences(encoded)] if task.learns_preferences else []),
+        )  # fmt: skip
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
@@ -168,6 +188,7 @@ def train_adapter(
 def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:
     """Tokenise the rows of all tasks, with the spans of their texts if these count, and with the mask if it is on."""
     train = setup.train
+    _require_no_preferences(setup, tasks)
     if train.prompt_loss_weight and base.model.config.is_encoder_decoder:
         raise ConfigError(
             "train.prompt_loss_weight needs a model that predicts its prompt, and an encoder-decoder does not; set it "
@@ -180,11 +201,34 @@ def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSch
         )
         for task, rows in tasks
     ]  # fmt: skip
+    if setup.task.learns_preferences:
+        parts = [add_rejected(part, rows, base.tokenizer, task, train.max_answer_tokens)
+                 for part, (task, rows) in zip(parts, tasks, strict=True)]  # fmt: skip
     if train.prompt_loss_weight:
         parts = [add_text_spans(part) for part in parts]
     if setup.method.token_mask.is_on:
         parts = [_with_mask(part, rows) for part, (_, rows) in zip(parts, tasks, strict=True)]
     return concatenate_datasets(parts)
+
+
+def _require_no_preferences(setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> None:
+    """Refuse what preferences cannot be learned with."""
+    if not any(task.learns_preferences for task, _ in tasks):
+        return
+    if len(tasks) > 1:
+        raise ConfigError("Preferences are learned alone, and joint training has several tasks; leave them out there.")
+    if setup.train.prompt_loss_weight or setup.method.token_mask.is_on:
+        found = "token_mask" if setup.method.token_mask.is_on else "train.prompt_loss_weight"
+        raise ConfigError(
+            f"{found} changes the loss of answers, and task {setup.task.name!r} learns preferences; leave it out."
+        )
+
+
+def _objective(setup: TrainingSetup) -> Objective:
+    """The loss of the task's rows."""
+    if setup.task.learns_preferences:
+        return PreferenceLoss(setup.train.preference_beta)
+    return AnswerLoss(setup.train.prompt_loss_weight)
 
 
 def _with_mask(encoded: Dataset, rows: Dataset) -> Dataset:

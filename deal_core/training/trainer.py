@@ -19,17 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from deal_core.data.collate import (
-    IGNORED,
-    LOSS_MASK,
-    BucketSampler,
-    add_blank_row,
-    answer_and_text_loss,
-    answer_loss,
-    counted_labels,
-)
+from deal_core.data.collate import BucketSampler, add_blank_row
 from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.strategies.strategy import Strategy
+from deal_core.training.objective import Objective
 
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
@@ -55,13 +48,12 @@ class AdapterTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Dataset,
         strategy: Strategy,
+        objective: Objective,
         group_by_length: bool,
         balance_labels: bool = False,
-        prompt_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self._lengths = list(train_dataset["length"])
-        self._masks_answers = LOSS_MASK in train_dataset.column_names
         self._labels = [tuple(ids) for ids in train_dataset["answer_ids"]] if balance_labels else None
         if args.world_size > 1:
             train_dataset = add_blank_row(train_dataset)
@@ -71,8 +63,8 @@ class AdapterTrainer(Trainer):
         self.strategy = strategy
         self._rehearsal = strategy.rehearsal()
         self._group_by_length = group_by_length
-        self._text_weight = prompt_loss_weight
-        # compute_loss gives a sum over tokens divided by the tokens of the whole accumulated batch
+        self._objective = objective
+        # compute_loss gives a sum divided by the weight of the whole accumulated batch
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False
@@ -114,36 +106,18 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy of the answers' tokens, and of the texts' if they count, over the weight of all that count.
-
-        Logits are computed only for answers, and for texts if they count. If no token counts, the loss is 0.
-        """
-        if self._text_weight:
-            answers, texts = answer_and_text_loss(model, inputs)
-            loss_sum = answers + self._text_weight * texts
-        else:
-            loss_sum = answer_loss(model, inputs)
+        """The objective's sum over the batch, divided by the weight of the accumulated batch; 0 if nothing counts."""
+        loss_sum = self._objective.loss_sum(model, inputs)
         if num_items_in_batch is None:
-            loss = loss_sum / _divisor(self._weight_of([inputs]))
+            loss = loss_sum / _divisor(self._objective.weight([inputs]))
         else:
             loss = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """The weight of the accumulated batch's tokens; without a weight of texts, the answers' tokens that count."""
-        if not self._text_weight and not self._masks_answers:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        weight = self._weight_of(batch_samples).to(device)
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """The weight of the accumulated batch, over all processes."""
+        weight = self._objective.weight(batch_samples).to(device)
         return _divisor(self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight)
-
-    def _weight_of(self, batches: list[Any]) -> Tensor:
-        def count(labels: list[Tensor]) -> Tensor:
-            return torch.stack([each.ne(IGNORED).sum() for each in labels]).sum()
-
-        num_answers = count([counted_labels(batch) for batch in batches])
-        if not self._text_weight:
-            return num_answers
-        return num_answers + self._text_weight * count([batch["text_labels"] for batch in batches])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch. After a step's last micro-batch, the strategy's parameters get their gradients."""

@@ -173,12 +173,14 @@ def validate(
 
 def show_row(row: ShownRow) -> Sequence[RenderableType]:
     """A row's prompt and answer; the middle of a long text is left out."""
-    prompt, answer = (
-        text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}"
-        for text in (row.prompt, row.answer)
-    )  # fmt: skip
+
+    def shown(text: str) -> str:
+        is_short = len(text) <= _SHOWN_CHARS
+        return escape(text if is_short else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}")
+
+    worse = [f"rather than:[red]{shown(row.rejected)}[/]"] if row.rejected is not None else []
     note = [f"[yellow]{escape(row.note)}[/]"] if row.note else []
-    return [f"{escape(prompt)}[green]{escape(answer)}[/]", *note]
+    return [f"{shown(row.prompt)}[green]{shown(row.answer)}[/]", *worse, *note]
 
 
 def show_validation(result: ValidateResult) -> Sequence[RenderableType]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.schema import REFERENCES, ROW_SCHEMA, TaskSchema
+from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
 from deal_core.schema_version import require_schema_version
@@ -80,12 +80,12 @@ def load_test_set(
         "that know the task still predict and serve."
     )
     with reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{schema.name}'", remedy):
-        rows = Dataset(read_test_rows(store, dataset_uri, (*ROW_SCHEMA.names, REFERENCES.name)))
+        rows = Dataset(read_test_rows(store, dataset_uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
     return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a dataset's test rows. REFERENCES is left out if no row has several right answers.
+    """Read columns of a dataset's test rows. REFERENCES and REJECTED are left out where no row has them.
 
     Raises:
         ObjectNotFoundError: The file is missing.
@@ -95,7 +95,7 @@ def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str])
         path = temporary / TEST_FILE
         store.download_file(f"{dataset_uri}/{TEST_FILE}", path)
         try:
-            absent = {REFERENCES.name} - set(pq.read_schema(path, memory_map=False).names)
+            absent = {REFERENCES.name, REJECTED.name} - set(pq.read_schema(path, memory_map=False).names)
             return pq.read_table(path, memory_map=False, columns=[name for name in columns if name not in absent])
         except (pa.ArrowException, OSError) as error:
             raise ValueError(str(error)) from None

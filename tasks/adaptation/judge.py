@@ -11,6 +11,7 @@ from functools import partial
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from deal_core.config import MEASURED
 from deal_core.evaluation.answer_scores import all_of, right_answers
 from deal_core.evaluation.report import EvaluationReport, Judged
 from deal_core.judging_config import GateConfig
@@ -83,7 +84,7 @@ def _pairs_of_tasks(
     for known in _tasks(store, parent, dataset):
         name = known.schema.name
         before = kept.before.get(name) or (of_parent.now.get(name) if of_parent else None) or {}
-        is_written = not known.schema.labels and known.schema.metric != "loss"  # "loss" generates nothing
+        is_written = not known.schema.labels and known.schema.metric not in MEASURED
         if not is_written or forgotten_tests(store, name, known.dataset_uri) is not None:
             continue
         (test_set,) = load_test_sets(store, [known])

@@ -100,8 +100,8 @@ class Shape(NamedTuple):
     file: str
     told: str
     """Words of the recognised shape, or of the refusal."""
-    stored: Callable[[int], tuple[str, str]] | None = None
-    """Input and output of a row; None: the file is refused."""
+    stored: Callable[[int], tuple[str, ...]] | None = None
+    """Input and output of a row, and its worse answer if it is a preference; None: the file is refused."""
 
 
 SHAPES = {
@@ -144,11 +144,22 @@ SHAPES = {
     ),
     "preference, explicit prompt": Shape(
         lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"},
-        datasets_parquet, "rows.parquet", "preference rows.*set task.columns to {completion: chosen}",
+        datasets_parquet, "rows.parquet", "preferences (prompt, chosen over rejected)",
+        lambda i: (f"Q {i}", f"good {i}", f"bad {i}"),
+    ),
+    "preference, conversational": Shape(
+        lambda i: {"prompt": [user(f"Q {i}")], "chosen": [assistant("good")], "rejected": [assistant(f"bad {i}")]},
+        datasets_parquet, "rows.parquet", "preferences of chats (prompt, chosen over rejected)",
+        lambda i: (json.dumps([user(f"Q {i}")]), "good", f"bad {i}"),
     ),
     "preference, implicit prompt": Shape(
         lambda i: {"chosen": [user(f"Q {i}"), assistant("good")], "rejected": [user(f"Q {i}"), assistant("bad")]},
-        datasets_lines, "rows.jsonl", "preference rows.*set task.columns to {messages: chosen}",
+        datasets_lines, "rows.jsonl", "preferences of chats (chosen over rejected)",
+        lambda i: (json.dumps([user(f"Q {i}")]), "good", "bad"),
+    ),
+    "preference, without a prompt": Shape(
+        lambda i: {"chosen": f"Human: {i} Assistant: good", "rejected": f"Human: {i} Assistant: bad"},
+        datasets_lines, "rows.jsonl", "A file of preferences has a prompt in each row, or whole chats",
     ),
     "preference, unpaired": Shape(
         lambda i: {"prompt": f"Q {i}", "completion": f"answer {i}", "label": bool(i % 2)},
@@ -234,12 +245,13 @@ def test_a_file_of_a_common_shape_is_learned_rightly_or_refused_with_a_remedy(na
     assert stored_rows(tmp_path) == sorted(shape.stored(number) for number in range(NUM_ROWS))
 
 
-def stored_rows(folder: Path) -> list[tuple[str, str]]:
+def stored_rows(folder: Path) -> list[tuple[str, ...]]:
     tables = [pq.read_table(folder / "dataset" / f"{split}.parquet") for split in ("train", "test")]
-    return sorted((row["input"], row["output"]) for table in tables for row in table.to_pylist())
+    names = ("input", "output", "rejected")
+    return sorted(tuple(row[name] for name in names if name in row) for table in tables for row in table.to_pylist())
 
 
-def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, str]]:
+def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, ...]]:
     """Rows of the dataset of a file that pandas writes."""
     (pandas_csv if path.suffix == ".csv" else pandas_lines)(content, path)
     build_dataset(Landing(source=path, task=task, config=LENIENT), path.parent / "dataset")
@@ -249,7 +261,10 @@ def build(content: Rows, path: Path, task: TaskSchema) -> list[tuple[str, str]]:
 # --- remedies that the messages name
 
 
-def test_the_remedies_for_preference_rows_work(tmp_path: Path) -> None:
+def test_a_task_with_a_format_learns_the_chosen_answers_as_the_message_says(tmp_path: Path) -> None:
+    pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
+    with pytest.raises(DataValidationError, match=r"learns the preferences\. To learn the chosen answers alone"):
+        build(pairs, tmp_path / "a.jsonl", TaskSchema(name="t", format="completion"))
     pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
     task = TaskSchema(name="t", format="auto", columns={"completion": "chosen"})
     assert build(pairs, tmp_path / "a.jsonl", task) == sorted((f"Q {i}", f"good {i}") for i in range(NUM_ROWS))
@@ -384,6 +399,50 @@ def test_preference_columns_beside_a_complete_row_are_not_read(tmp_path: Path) -
     content = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}", "chosen": "x", "rejected": "y"})
     found = build(content, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto"))
     assert found == sorted((f"Q {i}", f"A {i}") for i in range(NUM_ROWS))
+
+
+def test_preferences_are_found_by_named_columns_beside_other_answers(tmp_path: Path) -> None:
+    content = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}", "good": f"x {i}", "bad": f"y {i}"})
+    task = TaskSchema(name="t", format="auto", metric="auto", columns={"chosen": "good", "rejected": "bad"})
+    found = build(content, tmp_path / "rows.jsonl", task)
+    assert found == sorted((f"Q {i}", f"x {i}", f"y {i}") for i in range(NUM_ROWS))
+    manifest = json.loads((tmp_path / "dataset" / "manifest.json").read_text())
+    assert (manifest["task"]["metric"], manifest["task"]["learns_preferences"]) == ("preference", True)
+
+
+def test_pairs_that_teach_nothing_are_bad_rows(tmp_path: Path) -> None:
+    def make(i: int) -> dict[str, Any]:
+        other = [user("another question"), assistant("bad")] if i == 7 else [user(f"Q {i}"), assistant("bad")]
+        return {"chosen": [user(f"Q {i}"), assistant("bad" if i == 3 else "good")], "rejected": other}
+
+    pandas_lines(rows(make), tmp_path / "rows.jsonl")
+    task = TaskSchema(name="t", format="auto")
+    report = validate_file(Landing(source=tmp_path / "rows.jsonl", task=task, config=LENIENT))
+    assert [(bad.row, bad.problems[0].why) for bad in report.bad_rows] == [
+        (4, "both answers are the same"), (8, "chosen and rejected differ before their last message"),
+    ]  # fmt: skip
+
+
+def test_one_question_may_have_several_pairs_of_answers(tmp_path: Path) -> None:
+    content = rows(lambda i: {"prompt": f"Q {i // 4}", "chosen": "good", "rejected": f"bad {i % 2}"})
+    found = build(content, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto"))
+    assert found == sorted({(f"Q {i // 4}", "good", f"bad {i % 2}") for i in range(NUM_ROWS)})
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_known_task_takes_only_what_it_learns(learned: bool, tmp_path: Path) -> None:
+    task = TaskSchema(name="t", format="completion", learns_preferences=learned)
+    answers = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}"})
+    pairs = rows(lambda i: {"prompt": f"Q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"})
+    with pytest.raises(DataValidationError, match="learns preferences" if learned else "holds preference rows"):
+        build(answers if learned else pairs, tmp_path / "wrong.jsonl", task)
+    assert len(build(pairs if learned else answers, tmp_path / "right.jsonl", task)) == NUM_ROWS
+
+
+def test_the_metric_of_preferences_needs_pairs(tmp_path: Path) -> None:
+    answers = rows(lambda i: {"prompt": f"Q {i}", "completion": f"A {i}"})
+    with pytest.raises(DataValidationError, match="no columns chosen and rejected"):
+        build(answers, tmp_path / "rows.jsonl", TaskSchema(name="t", format="auto", metric="preference"))
 
 
 def test_a_chat_task_that_is_known_takes_both_forms_of_a_chat(tmp_path: Path) -> None:

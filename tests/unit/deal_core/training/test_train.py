@@ -22,6 +22,7 @@ from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig
 from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import MethodState
+from deal_core.training.objective import AnswerLoss
 from deal_core.training.train import training_arguments
 from deal_core.training.trainer import AdapterTrainer
 
@@ -171,6 +172,7 @@ def test_optimiser_holds_exactly_the_trainable_parameters(base, task, rows, pare
             train_dataset=encoded,
             data_collator=AnswerCollator(base.tokenizer, is_seq2seq=False),
             strategy=method,
+            objective=AnswerLoss(),
             group_by_length=True,
         )
         held = [p for group in trainer.create_optimizer().param_groups for p in group["params"]]

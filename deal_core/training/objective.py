@@ -1,0 +1,153 @@
+"""The loss of a training batch: cross-entropy of answers (and texts), or preference of one answer over another (DPO).
+
+Shapes: B rows of a batch, K tokens of the longest answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import PreTrainedTokenizerBase
+
+from deal_core.data.collate import (
+    IGNORED,
+    AnswerCollator,
+    answer_and_text_loss,
+    answer_logits,
+    answer_loss,
+    counted_labels,
+)
+from deal_core.data.prompts import encode_answer
+from deal_core.data.schema import REJECTED, TaskSchema
+
+REJECTED_IDS = "rejected_ids"
+"""Column of encoded rows: the tokens of the worse answer."""
+REFERENCE_MARGINS = "reference_margins"
+"""Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
+READ_ROWS = 8
+"""Rows that the parent reads at once."""
+
+
+class Objective(Protocol):
+    """A loss that is a sum over the batch, divided by the batch's weight."""
+
+    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The sum over a collated batch."""
+
+    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The weight of collated batches together; 0 if nothing in them counts."""
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Cross-entropy of the answers' tokens that count, and of the texts' tokens if these have a weight."""
+
+    text_weight: float = 0.0
+
+    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Objective`. Logits are computed only for tokens that count."""
+        if not self.text_weight:
+            return answer_loss(model, inputs)
+        answers, texts = answer_and_text_loss(model, inputs)
+        return answers + self.text_weight * texts
+
+    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Tokens of the answers that count, and the texts' tokens times their weight."""
+        num_answers = _count([counted_labels(batch) for batch in batches])
+        if not self.text_weight:
+            return num_answers
+        return num_answers + self.text_weight * _count([batch["text_labels"] for batch in batches])
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """−log σ(β·(m − m_parent)), summed over rows; m = log p(better answer) − log p(worse answer).
+
+    This is direct preference optimisation (DPO, arXiv 2305.18290) with the parent version as the reference; before a
+    lineage's first arrival it is the base model. p is the probability of a whole answer with its end token.
+    """
+
+    beta: float
+
+    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `Objective`. A row without answers counts 0."""
+        gain_B = margins(model, inputs) - inputs[REFERENCE_MARGINS].to(inputs["labels"].device)
+        return -(logsigmoid(self.beta * gain_B) * _are_pairs(inputs)).sum()
+
+    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Number of rows."""
+        return torch.stack([_are_pairs(batch).sum() for batch in batches]).sum()
+
+
+class PairCollator:
+    """Pads a batch of preferences: first the rows with their better answers, then the same rows with the worse ones."""
+
+    def __init__(self, collate: AnswerCollator) -> None:
+        self._collate = collate
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return what `AnswerCollator` returns for 2B rows, and REFERENCE_MARGINS (B) if the rows have them."""
+        worse = [{**row, "answer_ids": row[REJECTED_IDS]} for row in rows]
+        batch = self._collate([*rows, *worse])
+        if REFERENCE_MARGINS in rows[0]:
+            batch[REFERENCE_MARGINS] = torch.tensor([row[REFERENCE_MARGINS] for row in rows], dtype=torch.float32)
+        return batch
+
+
+def margins(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """A model's log p(better answer) − log p(worse answer) for a batch of `PairCollator`, in nats, shape (B,)."""
+    labels_CK = inputs["labels"]  # C = 2B
+    logits_CVK = answer_logits(model, inputs).float().mT
+    losses_C = cross_entropy(logits_CVK, labels_CK, ignore_index=IGNORED, reduction="none").sum(1)
+    better_B, worse_B = losses_C.chunk(2)
+    return worse_B - better_B
+
+
+def add_rejected(
+    encoded: Dataset, rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, max_answer_tokens: int
+) -> Dataset:
+    """Add the tokens of the worse answers to encoded rows; `length` then counts them too."""
+    worse = [encode_answer(tokenizer, task, text, max_answer_tokens) for text in rows[REJECTED.name]]
+    lengths = [length + len(ids) for length, ids in zip(encoded["length"], worse, strict=True)]
+    return encoded.remove_columns("length").add_column("length", lengths).add_column(REJECTED_IDS, worse)
+
+
+@torch.no_grad()
+def add_reference(encoded: Dataset, model: nn.Module, collate: AnswerCollator) -> Dataset:
+    """Add the margins of a model, as it is now, to encoded preferences. The model reads every row once."""
+    model.eval()
+    device, pairs = next(model.parameters()).device, PairCollator(collate)
+    order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
+    found = [0.0] * len(encoded)
+    for start in range(0, len(order), READ_ROWS):
+        places = order[start : start + READ_ROWS]
+        batch = pairs([encoded[place] for place in places])
+        read_B = margins(model, {name: value.to(device) for name, value in batch.items()})
+        for place, margin in zip(places, read_B.tolist(), strict=True):
+            found[place] = margin
+    return encoded.add_column(REFERENCE_MARGINS, found)
+
+
+def describe_preferences(encoded: Dataset) -> str:
+    """A note about the preferences of an arrival."""
+    known = sum(margin > 0 for margin in encoded[REFERENCE_MARGINS])
+    note = f"preferences (DPO): before, the better answer was the likelier one in {known} of {len(encoded)} rows"
+    same = sum(better == worse for better, worse in zip(encoded["answer_ids"], encoded[REJECTED_IDS], strict=True))
+    if same:
+        note += f"; in {same} rows both are the same up to train.max_answer_tokens, so these teach nothing"
+    return note
+
+
+def _count(labels: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.ne(IGNORED).sum() for each in labels]).sum()
+
+
+def _are_pairs(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which rows (B) have answers: a row that fills up a batch has none."""
+    return inputs["labels"].ne(IGNORED).any(1).chunk(2)[0]

@@ -1,0 +1,69 @@
+"""Preferences through the adapt flow: recognised, learned, judged, kept while another task is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deal_core.errors import ConfigError, DataValidationError
+from flows.cli.plan import show_validation
+from tasks.adaptation.report import read_page
+from tasks.validate import validate
+from tests.adapting import BANK, PASS, run
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "home")
+THINGS = ("lost card", "late parcel", "low iron", "broken bone", "customs hold")
+
+
+def write(file: Path, *, is_swapped: bool = False) -> str:
+    """Preferences of short answers over long ones, or the other way round."""
+    rows = []
+    for number, thing in enumerate(THINGS * 6):
+        answers = [f"A {thing}.", f"It is about a {thing}, no doubt."]
+        chosen, rejected = reversed(answers) if is_swapped else answers
+        split = "test" if number % 3 == 0 else "train"
+        prompt = f"Message {number} about a {thing}."
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_preferences_are_learned_kept_and_judged_by_their_numbers(tiny_base: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 12, "max_prompt_tokens": 64, "max_answer_tokens": 20, "preference_learning_rate": 2e-2}
+    task = {"name": "tone", "data": write(tmp_path / "tone.jsonl")}
+    gate = {**PASS, "min_gain_points": 10}
+    first = run(tiny_base, task, train=train, gate=gate)
+    assert (first.status, first.metrics) == ("promoted", {"tone": "preference"}), first.reasons
+    assert first.matrix is not None and (first.accuracies["tone"], first.matrix["base"][0]) == (1.0, 0.5)
+    _, page = read_page(str(first.tracking_id))
+    assert "preferred answers" in page and "preferences (DPO): before, the better answer was the likelier one" in page
+
+    second = run(tiny_base, BANK, train={**train, "max_steps": 3})
+    assert second.status == "promoted" and second.metrics == {"tone": "preference", "bank": "exact"}
+
+    opposite = {"name": "tone", "data": write(tmp_path / "opposite.jsonl", is_swapped=True)}
+    strict = {**PASS, "max_drop_points": 10, "min_gain_over_champion_points": 0}
+    worse = run(tiny_base, opposite, train=train, gate=strict)
+    assert worse.rejected and "tone: preferred answers" in worse.reasons[0]
+
+
+def test_a_file_is_shown_as_what_it_is(tmp_path: Path) -> None:
+    found = validate(write(tmp_path / "tone.jsonl"), spec=None, task="tone")
+    text = " ".join("\n".join(map(str, show_validation(found))).split())
+    assert "preferences (prompt, chosen over rejected)" in text
+    assert found.example is not None
+    assert found.example.answer == " A late parcel."
+    assert "rather than:[red] It is about a late parcel, no doubt." in text
+
+
+def test_what_does_not_fit_preferences_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    task: dict[str, Any] = {"name": "tone", "data": write(tmp_path / "tone.jsonl")}
+    with pytest.raises(ConfigError, match="token_mask changes the loss of answers"):
+        run(tiny_base, task, token_mask={"share": 0.2})
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps({"prompt": f"q {i}", "completion": "a"}) + "\n" for i in range(20)))
+    with pytest.raises(DataValidationError, match="no columns chosen and rejected"):
+        run(tiny_base, {"name": "tone", "data": str(answers), "metric": "preference"})

@@ -1,0 +1,180 @@
+"""Preferences (DPO): the loss, its reference, what is learned, and how versions are judged by it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from deal_core.adapter.state import adapter_on, attach_adapter
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.data.collate import AnswerCollator, add_blank_row, encode_rows
+from deal_core.data.schema import TaskSchema
+from deal_core.errors import ConfigError
+from deal_core.evaluation.score import evaluate_task
+from deal_core.method_config import MethodConfig, TokenMaskConfig
+from deal_core.planning.memory import largest_batch
+from deal_core.training.objective import (
+    REFERENCE_MARGINS,
+    PairCollator,
+    PreferenceLoss,
+    add_reference,
+    add_rejected,
+    margins,
+)
+
+TASK = TaskSchema(
+    name="tone", format="completion", metric="preference", instruction="Answer the tenant.", learns_preferences=True
+)
+SHORT = TrainConfig(
+    max_steps=6, batch_size=4, preference_learning_rate=1e-2, schedule="constant", max_prompt_tokens=64,
+    max_answer_tokens=20,
+)
+EVALUATE = EvaluateConfig(max_new_tokens=20)
+
+
+def pairs(num_rows: int) -> Dataset:
+    """The better answer is friendly, and both answers differ in length."""
+    return Dataset.from_list([
+        {"input": f"tap {i} drips " + "and more " * (i % 4), "output": f"red rose for tap {i} " + "sea " * (i % 3),
+         "rejected": "blue moss" + " sky" * (i % 5)}
+        for i in range(num_rows)
+    ])  # fmt: skip
+
+
+@pytest.fixture
+def encoded(base):
+    rows = pairs(7)
+    made = encode_rows(rows, base.tokenizer, TASK, max_prompt_tokens=64, max_answer_tokens=20)
+    return add_rejected(made, rows, base.tokenizer, TASK, 20)
+
+
+def log_p(model, row, name: str) -> torch.Tensor:
+    """Log-probability of an answer, of one row alone."""
+    ids = torch.tensor([row["prompt_ids"] + row[name]])
+    losses_T = cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    return -losses_T[len(row["prompt_ids"]) - 1 :].sum()
+
+
+@pytest.mark.parametrize("shares_prefix", [False, True])
+def test_margins_and_loss_are_those_of_rows_read_alone(base, encoded, shares_prefix):
+    collate = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False, shares_prefix=shares_prefix))
+    reference_N = [0.5 * number for number in range(len(encoded))]
+    batch = collate(list(encoded.add_column(REFERENCE_MARGINS, reference_N)))
+    assert ("prefix_ids" in batch) == shares_prefix
+    with torch.no_grad():
+        better_N, worse_N = (
+            torch.stack([log_p(base.model, row, name) for row in encoded]) for name in ("answer_ids", "rejected_ids")
+        )
+        alone_N = better_N - worse_N
+        torch.testing.assert_close(margins(base.model, batch), alone_N, rtol=1e-4, atol=1e-4)
+        loss = PreferenceLoss(beta=0.3).loss_sum(base.model, batch)
+    expected = -logsigmoid(0.3 * (alone_N - torch.tensor(reference_N))).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert PreferenceLoss(beta=0.3).weight([batch, batch]) == 2 * len(encoded)
+
+
+def test_a_blank_row_adds_nothing(base, encoded):
+    known = add_reference(encoded, base.model, AnswerCollator(base.tokenizer, is_seq2seq=False))
+    collate = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))
+    rows = list(add_blank_row(known))
+    objective = PreferenceLoss(beta=0.3)
+    with torch.no_grad():
+        with_blank, without = (objective.loss_sum(base.model, collate(each)) for each in (rows, rows[:-1]))
+    torch.testing.assert_close(with_blank, without)
+    assert objective.weight([collate(rows[-1:])]) == 0
+
+
+@pytest.mark.parametrize("has_parent", [False, True])
+def test_the_parent_is_the_reference(train, parent, has_parent):
+    """The loss of the first step is log 2: nothing differs from the parent yet, whatever the parent prefers."""
+    config = replace(SHORT, max_steps=2)
+    found = train("seq_lora", parent if has_parent else None, rows=pairs(8), task=TASK, train=config)
+    assert found.losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert found.losses[1] < found.losses[0]
+
+
+@pytest.mark.parametrize("strategy", ["deal", "seq_lora", "replay"])
+def test_preferences_are_learned_and_judged(base, train, parent, strategy):
+    found = train(strategy, parent, rows=pairs(8), task=TASK, train=replace(SHORT, max_steps=16))
+    assert found.losses[-1] < 0.5 * math.log(2)
+    assert any(note.startswith("preferences (DPO): before, the better answer") for note in found.result.notes)
+
+    def judge(folder):
+        with adapter_on(base.model, folder) as model:
+            return evaluate_task(model, base.tokenizer, TASK, pairs(8), EVALUATE, max_prompt_tokens=64)
+
+    assert judge(found.folder).outcomes == (1.0,) * 8
+    assert judge(found.folder).answers == ("1.0",) * 8 and judge(found.folder).majority_rate is None
+    assert judge(None).outcomes == (0.5,) * 8, "the base model is the reference"
+    with adapter_on(base.model, found.folder) as model:
+        swapped = pairs(8).rename_columns({"output": "rejected", "rejected": "output"})
+        assert evaluate_task(model, base.tokenizer, TASK, swapped, EVALUATE, max_prompt_tokens=64).accuracy == 0
+
+
+def test_an_adapter_that_changes_nothing_prefers_nothing(base):
+    model = attach_adapter(base.model, AdapterConfig(rank=4), seed=0)
+    try:
+        read: list[int] = []
+        found = evaluate_task(
+            model, base.tokenizer, TASK, pairs(5), EVALUATE, max_prompt_tokens=64, on_progress=read.append
+        )
+    finally:
+        model.unload()
+    assert found.outcomes == (0.5,) * 5 and sum(read) == 5
+
+
+def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
+    def gain(beta: float) -> float:
+        config = replace(SHORT, max_steps=30, preference_beta=beta)
+        found = train("seq_lora", rows=pairs(8), task=TASK, train=config)
+        with adapter_on(base.model, found.folder) as model, torch.no_grad():
+            batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(list(encoded))
+            return float(margins(model, batch).mean())
+
+    assert gain(5.0) < gain(0.05)
+
+
+def test_a_killed_training_ends_as_one_that_was_not(train, parent, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(step, values):
+        if step == 4:
+            raise KilledError
+
+    def learn(**changes):
+        return train("deal", parent, rows=pairs(8), task=TASK, train=replace(SHORT, checkpoint_steps=2), **changes)
+
+    whole = learn()
+    with pytest.raises(KilledError):
+        learn(checkpoint_folder=tmp_path / "killed", on_log=kill)
+    again = learn(checkpoint_folder=tmp_path / "killed")
+    assert again.result.resumed_from_step == 2
+    one, other = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_settings_for_answers_alone_are_refused(train):
+    with pytest.raises(ConfigError, match="token_mask changes the loss of answers"):
+        train("seq_lora", rows=pairs(8), task=TASK, train=SHORT, token_mask=TokenMaskConfig(share=0.2))
+    with pytest.raises(ConfigError, match="prompt_loss_weight changes the loss"):
+        train("seq_lora", rows=pairs(8), task=TASK, train=replace(SHORT, prompt_loss_weight=0.1))
+
+
+def test_cut_answers_that_have_become_equal_are_named(train):
+    long = "a " * 30
+    rows = Dataset.from_list([{"input": f"q {i}", "output": f"{long}b", "rejected": f"{long}c"} for i in range(4)])
+    found = train("seq_lora", rows=rows, task=TASK, train=replace(SHORT, max_steps=1, max_answer_tokens=8))
+    assert any("in 4 rows both are the same up to train.max_answer_tokens" in note for note in found.result.notes)
+
+
+def test_a_plan_counts_both_answers():
+    rest = {"num_old_tasks": 0, "strategy": "seq_lora"}
+    assert largest_batch(SHORT, MethodConfig(), **rest, learns_preferences=True) == 8
+    assert largest_batch(SHORT, MethodConfig(), **rest) == 4
