@@ -1,7 +1,7 @@
 """Harvest: reviewed right answers become an ordinary file in the inbox. Each is harvested once.
 
 A row is harvested if a person stands behind its right answer and the prediction log has its text. What the model
-answered is never learned.
+answered is never learned; a task that learns preferences learns to prefer the right answer to it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ NO_LABEL = "the task does not have the label any more"
 NOT_REVIEWED = "no reviewer is named"
 EARLIER_TURNS = "the chat has earlier answers, which would be learned unreviewed (assistant_turns: last)"
 KNOWN = "harvested before"
+NOTHING_TO_PREFER = "the answer was right, and a preference needs a worse one"
 
 
 class Pending(BaseModel):
@@ -148,8 +149,9 @@ def _choose(
         digest = row_digest(answer["input_sha256"], label_key(right) if schema.labels else right).hex()
         found.pop(answer["input_sha256"], None)
         found[answer["input_sha256"]] = _Row(
-            digest, answer["input_sha256"], {**row_columns(schema, answer["input"], right), **_origin(said, answer)}
-        )
+            digest, answer["input_sha256"],
+            {**row_columns(schema, answer["input"], right, answer["output"]), **_origin(said, answer)},
+        )  # fmt: skip
     rows = [row for row in found.values() if row.digest not in harvested]
     if len(rows) < len(found):
         skipped[KNOWN] += len(found) - len(rows)
@@ -164,6 +166,8 @@ def _problem(said: Mapping[str, Any], answer: Mapping[str, Any], schema: TaskSch
         return NO_TEXT
     if schema.labels and label_key(said["label"]) not in {label_key(label) for label in schema.labels}:
         return NO_LABEL
+    if schema.learns_preferences and said["label"].strip() == answer["output"].strip():
+        return NOTHING_TO_PREFER
     return EARLIER_TURNS if has_earlier_answers(schema, answer["input"]) else ""
 
 

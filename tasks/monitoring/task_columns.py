@@ -27,9 +27,10 @@ def as_landed(store: ObjectStore, schema: TaskSchema) -> TaskSchema:
 def answer_column(schema: TaskSchema) -> str:
     """Return the column that a person fills in: the task's own for a label or a completion.
 
-    A chat's right answer is a part of its messages, so its column is the one of feedback, `answer`.
+    A chat's right answer is a part of its messages, and a preference has two answers, so their column is the one of
+    feedback, `answer`.
     """
-    if schema.format == "chat":
+    if schema.format == "chat" or schema.learns_preferences:
         return "answer"
     name = "completion" if schema.format == "completion" else "label"
     return schema.columns.get(name, name)
@@ -47,10 +48,18 @@ def input_columns(schema: TaskSchema, text: str) -> dict[str, Any]:
     return {schema.columns.get(name, name): value for name, value in values.items()}
 
 
-def row_columns(schema: TaskSchema, text: str, right: str) -> dict[str, Any]:
-    """Return the columns of an input and its right answer, by their names in the task's files."""
+def row_columns(schema: TaskSchema, text: str, right: str, given: str) -> dict[str, Any]:
+    """Return the columns of an input and its right answer, by their names in the task's files.
+
+    A task that learns preferences learns the right answer over the answer that was given.
+    """
     values = input_columns(schema, text)
-    if schema.format == "chat":
+    if schema.learns_preferences:
+        messages = values.pop(schema.columns.get("messages", "messages"), None)
+        for name, answer in (("chosen", right), ("rejected", given)):
+            chat = messages and [*messages, {"role": "assistant", "content": answer}]
+            values[schema.columns.get(name, name)] = chat or answer
+    elif schema.format == "chat":
         values[schema.columns.get("messages", "messages")].append({"role": "assistant", "content": right})
     else:
         values[answer_column(schema)] = right

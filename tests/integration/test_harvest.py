@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from deal_core.config import DataConfig
+from deal_core.data.dataset import Landing, validate_file
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, StoreError
@@ -21,7 +23,7 @@ from deal_core.evaluation.confidence import Confidence
 from deal_core.monitoring.feedback import read_entry
 from flows.adapt import AdaptResult
 from flows.cli.app import app
-from infra.predictions import read_feedback
+from infra.predictions import read_feedback, read_predictions
 from infra.serving.prediction_log import PredictionLog
 from infra.store.keys import harvest_key
 from infra.store.local import FileStore
@@ -337,8 +339,31 @@ def test_columns_are_those_of_the_task_and_earlier_answers_are_not_learned() -> 
         (TaskSchema(name="t", format="chat"), told, ""),
     ):  # fmt: skip
         assert harvesting._problem(said, {"input": json.dumps(text)}, schema) == problem
-    values = row_columns(chat, json.dumps(asked), "Hello")
+    values = row_columns(chat, json.dumps(asked), "Hello", "Yes?")
     answered = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     assert values == {"talk": answered, "tools": [{"name": "add"}]}
     completion = TaskSchema(name="t", format="completion", columns={"context": "about", "split": "part"})
-    assert row_columns(completion, "p", "c") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}
+    assert row_columns(completion, "p", "c", "a") == {"prompt": "p", "completion": "c", "about": "", "part": "train"}
+
+
+def test_corrections_of_a_task_of_preferences_are_learned_over_the_answers_that_were_given(
+    home: Path, tmp_path: Path
+) -> None:
+    tone = TaskSchema(name="tone", format="completion", metric="preference", learns_preferences=True)
+    asked = {"Which tap?": "The tap.", "Which door?": "The left door."}
+    tap, door = log_answers(home, asked, tone)
+    answers = {row["id"]: row for row in read_predictions(current_store(), home, "l").to_dict("records")}
+    first = answers[tap]
+    row = row_columns(tone, first["input"], "The kitchen tap.", first["output"])
+    assert row == {"prompt": "Which tap?", "chosen": "The kitchen tap.", "rejected": "The tap."}
+    right = {"source": "command", "reviewer": None, "label": "The left door. "}
+    assert harvesting._problem(right, answers[door], tone) == harvesting.NOTHING_TO_PREFER
+
+    chat = TaskSchema(name="tone", format="chat", metric="preference", learns_preferences=True)
+    asked_in_chats = [[{"role": "user", "content": f"Hi {number}"}] for number in range(30)]
+    rows = [row_columns(chat, json.dumps(messages), "Hello", "Yes?") for messages in asked_in_chats]
+    assert rows[0]["rejected"] == [*asked_in_chats[0], {"role": "assistant", "content": "Yes?"}]
+    file = tmp_path / "feedback.jsonl"
+    file.write_text("".join(json.dumps({**row, "answer_id": "x", "is_random": False}) + "\n" for row in rows))
+    report = validate_file(Landing(source=file, task=chat, config=DataConfig()))
+    assert report.refusal is None and report.manifest.num_rejected == 0, "ingest takes the file as it is"
