@@ -104,7 +104,8 @@ class TrainConfig:
     group_by_length: Flag = True
     """Fill batches with rows of similar length."""
     balance_labels: Flag = True
-    """Give every batch the labels in the shares that they have among all rows."""
+    """Give every batch the labels in the shares that they have among all rows. Free answers count as labels if each of
+    them stands in four rows on average."""
     prompt_loss_weight: Share = 0.0
     """Weight of a token of the text, if a token of the answer weighs 1; what all prompts of a task share counts 0."""
     preference_beta: Positive = 0.1

@@ -34,6 +34,8 @@ from deal_core.training.objective import (
 from deal_core.training.reporting import Reporting, reported, require_installed
 from deal_core.training.trainer import AdapterTrainer, find_checkpoint
 
+MIN_REPEATS = 4
+"""Rows of an answer, on average, from which on the answers of a task without labels count as labels."""
 OnLog = Callable[[int, Mapping[str, float]], None]
 
 
@@ -164,7 +166,7 @@ def train_adapter(
             strategy=learner,
             objective=_objective(setup),
             group_by_length=train.group_by_length,
-            balance_labels=train.balance_labels,
+            balance_labels=train.balance_labels and _are_labels(task, encoded),
         )
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
@@ -222,6 +224,12 @@ def _require_no_preferences(setup: TrainingSetup, tasks: Sequence[tuple[TaskSche
         raise ConfigError(
             f"{found} changes the loss of answers, and task {setup.task.name!r} learns preferences; leave it out."
         )
+
+
+def _are_labels(task: TaskSchema, encoded: Dataset) -> bool:
+    """Whether answers repeat as labels do. Spread evenly, answers of their own would mix long rows with short ones."""
+    num_answers = len(set(map(tuple, encoded["answer_ids"])))
+    return bool(task.labels) or MIN_REPEATS * num_answers <= len(encoded)
 
 
 def _objective(setup: TrainingSetup) -> Objective:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, get_scheduler
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
+from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig
@@ -428,3 +430,20 @@ def test_rows_per_second_counts_rows_and_not_places_in_batches(train, rows):
     result = train("seq_lora", rows=rows(10), train=config).result
     assert result.num_steps == 6
     assert result.rows_per_second * result.seconds == pytest.approx(20)
+
+
+def test_answers_that_repeat_are_spread_over_the_batches_and_others_keep_to_rows_of_their_length(train, monkeypatch):
+    """Spread evenly, answers of their own would mix long rows with short ones, which would pay in padding."""
+    orders = []
+    order = BucketSampler.__iter__
+    monkeypatch.setattr(BucketSampler, "__iter__", lambda self: iter(orders.append([*order(self)]) or orders[-1]))
+    task, config = TaskSchema(name="texts", format="completion"), replace(SHORT, max_steps=16, balance_labels=True)
+    batches = []
+    for num_answers in (4, 64):
+        rows = [{"input": "more " * (1 + number), "output": f"a {number % num_answers}"} for number in range(64)]
+        train("seq_lora", rows=Dataset.from_list(rows), task=task, train=config)
+        batches.append([[rows[place] for place in orders[-1][start : start + 4]] for start in range(0, 64, 4)])
+    repeating, own = batches
+    assert all(len({row["output"] for row in batch}) == 4 for batch in repeating)
+    spread = [max(len(row["input"]) for row in batch) - min(len(row["input"]) for row in batch) for batch in own]
+    assert spread == [3 * len("more ")] * 16
