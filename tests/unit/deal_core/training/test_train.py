@@ -446,4 +446,4 @@ def test_answers_that_repeat_are_spread_over_the_batches_and_others_keep_to_rows
     repeating, own = batches
     assert all(len({row["output"] for row in batch}) == 4 for batch in repeating)
     spread = [max(len(row["input"]) for row in batch) - min(len(row["input"]) for row in batch) for batch in own]
-    assert spread == [3 * len("more ")] * 16
+    assert max(spread) <= 4 * len("more "), "an answer may have a token more"
