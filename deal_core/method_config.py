@@ -218,7 +218,8 @@ class SelectionConfig:
     keep: Annotated[ShareAboveZero | Annotated[Count, Field(ge=2)] | None, BeforeValidator(_check_keep)] = None
     """Rows that are trained on: a share (0.01, 1.0) or a number from 2 (1000). None: every row."""
     score: str = "random"
-    """The number that a row is chosen by: random, length, loss, difficulty, errors, or an installed package's."""
+    """The number that a row is chosen by: random, length, loss, difficulty, errors, gradient, or one of an installed
+    package."""
     pick: Pick = "high"
     """high, low: the rows with the largest or smallest scores. band: rows whose scores lie in the quantiles of `band`,
     at random. weighted: at random, with probabilities in proportion to exp(score / temperature)."""

@@ -19,6 +19,7 @@ SCORES = "deal_core.selection.scores"
 OWN = {
     "random": f"{SCORES}:RandomScore", "loss": f"{SCORES}:LossScore", "length": f"{SCORES}:LengthScore",
     "difficulty": f"{SCORES}:DifficultyScore", "errors": f"{SCORES}:ErrorScore",
+    "gradient": f"{SCORES}:GradientScore",
 }  # fmt: skip
 """This project's scores. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)

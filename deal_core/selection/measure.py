@@ -31,11 +31,13 @@ class MeasuredAnswers:
         loss_N: -log of the answer's probability, summed over its tokens, in nats.
         num_tokens_N: Tokens of the answer, the end token included.
         num_hits_N: Answer tokens that are the likeliest ones.
+        gradient_N: Norm of the gradient of the summed loss with respect to the logits.
     """
 
     loss_N: Tensor
     num_tokens_N: Tensor
     num_hits_N: Tensor
+    gradient_N: Tensor
 
     @property
     def mean_loss(self) -> Tensor:
@@ -56,12 +58,14 @@ class ReadBatch:
         rows: Numbers of the batch's rows.
         losses_BK: -log of a token's probability, in nats, float64; computed from logits in fp32.
         hits_BK: Whether a token is the likeliest one.
+        squares_BK: ‖softmax(logits) − onehot(token)‖², float64: the squared gradient of its loss in the logits.
         is_token_BK: Whether there is a token. The tokens of a row have their order.
     """
 
     rows: list[int]
     losses_BK: Tensor
     hits_BK: Tensor
+    squares_BK: Tensor
     is_token_BK: Tensor
 
 
@@ -75,7 +79,7 @@ def measure(
 ) -> MeasuredAnswers:
     """Read every row once and measure its answer. Rows are tokenised, cut and padded as in training.
 
-    The memory does not depend on the number of rows, except for three numbers a row. A row's figures depend on the
+    The memory does not depend on the number of rows, except for four numbers a row. A row's figures depend on the
     other rows by rounding only: the batches of a chunk are made of rows of similar length.
 
     Args:
@@ -86,14 +90,14 @@ def measure(
         train: Limits of prompts and answers.
         on_progress: Called with the number of rows just read.
     """
-    found_N3 = torch.zeros(len(rows), 3, dtype=torch.float64)
+    found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for read in read_answers(model, tokenizer, task, rows, train, on_progress):
-        figures_B3 = torch.stack(
-            [read.losses_BK.sum(1), read.is_token_BK.sum(1).double(), read.hits_BK.sum(1).double()], 1
-        )
-        found_N3[read.rows] = figures_B3.cpu()
-    loss_N, num_tokens_N, num_hits_N = found_N3.unbind(1)
-    return MeasuredAnswers(loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N)
+        figures = (read.losses_BK, read.is_token_BK.double(), read.hits_BK.double(), read.squares_BK)
+        found_N4[read.rows] = torch.stack([each_BK.sum(1) for each_BK in figures], 1).cpu()
+    loss_N, num_tokens_N, num_hits_N, squares_N = found_N4.unbind(1)
+    return MeasuredAnswers(
+        loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N, gradient_N=squares_N.sqrt()
+    )
 
 
 @torch.inference_mode()
@@ -127,9 +131,13 @@ def read_answers(
             labels_BK, logits_BKV = features["labels"], answer_logits(model, features).float()
             losses_BK = cross_entropy(logits_BKV.mT, labels_BK, ignore_index=IGNORED, reduction="none").double()
             is_token_BK = labels_BK != IGNORED
+            # Σ p² = exp(logsumexp(2z) − 2·logsumexp(z))
+            concentration_BK = (torch.logsumexp(2 * logits_BKV, -1) - 2 * torch.logsumexp(logits_BKV, -1)).exp()
+            squares_BK = (concentration_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
             hits_BK = (logits_BKV.argmax(-1) == labels_BK) & is_token_BK
             yield ReadBatch(
-                rows=[start + i for i in batch], losses_BK=losses_BK, hits_BK=hits_BK, is_token_BK=is_token_BK
-            )
+                rows=[start + i for i in batch], losses_BK=losses_BK, hits_BK=hits_BK, squares_BK=squares_BK,
+                is_token_BK=is_token_BK,
+            )  # fmt: skip
             if on_progress is not None:
                 on_progress(len(batch))

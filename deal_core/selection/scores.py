@@ -69,6 +69,23 @@ class DifficultyScore(RowScore):
         return -(_measured(candidates).failure_rate - candidates.config.target).abs()
 
 
+class GradientScore(RowScore):
+    """The norm of the gradient of the mean loss per answer token with respect to the logits, ‖∂(−log p / K)/∂z‖.
+
+    This is EL2N (arXiv 2107.07075), after GrADS (arXiv 2511.08620), which reads the gradients of the embeddings and the
+    output layer, in a density that its text does not fix: `selection.pick: band` leaves out both ends. Of one token the
+    norm is ‖softmax(z) − onehot‖, from 0 to √2, so it tells less than the loss about tokens that are very improbable.
+    """
+
+    name = "gradient"
+    reads_model: ClassVar[bool] = True
+
+    def score(self, candidates: Candidates) -> Tensor:
+        """Return numbers of [0, √2]."""
+        measured = _measured(candidates)
+        return measured.gradient_N / measured.num_tokens_N
+
+
 class ErrorScore(RowScore):
     """Wrong answers first, after DEED (arXiv 2403.00046).
 

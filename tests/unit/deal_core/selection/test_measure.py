@@ -33,6 +33,9 @@ def test_a_rows_figures_are_those_of_the_row_alone(base, parent, task, rows, mon
             losses_K = cross_entropy(logits_KV, batch["labels"][0], reduction="none")
             torch.testing.assert_close(found.loss_N[row].float(), losses_K.sum(), rtol=1e-4, atol=1e-4)
             assert found.num_tokens_N[row] == len(losses_K)
+            logits_KV.requires_grad_()
+            cross_entropy(logits_KV, batch["labels"][0], reduction="sum").backward()
+            torch.testing.assert_close(found.gradient_N[row].float(), logits_KV.grad.norm(), rtol=1e-3, atol=1e-4)
             assert found.num_hits_N[row] == (logits_KV.argmax(-1) == batch["labels"][0]).sum()
     assert sum(seen) == 12
     torch.testing.assert_close(found.mean_loss, found.loss_N / found.num_tokens_N)
@@ -55,6 +58,15 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     # a wrong row scores above 1, a right one at most 1
     disagreeing = [row for row, wrong in enumerate(is_wrong) if wrong != (float(score[row]) > 1)]
     assert len(disagreeing) <= 1
+
+
+def test_the_gradient_is_that_of_the_mean_loss(base, half_learned, task, rows):
+    with adapter_on(base.model, half_learned) as model:
+        measured = measure(model, base.tokenizer, task, rows(20), TRAIN)
+    candidates = Candidates(rows=rows(20), task=task, measured=measured, config=SelectionConfig(keep=5), seed=0)
+    score = score_class("gradient")().score(candidates)
+    torch.testing.assert_close(score * measured.num_tokens_N, measured.gradient_N)
+    assert ((score >= 0) & (score <= 2**0.5)).all() and len(set(score.tolist())) > 1
 
 
 def test_difficulty_is_the_rate_of_wrong_sampled_answers(base, half_learned, task, rows):
