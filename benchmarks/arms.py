@@ -1,0 +1,199 @@
+"""Ideas of neighbouring papers, tried before they get a setting.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.arms --data FOLDER --arm plain --arm consistency --seed 0
+
+One adapter learns the tasks one after the other, and all tasks are scored on development rows in the end. The arms:
+
+plain         the strategy as it is
+rate          the strategy at twice the learning rate: the control of `consistency`
+consistency   after Learning from the Undesirable (arXiv 2511.13052), in a cheaper form: the adapter takes one step of
+              length `STEP` up the loss, and the hidden states of the answers' tokens there are held to those before it
+unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the task without their labels
+
+The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
+end of the interval over rows above 0, with both seeds. unlabelled: above `plain` in the same sense. Else an idea is
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+from unittest.mock import patch
+
+import torch
+import typer
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+
+from benchmarks.output import write_result
+from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import BaseModel, load_base
+from deal_core.benchmark.suites import SuiteTask, load_suite
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
+from deal_core.data.collate import NOT_READ, answer_and_text_loss
+from deal_core.evaluation.report import outcome_text
+from deal_core.evaluation.score import evaluate_task
+from deal_core.method_config import MethodConfig
+from deal_core.training import train as training
+from deal_core.training.objective import AnswerLoss
+from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.trainer import AdapterTrainer
+from infra.settings import HomeSettings
+
+OUT = Path(__file__).parent / "results" / "arms.json"
+Arm = Literal["plain", "rate", "consistency", "unlabelled"]
+STEP, WEIGHT = 0.1, 5.0
+"""The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
+NUM_TEXTS = 300
+TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
+"""Order 1 of the suite of four."""
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class _TextLoss(AnswerLoss):
+    """The texts alone: their answers are not learned."""
+
+    text_weight: float = 1.0
+
+    def loss_sum(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return answer_and_text_loss(model, inputs)[1]
+
+    def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        return torch.stack([batch["text_labels"].ne(-100).sum() for batch in batches]).sum()
+
+
+class _ConsistentTrainer(AdapterTrainer):
+    """Adds the gradient of the consistency term after a step's last micro-batch, before the strategy sees it."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._last = inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        before_step = self.strategy.before_step
+        with patch.object(self.strategy, "before_step", lambda: (self._add_consistency(), before_step())):
+            return super().training_step(*args, **kwargs)
+
+    def _add_consistency(self) -> None:
+        params = [param for param in self.model.parameters() if param.grad is not None]
+        norm = torch.stack([param.grad.norm() for param in params]).norm()
+        with torch.no_grad():
+            calm = _hidden(self.model, self._last)
+            kept = [param.detach().clone() for param in params]
+            for param in params:
+                param += STEP * param.grad / (norm + TINY)
+        moved = _hidden(self.model, self._last)
+        is_token_BK = self._last["labels"].ne(-100)
+        terms = [
+            ((after - before).square().sum(-1) / before.square().sum(-1).clamp_min(TINY))[is_token_BK].mean()
+            for before, after in zip(calm, moved, strict=True)
+        ]
+        (WEIGHT * torch.stack(terms).mean()).backward()
+        with torch.no_grad():
+            for param, before in zip(params, kept, strict=True):
+                param.copy_(before)
+
+
+def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The hidden states, after every layer, from which the answers' tokens are predicted, each B×K×H, in fp32."""
+    num_tokens = inputs["labels"].shape[1]
+    features = {name: value for name, value in inputs.items() if name not in NOT_READ}
+    if "prefix_ids" in inputs:  # whole rows: the prefix is put back
+        num_rows = inputs["input_ids"].shape[0]
+        features["input_ids"] = torch.cat([inputs["prefix_ids"].expand(num_rows, -1), inputs["input_ids"]], 1)
+        mask = inputs["attention_mask"]
+        features["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = model(**features, output_hidden_states=True, logits_to_keep=1, use_cache=False).hidden_states[1:]
+    return [state[:, -num_tokens - 1 : -1].float() for state in states]
+
+
+@dataclass(frozen=True)
+class Sequence4:
+    """The tasks, and how each is learned."""
+
+    base: BaseModel
+    tasks: Sequence[SuiteTask]
+    strategy: str
+    train: TrainConfig
+    num_rows: int
+
+    def learn(self, arm: Arm, folder: Path) -> Path:
+        """Learn all tasks in their order; return the folder of the last version."""
+        train, parent = self.train, None
+        if arm == "rate":
+            train = replace(train, learning_rate=2 * train.learning_rate)
+        for number, task in enumerate(self.tasks):
+            setup = TrainingSetup(
+                task=task.schema, old_tasks=tuple(each.schema for each in self.tasks[:number]),
+                strategy=self.strategy, adapter=AdapterConfig(), method=MethodConfig(), train=train,
+            )  # fmt: skip
+            if arm == "unlabelled":
+                texts = Dataset.from_list(list(task.train[self.num_rows : self.num_rows + NUM_TEXTS]))
+                once = replace(train, num_epochs=1, prompt_loss_weight=1.0)
+                reading = replace(setup, train=once, strategy="seq_lora")
+                with patch.object(training, "_objective", lambda setup: _TextLoss()):
+                    parent = self._train(texts, reading, parent, folder / f"{number}-texts")
+            trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
+            with patch.object(training, "AdapterTrainer", trainer):
+                rows = Dataset.from_list(list(task.train[: self.num_rows]))
+                parent = self._train(rows, setup, parent, folder / str(number))
+        assert parent is not None
+        return parent
+
+    def _train(self, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> Path:
+        train_adapter(
+            self.base, rows, setup, parent_folder=parent, output_folder=out,
+            checkpoint_folder=out.with_name(f"{out.name}-checkpoints"),
+        )  # fmt: skip
+        return out
+
+    def score(self, version: Path, max_test_rows: int) -> dict[str, str]:
+        """Right and wrong answers of a version to every task, one digit per row."""
+        found = {}
+        with adapter_on(self.base.model, version) as model:
+            for task in self.tasks:
+                rows = Dataset.from_list(list(task.part("dev", max_test_rows)))
+                result = evaluate_task(
+                    model, self.base.tokenizer, task.schema, rows, EvaluateConfig(max_new_tokens=20),
+                    max_prompt_tokens=self.train.max_prompt_tokens,
+                )
+                found[task.schema.name] = outcome_text(result.outcomes)
+        return found
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of tasks.")],
+    arm: Annotated[list[str], typer.Option(help="Arms.")],
+    task: Annotated[list[str] | None, typer.Option(help="Tasks, in order.", show_default=", ".join(TASKS))] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds.", show_default="0")] = None,
+    strategy: Annotated[str, typer.Option(help="Strategy.")] = "seq_lora",
+    rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 150,
+    max_test_rows: Annotated[int, typer.Option(help="Development rows per task.")] = 200,
+    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
+    out: Annotated[Path, typer.Option(help="File of the figures.")] = OUT,
+) -> None:
+    """Learn the tasks with every arm and seed, and write the outcomes."""
+    disable_progress_bars()
+    names = tuple(task or TASKS)
+    suite, model = load_suite(data, names), load_base(base, HomeSettings().cache_dir)
+    trials: list[dict[str, Any]] = []
+    for each in arm:
+        for number in seed or [0]:
+            train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number)
+            tasks = Sequence4(model, [suite[name] for name in names], strategy, train, rows)
+            with TemporaryDirectory() as folder:
+                outcomes = tasks.score(tasks.learn(each, Path(folder)), max_test_rows)  # type: ignore[arg-type]
+            accuracy = {name: 100 * text.count("1") / len(text) for name, text in outcomes.items()}
+            mean = sum(accuracy.values()) / len(accuracy)
+            trials.append({"arm": each, "seed": number, "mean": mean, "accuracy": accuracy, "outcomes": outcomes})
+            settings = {"base": model.name, "strategy": strategy, "rows": rows, "tasks": names}
+            write_result(out, {**settings, "trials": trials})
+
+
+if __name__ == "__main__":
+    typer.run(main)
