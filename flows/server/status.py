@@ -22,9 +22,9 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.registry import Registry, VersionInfo, open_registry
-from tasks.cancelled import HeldArrival, held_arrivals
 from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
+from tasks.lineage.held import HeldArrival, held_arrivals
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.monitoring.state import read_monitor_state

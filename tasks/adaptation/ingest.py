@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
-from deal_core.errors import ConfigError, DataValidationError
+from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import require_metric
 from deal_core.safe_text import brief
 from infra.store import keys
@@ -33,25 +33,9 @@ from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse
 from tasks.lineage.version_files import reading_stored
 from tasks.progress import advance
 from tasks.references import Arrival, DatasetRef, VersionRef
+from tasks.spec import reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
-
-
-class TaskFieldsError(ConfigError, DataValidationError):
-    """A setting of an arrival's task is not valid, or contradicts the lineage."""
-
-
-@contextmanager
-def reading_the_task() -> Iterator[None]:
-    """Turn a ConfigError in the block into a TaskFieldsError, which a later try cannot cure.
-
-    Raises:
-        TaskFieldsError: A setting of the arrival's task is not valid.
-    """
-    try:
-        yield
-    except ConfigError as error:
-        raise TaskFieldsError(str(error)) from None
 
 
 @task(name="ingest", cache_policy=NO_CACHE)

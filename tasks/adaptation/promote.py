@@ -267,14 +267,6 @@ def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> 
     return True
 
 
-def champion_deleted(lineage: str, number: str) -> str:
-    """Return the message for a champion by the promotion log that the registry no longer has."""
-    return (
-        f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
-        f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
-    )
-
-
 def _tag(registry: Registry, move: Move) -> None:
     """Tag the version of a move, unless the version is tagged or was deleted in MLflow."""
     version = registry.version(move.lineage, move.version)

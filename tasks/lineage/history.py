@@ -16,7 +16,6 @@ from infra.store.base import ObjectStore
 from infra.tracking.rebuilding import is_being_rebuilt
 from infra.tracking.registry import Registry, VersionInfo, open_registry, require_through_gate
 from infra.version_log import VersionLog
-from tasks.adaptation.promote import champion_deleted
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import require_stored
@@ -132,6 +131,14 @@ def unknown_lineage(lineage: str) -> str:
     return lost_in_registry(registry, current_store(), lineage) or (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         "or name another home with --home or lineage with --lineage."
+    )
+
+
+def champion_deleted(lineage: str, number: str) -> str:
+    """Return the message for a champion by the promotion log that the registry no longer has."""
+    return (
+        f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
+        f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
     )
 
 

@@ -31,7 +31,8 @@ from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
-from tasks.context import current_store, run_tags
+from tasks.adaptation.start import run_tags
+from tasks.context import current_store
 from tasks.lineage.choices import LOGGED_PARTS
 from tasks.lineage.history import stored_numbers
 from tasks.lineage.record import RECORD_FILE, read_record, scores_of
