@@ -21,7 +21,8 @@ import typer
 
 from benchmarks.output import DEAL, bare_environment, write_result
 from infra.settings import TrackingSettings
-from infra.tracking.registry import Registry, VersionFacts
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import Registry
 from infra.tracking.tracker import open_tracker
 
 LINEAGE = "long"

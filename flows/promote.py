@@ -19,7 +19,8 @@ from deal_core.errors import RegistryError
 from flows.lock import hold_lineage
 from infra.ledger import Ledger
 from infra.promotions import Action, Change, Move, PromotionLog
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import (
     begin_rollout,
     move_champion,

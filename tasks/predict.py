@@ -26,7 +26,8 @@ from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits, generate_answers
 from infra.settings import HomeSettings
-from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.registry import open_registry
 from tasks.adaptation.model_card import served_task
 from tasks.adaptation.promote import settled_champion
 from tasks.base import lend_base

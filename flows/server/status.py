@@ -21,7 +21,9 @@ from flows.server.local_processes import read_stack
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo
+from infra.tracking.reader import RegistryReader
 from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
 from tasks.lineage.held import HeldArrival, held_arrivals
@@ -160,10 +162,10 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     ]
 
 
-def _open_registry(damaged: list[str]) -> Registry | None:
+def _open_registry(damaged: list[str]) -> RegistryReader | None:
     """Return the registry; None if it cannot be read, with one line for all lineages in `damaged`."""
     try:
-        registry = open_registry()
+        registry = open_reader()
         registry.lineages_with("champion")
     except DealError as error:
         damaged.append(in_one_line(error))
@@ -181,7 +183,7 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore, registry: Registry | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
+    store: ObjectStore, registry: RegistryReader | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
     damaged: list[str],
 ) -> LineageStatus:
     champion: VersionInfo | None = None

@@ -19,7 +19,8 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_folder
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest

@@ -23,8 +23,9 @@ from infra.report.run_report import RunReport, kept_reports
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
+from infra.tracking.facts import Alias, VersionFacts
 from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import Alias, Registry, VersionFacts, open_registry
+from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.promote import tags_of
