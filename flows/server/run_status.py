@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -46,8 +46,12 @@ def may_name_a_server(environment: Mapping[str, str] = os.environ) -> bool:
         return True
     if any(Path(name).exists() for name in (".env", "prefect.toml")):
         return True
-    with suppress(FileNotFoundError):
-        if b"prefect" in Path("pyproject.toml").read_bytes():
+    try:
+        if "prefect" in tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8")).get("tool", {}):
             return True
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):  # Prefect says what is wrong with it
+        return True
     home = environment.get("PREFECT_HOME")
     return home is None or (Path(home).expanduser() / "profiles.toml").exists()
