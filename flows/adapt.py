@@ -28,9 +28,10 @@ from tasks.adaptation.register import decide_gate, register_version
 from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import find_parent, keep_findings
+from tasks.adaptation.start import end_run, fail_run, identify_base, remove_work, start_run
 from tasks.adaptation.train import train_version
-from tasks.base import identify_base, refuse_what_cannot_fit
-from tasks.context import current_store, end_run, fail_run, remove_work, start_run
+from tasks.base import refuse_what_cannot_fit
+from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, settings_of, with_memory_of
 from tasks.lineage.record import read_record, require_same_base
 from tasks.lineage.settings import AskedSpec, arrival_of

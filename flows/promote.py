@@ -19,17 +19,17 @@ from deal_core.errors import RegistryError
 from flows.lock import hold_lineage
 from infra.ledger import Ledger
 from infra.promotions import Action, Change, Move, PromotionLog
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import (
     begin_rollout,
-    champion_deleted,
     move_champion,
     note_learned,
     rejected_by_person,
     settle_aliases,
 )
 from tasks.context import current_store
-from tasks.lineage.history import find_version, no_version, require_in_registry, unknown_lineage
+from tasks.lineage.history import champion_deleted, find_version, no_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
 from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce

@@ -9,7 +9,8 @@ from prefect import flow
 from flows.adapt import AdaptResult, learn_arrival
 from flows.lock import hold_lineage
 from flows.promote import find_left_behind
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.resume import read_spec_of, require_same_files
 from tasks.cancelled import release

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deal_core.errors import StoreError
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.tracking.registry import VersionFacts, VersionInfo
+from infra.tracking.facts import VersionFacts, VersionInfo
 
 
 class StoredVersion(BaseModel):

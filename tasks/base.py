@@ -10,9 +10,6 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import AdapterConfig, Quantize, TrainConfig
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig
@@ -33,7 +30,7 @@ def lend_base(reference: BaseRef) -> BaseModel:
     Raises:
         ConfigError: The model at this source has changed since the reference was made.
     """
-    base = _load(reference.source, reference.quantize)
+    base = load(reference.source, reference.quantize)
     require_base(reference, base.sha256)
     return base
 
@@ -60,7 +57,12 @@ def release_base() -> None:
     torch.cuda.empty_cache()
 
 
-def _load(source: str, quantize: Quantize) -> BaseModel:
+def load(source: str, quantize: Quantize) -> BaseModel:
+    """Return a base model, which stays in memory until another is loaded.
+
+    Raises:
+        ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
+    """
     key = source, quantize
     if key not in _loaded:
         from deal_core.base_model.load import load_base
@@ -74,17 +76,6 @@ def _load(source: str, quantize: Quantize) -> BaseModel:
             on_progress=lambda doing, done, total: report(done, total, doing),
         )
     return _loaded[key]
-
-
-@task(name="base", cache_policy=NO_CACHE)
-def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
-    """Load a base model and return its name and digest.
-
-    Raises:
-        ConfigError: The model cannot be loaded or quantized; see `deal_core.base_model.load.load_base`.
-    """
-    base = _load(source, quantize)
-    return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
 
 
 def local_tokenizer(source: str) -> Any:

@@ -7,7 +7,6 @@ hold does not depend on the run's process, which may have been killed before it 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -18,13 +17,13 @@ from prefect.client.schemas import filters
 from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
-from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
 from infra.store.base import ObjectInfo, ObjectStore
 from tasks.announcements import Announcement, drop_announcement
 from tasks.inbox import InboxLook, InboxState, look, read_state, write_state
+from tasks.lineage.held import HeldArrival, held_arrivals
 from tasks.progress import patient, reporter
 
 DEPLOYMENT = "adapt"
@@ -47,17 +46,6 @@ class CancelledRun(NamedTuple):
     name: str
     at: datetime
     """When it was asked to end. Its process may have ended much later."""
-
-
-class HeldArrival(BaseModel, frozen=True):
-    """An arrival that waits for `deal requeue`."""
-
-    key: str
-    why: str
-
-    def remedy(self, lineage: str) -> str:
-        """Return the command that lets the arrival go on."""
-        return f"deal requeue {shlex.quote(self.key)} --lineage {lineage}"
 
 
 async def hold_cancelled(
@@ -146,23 +134,6 @@ def _asked_at(states: Sequence[State]) -> datetime | None:
     newest_first = sorted(states, key=lambda state: state.timestamp, reverse=True)
     last = list(takewhile(lambda state: state.type in CANCELLATION, newest_first))
     return last[-1].timestamp if last else None
-
-
-def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Sequence[str] = ()) -> tuple[HeldArrival, ...]:
-    """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
-    return tuple(
-        HeldArrival(key=info.key, why=known.message)
-        for info in inbox.of(tasks)
-        if (known := state.files.get(info.key)) and known.outcome == "held" and known.etag == info.etag
-    )
-
-
-def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
-    """Return all held arrivals of a lineage, oldest first."""
-    state = read_state(store, lineage)
-    if not any(known.outcome == "held" for known in state.files.values()):
-        return ()
-    return held_arrivals(look(store), state)
 
 
 def release(store: ObjectStore, lineage: str, named: Sequence[str] = ()) -> tuple[str, ...]:

@@ -28,8 +28,7 @@ from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from infra.store.keys import INBOX, TASK_FILE, task_file_of, task_of
-from tasks.adaptation.ingest import reading_the_task
-from tasks.spec import TaskFields, TaskSpec, parse
+from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 
 PAUSE = timedelta(seconds=60)
 """Pause before the second try after a failure that may pass; see `growing_pause`."""

@@ -41,7 +41,7 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
-from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
+from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of

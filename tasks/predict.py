@@ -26,13 +26,14 @@ from deal_core.data.rows import RawRow
 from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits, generate_answers
 from infra.settings import HomeSettings
-from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo, require_through_gate
 from tasks.adaptation.model_card import served_task
-from tasks.adaptation.promote import settled_champion
 from tasks.base import lend_base
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
+from tasks.lineage.settings import asks_for_alias_moves
 from tasks.lineage.version_files import borrowed_adapter
 
 NUM_TOKENS = 5
@@ -114,12 +115,22 @@ def choose_version(lineage: str, number: str | None) -> VersionInfo:
         RegistryError: There is no such version, or the alias champion was moved by hand to a version that did not pass
             its gate.
     """
-    registry = open_registry()
+    registry = open_reader()
     if number is not None:
         return find_version(registry, lineage, number)
-    info = settled_champion(registry, current_store(), lineage) or find_version(registry, lineage, None)
+    info = _settled_champion(lineage) or find_version(registry, lineage, None)
     require_through_gate(info)
     return info
+
+
+def _settled_champion(lineage: str) -> VersionInfo | None:
+    """Return the champion of a lineage where a move of the alias only asks; None: another lineage, or no champion."""
+    if not asks_for_alias_moves(current_store(), lineage):
+        return None
+    from infra.tracking.registry import open_registry  # settling may write, which needs MLflow and Prefect
+    from tasks.adaptation.promote import settled_champion
+
+    return settled_champion(open_registry(), current_store(), lineage)
 
 
 class FileAnswers(BaseModel):

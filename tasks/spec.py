@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_type_hints
@@ -31,7 +32,7 @@ from pydantic import (
 )
 
 from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
-from deal_core.errors import ConfigError
+from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
 from deal_core.method_config import (
@@ -265,6 +266,23 @@ def _from(folder: Path, path: str) -> Path:
         return Path(os.path.realpath(folder / os.path.expanduser(path)))
     except ValueError as error:
         raise ConfigError(f"{shorten(path)!r} is not the path of a file: {error}.") from None
+
+
+class TaskFieldsError(ConfigError, DataValidationError):
+    """A setting of an arrival's task is not valid, or contradicts the lineage."""
+
+
+@contextmanager
+def reading_the_task() -> Iterator[None]:
+    """Turn a ConfigError in the block into a TaskFieldsError, which a later try cannot cure.
+
+    Raises:
+        TaskFieldsError: A setting of the arrival's task is not valid.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise TaskFieldsError(str(error)) from None
 
 
 def read_spec(path: Path) -> AdaptSpec:

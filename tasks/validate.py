@@ -19,8 +19,8 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
-from infra.tracking.registry import open_registry
-from tasks.adaptation.ingest import choose_schema, frozen_test_inputs, renews_tests
+from infra.tracking.database import open_reader
+from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.data_files import local_file
@@ -248,5 +248,5 @@ def known_champion(lineage: str) -> VersionRef | None:
     address = TrackingSettings().tracking_uri
     if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
         return None
-    champion = open_registry().champion(lineage)
+    champion = open_reader().champion(lineage)
     return version_ref(champion) if champion else None

@@ -28,7 +28,8 @@ from infra.settings import VllmSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
-from infra.tracking.registry import Registry, VersionInfo, open_registry, require_through_gate
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
 from tasks.lineage.history import lost_in_registry

@@ -7,10 +7,9 @@ K tokens of the longest answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
@@ -20,6 +19,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from deal_core.data.prompt_loss import without_text
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
@@ -80,6 +82,8 @@ def add_blank_row(encoded: Dataset) -> Dataset:
 
     Processes that share batches need equal numbers of rows; this row fills up the last batch.
     """
+    from datasets import Dataset, concatenate_datasets  # here, because answering needs none of it
+
     blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
     blank |= {name: [] for name in (LOSS_MASK, "rejected_ids") if name in blank}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])

@@ -7,7 +7,10 @@ prompts of a task share. Those, such as the instruction, would be learned by hea
 
 from __future__ import annotations
 
-from datasets import Dataset
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Tokens = list[int]
 

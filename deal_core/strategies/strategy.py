@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -18,6 +17,9 @@ from deal_core.data.collate import AnswerCollator, answer_collator
 from deal_core.data.schema import TaskSchema
 from deal_core.method_config import MethodConfig
 from deal_core.strategies.rehearsal import Rehearsal
+
+if TYPE_CHECKING:  # importing it takes half a second, and answering needs none
+    from datasets import Dataset
 
 Stores = Literal["nothing", "data"]
 SEED_STRIDE = 1_000_003

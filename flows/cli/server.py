@@ -19,7 +19,8 @@ from flows.cli.tables import heading, new_table, show_held
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack
-    from flows.server.status import RunStatus, Status
+    from flows.server.run_status import RunStatus
+    from flows.server.status import Status
     from tasks.lineage.rebuild import RebuildResult
 
 server_app = typer.Typer()

@@ -14,7 +14,7 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
-    from tasks.cancelled import HeldArrival
+    from tasks.lineage.held import HeldArrival
 
 
 def heading(text: str) -> str:

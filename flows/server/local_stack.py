@@ -33,7 +33,7 @@ from flows.server.local_processes import (
     start_part,
     stop,
 )
-from flows.server.status import read_runs
+from flows.server.runs import read_runs
 from infra.settings import TrackingSettings
 
 START_SECONDS = 180.0

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
-import httpx
-from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas import filters
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import PrefectException
-from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
-from deal_core.safe_text import without_secrets
 from flows.server.local_processes import read_stack
+from flows.server.run_status import NEWEST, RunStatus, ServerRuns, may_name_a_server
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
-from infra.tracking.registry import Registry, VersionInfo, open_registry
-from tasks.cancelled import HeldArrival, held_arrivals
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo
+from infra.tracking.reader import RegistryReader
 from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
+from tasks.lineage.held import HeldArrival, held_arrivals
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.monitoring.state import read_monitor_state
-
-DAY = timedelta(days=1)
-NEWEST = 20
 
 
 class PartStatus(BaseModel, frozen=True):
@@ -39,16 +30,6 @@ class PartStatus(BaseModel, frozen=True):
     name: str
     is_alive: bool
     log: str
-
-
-class RunStatus(BaseModel, frozen=True):
-    """A run on the Prefect server."""
-
-    name: str
-    state: str
-    since: datetime
-    message: str
-    run_id: str
 
 
 class LineageStatus(BaseModel, frozen=True):
@@ -91,55 +72,25 @@ async def read_status(home: Path) -> Status:
     """Read the state of the processes, of the lineages and, if there is a server, of its runs."""
     stack = read_stack(home)
     parts = stack.parts if stack else []
-    api = get_current_settings().api.url
-    running: list[RunStatus] = []
-    waiting: list[RunStatus] = []
-    failed: list[RunStatus] = []
     problems: list[str] = []
     damaged: list[str] = []
-    if api:
-        try:
-            async with get_client() as client:
-                running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-                scheduled = await _newest(client, [StateType.SCHEDULED])
-                waiting = [run for run in scheduled if run.since <= datetime.now(UTC)]
-                failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=datetime.now(UTC) - DAY)
-        except (httpx.HTTPError, PrefectException, RuntimeError) as error:
-            problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
+    server = await _read_server(problems)
     lineages = _lineages(problems, damaged)
     return Status(
-        prefect_url=api and without_secrets(api.removesuffix("/api")), mlflow_url=stack.mlflow_url if stack else None,
+        prefect_url=server.url, mlflow_url=stack.mlflow_url if stack else None,
         parts=[PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts],
-        lineages=lineages, running=running, waiting=waiting, failed=failed, problems=problems, damaged=damaged,
+        lineages=lineages, running=server.running, waiting=server.waiting, failed=server.failed,
+        problems=problems, damaged=damaged,
     )  # fmt: skip
 
 
-async def read_runs(
-    client: PrefectClient, states: list[StateType], since: datetime | None = None, limit: int | None = None
-) -> list[FlowRun]:
-    """Read the runs of this project's deployments that are in these states and started after `since`, newest first."""
-    return await client.read_flow_runs(
-        flow_run_filter=filters.FlowRunFilter(
-            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=states)),
-            start_time=filters.FlowRunFilterStartTime(after_=since) if since else None,
-        ),
-        deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
-        sort=FlowRunSort.START_TIME_DESC, limit=limit,
-    )  # fmt: skip
+async def _read_server(problems: list[str]) -> ServerRuns:
+    """Read the runs on the Prefect server, if there is one; append what is wrong with the server to the list."""
+    if not may_name_a_server():
+        return ServerRuns()
+    from flows.server.runs import read_server  # imports Prefect, which takes a second of processor time
 
-
-async def _newest(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
-    found = []
-    for run in await read_runs(client, states, since, NEWEST):
-        state = run.state
-        found.append(
-            RunStatus(
-                name=run.name, state=state.name or state.type.value if state else "unknown",
-                since=run.start_time or run.expected_start_time or datetime.now(UTC),
-                message=without_secrets(state.message or "") if state else "", run_id=str(run.id),
-            )
-        )  # fmt: skip
-    return found
+    return await read_server(problems)
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
@@ -160,10 +111,10 @@ def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
     ]
 
 
-def _open_registry(damaged: list[str]) -> Registry | None:
+def _open_registry(damaged: list[str]) -> RegistryReader | None:
     """Return the registry; None if it cannot be read, with one line for all lineages in `damaged`."""
     try:
-        registry = open_registry()
+        registry = open_reader()
         registry.lineages_with("champion")
     except DealError as error:
         damaged.append(in_one_line(error))
@@ -181,7 +132,7 @@ def _unusable_files(store: ObjectStore, inbox: InboxLook) -> list[str]:
 
 
 def _lineage(
-    store: ObjectStore, registry: Registry | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
+    store: ObjectStore, registry: RegistryReader | None, name: str, watched: WatchedLineage | None, inbox: InboxLook,
     damaged: list[str],
 ) -> LineageStatus:
     champion: VersionInfo | None = None

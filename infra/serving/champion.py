@@ -27,7 +27,8 @@ from infra.serving.prediction_log import LOG, PredictionLog
 from infra.serving.rollout import Rollout, with_tasks
 from infra.settings import HomeSettings, ServingSettings
 from infra.store.base import temporary_folder
-from infra.tracking.registry import VersionInfo, open_registry, require_through_gate
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.registry import open_registry
 
 POLL_SECONDS = 0.5
 """Pause between two reads of the alias."""

@@ -23,7 +23,8 @@ from deal_core.judging_config import RolloutKind
 from infra.served_model import require_own_loader
 from infra.serving.prediction_log import LOG, PredictionLog
 from infra.store.base import temporary_folder
-from infra.tracking.registry import Registry, VersionInfo, require_through_gate
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.registry import Registry
 
 MAX_COPIES = 256
 """Requests that wait for a shadow. Further ones are not copied."""

@@ -22,8 +22,6 @@ from infra.settings import TrackingSettings
 
 MLFLOW = "mlflow-skinny"
 """The distribution that has MLflow's client. `mlflow` adds the server, in the same version; a worker does without."""
-RUN_KEY = "deal.run_key"
-"""Tag of a run, a model and a version: the key of their adaptation."""
 KIND = "deal.kind"
 """Tag of a run that is not an adaptation, such as "monitor"."""
 FILES_SHA256 = "deal.files_sha256"

@@ -11,16 +11,9 @@ from collections.abc import Mapping
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.tracking.client import report_errors
-from infra.tracking.registry import DESCRIPTION, OWNER, Alias, Registry, VersionFacts
-
-REBUILDING = "deal.rebuilding"
-"""Tag of a registered model during its rebuild."""
-
-
-def is_being_rebuilt(registry: Registry, lineage: str) -> bool:
-    """Return whether a rebuild of the lineage was begun and has not ended."""
-    model = registry.find_model(lineage)
-    return model is not None and REBUILDING in model.tags
+from infra.tracking.facts import Alias, VersionFacts
+from infra.tracking.reader import OWNER, REBUILDING
+from infra.tracking.registry import DESCRIPTION, Registry
 
 
 class LineageRebuild:

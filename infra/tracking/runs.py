@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import FileInfo, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from infra.tracking.client import KIND, RUN_KEY, all_pages, found_or_none, report_errors
+from infra.tracking.client import KIND, all_pages, found_or_none, report_errors
+from infra.tracking.facts import RUN_KEY
 from infra.tracking.tracker import Tracker
 
 RUN_ARTIFACTS = ("report.json", "report.html")

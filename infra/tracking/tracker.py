@@ -30,7 +30,8 @@ from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import holds_secret, without_secrets
 from infra.settings import TrackingSettings
 from infra.store.base import temporary_folder
-from infra.tracking.client import FILES_SHA256, RUN_KEY, open_client, report_errors
+from infra.tracking.client import FILES_SHA256, open_client, report_errors
+from infra.tracking.facts import RUN_KEY
 
 logger = logging.getLogger(__name__)
 

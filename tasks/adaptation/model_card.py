@@ -10,7 +10,7 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import formatting as words
 from infra.store.keys import dataset_sha256
-from infra.tracking.registry import VersionFacts
+from infra.tracking.facts import VersionFacts
 from tasks.lineage.record import SCORES, KnownTask, LineageRecord
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"

@@ -15,7 +15,8 @@ from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.store.base import ObjectStore
-from infra.tracking.registry import Alias, Registry, VersionInfo, open_registry
+from infra.tracking.facts import Alias, VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.context import current_store
 from tasks.lineage.settings import asks_for_alias_moves
 from tasks.lineage.versions import ROLLOUT
@@ -265,14 +266,6 @@ def _set_alias(registry: Registry, lineage: str, alias: Alias, version: str) -> 
         return False
     registry.set_alias(lineage, alias, version)
     return True
-
-
-def champion_deleted(lineage: str, number: str) -> str:
-    """Return the message for a champion by the promotion log that the registry no longer has."""
-    return (
-        f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
-        f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
-    )
 
 
 def _tag(registry: Registry, move: Move) -> None:

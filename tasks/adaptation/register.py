@@ -15,7 +15,8 @@ from deal_core.evaluation.gate import GateDecision, decide
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.judging_config import GateConfig
 from infra.settings import HomeSettings
-from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import read_manifest

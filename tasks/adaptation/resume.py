@@ -19,15 +19,17 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_folder
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
-from tasks.adaptation.promote import champion_deleted, complete_version, is_complete, is_overtaken, settle_aliases
+from tasks.adaptation.promote import complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
-from tasks.context import current_store, end_run, remove_work
+from tasks.adaptation.start import end_run, remove_work
+from tasks.context import current_store
 from tasks.data_files import local_file
-from tasks.lineage.history import require_in_registry
+from tasks.lineage.history import champion_deleted, require_in_registry
 from tasks.lineage.version_files import reading_beside
 from tasks.lineage.versions import version_ref
 from tasks.notices import announce_version

@@ -16,7 +16,8 @@ from infra.settings import HomeSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
-from infra.tracking.registry import Registry, VersionInfo
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry
 from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, list_runs
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.tracking.registry import VersionInfo
+from infra.tracking.facts import VersionInfo
 from infra.tracking.runs import RunInfo
 
 Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",

@@ -31,7 +31,8 @@ from infra.store.keys import (
     TRAIN_FILE,
 )
 from infra.store.local import FileStore
-from infra.tracking.registry import Registry, VersionInfo
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry
 from infra.tracking.runs import ArtifactRemover, list_runs
 from infra.tracking.tracker import Tracker
 from infra.version_log import VersionLog

@@ -13,10 +13,10 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
-from infra.tracking.rebuilding import is_being_rebuilt
-from infra.tracking.registry import Registry, VersionInfo, open_registry, require_through_gate
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo, require_through_gate
+from infra.tracking.reader import RegistryReader, is_being_rebuilt
 from infra.version_log import VersionLog
-from tasks.adaptation.promote import champion_deleted
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import require_stored
@@ -58,7 +58,7 @@ def read_history(lineage: str, newest: int | None = None) -> list[HistoryEntry]:
         NoVersionError: The lineage has no version.
         RegistryError: The registry does not answer, or has lost the lineage.
     """
-    registry = open_registry()
+    registry = open_reader()
     versions = registry.versions(lineage, newest=newest)
     if not versions:
         raise no_version(registry, lineage)
@@ -76,7 +76,7 @@ def read_matrix(lineage: str) -> AccuracyMatrix | None:
     Raises:
         RegistryError: The lineage has no champion.
     """
-    champion = find_version(open_registry(), lineage, None)
+    champion = find_version(open_reader(), lineage, None)
     return read_record(current_store(), champion.adapter_uri).matrix
 
 
@@ -90,7 +90,7 @@ def read_champion_at(lineage: str, when: datetime) -> str | None:
     return PromotionLog(current_store()).champion_at(lineage, when.astimezone())
 
 
-def find_version(registry: Registry, lineage: str, version: str | None) -> VersionInfo:
+def find_version(registry: RegistryReader, lineage: str, version: str | None) -> VersionInfo:
     """Return a version by its number; None: the champion.
 
     Raises:
@@ -115,7 +115,7 @@ def find_version(registry: Registry, lineage: str, version: str | None) -> Versi
     return found
 
 
-def no_version(registry: Registry, lineage: str) -> RegistryError:
+def no_version(registry: RegistryReader, lineage: str) -> RegistryError:
     """Return the error for a lineage of which the registry has no version: `NoVersionError`, unless they are lost."""
     lost = lost_in_registry(registry, current_store(), lineage)
     return RegistryError(lost) if lost else NoVersionError(unknown_lineage(lineage))
@@ -123,7 +123,7 @@ def no_version(registry: Registry, lineage: str) -> RegistryError:
 
 def unknown_lineage(lineage: str) -> str:
     """Return the message for a lineage without a champion. The message depends on the registry and the store."""
-    registry = open_registry()
+    registry = open_reader()
     if registry.versions(lineage, newest=1):
         return (
             f"Lineage '{lineage}' has versions, but none is champion. See: deal history --lineage {lineage}; then: "
@@ -132,6 +132,14 @@ def unknown_lineage(lineage: str) -> str:
     return lost_in_registry(registry, current_store(), lineage) or (
         f"Lineage '{lineage}' has no champion here; adapt it first (deal adapt, deal watch), "
         "or name another home with --home or lineage with --lineage."
+    )
+
+
+def champion_deleted(lineage: str, number: str) -> str:
+    """Return the message for a champion by the promotion log that the registry no longer has."""
+    return (
+        f"Version {number}, champion of '{lineage}', was deleted in MLflow. Name another one: deal rollback --to N "
+        f"--lineage {lineage}; deal history --lineage {lineage} shows what is left."
     )
 
 
@@ -156,7 +164,7 @@ def stored_numbers(store: ObjectStore, lineage: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def lost_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> str | None:
+def lost_in_registry(registry: RegistryReader, store: ObjectStore, lineage: str) -> str | None:
     """Return a message if the store has versions of a lineage and the registry has none, otherwise None."""
     if registry.versions(lineage, newest=1):
         return None
@@ -177,7 +185,7 @@ def lost_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> st
     )
 
 
-def require_in_registry(registry: Registry, store: ObjectStore, lineage: str) -> None:
+def require_in_registry(registry: RegistryReader, store: ObjectStore, lineage: str) -> None:
     """Refuse to work on a lineage whose versions are missing in the registry.
 
     Raises:
@@ -193,7 +201,9 @@ def require_in_registry(registry: Registry, store: ObjectStore, lineage: str) ->
         )
 
 
-def look_at_champion(store: ObjectStore, registry: Registry, lineage: str) -> tuple[VersionInfo | None, list[str]]:
+def look_at_champion(
+    store: ObjectStore, registry: RegistryReader, lineage: str
+) -> tuple[VersionInfo | None, list[str]]:
     """Return the champion of a lineage, and the problems that keep it from serving or from being continued.
 
     The check reads the promotion log, the registry, and the champion's record, configuration and header of the weights.

@@ -15,7 +15,7 @@ from deal_core.errors import StoreError
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from infra.store.keys import labels_key
-from infra.tracking.registry import open_registry
+from infra.tracking.database import open_reader
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import choose_task, read_record
@@ -70,7 +70,7 @@ def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
         ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
     """
     store = current_store()
-    known = choose_task(read_record(store, find_version(open_registry(), lineage, None).adapter_uri), task).schema
+    known = choose_task(read_record(store, find_version(open_reader(), lineage, None).adapter_uri), task).schema
     before = added_labels(store, lineage, task)
     had = known.with_labels(before)
     has = had.with_labels(labels)

@@ -23,15 +23,17 @@ from infra.report.run_report import RunReport, kept_reports
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
+from infra.tracking.facts import Alias, VersionFacts
 from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import Alias, Registry, VersionFacts, open_registry
+from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
-from tasks.context import current_store, run_tags
+from tasks.adaptation.start import run_tags
+from tasks.context import current_store
 from tasks.lineage.choices import LOGGED_PARTS
 from tasks.lineage.history import stored_numbers
 from tasks.lineage.record import RECORD_FILE, read_record, scores_of

@@ -16,7 +16,7 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from infra.store.keys import renewal_key
-from infra.tracking.registry import open_registry
+from infra.tracking.database import open_reader
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
@@ -52,7 +52,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
         ConfigError: The lineage does not know the task, or its name is too long for a slice's.
     """
     store = current_store()
-    record = read_record(store, find_version(open_registry(), lineage, None).adapter_uri)
+    record = read_record(store, find_version(open_reader(), lineage, None).adapter_uri)
     known = choose_task(record, task)
     next_slice(task, _names(record))  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)

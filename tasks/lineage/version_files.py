@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
@@ -37,9 +38,13 @@ from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
-from infra.tracking.registry import Registry, VersionInfo, files_tag, open_registry
+from infra.tracking.database import open_reader
+from infra.tracking.facts import VersionInfo, files_tag
 from infra.version_log import VersionLog
 from tasks.references import AdapterRef, VersionRef
+
+if TYPE_CHECKING:
+    from infra.tracking.registry import Registry
 
 Adapter = AdapterRef | VersionRef | VersionInfo
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
@@ -191,7 +196,7 @@ def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str 
         stored = [log.read(lineage, number) for number in log.numbers(lineage)]
         found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
         if found is None:
-            versions = open_registry().versions(lineage)
+            versions = open_reader().versions(lineage)
             found = next((each.version for each in versions if each.adapter_uri == adapter_uri), None)
         last = PromotionLog(store).last(lineage)
     except DealError:

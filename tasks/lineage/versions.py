@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.tracking.registry import VersionFacts, VersionInfo
+from infra.tracking.facts import VersionFacts, VersionInfo
 from tasks.references import Standing, VersionRef
 
 ROLLOUT = "rollout"

@@ -21,7 +21,8 @@ from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
 from infra.tracking.client import KIND
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import renew_page
 from tasks.context import current_store

@@ -24,7 +24,8 @@ from deal_core.errors import ConfigError, IntegrityError, RegistryError
 from deal_core.evaluation.answering import SERVED_FILE, read_served
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore, temporary_folder
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.frozen_rows import first_rows, load_test_set
 from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, served_version
 from tasks.adaptation.promote import rejected_by_person

@@ -20,7 +20,8 @@ from deal_core.base_model.sources import resolve_base
 from deal_core.errors import ConfigError
 from infra.settings import HomeSettings, VllmSettings
 from infra.store.base import ObjectStore
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record

@@ -24,7 +24,8 @@ from prefect.events.filters import EventFilter, EventNameFilter
 
 from benchmarks.tiny_base import NO_LIMITS
 from infra.settings import TrackingSettings
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
 

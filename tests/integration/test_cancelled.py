@@ -25,9 +25,10 @@ from flows.requeue import requeue
 from flows.server.status import read_status
 from flows.watch import adapt_landed, watch_inbox
 from infra.store.keys import watch_key
-from tasks.cancelled import DEPLOYMENT, HeldArrival, release
+from tasks.cancelled import DEPLOYMENT, release
 from tasks.context import current_store
 from tasks.inbox import read_state, write_state
+from tasks.lineage.held import HeldArrival
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tests.in_process import KilledError, put_back
 

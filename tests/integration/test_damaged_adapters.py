@@ -17,7 +17,8 @@ from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.promote import roll_back
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.predict import predict, predict_file
 from tests.adapting import BANK, CLINIC, run

@@ -20,7 +20,8 @@ from deal_core.evaluation.answering import read_served
 from flows.cli.app import app
 from flows.forget import forget
 from infra.settings import VllmSettings
-from infra.tracking.registry import VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.predict import Answer, predict
 from tasks.serving.export import export_version, hub_folder

@@ -22,7 +22,8 @@ from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
 from flows.requeue import requeue
 from infra.promotions import PromotionLog
-from infra.tracking.registry import Registry, VersionInfo, open_registry
+from infra.tracking.facts import VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version, move_champion, settled_champion
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

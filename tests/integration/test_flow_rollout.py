@@ -16,7 +16,8 @@ from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
 from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts
 from infra.promotions import PromotionLog
-from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
+from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

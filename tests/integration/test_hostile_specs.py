@@ -30,11 +30,10 @@ from flows.cli.app import app
 from flows.server.status import _unusable_files
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
-from tasks.adaptation.ingest import TaskFieldsError
 from tasks.data_files import local_file
 from tasks.inbox import look, task_spec
 from tasks.lineage.settings import read_lineages
-from tasks.spec import AdaptSpec, read_spec
+from tasks.spec import AdaptSpec, TaskFieldsError, read_spec
 from tests.in_process import put_back
 
 MAX_SECONDS, MAX_BYTES = 10, 2**30

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +22,9 @@ from mlflow.exceptions import MlflowException
 from deal_core.errors import RegistryError
 from infra.settings import TrackingSettings
 from infra.tracking import registry as registry_module
-from infra.tracking.registry import Registry, VersionFacts, VersionInfo, open_registry
+from infra.tracking.database import DatabaseReader, open_reader
+from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import TrackedRun, Tracker, open_tracker
 
 
@@ -412,3 +416,56 @@ def test_all_versions_come_however_many_there_are(
     assert [version.version for version in registry.versions("pages")] == numbers
     for newest in (1, 3, 4, 9, 11, 30):
         assert [version.version for version in registry.versions("pages", newest=newest)] == numbers[-newest:]
+
+
+def test_a_reader_of_the_file_finds_what_mlflows_client_finds(
+    tracker: Tracker, registry: Registry, settings: TrackingSettings, adapter: Path
+) -> None:
+    reader = open_reader(settings)
+    assert isinstance(reader, DatabaseReader), "the installed MLflow's tables are in KNOWN_SCHEMAS"
+    rejected = {"accepted": False, "reasons": ("Zu viel vergessen: 'π'",), "forgetting": 0.25}
+    for number in range(1, 6):
+        facts = replace(FACTS, run_key=f"file-{number}", parent_version=str(number - 1) if number > 1 else None)
+        register(tracker, registry, adapter, "file", replace(facts, **rejected) if number == 3 else facts)
+    registry.client.create_model_version("file", source="elsewhere", run_id=None)  # another program's
+    registry.set_alias("file", "champion", "4")
+    registry.set_alias("file", "previous", "2")
+    registry.client.delete_model_version("file", "5")
+    registry.client.create_registered_model("somebody-elses")
+
+    for newest in (None, 1, 2, 9):
+        assert reader.versions("file", newest=newest) == registry.versions("file", newest=newest)
+    assert [version.version for version in reader.versions("file")] == ["1", "2", "3", "4"]
+    for number in ("1", "3", "5", "6", "7"):
+        assert reader.version("file", number) == registry.version("file", number)
+    for alias in ("champion", "previous", "challenger"):
+        assert reader.with_alias("file", alias) == registry.with_alias("file", alias)
+        assert reader.lineages_with(alias) == registry.lineages_with(alias)
+    for name in ("file", "somebody-elses", "unknown", "fi%e"):
+        assert reader.find_model(name) == registry.find_model(name)
+        assert reader.versions(name) == registry.versions(name)
+
+
+def test_a_registry_that_is_no_known_file_is_read_by_mlflow(
+    settings: TrackingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_registry(settings)
+    newer = tmp_path / "newer.db"
+    newer.write_bytes((settings.home / "mlflow.db").read_bytes())
+    assert isinstance(open_reader(settings.model_copy(update={"tracking_uri": f"sqlite:///{newer}"})), DatabaseReader)
+    with closing(sqlite3.connect(newer)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'of-another-release'")
+    asked: list[str] = []
+    monkeypatch.setattr("infra.tracking.registry.open_registry", lambda found: asked.append(found.tracking_uri))
+    addresses = [f"sqlite:///{newer}", f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:1", "sqlite:///:memory:"]
+    for address in addresses:
+        open_reader(settings.model_copy(update={"tracking_uri": address}))
+    monkeypatch.setenv("MLFLOW_ENABLE_WORKSPACES", "true")
+    open_reader(settings)
+    assert asked == [*addresses, settings.tracking_uri]
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(settings: TrackingSettings, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"Cannot search versions at sqlite:///.*/none\.db: unable to open"):
+        DatabaseReader(f"sqlite:///{tmp_path}/none.db", tmp_path / "none.db").versions("any")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from infra.settings import TrackingSettings
-from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 
 

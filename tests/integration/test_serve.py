@@ -34,7 +34,8 @@ from infra.served_model import _load_pyfunc
 from infra.serving.champion import NoChampionError
 from infra.serving.run import serve
 from infra.settings import HomeSettings
-from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.lineage.record import read_record

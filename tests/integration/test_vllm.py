@@ -19,7 +19,8 @@ from flows.serve_vllm import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
 from infra.settings import VllmSettings
-from infra.tracking.registry import VersionFacts, open_registry
+from infra.tracking.facts import VersionFacts
+from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm

@@ -16,7 +16,7 @@ from flows.promote import find_left_behind, promote_to, reject_version, roll_bac
 from flows.promote import left_behind as left_behind_by
 from infra.promotions import Change, PromotionLog
 from infra.store.local import open_store
-from infra.tracking.registry import VersionInfo
+from infra.tracking.facts import VersionInfo
 from tasks.adaptation.promote import rejected_by_person
 from tasks.references import DatasetRef, VersionRef
 

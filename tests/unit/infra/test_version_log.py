@@ -12,7 +12,7 @@ from deal_core.judging_config import RolloutTerms
 from infra.store.base import ObjectNotFoundError
 from infra.store.keys import version_key
 from infra.store.local import open_store
-from infra.tracking.registry import VersionFacts, VersionInfo
+from infra.tracking.facts import VersionFacts, VersionInfo
 from infra.version_log import VersionLog
 
 FACTS = VersionFacts(

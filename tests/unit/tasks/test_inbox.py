@@ -12,7 +12,6 @@ from deal_core.errors import StoreError
 from infra.store.base import ObjectInfo
 from infra.store.keys import INBOX, task_of
 from infra.store.local import FileStore, open_store
-from tasks.adaptation.ingest import TaskFieldsError
 from tasks.inbox import (
     PAUSE,
     Beside,
@@ -26,6 +25,7 @@ from tasks.inbox import (
     task_spec,
     write_state,
 )
+from tasks.spec import TaskFieldsError
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -11,7 +11,7 @@ import pytest
 
 from infra.ledger import Ledger
 from infra.store.local import open_store
-from infra.tracking.registry import VersionInfo
+from infra.tracking.facts import VersionInfo
 from tasks.adaptation.promote import note_learned
 from tasks.adaptation.repeats import find_repeat
 from tasks.references import DatasetRef

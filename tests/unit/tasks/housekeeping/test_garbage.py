@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from infra.tracking.registry import VersionInfo
+from infra.tracking.facts import VersionInfo
 from infra.tracking.runs import RunInfo
 from tasks.housekeeping.garbage import Folder, Holdings, kept_versions, plan_removals
 

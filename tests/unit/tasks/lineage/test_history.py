@@ -20,7 +20,7 @@ def test_the_remedy_for_a_missing_champion_depends_on_whether_there_are_versions
     monkeypatch: pytest.MonkeyPatch, versions: tuple[str, ...], remedy: str, other: str
 ) -> None:
     registry: Any = SimpleNamespace(champion=lambda lineage: None, versions=lambda lineage, newest: versions)
-    monkeypatch.setattr(tasks.lineage.history, "open_registry", lambda: registry)
+    monkeypatch.setattr(tasks.lineage.history, "open_reader", lambda: registry)
     with pytest.raises(RegistryError, match=remedy) as caught:
         find_version(registry, "l", None)
     assert other not in str(caught.value)

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from infra.promotions import Move
-from infra.tracking.registry import VersionFacts
+from infra.tracking.facts import VersionFacts
 from infra.version_log import StoredVersion
 from tasks.lineage.rebuild import aliases_after, tags_after
 

@@ -17,7 +17,7 @@ from infra.ledger import Ledger
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
-from infra.tracking.registry import VersionFacts
+from infra.tracking.facts import VersionFacts
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.ingest import read_manifest
