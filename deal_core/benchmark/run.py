@@ -20,7 +20,7 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
-from deal_core.benchmark.frozen_head import answer_by_head
+from deal_core.benchmark.heads import answer_by_head
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt

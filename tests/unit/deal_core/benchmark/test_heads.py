@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deal_core.base_model.load import BaseModel
-from deal_core.benchmark.frozen_head import HEADS, answer_by_head
+from deal_core.benchmark.heads import HEADS, answer_by_head
 from deal_core.data.schema import TaskSchema
 from deal_core.selection.features import features
 
