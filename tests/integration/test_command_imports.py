@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from infra.settings import TrackingSettings
+from infra.tracking.database import open_reader
+from infra.tracking.registry import Registry
+
 ROOT = Path(__file__).parents[2]
 RUN = """
 import json, sys
@@ -44,6 +48,8 @@ def test_a_command_that_reads_imports_only_what_it_needs(
 ) -> None:
     if arguments[0] in ("history", "predict", "validate"):
         arguments = [*arguments, *([str(tmp_path / "out.jsonl")] if arguments[-1] == "--out" else []), "--lineage", "l"]
+    if isinstance(open_reader(TrackingSettings(tracking_uri=f"sqlite:///{copied_home / 'mlflow.db'}")), Registry):
+        unneeded = unneeded - {"mlflow", "sqlalchemy", "fastapi", "pandas"}  # a new MLflow, whose file is not read
     command = [sys.executable, "-c", RUN, *arguments, "--home", str(copied_home)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout.splitlines()[-1])
