@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from deal_core.data.columns import CONVENTIONS
-from deal_core.data.schema import COLUMNS_OF_FORMAT, OPTIONAL_OF_FORMAT
+from deal_core.data.schema import COLUMNS_OF_FORMAT, OPTIONAL_OF_FORMAT, PREFERENCE_COLUMNS
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -22,6 +22,7 @@ def test_the_guide_lists_every_name_that_a_column_may_have() -> None:
         kinds.setdefault(kind, []).append(name)
         told[name] = (name, *re.findall(r"`(\w+)`", others))
     assert told == CONVENTIONS
+    assert tuple(kinds.pop("preference")) == PREFERENCE_COLUMNS, "in place of the answer of a completion or a chat"
     of_kind = {kind: {*names, *kinds["any"]} for kind, names in kinds.items() if kind != "any"}
     assert of_kind == {kind: {*names, *OPTIONAL_OF_FORMAT[kind]} for kind, names in COLUMNS_OF_FORMAT.items()}
 
