@@ -34,9 +34,9 @@ def test_the_command_prints_one_object_and_tables_for_people() -> None:
             continue
         low, high = ours["ratio_to_joint_ci95_over_rows"]
         assert 0 < low < ours["ratio_to_joint"] < high
-        assert ours["ratio_to_joint"] == pytest.approx(
-            ours["judged_accuracy"] / table["arms"]["joint"]["judged_accuracy"], abs=0.02
-        )
+        joint = table["arms"]["joint"]
+        if ours["seeds"] == joint["seeds"]:  # the ratio is a mean over seeds that both have
+            assert ours["ratio_to_joint"] == pytest.approx(ours["judged_accuracy"] / joint["judged_accuracy"], abs=0.02)
         assert ours["worst_task"]["task"] in table["judged_tasks"] and ours["worst_task"]["points"] <= 0
 
 

@@ -167,7 +167,9 @@ def test_validate_tells_the_shape_and_shows_a_row_as_the_model_sees_it(deal: Dea
     told = json.loads(deal("validate", str(path), "--json").stdout)
     assert told["shape"] == "Alpaca rows (instruction with input under it, output)"
     number = told["example"]["prompt"].split()[1]
-    assert told["example"] == {"prompt": f"Do {number}\nit {number}", "answer": " done", "note": None}
+    assert told["example"] == {
+        "prompt": f"Do {number}\nit {number}", "answer": " done", "rejected": None, "note": None
+    }  # fmt: skip
     shown = deal("validate", str(path)).stdout
     assert "recognised as Alpaca rows" in shown and f"it {number} done" in shown
 
