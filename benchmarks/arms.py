@@ -26,21 +26,18 @@ from unittest.mock import patch
 
 import torch
 import typer
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from torch import Tensor, nn
 
 from benchmarks.output import write_result
-from deal_core.adapter.state import adapter_on
-from deal_core.base_model.load import BaseModel, load_base
-from deal_core.benchmark.suites import SuiteTask, load_suite
-from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
-from deal_core.data.collate import NOT_READ, answer_and_text_loss
+from benchmarks.versions import Versions
+from deal_core.base_model.load import load_base
+from deal_core.benchmark.suites import load_suite
+from deal_core.config import TrainConfig
+from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
 from deal_core.evaluation.report import outcome_text
-from deal_core.evaluation.score import evaluate_task
-from deal_core.method_config import MethodConfig
 from deal_core.training import train as training
-from deal_core.training.objective import AnswerLoss
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.training.objective import AnswerLoss, count_tokens
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
@@ -64,7 +61,7 @@ class _TextLoss(AnswerLoss):
         return answer_and_text_loss(model, inputs)[1]
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        return torch.stack([batch["text_labels"].ne(-100).sum() for batch in batches]).sum()
+        return count_tokens([batch["text_labels"] for batch in batches])
 
 
 class _ConsistentTrainer(AdapterTrainer):
@@ -88,7 +85,7 @@ class _ConsistentTrainer(AdapterTrainer):
             for param in params:
                 param += STEP * param.grad / (norm + TINY)
         moved = _hidden(self.model, self._last)
-        is_token_BK = self._last["labels"].ne(-100)
+        is_token_BK = self._last["labels"].ne(IGNORED)
         terms = [
             ((after - before).square().sum(-1) / before.square().sum(-1).clamp_min(TINY))[is_token_BK].mean()
             for before, after in zip(calm, moved, strict=True)
@@ -112,58 +109,22 @@ def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     return [state[:, -num_tokens - 1 : -1].float() for state in states]
 
 
-@dataclass(frozen=True)
-class Sequence4:
-    """The tasks, and how each is learned."""
-
-    base: BaseModel
-    tasks: Sequence[SuiteTask]
-    strategy: str
-    train: TrainConfig
-    num_rows: int
-
-    def learn(self, arm: Arm, folder: Path) -> Path:
-        """Learn all tasks in their order; return the folder of the last version."""
-        train, parent = self.train, None
-        if arm == "rate":
-            train = replace(train, learning_rate=2 * train.learning_rate)
-        for number, task in enumerate(self.tasks):
-            setup = TrainingSetup(
-                task=task.schema, old_tasks=tuple(each.schema for each in self.tasks[:number]),
-                strategy=self.strategy, adapter=AdapterConfig(), method=MethodConfig(), train=train,
-            )  # fmt: skip
-            if arm == "unlabelled":
-                texts = Dataset.from_list(list(task.train[self.num_rows : self.num_rows + NUM_TEXTS]))
-                once = replace(train, num_epochs=1, prompt_loss_weight=1.0)
+def learn_all(versions: Versions, arm: Arm, num_rows: int) -> str:
+    """Learn all tasks in their order; return the name of the last version."""
+    parent = None
+    for number in range(len(versions.tasks)):
+        setup = versions.setup(number, range(number))
+        if arm == "unlabelled":
+            once = replace(versions.train, num_epochs=1, prompt_loss_weight=1.0)
+            texts = versions.rows(number, num_rows, num_rows + NUM_TEXTS)
+            with patch.object(training, "_objective", lambda setup: _TextLoss()):
                 reading = replace(setup, train=once, strategy="seq_lora")
-                with patch.object(training, "_objective", lambda setup: _TextLoss()):
-                    parent = self._train(texts, reading, parent, folder / f"{number}-texts")
-            trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
-            with patch.object(training, "AdapterTrainer", trainer):
-                rows = Dataset.from_list(list(task.train[: self.num_rows]))
-                parent = self._train(rows, setup, parent, folder / str(number))
-        assert parent is not None
-        return parent
-
-    def _train(self, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> Path:
-        train_adapter(
-            self.base, rows, setup, parent_folder=parent, output_folder=out,
-            checkpoint_folder=out.with_name(f"{out.name}-checkpoints"),
-        )  # fmt: skip
-        return out
-
-    def score(self, version: Path, max_test_rows: int) -> dict[str, str]:
-        """Right and wrong answers of a version to every task, one digit per row."""
-        found = {}
-        with adapter_on(self.base.model, version) as model:
-            for task in self.tasks:
-                rows = Dataset.from_list(list(task.part("dev", max_test_rows)))
-                result = evaluate_task(
-                    model, self.base.tokenizer, task.schema, rows, EvaluateConfig(max_new_tokens=20),
-                    max_prompt_tokens=self.train.max_prompt_tokens,
-                )
-                found[task.schema.name] = outcome_text(result.outcomes)
-        return found
+                parent = versions.learn(f"{number}-texts", texts, reading, parent)
+        trainer = _ConsistentTrainer if arm == "consistency" else AdapterTrainer
+        with patch.object(training, "AdapterTrainer", trainer):
+            parent = versions.learn(str(number), versions.rows(number, 0, num_rows), setup, parent)
+    assert parent is not None
+    return parent
 
 
 def main(
@@ -185,9 +146,13 @@ def main(
     for each in arm:
         for number in seed or [0]:
             train = TrainConfig(max_prompt_tokens=160, checkpoint_steps=0, seed=number)
-            tasks = Sequence4(model, [suite[name] for name in names], strategy, train, rows)
+            if each == "rate":
+                train = replace(train, learning_rate=2 * train.learning_rate)
             with TemporaryDirectory() as folder:
-                outcomes = tasks.score(tasks.learn(each, Path(folder)), max_test_rows)  # type: ignore[arg-type]
+                versions = Versions(model, [suite[name] for name in names], Path(folder), strategy, train)
+                last = learn_all(versions, each, rows)  # type: ignore[arg-type]
+                scores = versions.score(last, max_test_rows)
+            outcomes = {name: outcome_text(found.outcomes) for name, found in scores.items()}
             accuracy = {name: 100 * text.count("1") / len(text) for name, text in outcomes.items()}
             mean = sum(accuracy.values()) / len(accuracy)
             trials.append({"arm": each, "seed": number, "mean": mean, "accuracy": accuracy, "outcomes": outcomes})

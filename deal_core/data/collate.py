@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 BATCHES_PER_BUCKET = 16
-NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels", "reference_margins")
+REJECTED_IDS = "rejected_ids"
+"""Column of encoded rows: the tokens of the worse answer."""
+REFERENCE_MARGINS = "reference_margins"
+"""Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
+NOT_READ = ("labels", "prefix_ids", "text_labels", "counted_labels", REFERENCE_MARGINS)
 """Parts of a batch that the model is not called with; an encoder-decoder's decoder reads the labels."""
 LOSS_MASK = "loss_mask"
 """Column of rows: for each answer token whether it carries loss."""
@@ -85,7 +89,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     from datasets import Dataset, concatenate_datasets  # here, because answering needs none of it
 
     blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
-    blank |= {name: [] for name in (LOSS_MASK, "rejected_ids") if name in blank}
+    blank |= {name: [] for name in (LOSS_MASK, REJECTED_IDS) if name in blank}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
 
 

@@ -131,9 +131,8 @@ def read_answers(
             labels_BK, logits_BKV = features["labels"], answer_logits(model, features).float()
             losses_BK = cross_entropy(logits_BKV.mT, labels_BK, ignore_index=IGNORED, reduction="none").double()
             is_token_BK = labels_BK != IGNORED
-            # Σ p² = exp(logsumexp(2z) − 2·logsumexp(z))
-            concentration_BK = (torch.logsumexp(2 * logits_BKV, -1) - 2 * torch.logsumexp(logits_BKV, -1)).exp()
-            squares_BK = (concentration_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
+            sums_BK = torch.linalg.vector_norm(logits_BKV.softmax(-1), dim=-1).square()  # Σ p² over the vocabulary
+            squares_BK = (sums_BK - 2 * (-losses_BK).exp() + 1).clamp(min=0) * is_token_BK
             hits_BK = (logits_BKV.argmax(-1) == labels_BK) & is_token_BK
             yield ReadBatch(
                 rows=[start + i for i in batch], losses_BK=losses_BK, hits_BK=hits_BK, squares_BK=squares_BK,

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
+from deal_core.config import TrainConfig
 from deal_core.data.collate import (
     IGNORED,
+    REFERENCE_MARGINS,
+    REJECTED_IDS,
     AnswerCollator,
     answer_and_text_loss,
     answer_logits,
@@ -25,13 +28,8 @@ from deal_core.data.collate import (
 )
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import REJECTED, TaskSchema
-
-REJECTED_IDS = "rejected_ids"
-"""Column of encoded rows: the tokens of the worse answer."""
-REFERENCE_MARGINS = "reference_margins"
-"""Column of encoded rows, and part of a batch (B): log p(better) − log p(worse) of the parent version, in nats."""
-READ_ROWS = 8
-"""Rows that the parent reads at once."""
+from deal_core.evaluation.generation import LanguageModel
+from deal_core.selection.measure import measure
 
 
 class Objective(Protocol):
@@ -59,10 +57,10 @@ class AnswerLoss:
 
     def weight(self, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Tokens of the answers that count, and the texts' tokens times their weight."""
-        num_answers = _count([counted_labels(batch) for batch in batches])
+        num_answers = count_tokens([counted_labels(batch) for batch in batches])
         if not self.text_weight:
             return num_answers
-        return num_answers + self.text_weight * _count([batch["text_labels"] for batch in batches])
+        return num_answers + self.text_weight * count_tokens([batch["text_labels"] for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,11 @@ class PairCollator:
         self._collate = collate
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return what `AnswerCollator` returns for 2B rows, and REFERENCE_MARGINS (B) if the rows have them."""
+        """Return what `AnswerCollator` returns for 2B rows, and REFERENCE_MARGINS (B)."""
         worse = [{**row, "answer_ids": row[REJECTED_IDS]} for row in rows]
         batch = self._collate([*rows, *worse])
-        if REFERENCE_MARGINS in rows[0]:
-            batch[REFERENCE_MARGINS] = torch.tensor([row[REFERENCE_MARGINS] for row in rows], dtype=torch.float32)
-        return batch
+        margins_B = torch.tensor([row[REFERENCE_MARGINS] for row in rows], dtype=torch.float32)
+        return {**batch, REFERENCE_MARGINS: margins_B}
 
 
 def margins(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -118,20 +115,18 @@ def add_rejected(
     return encoded.remove_columns("length").add_column("length", lengths).add_column(REJECTED_IDS, worse)
 
 
-@torch.no_grad()
-def add_reference(encoded: Dataset, model: nn.Module, collate: AnswerCollator) -> Dataset:
-    """Add the margins of a model, as it is now, to encoded preferences. The model reads every row once."""
-    model.eval()
-    device, pairs = next(model.parameters()).device, PairCollator(collate)
-    order = sorted(range(len(encoded)), key=encoded["length"].__getitem__)
-    found = [0.0] * len(encoded)
-    for start in range(0, len(order), READ_ROWS):
-        places = order[start : start + READ_ROWS]
-        batch = pairs([encoded[place] for place in places])
-        read_B = margins(model, {name: value.to(device) for name, value in batch.items()})
-        for place, margin in zip(places, read_B.tolist(), strict=True):
-            found[place] = margin
-    return encoded.add_column(REFERENCE_MARGINS, found)
+def add_reference(
+    encoded: Dataset,
+    rows: Dataset,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    train: TrainConfig,
+) -> Dataset:
+    """Add the margins of a model, as it is now, to encoded preferences. The model reads both answers of `rows` once."""
+    worse_rows = rows.select_columns(["input", REJECTED.name]).rename_column(REJECTED.name, "output")
+    better_N, worse_N = (measure(model, tokenizer, task, each, train).loss_N for each in (rows, worse_rows))
+    return encoded.add_column(REFERENCE_MARGINS, (worse_N - better_N).tolist())
 
 
 def describe_preferences(encoded: Dataset) -> str:
@@ -144,7 +139,8 @@ def describe_preferences(encoded: Dataset) -> str:
     return note
 
 
-def _count(labels: Sequence[Tensor]) -> Tensor:
+def count_tokens(labels: Sequence[Tensor]) -> Tensor:
+    """Number of labels that carry loss."""
     return torch.stack([each.ne(IGNORED).sum() for each in labels]).sum()
 
 

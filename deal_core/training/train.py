@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import LOSS_MASK, answer_collator, encode_rows
+from deal_core.data.collate import LOSS_MASK, encode_rows
 from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
@@ -147,8 +147,7 @@ def train_adapter(
     try:
         encoded = _encode(base, setup, [(task, rows), *joined])
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
-            collate = answer_collator(model, base.tokenizer, is_recomputed=train.gradient_checkpointing)
-            encoded = add_reference(encoded, model, collate)
+            encoded = add_reference(encoded, rows, model, base.tokenizer, task, train)
         context = TaskContext(
             base=base, task=task, rows=rows, encoded=encoded, old_tasks=setup.old_tasks, adapter=setup.adapter,
             train=train,
@@ -228,8 +227,7 @@ def _require_no_preferences(setup: TrainingSetup, tasks: Sequence[tuple[TaskSche
 
 def _are_labels(task: TaskSchema, encoded: Dataset) -> bool:
     """Whether answers repeat as labels do. Spread evenly, answers of their own would mix long rows with short ones."""
-    num_answers = len(set(map(tuple, encoded["answer_ids"])))
-    return bool(task.labels) or MIN_REPEATS * num_answers <= len(encoded)
+    return bool(task.labels) or MIN_REPEATS * len(set(map(tuple, encoded["answer_ids"]))) <= len(encoded)
 
 
 def _objective(setup: TrainingSetup) -> Objective:

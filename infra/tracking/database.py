@@ -22,7 +22,8 @@ from infra.tracking.facts import RUN_KEY
 from infra.tracking.reader import ModelRow, RegistryReader, VersionRow
 
 KNOWN_SCHEMAS = frozenset({"dc11669786a5"})
-"""Revisions of MLflow's tables that this module can read. A test compares them with those of the installed MLflow."""
+"""Revisions of MLflow's tables that this module can read. Where the installed MLflow has one of them, a test compares
+this reader with MLflow's client."""
 WAIT_SECONDS = 30.0
 """Longest wait for a writer of the database."""
 WORKSPACE = "default"

@@ -13,14 +13,13 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from deal_core.adapter.state import adapter_on, attach_adapter
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, add_blank_row, encode_rows
+from deal_core.data.collate import REFERENCE_MARGINS, AnswerCollator, add_blank_row, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.score import evaluate_task
 from deal_core.method_config import MethodConfig, TokenMaskConfig
 from deal_core.planning.memory import largest_batch
 from deal_core.training.objective import (
-    REFERENCE_MARGINS,
     PairCollator,
     PreferenceLoss,
     add_reference,
@@ -80,7 +79,7 @@ def test_margins_and_loss_are_those_of_rows_read_alone(base, encoded, shares_pre
 
 
 def test_a_blank_row_adds_nothing(base, encoded):
-    known = add_reference(encoded, base.model, AnswerCollator(base.tokenizer, is_seq2seq=False))
+    known = add_reference(encoded, pairs(7), base.model, base.tokenizer, TASK, SHORT)
     collate = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))
     rows = list(add_blank_row(known))
     objective = PreferenceLoss(beta=0.3)
@@ -134,7 +133,8 @@ def test_a_larger_beta_stays_nearer_to_the_parent(base, train, encoded):
         config = replace(SHORT, max_steps=30, preference_beta=beta)
         found = train("seq_lora", rows=pairs(8), task=TASK, train=config)
         with adapter_on(base.model, found.folder) as model, torch.no_grad():
-            batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(list(encoded))
+            known = encoded.add_column(REFERENCE_MARGINS, [0.0] * len(encoded))
+            batch = PairCollator(AnswerCollator(base.tokenizer, is_seq2seq=False))(list(known))
             return float(margins(model, batch).mean())
 
     assert gain(5.0) < gain(0.05)
