@@ -123,3 +123,12 @@ def test_a_run_is_refused_only_where_it_certainly_cannot_fit(tmp_path: Path, tin
     huge = config_only(tmp_path / "huge", hidden_size=2**17, intermediate_size=2**22)
     with pytest.raises(ConfigError, match=r"weights .* adapter and optimiser take .* GiB"):
         check(huge)
+
+
+def test_a_plan_counts_both_answers_of_preferences(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "tone.jsonl"
+    rows = [{"prompt": f"Message {number}.", "chosen": "Yes.", "rejected": "No, no."} for number in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = json.loads(plan("--json", batch_size=4, parts={"task": {"name": "tone", "data": str(file)}}).stdout)
+    assert found["batch_rows"] == 8 and found["rows_per_step"] == 4
+    assert any("the parent's answers are the reference: a model reads" in note for note in found["notes"])
