@@ -1,4 +1,7 @@
-"""Read only regular files: a FIFO, socket or device could block the reader or never end."""
+"""Files that are read only if they are regular, and written completely or not at all.
+
+A FIFO, socket or device could block the reader or never end.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import hashlib
 import io
 import os
 import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -37,6 +43,23 @@ def sha256_of_file(path: Path) -> str:
     """Hex digest of a file's bytes; the errors are those of `open_regular`."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def complete_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path. After the block its file becomes `target` in one step; after an error it is deleted.
+
+    Raises:
+        OSError: The target is a folder, or its folder cannot be written to.
+    """
+    target = target.absolute()  # "." has no name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def irregularity(mode: int) -> str | None:

@@ -25,9 +25,9 @@ from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed
 from deal_core.method_config import MethodConfig
+from deal_core.regular_file import complete_file
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings
-from infra.store.base import complete_file
 from tasks.adaptation.start import identify_base
 from tasks.benchmark import make_cell_file
 from tasks.progress import Interrupted, Stages, is_stopped, raise_if_stopped, reporter
@@ -235,7 +235,6 @@ def write_summary(out: Path) -> list[dict[str, Any]]:
         {"suite": each.suite, "protocol": json.loads(each.key), "lifted": each.lifted(), "rows": summarise(each)}
         for each in protocols(read_cells(out))
     ]
-    out.mkdir(parents=True, exist_ok=True)
     with complete_file(out / SUMMARY_FILE) as part:
         part.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     return tables

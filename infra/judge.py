@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from deal_core.errors import ConfigError, DealError
+from deal_core.regular_file import complete_file
 from infra.settings import HomeSettings, JudgeSettings
-from infra.store.base import complete_file
 
 Verdict = Literal["A", "B", "C"]
 """A or B: that answer is better; C: they are equally good."""

@@ -15,7 +15,7 @@ from deal_core.benchmark.cell import Cell
 from deal_core.benchmark.run import CellRun, run_cell
 from deal_core.benchmark.suites import load_suite, with_prompts
 from deal_core.method_config import MethodConfig
-from infra.store.base import complete_file
+from deal_core.regular_file import complete_file
 from tasks.base import lend_base
 from tasks.progress import advance
 from tasks.references import BaseRef
@@ -49,7 +49,6 @@ def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, 
                 base=lend_base(base), cell=cell, tasks=with_prompts(load_suite(data, cell.tasks), cell.prompt),
                 method=method, work=folder, shared=work / "first-versions", on_progress=report,
             ))  # fmt: skip
-            path.parent.mkdir(parents=True, exist_ok=True)
             with complete_file(path) as part:
                 part.write_text(json.dumps({"settings": cell.to_json(), **result}, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

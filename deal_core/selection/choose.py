@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.errors import AdapterStateError
 from deal_core.method_config import SelectionConfig
+from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed
 from deal_core.schema_version import Kept, VersionedJson
 from deal_core.selection import score_class
@@ -87,10 +87,8 @@ def choose_rows(
     if journal.is_file() and (known := ChosenRows.from_json(json.loads(journal.read_bytes()))).key == key:
         return known
     found = _Choosing(rows, setup, lend_base, parent_folder, on_progress).make(key)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    part = journal.with_name(f"{journal.name}.part")
-    part.write_text(json.dumps(found.to_json()), encoding="utf-8")
-    os.replace(part, journal)
+    with complete_file(journal) as part:
+        part.write_text(json.dumps(found.to_json()), encoding="utf-8")
     return found
 
 

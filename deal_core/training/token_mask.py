@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -31,6 +30,7 @@ from deal_core.data.collate import LOSS_MASK
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import MethodConfig, TokenMaskConfig
+from deal_core.regular_file import complete_file
 from deal_core.selection.measure import read_answers
 from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
@@ -201,7 +201,5 @@ def _read(file: Path, key: str) -> tuple[Tensor, Tensor, float] | None:
 
 
 def _write(file: Path, key: str, counts_T: Tensor, lengths_N: Tensor, bound: float) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    save_file({"counts": counts_T, "lengths": lengths_N}, part, {"key": key, "bound": repr(bound)})
-    os.replace(part, file)
+    with complete_file(file) as part:
+        save_file({"counts": counts_T, "lengths": lengths_N}, part, {"key": key, "bound": repr(bound)})

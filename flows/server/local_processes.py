@@ -21,9 +21,9 @@ import psutil
 from filelock import FileLock
 from pydantic import BaseModel, Field, ValidationError
 
+from deal_core.regular_file import complete_file
 from infra.logs import cut_log, is_full, ready_log
 from infra.settings import QUIET
-from infra.store.base import complete_file
 
 STACK_FILE = "stack.json"
 SUPERVISOR = "supervisor"

@@ -7,10 +7,8 @@ A key is a relative path with `/` between its parts. A prefix names a folder: `a
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import unicodedata
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,18 +91,6 @@ def check_source(local: Path, key: str) -> Path:
     if not local.is_file():
         raise StoreError(f"Cannot store {key!r}: there is no file {local}; check the path.")
     return local
-
-
-@contextmanager
-def complete_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path. After the block its file becomes `target` in one step; after an error it is deleted."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class ObjectStore(ABC):

@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from deal_core.errors import ConfigError, StoreError
-from deal_core.regular_file import IrregularFileError, irregularity, open_regular
+from deal_core.regular_file import IrregularFileError, complete_file, irregularity, open_regular
 from deal_core.safe_text import without_secrets
 from infra.settings import StoreSettings
 from infra.store.base import (
@@ -32,7 +32,6 @@ from infra.store.base import (
     UnusableObjectError,
     check_key,
     check_source,
-    complete_file,
     folder_of,
 )
 

@@ -15,6 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from deal_core.errors import ConfigError, StoreError
+from deal_core.regular_file import complete_file
 from deal_core.safe_text import without_secrets
 from infra.settings import LandingSettings, StoreSettings
 from infra.store.base import (
@@ -24,7 +25,6 @@ from infra.store.base import (
     ObjectStore,
     check_key,
     check_source,
-    complete_file,
     folder_of,
 )
 

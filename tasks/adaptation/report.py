@@ -20,10 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
+from deal_core.regular_file import complete_file
 from infra.report import formatting as words
 from infra.report.page import matrix_rows, render_page
 from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
-from infra.store.base import ObjectNotFoundError, ObjectStore, complete_file
+from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.tracking.client import installed_version
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import TrackedRun, open_tracker
@@ -294,7 +295,6 @@ def save_report(lineage: str, version: str, file: Path) -> WrittenReport:
     """
     report, page = read_page(find_version(open_registry(), lineage, version).tracking_id)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(file) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:

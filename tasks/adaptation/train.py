@@ -13,9 +13,10 @@ from prefect.cache_policies import NO_CACHE
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.config import TrainConfig
 from deal_core.method_config import MethodConfig
+from deal_core.regular_file import complete_file
 from infra.settings import HomeSettings
 from infra.store import keys
-from infra.store.base import ObjectStore, complete_file
+from infra.store.base import ObjectStore
 from infra.tracking.tracker import TrackedRun, open_tracker
 from tasks.adaptation.ingest import read_manifest
 from tasks.base import lend_base, release_base

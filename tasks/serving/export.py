@@ -147,6 +147,7 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
 def _export_merged(
     store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], target: Path
 ) -> Exported:
+    target = target.absolute()  # "." has no name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already; name a new folder.")
     if record.base.quantize != "none":
@@ -310,7 +311,7 @@ def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, 
     """Return the model card of a merged model as Markdown."""
     tasks = ", ".join(known.schema.name for known in record.tasks)
     return "\n".join([
-        "---", "library_name: transformers", *([f"license: {licence}"] if licence else []), "---",
+        "---", "library_name: transformers", *([f"license: {json.dumps(licence)}"] if licence else []), "---",
         f"# {info.lineage}, version {info.version}: {tasks}", "",
         f"{record.base.name} with the LoRA adapter of version {info.version} merged into its weights. The file "
         "`deal.json` has the prompt of each task.", "",

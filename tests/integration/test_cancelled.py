@@ -159,6 +159,8 @@ def test_a_hold_does_not_need_the_watcher(home: Path, lineages: None, monkeypatc
     land(home, "a.jsonl")
     begun(monkeypatch, "l")
     run_ends("l", Cancelled())
+    run_ends("third", Cancelled())  # a newer one, which fills the first page
+    monkeypatch.setattr("tasks.cancelled._PAGE", 1)
     assert learn("l") == [] and is_held()
     assert learn("other") == [KEY]
 

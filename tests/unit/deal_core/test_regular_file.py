@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from deal_core.data.reading.lines import open_bytes, sha256_of_input
 from deal_core.data.reading.readers import read_columns
 from deal_core.errors import DataValidationError
-from deal_core.regular_file import IrregularFileError, open_regular, read_start, sha256_of_file
+from deal_core.regular_file import IrregularFileError, complete_file, open_regular, read_start, sha256_of_file
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +89,17 @@ def test_the_digest_of_a_file_is_the_digest_of_its_bytes(tmp_path: Path) -> None
     content = os.urandom(3 * (1 << 20) + 17)
     (tmp_path / "file").write_bytes(content)
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "new" / "file"
+    for error in (None, ValueError):
+        with suppress(ValueError), complete_file(target) as part:
+            part.write_text(f"{error}")
+            if error is not None:
+                raise error
+    assert target.read_text() == "None" and [each.name for each in target.parent.iterdir()] == ["file"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError), complete_file(Path(".")) as part:
+        part.touch()
+    assert [each.name for each in tmp_path.iterdir()] == ["new"]

@@ -100,6 +100,15 @@ def test_parquet_to_parquet_keeps_every_column_and_type(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["day"] == "2026-01-02"
 
 
+def test_a_time_that_python_cannot_hold_is_null_beside_its_answer(tmp_path: Path) -> None:
+    seconds = pa.array([0, 2**38], pa.int64()).cast(pa.timestamp("s"))  # the second lies after the year 9999
+    pq.write_table(pa.table({"text": ["a", "b"], "when": seconds}), tmp_path / "in.parquet")
+    write_all(tmp_path / "in.parquet", tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.column("when").is_null().to_pylist() == [False, True]
+    assert found.column("answer").to_pylist() == ["answer 1", "answer 2"]
+
+
 def test_a_byte_that_is_no_text_stays_visible(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(b"text,more\na,\xff\n")
     for suffix in ("jsonl", "parquet"):
