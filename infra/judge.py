@@ -13,13 +13,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import httpx
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.regular_file import complete_file
-from infra.settings import HomeSettings, JudgeSettings
+from infra.settings import HomeSettings, JudgeSettings, host_of
 
 Verdict = Literal["A", "B", "C"]
 """A or B: that answer is better; C: they are equally good."""
@@ -45,7 +44,7 @@ class Judge:
         """Make a judge whose verdicts are kept in `folder`.
 
         Raises:
-            ConfigError: The address or the model is not set.
+            ConfigError: The address or the model is not set, or the address has no host.
         """
         if settings.url is None or not settings.model:
             raise ConfigError(
@@ -55,8 +54,7 @@ class Judge:
             )
         self.model = settings.model
         self._url = settings.url.get_secret_value().rstrip("/")
-        parts = urlsplit(self._url)
-        self._shown = parts.hostname or "that address"  # the rest may contain a token
+        self._shown = host_of(self._url, "DEAL_JUDGE_URL")
         self._folder = folder
         key = settings.api_key
         self._client = httpx.Client(

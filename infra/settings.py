@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import AfterValidator, Field, SecretStr
@@ -176,6 +177,21 @@ class JudgeSettings(BaseSettings):
     """Token that the server asks for (DEAL_JUDGE_API_KEY)."""
     seconds: float = Field(default=60.0, gt=0)
     """Time after which a request counts as failed (DEAL_JUDGE_SECONDS)."""
+
+
+def host_of(url: str, setting: str) -> str:
+    """Return the host of an address. The address itself is in no message, because it may contain a token.
+
+    Raises:
+        ConfigError: The address has no host.
+    """
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:  # such as https://[abc
+        host = None
+    if not host:
+        raise ConfigError(f"{setting} is no address with a host; give one, such as https://example.com/path.")
+    return host
 
 
 def embedded_environment(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -24,7 +24,7 @@ import httpx
 import tenacity
 
 from deal_core.errors import ConfigError
-from infra.settings import NoticeSettings
+from infra.settings import NoticeSettings, host_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Webhook:
     """A receiver of notices.
 
     Raises:
-        ConfigError: The address is neither https nor on loopback.
+        ConfigError: The address has no host, or is neither https nor on loopback.
     """
 
     def __init__(self, url: str, secret: bytes) -> None:
@@ -124,13 +124,12 @@ def read_secret(text: str) -> bytes:
 
 def _is_safe(url: str) -> bool:
     """Return whether third parties cannot read the notices: https, or loopback."""
+    host, scheme = host_of(url, "DEAL_WEBHOOK_URL"), urlsplit(url).scheme
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a host by name
         is_loopback = False
-    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback))
+    return scheme == "https" or (scheme == "http" and is_loopback)
 
 
 def sign(secret: bytes, delivery: str, timestamp: str, body: bytes) -> str:

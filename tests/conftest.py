@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -18,16 +18,22 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
+from filelock import FileLock
 
 from tests.receiver import Receiver
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 START_SECONDS = 300
 PREFECT_SERVER = pytest.StashKey[Any]()
 """The server of the fixture `prefect_api`, once a test has asked for it."""
-NEW_MODULES = 200
-"""After so many new modules the garbage collector is told to leave out what is there."""
+UNUSED = (
+    "PREFECT_LOGGING_TO_API_ENABLED", "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED", "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED", "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED",
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED", "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED",
+)  # fmt: skip
+"""What no test of the session's Prefect server needs: log lines on it, and loops that look at it every few seconds."""
 last_test = "no test"
-num_frozen_modules = 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,28 +41,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("base_model", "e2e")))
 
 
-def keep_imports_out_of_garbage_collections() -> None:
-    """Each training asks for a full collection, which looks at every object that was made and not frozen."""
-    global num_frozen_modules
-    if len(sys.modules) > num_frozen_modules + NEW_MODULES:
-        gc.collect()
-        gc.freeze()
-        num_frozen_modules = len(sys.modules)
+@pytest.fixture(scope="session", autouse=True)
+def no_full_collections() -> None:
+    """Leave garbage collections to Python. Every training asks for a full one, which looks at every imported object."""
+    from accelerate.utils import memory
 
-
-def pytest_collection_finish() -> None:
-    """Begin without a long collection in the first training."""
-    keep_imports_out_of_garbage_collections()
+    memory.gc = SimpleNamespace(collect=lambda: 0)
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> MakeOnce:
+    """Return the folder of a name. The first process that asks makes it; the others wait for it and only read it."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # pytest-xdist: the processes' folders lie next to each other
+        root = root.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / "shared" / name, root / "shared" / f"{name}.done"
+        (root / "shared").mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_base(made_once: MakeOnce) -> Path:
     """Folder of a base model whose runs take seconds."""
     from benchmarks.tiny_base import build_tiny_base
 
-    folder = tmp_path_factory.mktemp("tiny-base")
-    build_tiny_base(folder)
-    return folder
+    return made_once("tiny-base", build_tiny_base)
 
 
 @pytest.fixture
@@ -70,13 +89,13 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def prefect_api(request: pytest.FixtureRequest) -> Iterator[None]:
     """A Prefect server for the flows of the whole session."""
+    from prefect import settings
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     with (
+        settings.temporary_settings(updates={getattr(settings, name): False for name in UNUSED}),
         prefect_test_harness(server_startup_timeout=START_SECONDS),
-        temporary_settings(updates={PREFECT_LOGGING_TO_API_ENABLED: False}),  # no test reads log lines on the server
     ):
         request.session.stash[PREFECT_SERVER] = SubprocessASGIServer()
         yield
@@ -91,7 +110,6 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Start the Prefect server again if it has ended, so that one lost server does not fail every later test."""
-    keep_imports_out_of_garbage_collections()
     server = item.session.stash.get(PREFECT_SERVER, None)
     if server is None or server.server_process is None or (code := server.server_process.poll()) is None:
         return
@@ -101,14 +119,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mlflow_database(made_once: MakeOnce) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
     from infra.settings import TrackingSettings
     from infra.tracking.tracker import open_tracker
 
-    folder = tmp_path_factory.mktemp("mlflow")
-    open_tracker(TrackingSettings(home=folder))
-    return folder / "mlflow.db"
+    return made_once("mlflow", lambda folder: open_tracker(TrackingSettings(home=folder))) / "mlflow.db"
 
 
 @pytest.fixture

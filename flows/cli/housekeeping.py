@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
@@ -48,10 +49,10 @@ def show_gc(result: GcResult) -> Sequence[RenderableType]:
         return [*left, "Nothing to remove."]
     table = new_table("lineage", "what", "where", "size", "why", right=["size"])
     for each in result.removals:
-        cells = (each.lineage or "–", each.kind, each.address, size(each.num_bytes), each.reason)
+        cells = (each.lineage or "–", each.kind, each.address, decimal(each.num_bytes), each.reason)
         table.add_row(*map(escape, cells))
     done = "would be removed" if result.dry_run else "removed"
-    total = f"{len(result.removals)} {done}, {size(result.num_bytes)}"
+    total = f"{len(result.removals)} {done}, {decimal(result.num_bytes)}"
     return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
@@ -91,20 +92,6 @@ def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
     typer.confirm("Remove all this? It cannot be undone.", abort=True)
 
 
-def size(num_bytes: float) -> str:
-    """A number of bytes in a readable unit.
-
-    Example:
-        >>> size(1536)
-        '1.5 kB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GB"
-
-
 def show_forget_plan(plan: ForgetPlan) -> Sequence[RenderableType]:
     """What would be removed, what cannot be, and what follows."""
     return [*_held(plan, "Would be removed"), *_learned(plan.learned), *_follows(plan)]
@@ -121,7 +108,7 @@ def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
     table = new_table("what", "where", "size", right=["size"])
     for each in plan.held:
         where = f"{each.address} of MLflow run {each.run_id}" if each.run_id else each.address
-        table.add_row(each.kind, escape(where), size(each.num_bytes) if each.num_bytes else "–")
+        table.add_row(each.kind, escape(where), decimal(each.num_bytes) if each.num_bytes else "–")
     none = "No rows of it are left here." if not plan.held else table
     return [heading(f"{title}: rows of arrival {plan.sha256[:12]} of {plan.task}"), none]
 

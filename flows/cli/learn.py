@@ -79,14 +79,16 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     numbers = ["AA", "forgetting", "BWT", "FWT", "champion"]
     comparison = new_table("lineage", "strategy", *numbers, right=numbers)
     for outcome in result.outcomes:
-        if outcome.matrix is None or outcome.scores is None:
+        if outcome.champion is None:
             shown.append(f"[red]No version of {outcome.lineage} has passed the gate.[/]")
+        if outcome.matrix is None or outcome.scores is None:
             continue
         shown += [heading(f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"), matrix_table(outcome.matrix)]
         scores = outcome.scores
         comparison.add_row(
             outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
-            percent(scores.backward_transfer), percent(scores.forward_transfer), f"version {outcome.champion}",
+            percent(scores.backward_transfer), percent(scores.forward_transfer),
+            f"version {outcome.champion}" if outcome.champion else "none",
         )  # fmt: skip
     if comparison.row_count:
         shown += [heading("In the end"), comparison]
@@ -236,14 +238,16 @@ def history(
     if moves:
         log = read_moves(lineage)
         return CommandResult(log, show_moves(lineage, log))
-    held = find_held(current_store(), lineage)
+    held, limit = find_held(current_store(), lineage), 0 if deal.screen.as_json else newest
     try:
-        entries = read_history(lineage, None if deal.screen.as_json else newest or None)
+        entries = read_history(lineage, limit + 1 if limit else None)
     except NoVersionError:
         if not held:
             raise
         entries = []  # its first arrival is held
-    return CommandResult(entries, [*(show_history(lineage, entries) if entries else ()), *show_held(lineage, held)])
+    more = ["[dim]There are earlier versions; --newest 0 shows all.[/]"] if limit and len(entries) > limit else []
+    versions = show_history(lineage, entries[-limit:]) if entries else ()
+    return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
 
 
 _APPROVAL = {"awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
@@ -264,9 +268,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
         )  # fmt: skip
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
-    earlier = int(entries[0].version) - 1
-    more = [f"[dim]{earlier} earlier versions; --newest 0 shows all.[/]"] if earlier else []
-    return [heading(f"Lineage {lineage}"), *more, table, *reasons]
+    return [heading(f"Lineage {lineage}"), table, *reasons]
 
 
 def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:

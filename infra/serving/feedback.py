@@ -16,7 +16,7 @@ FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
 
 
 def take_feedback(log: PredictionLog | None, served: ServedVersion, values: Any) -> int:
-    """Log feedback; return the number of entries. All entries are taken, or none.
+    """Log feedback; return the number of entries. A wrong entry refuses all of them.
 
     Raises:
         RefusalError: 400: an entry is wrong. 409: the log is off. 503: there is no room now.

@@ -113,7 +113,10 @@ class PredictionLog:
         self._drop(len(made) - self._put(_Waiting(False, each.to_row()) for each in made))
 
     def take_feedback(self, entries: Sequence[Feedback]) -> bool:
-        """Log feedback. False: there is no room now, so it has to be sent again."""
+        """Log feedback. False: there is no room for all of it now, so all of it has to be sent again.
+
+        What had room is logged then, and once more after the second attempt.
+        """
         rows = [_Waiting(True, {"entry": uuid.uuid4().hex, **vars(each)}) for each in entries]
         return self._put(rows) == len(rows)
 

@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
-from infra.settings import VllmSettings
+from infra.settings import VllmSettings, host_of
 
 ANSWER_SECONDS = 120.0
 FIRST_PAUSE_SECONDS = 0.5
@@ -49,6 +49,7 @@ class VllmClient:
     def __init__(self, settings: VllmSettings) -> None:
         if not settings.url:
             raise ConfigError("No vLLM server is named; give --url, or set DEAL_VLLM_URL.")
+        host_of(settings.url, "The vLLM server's address (--url, DEAL_VLLM_URL)")
         self.url = settings.url.rstrip("/").removesuffix("/v1")
         key = settings.api_key
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -64,11 +63,6 @@ def checkout(tiny_base: Path, tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def run_as_process(*arguments: str) -> tuple[int, str, str]:
-    done = subprocess.run([*DEAL, *arguments], capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
 def run_here(*arguments: str) -> tuple[int, str, str]:
     with put_back():
         done = CliRunner().invoke(app, arguments)
@@ -77,19 +71,17 @@ def run_here(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.usefixtures("prefect_api")
 def test_the_commands_run_in_the_order_of_the_page(checkout: Path) -> None:
-    """The first adaptation is a process of its own, which starts its own API. The others run here.
+    """They run in this process; tests/integration/test_python_api.py starts one that has an API of its own.
 
     Left out are `model fetch`, which downloads, and the servers, which have tests of their own.
     """
-    runners = itertools.chain([run_as_process], itertools.repeat(run_here))
     for command in COMMANDS:
         program, *arguments = shlex.split(command) or [""]
         if program == "cp":
             shutil.copy(*arguments)
         if program != "deal" or arguments[0] in ("model", "ui", "serve"):
             continue
-        run = next(runners) if arguments[0] == "adapt" else run_here
-        code, out, err = run(*arguments)
+        code, out, err = run_here(*arguments)
         expected = GATE_MAY_REJECT if arguments[0] in ("adapt", "watch") else (0,)
         assert code in expected, f"{command}: {err}"
         assert out
@@ -97,6 +89,7 @@ def test_the_commands_run_in_the_order_of_the_page(checkout: Path) -> None:
     assert (first["task"], first["accepted"]) == ("bank", True)
 
 
+@pytest.mark.nightly
 def test_ui_opens_the_page_that_shows_the_runs(home: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The browser is a program that writes down the address it is given."""
     opened = home / "opened"

@@ -14,6 +14,7 @@ SHA256 = "7c94099c0f5307517e62153f3609eed6ce2c55864469f052b26be53aa1221b52"
 """Identity of the converted model; another one means that lineages begun before would not be continued."""
 
 
+@pytest.mark.nightly
 @pytest.mark.base_model
 def test_the_built_in_model_is_fetched_once_converted_and_answers(tmp_path: Path) -> None:
     cache = tmp_path / "cache"

@@ -15,43 +15,52 @@ from infra.tracking.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 RUN = """
-import json, sys
+import contextlib, io, json, sys
 from flows.cli.app import main
-code = 0
-try:
-    main()
-except SystemExit as ended:
-    code = ended.code
-print(json.dumps({"code": code, "modules": [name for name in sys.modules if "." not in name]}))
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main()
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps({"code": code, "modules": [name for name in sys.modules if "." not in name]}))
 """
 SERVICES = {"prefect", "mlflow", "sqlalchemy", "fastapi"}
 LEARNING = {"torch", "transformers", "peft", "accelerate", "sklearn", "scipy"}
 TABLES = {"pandas", "datasets"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unneeded"),
-    [
-        (["history"], SERVICES | LEARNING | TABLES),
-        (["history", "--matrix"], SERVICES | LEARNING | TABLES),
-        (["history", "--moves"], SERVICES | LEARNING | TABLES),
-        (["history", "--at", "2030-01-01"], SERVICES | LEARNING | TABLES),
-        (["status"], SERVICES | LEARNING | TABLES),
-        (["validate", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
-        (["predict", "I lost my card."], SERVICES | TABLES | {"sklearn"}),
-        (["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out"], SERVICES | TABLES),
-    ],
-    ids=lambda value: " ".join(value[:2])[:16] if isinstance(value, list) else "",
-)  # fmt: skip
-def test_a_command_that_reads_imports_only_what_it_needs(
-    copied_home: Path, tmp_path: Path, arguments: list[str], unneeded: set[str]
+LIGHT = SERVICES | LEARNING | TABLES
+READING = [
+    (["history", "--lineage", "l"], LIGHT),
+    (["history", "--matrix", "--lineage", "l"], LIGHT),
+    (["history", "--moves", "--lineage", "l"], LIGHT),
+    (["history", "--at", "2030-01-01", "--lineage", "l"], LIGHT),
+    (["status"], LIGHT),
+    (["validate", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
+]
+ANSWERING = [
+    (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
+    (["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out", "OUT", "--lineage", "l"],
+     SERVICES | TABLES),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("commands", [READING, ANSWERING], ids=["reading", "answering"])
+def test_a_command_imports_only_what_it_needs(
+    copied_home: Path, tmp_path: Path, commands: list[tuple[list[str], set[str]]]
 ) -> None:
-    if arguments[0] in ("history", "predict", "validate"):
-        arguments = [*arguments, *([str(tmp_path / "out.jsonl")] if arguments[-1] == "--out" else []), "--lineage", "l"]
-    if isinstance(open_reader(TrackingSettings(tracking_uri=f"sqlite:///{copied_home / 'mlflow.db'}")), Registry):
-        unneeded = unneeded - {"mlflow", "sqlalchemy", "fastapi", "pandas"}  # a new MLflow, whose file is not read
-    command = [sys.executable, "-c", RUN, *arguments, "--home", str(copied_home)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["code"] in (0, None), done.stderr
-    assert sorted(unneeded.intersection(found["modules"])) == []
+    """The commands run one after another in one process; what one imports counts for the next ones too."""
+    out, home = str(tmp_path / "out.jsonl"), ["--home", str(copied_home)]
+    words = [[out if word == "OUT" else word for word in arguments] + home for arguments, _ in commands]
+    reader = open_reader(TrackingSettings(tracking_uri=f"sqlite:///{copied_home / 'mlflow.db'}"))
+    needed = {"mlflow", "sqlalchemy", "fastapi", "pandas"} if isinstance(reader, Registry) else set()  # a new MLflow
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(words)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands), done.stderr
+    for (arguments, unneeded), each in zip(commands, found, strict=True):
+        assert each["code"] in (0, None), (arguments, done.stderr)
+        assert not (unneeded - needed).intersection(each["modules"]), arguments

@@ -510,6 +510,7 @@ def test_the_frozen_test_rows_are_those_of_the_file(first: AdaptResult, tmp_path
     assert set(pq.read_table(path).column("input").to_pylist()) == wanted
 
 
+@pytest.mark.recentred
 def test_a_label_that_takes_over_the_answers_is_named_with_its_cost(tiny_base: Path, tmp_path: Path) -> None:
     files = {}
     for split, is_open in (("train", lambda i: i % 12 == 0), ("test", lambda i: i % 2 == 0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -20,6 +21,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import SERVED_FILE, ServedTask, ServedVersion
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from tests.conftest import MakeOnce
 
 TASK = TaskSchema(name="colours", labels=("red", "green", "blue"), instruction="Which colour is meant?")
 WORDS = {"red": "rose fire blood", "green": "grass leaf moss", "blue": "sea sky ice"}
@@ -63,9 +65,15 @@ def rows() -> Callable[..., Dataset]:
     return make_rows
 
 
+@pytest.fixture(scope="session")
+def loaded_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return load_base(str(tiny_base), tmp_path_factory.mktemp("cache"), precision="fp32")
+
+
 @pytest.fixture
-def base(tiny_base: Path, tmp_path: Path) -> BaseModel:
-    return load_base(str(tiny_base), tmp_path / "cache", precision="fp32")
+def base(loaded_base: BaseModel) -> BaseModel:
+    """A base model that the test may change."""
+    return copy.deepcopy(loaded_base)
 
 
 @dataclass
@@ -112,12 +120,13 @@ def train(base: BaseModel, tmp_path: Path) -> Train:
 
 
 @pytest.fixture(scope="session")
-def one_task_learned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_task_learned(loaded_base: BaseModel, made_once: MakeOnce) -> Path:
     """Folder of an adapter that has learned one task; tests take a copy, `parent`."""
-    folder = tmp_path_factory.mktemp("one-task-learned")
-    base = load_base(str(tiny_base), folder / "cache", precision="fp32")
+    base = copy.deepcopy(loaded_base)
     first = replace(SHORT, max_steps=12, learning_rate=2e-2)
-    return train_into(folder, base, "seq_lora", rows=make_rows(24, first=100), train=first).folder
+    rows = make_rows(24, first=100)
+    made = made_once("one-task", lambda folder: train_into(folder, base, "seq_lora", rows=rows, train=first))
+    return made / "adapter"
 
 
 @pytest.fixture

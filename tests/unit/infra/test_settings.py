@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment
+from infra.settings import HomeSettings, StoreSettings, TrackingSettings, embedded_environment, host_of
 from infra.store.local import open_store
 
 NAMES = (
@@ -140,3 +140,11 @@ def test_what_the_user_has_set_is_kept() -> None:
     assert with_server["DO_NOT_TRACK"] == "true"
     with_home = embedded_environment(Path("/srv/deal"), {"PREFECT_HOME": "/mine", "DO_NOT_TRACK": "1"})
     assert not {"PREFECT_HOME", "DO_NOT_TRACK"} & with_home.keys()
+
+
+def test_an_address_without_a_host_is_refused_and_not_shown() -> None:
+    assert host_of("https://user:pass@example.org/hook", "DEAL_WEBHOOK_URL") == "example.org"
+    for url in ("https://[secret/x", "https:///secret", "secret", ""):
+        with pytest.raises(ConfigError, match="DEAL_WEBHOOK_URL is no address with a host") as caught:
+            host_of(url, "DEAL_WEBHOOK_URL")
+        assert "secret" not in str(caught.value)

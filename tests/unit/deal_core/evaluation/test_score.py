@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -15,15 +17,16 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, generate_answers, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
+from tests.unit.deal_core.conftest import train_into
 
 ONE_TOKEN = EvaluateConfig(max_new_tokens=1)
 WELL = TrainConfig(max_steps=80, batch_size=8, learning_rate=3e-2, max_prompt_tokens=64)
 
 
-@pytest.fixture
-def folder(train):
+@pytest.fixture(scope="module")
+def folder(loaded_base, tmp_path_factory):
     """Folder of an adapter that has learned the task well enough to answer some rows."""
-    return train("seq_lora", train=WELL).folder
+    return train_into(tmp_path_factory.mktemp("learned"), copy.deepcopy(loaded_base), "seq_lora", train=WELL).folder
 
 
 def one_by_one(model, tokenizer, task, text, max_new_tokens=10) -> tuple[str, bool]:

@@ -43,6 +43,7 @@ def test_identical_samples_never_alarm(seed: int, words: tuple[str, ...] | None)
     assert found.estimated is not None and found.estimated.drop_points == 0.0
 
 
+@pytest.mark.nightly
 def test_random_halves_alarm_no_oftener_than_promised() -> None:
     """The limits on the size are off here, so only the significance holds alarms back."""
     rows, random = logged_rows(400, 1), np.random.default_rng(0)
@@ -54,6 +55,7 @@ def test_random_halves_alarm_no_oftener_than_promised() -> None:
     assert num_alarms <= num_looks * 0.05 + 3 * deviation
 
 
+@pytest.mark.nightly
 def test_texts_of_one_kind_alarm_no_oftener_than_promised() -> None:
     alarms = [
         any(test.name == "texts" and test.is_alarm for test in look(
@@ -169,6 +171,7 @@ def test_a_rare_label_that_surges_is_seen() -> None:
     assert three is not None and three.p_value < 1e-4 and three.effect > 0.2
 
 
+@pytest.mark.nightly
 def test_many_rare_labels_differ_significantly_no_oftener_than_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Expected counts are about 3 here, so the approximation does not hold."""
     monkeypatch.setattr(two_samples, "NUM_TABLES", 499)

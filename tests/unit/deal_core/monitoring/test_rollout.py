@@ -98,6 +98,7 @@ def test_a_loss_within_noise_is_allowed_up_to_the_limit() -> None:
     assert lost.reasons == (lost.reasons[0],) and lost.reasons[0].endswith("a loss of 10 points is allowed")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("make", [shadow, canary])
 def test_equal_versions_are_seldom_aborted_however_often_somebody_looks(make: Any) -> None:
     aborted = 0
