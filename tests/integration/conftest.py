@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,21 +35,32 @@ def three_versions(prefect_api: None, tiny_base: Path, mlflow_database: Path, ma
     return made_once("three-versions", learn)
 
 
-@pytest.fixture
-def copied_home(three_versions: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a copy of `three_versions`. What a test removes or damages there, the original keeps."""
-    # MLflow keeps the folder of a run's artifacts in memory by the run's id, which all copies share.
-    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())
-    shutil.copytree(three_versions, home, dirs_exist_ok=True)
-    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:  # MLflow stores absolute addresses
+def copy_home(original: Path, copy: Path) -> Path:
+    """Copy a home. What a test removes or damages in the copy, the original keeps."""
+    shutil.copytree(original, copy, dirs_exist_ok=True)
+    with closing(sqlite3.connect(copy / "mlflow.db")) as database, database:  # MLflow stores absolute addresses
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         for table in tables:
             for _, column, kind, *_ in database.execute(f'PRAGMA table_info("{table}")').fetchall():
                 if kind.startswith(("VARCHAR", "TEXT")):
                     database.execute(
-                        f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?)', (str(three_versions), str(home))
+                        f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?)', (str(original), str(copy))
                     )
-    return home
+    return copy
+
+
+@pytest.fixture
+def copy_to_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Return a function that fills the test's home with a copy of another."""
+    # MLflow keeps the folder of a run's artifacts in memory by the run's id, which all copies share.
+    monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())
+    return lambda original: copy_home(original, home)
+
+
+@pytest.fixture
+def copied_home(three_versions: Path, copy_to_home: Callable[[Path], Path]) -> Path:
+    """A home with a copy of `three_versions`."""
+    return copy_to_home(three_versions)
 
 
 @pytest.fixture(scope="module")

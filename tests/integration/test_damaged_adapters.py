@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
-from flows.adapt import AdaptResult
 from flows.cli.app import app
 from flows.evaluate import evaluate
 from flows.promote import roll_back
@@ -21,31 +19,17 @@ from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.predict import predict, predict_file
-from tests.adapting import BANK, CLINIC, run
+from tests.adapting import BANK, run
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def learned_home(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, AdaptResult]:
-    """A home whose lineage has learned two tasks, and the results."""
-    folder = tmp_path_factory.mktemp("learned-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        run(tiny_base, BANK)
-        return folder, run(tiny_base, CLINIC)
-
-
 @pytest.fixture
-def champion(home: Path, learned_home: tuple[Path, AdaptResult]) -> VersionInfo:
-    """The champion, version 2, in a copy of that home."""
-    shutil.copytree(learned_home[0], home, dirs_exist_ok=True)
+def champion(copied_home: Path) -> VersionInfo:
+    """The champion, version 3, whose parent is version 1."""
     info = open_registry().champion("l")
-    assert info is not None and info.version == "2"
+    assert info is not None and info.version == "3"
     return info
 
 
@@ -65,7 +49,7 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
 ) -> None:
     folder = folder_of(home, champion)
     recorded = digests_of(folder)[WEIGHTS]
-    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
     flip(folder / WEIGHTS)
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"text": "I lost my card"}\n')
@@ -83,7 +67,7 @@ def test_a_damaged_champion_is_refused_wherever_it_would_be_loaded(
         with pytest.raises(IntegrityError) as caught:
             load()
         message = str(caught.value)
-        for part in ("Version 2 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal rollback --to 1"):
+        for part in ("Version 3 of 'l'", WEIGHTS, recorded, digests_of(folder)[WEIGHTS], "deal rollback --to 1"):
             assert part in message, (name, message)
     assert [(info.version, info.aliases) for info in open_registry().versions("l")] == before, "nothing was learned"
 
@@ -102,7 +86,7 @@ def test_an_adapter_that_is_brought_back_serves_again(champion: VersionInfo, hom
     with pytest.raises(IntegrityError):
         predict("I lost my card", lineage="l", task="bank", version=None)
     path.write_bytes(whole)
-    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
 
 
 @pytest.mark.parametrize("name", ["deal.json", "adapter_config.json", WEIGHTS, "MLmodel"])
@@ -110,19 +94,16 @@ def test_what_is_fetched_to_be_served_is_compared_too(
     champion: VersionInfo, tmp_path: Path, name: str
 ) -> None:
     registry = open_registry()
-    registry.download("l", "2", tmp_path / "whole")
-    location = registry.client.get_logged_model(champion.model_id).artifact_location  # in the home before it was copied
+    registry.download("l", "3", tmp_path / "whole")
+    location = registry.client.get_logged_model(champion.model_id).artifact_location
     path = Path(location.removeprefix("file://")) / name
     recorded, content = digests_of(path.parent, [name])[name], path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    try:
-        with pytest.raises(IntegrityError) as caught:
-            registry.download("l", "2", tmp_path / "served")
-        found = digests_of(path.parent, [name])[name]
-    finally:
-        path.write_bytes(content)
+    with pytest.raises(IntegrityError) as caught:
+        registry.download("l", "3", tmp_path / "served")
+    found = digests_of(path.parent, [name])[name]
     message = str(caught.value)
-    for part in ("Version 2 of 'l'", name, recorded, found, "deal rollback"):
+    for part in ("Version 3 of 'l'", name, recorded, found, "deal rollback"):
         assert part in message
     assert not (tmp_path / "served").exists()
 
@@ -131,15 +112,15 @@ def test_a_version_of_an_earlier_release_is_loaded_and_compared_by_the_digest_it
     champion: VersionInfo, home: Path, tmp_path: Path
 ) -> None:
     registry = open_registry()
-    registry.client.delete_model_version_tag("l", "2", "deal.files_sha256")
+    registry.client.delete_model_version_tag("l", "3", "deal.files_sha256")
     registry.client.delete_logged_model_tag(champion.model_id, "deal.files_sha256")
-    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
-    registry.download("l", "2", tmp_path / "served")
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
+    registry.download("l", "3", tmp_path / "served")
     flip(folder_of(home, champion) / WEIGHTS)
     with pytest.raises(IntegrityError, match=champion.adapter_sha256):
         predict("I lost my card", lineage="l", task="bank", version=None)
-    registry.client.delete_model_version_tag("l", "2", "deal.adapter_sha256")
-    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "2"
+    registry.client.delete_model_version_tag("l", "3", "deal.adapter_sha256")
+    assert predict("I lost my card", lineage="l", task="bank", version=None).version == "3"
 
 
 def test_the_registry_knows_the_digest_of_each_file(champion: VersionInfo, home: Path) -> None:

@@ -20,11 +20,12 @@ from flows.promote import decide, reject
 from flows.server.deploy import deploy_all
 from infra.promotions import Move
 from infra.tracking.registry import open_registry
+from tasks.adaptation.promote import complete_version
 from tasks.lineage.history import read_moves
 from tasks.notices import Notice, announce
-from tests.adapting import CLINIC, PASS, run
 from tests.in_process import put_back
 from tests.receiver import Receiver
+from tests.registering import register
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 BY = {"why": "read the report", "who": "Ada"}
@@ -118,10 +119,10 @@ def check_another_home_or_store_is_not_overwritten(
 
 
 @pytest.fixture
-def waiting(copied_home: Path, tiny_base: Path) -> str:
+def waiting(copied_home: Path) -> str:
     """Number of a version that waits for a person."""
-    found = run(tiny_base, CLINIC, gate={**PASS, "approval": "person"}, again=True)
-    assert found.status == "awaiting approval"
+    found = register("waiting", approval="awaiting")
+    complete_version(open_registry(), found)
     return found.version
 
 

@@ -26,9 +26,9 @@ from tasks.context import current_store
 from tasks.predict import Answer, predict
 from tasks.serving.export import export_version, hub_folder
 from tasks.serving.publish import publish
-from tests.adapting import CLINIC, PASS, run
 from tests.in_process import put_back
 from tests.loopback import Loopback
+from tests.registering import register
 
 TEXT = "Patient reports chest pain since this morning."
 
@@ -87,7 +87,7 @@ def test_an_export_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("act", ["merged", "publish"])
-def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, tiny_base: Path, act: str) -> None:
+def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None:
     def hand_over(number: str) -> Any:
         if act == "publish":
             return publish("l", tmp_path / "out", VllmSettings(), version=number)
@@ -95,7 +95,7 @@ def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, tiny_base: Path, 
 
     with pytest.raises(RegistryError, match="did not pass its gate"):
         hand_over("2")
-    waiting = run(tiny_base, CLINIC, gate={**PASS, "approval": "person"}, again=True)
+    waiting = register("waiting", approval="awaiting")
     with pytest.raises(RegistryError, match=f"deal promote {waiting.version} --lineage l"):
         hand_over(waiting.version)
     asyncio.run(forget(version("1").dataset_sha256))

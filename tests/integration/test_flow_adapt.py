@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,39 @@ from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.predict import predict
+from tasks.references import AdaptationJob
+from tasks.spec import AdaptSpec
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
+from tests.conftest import MakeOnce
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
-@pytest.fixture(scope="module")
-def bank_home(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, AdaptResult]:
-    """A home whose lineage has learned its first task, and the result."""
-    folder = tmp_path_factory.mktemp("bank-home")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        return folder, run(tiny_base, BANK)
+RESULT = "result.json"
+
+
+class Killed(BaseException):
+    """The death of a process."""
+
+
+@pytest.fixture(scope="session")
+def bank_home(prefect_api: None, tiny_base: Path, mlflow_database: Path, made_once: MakeOnce) -> Path:
+    """A home whose lineage has learned its first task, and the file with the result."""
+
+    def learn(folder: Path) -> None:
+        shutil.copy(mlflow_database, folder / "mlflow.db")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DEAL_HOME", str(folder))
+            (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
+
+    return made_once("bank-learned", learn)
 
 
 @pytest.fixture
-def first(home: Path, bank_home: tuple[Path, AdaptResult]) -> AdaptResult:
+def first(home: Path, bank_home: Path, copy_to_home: Callable[[Path], Path]) -> AdaptResult:
     """The first task's result, in a copy of its home."""
-    folder, result = bank_home
-    shutil.copytree(folder, home, dirs_exist_ok=True)
-    return result
+    copy_to_home(bank_home)
+    return AdaptResult.model_validate_json((home / RESULT).read_text())
 
 
 def versions() -> list[tuple[str, str, tuple[str, ...]]]:
@@ -92,19 +103,28 @@ def test_the_first_arrival_becomes_champion_and_leaves_everything_in_its_place(f
     assert not list((home / "work").rglob("*.*")), "checkpoints were not deleted"
 
 
-def test_a_lineage_keeps_its_strategy_until_another_is_asked_for(tiny_base: Path) -> None:
-    for task, settings in ((BANK, {"strategy": "seq_lora"}), (CLINIC, {}), (CLINIC, {"strategy": "deal"})):
-        run(tiny_base, task, again=bool(settings), **settings)
-    assert [info.strategy for info in open_registry().versions("l")] == ["seq_lora", "seq_lora", "deal"]
-
-
-def test_a_lineage_keeps_rows_until_another_memory_is_asked_for(tiny_base: Path) -> None:
-    run(tiny_base, BANK, memory="rows")
-    run(tiny_base, CLINIC)
+def test_a_lineage_supplies_what_the_next_spec_leaves_open(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_base, BANK, strategy="replay", memory="rows", adapter={"rank": 4})
+    second = run(tiny_base, CLINIC, base_model=None)
     store, versions = current_store(), open_registry().versions("l")
-    assert [read_record(store, info.adapter_uri).memory for info in versions] == ["rows", "rows"]
+    records = [read_record(store, info.adapter_uri) for info in versions]
+    assert [info.strategy for info in versions] == ["replay", "replay"]
+    assert [record.memory for record in records] == ["rows", "rows"]
+    assert (second.version, records[1].adapter.rank, records[1].base.source) == ("2", 4, str(tiny_base))
     with borrowed_adapter(store, versions[-1], with_method=True) as folder:
         assert len(stored_rows(folder)) == 2, "of both arrivals"
+    asked: list[AdaptSpec] = []
+
+    async def stop(spec: AdaptSpec, job: AdaptationJob, stages: object) -> None:
+        asked.append(spec)
+        raise Killed
+
+    monkeypatch.setattr("flows.adapt._learn", stop)
+    with pytest.raises(Killed):
+        run(tiny_base, CLINIC, again=True, strategy="deal", memory="none")
+    assert (asked[0].strategy, asked[0].memory) == ("deal", "none")
 
 
 def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
@@ -133,8 +153,11 @@ def test_mlflow_holds_the_whole_run(first: AdaptResult, home: Path) -> None:
     assert tags["deal.task"] == "bank" and tags["deal.gate"] == "accepted" and "deal.config_sha256" in tags
 
 
-def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(tiny_base: Path, first: AdaptResult) -> None:
-    second = run(tiny_base, CLINIC)
+def test_the_next_arrival_continues_the_champion_and_every_task_is_judged(
+    tiny_base: Path, tmp_path: Path, first: AdaptResult
+) -> None:
+    moved = shutil.copytree(tiny_base, tmp_path / tiny_base.name)  # the same base model at another place
+    second = run(moved, CLINIC)
 
     assert (second.status, second.version, second.parent_version) == ("promoted", "2", "1")
     assert versions() == [("1", "bank", ("previous",)), ("2", "clinic", ("challenger", "champion"))]
@@ -233,10 +256,8 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home:
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
     assert len(versions()) == 2
-
-    accepted = run(tiny_base, CLINIC)
-    assert (accepted.status, accepted.version, accepted.parent_version) == ("promoted", "3", "1")
-    assert accepted.matrix is not None and accepted.matrix["trained"] == ["bank", "clinic"]
+    parent = find_parent.fn("l")
+    assert parent is not None and parent.version == "1"
 
 
 @pytest.mark.nightly
@@ -252,10 +273,12 @@ def test_a_task_that_arrives_again_is_judged_on_its_first_test_rows(
     rows = [json.loads(line) for line in Path(BANK["test_data"]).read_text().splitlines()[:2]]
     rows += [{"text": f"A new message number {number} about my card.", "label": "lost card"} for number in range(20)]
     arrival = tmp_path / "more.jsonl"
+    rows += [{"text": "", "label": "lost card"}]
     arrival.write_text("\n".join(json.dumps({**row, "split": "train"}) for row in rows))
     second = run(tiny_base, {"name": "bank", "data": str(arrival)})
 
-    assert (second.status, second.dataset.num_rejected) == ("promoted", 2)
+    assert (second.status, second.dataset.num_rejected) == ("promoted", 3)
+    assert [bad["reason"] for bad in quarantined(second)].count("empty text") == 1
     record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
     assert [known.dataset_uri for known in record.tasks] == [first.dataset.uri]
     assert record.tasks[0].schema.instruction == BANK["instruction"]
@@ -288,14 +311,6 @@ def test_a_refused_file_leaves_its_rows_in_quarantine_and_nothing_else(tiny_base
     assert versions() == []
 
 
-def test_bad_rows_go_to_quarantine_and_the_good_ones_are_learned(tiny_base: Path, tmp_path: Path) -> None:
-    arrival = tmp_path / "mixed.jsonl"
-    arrival.write_text(Path(BANK["data"]).read_text() + '{"text": "", "label": "lost card"}\n')
-    result = run(tiny_base, {**BANK, "data": str(arrival)})
-    assert (result.dataset.num_train, result.dataset.num_rejected) == (72, 1)
-    assert [bad["reason"] for bad in quarantined(result)] == ["empty text"]
-
-
 @pytest.mark.nightly
 def test_files_with_the_same_good_rows_keep_their_bad_rows_apart(tiny_base: Path, tmp_path: Path) -> None:
     results: list[AdaptResult] = []
@@ -319,14 +334,6 @@ def test_another_base_model_needs_another_lineage(tiny_base: Path, tmp_path: Pat
     assert len(versions()) == 1
 
 
-def test_a_base_model_at_another_place_is_the_same(tiny_base: Path, tmp_path: Path, first: AdaptResult) -> None:
-    moved = tmp_path / tiny_base.name
-    moved.mkdir()
-    for path in tiny_base.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    assert run(moved, CLINIC).status == "promoted"
-
-
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
@@ -340,17 +347,6 @@ def test_what_contradicts_the_lineage_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tiny_base, task, **settings)
-
-
-def test_the_lineage_supplies_base_and_adapter_shape(tiny_base: Path) -> None:
-    run(tiny_base, BANK, adapter={"rank": 4})
-    second = run(tiny_base, CLINIC, base_model=None)
-    record = read_record(current_store(), f"adapters/l/{second.run_key[:16]}")
-    assert (record.adapter.rank, record.base.source) == (4, str(tiny_base))
-
-
-class Killed(BaseException):
-    """The death of a process."""
 
 
 @pytest.mark.parametrize("alias", ["champion", "challenger"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,7 +31,9 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version, read_champion_at, read_history, read_moves
 from tasks.lineage.settings import WatchedLineage, add_lineage
 from tasks.spec import AdaptSpec, parse
+from tests.conftest import MakeOnce
 from tests.in_process import KilledError
+from tests.integration.conftest import copy_home
 from tests.receiver import Receiver
 
 TASKS = {
@@ -55,24 +58,44 @@ def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptRe
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
 
-@pytest.fixture(scope="module")
-def two_versions(
-    prefect_api: None, tiny_base: Path, mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A home whose lineage has learned two tasks."""
-    folder = tmp_path_factory.mktemp("two-versions")
-    shutil.copy(mlflow_database, folder / "mlflow.db")
+def learn_in(folder: Path, base: Path, *tasks: str, **gate: Any) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEAL_HOME", str(folder))
-        for task in ("bank", "parcels"):
-            assert learn(tiny_base, task).status == "promoted"
-        return folder
+        return [learn(base, task, **gate).status for task in tasks]
+
+
+@pytest.fixture(scope="session")
+def two_versions(prefect_api: None, tiny_base: Path, mlflow_database: Path, made_once: MakeOnce) -> Path:
+    """A home whose lineage has learned two tasks."""
+
+    def make(folder: Path) -> None:
+        shutil.copy(mlflow_database, folder / "mlflow.db")
+        assert learn_in(folder, tiny_base, "bank", "parcels") == ["promoted", "promoted"]
+
+    return made_once("promote-two-versions", make)
+
+
+@pytest.fixture(scope="session")
+def third_waits(two_versions: Path, tiny_base: Path, made_once: MakeOnce) -> Path:
+    """The same, and a third version that waits for its approval."""
+
+    def make(folder: Path) -> None:
+        copy_home(two_versions, folder)
+        assert learn_in(folder, tiny_base, "clinic", approval="person") == ["awaiting approval"]
+
+    return made_once("promote-third-waits", make)
 
 
 @pytest.fixture
-def lineage(home: Path, two_versions: Path) -> None:
+def lineage(copy_to_home: Callable[[Path], Path], two_versions: Path) -> None:
     """The two versions, in a copy of the home."""
-    shutil.copytree(two_versions, home, dirs_exist_ok=True)
+    copy_to_home(two_versions)
+
+
+@pytest.fixture
+def waiting(copy_to_home: Callable[[Path], Path], third_waits: Path) -> None:
+    """The two versions and the one that waits, in a copy of the home."""
+    copy_to_home(third_waits)
 
 
 def die(*args: Any) -> None:
@@ -161,12 +184,11 @@ def test_a_version_that_was_rolled_back_can_be_promoted_again() -> None:
     assert (done.before, done.champion, aliases()["champion"]) == ("1", "2", "2")
 
 
-def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, lineage: None) -> None:
-    waiting = learn(tiny_base, "clinic", approval="person")
-    assert (waiting.status, waiting.rejected, waiting.version) == ("awaiting approval", False, "3")
+def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, waiting: None) -> None:
     assert aliases() == {"champion": "2", "previous": "1", "challenger": "3"}
     repeat = learn(tiny_base, "clinic", approval="person")
-    assert repeat.status == "repeat" and "deal promote 3 --lineage l" in repeat.message
+    assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "3")
+    assert "deal promote 3 --lineage l" in repeat.message
     parent = find_parent.fn("l")
     assert parent is not None and parent.version == "2"
 
@@ -176,8 +198,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, l
     assert learn(tiny_base, "clinic").message.startswith("Nothing to do: version 3 has learned")
 
 
-def test_a_refused_version_never_serves(tiny_base: Path, lineage: None) -> None:
-    learn(tiny_base, "clinic", approval="person")
+def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
     reject_version("l", "3", who="tester", why="labels look wrong")
     for move in (promote_to, roll_back):
         with pytest.raises(RegistryError, match="rejected by a person"):
@@ -188,10 +209,8 @@ def test_a_refused_version_never_serves(tiny_base: Path, lineage: None) -> None:
     assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
 
 
-def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy(
-    tiny_base: Path, lineage: None
-) -> None:
-    learn(tiny_base, "clinic", approval="person")
+@pytest.mark.usefixtures("waiting")
+def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remedy() -> None:
     roll_back("l", "1", **BY)
     with pytest.raises(RegistryError, match=r"version 2, but version 1 is champion.*deal requeue 3 --lineage l"):
         promote_to("l", "3", **BY)
@@ -341,10 +360,8 @@ def test_a_rollback_of_a_version_that_was_registered_twice_stays(
     assert [move.champion for move in read_moves("l")] == ["1", "2", "3", "2"]
 
 
-def test_a_rejection_that_was_cut_short_holds(
-    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learn(tiny_base, "clinic", approval="person")
+@pytest.mark.usefixtures("waiting")
+def test_a_rejection_that_was_cut_short_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = open_registry().versions("l")[-1]
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "tag_version", die)
@@ -359,12 +376,8 @@ def test_a_rejection_that_was_cut_short_holds(
     assert (aliases()["champion"], read_moves("l")[-1].action) == ("2", "rejected")
 
 
-@pytest.mark.usefixtures("lineage")
-def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learn(tiny_base, "clinic", approval="person")
-
+@pytest.mark.usefixtures("waiting")
+def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_slowly(registry: Registry, lineage: str, version: str) -> VersionInfo:
         monkeypatch.setattr("flows.promote.find_version", find_version)
         roll_back("l", "1", **BY)
@@ -376,11 +389,8 @@ def test_a_rejection_does_not_undo_a_move_that_was_made_meanwhile(
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("1", "1")
 
 
-@pytest.mark.usefixtures("lineage")
-def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learn(tiny_base, "clinic", approval="person")
+@pytest.mark.usefixtures("waiting")
+def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
     open_registry().client.set_registered_model_alias("l", "champion", "1")
     settled_champion(open_registry(), current_store(), "l")
@@ -399,9 +409,8 @@ def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(
 
 @pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
-    tiny_base: Path, lineage: None, monkeypatch: pytest.MonkeyPatch, step: str
+    tiny_base: Path, waiting: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    learn(tiny_base, "clinic", approval="person")
     with monkeypatch.context() as patch:
         patch.setattr(step, die)
         with pytest.raises(KilledError):

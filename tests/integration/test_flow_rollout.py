@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
 from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts
 from infra.promotions import PromotionLog
-from infra.tracking.facts import VersionFacts, VersionInfo
+from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
@@ -24,6 +23,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.versions import descent, standing_of
 from tests.in_process import KilledError
+from tests.registering import register
 
 BY = {"who": "Ada", "why": "a test"}
 TERMS = RolloutTerms("canary", 0.1, 200, 10.0, 0.95)
@@ -36,22 +36,9 @@ def lineage(copied_home: Path) -> None:
     """Versions 1 and 3 were promoted, in a copy of the home."""
 
 
-def register(name: str, approval: str | None = None) -> VersionInfo:
-    """Register a version that continues version 3 and passed its gate, as another arrival's run does."""
-    registry = open_registry()
-    third = registry.version("l", "3")
-    assert third is not None
-    facts = VersionFacts(**{each: getattr(third, each) for each in VersionFacts.__dataclass_fields__})
-    facts = replace(
-        facts, run_key=name, parent_version="3", rollout=TERMS, dataset_sha256=name, landed_sha256=name,
-        approval=approval,  # type: ignore[arg-type]
-    )
-    return registry.register("l", facts, tracking_id=third.tracking_id, model_id=third.model_id)
-
-
 def begin(name: str) -> VersionInfo:
     """Let the run of a new version end."""
-    version = register(name)
+    version = register(name, rollout=TERMS)
     complete_version(open_registry(), version)
     return version
 
@@ -129,7 +116,7 @@ def test_a_person_or_the_rollout_rejects_the_version() -> None:
 
 @pytest.mark.parametrize("by_form", [False, True])
 def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
-    complete_version(open_registry(), register("a", "awaiting"))
+    complete_version(open_registry(), register("a", rollout=TERMS, approval="awaiting"))
     assert (in_rollout(), standing("4")) == (None, "awaiting approval")
     done = decide("l", "4", "approve", **BY) if by_form else promote_to("l", "4", **BY)
     assert (done.action, in_rollout(), champion()) == ("rollout", "4", "3")
@@ -139,7 +126,7 @@ def test_with_an_approval_the_person_begins_the_rollout(by_form: bool) -> None:
 
 
 def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = register("a")
+    version = register("a", rollout=TERMS)
 
     def die(*_: object) -> None:
         raise KilledError
