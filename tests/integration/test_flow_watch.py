@@ -71,32 +71,64 @@ def outcomes(result: WatchResult) -> list[tuple[str, str]]:
     return [(seen.key.removeprefix("inbox/"), seen.outcome) for seen in result.files]
 
 
+PARCELS = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
+
+
 def test_arrivals_are_learned_in_order_and_once(tiny_base: Path, home: Path) -> None:
     clinic = yaml.safe_dump({"columns": {"text": "note", "label": "finding"}, "instruction": "What is it?"})
+    land(home, "bank/bad.jsonl", b"nonsense\n", age=300)
     land(home, "clinic/task.yaml", clinic.encode())
     land(home, "clinic/b.csv", (EXAMPLES / "clinic" / "train.csv").read_bytes(), age=200)
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes(), age=100)
+    land(home, "parcels/a.jsonl", PARCELS, age=100)
     result, _ = look(lineage(tiny_base))
-
-    assert outcomes(result) == [("clinic/b.csv", "promoted"), ("parcels/a.jsonl", "promoted")]
+    wanted = [("bank/bad.jsonl", "refused"), ("clinic/b.csv", "promoted"), ("parcels/a.jsonl", "promoted")]
+    assert outcomes(result) == wanted, "a bad file does not stop the others"
     assert [run.version for run in result.runs] == ["1", "2"]
     manifest = current_store().get_bytes(f"{result.runs[0].dataset.uri}/manifest.json").decode()
     assert "What is it?" in manifest
-    second, _ = look(lineage(tiny_base))
-    assert second.files == ()
-    assert len(open_registry().versions("l")) == 2
+    assert look(lineage(tiny_base))[0].files == ()
+
+    land(home, "parcels/again.jsonl", PARCELS, age=90)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/again.jsonl", "repeat")], "the same content"
+    (home / "store" / "inbox" / "clinic" / "task.yaml").unlink()
+    land(home, "clinic/c.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes(), age=80)
+    result, _ = look(lineage(tiny_base))
+    assert outcomes(result) == [("clinic/c.csv", "promoted")], "the lineage knows which columns the task has"
+    assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3"]
+
+    other, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"), tasks=("parcels",))
+    assert outcomes(other) == [("parcels/a.jsonl", "promoted"), ("parcels/again.jsonl", "repeat")]
+    assert [info.strategy for info in open_registry().versions("m")] == ["seq_lora"]
 
 
-def test_a_watch_that_goes_on_keeps_no_accuracy_matrix_of_each_run(tiny_base: Path, home: Path) -> None:
-    class Impatient(Said):
-        def stage_started(self, stage: str) -> None:
-            if stage == "waiting":
-                ask_to_stop()
+def test_a_file_that_failed_is_learned_once_nothing_hinders_it(
+    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was wrong with it is corrected, a server comes back, and a training that diverged is asked for again."""
 
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
-    with reporting_to(Impatient()):
-        result = asyncio.run(watch(lineage(tiny_base), poll_seconds=0.01))
-    assert outcomes(result) == [("parcels/a.jsonl", "promoted")] and result.runs == ()
+    def diverge(*args: Any, **kwargs: Any) -> None:
+        raise TrainingDivergedError("The training diverged.")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the server is away")
+
+    land(home, "parcels/a.jsonl", b"nonsense\n")
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
+    land(home, "parcels/a.jsonl", PARCELS, age=50)
+    with monkeypatch.context() as patch:
+        patch.setattr("deal_core.training.train.train_adapter", diverge)
+        failed, _ = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
+    add_lineage(current_store(), WatchedLineage(lineage="l"))
+    (status,) = asyncio.run(read_status(home)).lineages
+    assert status.num_open == 0 and "deal watch --once --lineage l --spec SPEC" in status.failed[0]
+    assert "tried again from" not in status.failed[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "register", fail)
+        failed, said = look(lineage(tiny_base))
+    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
+    assert any("RuntimeError: the server is away" in line for line in said)
+    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
 
 
 def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base: Path, home: Path) -> None:
@@ -115,27 +147,6 @@ def test_only_a_watch_that_shall_handle_everything_minds_being_stopped(tiny_base
     with reporting_to(Stopping()):
         result = asyncio.run(watch(lineage(tiny_base), once=True, poll_seconds=0.01))
     assert outcomes(result) == [("parcels/c.jsonl", "refused")], "no arrival was left"
-
-
-def test_a_later_arrival_needs_no_task_file(tiny_base: Path, home: Path) -> None:
-    task = yaml.safe_dump({"columns": {"text": "note", "label": "finding"}})
-    land(home, "clinic/task.yaml", task.encode())
-    land(home, "clinic/1.csv", (EXAMPLES / "clinic" / "train.csv").read_bytes())
-    look(lineage(tiny_base))
-    (home / "store" / "inbox" / "clinic" / "task.yaml").unlink()
-    land(home, "clinic/2.csv", (EXAMPLES / "clinic" / "test.csv").read_bytes())
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("clinic/2.csv", "promoted")], "the lineage knows which columns the task has"
-
-
-def test_the_same_content_under_another_name_is_a_repeat(tiny_base: Path, home: Path) -> None:
-    content = (EXAMPLES / "parcels" / "messages.jsonl").read_bytes()
-    land(home, "parcels/a.jsonl", content)
-    look(lineage(tiny_base))
-    land(home, "parcels/b.jsonl", content)
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("parcels/b.jsonl", "repeat")]
-    assert len(open_registry().versions("l")) == 1
 
 
 def test_test_rows_beside_an_arrival_are_no_arrival(tiny_base: Path, home: Path) -> None:
@@ -175,18 +186,10 @@ def test_what_cannot_be_used_is_said_once(
     assert message in notice["payload"]["error"]
 
 
-def test_a_corrected_file_is_looked_at_again(tiny_base: Path, home: Path) -> None:
-    land(home, "parcels/a.jsonl", b"nonsense\n")
-    look(lineage(tiny_base))
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes(), age=50)
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
-
-
 @pytest.mark.nightly
 def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base: Path, home: Path) -> None:
     land(home, "parcels/task.yaml", b"labels: [no, such]\n")
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    land(home, "parcels/a.jsonl", PARCELS)
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "refused")]
     land(home, "parcels/task.yaml", b"instruction: What is the matter?\n", age=50)
     assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
@@ -194,48 +197,9 @@ def test_a_corrected_task_file_opens_what_was_refused_and_nothing_else(tiny_base
     assert outcomes(look(lineage(tiny_base))[0]) == []
 
 
-def test_one_bad_file_does_not_stop_the_others(tiny_base: Path, home: Path) -> None:
-    land(home, "bank/bad.jsonl", b"nonsense\n", age=200)
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("bank/bad.jsonl", "refused"), ("parcels/a.jsonl", "promoted")]
-
-
-def test_a_run_that_failed_is_tried_again(tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the server is away")
-
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, "register", fail)
-        failed, said = look(lineage(tiny_base))
-    assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
-    assert any("RuntimeError: the server is away" in line for line in said)
-    result, _ = look(lineage(tiny_base))
-    assert outcomes(result) == [("parcels/a.jsonl", "promoted")]
-
-
-def test_a_training_that_diverged_closes_its_arrival_until_somebody_asks(
-    tiny_base: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverge(*args: Any, **kwargs: Any) -> None:
-        raise TrainingDivergedError("The training diverged.")
-
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
-    with monkeypatch.context() as patch:
-        patch.setattr("deal_core.training.train.train_adapter", diverge)
-        failed, _ = look(lineage(tiny_base))
-    assert outcomes(failed) == [("parcels/a.jsonl", "failed")] and failed.num_refused == 1
-    add_lineage(current_store(), WatchedLineage(lineage="l"))
-    (status,) = asyncio.run(read_status(home)).lineages
-    assert status.num_open == 0 and "deal watch --once --lineage l --spec SPEC" in status.failed[0]
-    assert "tried again from" not in status.failed[0]
-    assert outcomes(look(lineage(tiny_base))[0]) == [("parcels/a.jsonl", "promoted")]
-
-
 @pytest.mark.nightly
 def test_a_base_model_that_cannot_be_had_closes_no_arrival(tiny_base: Path, home: Path, tmp_path: Path) -> None:
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
+    land(home, "parcels/a.jsonl", PARCELS)
     failed, said = look(lineage(tmp_path / "away"))
     assert outcomes(failed) == [("parcels/a.jsonl", "failed")]
     assert any(line.startswith("Failed: ") and "There is no file or folder" in line for line in said)
@@ -262,14 +226,6 @@ def test_a_watch_of_some_tasks_leaves_the_others_alone(tiny_base: Path, home: Pa
     land(home, "clinic/bad.jsonl", b"nonsense\n")
     result, _ = look(lineage(tiny_base), tasks=("clinic",))
     assert outcomes(result) == [("clinic/bad.jsonl", "refused")]
-
-
-def test_two_lineages_learn_from_one_inbox(tiny_base: Path, home: Path) -> None:
-    land(home, "parcels/a.jsonl", (EXAMPLES / "parcels" / "messages.jsonl").read_bytes())
-    first, _ = look(lineage(tiny_base))
-    second, _ = look(lineage(tiny_base, lineage="m", strategy="seq_lora"))
-    assert (outcomes(first), outcomes(second)) == ([("parcels/a.jsonl", "promoted")],) * 2
-    assert open_registry().versions("m")[0].strategy == "seq_lora"
 
 
 @pytest.mark.parametrize("name", ["clinic/task.yaml", "parcels/messages.jsonl"])

@@ -130,6 +130,7 @@ def test_a_hold_stops_the_files_that_a_run_has_not_begun(tiny_base: Path, home: 
     worker._handle = handle_and_hold  # type: ignore[method-assign]
     asyncio.run(worker.handle_open())
     assert [seen.key for seen in worker.files] == ["inbox/parcels/a.jsonl"] and worker.num_left == 1
+    assert worker.runs == [], "a watch that goes on keeps no result of each run, which has an accuracy matrix"
 
 
 def test_a_look_lists_the_inbox_once_for_all_lineages(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
