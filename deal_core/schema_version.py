@@ -36,6 +36,22 @@ def require_schema_version(
     return {name: value for name, value in values.items() if name != "schema_version"}
 
 
+def first_problem(error: ValidationError) -> str:
+    """Return where the first wrong value lies, and what is wrong with it, without the value: it may be a row's text.
+
+    Example:
+        >>> class A(BaseModel):
+        ...     number: int
+        >>> try:
+        ...     A(number="a text")
+        ... except ValidationError as error:
+        ...     print(first_problem(error).partition(",")[0])
+        number: Input should be a valid integer
+    """
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 class Kept(NamedTuple):
     """Name and versions of a class's stored JSON; the fields are explained in `require_schema_version`."""
 
@@ -75,12 +91,10 @@ class VersionedJson:
         try:
             read: Self = cls._adapter().validate_python(fields)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            own = first.get("ctx", {}).get("error")  # raised by the class itself
+            own = error.errors(include_url=False)[0].get("ctx", {}).get("error")  # raised by the class itself
             if isinstance(own, ValueError):
                 raise own from None
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{kept.what} is damaged: {place}: {first['msg']}") from None
+            raise ValueError(f"{kept.what} is damaged: {first_problem(error)}") from None
         return read
 
     @classmethod

@@ -13,6 +13,7 @@ from deal_core.errors import StoreError
 from deal_core.schema_version import Kept, VersionedJson
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.stored import reading_stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,11 @@ class Ledger:
         """
         key = keys.ledger_key(lineage, sha256)
         try:
-            return LedgerEntry.from_json(json.loads(self.store.get_bytes(key)))
+            content = self.store.get_bytes(key)
         except ObjectNotFoundError:
             return None
-        except StoreError as error:
-            raise StoreError(f"{error} It is {self.store.uri_of(key)}.") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise StoreError(f"The ledger entry {key} in {self.store.uri} is damaged: {error}; delete it.") from error
+        with reading_stored(self.store, key, "an entry of the ledger", "Delete it, if no other release wrote it."):
+            return LedgerEntry.from_json(json.loads(content))
 
     def record(self, entry: LedgerEntry) -> bool:
         """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from deal_core.errors import StoreError
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
 from infra.store.base import ObjectStore
+from infra.store.stored import reading_stored
 
 Action = Literal["promoted", "rolled back", "rejected", "requested", "declined", "rollout"]
 """requested: somebody moved the alias in MLflow, and a person decides. declined: the person decided against it.
@@ -111,11 +111,9 @@ class PromotionLog:
         return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
 
     def _read(self, key: str) -> Move:
-        try:
+        remedy = (
+            "Restore it from a backup of the store, or use the program version that wrote it. The lineage still "
+            "predicts and serves; until then its champion does not move, and nothing is learned."
+        )
+        with reading_stored(self.store, key, "an entry of the promotion log", remedy):
             return Move.model_validate_json(self.store.get_bytes(key))
-        except ValidationError as error:
-            raise StoreError(
-                f"The promotion log's entry {self.store.uri_of(key)} is damaged ({error.error_count()} of its values "
-                "do not fit). Restore it from a backup of the store, or use the program version that wrote it. The "
-                "lineage still predicts and serves; until then its champion does not move, and nothing is learned."
-            ) from error

@@ -11,11 +11,11 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import StoreError
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.stored import reading_stored
 from infra.tracking.facts import VersionFacts, VersionInfo
 
 
@@ -87,15 +87,13 @@ class VersionLog:
             StoreError: The copy is damaged, or another release wrote it.
         """
         key = keys.version_key(lineage, number)
-        try:
+        what = f"the store's copy of what the registry knows of version {number} of '{lineage}'"
+        remedy = (
+            "Restore it from a backup, or delete it: while the registry knows the version, the next deal adapt writes "
+            "it again. Everything else works without it."
+        )
+        with reading_stored(self.store, key, what, remedy):
             return StoredVersion.model_validate_json(self.store.get_bytes(key))
-        except ValidationError as error:
-            raise StoreError(
-                f"{self.store.uri_of(key)}, the store's copy of what the registry knows of version {number} of "
-                f"'{lineage}', is damaged ({error.error_count()} of its values do not fit). Restore it from a backup, "
-                "or delete it: while the registry knows the version, the next deal adapt writes it again. Everything "
-                "else works without it."
-            ) from None
 
     def _put(self, stored: StoredVersion) -> None:
         later = {"facts": {"rollout"}} if stored.facts.rollout is None else None  # earlier releases do not know it

@@ -6,7 +6,6 @@ are companions: they belong to the task's arrivals.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     field_validator,
     model_serializer,
 )
@@ -28,6 +27,7 @@ from deal_core.yaml_file import MAX_BYTES, yaml_mapping
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore, UnusableObjectError, check_key
 from infra.store.keys import INBOX, TASK_FILE, task_file_of, task_of
+from infra.store.stored import Stored, read_stored, write_stored
 from tasks.spec import TaskFields, TaskSpec, parse, reading_the_task
 
 PAUSE = timedelta(seconds=60)
@@ -76,13 +76,10 @@ class Handled(BaseModel):
         return self.at + growing_pause(self.num_tries - 1) if is_hopeful else None
 
 
-class InboxState(BaseModel):
+class InboxState(Stored):
     """The files that a lineage's watch has handled, by key."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    files: dict[str, Handled] = {}
+    files: dict[str, Handled] = Field(default_factory=dict)
 
     def is_open(self, info: ObjectInfo, now: datetime, *, beside: str = "", retry_now: bool) -> bool:
         """Return whether the watch has to handle this content of a file.
@@ -137,16 +134,11 @@ def read_state(store: ObjectStore, lineage: str) -> InboxState:
     Raises:
         StoreError: The state is damaged, or another release wrote it.
     """
-    key = keys.watch_key(lineage)
-    try:
-        return InboxState.model_validate(json.loads(store.get_bytes(key)))
-    except ObjectNotFoundError:
-        return InboxState()
-    except (ValueError, ValidationError):
-        raise StoreError(
-            f"{store.uri_of(key)} is no state of a watch; delete it, and the watch looks at every file in the inbox "
-            "again (no file is adapted twice)."
-        ) from None
+    found = read_stored(
+        store, keys.watch_key(lineage), InboxState, what="the state of a watch",
+        remedy="Delete it: the watch then looks at every file in the inbox again, and adapts to none twice.",
+    )  # fmt: skip
+    return found or InboxState()
 
 
 class KnownStates:
@@ -168,7 +160,7 @@ class KnownStates:
 
 def write_state(store: ObjectStore, lineage: str, state: InboxState) -> None:
     """Write the state of a lineage's watch."""
-    store.put_bytes(keys.watch_key(lineage), (state.model_dump_json(indent=2) + "\n").encode())
+    write_stored(store, keys.watch_key(lineage), state)
 
 
 def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ()) -> list[ObjectInfo]:

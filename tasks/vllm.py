@@ -20,32 +20,29 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
-from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
+from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
 from deal_core.safe_text import without_secrets
-from deal_core.schema_version import require_schema_version
 from infra.serving.vllm import VllmClient, VllmError
 from infra.settings import VllmSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
+from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.facts import VersionInfo, require_through_gate
 from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
 from tasks.lineage.history import lost_in_registry
-from tasks.lineage.version_files import borrowed_adapter, reading_stored, remedy_for, require_recorded, require_stored
+from tasks.lineage.version_files import borrowed_adapter, remedy_for, require_recorded, require_stored
 from tasks.progress import reporter
-from tasks.references import Reference
 
-SCHEMA_VERSION = 1
 TRIAL_PROMPT = "The text to answer."
 TRIAL_TOKENS = 4
 
 
-class ServingRoute(Reference):
+class ServingRoute(Stored):
     """The model name that answers for a lineage, and whether it is the champion."""
 
-    schema_version: Literal[1] = 1
     lineage: str
     engine: Literal["vllm"] = "vllm"
     url: str
@@ -109,14 +106,10 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
     Raises:
         StoreError: The route is damaged, or another release wrote it.
     """
-    key = keys.route_key(lineage)
-    if not store.exists(key):
-        return None
-    remedy = "Restore it from a backup of the store, or delete it: deal vllm sync writes it anew."
-    with reading_stored(store, key, f"the route by which vLLM serves '{lineage}'", remedy):
-        values: dict[str, Any] = json.loads(store.get_bytes(key))
-        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
-        return ServingRoute.model_validate(values)
+    return read_stored(
+        store, keys.route_key(lineage), ServingRoute, what=f"the route by which vLLM serves '{lineage}'",
+        remedy="Restore it from a backup of the store, or delete it: deal vllm sync writes it anew.",
+    )  # fmt: skip
 
 
 def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
@@ -291,4 +284,4 @@ def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionIn
 
 
 def _write(store: ObjectStore, route: ServingRoute) -> None:
-    store.put_bytes(keys.route_key(route.lineage), (route.model_dump_json(indent=1) + "\n").encode())
+    write_stored(store, keys.route_key(route.lineage), route)

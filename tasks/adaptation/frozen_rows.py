@@ -20,9 +20,9 @@ from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE
+from infra.store.stored import reading_stored
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.tombstones import require_test_rows
-from tasks.lineage.version_files import reading_stored
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,12 +18,12 @@ from deal_core.data.schema import DatasetManifest
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
+from infra.store.stored import reading_stored
 from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
 from tasks.context import current_store
 from tasks.data_files import local_file
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten, require_test_rows
-from tasks.lineage.version_files import reading_stored
 from tasks.progress import advance
 from tasks.references import Arrival, DatasetRef, VersionRef
 from tasks.spec import reading_the_task

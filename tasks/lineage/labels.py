@@ -5,23 +5,24 @@ A version keeps the labels that it learned. A task file or spec without the new 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.data.schema import label_key
-from deal_core.errors import StoreError
-from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from infra.store.keys import labels_key
+from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.database import open_reader
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import choose_task, read_record
-from tasks.lineage.version_files import reading_stored
 
-SCHEMA_VERSION = 1
+
+class AddedLabels(Stored):
+    """The labels that were added to a task by command, oldest first."""
+
+    labels: tuple[str, ...]
 
 
 def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
@@ -30,20 +31,17 @@ def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str,
     Raises:
         StoreError: The file is damaged, or another release wrote it.
     """
-    key = labels_key(lineage, task_name)
-    remedy = "Restore it from a backup of the store, or delete it and add the labels again (deal labels --add)."
-    if not store.exists(key):
-        return ()
-    with reading_stored(store, key, f"the labels that task '{task_name}' of '{lineage}' has gained", remedy):
-        values = json.loads(store.get_bytes(key))
-        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
-        return tuple(str(label) for label in values["labels"])
+    found = read_stored(
+        store, labels_key(lineage, task_name), AddedLabels,
+        what=f"the labels that task '{task_name}' of '{lineage}' has gained",
+        remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
+    )  # fmt: skip
+    return found.labels if found else ()
 
 
 def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
     """Store all labels that were added to a task by command."""
-    values = {"schema_version": SCHEMA_VERSION, "labels": list(labels)}
-    store.put_bytes(labels_key(lineage, task_name), json.dumps(values, ensure_ascii=False).encode())
+    write_stored(store, labels_key(lineage, task_name), AddedLabels(labels=tuple(labels)))
 
 
 class LabelsResult(BaseModel):

@@ -6,27 +6,30 @@ which is measured and shown too: the task "bank" then has the slice "bank.old-1"
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import ConfigError, StoreError
-from deal_core.schema_version import require_schema_version
+from deal_core.errors import ConfigError
 from infra.store.base import ObjectStore
 from infra.store.keys import renewal_key
+from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.database import open_reader
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, choose_task, read_record
 from tasks.lineage.tombstones import forgotten_tests
-from tasks.lineage.version_files import reading_stored
 from tasks.references import DatasetRef
 
-SCHEMA_VERSION = 1
 MAX_NAME = 64
 """Most characters of a task's name, and so of a slice's."""
+
+
+class RenewalRequest(Stored):
+    """The test rows that the next arrival is to replace."""
+
+    dataset_uri: str
 
 
 class RenewalResult(BaseModel):
@@ -56,8 +59,7 @@ def renew_tests(lineage: str, task: str) -> RenewalResult:
     known = choose_task(record, task)
     next_slice(task, _names(record))  # it raises now rather than after a training
     was_asked = is_renewal_asked(store, lineage, known)
-    values = {"schema_version": SCHEMA_VERSION, "dataset_uri": known.dataset_uri}
-    store.put_bytes(renewal_key(lineage, task), json.dumps(values).encode())
+    write_stored(store, renewal_key(lineage, task), RenewalRequest(dataset_uri=known.dataset_uri))
     return RenewalResult(lineage=lineage, task=task, num_test=known.num_test, was_asked=was_asked)
 
 
@@ -67,14 +69,12 @@ def is_renewal_asked(store: ObjectStore, lineage: str, known: KnownTask) -> bool
     Raises:
         StoreError: The request is damaged, or another release wrote it.
     """
-    key = renewal_key(lineage, known.schema.name)
-    if not store.exists(key):
-        return False
-    remedy = "Delete it, and ask again with: deal tests renew."
-    with reading_stored(store, key, f"the request for new test rows of task '{known.schema.name}'", remedy):
-        values = json.loads(store.get_bytes(key))
-        require_schema_version(values, SCHEMA_VERSION, "the file", StoreError)
-        return bool(values["dataset_uri"] == known.dataset_uri)
+    name = known.schema.name
+    request = read_stored(
+        store, renewal_key(lineage, name), RenewalRequest, what=f"the request for new test rows of task '{name}'",
+        remedy="Delete it, and ask again with: deal tests renew.",
+    )  # fmt: skip
+    return request is not None and request.dataset_uri == known.dataset_uri
 
 
 class Renewal(NamedTuple):

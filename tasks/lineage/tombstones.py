@@ -6,17 +6,14 @@ they landed, and of the files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import DataValidationError, StoreError
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
+from infra.store.stored import Stored, read_stored, write_stored
 
 
 class ForgottenRowsError(DataValidationError):
@@ -29,12 +26,9 @@ class TestRowsForgottenError(StoreError):
     __test__ = False
 
 
-class Tombstone(BaseModel):
+class Tombstone(Stored):
     """The facts about a forgotten arrival, without its rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
     task: str
     sha256: str
     """Digest of the dataset, or of the file if it gave no dataset."""
@@ -63,15 +57,12 @@ def find_tombstone(store: ObjectStore, task: str, sha256s: Iterable[str]) -> Tom
         StoreError: A tombstone is damaged, or another release wrote it.
     """
     for sha256 in sha256s:
-        key = keys.tombstone_key(task, sha256)
-        if not store.exists(key):
-            continue
-        try:
-            return Tombstone.model_validate(json.loads(store.get_bytes(key)))
-        except (ValueError, ValidationError):
-            raise StoreError(
-                f"{store.uri_of(key)} is no tombstone that this program reads; use the program version that wrote it."
-            ) from None
+        found = read_stored(
+            store, keys.tombstone_key(task, sha256), Tombstone, what="the tombstone of forgotten rows",
+            remedy="Restore it from a backup of the store: it keeps the rows from being learned again.",
+        )  # fmt: skip
+        if found is not None:
+            return found
     return None
 
 
@@ -84,9 +75,8 @@ def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
             for name in ("files", "splits", "landed", "versions")
         }
         tombstone = tombstone.model_copy(update={**merged, "reason": tombstone.reason or before.reason})
-    data = (tombstone.model_dump_json(indent=2) + "\n").encode()
     for sha256 in dict.fromkeys((tombstone.sha256, *tombstone.files, *tombstone.splits, *tombstone.landed)):
-        store.put_bytes(keys.tombstone_key(tombstone.task, sha256), data)
+        write_stored(store, keys.tombstone_key(tombstone.task, sha256), tombstone)
 
 
 def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows: str = "rows") -> None:

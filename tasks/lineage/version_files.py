@@ -33,11 +33,11 @@ from deal_core.adapter.files import (
     find_damage,
     require_undamaged,
 )
-from deal_core.errors import DataValidationError, DealError, StoreError
-from deal_core.safe_text import without_secrets
+from deal_core.errors import DealError, StoreError
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
+from infra.store.stored import BREAK_READERS, reading_stored
 from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, files_tag
 from infra.version_log import VersionLog
@@ -50,31 +50,6 @@ Adapter = AdapterRef | VersionRef | VersionInfo
 NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
-BREAK_READERS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""The errors that damaged JSON can raise in its reader."""
-
-
-@contextmanager
-def reading_stored(store: ObjectStore, key: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn the errors of a block that reads a stored file into one error.
-
-    The message contains `what`, a name for the file, and `remedy`, which also tells what still works.
-
-    Raises:
-        ObjectNotFoundError: The file is missing.
-        StoreError: The file is damaged, or another release wrote it.
-    """
-    address = without_secrets(store.uri_of(key))
-    try:
-        yield
-    except ObjectNotFoundError:
-        raise ObjectNotFoundError(f"{address}, {what}, is missing. {remedy}") from None
-    except (StoreError, DataValidationError) as error:  # another release wrote the file, or the store does not answer
-        raise StoreError(f"{address}, {what}, cannot be used: {error} {remedy}") from error
-    except BREAK_READERS as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise StoreError(f"{address}, {what}, is damaged ({reason}). {remedy}") from error
-
 
 @contextmanager
 def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[None]:

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from deal_core.data.rows import row_digest
 from deal_core.data.schema import TaskSchema, label_key
-from deal_core.errors import ConfigError, StoreError
+from deal_core.errors import ConfigError
 from infra.predictions import read_feedback, read_predictions
 from infra.settings import HomeSettings
 from infra.store import keys
-from infra.store.base import ObjectNotFoundError, ObjectStore
+from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, harvest_key, inbox_folder
+from infra.store.stored import Stored, read_stored, write_stored
 from tasks.context import current_store
 from tasks.monitoring.feedback import task_schemas
 from tasks.monitoring.task_columns import as_landed, has_earlier_answers, row_columns
@@ -50,12 +51,9 @@ class Pending(BaseModel):
     rows: tuple[str, ...]
 
 
-class Harvested(BaseModel):
+class Harvested(Stored):
     """The rows of a task that were harvested, by digest."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: int = 1
     rows: tuple[str, ...] = ()
     pending: Pending | None = None
 
@@ -187,30 +185,18 @@ def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], don
     content = "".join(json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows).encode()
     key = f"{inbox_folder(task)}/{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     digests = tuple(row.digest for row in rows)
-    _write_state(store, lineage, task, Harvested(rows=done.rows, pending=Pending(key=key, rows=digests)))
+    write_stored(store, harvest_key(lineage, task), Harvested(rows=done.rows, pending=Pending(key=key, rows=digests)))
     store.put_bytes(key, content, if_absent=True)
-    _write_state(store, lineage, task, Harvested(rows=(*done.rows, *digests)))
+    write_stored(store, harvest_key(lineage, task), Harvested(rows=(*done.rows, *digests)))
     return key
 
 
 def _read_state(store: ObjectStore, lineage: str, task: str) -> Harvested:
-    key = harvest_key(lineage, task)
-    try:
-        found = Harvested.model_validate_json(store.get_bytes(key))
-    except ObjectNotFoundError:
-        return Harvested()
-    except (ValueError, ValidationError):
-        found = None
-    if found is None or found.schema_version != 1:
-        raise StoreError(
-            f"{store.uri_of(key)} is no note of harvested feedback that this release reads. Restore it; if it is "
-            "deleted, the feedback that is still in the log lands again."
-        )
-    return found
-
-
-def _write_state(store: ObjectStore, lineage: str, task: str, state: Harvested) -> None:
-    store.put_bytes(harvest_key(lineage, task), (state.model_dump_json(indent=2) + "\n").encode())
+    found = read_stored(
+        store, harvest_key(lineage, task), Harvested, what="the note of harvested feedback",
+        remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
+    )  # fmt: skip
+    return found or Harvested()
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import pandas as pd
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
+from infra.store.stored import reading_stored
 from tasks.adaptation.frozen_rows import TestSet, read_test_rows
 from tasks.lineage.record import KnownTask, LineageRecord
-from tasks.lineage.version_files import reading_stored
 
 if TYPE_CHECKING:
     from deal_core.evaluation.score import TaskEvaluation

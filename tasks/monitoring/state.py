@@ -6,17 +6,14 @@ it. After that it can be announced again.
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import StoreError
 from deal_core.monitoring.report import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
-from deal_core.schema_version import require_schema_version
 from infra.store.base import ObjectStore
 from infra.store.keys import monitor_key
+from infra.store.stored import Stored, read_stored, write_stored
 
 
 class OpenAlarm(BaseModel):
@@ -42,12 +39,9 @@ class OpenAlarm(BaseModel):
         return f"{version} {self.task} {self.look} {self.since:%Y-%m-%d}"
 
 
-class MonitorState(BaseModel):
+class MonitorState(Stored):
     """The last look at a lineage, and what it left open."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
     lineage: str
     version: str
     looked: datetime
@@ -71,23 +65,15 @@ def read_monitor_state(store: ObjectStore, lineage: str) -> MonitorState | None:
     Raises:
         StoreError: The file is damaged, or has another schema version.
     """
-    key = monitor_key(lineage)
-    if not store.exists(key):
-        return None
-    try:
-        values = json.loads(store.get_bytes(key))
-        require_schema_version(values, 1, store.uri_of(key), StoreError)
-        return MonitorState.model_validate(values)
-    except (ValueError, ValidationError) as error:
-        raise StoreError(
-            f"{store.uri_of(key)} is damaged ({type(error).__name__}). Delete it: the next look writes a new one, and "
-            "announces its alarms again."
-        ) from None
+    return read_stored(
+        store, monitor_key(lineage), MonitorState, what=f"the state of the monitor of '{lineage}'",
+        remedy="Delete it: the next look writes a new one, and announces its alarms again.",
+    )  # fmt: skip
 
 
 def write_monitor_state(store: ObjectStore, state: MonitorState) -> None:
     """Write the state of a lineage."""
-    store.put_bytes(monitor_key(state.lineage), state.model_dump_json(indent=2).encode())
+    write_stored(store, monitor_key(state.lineage), state)
 
 
 def next_state(

@@ -130,6 +130,7 @@ def test_the_status_notices_a_broken_promotion_log_and_watch(home: Path, adapter
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"{")
     log, watch = look(home).damaged
-    assert "00000002.json is damaged" in log and "watch/l.json is no state of a watch" in watch
+    assert "00000002.json, an entry of the promotion log, is damaged" in log
+    assert "watch/l.json, the state of a watch, is damaged" in watch
     assert ask() == "3", "it still serves"
     assert exit_code_of_status() == 1

@@ -217,7 +217,7 @@ def test_a_damaged_note_is_named_and_a_wrong_file_is_refused_as_a_whole(
     assert read_feedback(current_store(), home, "l").empty
     take_feedback_file(write_csv(tmp_path / "c.csv", good), "l")
     current_store().put_bytes(harvest_key("l", "clinic"), b"{")
-    with pytest.raises(StoreError, match="no note of harvested feedback"):
+    with pytest.raises(StoreError, match="the note of harvested feedback, is damaged"):
         harvest_feedback("clinic", "l")
 
 

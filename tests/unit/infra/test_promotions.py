@@ -81,7 +81,7 @@ def test_a_rollout_is_open_until_the_champion_moves_or_its_version_is_rejected(l
 
 def test_a_damaged_move_is_named(log: PromotionLog) -> None:
     log.store.put_bytes("promotions/l/00000001.json", b"{}")
-    with pytest.raises(StoreError, match=r"00000001\.json is damaged"):
+    with pytest.raises(StoreError, match=r"00000001\.json, an entry of the promotion log, is damaged"):
         log.last("l")
 
 

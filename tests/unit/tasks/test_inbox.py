@@ -185,7 +185,7 @@ def test_what_is_noted_of_files_that_are_gone_goes_unless_a_version_came_of_them
 def test_a_broken_state_says_what_to_do(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put_bytes("watch/a.json", b"{nonsense")
-    with pytest.raises(StoreError, match="delete it"):
+    with pytest.raises(StoreError, match="Delete it"):
         read_state(store, "a")
 
 
