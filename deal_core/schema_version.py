@@ -40,10 +40,8 @@ def first_problem(error: ValidationError) -> str:
     """Return where the first wrong value lies, and what is wrong with it, without the value: it may be a row's text.
 
     Example:
-        >>> class A(BaseModel):
-        ...     number: int
         >>> try:
-        ...     A(number="a text")
+        ...     TypeAdapter(dict[str, int]).validate_python({"number": "a text"})
         ... except ValidationError as error:
         ...     print(first_problem(error).partition(",")[0])
         number: Input should be a valid integer
