@@ -31,9 +31,9 @@ from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
 from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
-from deal_core.selection.choose import ChosenRows, choose_rows
 from deal_core.selection.features import features
-from deal_core.training.token_mask import MASK_FILE, mask_tokens, require_no_labels
+from deal_core.training.prepare import prepare_rows
+from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
@@ -151,16 +151,19 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
     )
     parent_folder = None if number == 0 or is_bound else _folder(run, number - 1)
     started = time.perf_counter()
-    rows = _rows(run, learned[0])
-    chosen = _choose(run, number, rows, setup, parent_folder)
-    rows, notes = _mask(run, number, rows if chosen is None else rows.select(chosen.rows), setup, parent_folder)
-    num_steps = cell.train.num_steps(len(rows) + sum(len(_rows(run, name)) for name in learned[1:]))
+    prepared = prepare_rows(
+        _rows(run, learned[0]), setup, lambda: run.base,
+        parent_folder=parent_folder,
+        folder=run.work / f"{number}-prepared",
+        on_stage=lambda done, total, stage: run.on_progress(number, num_versions, f"{setup.task.name}: {stage}"),
+    )
+    num_steps = cell.train.num_steps(len(prepared.rows) + sum(len(_rows(run, name)) for name in learned[1:]))
 
     def on_log(step: int, _: Mapping[str, float]) -> None:
         run.on_progress(number + 0.7 * step / num_steps, num_versions, f"{learned[0]}: step {step} of {num_steps}")
 
     result = train_adapter(
-        run.base, rows, setup,
+        run.base, prepared.rows, setup,
         parent_folder=parent_folder,
         joined=[(run.tasks[name].schema, _rows(run, name)) for name in learned[1:]],
         output_folder=folder,
@@ -179,37 +182,13 @@ def _make_version(run: CellRun, number: int, learned: Sequence[str], folder: Pat
         "rows_per_second": result.rows_per_second,
         "adapter_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "fill": sum(result.fill.values()) / len(result.fill) if result.fill else None,
-        "notes": [*notes, *result.notes],
+        "notes": [*prepared.notes, *result.notes],
         "machine": describe_machine(),
     }
-    if chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
-        version |= {"notes": [*chosen.notes, *version["notes"]], "chosen": list(chosen.rows)}
+    if prepared.chosen is not None:  # the numbers say which rows methods have in common; a benchmark's rows are public
+        version["chosen"] = list(prepared.chosen.rows)
     with complete_file(folder / VERSION_FILE) as part:
         part.write_text(json.dumps(version))
-
-
-def _choose(
-    run: CellRun, number: int, rows: Dataset, setup: TrainingSetup, parent_folder: Path | None
-) -> ChosenRows | None:
-    """The rows that a version learns; None: all."""
-    if not setup.method.selection.is_on:
-        return None
-    run.on_progress(number, len(_learned(run.cell)), f"{setup.task.name}: choosing rows")
-    journal = run.work / f"{number}-selection.json"
-    return choose_rows(rows, setup, lambda: run.base, parent_folder=parent_folder, journal=journal)
-
-
-def _mask(
-    run: CellRun, number: int, rows: Dataset, setup: TrainingSetup, parent_folder: Path | None
-) -> tuple[Dataset, list[str]]:
-    """The rows with their mask, if tokens are masked, and notes about it."""
-    if not setup.method.token_mask.is_on:
-        return rows, []
-    run.on_progress(number, len(_learned(run.cell)), f"{setup.task.name}: masking tokens")
-    masked = mask_tokens(
-        rows, setup, lambda: run.base, parent_folder=parent_folder, file=run.work / f"{number}-{MASK_FILE}"
-    )
-    return masked.rows, [masked.note]
 
 
 def _rows(run: CellRun, name: str) -> Dataset:

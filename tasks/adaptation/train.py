@@ -27,12 +27,10 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from datasets import Dataset
 
     from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
-SELECTION_FILE = "selection.json"
 CHOSEN_FILE = "rows/chosen.parquet"
 
 
@@ -112,48 +110,16 @@ def _choose(
     """
     from datasets import Dataset
 
-    from deal_core.training.token_mask import require_no_labels
+    from deal_core.training.prepare import prepare_rows
 
-    method = setup.method
-    if not (method.selection.is_on or method.token_mask.is_on):
+    if not (setup.method.selection.is_on or setup.method.token_mask.is_on):
         return every
-    require_no_labels(method, setup.task)
     rows = Dataset.from_parquet(str(every.file), cache_dir=str(every.file.parent))
-    notes: list[str] = []
-    if method.selection.is_on:
-        rows, chosen = _select(base, setup, rows, parent_folder, folder)
-        notes += chosen
-    if method.token_mask.is_on:
-        rows, masked = _mask(base, setup, rows, parent_folder, folder)
-        notes.append(masked)
-    rows.to_parquet(folder / CHOSEN_FILE)
-    return _LearnedRows(folder / CHOSEN_FILE, len(rows), tuple(notes))
-
-
-def _select(
-    base: BaseRef, setup: TrainingSetup, rows: Dataset, parent_folder: Path | None, folder: Path
-) -> tuple[Dataset, tuple[str, ...]]:
-    from deal_core.selection.choose import choose_rows
-
-    report = advance("train")
-    chosen = choose_rows(
-        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, journal=folder / SELECTION_FILE,
-        on_progress=lambda done, total: report(done, total, "choosing rows"),
-    )  # fmt: skip
-    return rows.select(chosen.rows), chosen.notes
-
-
-def _mask(
-    base: BaseRef, setup: TrainingSetup, rows: Dataset, parent_folder: Path | None, folder: Path
-) -> tuple[Dataset, str]:
-    from deal_core.training.token_mask import MASK_FILE, mask_tokens
-
-    report = advance("train")
-    masked = mask_tokens(
-        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, file=folder / MASK_FILE,
-        on_progress=lambda done, total: report(done, total, "masking tokens"),
-    )  # fmt: skip
-    return masked.rows, masked.note
+    found = prepare_rows(
+        rows, setup, lambda: lend_base(base), parent_folder=parent_folder, folder=folder, on_stage=advance("train")
+    )
+    found.rows.to_parquet(folder / CHOSEN_FILE)
+    return _LearnedRows(folder / CHOSEN_FILE, len(found.rows), found.notes)
 
 
 def _in_this_process(
