@@ -1,27 +1,169 @@
-"""How likely a model finds given answers, without generating anything.
+"""How likely a model finds given answers, without generating anything: one teacher-forced pass over the rows.
 
-Shapes: B rows of a batch, K tokens of the longest answer, V vocabulary.
+Shapes: N rows, B rows of a batch, K tokens of the longest answer, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import IGNORED, AnswerCollator, answer_logits
-from deal_core.data.prompts import encode_answer, encode_prompt
+from deal_core.data.collate import IGNORED, answer_collator, answer_logits, encode_row
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.evaluation.generation import MAX_LOGIT_BYTES, LanguageModel, OnProgress, batches_by_length, device_of
 
+CHUNK_ROWS = 512
+"""Rows whose tokens are in memory at once. Batches of similar length are made within a chunk."""
 READS_OF_PREFERENCE = 4
 """Two answers of each row are read by two models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredAnswers:
+    """What a model makes of every row's answer; float64 on the CPU.
+
+    Attributes:
+        loss_N: -log of the answer's probability, summed over its tokens, in nats.
+        num_tokens_N: Tokens of the answer, the end token included.
+        num_hits_N: Answer tokens that are the likeliest ones.
+        gradient_N: Norm of the gradient of the summed loss with respect to the logits.
+    """
+
+    loss_N: Tensor
+    num_tokens_N: Tensor
+    num_hits_N: Tensor
+    gradient_N: Tensor
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """Loss per answer token, shape (N,)."""
+        return self.loss_N / self.num_tokens_N
+
+    @property
+    def failure_rate(self) -> Tensor:
+        """1 - the answer's probability, shape (N,)."""
+        return -torch.expm1(-self.loss_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBatch:
+    """What a model makes of every answer token of a batch; on the model's device.
+
+    Attributes:
+        rows: Numbers of the batch's rows.
+        labels_BK: The answers' tokens; IGNORED where there is none. The tokens of a row have their order.
+        logits_BKV: The model's logits, in fp32.
+    """
+
+    rows: list[int]
+    labels_BK: Tensor
+    logits_BKV: Tensor
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Whether there is a token, shape (B, K)."""
+        return self.labels_BK != IGNORED
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """-log of a token's probability, in nats, shape (B, K); computed in fp32, kept in float64."""
+        return cross_entropy(self.logits_BKV.mT, self.labels_BK, ignore_index=IGNORED, reduction="none").double()
+
+    @property
+    def hits(self) -> Tensor:
+        """Whether a token is the likeliest one, shape (B, K)."""
+        return (self.logits_BKV.argmax(-1) == self.labels_BK) & self.is_token
+
+    @property
+    def squares(self) -> Tensor:
+        """‖softmax(logits) − onehot(token)‖², shape (B, K): the squared gradient of a token's loss in the logits."""
+        sums_BK = torch.linalg.vector_norm(self.logits_BKV.softmax(-1), dim=-1).square()  # Σ p² over the vocabulary
+        squares_BK: Tensor = (sums_BK - 2 * (-self.losses).exp() + 1).clamp(min=0) * self.is_token
+        return squares_BK
+
+
+def measure(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> MeasuredAnswers:
+    """Read every row once and measure its answer. Rows are tokenised, cut and padded as in training.
+
+    The memory does not depend on the number of rows, except for four numbers a row. A row's figures depend on the
+    other rows by rounding only: the batches of a chunk are made of rows of similar length.
+
+    Args:
+        model: The base model, with or without an adapter.
+        tokenizer: The base model's tokenizer.
+        task: How a row becomes a prompt.
+        rows: The rows, columns input and output.
+        max_prompt_tokens: Limit of prompts.
+        max_answer_tokens: Limit of answers, the end token included.
+        on_progress: Called with the number of rows just read.
+    """
+    found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
+    for read in read_answers(
+        model, tokenizer, task, rows, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens,
+        on_progress=on_progress,
+    ):  # fmt: skip
+        figures = (read.losses, read.is_token.double(), read.hits.double(), read.squares)
+        found_N4[read.rows] = torch.stack([each_BK.sum(1) for each_BK in figures], 1).cpu()
+    loss_N, num_tokens_N, num_hits_N, squares_N = found_N4.unbind(1)
+    return MeasuredAnswers(
+        loss_N=loss_N, num_tokens_N=num_tokens_N.clamp(min=1), num_hits_N=num_hits_N, gradient_N=squares_N.sqrt()
+    )
+
+
+@torch.inference_mode()
+def read_answers(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    rows: Dataset,
+    *,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> Iterator[ReadBatch]:
+    """Read every row once, with its answer given. See `measure` for the arguments."""
+    model.eval()
+    collate = answer_collator(model, tokenizer, is_recomputed=False)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        encoded = [
+            encode_row(
+                {"input": text, "output": answer}, tokenizer, task,
+                max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens,
+            )
+            for text, answer in zip(chunk["input"], chunk["output"], strict=True)
+        ]  # fmt: skip
+        longest = max(len(row["answer_ids"]) for row in encoded)
+        max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
+        lengths = [row["length"] for row in encoded]
+        for batch in batches_by_length(lengths, EvaluateConfig().max_batch_tokens, max_rows):
+            features = {
+                name: value.to(device_of(model)) for name, value in collate([encoded[i] for i in batch]).items()
+            }
+            yield ReadBatch(
+                rows=[start + i for i in batch], labels_BK=features["labels"],
+                logits_BKV=answer_logits(model, features).float(),
+            )  # fmt: skip
+            if on_progress is not None:
+                on_progress(len(batch))
 
 
 def token_probabilities(
@@ -42,12 +184,13 @@ def token_probabilities(
     Returns:
         The geometric means of the tokens' probabilities, 0 to 1, in the rows' order.
     """
-    found = answer_losses(
-        model, tokenizer, task, inputs, references, config,
-        max_prompt_tokens=max_prompt_tokens, on_progress=on_progress,
+    rows = Dataset.from_dict({"input": list(inputs), "output": list(references)})
+    found = measure(
+        model, tokenizer, task, rows, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=config.max_new_tokens + 1,
+        on_progress=on_progress,
     )  # fmt: skip
-    shares = [math.exp(-loss / num_tokens) for loss, num_tokens in found]
-    return [0.0 if math.isnan(share) else min(1.0, share) for share in shares]
+    shares: list[float] = (-found.mean_loss).exp().nan_to_num(nan=0.0).clamp(max=1.0).tolist()
+    return shares
 
 
 def preferred(
@@ -75,7 +218,8 @@ def preferred(
         max_prompt_tokens: Limit of prompts.
         on_progress: Called with the number of rows just judged.
     """
-    answers, num_read = [*rows["output"], *rows[REJECTED.name]], 0
+    both = Dataset.from_dict({"input": [*rows["input"]] * 2, "output": [*rows["output"], *rows[REJECTED.name]]})
+    num_read = 0
 
     def report(num_answers: int) -> None:
         nonlocal num_read
@@ -84,11 +228,12 @@ def preferred(
             on_progress(num_read // READS_OF_PREFERENCE - before)
 
     def margins() -> list[float]:
-        losses = answer_losses(
-            model, tokenizer, task, [*rows["input"]] * 2, answers, config,
-            max_prompt_tokens=max_prompt_tokens, on_progress=report,
-        )  # fmt: skip
-        return [worse - better for (better, _), (worse, _) in zip(losses, losses[len(rows) :], strict=False)]
+        better_N, worse_N = measure(
+            model, tokenizer, task, both, max_prompt_tokens=max_prompt_tokens,
+            max_answer_tokens=config.max_new_tokens + 1, on_progress=report,
+        ).loss_N.view(2, -1)  # fmt: skip
+        found: list[float] = (worse_N - better_N).tolist()
+        return found
 
     if not isinstance(model, PeftModel):
         report(READS_OF_PREFERENCE * len(rows))
@@ -97,44 +242,3 @@ def preferred(
     with model.disable_adapter():
         of_base = margins()
     return [0.5 if each == base else float(each > base) for each, base in zip(of_version, of_base, strict=True)]
-
-
-@torch.inference_mode()
-def answer_losses(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    answers: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
-) -> list[tuple[float, int]]:
-    """Return the negative log-likelihood of every row's answer, in nats, and the number of its tokens.
-
-    The end token counts. An answer beyond `config.max_new_tokens` is cut.
-    """
-    model.eval()
-    collate = AnswerCollator(tokenizer, is_seq2seq=bool(model.config.is_encoder_decoder))
-    rows = [
-        {
-            "prompt_ids": encode_prompt(tokenizer, task, text, max_prompt_tokens),
-            "answer_ids": encode_answer(tokenizer, task, answer, config.max_new_tokens + 1),
-        }
-        for text, answer in zip(inputs, answers, strict=True)
-    ]
-    found = [(0.0, 0)] * len(rows)
-    lengths = [len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows]
-    longest = max((len(row["answer_ids"]) for row in rows), default=1)
-    max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))  # the logits, and two copies in fp32
-    for batch in batches_by_length(lengths, config.max_batch_tokens, max_rows):
-        features = {name: value.to(device_of(model)) for name, value in collate([rows[i] for i in batch]).items()}
-        labels_BK, logits_BKV = features["labels"], answer_logits(model, features)
-        losses_BK = cross_entropy(logits_BKV.float().mT, labels_BK, ignore_index=IGNORED, reduction="none")
-        counts_B = (labels_BK != IGNORED).sum(1)
-        for i, loss, num_tokens in zip(batch, losses_BK.sum(1).tolist(), counts_B.tolist(), strict=True):
-            found[i] = (loss, num_tokens)
-        if on_progress is not None:
-            on_progress(len(batch))
-    return found

@@ -23,13 +23,13 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.errors import AdapterStateError
+from deal_core.evaluation.likelihood import MeasuredAnswers, measure
 from deal_core.method_config import SelectionConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import listed
 from deal_core.schema_version import Kept, VersionedJson
 from deal_core.selection import score_class
 from deal_core.selection.label_noise import LabelCheck, check_labels
-from deal_core.selection.measure import MeasuredAnswers, measure
 from deal_core.selection.pick import pick_rows
 from deal_core.selection.score import Candidates
 from deal_core.strategies.strategy import SEED_STRIDE
@@ -192,7 +192,11 @@ class _Choosing:
             self._on_progress(done, len(rows))
 
         with adapter_on(base.model, self._parent_folder) as model:
-            return measure(model, base.tokenizer, self._task, self._rows.select(rows), self._train, on_progress)
+            return measure(
+                model, base.tokenizer, self._task, self._rows.select(rows),
+                max_prompt_tokens=self._train.max_prompt_tokens, max_answer_tokens=self._train.max_answer_tokens,
+                on_progress=on_progress,
+            )  # fmt: skip
 
     def _about_choice(self, chosen: Sequence[int]) -> Iterator[str]:
         """Notes: how many rows were chosen, by what, and how many of each label."""

@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.likelihood import MeasuredAnswers
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import score_class
-from deal_core.selection.measure import MeasuredAnswers
 from deal_core.selection.score import Candidates
 
 LABELLED = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape has it?", format="labelled")

@@ -26,8 +26,8 @@ from torch import Tensor
 from deal_core.base_model.load import BaseModel
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.likelihood import CHUNK_ROWS
 from deal_core.selection.features import features
-from deal_core.selection.measure import CHUNK_ROWS
 
 NUM_FOLDS = 5
 """Parts of the cross-fitting. Labels with fewer rows are not checked."""

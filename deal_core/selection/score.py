@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.likelihood import MeasuredAnswers
 from deal_core.method_config import SelectionConfig
-from deal_core.selection.measure import MeasuredAnswers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deal_core.selection.measure import MeasuredAnswers
+from deal_core.evaluation.likelihood import MeasuredAnswers
 from deal_core.selection.score import Candidates, RowScore
 
 

@@ -29,7 +29,7 @@ from deal_core.data.collate import (
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import REJECTED, TaskSchema
 from deal_core.evaluation.generation import LanguageModel
-from deal_core.selection.measure import measure
+from deal_core.evaluation.likelihood import measure
 
 
 class Objective(Protocol):
@@ -125,7 +125,13 @@ def add_reference(
 ) -> Dataset:
     """Add the margins of a model, as it is now, to encoded preferences. The model reads both answers of `rows` once."""
     worse_rows = rows.select_columns(["input", REJECTED.name]).rename_column(REJECTED.name, "output")
-    better_N, worse_N = (measure(model, tokenizer, task, each, train).loss_N for each in (rows, worse_rows))
+    better_N, worse_N = (
+        measure(
+            model, tokenizer, task, each,
+            max_prompt_tokens=train.max_prompt_tokens, max_answer_tokens=train.max_answer_tokens,
+        ).loss_N
+        for each in (rows, worse_rows)
+    )  # fmt: skip
     return encoded.add_column(REFERENCE_MARGINS, (worse_N - better_N).tolist())
 
 

@@ -29,9 +29,9 @@ from deal_core.base_model.load import BaseModel
 from deal_core.data.collate import LOSS_MASK
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.evaluation.likelihood import read_answers
 from deal_core.method_config import MethodConfig, TokenMaskConfig
 from deal_core.regular_file import complete_file
-from deal_core.selection.measure import read_answers
 from deal_core.strategies.strategy import SEED_STRIDE
 from deal_core.training.train import TrainingSetup
 
@@ -157,9 +157,12 @@ def _losses(
         on_progress(done, len(rows))
 
     with adapter_on(base.model, parent_folder) as model:
-        for read in read_answers(model, base.tokenizer, setup.task, rows, setup.train, progress):
-            is_token_BK = read.is_token_BK.cpu()
-            parts.append(read.losses_BK.cpu()[is_token_BK])
+        for read in read_answers(
+            model, base.tokenizer, setup.task, rows, max_prompt_tokens=setup.train.max_prompt_tokens,
+            max_answer_tokens=setup.train.max_answer_tokens, on_progress=progress,
+        ):  # fmt: skip
+            is_token_BK = read.is_token.cpu()
+            parts.append(read.losses.cpu()[is_token_BK])
             of_rows.append(torch.tensor(read.rows).repeat_interleave(is_token_BK.sum(1)))
     row_T = torch.cat(of_rows)
     return torch.cat(parts)[row_T.argsort(stable=True)], row_T.bincount(minlength=len(rows))

@@ -8,14 +8,15 @@ from torch.nn.functional import cross_entropy
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
+from deal_core.evaluation import likelihood as module
 from deal_core.evaluation.generation import generate_answers
+from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
-from deal_core.selection import measure as module
 from deal_core.selection import score_class
-from deal_core.selection.measure import measure
 from deal_core.selection.score import Candidates
 
 TRAIN = TrainConfig(max_prompt_tokens=64)
+LIMITS = {"max_prompt_tokens": TRAIN.max_prompt_tokens, "max_answer_tokens": TRAIN.max_answer_tokens}
 
 
 def test_a_rows_figures_are_those_of_the_row_alone(base, parent, task, rows, monkeypatch):
@@ -25,7 +26,7 @@ def test_a_rows_figures_are_those_of_the_row_alone(base, parent, task, rows, mon
     collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
     seen = []
     with adapter_on(base.model, parent) as model:
-        found = measure(model, base.tokenizer, task, data, TRAIN, seen.append)
+        found = measure(model, base.tokenizer, task, data, **LIMITS, on_progress=seen.append)
         for row in range(len(data)):
             batch = collate([encoded[row]])
             with torch.no_grad():
@@ -46,7 +47,7 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     data = rows(60)
     config = SelectionConfig(keep=0.5, score="errors")
     with adapter_on(base.model, half_learned) as model:
-        measured = measure(model, base.tokenizer, task, data, TRAIN)
+        measured = measure(model, base.tokenizer, task, data, **LIMITS)
         answers = generate_answers(
             model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64
         )
@@ -62,7 +63,7 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
 
 def test_the_gradient_is_that_of_the_mean_loss(base, half_learned, task, rows):
     with adapter_on(base.model, half_learned) as model:
-        measured = measure(model, base.tokenizer, task, rows(20), TRAIN)
+        measured = measure(model, base.tokenizer, task, rows(20), **LIMITS)
     candidates = Candidates(rows=rows(20), task=task, measured=measured, config=SelectionConfig(keep=5), seed=0)
     score = score_class("gradient")().score(candidates)
     torch.testing.assert_close(score * measured.num_tokens_N, measured.gradient_N)
@@ -74,7 +75,7 @@ def test_difficulty_is_the_rate_of_wrong_sampled_answers(base, half_learned, tas
     encoded = encode_rows(data, base.tokenizer, task, max_prompt_tokens=64, max_answer_tokens=50)
     collate, generator = AnswerCollator(base.tokenizer, is_seq2seq=False), torch.Generator().manual_seed(0)
     with adapter_on(base.model, half_learned) as model:
-        measured = measure(model, base.tokenizer, task, data, TRAIN)
+        measured = measure(model, base.tokenizer, task, data, **LIMITS)
         for row in range(len(data)):
             batch = collate([encoded[row]])
             with torch.no_grad():

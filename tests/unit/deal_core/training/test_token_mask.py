@@ -17,8 +17,8 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import LOSS_MASK, AnswerCollator, answer_loss, encode_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
+from deal_core.evaluation import likelihood as measure_module
 from deal_core.method_config import MethodConfig, RehearsalConfig, TokenMaskConfig
-from deal_core.selection import measure as measure_module
 from deal_core.strategies.strategy import TaskContext
 from deal_core.training.token_mask import MASK_FILE, counted_tokens, mask_tokens
 from deal_core.training.train import TrainingSetup
