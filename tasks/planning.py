@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import Landing, build_dataset
+from deal_core.data.dataset import build_dataset
 from deal_core.data.schema import DatasetManifest
 from deal_core.errors import ConfigError
 from deal_core.method_config import TokenMaskConfig
@@ -41,9 +40,8 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
-from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
+from tasks.adaptation.landing import choose_schema, landing_of
 from tasks.context import current_store
-from tasks.data_files import local_file
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.settings import arrival_of
@@ -179,15 +177,7 @@ def plan(
 def _check_rows(spec: AdaptSpec, record: LineageRecord | None, folder: Path) -> DatasetManifest:
     """Make the arrival's dataset in a local folder, by the rules of ingest."""
     arrival, store = arrival_of(spec), current_store()
-    with (
-        local_file(store, arrival.data) as source,
-        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
-    ):
-        landing = Landing(
-            source=source, task=choose_schema(store, arrival, record), config=spec.data, test_source=test_source,
-            frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
-            renews_tests=renews_tests(store, record, arrival.task),
-        )  # fmt: skip
+    with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
         return build_dataset(landing, folder)
 
 

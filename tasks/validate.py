@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,17 +12,16 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from deal_core.config import TrainConfig
-from deal_core.data.dataset import Landing, validate_file
+from deal_core.data.dataset import ValidationReport, validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.database import open_reader
-from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
+from tasks.adaptation.landing import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
-from tasks.data_files import local_file
 from tasks.lineage.choices import choose_base
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
@@ -139,26 +137,22 @@ def validate(
     champion = known_champion(read.lineage)
     record = read_record(store, champion.adapter_uri) if champion else None
     arrival = Arrival(task=read.task.name, data=file, test_data=test_data, given=read.task.given())
-    schema = choose_schema(store, arrival, record)
-    with (
-        local_file(store, file) as source,
-        local_file(store, test_data) if test_data is not None else nullcontext() as test_source,
-    ):
-        landing = Landing(
-            source=source,
-            task=schema,
-            config=replace(read.data, include_texts=True),
-            test_source=test_source,
-            frozen_test_inputs=frozen_test_inputs(store, record, read.task.name),
-            renews_tests=renews_tests(store, record, read.task.name),
-            on_progress=on_progress,
-        )
+    schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
+    with landing_of(store, arrival, schema, record, config, on_progress) as landing:
         kept = _TrainingRows(MAX_COMPARED)
         report = validate_file(landing, kept.add)
     manifest = report.manifest
     checked = None
     if with_model and manifest.task.labels:
         checked = _check_labels(manifest.task, kept, choose_base(read, record), read.train, on_model)
+    example = report.example and _shown(manifest.task, report.example, choose_base(read, record))
+    return _result(file, report, kept, example, checked)
+
+
+def _result(
+    file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
+) -> ValidateResult:
+    manifest = report.manifest
     return ValidateResult(
         file=file,
         accepted=report.refusal is None,
@@ -177,7 +171,7 @@ def validate(
             for bad in report.bad_rows
         ),
         num_several=report.num_several,
-        example=report.example and _shown(manifest.task, report.example, choose_base(read, record)),
+        example=example,
         sha256=manifest.sha256,
         warnings=kept.warnings(manifest.task),
         label_check=checked and checked.describe(),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
@@ -21,7 +22,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
-from deal_core.strategies.strategy import MethodState, TaskContext
+from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
 from deal_core.training.objective import (
     AnswerLoss,
     Objective,
@@ -139,11 +140,7 @@ def train_adapter(
     inherited = parent_state
     if parent_state is not None and parent_state.strategy != strategy:
         inherited = replace(parent_state, tensors=parent_state.stored_rows)  # other tensors are the old strategy's own
-    if parent_folder is None:
-        model = attach_adapter(base.model, setup.adapter, seed=train.seed)
-    else:
-        num_new_slots = strategy_class(strategy).num_new_slots(setup.adapter)
-        model = load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
+    model = _with_adapter(base, setup, parent_folder)
     try:
         encoded = _encode(base, setup, [(task, rows), *joined])
         if task.learns_preferences:  # the model is the parent version until the strategy prepares it
@@ -154,19 +151,7 @@ def train_adapter(
         )
         learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
-        collate = context.collator(
-            scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on
-        )
-        trainer = AdapterTrainer(
-            model=model,
-            args=args,
-            train_dataset=encoded,
-            data_collator=PairCollator(collate) if task.learns_preferences else collate,
-            strategy=learner,
-            objective=_objective(setup),
-            group_by_length=train.group_by_length,
-            balance_labels=train.balance_labels and _are_labels(task, encoded),
-        )
+        trainer = _make_trainer(model, args, learner, setup, context)
         trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
@@ -184,6 +169,30 @@ def train_adapter(
         return _summarise(trainer, num_rows, seconds, checkpoint, adapter_fill(model), notes)
     finally:
         model.unload()
+
+
+def _with_adapter(base: BaseModel, setup: TrainingSetup, parent_folder: Path | None) -> PeftModel:
+    if parent_folder is None:
+        return attach_adapter(base.model, setup.adapter, seed=setup.train.seed)
+    num_new_slots = strategy_class(setup.strategy).num_new_slots(setup.adapter)
+    return load_adapter(base.model, parent_folder, is_trainable=True, num_new_slots=num_new_slots)
+
+
+def _make_trainer(
+    model: PeftModel, args: TrainingArguments, learner: Strategy, setup: TrainingSetup, context: TaskContext
+) -> AdapterTrainer:
+    train, task = context.train, context.task
+    collate = context.collator(scores_texts=train.prompt_loss_weight > 0, masks_answers=setup.method.token_mask.is_on)
+    return AdapterTrainer(
+        model=model,
+        args=args,
+        train_dataset=context.encoded,
+        data_collator=PairCollator(collate) if task.learns_preferences else collate,
+        strategy=learner,
+        objective=_objective(setup),
+        group_by_length=train.group_by_length,
+        balance_labels=train.balance_labels and _are_labels(task, context.encoded),
+    )
 
 
 def _encode(base: BaseModel, setup: TrainingSetup, tasks: Sequence[tuple[TaskSchema, Dataset]]) -> Dataset:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import plain_answer, right_answers, score_answers
-from deal_core.evaluation.label_figures import collapsed, number_labels
+from deal_core.evaluation.answer_scores import right_answers, score_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport, Scores
-from deal_core.safe_text import brief, listed
+from deal_core.safe_text import listed
 from infra.store.base import ObjectStore
 from infra.store.keys import dataset_sha256
 from tasks.adaptation.frozen_rows import (
@@ -32,19 +29,17 @@ from tasks.adaptation.frozen_rows import (
     within_budget,
 )
 from tasks.adaptation.ingest import read_manifest
-from tasks.base import lend_base
+from tasks.adaptation.scorer import Scored, Scorer, collapse_notes
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, LineageRecord, read_record
-from tasks.lineage.renewal import find_renewal, is_renewal_asked
+from tasks.lineage.renewal import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.reference import has_reference, write_reference
-from tasks.progress import advance
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 if TYPE_CHECKING:
-    from deal_core.evaluation.generation import LanguageModel
-    from deal_core.evaluation.score import TaskEvaluation
+    pass
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -67,68 +62,139 @@ def evaluate_version(
     stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
     as each of them serves.
     """
-    store = current_store()
+    asked = _rows_to_ask(current_store(), parent, dataset, config, max_prompt_tokens)
+    scorer = Scorer(base, config)
+    found = _score(scorer, asked, parent, adapter)
+    _keep(current_store(), adapter, asked, found)
+    notes = (*notes, *asked.notes, *_length_notes(scorer, asked.own(dataset), dataset), *collapse_notes(found.now))
+    return _report(dataset, asked, found, scorer.num_rows, notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The test rows of an evaluation."""
+
+    record: LineageRecord | None
+    """The parent's record; None: it is the lineage's first version."""
+    renewal: Renewal
+    old: list[TestSet]
+    """Of the tasks and slices that the parent knows, as the parent is asked."""
+    new: list[TestSet]
+    """Of a task that is new, or whose test rows are renewed."""
+    answered: Answers
+    """The parent's stored answers."""
+    unanswered: list[TestSet]
+    """The rows of `old` without one."""
+    all: list[TestSet]
+    """As the new version is asked: with the labels that its task gains."""
+    notes: tuple[str, ...]
+
+    def own(self, dataset: DatasetRef) -> TestSet:
+        """Return the test rows of the arrival's task."""
+        (own,) = (each for each in self.all if each.schema.name == dataset.task)
+        return own
+
+
+def _rows_to_ask(
+    store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, max_prompt_tokens: int
+) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
-    renewed, slices = renewal.known, renewal.slices
-    sets = load_test_sets(store, [known for known in record.tasks if known != renewed] if record else ())
-    sets += _slice_sets(store, record, slices) if record else []
-    sets = within_budget(sets, dataset.task, config.max_old_rows)
-    new = []
-    if renewed is not None:
-        new = [_widened(each, dataset) for each in load_test_sets(store, [renewed.judged_by(dataset)])]
+    old = load_test_sets(store, [known for known in record.tasks if known != renewal.known] if record else ())
+    old += _slice_sets(store, record, renewal.slices) if record else []
+    old = within_budget(old, dataset.task, config.max_old_rows)
+    new: list[TestSet] = []
+    notes: tuple[str, ...] = ()
+    if renewal.known is not None:
+        new = [_widened(each, dataset) for each in load_test_sets(store, [renewal.known.judged_by(dataset)])]
     elif record is None or record.task(dataset.task) is None:
         schema = read_manifest(store, dataset.uri).task
         new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
     else:
-        notes = (*notes, *_notes_on_known_task(store, record, dataset))
+        notes = tuple(_notes_on_known_task(store, record, dataset))
     kept = read_answers(store, parent.adapter_uri) if parent else None
     answered = kept.now if kept else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
-    open_rows = _unanswered(sets, answered)
-    all_sets = [*(_widened(each, dataset, slices) for each in sets), *new]
-    scorer = Scorer(base, config)
-    scorer.expect(new, [*new, *open_rows] if parent else [], all_sets)
-    with borrowed_parent(store, parent) as parent_folder, borrowed_adapter(store, adapter) as folder:
-        on_base = scorer.score(None, new, general=True)
-        on_parent = scorer.score(parent_folder, new) if parent else Scored({}, {}, None)
-        if open_rows:
-            asked = scorer.score(parent_folder, open_rows).answers
-            answered = answered | {name: answered.get(name, {}) | answers for name, answers in asked.items()}
-        now = scorer.score(folder, all_sets, general=True, explain=True)
-        facts = _look_at(adapter, folder, parent, parent_folder)
-    (own,) = (each for each in all_sets if each.schema.name == dataset.task)
+    return _Asked(
+        record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
+        all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What the base model, the parent and the new version scored."""
+
+    on_base: Scored
+    on_parent: Scored
+    """On the new rows; empty without a parent."""
+    now: Scored
+    answered: Answers
+    """The parent's answers to all of the old rows."""
+    facts: AdapterFacts
+
+
+def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef) -> _Found:
+    answered = asked.answered
+    scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
+    with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
+        on_base = scorer.score(None, asked.new, general=True)
+        on_parent = scorer.score(before, asked.new) if parent else Scored({}, {}, None)
+        if asked.unanswered:
+            more = scorer.score(before, asked.unanswered).answers
+            answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
+        now = scorer.score(folder, asked.all, general=True, explain=True)
+        facts = _look_at(adapter, folder, parent, before)
+    return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
+
+
+def _keep(store: ObjectStore, adapter: AdapterRef, asked: _Asked, found: _Found) -> None:
+    """Store the answers, and the reference for live traffic."""
+    before = found.on_parent.answers if asked.record else found.on_base.answers
+    completed = {each.schema.name: found.answered[each.schema.name] for each in asked.unanswered}
+    keep_answers(store, adapter.uri, KeptAnswers(now=found.now.answers, before=before | completed))
+    slices = {each.name for each in asked.renewal.slices}
+    judging = [each for each in asked.all if each.schema.name not in slices]
+    write_reference(store, adapter.uri, adapter.lineage, judging, found.now.evaluations)
+
+
+def _length_notes(scorer: Scorer, own: TestSet, dataset: DatasetRef) -> Iterator[str]:
+    """Notes about right answers that are longer than the answers may be."""
     if num_too_long := scorer.count_too_long(own, right_answers(own.rows)):
         effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
-        notes = (*notes, f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
-                         f"evaluate.max_new_tokens allows, {effect}")  # fmt: skip
+        yield (
+            f"{num_too_long} of {len(own.rows)} test answers of {dataset.task} are longer than "
+            f"evaluate.max_new_tokens allows, {effect}"
+        )
     if scorer.count_too_long(own, dataset.new_labels):
-        notes = (*notes, f"new labels of {dataset.task} are longer than the evaluate.max_new_tokens of its first "
-                         "arrival allows, so no version can answer with them")  # fmt: skip
-    notes = (*notes, *collapse_notes(now))
-    before = on_parent.answers if parent else on_base.answers
-    completed = {each.schema.name: answered[each.schema.name] for each in open_rows}
-    keep_answers(store, adapter.uri, KeptAnswers(now=now.answers, before=before | completed))
-    judging = [each for each in all_sets if each.schema.name not in {known.name for known in slices}]
-    write_reference(store, adapter.uri, adapter.lineage, judging, now.evaluations)
-    earlier = {each.schema.name: _outcomes(each, answered[each.schema.name]) for each in sets}
+        yield (
+            f"new labels of {dataset.task} are longer than the evaluate.max_new_tokens of its first arrival allows, so "
+            "no version can answer with them"
+        )
+
+
+def _report(
+    dataset: DatasetRef, asked: _Asked, found: _Found, num_rows: dict[str, int], notes: tuple[str, ...]
+) -> EvaluationReport:
+    record, renewal, now = asked.record, asked.renewal, found.now
+    earlier = {each.schema.name: _outcomes(each, found.answered[each.schema.name]) for each in asked.old}
     parent_accuracies = (record.accuracies() if record else {}) | {
         name: sum(outcomes) / len(outcomes) for name, outcomes in earlier.items()
     }
-    for each in slices:
+    for each in renewal.slices:
         if each.name not in now.accuracies:  # its rows were forgotten
             parent_accuracies.pop(each.name, None)
-    base_accuracy = (_base_accuracies(record) | on_base.accuracies)[dataset.task]
-    parent_accuracy = (parent_accuracies | on_parent.accuracies).get(dataset.task)
+    base_accuracy = (_base_accuracies(record) | found.on_base.accuracies)[dataset.task]
+    parent_accuracy = (parent_accuracies | found.on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
-    if renewed is not None:
-        parent_accuracies |= on_parent.accuracies
+    if renewal.known is not None:
+        parent_accuracies |= found.on_parent.accuracies
         notes = (*notes, renewal.note(dataset))
         if renewal.new_slice is not None:
             matrix = matrix.with_slice(dataset.task, renewal.new_slice)
         matrix = matrix.remeasured(
-            dataset.task, base_accuracy=base_accuracy, last_accuracy=on_parent.accuracies[dataset.task]
+            dataset.task, base_accuracy=base_accuracy, last_accuracy=found.on_parent.accuracies[dataset.task]
         )
     return EvaluationReport(
         task=dataset.task,
@@ -136,133 +202,21 @@ def evaluate_version(
         parent_accuracies=parent_accuracies,
         base_accuracy=base_accuracy,
         parent_accuracy_new_task=parent_accuracy,
-        num_rows=scorer.num_rows,
+        num_rows=num_rows,
         matrix=matrix.with_row(
             dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
         notes=notes,
         outcomes=now.outcomes,
-        parent_outcomes={**earlier, **on_parent.outcomes},
+        parent_outcomes={**earlier, **found.on_parent.outcomes},
         perplexity=now.perplexity,
-        base_perplexity=on_base.perplexity,
-        adapter=facts,
+        base_perplexity=found.on_base.perplexity,
+        adapter=found.facts,
         majority_rate=now.evaluations[dataset.task].majority_rate,
-        metrics={each.schema.name: each.schema.metric for each in all_sets},
-        slices={each.name: each.of for each in slices},
-        labels={name: found.labels for name, found in now.evaluations.items() if found.labels},
+        metrics={each.schema.name: each.schema.metric for each in asked.all},
+        slices={each.name: each.of for each in renewal.slices},
+        labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
     )
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores and answers of one adapter."""
-
-    evaluations: Mapping[str, TaskEvaluation]
-    answers: Answers
-    perplexity: float | None
-    """Perplexity on plain English; None: not measured, or not defined."""
-    recentred: Mapping[str, float] = field(default_factory=dict)
-    """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
-
-    @property
-    def accuracies(self) -> dict[str, float]:
-        """Accuracy by task."""
-        return {name: found.accuracy for name, found in self.evaluations.items()}
-
-    @property
-    def outcomes(self) -> dict[str, Scores]:
-        """Each row's score, by task."""
-        return {name: found.outcomes for name, found in self.evaluations.items()}
-
-
-class Scorer:
-    """Scores adapters on test sets and reports the progress."""
-
-    def __init__(self, base: BaseRef, config: EvaluateConfig) -> None:
-        self._base = lend_base(base)
-        self._config = config
-        self._report = advance("evaluate")
-        self._total = 0
-        self._done = 0
-        self.num_rows: dict[str, int] = {}
-
-    def expect(self, *passes: Sequence[TestSet]) -> None:
-        """Set the total of the progress. Each pass is a sequence of test sets that will be scored."""
-        self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
-
-    def score(
-        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False
-    ) -> Scored:
-        """Score one adapter (None: the untouched base model) on each test set.
-
-        Args:
-            adapter_folder: the adapter.
-            sets: the test sets.
-            general: score it on plain English too.
-            explain: measure what the collapse of a task's answers costs.
-        """
-        from deal_core.adapter.state import adapter_on
-        from deal_core.evaluation.general_ability import perplexity
-        from deal_core.evaluation.score import evaluate_task
-
-        found, answers, recentred = {}, {}, {}
-        with adapter_on(self._base.model, adapter_folder) as model:
-            for test_set in sets:
-                evaluation = evaluate_task(
-                    model,
-                    self._base.tokenizer,
-                    test_set.schema,
-                    test_set.rows,
-                    replace(self._config, max_new_tokens=test_set.max_new_tokens),
-                    max_prompt_tokens=test_set.max_prompt_tokens,
-                    on_progress=partial(self._advance, test_set.schema.name),
-                )
-                found[evaluation.task] = evaluation
-                self.num_rows[evaluation.task] = evaluation.num_rows
-                answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-                if explain and collapsed(evaluation.labels) is not None:
-                    recentred[evaluation.task] = self._recentred(model, test_set)
-            known = perplexity(model, self._base.tokenizer) if general else None
-        return Scored(found, answers, known, recentred)
-
-    def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
-        from deal_core.evaluation.criterion import recentred_accuracy
-        from deal_core.evaluation.label_scores import label_log_probs
-
-        numbers = number_labels(test_set.schema.labels)
-        targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
-        log_probs_NL = label_log_probs(
-            model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
-            max_prompt_tokens=test_set.max_prompt_tokens,
-        )  # fmt: skip
-        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
-
-    def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
-        """Rows whose references no answer can match."""
-        from deal_core.evaluation.score import count_too_long
-
-        return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
-
-    def _advance(self, name: str, num_rows: int) -> None:
-        self._done += num_rows
-        self._report(self._done, self._total, name)
-
-
-def collapse_notes(scored: Scored) -> tuple[str, ...]:
-    """Say which label has taken over the answers to a task, and what that costs."""
-    notes = []
-    for name, recentred in scored.recentred.items():
-        found = scored.evaluations[name]
-        label = collapsed(found.labels)
-        assert label is not None
-        answer = "no label of the task" if label.label is None else brief(label.label)
-        rows = 100 * label.num_rows / found.num_rows
-        notes.append(
-            f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
-            f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
-            f"{100 * found.accuracy:.1f} %"
-        )
-    return tuple(notes)
 
 
 def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +11,15 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import DataConfig
-from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
+from deal_core.data.dataset import ArrivalRefusedError, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.schema import DatasetManifest
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from infra.store.stored import reading_stored
-from tasks.adaptation.task_schema import choose_schema, frozen_test_inputs, renews_tests
+from tasks.adaptation.landing import choose_schema, landing_of
 from tasks.context import current_store
-from tasks.data_files import local_file
 from tasks.lineage.record import read_record
 from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten, require_test_rows
 from tasks.progress import advance
@@ -57,25 +55,15 @@ def ingest_arrival(
         if known.schema.name != arrival.task:
             require_test_rows(store, known.schema.name, known.dataset_uri)
     with (
-        local_file(store, arrival.data) as source,
-        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
+        landing_of(store, arrival, schema, record, config, advance("ingest")) as landing,
         temporary_folder() as temporary,
     ):
         folder = temporary / "dataset"
         if not again:
-            refuse_forgotten(store, arrival.task, [sha256_of_input(source)])
-            if test_source is not None:
-                refuse_forgotten(store, arrival.task, [sha256_of_input(test_source)], "test rows")
+            refuse_forgotten(store, arrival.task, [sha256_of_input(landing.source)])
+            if landing.test_source is not None:
+                refuse_forgotten(store, arrival.task, [sha256_of_input(landing.test_source)], "test rows")
         try:
-            landing = Landing(
-                source=source,
-                task=schema,
-                config=config,
-                test_source=test_source,
-                frozen_test_inputs=frozen_test_inputs(store, record, arrival.task),
-                renews_tests=renews_tests(store, record, arrival.task),
-                on_progress=advance("ingest"),
-            )
             manifest = build_dataset(landing, folder)
         except ArrivalRefusedError as error:
             # named by the digest of the file: all datasets without a good row have the same digest

@@ -15,7 +15,7 @@ from mlflow.tracking._tracking_service import utils as mlflow_utils
 from moto.server import ThreadedMotoServer
 
 from infra.report import charts
-from tasks.adaptation.evaluate import Scorer
+from tasks.adaptation.scorer import Scorer
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 from tests.conftest import MakeOnce
 

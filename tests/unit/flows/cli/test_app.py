@@ -16,7 +16,6 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from deal_core.errors import RegistryError
 from flows.cli.app import TOPICS, app
 from tests.in_process import put_back
 
@@ -278,20 +277,22 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
 
 
 @pytest.mark.parametrize(
-    ("options", "newest"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), None), (("--json",), None)]
+    ("options", "num_shown"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), 40), (("--json",), None)]
 )
-def test_history_reads_the_newest_versions_and_for_programs_all(
-    deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], newest: int | None
+def test_history_shows_the_newest_versions_and_programs_get_all(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
 ) -> None:
-    asked: list[object] = []
-
-    def read(*args: object) -> None:
-        asked.extend(args)
-        raise RegistryError("enough")
+    def read(lineage: str, newest: int | None) -> list[int]:
+        return list(range(40))[-newest:] if newest else list(range(40))
 
     monkeypatch.setattr("tasks.lineage.history.read_history", read)
-    deal("history", "--lineage", "support", *options)
-    assert asked == ["support", newest]
+    monkeypatch.setattr("flows.cli.learn.show_history", lambda lineage, entries: [f"{len(entries)} versions"])
+    result = deal("history", "--lineage", "support", *options)
+    if num_shown is None:
+        assert len(json.loads(result.stdout)) == 40
+    else:
+        assert f"{num_shown} versions" in result.stdout
+        assert ("There are earlier versions" in result.stdout) == (num_shown < 40)
 
 
 def test_ctrl_c_exits_130(deal: Deal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.local import FileStore
+from tasks.adaptation.landing import choose_schema
 from tasks.adaptation.repeats import make_run_key
-from tasks.adaptation.task_schema import choose_schema
 from tasks.lineage.labels import added_labels, keep_labels
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.references import Arrival, BaseRef, DatasetRef

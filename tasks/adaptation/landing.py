@@ -5,10 +5,13 @@ Commands that only check a file import this module, so it imports no Prefect.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from deal_core.config import DataConfig
+from deal_core.data.dataset import Landing
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
@@ -16,6 +19,7 @@ from deal_core.evaluation.answer_scores import require_metric
 from deal_core.safe_text import brief
 from infra.store.base import ObjectStore
 from tasks.adaptation.frozen_rows import read_test_rows
+from tasks.data_files import local_file
 from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord
 from tasks.lineage.renewal import is_renewal_asked
@@ -24,6 +28,32 @@ from tasks.references import Arrival
 
 OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "joins_context": True}
 """Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
+
+
+@contextmanager
+def landing_of(
+    store: ObjectStore,
+    arrival: Arrival,
+    schema: TaskSchema,
+    record: LineageRecord | None,
+    config: DataConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Landing]:
+    """Yield the arrival's files on this machine, with all that its rows are checked by.
+
+    Raises:
+        DataValidationError: There is no such file.
+        StoreError: The lineage's test rows are damaged.
+    """
+    with (
+        local_file(store, arrival.data) as source,
+        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
+    ):
+        yield Landing(
+            source=source, task=schema, config=config, test_source=test_source,
+            frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
+            renews_tests=_renews_tests(store, record, arrival.task), on_progress=on_progress,
+        )  # fmt: skip
 
 
 def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
@@ -72,13 +102,13 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     return {**given, "labels": labels, "label_names": dict(names)}
 
 
-def renews_tests(store: ObjectStore, record: LineageRecord | None, task_name: str) -> bool:
+def _renews_tests(store: ObjectStore, record: LineageRecord | None, task_name: str) -> bool:
     """Return whether `deal tests renew` lets the arrival bring new test rows."""
     known = record.task(task_name) if record else None
     return record is not None and known is not None and is_renewal_asked(store, record.lineage, known)
 
 
-def frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
+def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
     """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
 
     The result is empty for a new task and for a task whose test rows were forgotten: the arrival brings the test rows.

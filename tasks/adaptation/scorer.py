@@ -1,0 +1,137 @@
+"""Scores adapters on test rows, and says when the answers to a task have collapsed to one label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deal_core.config import EvaluateConfig
+from deal_core.evaluation.answer_scores import plain_answer
+from deal_core.evaluation.label_figures import collapsed, number_labels
+from deal_core.evaluation.report import Scores
+from deal_core.safe_text import brief
+from tasks.adaptation.frozen_rows import Answers, TestSet
+from tasks.base import lend_base
+from tasks.progress import advance
+from tasks.references import BaseRef
+
+if TYPE_CHECKING:
+    from deal_core.evaluation.generation import LanguageModel
+    from deal_core.evaluation.score import TaskEvaluation
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores and answers of one adapter."""
+
+    evaluations: Mapping[str, TaskEvaluation]
+    answers: Answers
+    perplexity: float | None
+    """Perplexity on plain English; None: not measured, or not defined."""
+    recentred: Mapping[str, float] = field(default_factory=dict)
+    """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy by task."""
+        return {name: found.accuracy for name, found in self.evaluations.items()}
+
+    @property
+    def outcomes(self) -> dict[str, Scores]:
+        """Each row's score, by task."""
+        return {name: found.outcomes for name, found in self.evaluations.items()}
+
+
+class Scorer:
+    """Scores adapters on test sets and reports the progress."""
+
+    def __init__(self, base: BaseRef, config: EvaluateConfig) -> None:
+        self._base = lend_base(base)
+        self._config = config
+        self._report = advance("evaluate")
+        self._total = 0
+        self._done = 0
+        self.num_rows: dict[str, int] = {}
+
+    def expect(self, *passes: Sequence[TestSet]) -> None:
+        """Set the total of the progress. Each pass is a sequence of test sets that will be scored."""
+        self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
+
+    def score(
+        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False
+    ) -> Scored:
+        """Score one adapter (None: the untouched base model) on each test set.
+
+        Args:
+            adapter_folder: the adapter.
+            sets: the test sets.
+            general: score it on plain English too.
+            explain: measure what the collapse of a task's answers costs.
+        """
+        from deal_core.adapter.state import adapter_on
+        from deal_core.evaluation.general_ability import perplexity
+        from deal_core.evaluation.score import evaluate_task
+
+        found, answers, recentred = {}, {}, {}
+        with adapter_on(self._base.model, adapter_folder) as model:
+            for test_set in sets:
+                evaluation = evaluate_task(
+                    model,
+                    self._base.tokenizer,
+                    test_set.schema,
+                    test_set.rows,
+                    replace(self._config, max_new_tokens=test_set.max_new_tokens),
+                    max_prompt_tokens=test_set.max_prompt_tokens,
+                    on_progress=partial(self._advance, test_set.schema.name),
+                )
+                found[evaluation.task] = evaluation
+                self.num_rows[evaluation.task] = evaluation.num_rows
+                answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
+                if explain and collapsed(evaluation.labels) is not None:
+                    recentred[evaluation.task] = self._recentred(model, test_set)
+            known = perplexity(model, self._base.tokenizer) if general else None
+        return Scored(found, answers, known, recentred)
+
+    def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
+        from deal_core.evaluation.criterion import recentred_accuracy
+        from deal_core.evaluation.label_scores import label_log_probs
+
+        numbers = number_labels(test_set.schema.labels)
+        targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
+        log_probs_NL = label_log_probs(
+            model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
+            max_prompt_tokens=test_set.max_prompt_tokens,
+        )  # fmt: skip
+        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
+
+    def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
+        """Rows whose references no answer can match."""
+        from deal_core.evaluation.score import count_too_long
+
+        return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
+
+    def _advance(self, name: str, num_rows: int) -> None:
+        self._done += num_rows
+        self._report(self._done, self._total, name)
+
+
+def collapse_notes(scored: Scored) -> tuple[str, ...]:
+    """Say which label has taken over the answers to a task, and what that costs."""
+    notes = []
+    for name, recentred in scored.recentred.items():
+        found = scored.evaluations[name]
+        label = collapsed(found.labels)
+        assert label is not None
+        answer = "no label of the task" if label.label is None else brief(label.label)
+        rows = 100 * label.num_rows / found.num_rows
+        notes.append(
+            f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
+            f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
+            f"{100 * found.accuracy:.1f} %"
+        )
+    return tuple(notes)
