@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from benchmarks.protocol import named_changes, settings_shown, training_of
-from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
+from benchmarks.report_figures import fill_figure, kept_figure
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -24,7 +24,6 @@ from deal_core.benchmark.summary import (
     accuracy,
     departures,
     final_scores,
-    matrix_of,
     method_name,
     order_of,
     protocols,
@@ -159,18 +158,9 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
-    over_time = {name: found for name, each in cells.items() if (found := accuracies_so_far(each))}
-    if over_time:
-        save_png(over_time_figure(tasks, over_time), images / f"{stem}-tasks.png")
-        pictures.append((f"{stem}-tasks.png", f"accuracy of every task over the number of tasks learned{on}"))
-        curves = {name: average_so_far(found) for name, found in over_time.items()}
-        figure = development_figure(curves, "Average accuracy over the tasks learned so far", "accuracy, %")
-        save_png(figure, images / f"{stem}-average.png")
-        pictures.append((f"{stem}-average.png", f"average accuracy over the number of tasks learned{on}"))
     fills = {name: curve for name, each in cells.items() if (curve := fill_so_far(each))}
     if fills:
-        figure = development_figure(fills, "Slots of the adapter that hold 95 % of its update", "share of slots, %")
-        save_png(figure, images / f"{stem}-fill.png")
+        save_png(fill_figure(fills), images / f"{stem}-fill.png")
         text = f"share of the adapter's slots in use over the number of tasks learned{on}"
         widens = [name for name in fills if name.split()[0] in WIDENING]
         grown = f"; every task brings new slots to {' and '.join(widens)}" if widens else ""
@@ -210,25 +200,6 @@ def points_of(cells: Sequence[CellJson]) -> dict[str, tuple[float, float]]:
         if len(learned) == len(kept):
             found[task] = (100 * sum(learned) / len(learned), 100 * sum(kept) / len(kept))
     return found
-
-
-def accuracies_so_far(cells: Sequence[CellJson]) -> dict[str, list[float]]:
-    """Per task its mean accuracy over cells, after each task from its own on; nothing where it was not measured."""
-    matrices = [matrix.rows for cell in cells if (matrix := matrix_of(cell))]
-    found = {}
-    for column, task in enumerate(cells[0]["settings"]["tasks"]):
-        values = [[row[column] for row in rows[column:]] for rows in matrices]
-        if any(value is None for each in values for value in each) or len(matrices) < len(cells):
-            return {}
-        found[task] = [100 * sum(each) / len(each) for each in zip(*values, strict=True)]
-    return found
-
-
-def average_so_far(accuracies: Mapping[str, Sequence[float]]) -> list[float]:
-    """After each task the mean accuracy over the tasks so far, of `accuracies_so_far`."""
-    values = [[curve[number - start] for start, curve in enumerate(accuracies.values()) if start <= number]
-              for number in range(len(accuracies))]  # fmt: skip
-    return [sum(each) / len(each) for each in values]
 
 
 def fill_so_far(cells: Sequence[CellJson]) -> list[float]:

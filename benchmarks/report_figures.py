@@ -1,4 +1,4 @@
-"""Figures of the benchmark: what is left of every task, and how the average develops."""
+"""Figures of the benchmark: what is left of every task, and how full the adapter is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, say_empty, tidy
+from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, tidy
 
-PANELS_A_ROW = 4
 Points = Mapping[str, tuple[float, float]]
 
 
@@ -23,9 +22,6 @@ def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Points]) ->
     """
     figure = new_figure(8.0, 1.2 + 0.42 * max(len(tasks), 1))
     axes = figure.subplots()
-    if not learned_and_kept:
-        say_empty(axes, "no strategy was scored right after each task")
-        return figure
     offsets = [0.24 * (number - (len(learned_and_kept) - 1) / 2) for number in range(len(learned_and_kept))]
     for offset, colour, (_, points) in zip(offsets, COLOURS, learned_and_kept.items(), strict=False):
         for row, task in enumerate(tasks):
@@ -48,59 +44,21 @@ def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Points]) ->
     return figure
 
 
-def over_time_figure(tasks: Sequence[str], curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """One panel per task: its accuracy from when it was learned to the end, one line per strategy.
-
-    Args:
-        tasks: in the order in which they arrived.
-        curves: strategy to task to its accuracies after it was learned and after each later task, 0 to 100.
-    """
-    if not curves:
-        figure = new_figure(7.0, 2.4)
-        say_empty(figure.subplots(), "no strategy was scored on all tasks after each task")
-        return figure
-    num_columns = min(len(tasks), PANELS_A_ROW)
-    num_rows = -(-len(tasks) // num_columns)
-    figure = new_figure(0.8 + 2.4 * num_columns, 0.9 + 2.1 * num_rows)
-    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
-    for start, (axes, task) in enumerate(zip(panels.flat, tasks, strict=False), start=1):
-        for colour, marker, (name, by_task) in zip(COLOURS, MARKERS, curves.items(), strict=False):
-            values = by_task.get(task, ())
-            axes.plot(range(start, start + len(values)), values, color=colour, marker=marker, markersize=5, linewidth=2,
-                      label=name)  # fmt: skip
-        tidy(axes)
-        axes.set_title(task, fontsize=10, loc="left")
-    for axes in panels.flat[len(tasks) :]:
-        axes.set_axis_off()
-    panels[0, 0].set(ylim=(0, 100), xlim=(0.7, len(tasks) + 0.3))
-    panels[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel("tasks learned", fontsize=10, color=MUTED)
-    figure.supylabel("accuracy, %", fontsize=10, color=MUTED)
-    handles = panels[0, 0].lines
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
-    return figure
-
-
-def development_figure(curves: Mapping[str, Sequence[float]], title: str, label: str) -> Figure:
-    """One line per strategy over the number of tasks learned.
+def fill_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """The share of the adapter's slots in use over the number of tasks learned, one line per strategy.
 
     Args:
         curves: strategy to one value per task learned, 0 to 100.
-        title: of the figure.
-        label: of the vertical axis.
     """
     figure = new_figure(7.0, 3.6)
     axes = figure.subplots()
-    if not curves:
-        say_empty(axes, "no strategy was scored on all tasks after each task")
-        return figure
     for colour, marker, (name, values) in zip(COLOURS, MARKERS, curves.items(), strict=False):
         axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, linewidth=2, label=name)
     tidy(axes)
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tasks learned", color=MUTED)
-    axes.set_ylabel(label, color=MUTED)
-    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_ylabel("share of slots, %", color=MUTED)
+    axes.set_title("Slots of the adapter that hold 95 % of its update", fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
     return figure

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from benchmarks.report_figures import development_figure, kept_figure, over_time_figure
+from benchmarks.report_figures import fill_figure, kept_figure
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,
@@ -171,20 +171,8 @@ def test_what_is_left_of_a_task_is_drawn_from_learned_to_kept() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
 
 
-def test_every_task_has_a_panel_with_a_line_per_strategy_from_when_it_was_learned() -> None:
-    curves = {"deal": {"bank": [80, 70, 75], "clinic": [60, 61], "parcels": [90]}, "plain": {"bank": [82, 50, 40]}}
-    figure = over_time_figure(["bank", "clinic", "parcels"], curves)
-    drawn = {axes.get_title(loc="left"): [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
-             for axes in figure.axes}  # fmt: skip
-    assert drawn == {
-        "bank": [([1, 2, 3], [80, 70, 75]), ([1, 2, 3], [82, 50, 40])],
-        "clinic": [([2, 3], [60, 61]), ([], [])], "parcels": [([3], [90]), ([], [])],
-    }  # fmt: skip
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["deal", "plain"]
-
-
-def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
-    (axes,) = development_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}, "AA", "%").axes
+def test_the_fill_is_one_line_per_strategy_over_the_tasks() -> None:
+    (axes,) = fill_figure({"deal": [80, 70, 75], "plain": [80, 50, 40]}).axes
     assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} == {
         "deal": ([1, 2, 3], [80, 70, 75]), "plain": ([1, 2, 3], [80, 50, 40]),
     }  # fmt: skip
@@ -193,11 +181,7 @@ def test_a_development_is_one_line_per_strategy_over_the_tasks() -> None:
 @pytest.mark.parametrize(
     "figure",
     [
-        kept_figure([], {}),
         kept_figure([f"a-rather-long-task-name-{number}" for number in range(15)], {"deal": {}}),
-        development_figure({}, "AA", "%"),
-        over_time_figure([], {}),
-        over_time_figure([f"a-rather-long-task-name-{number}" for number in range(6)], {"deal": {}}),
         accuracy_over_versions(AccuracyMatrix()),
         loss_curve([]),
         loss_curve([(1, float("inf"))]),
