@@ -6,7 +6,6 @@ from prefect import flow
 from pydantic import BaseModel
 
 from deal_core.config import EvaluateConfig
-from deal_core.errors import DealError
 from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
@@ -73,7 +72,4 @@ async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateRes
     async def score(name: str) -> EvaluateResult | None:
         return await evaluate(name) if lineages or registry.champion(name) else None
 
-    found, failed = await for_each(names, score, "The champion of lineage %s could not be scored")
-    if failed:
-        raise DealError(f"Of {len(names)} lineages {len(failed)} could not be scored. {' '.join(failed)}")
-    return [each for each in found if each is not None]
+    return [each for each in await for_each(names, score, "could not be scored") if each is not None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from prefect import flow
 from pydantic import BaseModel
 
-from deal_core.errors import DealError
 from flows.promote import Decision, promote_to, reject_version
 from infra.promotions import PromotionLog
 from infra.tracking.registry import open_registry
@@ -28,12 +27,6 @@ class RolloutResult(BaseModel, frozen=True):
     """The version's promotion or rejection; None: the rollout goes on, or there is none."""
 
 
-@flow(name="rollout", flow_run_name="rollout-{lineage}")
-def rollout(lineage: str) -> RolloutResult:
-    """End the rollout of a lineage if the figures say so; see `check_rollout`."""
-    return check_rollout(lineage)
-
-
 @flow(name="rollouts")
 async def rollouts() -> list[RolloutResult]:
     """Look at all open rollouts, one after another, and end those that are decided.
@@ -48,10 +41,7 @@ async def rollouts() -> list[RolloutResult]:
     async def check(name: str) -> RolloutResult:
         return check_rollout(name)
 
-    found, failed = await for_each(names, check, "The rollout of lineage %s could not be looked at")
-    if failed:
-        raise DealError(f"Of {len(names)} rollouts {len(failed)} could not be looked at. {' '.join(failed)}")
-    return found
+    return await for_each(names, check, "could not be looked at")
 
 
 def check_rollout(lineage: str) -> RolloutResult:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BeforeValidator
 
-from deal_core.errors import ConfigError, in_one_line
+from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.method_config import MEMORY
 from deal_core.safe_text import brief
@@ -152,13 +152,11 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
 
 async def for_each(
     names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str
-) -> tuple[list[Found], list[str]]:
-    """Call `act` for several lineages, one after another. A failed call does not stop the others.
+) -> list[Found]:
+    """Call `act` for several lineages, one after another; return the results. A failed call does not stop the others.
 
-    `failure` is logged with the traceback if a call fails; its %s is the lineage.
-
-    Returns:
-        The results, and one line for each failed lineage.
+    Raises:
+        DealError: Calls failed; it says of which lineages, and why. `failure` says what: "could not be scored".
     """
     found, failed = [], []
     for name in names:
@@ -167,9 +165,11 @@ async def for_each(
         except Interrupted:
             raise
         except Exception as error:
-            logger.exception(failure, name)
+            logger.exception("Lineage %s %s", name, failure)
             failed.append(f"{name}: {in_one_line(error)}")
-    return found, failed
+    if failed:
+        raise DealError(f"Of {len(names)} lineages {len(failed)} {failure}. {' '.join(failed)}")
+    return found
 
 
 def add_lineage(store: ObjectStore, lineage: WatchedLineage) -> str:
