@@ -46,6 +46,7 @@ NEVER_BEGAN = timedelta(hours=1)
 PROCESS_NEVER_BEGAN = timedelta(minutes=3)
 """The same for a run that is a process of its worker and waits for nothing. A waiting run occupies its pool."""
 MAX_RERUNS = 3
+"""Prefect counts the first start too: after it the count is 1."""
 TITLES: dict[Kind, str] = {
     "promoted": "version {{ event.payload.version }} was promoted",
     "rejected": "version {{ event.payload.version }} was rejected",
@@ -87,7 +88,7 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
             ChangeFlowRunState(
                 state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
-            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS)]}, match_related=THEIRS,
+            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS + 1)]}, match_related=THEIRS,
             expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
     ]  # fmt: skip

@@ -45,9 +45,9 @@ def read_stored(store: ObjectStore, key: str, model: type[Model], *, what: str, 
         return model.model_validate(values)
 
 
-def write_stored(store: ObjectStore, key: str, stored: Stored, *, if_absent: bool = False) -> bool:
-    """Write a file; return whether it was written. With `if_absent`, a present file stays."""
-    return store.put_bytes(key, (stored.model_dump_json(indent=2) + "\n").encode(), if_absent=if_absent)
+def write_stored(store: ObjectStore, key: str, stored: Stored) -> None:
+    """Write a file, in place of a present one."""
+    store.put_bytes(key, (stored.model_dump_json(indent=2) + "\n").encode())
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def test_a_process_that_cannot_be_recorded_is_ended(home: Path, monkeypatch: pyt
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("infra.store.base.os.replace", full)
+    monkeypatch.setattr("deal_core.regular_file.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         start_part(home, stack(), "worker", SLEEP)
     monkeypatch.undo()
