@@ -3,7 +3,8 @@
     python -m benchmarks.headline
 
 It reads the stored cells and trains nothing. Every figure is of the judged tasks: those whose own adapter beats the
-majority class and the base model. Without cells of these two bounds, all tasks are judged. Cells of other training
+majority class and the base model. Without cells of these two bounds, they are JUDGED, which
+earlier settings lifted; without any of these, all tasks. Cells of other training
 settings (LEARNING) are in tables of their own; a table says whether its settings are today's defaults.
 """
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
-from benchmarks.protocol import describe
+from benchmarks.protocol import JUDGED, describe
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -72,7 +73,8 @@ def learning_of(cell: CellJson) -> dict[str, Any]:
 def judged_tasks(protocol: Protocol) -> list[str]:
     """The tasks that measure something."""
     some = next(iter((*protocol.cells, *protocol.joint)))
-    return protocol.lifted_tasks() or sorted(some["settings"]["tasks"])
+    tasks = sorted(some["settings"]["tasks"])
+    return protocol.lifted_tasks() or [name for name in tasks if name in JUDGED] or tasks
 
 
 def arms(protocol: Protocol) -> dict[str, list[CellJson]]:

@@ -154,7 +154,7 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     seeds = sorted({cell["settings"]["seed"] for cell in some})
     on = f", order {order}, seed{'s' if len(seeds) > 1 else ''} {' and '.join(map(str, seeds))}"
     settings = some[0]["settings"]
-    tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}"
+    tasks, stem = settings["tasks"], f"benchmark-{protocol.suite}-{settings['rows']}x{settings['train']['num_epochs']}"
     kept = {name: points_of(each) for name, each in cells.items()}
     save_png(kept_figure(tasks, kept), images / f"{stem}-kept.png")
     pictures = [(f"{stem}-kept.png", f"accuracy of every task right after it was learned and in the end{on}")]
