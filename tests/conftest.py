@@ -24,6 +24,8 @@ from tests.receiver import Receiver
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 START_SECONDS = 300
+LONG = {"test_deployments.py", "test_python_api.py", "test_rollout.py", "test_secrets.py", "test_serve.py"}
+"""Files whose tests wait for processes of their own."""
 PREFECT_SERVER = pytest.StashKey[Any]()
 """The server of the fixture `prefect_api`, once a test has asked for it."""
 UNUSED = (
@@ -38,7 +40,11 @@ last_test = "no test"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that no worker begins one when the others have run out of work."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("base_model", "e2e")))
+
+    def is_short(item: pytest.Item) -> bool:
+        return item.path.name not in LONG and not any(map(item.get_closest_marker, ("base_model", "e2e")))
+
+    items.sort(key=is_short)
 
 
 @pytest.fixture(scope="session", autouse=True)
