@@ -88,8 +88,8 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
             ChangeFlowRunState(
                 state=StateType.SCHEDULED, name="AwaitingRetry", message="Its process died; it starts again."
             ),
-            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS + 1)]}, match_related=THEIRS,
-            expect={"prefect.flow-run.Crashed"}, for_each=RUN,
+            match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS + 1)]},
+            match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
     ]  # fmt: skip
 
