@@ -47,4 +47,4 @@ async def serve_vllm(lineage: str | None = None, url: str | None = None) -> Serv
     if lineage is not None:
         return await sync(lineage)
     names = open_registry().lineages_with("champion")
-    return await for_each(names, sync, "are not in step with the server")
+    return await for_each(names, sync, "could not be brought in step with the server")

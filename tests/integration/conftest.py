@@ -21,18 +21,31 @@ from tests.conftest import MakeOnce
 
 
 @pytest.fixture(scope="session")
-def three_versions(prefect_api: None, tiny_base: Path, mlflow_database: Path, made_once: MakeOnce) -> Path:
+def home_made_once(prefect_api: None, mlflow_database: Path, made_once: MakeOnce) -> MakeOnce:
+    """As `made_once`, for a home: it starts with an empty registry, and is the current one while it is made."""
+
+    def folder_of(name: str, learn: Callable[[Path], object]) -> Path:
+        def make(folder: Path) -> None:
+            shutil.copy(mlflow_database, folder / "mlflow.db")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DEAL_HOME", str(folder))
+                learn(folder)
+
+        return made_once(name, make)
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def three_versions(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage `l` has learned two tasks; version 2 did not pass its gate. Tests copy or only read it."""
 
     def learn(folder: Path) -> None:
-        shutil.copy(mlflow_database, folder / "mlflow.db")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DEAL_HOME", str(folder))
-            found = [run(tiny_base, BANK).status, run(tiny_base, CLINIC, gate=FAIL).status]
-            found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
+        found = [run(tiny_base, BANK).status, run(tiny_base, CLINIC, gate=FAIL).status]
+        found.append(run(tiny_base, CLINIC, gate=PASS, again=True).status)
         assert found == ["promoted", "rejected", "promoted"]
 
-    return made_once("three-versions", learn)
+    return home_made_once("three-versions", learn)
 
 
 def copy_home(original: Path, copy: Path) -> Path:

@@ -47,16 +47,11 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="session")
-def bank_home(prefect_api: None, tiny_base: Path, mlflow_database: Path, made_once: MakeOnce) -> Path:
+def bank_home(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage has learned its first task, and the file with the result."""
-
-    def learn(folder: Path) -> None:
-        shutil.copy(mlflow_database, folder / "mlflow.db")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DEAL_HOME", str(folder))
-            (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
-
-    return made_once("bank-learned", learn)
+    return home_made_once(
+        "bank-learned", lambda folder: (folder / RESULT).write_text(run(tiny_base, BANK).model_dump_json())
+    )
 
 
 @pytest.fixture

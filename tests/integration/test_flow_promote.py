@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -58,32 +57,25 @@ def learn(base: Path, task: str, *, again: bool = False, **gate: Any) -> AdaptRe
     return asyncio.run(adapt(parse(AdaptSpec, values, "test"), again=again))
 
 
-def learn_in(folder: Path, base: Path, *tasks: str, **gate: Any) -> list[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEAL_HOME", str(folder))
-        return [learn(base, task, **gate).status for task in tasks]
-
-
 @pytest.fixture(scope="session")
-def two_versions(prefect_api: None, tiny_base: Path, mlflow_database: Path, made_once: MakeOnce) -> Path:
+def two_versions(tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """A home whose lineage has learned two tasks."""
 
     def make(folder: Path) -> None:
-        shutil.copy(mlflow_database, folder / "mlflow.db")
-        assert learn_in(folder, tiny_base, "bank", "parcels") == ["promoted", "promoted"]
+        assert [learn(tiny_base, task).status for task in ("bank", "parcels")] == ["promoted", "promoted"]
 
-    return made_once("promote-two-versions", make)
+    return home_made_once("promote-two-versions", make)
 
 
 @pytest.fixture(scope="session")
-def third_waits(two_versions: Path, tiny_base: Path, made_once: MakeOnce) -> Path:
+def third_waits(two_versions: Path, tiny_base: Path, home_made_once: MakeOnce) -> Path:
     """The same, and a third version that waits for its approval."""
 
     def make(folder: Path) -> None:
         copy_home(two_versions, folder)
-        assert learn_in(folder, tiny_base, "clinic", approval="person") == ["awaiting approval"]
+        assert learn(tiny_base, "clinic", approval="person").status == "awaiting approval"
 
-    return made_once("promote-third-waits", make)
+    return home_made_once("promote-third-waits", make)
 
 
 @pytest.fixture

@@ -322,7 +322,8 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
         client.create_registered_model(name, tags=tags)
         client.create_model_version(name, source=str(tmp_path))
     client.set_registered_model_alias("theirs", "champion", "1")
-    with pytest.raises(DealError, match=r"Of 3 lineages 1 are not in step with the server\. b: .* its rank is 64"):
+    message = r"Of 3 lineages 1 could not be brought in step with the server\. b: .* its rank is 64"
+    with pytest.raises(DealError, match=message):
         asyncio.run(serve_vllm.fn(**scheduled))
     assert list(server.adapters) == ["a-v1", "c-v1"]
 

@@ -31,6 +31,11 @@ SHORT = TrainConfig(
 PARTS = ("deal", "rehearsal", "rivals", "selection", "token_mask")
 
 
+def at_night(*cases: Any) -> list[Any]:
+    """Return parameters for `make nightly` alone; a tuple is one case of several arguments."""
+    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.nightly) for each in cases]
+
+
 def make_rows(num_rows: int, first: int = 0) -> Dataset:
     labels = list(WORDS)
     rows = []

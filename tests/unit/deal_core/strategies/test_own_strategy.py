@@ -15,6 +15,7 @@ from deal_core.strategies import OWN, find_strategies, make_strategy
 from deal_core.strategies.conformance import check_strategy
 from tasks.lineage.choices import choose_strategy
 from tasks.spec import AdaptSpec, parse
+from tests.unit.deal_core.conftest import at_night
 
 EXAMPLE = Path(__file__).parents[4] / "docs" / "own_strategy.py"
 BROKEN = """
@@ -82,7 +83,7 @@ def test_the_documented_example_is_a_strategy(installed: Path, tmp_path: Path) -
     assert choose_strategy(parse(AdaptSpec, values, "test"), None) == "l2_sp"
 
 
-@pytest.mark.parametrize("name", ["deal", "ewc", "replay"])
+@pytest.mark.parametrize("name", ["deal", "ewc", "replay", *at_night("o_lora", "xgblora")])
 def test_our_own_keep_the_promises(name: str, tmp_path: Path) -> None:
     check_strategy(name, tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from deal_core.data.collate import answer_loss
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import RehearsalConfig, RivalConfig
 from deal_core.strategies.rehearsal import unpack
-from tests.unit.deal_core.conftest import train_into
+from tests.unit.deal_core.conftest import at_night, train_into
 
 LONG = TrainConfig(max_steps=12, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=0)
 STILL = TrainConfig(max_steps=1, batch_size=4, learning_rate=1e-12, max_prompt_tokens=64, checkpoint_steps=0)
@@ -217,9 +218,10 @@ def test_slao_averages_b_over_the_tasks(train):
             torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_widening_resumes(train, parent, tmp_path):
+@pytest.mark.parametrize("strategy", ["o_lora", *at_night("inc_lora", "ella")])
+def test_widening_resumes(strategy, train, parent, tmp_path):
     steps = TrainConfig(max_steps=8, batch_size=4, learning_rate=1e-2, max_prompt_tokens=64, checkpoint_steps=4)
-    whole = train("o_lora", parent, train=steps)
+    whole = train(strategy, parent, train=steps)
 
     def die(step: int, _: object) -> None:
         if step == 6:
@@ -227,8 +229,8 @@ def test_widening_resumes(train, parent, tmp_path):
 
     folders = {"output_folder": tmp_path / "a", "checkpoint_folder": tmp_path / "c"}
     with pytest.raises(InterruptedError):
-        train("o_lora", parent, train=steps, on_log=die, **folders)
-    resumed = train("o_lora", parent, train=steps, **folders)
+        train(strategy, parent, train=steps, on_log=die, **folders)
+    resumed = train(strategy, parent, train=steps, **folders)
     assert resumed.result.resumed_from_step == 4
     assert resumed.losses == pytest.approx(whole.losses, rel=1e-5)
 
@@ -242,11 +244,16 @@ def test_widening_goes_on_beyond_the_size_of_a_layer(train):
     assert all(0 < share <= 1 for share in second.result.fill.values())
 
 
+CHANGES = [
+    ("replay", "slao"), ("slao", "slao"), ("slao", "ewc"), ("ewc", "ewc"), ("ewc", "deal"), ("deal", "o_lora"),
+    ("replay", "deal"), ("deal", "ewc"),
+]  # fmt: skip
+ALL_CHANGES = product(("replay", "slao", "ewc", "deal"), ("slao", "ewc", "deal", "o_lora"))
+
+
 @pytest.mark.parametrize(
-    ("before", "strategy"),
-    [("replay", "slao"), ("slao", "slao"), ("slao", "ewc"), ("ewc", "ewc"), ("ewc", "deal"), ("deal", "o_lora"),
-     ("replay", "deal"), ("deal", "ewc")],
-)  # fmt: skip
+    ("before", "strategy"), [*CHANGES, *at_night(*(pair for pair in ALL_CHANGES if pair not in CHANGES))]
+)
 def test_a_lineage_may_go_on_with_another_strategy(before, strategy, train):
     first = train(before).folder
     second = train(strategy, first)

@@ -19,7 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig
 from deal_core.strategies import make_strategy
-from tests.unit.deal_core.conftest import train_into
+from tests.unit.deal_core.conftest import at_night, train_into
 
 OFF = DealConfig(
     balanced=False, recycle=False, project=False, num_layers=0, mixing=False, lambda1=0, lambda2=0, interpolation=1
@@ -131,6 +131,7 @@ def trained_with(loaded_base, one_task_learned, tmp_path_factory):
         {"recycle": False},
         {"project": False},
         {"seed_scale": 2.0},
+        *at_night({"kernel": "linear_decay"}, {"kernel": "spline"}, {"widths": (0.5,)}),
         {"kernel": "haar"},
         {"num_layers": 0},
         {"mixing": False},
