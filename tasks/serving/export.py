@@ -148,7 +148,7 @@ def _export_merged(
     store: ObjectStore, info: VersionInfo, record: LineageRecord, prompts: Sequence[Prompt], target: Path
 ) -> Exported:
     target = target.absolute()  # "." has no name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir()) or target.samefile(Path.cwd())):
         raise ConfigError(f"{target} is there already; name a new folder.")
     if record.base.quantize != "none":
         raise ConfigError(

@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.headline import CELLS, arms, bootstrap_ratio, headline, judged_accuracy, main, t_interval, worst_task
+from benchmarks.protocol import JUDGED
 from deal_core.benchmark.summary import CellJson, protocols, read_cells
 
 app = typer.Typer()
@@ -38,6 +39,15 @@ def test_the_command_prints_one_object_and_tables_for_people() -> None:
         if ours["seeds"] == joint["seeds"]:  # the ratio is a mean over seeds that both have
             assert ours["ratio_to_joint"] == pytest.approx(ours["judged_accuracy"] / joint["judged_accuracy"], abs=0.02)
         assert ours["worst_task"]["task"] in table["judged_tasks"] and ours["worst_task"]["points"] <= 0
+
+
+def test_settings_without_the_bounds_are_judged_by_the_tasks_that_earlier_settings_lifted(
+    cells: list[CellJson],
+) -> None:
+    bounds = {"base", "per_task"}
+    without = [cell for cell in cells if cell["settings"]["strategy"] not in bounds]
+    of_fifteen = [table for title, table in headline(without)["tables"].items() if title.startswith("suite 15,")]
+    assert of_fifteen and all(table["judged_tasks"] == sorted(JUDGED) for table in of_fifteen)
 
 
 def test_the_folder_of_the_cells_and_the_tables_are_options(tmp_path: Path) -> None:

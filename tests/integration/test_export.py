@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -23,8 +24,9 @@ from infra.settings import VllmSettings
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
+from tasks.lineage.record import read_record
 from tasks.predict import Answer, predict
-from tasks.serving.export import export_version, hub_folder
+from tasks.serving.export import Exported, _merged_card, export_version, hub_folder
 from tasks.serving.publish import publish
 from tests.in_process import put_back
 from tests.loopback import Loopback
@@ -104,6 +106,23 @@ def test_what_may_not_serve_is_not_handed_over(tmp_path: Path, act: str) -> None
     with pytest.raises(RegistryError, match=r"that version 1, which it continues, learned were forgotten"):
         hand_over("3")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose folder is gone cannot import what it still needs."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="is there already; name a new folder"):
+        export_version("l", "3", "merged", ".")
+
+
+def test_a_licence_with_a_colon_makes_a_valid_card() -> None:
+    info = version("3")
+    found = Exported(lineage="l", version="3", to="merged", address="x", num_prompts=1, max_difference=0.0,
+                     tolerance=0.001, precision="fp32")  # fmt: skip
+    record = read_record(current_store(), info.adapter_uri)
+    head = _merged_card(record, info, "other: see LICENSE", found).split("---")[1]
+    assert yaml.safe_load(head)["license"] == "other: see LICENSE"
 
 
 def test_what_goes_to_the_hub_is_a_plain_peft_folder_with_its_card(

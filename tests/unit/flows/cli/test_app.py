@@ -277,7 +277,8 @@ def test_what_nobody_expected_is_one_line_and_goes_to_the_log(
 
 
 @pytest.mark.parametrize(
-    ("options", "num_shown"), [((), 30), (("--newest", "3"), 3), (("--newest", "0"), 40), (("--json",), None)]
+    ("options", "num_shown"),
+    [((), 30), (("--newest", "3"), 3), (("--newest", "40"), 40), (("--newest", "0"), 40), (("--json",), None)],
 )
 def test_history_shows_the_newest_versions_and_programs_get_all(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], num_shown: int | None
