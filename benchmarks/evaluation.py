@@ -2,10 +2,11 @@
 
     python -m benchmarks.evaluation
 
-An adapter learns two of the examples first, so that answers end as a trained model's do; then all their rows are
-answered by each variant in turn, in random order. The loops run on a base model as Transformers loads it, with the same
-prompts and the same limit of new tokens. `first_token_only` is our evaluation ended after the reading of the prompts:
-no way of choosing among labels by their likelihood can be faster, since each has to read the prompts.
+An adapter learns two of the examples first. With --texts it learns the one whose answers are sentences. So answers end
+as a trained model's do. Then all their rows are answered by each variant in turn, in random order. The loops run on a
+base model as Transformers loads it, with the same prompts and the same limit of new tokens. `first_token_only` is our
+evaluation ended after the reading of the prompts: no way of choosing among labels by their likelihood can be faster,
+since each has to read the prompts.
 """
 
 from __future__ import annotations
@@ -39,19 +40,25 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
 MAX_PROMPT_TOKENS = 512
-FILES = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
-INSTRUCTION = "What is the topic of the following message? Choose one from the option."
+LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
+TEXTS = {"repairs": ("messages.jsonl",)}
+TOPIC = "What is the topic of the following message? Choose one from the option."
+WORK_ORDER = "Write the work order for this message."
 Task = tuple[TaskSchema, Dataset]
 
 
-def read_tasks() -> list[Task]:
+def read_tasks(*, texts: bool) -> list[Task]:
     """The examples' rows, columns input and output."""
     tasks = []
-    for name, files in FILES.items():
-        lines = [line for file in files for line in (EXAMPLES / name / file).read_text().splitlines()]
-        rows = [{"input": row["text"], "output": row["label"]} for row in map(json.loads, lines)]
-        labels = tuple(sorted({row["output"] for row in rows}))
-        tasks.append((TaskSchema(name=name, labels=labels, instruction=INSTRUCTION), Dataset.from_list(rows)))
+    for name, files in (TEXTS if texts else LABELS).items():
+        lines = [json.loads(line) for file in files for line in (EXAMPLES / name / file).read_text().splitlines()]
+        if texts:
+            rows = [{"input": row["message"], "output": row["work_order"]} for row in lines]
+            task = TaskSchema(name=name, instruction=WORK_ORDER)
+        else:
+            rows = [{"input": row["text"], "output": row["label"]} for row in lines]
+            task = TaskSchema(name=name, labels=tuple(sorted({row["output"] for row in rows})), instruction=TOPIC)
+        tasks.append((task, Dataset.from_list(rows)))
     return tasks
 
 
@@ -109,12 +116,13 @@ def main(
     base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
     steps: Annotated[int, typer.Option(help="Steps that the adapter learns.")] = 60,
     precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
+    texts: Annotated[bool, typer.Option("--texts", help="Answers are sentences, not labels.")] = False,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/evaluation.json"),
 ) -> None:
     """Print and write rows per second of each variant, the ratios, and the share of identical answers."""
     disable_progress_bars()
-    tasks = read_tasks()
+    tasks = read_tasks(texts=texts)
     references = [output for _, rows in tasks for output in rows["output"]]
     with tempfile.TemporaryDirectory(prefix="deal-evaluation-") as work:
         ours = load_base(base, HomeSettings().cache_dir, precision=precision)  # type: ignore[arg-type]

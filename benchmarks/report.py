@@ -137,8 +137,11 @@ def tried_lines(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
     for protocol in protocols(cells):
         cell = some_cell(protocol)
         num_test = sum(len(score["correct"]) for score in final_scores(cell).values())
-        given = {"suite": protocol.suite, "rows": cell["settings"]["rows"], "num_test": num_test}
-        lines += [{**given, **row, "changes": named_changes(row["changes"], cell["settings"])}
+        settings = cell["settings"]
+        given = {
+            "suite": protocol.suite, "rows": settings["rows"], "num_test": num_test, "train": training_of(settings)
+        }  # fmt: skip
+        lines += [{**given, **row, "changes": named_changes(row["changes"], settings)}
                   for row in summarise(protocol)]  # fmt: skip
     return sorted(lines, key=lambda line: (line["suite"].zfill(3), line["orders"], -line["rows"], line["num_test"],
                                            -line["average_accuracy"]))  # fmt: skip
