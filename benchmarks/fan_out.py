@@ -17,10 +17,11 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks.command_start import processor_seconds
 from benchmarks.output import DEAL, write_result
 from benchmarks.tiny_base import build_tiny_base
 
@@ -40,42 +41,54 @@ def write_tasks(folder: Path, num_rows: int) -> None:
             (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_at_once(num_processes: int, folder: Path, options: list[str]) -> float:
-    """Run the command so many times at once; return the seconds until the last has ended."""
+class Used(NamedTuple):
+    """What the commands took, from the start of the first to the end of the last."""
+
+    seconds: float
+    processor_seconds: float
+    """Of all their processes, the Prefect servers included."""
+
+
+def run_at_once(num_processes: int, folder: Path, options: list[str]) -> Used:
+    """Run the command so many times at once."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "DEAL_HOME")}
     environment |= {"OMP_NUM_THREADS": "1", "DEAL_CACHE_DIR": str(folder.parent / "cache")}
     command = [*DEAL, "benchmark", "--home", str(folder), "--json", *options]
-    started = time.perf_counter()
+    started, used = time.perf_counter(), processor_seconds()
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for _ in range(num_processes)
     ]
     outputs = [process.communicate()[0] for process in processes]
-    seconds = time.perf_counter() - started
+    found = Used(time.perf_counter() - started, processor_seconds() - used)
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode != 0:
             typer.echo(output.decode(errors="replace"), err=True)
             raise typer.Exit(1)
-    return seconds
+    return found
 
 
 def measure(num_processes: int, folder: Path, options: list[str]) -> dict[str, float]:
-    """Seconds with every cell to do, and with none."""
+    """What the command takes with every cell to do, and with none."""
+    whole, start = run_at_once(num_processes, folder, options), run_at_once(num_processes, folder, options)
     return {
-        "seconds": run_at_once(num_processes, folder, options),
-        "seconds_without_cells": run_at_once(num_processes, folder, options),
+        "seconds": whole.seconds, "seconds_without_cells": start.seconds,
+        "processor_seconds": whole.processor_seconds, "processor_seconds_without_cells": start.processor_seconds,
         "num_cells": len(list((folder / "benchmark").glob("*-*.json"))),
-    }
+    }  # fmt: skip
 
 
 def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Medians, and the median of the ratios of measurements that stood side by side."""
     pairs = list(zip(runs["two"], runs["one"], strict=True))
     cells = {name: [run["seconds"] - run["seconds_without_cells"] for run in found] for name, found in runs.items()}
+    work = {name: [run["processor_seconds"] - run["processor_seconds_without_cells"] for run in found]
+            for name, found in runs.items()}  # fmt: skip
     return {
         "num_measurements": len(pairs),
         "median_seconds": {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()},
         "median_seconds_of_cells": {name: statistics.median(found) for name, found in cells.items()},
+        "median_processor_seconds_of_cells": {name: statistics.median(found) for name, found in work.items()},
         "median_ratio": statistics.median(two["seconds"] / one["seconds"] for two, one in pairs),
         "median_ratio_of_cells": statistics.median(
             two / one for two, one in zip(cells["two"], cells["one"], strict=True)

@@ -147,7 +147,7 @@ async def benchmark(spec: BenchmarkSpec) -> BenchmarkResult:
                 busy.append((cell, method))
             else:
                 outcomes[outcome.file] = outcome
-        if len(busy) == len(waiting):  # other processes run these cells: wait until they are stored or free again
+        if len(busy) == len(waiting):  # other processes hold these cells: wait until they are stored or free again
             raise_if_stopped()
             await asyncio.sleep(LOOK_SECONDS)
         waiting = busy
@@ -211,7 +211,7 @@ def _json_object(text: str) -> dict[str, Any]:
 async def _run(
     spec: BenchmarkSpec, stages: Stages, base: BaseRef, cell: Cell, method: MethodConfig
 ) -> CellOutcome | None:
-    """Run one cell; None if another process runs it. A failed cell does not stop the others."""
+    """Run one cell; None if it is busy. A failed cell does not stop the others."""
     work = HomeSettings().home / "work" / "benchmark"
     try:
         status = await stages.run("cell", make_cell_file, base, cell, method, spec.data, spec.folder, work)

@@ -1,4 +1,4 @@
-"""Run one cell of a benchmark, unless its result is stored or another process runs the cell."""
+"""Run one cell of a benchmark, unless its result is stored or another process holds what it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, 
         work: Folder of the checkpoints and locks. Processes that share cells share this folder.
 
     Returns:
-        "busy": another process runs the cell.
+        "busy": another process runs the cell, or makes the first version that this cell shares with another one.
     """
     path, folder = out / cell.file_name, work / cell.digest()
     work.mkdir(parents=True, exist_ok=True)

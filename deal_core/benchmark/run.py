@@ -74,16 +74,16 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     Raises:
         ConfigError: A task's prompt does not fit without any text, or tokens of a task with labels are to be masked.
         DealError: the errors of `train_adapter`.
+        Timeout: Another process makes the first version, which cells share.
     """
     cell = run.cell
     for name in cell.tasks:  # before hours of training, not after them
         encode_prompt(run.base.tokenizer, run.tasks[name].schema, "", cell.train.max_prompt_tokens)
         require_no_labels(_method(run), run.tasks[name].schema)
-    before = perplexity(run.base.model, run.base.tokenizer)
     if cell.strategy in UNTRAINED:
         untouched = cell.strategy == "base"
         scores = _score(run, run.base.model, cell.tasks, 0, 1) if untouched else _score_heads(run)
-        return {"versions": [{"task": None, "scores": scores}], "perplexity": {"base": before}}
+        return {"versions": [{"task": None, "scores": scores}], "perplexity": {"base": _base_perplexity(run)}}
     versions, folder = [], None
     for number, learned in enumerate(_learned(cell)):
         folder = _folder(run, number)
@@ -97,10 +97,14 @@ def run_cell(run: CellRun) -> dict[str, Any]:
     state = load_method_state(folder)
     return {
         "versions": versions,
-        "perplexity": {"base": before, "adapted": after},
+        "perplexity": {"base": _base_perplexity(run), "adapted": after},
         "stores": state.stores,
         "state_bytes": state.num_bytes,
     }
+
+
+def _base_perplexity(run: CellRun) -> float | None:
+    return perplexity(run.base.model, run.base.tokenizer)
 
 
 def _learned(cell: Cell) -> tuple[tuple[str, ...], ...]:
@@ -130,10 +134,10 @@ def _folder(run: CellRun, number: int) -> Path:
 
 @contextmanager
 def _alone(run: CellRun, number: int) -> Iterator[None]:
-    """Lock a shared version while it is made; other cells that need it wait."""
+    """Lock a shared version while it is made. If another process makes it, Timeout is raised at once."""
     folder = _folder(run, number)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock") if folder.parent == run.shared else nullcontext():
+    with FileLock(f"{folder}.lock", timeout=0) if folder.parent == run.shared else nullcontext():
         yield
 
 

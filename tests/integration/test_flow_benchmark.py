@@ -81,24 +81,34 @@ def test_cells_are_stored_and_not_run_again(spec: BenchmarkSpec, home: Path) -> 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(spec: BenchmarkSpec, home: Path) -> None:
     """The other process ends without a result, so this process runs the cell after all others."""
-    base = identify_base(spec.base_model)
-    held = cells_of(spec, base)[0][0]
-    work = home / "work" / "benchmark"
-    work.mkdir(parents=True)
-    lock = FileLock(work / f"{held.digest()}.lock", thread_local=False)
-    lock.acquire()
-
-    async def both() -> BenchmarkResult:
-        running = asyncio.ensure_future(benchmark(spec))
-        while not any(name.startswith("seq_lora") for name in stamps(spec)):
-            assert not running.done()
-            await asyncio.sleep(0.05)
-        assert not any(name.startswith("deal") for name in stamps(spec))
-        lock.release()
-        return await running
-
-    result = asyncio.run(both())
+    held = cells_of(spec, identify_base(spec.base_model))[0][0]
+    result = asyncio.run(run_while_held(spec, home / "work" / "benchmark" / f"{held.digest()}.lock", "seq_lora"))
     assert [(cell.file.split("-")[0], cell.status) for cell in result.cells] == [("seq_lora", "done"), ("deal", "done")]
+
+
+def test_cells_whose_first_version_another_process_makes_come_after_all_others(spec: BenchmarkSpec, home: Path) -> None:
+    spec = spec.model_copy(update={"strategies": ("deal", "seq_lora", "base")})
+    deal, plain, _ = (cell for cell, _ in cells_of(spec, identify_base(spec.base_model)))
+    shared = deal.shared_digest()
+    assert shared is not None and shared == plain.shared_digest()
+    lock = home / "work" / "benchmark" / "first-versions" / f"{shared}.lock"
+    result = asyncio.run(run_while_held(spec, lock, "base"))
+    assert [cell.file.split("-")[0] for cell in result.cells] == ["base", "deal", "seq_lora"]
+    assert {cell.status for cell in result.cells} == {"done"}
+
+
+async def run_while_held(spec: BenchmarkSpec, path: Path, free: str) -> BenchmarkResult:
+    """Run the benchmark while another holds a lock; release the lock once the cell of the strategy `free` is stored."""
+    path.parent.mkdir(parents=True)
+    lock = FileLock(path, thread_local=False)
+    lock.acquire()
+    running = asyncio.ensure_future(benchmark(spec))
+    while not any(name.startswith(free) for name in stamps(spec)):
+        assert not running.done()
+        await asyncio.sleep(0.05)
+    assert [name.split("-")[0] for name in stamps(spec)] == [free]
+    lock.release()
+    return await running
 
 
 def test_a_cell_that_fails_does_not_lose_the_others(spec: BenchmarkSpec) -> None:
