@@ -72,7 +72,7 @@ def benchmark(
         part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
         adapter=adapter, train=train, methods=method or [],
     )  # fmt: skip
-    outcome = deal.run(lambda: benchmark_flow(spec))
+    outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
     return CommandResult(outcome, show_benchmark(outcome), failed=outcome.num_failed > 0)
 
 

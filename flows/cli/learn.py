@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -18,6 +18,7 @@ from flows.cli.session import CommandResult, Lineage, Session, command
 from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation, show_held
 
 if TYPE_CHECKING:
+    from flows.adapt import AdaptResult
     from flows.cli.demo import DemoResult
     from flows.evaluate import EvaluateResult
     from flows.watch import WatchResult
@@ -67,9 +68,13 @@ def demo(
     ] = None,
 ) -> CommandResult:
     """Let three example domains arrive one after another and show what the adapter keeps of each."""
-    from flows.cli.demo import run_demo
 
-    outcome = deal.run(lambda: run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base))
+    def start() -> Coroutine[Any, Any, DemoResult]:
+        from flows.cli.demo import run_demo
+
+        return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
+
+    outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
 
 
@@ -133,9 +138,13 @@ def adapt(
         current_store(), spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
     )  # fmt: skip
-    from flows.adapt import adapt as adapt_flow
 
-    outcome = deal.run(lambda: adapt_flow(adapt_spec, again=again))
+    def start() -> Coroutine[Any, Any, AdaptResult]:
+        from flows.adapt import adapt as adapt_flow
+
+        return adapt_flow(adapt_spec, again=again)
+
+    outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 
@@ -163,9 +172,13 @@ def watch(
     watched = watched_from_options(
         current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
-    from flows.watch import watch as watch_flow
 
-    outcome = deal.run(lambda: watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll))
+    def start() -> Coroutine[Any, Any, WatchResult]:
+        from flows.watch import watch as watch_flow
+
+        return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll)
+
+    outcome = deal.run(start)
     return CommandResult(
         outcome, show_watch(outcome), failed=outcome.num_refused > 0, rejected=outcome.num_rejected > 0
     )
@@ -184,9 +197,13 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
 @command(learn_app, "starting")
 def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
     """Score a version again on the frozen test rows of every task that it knows."""
-    from flows.evaluate import evaluate as evaluate_flow
 
-    outcome = deal.run(lambda: evaluate_flow(lineage, version))
+    def start() -> Coroutine[Any, Any, EvaluateResult]:
+        from flows.evaluate import evaluate as evaluate_flow
+
+        return evaluate_flow(lineage, version)
+
+    outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_evaluation(outcome))
 
 

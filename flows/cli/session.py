@@ -74,14 +74,16 @@ class Session:
     screen: Screen
 
     def run(
-        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *, makes_room: bool = False
+        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,
+        makes_room: bool = False, trains: bool = False,
     ) -> Result:
         """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 
         Args:
-            start: gives the flow's coroutine.
+            start: imports the flow and gives its coroutine, while Prefect's API starts.
             doing: shown until the first stage begins.
             makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
+            trains: the flow needs torch, Transformers and PEFT. They are imported while the API starts.
 
         Raises:
             DiskFullError: the disk of the home folder is too full to begin.
@@ -95,9 +97,12 @@ class Session:
         with self.screen.working(doing), reporting_to(self.screen) as stop:
             from prefect.exceptions import TerminationSignal
 
-            start_api()
-            coroutine = start()  # imports what the flow needs
+            api = start_api()
+            coroutine = start()
+            if trains and not api.done():
+                import deal_core.training.train  # noqa: F401
             calm_libraries()
+            api.result()
             previous = signal.getsignal(signal.SIGINT)
 
             def on_interrupt(number: int, frame: Any) -> None:

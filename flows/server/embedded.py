@@ -16,7 +16,9 @@ import time
 import urllib.request
 import warnings
 import webbrowser
+from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -133,20 +135,32 @@ def calm_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def start_api() -> None:
-    """Start Prefect's API, unless PREFECT_API_URL names a server. The API ends with this process.
+def start_api() -> Future[None]:
+    """Start Prefect's API in the background, unless PREFECT_API_URL names a server. The API ends with this process.
 
     Ctrl-C in a terminal goes to all its processes. The flow needs the API in order to end cleanly, so the API starts
     with that signal blocked.
+
+    Returns:
+        Its result is there once the API answers, or has not started.
     """
     from prefect.client.orchestration import get_client
+    from prefect.server.api import server  # noqa: F401  two threads that import one package may see half of it
 
     os.environ[COMMAND_PID] = str(os.getpid())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    started: Future[None] = Future()
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; the API inherits it
+        try:
+            get_client(sync_client=True)
+        except BaseException as error:  # whoever waits for the result gets it
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+
+    threading.Thread(target=copy_context().run, args=(start,), name="start Prefect's API", daemon=True).start()
+    return started
 
 
 def end_orphans(home: Path) -> None:
