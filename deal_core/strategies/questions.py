@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -58,13 +58,17 @@ def keep_rows(
     if not config.keeps_rows:
         return {}
     new = [Question(row["prompt_ids"], row["answer_ids"]) for row in context.encoded]
-    num_kept = config.num_kept(len(new))
-    generator = random.Random(seed)
-    chosen = generator.sample(new, len(new) if config.balance_stored else num_kept)
-    if config.balance_stored:
-        order = spread([tuple(question.answer_ids) for question in chosen], generator.random)
-        chosen = [chosen[place] for place in order[:num_kept]]
-    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack(chosen)}
+    kept = choose_kept(config, [tuple(question.answer_ids) for question in new], seed)
+    return {**rows, f"{STORED_ROWS}{len(rows):04d}": pack([new[place] for place in kept])}
+
+
+def choose_kept(config: RehearsalConfig, answers: Sequence[Hashable], seed: int) -> list[int]:
+    """Return the places of the rows of an arrival that are kept, given the answers of all of its rows."""
+    num_rows, num_kept, generator = len(answers), config.num_kept(len(answers)), random.Random(seed)
+    if not config.balance_stored:
+        return generator.sample(range(num_rows), num_kept)
+    places = generator.sample(range(num_rows), num_rows)
+    return [places[i] for i in spread([answers[place] for place in places], generator.random)[:num_kept]]
 
 
 def _with_parents_answers(

@@ -18,7 +18,7 @@ from deal_core.data.collate import AnswerCollator
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig, RehearsalConfig
-from deal_core.strategies.questions import make_rehearsal, tasks_to_ask
+from deal_core.strategies.questions import choose_kept, make_rehearsal, tasks_to_ask
 from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label
 from deal_core.strategies.strategy import TaskContext
 
@@ -305,6 +305,9 @@ def test_kept_rows_hold_every_label_in_its_share(train, rows, base):
         (packed,) = load_method_state(folder).tensors.values()
         counts = Counter(tuple(question.answer_ids) for question in unpack(packed))
         assert set(counts.values()) == {12 // len(counts)}
+    labels, fair = [number % 14 for number in range(150)], replace(fair, stored_share=0.1)
+    drawn = [[labels[place] for place in choose_kept(fair, labels, seed)] for seed in range(20)]
+    assert all(len(kept) == 15 and len({*kept}) >= 13 for kept in drawn)
 
 
 def test_a_stored_row_is_held_to_its_label_and_to_the_parents_answer(base, collate):

@@ -1,0 +1,91 @@
+"""Whether the labels of the rows that `deal` keeps move the answers to old tasks.
+
+    python -m benchmarks.kept_labels --data FOLDER
+
+A tenth of 150 rows is 15 rows. A plain random sample of them lacks labels of a task with ten or more, and has too many
+of others. The cells keep the answers to test rows. For every label of an old task two numbers are compared:
+
+- kept: its share among the kept rows minus its share among the training rows;
+- answered: its share among the answers in the end minus its share among the test rows.
+
+Cells that keep no rows are given the sample that they would have kept. They show what chance alone does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.output import write_result
+from deal_core.benchmark.answers import unpack_answers
+from deal_core.benchmark.suites import load_suite, name_of
+from deal_core.benchmark.summary import CellJson, departures, final_scores, method_name, read_cells
+from deal_core.evaluation.answer_scores import plain_answer
+from deal_core.method_config import MEMORY, RehearsalConfig
+from deal_core.strategies.questions import choose_kept
+
+CELLS = ("benchmarks/results/continual", "benchmarks/results/development")
+
+
+def kept_of(config: RehearsalConfig, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
+    """How often each label stands among the rows that are kept of an arrival."""
+    labels = [plain_answer(row["output"]) for row in rows]
+    return Counter(labels[place] for place in choose_kept(config, labels, seed))
+
+
+def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
+    """(kept, answered) of every label of every task but the last, which was learned after all rows were kept."""
+    settings, scores = cell["settings"], final_scores(cell)
+    suite = load_suite(folder, tuple(settings["tasks"]))
+    chosen = {name.partition(".")[2]: value for name, value in settings["method"].items() if "rehearsal." in name}
+    config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
+    for name in settings["tasks"][:-1]:
+        found, rows = unpack_answers(scores[name]), suite[name].train[: settings["rows"]]
+        if found is None:
+            continue
+        kept, all_rows = kept_of(config, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
+        answers, targets = Counter(map(plain_answer, found.texts())), Counter(found.targets_N.tolist())
+        for number, label in enumerate(map(plain_answer, found.labels)):
+            yield (
+                kept[label] / kept.total() - all_rows[label] / len(rows),
+                (answers[label] - targets[number]) / len(found.targets_N),
+            )
+
+
+def figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The correlation with its 95 % interval by Fisher's z, and the slope of the line through the pairs."""
+    kept, answered = np.array(pairs).T
+    r = float(np.corrcoef(kept, answered)[0, 1])
+    z, error = np.arctanh(r), 1.96 / np.sqrt(len(pairs) - 3)
+    return {
+        "num_labels": len(pairs), "correlation": r, "low": float(np.tanh(z - error)), "high": float(np.tanh(z + error)),
+        "slope": float(np.polyfit(kept, answered, 1)[0]),
+    }  # fmt: skip
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of tasks.")],
+    cells: Annotated[list[Path] | None, typer.Option(help="Folders of cells.", show_default=", ".join(CELLS))] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/kept_labels.json"),
+) -> None:
+    """Write the figures of every cell of `deal` on tasks with labels that keeps its answers."""
+    found: list[dict[str, Any]] = []
+    for cell in (cell for folder in cells or map(Path, CELLS) for cell in read_cells(folder)):
+        settings = cell["settings"]
+        if settings["strategy"] != "deal" or settings["rows"] != 150 or settings["train"]["num_epochs"] != 3:
+            continue
+        if pairs := [*pairs_of(cell, data)]:
+            suite, order = name_of(tuple(settings["tasks"]))
+            method = method_name("deal", departures(cell))
+            line = {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"]}
+            found.append({**line, "method": method, **figures(pairs)})
+    write_result(out, {"cells": found})
+
+
+if __name__ == "__main__":
+    typer.run(main)
