@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,18 +95,42 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def prefect_api(request: pytest.FixtureRequest) -> Iterator[None]:
+def prefect_database(made_once: MakeOnce) -> Path:
+    """An empty Prefect database: making its tables takes seconds, copying it none."""
+    from prefect import settings
+    from prefect.server.database import provide_database_interface
+    from prefect.server.database.dependencies import temporary_database_interface
+
+    async def make_tables() -> None:
+        database = provide_database_interface()
+        await database.create_db()
+        await (await database.engine()).dispose()
+
+    def make(folder: Path) -> None:
+        address = {settings.PREFECT_SERVER_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{folder}/prefect.db"}
+        with temporary_database_interface(), settings.temporary_settings(updates=address):
+            asyncio.run(make_tables())
+
+    return made_once("prefect", make) / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def prefect_api(request: pytest.FixtureRequest, prefect_database: Path) -> Iterator[None]:
     """A Prefect server for the flows of the whole session."""
     from prefect import settings
     from prefect.server.api.server import SubprocessASGIServer
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.testing import utilities
 
+    folder = tempfile.mkdtemp()  # the harness deletes it
+    shutil.copy(prefect_database, Path(folder) / "prefect-test.db")
     with (
+        pytest.MonkeyPatch.context() as patch,
         settings.temporary_settings(updates={getattr(settings, name): False for name in UNUSED}),
-        prefect_test_harness(server_startup_timeout=START_SECONDS),
     ):
-        request.session.stash[PREFECT_SERVER] = SubprocessASGIServer()
-        yield
+        patch.setattr(utilities, "mkdtemp", lambda: folder)
+        with utilities.prefect_test_harness(server_startup_timeout=START_SECONDS):
+            request.session.stash[PREFECT_SERVER] = SubprocessASGIServer()
+            yield
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
