@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import mlflow
@@ -78,38 +79,85 @@ def register_what_mlflow_cannot_serve(tmp_path: Path) -> str:
     return known.version
 
 
-def test_deal_serve_moves_with_the_champion_and_fails_no_request(versions: Expected, tmp_path: Path) -> None:
-    """There is no time limit: a client waits for the first answer of the new version."""
-    registry = open_registry()
-    registry.set_alias(LINEAGE, "champion", "2")
-    moves: list[tuple[float, str]] = []
+def test_deal_serve_moves_with_the_champion_fails_no_request_and_logs_every_answer_but_no_word(
+    versions: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server for all of it, as its start takes long. In the end it is killed."""
+    open_registry().set_alias(LINEAGE, "champion", "2")
+    monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
+    store, home = current_store(), HomeSettings().home
     with served() as (url, process):
-        clients = Clients(url, TEXTS, "bank", versions)
-        with clients.asking(4):
-
-            def move_to(version: str) -> None:
-                moves.append((time.monotonic(), version))
-                registry.set_alias(LINEAGE, "champion", version)
-                clients.first_of(version, moves[-1][0], sent_since=moves[-1][0])
-
-            for version in ("1", "2"):
-                move_to(version)
-            old = register_what_mlflow_cannot_serve(tmp_path)
-            registry.set_alias(LINEAGE, "champion", old)
-            wait_for(lambda: state(url)["problem"] is not None)
-            assert (state(url)["version"], state(url)["champion"]) == ("2", old)
-            assert "registered before versions could be served" in str(state(url)["problem"])
-            now = time.monotonic()
-            clients.first_of("2", now, sent_since=now)
-            move_to("1")
-            wait_for(lambda: state(url)["problem"] is None)
-        assert [each.problem for each in clients.answers if each.problem] == []
-        assert stale(clients.answers, moves) == 0
+        asked = answers_with_feedback(url, versions["2"])
+        num_asked = len(TEXTS) + check_the_champion_is_followed(url, versions, tmp_path) + check_requests(url)
+        wait_for(lambda: len(read_feedback(store, home, LINEAGE)) == 1)
+        wait_for(lambda: len(read_predictions(store, home, LINEAGE)) == num_asked)
         assert psutil.Process(process.pid).children() == [], "one process has the one base model"
+        assert not list(store.list("predictions")), "a server that lives keeps its segment"
+        process.kill()
+        process.wait(WAIT_SECONDS)
+    check_the_log_has_the_answers_and_no_word(asked)
 
-        check_requests(url)
-        process.terminate()
-        assert process.wait(WAIT_SECONDS) == 0
+
+def answers_with_feedback(url: str, expected: Sequence[str]) -> list[dict[str, Any]]:
+    """Ask all texts at once and say that the first answer is right."""
+    rows = [{"input": text, "task": "bank"} for text in TEXTS]
+    answer = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=WAIT_SECONDS)
+    asked: list[dict[str, Any]] = answer.json()["predictions"]
+    assert [row["output"] for row in asked] == expected, "the answers are those without a log"
+    taken = httpx.post(f"{url}/feedback", json=[{"id": asked[0]["id"], "is_right": True}])
+    assert taken.status_code == 202
+    return asked
+
+
+def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path) -> int:
+    """Move the alias while clients ask. There is no time limit: one waits for the first answer of the new version.
+
+    Returns:
+        How many answers the clients got.
+    """
+    registry = open_registry()
+    moves: list[tuple[float, str]] = []
+    clients = Clients(url, TEXTS, "bank", versions)
+    with clients.asking(4):
+
+        def move_to(version: str) -> None:
+            moves.append((time.monotonic(), version))
+            registry.set_alias(LINEAGE, "champion", version)
+            clients.first_of(version, moves[-1][0], sent_since=moves[-1][0])
+
+        for version in ("1", "2"):
+            move_to(version)
+        old = register_what_mlflow_cannot_serve(tmp_path)
+        registry.set_alias(LINEAGE, "champion", old)
+        wait_for(lambda: state(url)["problem"] is not None)
+        assert (state(url)["version"], state(url)["champion"]) == ("2", old)
+        assert "registered before versions could be served" in str(state(url)["problem"])
+        now = time.monotonic()
+        clients.first_of("2", now, sent_since=now)
+        move_to("1")
+        wait_for(lambda: state(url)["problem"] is None)
+    assert [each.problem for each in clients.answers if each.problem] == []
+    assert stale(clients.answers, moves) == 0
+    return len(clients.answers)
+
+
+def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> None:
+    """The log of a killed server. It keeps numbers."""
+    store, home = current_store(), HomeSettings().home
+    everything = read_predictions(store, home, LINEAGE, task="bank")
+    assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
+    assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
+    found = everything.head(len(asked))
+    assert [*found["id"]] == [row["id"] for row in asked] and set(found["version"]) == {"2"}
+    assert [*found["confidence"]] == [row["confidence"] for row in asked]
+    assert len(list(store.list("predictions"))) == 1
+    assert [*read_feedback(store, home, LINEAGE)["id"]] == [asked[0]["id"]]
+    kept = [path for path in home.rglob("*") if path.is_file() and {"predictions", "feedback"} & {*path.parts}]
+    tables = [path for path in kept if path.suffix == ".parquet"]
+    content = b"".join(json.dumps(pq.read_table(path).to_pylist()).encode() + path.read_bytes() for path in tables)
+    labels = " ".join(str(label) for label in everything["label"])
+    words = {word for text in TEXTS for word in text.split() if len(word) > 4 and word not in labels}
+    assert len(tables) == 2 and words and not [word for word in words if word.encode() in content]
 
 
 def register_again(version: str, run_key: str) -> str:
@@ -144,36 +192,6 @@ def test_a_full_disk_ends_nothing_and_no_copy_stays(versions: Expected, monkeypa
         wait_for(lambda: state(url)["version"] == "1")
         wait_for(lambda: list(temporary.iterdir()) == [])
         assert process.poll() is None
-
-
-def test_a_server_that_is_killed_has_logged_its_answers_and_no_word_of_a_request(
-    versions: Expected, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_registry().set_alias(LINEAGE, "champion", "2")
-    monkeypatch.setenv("DEAL_LOG_PREDICTIONS", "numbers")
-    store, home = current_store(), HomeSettings().home
-    rows = [{"input": text, "task": "bank"} for text in TEXTS]
-    with served() as (url, process):
-        asked = httpx.post(f"{url}/invocations", json={"dataframe_records": rows}, timeout=300).json()["predictions"]
-        assert [row["output"] for row in asked] == versions["2"], "the answers are those without a log"
-        taken = httpx.post(f"{url}/feedback", json=[{"id": asked[0]["id"], "is_right": True}])
-        assert taken.status_code == 202
-        wait_for(lambda: len(read_feedback(store, home, LINEAGE)) == 1)
-        wait_for(lambda: len(read_predictions(store, home, LINEAGE)) == len(TEXTS))
-        assert not list(store.list("predictions")), "a server that lives keeps its segment"
-        process.kill()
-        process.wait(WAIT_SECONDS)
-    found = read_predictions(store, home, LINEAGE, task="bank", version="2")
-    assert [*found["id"]] == [row["id"] for row in asked] and found["input"].isna().all()
-    assert found["confidence"].between(0, 1).all() and [*found["confidence"]] == [row["confidence"] for row in asked]
-    assert (found["label_mass"] > 0).all() and len(list(store.list("predictions"))) == 1
-    assert [*read_feedback(store, home, LINEAGE)["id"]] == [asked[0]["id"]]
-    kept = [path for path in home.rglob("*") if path.is_file() and {"predictions", "feedback"} & {*path.parts}]
-    tables = [path for path in kept if path.suffix == ".parquet"]
-    content = b"".join(json.dumps(pq.read_table(path).to_pylist()).encode() + path.read_bytes() for path in tables)
-    labels = " ".join(str(label) for label in found["label"])
-    words = {word for text in TEXTS for word in text.split() if len(word) > 4 and word not in labels}
-    assert len(tables) == 2 and words and not [word for word in words if word.encode() in content]
 
 
 def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +230,8 @@ def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monk
         assert (process.returncode, said) == (0, b"")
 
 
-def check_requests(url: str) -> None:
-    """Tasks, batches, and one clear sentence for each refused request."""
+def check_requests(url: str) -> int:
+    """Tasks, batches, and one clear sentence for each refused request; the number of rows that were answered."""
     assert httpx.get(f"{url}/health").status_code == 200
 
     def ask(body: object) -> httpx.Response:
@@ -235,6 +253,7 @@ def check_requests(url: str) -> None:
         assert (refused.status_code, refused.json()) == (400, {"error": sentence})
     refused = ask({"secret": "a secret"})
     assert refused.status_code == 400 and "a secret" not in refused.text and "IMPORTANT" not in refused.text
+    return len(predictions)
 
 
 @pytest.mark.nightly
