@@ -103,56 +103,68 @@ def look() -> RolloutResult:
     return found
 
 
-def test_a_worse_canary_is_rejected_by_itself_and_a_better_one_promoted(first: Path, tiny_base: Path) -> None:
-    with served("l") as (url, _):
+def test_a_version_is_tried_on_live_traffic(first: Path, tiny_base: Path) -> None:
+    """One test, as its steps share a server, whose start takes long."""
+    with served("l") as (url, process):
         assert tried(url) is None
-        assert learn(tiny_base, CLINIC, "canary") == ("rollout", "2")
-        wait_for(lambda: tried(url) == "2")
-        expected = answers_of(["1", "2"], TEXTS, "bank", "l")
-        answered = ask_and_judge(url, expected, right="1")
-        assert {ask_as(url, user, TEXTS[0])["version"] for user, version in answered.items() if version == "2"} == {"2"}
-        found = look()
-        assert found.decision is not None and found.decision.action == "rejected", found
-        assert moves()[-2:] == [("rollout", "2", "1", "gate"), ("rejected", "2", "1", "rollout")]
-        assert "rollout" not in [alias for each in open_registry().versions("l") for alias in each.aliases]
-        wait_for(lambda: tried(url) is None)
-        assert {ask_as(url, user, TEXTS[0])["version"] for user in answered} == {"1"}
-        assert asyncio.run(rollouts()) == []
-
-        assert learn(tiny_base, BANK, "canary", seed=1) == ("rollout", "3")
-        wait_for(lambda: tried(url) == "3")
-        ask_and_judge(url, answers_of(["1", "3"], TEXTS, "bank", "l"), right="3")
-        found = look()
-        assert found.decision is not None and found.decision.action == "promoted", found
-        assert moves()[-2:] == [("rollout", "3", "1", "gate"), ("promoted", "3", "3", "rollout")]
-        wait_for(lambda: httpx.get(f"{url}/version", timeout=WAIT_SECONDS).json()["version"] == "3")
-        wait_for(lambda: tried(url) is None)  # the server follows the champion first, then the rollout
-        assert ask_as(url, 0, TEXTS[0])["version"] == "3"
+        expected = check_a_worse_canary_is_rejected_by_itself(url, tiny_base)
+        check_a_better_canary_is_promoted(url, tiny_base, expected)
+        check_a_shadow_changes_no_answer_and_the_log_has_both(url, tiny_base)
+        process.terminate()
+        assert process.wait(WAIT_SECONDS) == 0
 
 
-def test_a_shadow_changes_no_answer_and_the_log_has_both(first: Path, tiny_base: Path) -> None:
+def check_a_worse_canary_is_rejected_by_itself(url: str, base: Path) -> Expected:
+    """Version 2 of the lineage; returns what it and version 1 answer."""
+    assert learn(base, CLINIC, "canary") == ("rollout", "2")
+    wait_for(lambda: tried(url) == "2")
+    expected = answers_of(["1", "2"], TEXTS, "bank", "l")
+    answered = ask_and_judge(url, expected, right="1")
+    assert {ask_as(url, user, TEXTS[0])["version"] for user, version in answered.items() if version == "2"} == {"2"}
+    found = look()
+    assert found.decision is not None and found.decision.action == "rejected", found
+    assert moves()[-2:] == [("rollout", "2", "1", "gate"), ("rejected", "2", "1", "rollout")]
+    assert "rollout" not in [alias for each in open_registry().versions("l") for alias in each.aliases]
+    wait_for(lambda: tried(url) is None)
+    assert {ask_as(url, user, TEXTS[0])["version"] for user in answered} == {"1"}
+    assert asyncio.run(rollouts()) == []
+    return expected
+
+
+def check_a_better_canary_is_promoted(url: str, base: Path, before: Expected) -> None:
+    assert learn(base, BANK, "canary", seed=1) == ("rollout", "3")
+    wait_for(lambda: tried(url) == "3")
+    ask_and_judge(url, {**before, **answers_of(["3"], TEXTS, "bank", "l")}, right="3")
+    found = look()
+    assert found.decision is not None and found.decision.action == "promoted", found
+    assert moves()[-2:] == [("rollout", "3", "1", "gate"), ("promoted", "3", "3", "rollout")]
+    wait_for(lambda: httpx.get(f"{url}/version", timeout=WAIT_SECONDS).json()["version"] == "3")
+    wait_for(lambda: tried(url) is None)  # the server follows the champion first, then the rollout
+    assert ask_as(url, 0, TEXTS[0])["version"] == "3"
+
+
+def check_a_shadow_changes_no_answer_and_the_log_has_both(url: str, base: Path) -> None:
     champion = open_registry().champion("l")
     assert champion is not None
     body = {"dataframe_records": [{"input": text} for text in TEXTS]}  # the task that the champion learned last
-    with served("l") as (url, _):
 
-        def answers() -> bytes:
-            return ID.sub(b"", httpx.post(f"{url}/invocations", json=body, timeout=300).raise_for_status().content)
+    def answers() -> bytes:
+        return ID.sub(b"", httpx.post(f"{url}/invocations", json=body, timeout=300).raise_for_status().content)
 
-        before = answers()
-        status, version = learn(tiny_base, CLINIC, "shadow", seed=2)
-        assert status == "rollout"
-        wait_for(lambda: tried(url) == version)
-        assert answers() == before
+    before = answers()
+    status, version = learn(base, CLINIC, "shadow", seed=2)
+    assert status == "rollout"
+    wait_for(lambda: tried(url) == version)
+    assert answers() == before
 
-        def logged() -> Any:
-            return read_predictions(current_store(), HomeSettings().home, "l", version=version, of_rollout=True)
+    def logged() -> Any:
+        return read_predictions(current_store(), HomeSettings().home, "l", version=version, of_rollout=True)
 
-        wait_for(lambda: len(logged()) == len(TEXTS))
-        everything = read_predictions(current_store(), HomeSettings().home, "l")
-        twins = everything.set_index("id").loc[logged()["shadow_of"]]
-        assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
-        assert version not in set(everything["version"]), "no other reader sees what was not returned"
-        found = look_at_rollout("l").report
-        assert found is not None and found.num_pairs == len(TEXTS) and found.candidate.num_failed == 0
-        assert found.agreement is None or 0 <= found.agreement < 1
+    wait_for(lambda: len(logged()) == len(TEXTS))
+    everything = read_predictions(current_store(), HomeSettings().home, "l")
+    twins = everything.set_index("id").loc[logged()["shadow_of"]]
+    assert set(twins["version"]) == {champion.version} and [*twins["input_sha256"]] == [*logged()["input_sha256"]]
+    assert version not in set(everything["version"]), "no other reader sees what was not returned"
+    found = look_at_rollout("l").report
+    assert found is not None and found.num_pairs == len(TEXTS) and found.candidate.num_failed == 0
+    assert found.agreement is None or 0 <= found.agreement < 1
