@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError, RegistryError
 from flows.cli.app import app
 from flows.promote import decide, reject
-from flows.server.deploy import deploy_all
+from flows.server.deploy import Place, _require_own, deploy_all
 from infra.promotions import Move
 from infra.tracking.registry import open_registry
 from tasks.adaptation.promote import complete_version
+from tasks.context import current_store
 from tasks.lineage.history import read_moves
 from tasks.notices import Notice, announce
 from tests.in_process import put_back
@@ -108,7 +109,12 @@ def check_another_home_or_store_is_not_overwritten(
     said = " ".join(answer.output.split())
     assert answer.exit_code == 2 and "deal deploy --replace" in said
     assert home_on_the_server() == str(deployed)
-    asyncio.run(deploy_all(deployed))  # its own home may deploy again
+
+    async def require_own() -> None:
+        async with get_client() as client:
+            await _require_own(client, Place(home=str(deployed), store=current_store().uri))
+
+    asyncio.run(require_own())  # its own home may deploy again, which another deploy would show too, but not as fast
     with monkeypatch.context() as patch:
         patch.setenv("DEAL_STORE_URI", f"file://{tmp_path}/elsewhere")
         with pytest.raises(ConfigError, match=r"the store is .*home/store, here it is .*elsewhere"):
