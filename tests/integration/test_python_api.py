@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from prefect.settings import get_current_settings
 
 from deal_pipeline import CommandError, Lineage
 from tests.adapting import PASS
@@ -61,8 +62,10 @@ def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> 
         lineage.predict("Number 3 is red.")
 
 
-def test_a_mistake_is_one_clear_message(home: Path, tmp_path: Path) -> None:
-    lineage = Lineage("api", home=home, show=None)
+def test_a_mistake_is_one_clear_message(prefect_api: None, home: Path, tmp_path: Path) -> None:
+    """With the tests' Prefect server: an API of the command's own takes as long to start as all else."""
+    server = str(get_current_settings().api.url)
+    lineage = Lineage("api", home=home, show=None, environment={"PREFECT_API_URL": server})
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:
         lineage.adapt(tmp_path / "no_such.csv", task="colours")
     assert "Traceback" not in str(error.value)
