@@ -34,9 +34,11 @@ UNUSED = (
     "PREFECT_LOGGING_TO_API_ENABLED", "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED", "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED",
     "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED", "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED",
     "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED", "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED",
 )  # fmt: skip
-"""What no test of the session's Prefect server needs: log lines on it, and loops that look at it every few seconds."""
+"""What no test of the session's Prefect server needs: log lines on it, its records of the tasks' states, which are half
+of its work, and loops that look at it every few seconds."""
 last_test = "no test"
 
 
