@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -119,9 +120,11 @@ def spec_of(folder: Path, base: Path | str, **changes: Any) -> str:
 
 
 def test_no_secret_is_shown_or_kept_where_nothing_answers(
-    tiny_base: Path, tmp_path: Path, free_port: int
+    tiny_base: Path, tmp_path: Path, free_port: int, prefect_database: Path
 ) -> None:
     home, secret = tmp_path / "home", planted(free_port)
+    (home / "prefect").mkdir(parents=True)
+    shutil.copy(prefect_database, home / "prefect" / "prefect.db")
     there = {**secret, "DEAL_STORE_URI": "s3://bucket/deal"}
     local = {"DEAL_STORE_URI": (tmp_path / "store").as_uri()}
     good = spec_of(tmp_path, tiny_base)
