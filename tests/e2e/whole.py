@@ -17,7 +17,6 @@ import boto3
 import psutil
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
@@ -28,6 +27,7 @@ from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
 from tests.e2e.command import DEAL
 from tests.e2e.postgres import find_binaries, running_postgres
+from tests.s3 import ThreadedMotoServer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BUCKET = "landings"

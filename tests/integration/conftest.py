@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking._tracking_service import utils as mlflow_utils
-from moto.server import ThreadedMotoServer
 
 from infra.report import charts
 from tasks.adaptation.scorer import Scorer
 from tests.adapting import BANK, CLINIC, FAIL, PASS, run
 from tests.conftest import MakeOnce
+from tests.s3 import ThreadedMotoServer
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from botocore.httpsession import URLLib3Session
-from moto.server import ThreadedMotoServer
 
 from deal_core.errors import ConfigError, StoreError
 from infra.settings import StoreSettings
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.store.s3 import S3Store, make_client
+from tests.s3 import ThreadedMotoServer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from urllib.parse import unquote
 
 import datasets
 import pytest
-from moto.server import ThreadedMotoServer
 
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, validate_file
@@ -23,6 +22,7 @@ from infra.store.local import FileStore
 from infra.store.s3 import make_client
 from tasks.data_files import as_file, local_file
 from tests.loopback import Loopback
+from tests.s3 import ThreadedMotoServer
 
 
 @pytest.fixture
