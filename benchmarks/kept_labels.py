@@ -22,9 +22,11 @@ import numpy as np
 import typer
 
 from benchmarks.output import write_result
+from benchmarks.protocol import settings_shown, training_of
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import load_suite, name_of
 from deal_core.benchmark.summary import CellJson, departures, final_scores, method_name, read_cells
+from deal_core.config import TrainConfig
 from deal_core.evaluation.answer_scores import plain_answer
 from deal_core.method_config import MEMORY, RehearsalConfig
 from deal_core.strategies.questions import choose_kept
@@ -41,13 +43,15 @@ def kept_of(config: RehearsalConfig, rows: Sequence[dict[str, Any]], seed: int) 
 def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
     """(kept, answered) of every label of every task but the last, which was learned after all rows were kept."""
     settings, scores = cell["settings"], final_scores(cell)
+    answers_to = {name: unpack_answers(scores[name]) for name in settings["tasks"]}
+    if None in answers_to.values():
+        return
     suite = load_suite(folder, tuple(settings["tasks"]))
     chosen = {name.partition(".")[2]: value for name, value in settings["method"].items() if "rehearsal." in name}
     config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
     for name in settings["tasks"][:-1]:
-        found, rows = unpack_answers(scores[name]), suite[name].train[: settings["rows"]]
-        if found is None:
-            continue
+        found, rows = answers_to[name], suite[name].train[: settings["rows"]]
+        assert found is not None
         kept, all_rows = kept_of(config, rows, settings["seed"]), Counter(plain_answer(row["output"]) for row in rows)
         answers, targets = Counter(map(plain_answer, found.texts())), Counter(found.targets_N.tolist())
         for number, label in enumerate(map(plain_answer, found.labels)):
@@ -73,11 +77,11 @@ def main(
     cells: Annotated[list[Path] | None, typer.Option(help="Folders of cells.", show_default=", ".join(CELLS))] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/kept_labels.json"),
 ) -> None:
-    """Write the figures of every cell of `deal` on tasks with labels that keeps its answers."""
+    """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels."""
     found: list[dict[str, Any]] = []
     for cell in (cell for folder in cells or map(Path, CELLS) for cell in read_cells(folder)):
         settings = cell["settings"]
-        if settings["strategy"] != "deal" or settings["rows"] != 150 or settings["train"]["num_epochs"] != 3:
+        if settings["strategy"] != "deal" or training_of(settings) != settings_shown(TrainConfig()):
             continue
         if pairs := [*pairs_of(cell, data)]:
             suite, order = name_of(tuple(settings["tasks"]))

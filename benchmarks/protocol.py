@@ -32,7 +32,7 @@ from deal_core.evaluation.criterion import constrained_accuracy, ranking_auc, re
 CELLS = Path("benchmarks/results/development")
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
-SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels")
+SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
 """Training settings that make a protocol."""
 
 
@@ -90,7 +90,9 @@ def describe(train: Mapping[str, Any]) -> str:
     epochs = train["num_epochs"]
     parts = [f"{epochs} epoch{'s' if epochs > 1 else ''}", f"rate {train['learning_rate']:g} {train['schedule']}"]
     parts += [f"at least {train['min_steps']} steps"] if train["min_steps"] else []
-    return ", ".join([*parts, *(["labels balanced"] if train["balance_labels"] else [])])
+    parts += ["labels balanced"] if train["balance_labels"] else []
+    parts += [f"texts weigh {train['prompt_loss_weight']:g}"] if train.get("prompt_loss_weight") else []
+    return ", ".join(parts)
 
 
 def table_of(found: Sequence[Mapping[str, Any]]) -> Table:
