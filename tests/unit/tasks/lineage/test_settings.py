@@ -177,7 +177,7 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise ConfigError("seen")
 
         monkeypatch.setitem(sys.modules, f"flows.{flow}", SimpleNamespace(**{flow: seen}))
-        monkeypatch.setattr(Session, "run", lambda self, start: start())
+        monkeypatch.setattr(Session, "run", lambda self, start, **_: start())
         result = CliRunner().invoke(app, [flow, *words])
         assert found, result.output
         return found[0]
