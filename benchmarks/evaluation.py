@@ -39,6 +39,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
+OUT, OUT_TEXTS = (Path("benchmarks/results") / name for name in ("evaluation.json", "evaluation_texts.json"))
 MAX_PROMPT_TOKENS = 512
 LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
 TEXTS = {"repairs": ("messages.jsonl",)}
@@ -118,7 +119,9 @@ def main(
     precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
     texts: Annotated[bool, typer.Option("--texts", help="Answers are sentences, not labels.")] = False,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/evaluation.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go.", show_default=f"{OUT}, or {OUT_TEXTS}")
+    ] = None,
 ) -> None:
     """Print and write rows per second of each variant, the ratios, and the share of identical answers."""
     disable_progress_bars()
@@ -154,7 +157,7 @@ def main(
     def share(answered: Sequence[str], wanted: Sequence[str]) -> float:
         return sum(a == b for a, b in zip(answered, wanted, strict=True)) / len(wanted)
 
-    write_result(out, {
+    write_result(out or (OUT_TEXTS if texts else OUT), {
         "base": base, "precision": str(ours.model.dtype), "num_rows": len(references), "num_measurements": measurements,
         "median_rows_per_second": {name: len(references) / statistics.median(found) for name, found in seconds.items()},
         "best_loop": best, "times_best_loop": times(best, "deal"),

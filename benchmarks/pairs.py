@@ -23,7 +23,15 @@ from scipy.stats import t
 
 from benchmarks.output import write_result
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, departures, final_scores, method_name, read_cells
+from deal_core.benchmark.summary import (
+    CellJson,
+    accuracy,
+    departures,
+    final_scores,
+    method_name,
+    read_cells,
+    row_scores,
+)
 from deal_core.evaluation.metrics import paired_interval
 
 OUT = Path("benchmarks/results/pairs.json")
@@ -52,18 +60,13 @@ def pairs_of(cells: Sequence[CellJson], setting: str) -> Iterator[tuple[Any, Cel
             yield from ((value, cell, group[None]) for value, cell in group.items() if value is not None)
 
 
-def accuracies(cell: CellJson) -> dict[str, list[float]]:
-    """By task, 1 or 0 for each test row in the end."""
-    return {name: [float(bit) for bit in score["correct"]] for name, score in sorted(final_scores(cell).items())}
-
-
 def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str, Any]:
     """The figures of one value of a setting with one method."""
     lines = []
     for after, before in pairs:
-        found = [accuracies(each) for each in (after, before)]
-        with_it, without = (fmean(map(fmean, each.values())) for each in found)
-        rows = [[bit for bits in each.values() for bit in bits] for each in found]
+        found = [final_scores(each) for each in (after, before)]
+        with_it, without = (fmean(map(accuracy, each.values())) for each in found)
+        rows = [[value for _, score in sorted(each.items()) for value in row_scores(score)] for each in found]
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
         lines.append({

@@ -13,15 +13,14 @@ from typing import Any, get_args
 
 from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
-from deal_core.config import LATER
 from deal_core.errors import DataValidationError
 from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
 from deal_core.method_config import MEMORY, MethodConfig
 from deal_core.schema_version import require_schema_version
 
 OURS = "deal"
-STORED = {name: value for name, value in MEMORY["rows"].items() if name != "max_stored_rows"}
-"""What `memory: rows` sets, without the limit of stored rows: no cell stores so many."""
+MEMORY_ROWS = [f"rehearsal.{name} {value}" for name, value in MEMORY["rows"].items() if name != "max_stored_rows"]
+"""Departures of `memory: rows`, without the limit of stored rows: no cell stores so many."""
 KEPT_BY_BOUNDS = {"base": None, "frozen_head": "a head per task", "knn": "all rows", "knn_means": "a mean per label",
                   "per_task": "an adapter per task", "joint_memory": "a tenth of the rows",
                   "joint": "all rows"}  # fmt: skip
@@ -172,7 +171,7 @@ def _most_scored(cells: Iterable[CellJson]) -> list[CellJson]:
 def departures(cell: CellJson) -> str:
     """Describe a cell's settings that differ from today's defaults, and a past revision, for people.
 
-    "memory rows" stands for the settings of STORED. Earlier cells lack the later ones of them.
+    "memory rows" stands for MEMORY_ROWS.
     """
     settings = cell["settings"]
     revision = settings.get("revision", 1)
@@ -183,19 +182,9 @@ def departures(cell: CellJson) -> str:
         | {f"{part}.{name}": value for part in COMMON for name, value in asdict(MethodConfig())[part].items()}
     ))  # fmt: skip
     changes = [f"{name} {value}" for name, value in settings["method"].items() if value != today.get(name)]
-    if settings["strategy"] == OURS:
-        changes = _with_memory(changes)
+    if settings["strategy"] == OURS and {*MEMORY_ROWS} <= {*changes}:
+        changes = ["memory rows", *(change for change in changes if change not in MEMORY_ROWS)]
     return ", ".join([*changes, *([f"revision {revision}"] if is_past else [])])
-
-
-def _with_memory(changes: list[str]) -> list[str]:
-    """Put "memory rows" in place of what it sets, and what an earlier cell has instead of a later setting."""
-    later = LATER["rehearsal"]
-    texts = {name: f"rehearsal.{name} {value}" for name, value in STORED.items()}
-    if not {text for name, text in texts.items() if name not in later} <= {*changes}:
-        return changes
-    instead = [f"rehearsal.{name} {later[name]}" for name, text in texts.items() if text not in changes]
-    return ["memory rows", *instead, *(change for change in changes if change not in texts.values())]
 
 
 def method_name(strategy: str, changes: str) -> str:

@@ -98,9 +98,9 @@ class Session:
             from prefect.exceptions import TerminationSignal
 
             api = start_api()
-            coroutine = start()
             if trains and not api.done():
                 import deal_core.training.train  # noqa: F401
+            coroutine = start()
             calm_libraries()
             api.result()
             previous = signal.getsignal(signal.SIGINT)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -11,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from flows.cli.console import Screen
 from flows.cli.session import CommandResult, Session, command
 from tests.in_process import put_back
 
@@ -63,3 +67,22 @@ def test_a_command_without_a_result_prints_for_itself(app: typer.Typer) -> None:
     with put_back():
         assert CliRunner().invoke(app, ["say"]).stdout == "said\n"
         assert json.loads(CliRunner().invoke(app, ["say", "--json"]).stdout) == {"said": True}
+
+
+@pytest.mark.parametrize(
+    ("trains", "is_up", "imports"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_what_trains_is_imported_while_the_api_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: bool, is_up: bool, imports: bool
+) -> None:
+    """The import is made to fail. An API that is up leaves nothing to wait for."""
+
+    async def flow() -> str:
+        return "learned"
+
+    api = SimpleNamespace(done=lambda: is_up, result=lambda: None)
+    monkeypatch.setattr("flows.server.embedded.start_api", lambda: api)
+    monkeypatch.setitem(sys.modules, "deal_core.training.train", None)
+    session = Session(home=tmp_path, screen=Screen(as_json=True))
+    with pytest.raises(ModuleNotFoundError) if imports else nullcontext():
+        assert session.run(flow, trains=trains) == "learned"
