@@ -145,7 +145,10 @@ def start_api() -> Future[None]:
         Its result is there once the API answers, or has not started.
     """
     from prefect.client.orchestration import get_client
-    from prefect.server.api import server  # noqa: F401  two threads that import one package may see half of it
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:  # imported here: two threads that import one package may see half of it
+        from prefect.server.api import server  # noqa: F401
 
     os.environ[COMMAND_PID] = str(os.getpid())
     started: Future[None] = Future()
