@@ -13,27 +13,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.report import read
 
-NAMES = ("step_cost", "sft_trainer", "evaluation", "adaptation", "command_start", "number_of_tasks",
-         "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile", "landing", "serving",
-         "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
+NAMES = ("step_cost", "sft_trainer", "evaluation", "evaluation_fp32", "evaluation_texts", "adaptation",
+         "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile",
+         "landing", "serving", "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
          "two_lineages")  # fmt: skip
 """Results on the page, each written by the benchmark of its name."""
-
 
 FEW = 4
 """Of fewer values the bootstrap's interval is their smallest to their largest: it says nothing of noise."""
 
 
 def command(name: str, **options: Any) -> str:
-    """What measured: the benchmark's name, with those options that were not its defaults.
+    """What measured: the benchmark's name, with those options that were not its defaults. A flag has no value.
 
     Example:
-        >>> command("landing", landings=5), command("landing", landings=3)
-        ('`landing`', '`landing --landings 3`')
+        >>> command("landing", landings=5), command("evaluation", texts=True, measurements=3)
+        ('`landing`', '`evaluation --texts --measurements 3`')
     """
     defaults = inspect.signature(importlib.import_module(f"benchmarks.{name}").main).parameters
-    given = [f" --{option.replace('_', '-')} {value}" for option, value in options.items()
-             if value != defaults[option].default]  # fmt: skip
+    given = [f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+             for option, value in options.items() if value != defaults[option].default]  # fmt: skip
     return f"`{name}{''.join(given)}`"
 
 
