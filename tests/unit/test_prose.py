@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAX_WORDS = 22_100
+MAX_WORDS = 16_100
 MAX_MEAN_SENTENCE = 18
 MAX_SENTENCE = 35
 MAX_COLUMNS = 120
