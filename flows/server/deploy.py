@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import prefect
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate, WorkPoolUpdate
@@ -29,7 +30,9 @@ PoolType = Literal["process", "docker", "kubernetes"]
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 STORE_VARIABLE = "deal_store"
 """The variable on the server with the address of the store that the deployments work with."""
-TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"
+POOL_CHANGES = Path(__file__).parents[2] / "infra" / "work_pools.yaml"
+PREFECTS_POOLS = "server/api/collections_data/views/aggregate-worker-metadata.json"
+"""Prefect's file of the templates of all types of pools. It is in Prefect's own package."""
 
 
 class DeployError(DealError):
@@ -163,7 +166,7 @@ def prefect_file() -> Path:
 
 
 async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> None:
-    template = json.loads((TEMPLATES / f"{pool_type}.json").read_text(encoding="utf-8"))
+    template = pool_template(pool_type)
     try:
         known = await client.read_work_pool(name)
     except ObjectNotFound:
@@ -174,6 +177,30 @@ async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> 
         raise ConfigError(f"{problem}; delete the pool, or give --type {known.type}.")
     update = WorkPoolUpdate(base_job_template=with_defaults_of(known.base_job_template, template))
     await client.update_work_pool(name, update)
+
+
+def pool_template(pool_type: PoolType) -> dict[str, Any]:
+    """Return Prefect's template of a pool, with this project's changes."""
+    packages = json.loads((Path(prefect.__file__).parent / PREFECTS_POOLS).read_text(encoding="utf-8"))
+    templates = {
+        worker["type"]: worker["default_base_job_configuration"]
+        for workers in packages.values() for worker in workers.values()
+    }  # fmt: skip
+    changes = yaml.safe_load(POOL_CHANGES.read_text(encoding="utf-8"))
+    return _changed(templates[pool_type], changes.get(pool_type, {}))
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with a JSON merge patch (RFC 7396): None removes a key, and only objects are merged."""
+    changed = dict(values)
+    for key, change in changes.items():
+        if change is None:
+            changed.pop(key, None)
+        elif isinstance(change, Mapping):
+            changed[key] = _changed(values.get(key, {}), change)
+        else:
+            changed[key] = change
+    return changed
 
 
 def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
