@@ -47,8 +47,6 @@ def serve(
     ] = None,
 ) -> None:
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
-    import asyncio
-
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
     from infra.tracking.registry import open_registry
@@ -71,10 +69,10 @@ def serve(
         tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
     try:
-        has_ended = asyncio.run(serve_champion(
+        has_ended = serve_champion(
             lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
             settle=lambda: settled_champion(open_registry(), current_store(), lineage),
-        ))  # fmt: skip
+        )
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None
     if not has_ended:  # at its exit Python would wait for the thread that asks MLflow

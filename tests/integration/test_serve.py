@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -200,17 +199,17 @@ def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytes
     left.parent.mkdir(parents=True)
     left.write_text("a file that this server must not move")
 
-    async def begin(lineage: str) -> None:
+    def begin(lineage: str) -> None:
         def settle() -> None: ...
 
-        await serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
-                    ready=lambda *_: None)  # fmt: skip
+        serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
+              ready=lambda *_: None)  # fmt: skip
 
     with pytest.raises(NoChampionError):
-        asyncio.run(begin("nobody"))
+        begin("nobody")
     assert left.exists()
     with pytest.raises(ConfigError, match="The lineage is"):
-        asyncio.run(begin("../../data"))
+        begin("../../data")
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,26 +1,194 @@
-"""Requests and answers in the form of OpenAI's API, as its clients and many other programs speak it.
+"""The formats of requests and answers: MLflow's tables, OpenAI's API, and feedback.
 
-A model's name is the lineage, with a version, a task, or both: support, support@7, support/billing, support@7/billing.
-The server renders the task's prompt. A task of chats takes the messages; any other task takes one user message.
+A model's name in OpenAI's API is the lineage, with a version, a task, or both: support, support@7, support/billing,
+support@7/billing. The server renders the task's prompt. A task of chats takes the messages; any other task takes one
+user message.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deal_core.evaluation.answerer import Answered
-from deal_core.evaluation.answering import InputRow, ServedVersion
-from infra.serving.refusal import RefusalError
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
 
+from deal_core.errors import ConfigError
+from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answering import InputRow, ServedVersion
+from deal_core.monitoring.feedback import read_entry
+from infra.served_model import VERSION
+from infra.serving.champion import Champion
+from infra.serving.prediction_log import LOG
+
+MAX_ENTRIES = 1000
+"""Entries of one request with feedback."""
+TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
+OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
+FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
+RETRY = {"Retry-After": "2"}
 NOT_FOUND = "model_not_found"
 DONE = "data: [DONE]\n\n"
 REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
 """Keys of a request that ask for something that the server does not have."""
+
+
+class RefusalError(Exception):
+    """A request that is not answered.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to send, for the client.
+        headers: More headers of the answer.
+        code: OpenAI's name of the error, if it has one.
+    """
+
+    def __init__(
+        self, status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.code = code
+
+
+class HttpAnswer(NamedTuple):
+    """The body of an answer, and the version that gave the answer."""
+
+    body: str
+    version: str
+    kind: str = "application/json"
+    status: int = 200
+
+
+class Caller(NamedTuple):
+    """The client of a request."""
+
+    is_given_up: Callable[[], bool]
+    """Tells whether it has gone."""
+    key: str | None = None
+    """In a canary's rollout, requests with the same key go to the same version; None: the client names no key."""
+
+
+def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
+    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
+
+    Raises:
+        RefusalError: 400: the body is no valid table of rows. 500: the model fails.
+    """
+    model = serving.model(caller.is_given_up, caller.key)
+    values = _decode_object(body, TABLE_BODY)
+    values.pop("params", None)  # MLflow's clients may send params; the model has none
+    try:
+        schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
+        table = infer_and_parse_data(values, schema)
+    except MlflowException as error:
+        raise RefusalError(400, _reason(error)) from None
+    except Exception as error:  # pandas raises many kinds of errors
+        raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
+    with _refusing():
+        predictions: Any = model.predict(table)
+    written = io.StringIO()
+    predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
+    return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
+
+
+def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
+    """Answer a body in the form of OpenAI's API.
+
+    Raises:
+        RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
+    """
+    asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
+    asked.require_version(serving.version, serving.canary)
+    with _refusing():
+        answered = serving.ask(asked.rows, caller.is_given_up, caller.key or asked.user, asked.version)
+    asked.require_version(answered.version)  # the champion may have moved
+    kind = "text/event-stream" if asked.is_stream else "application/json"
+    return HttpAnswer(asked.body(answered), answered.version, kind)
+
+
+def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
+    """Log feedback on answers. A wrong entry refuses all entries.
+
+    Raises:
+        RefusalError: 400: an entry is wrong. 409: the log is off. 503: there is no room now.
+    """
+    values, log = _decode(body, FEEDBACK_BODY), serving.log
+    if log is None:
+        raise RefusalError(409, "The prediction log is off; start deal serve with DEAL_LOG_PREDICTIONS.")
+    if not isinstance(values, list) or not values or len(values) > MAX_ENTRIES:
+        raise RefusalError(400, f"The body is no list of 1 to {MAX_ENTRIES} entries; send {FEEDBACK_BODY}.")
+    tasks = {task.schema.name: task.schema for task in serving.served.tasks}
+    now, found = time.time(), []
+    try:
+        for number, entry in enumerate(values, 1):
+            place = f"Entry {number}"
+            read = read_entry(entry, place, source="api", now=now)
+            read.check_texts(log.keeps_texts, place)
+            found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
+    except ConfigError as error:
+        raise RefusalError(400, str(error)) from None
+    if not log.take_feedback(found):
+        raise RefusalError(503, "The log has no room; send the same feedback again in a moment.", RETRY)
+    return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn the errors of a model into refusals."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RefusalError(400, str(error)) from None
+    except MlflowException as error:
+        raise RefusalError(400, _reason(error)) from None
+    except GivenUpError as error:
+        raise RefusalError(503, str(error), RETRY) from None
+    except Exception:
+        LOG.exception("A request could not be answered")
+        raise RefusalError(500, "The model failed on this request; the server's log has the error.") from None
+
+
+def _decode_object(body: bytes, example: str) -> dict[str, Any]:
+    """Read a JSON object; `example` is one, for the message."""
+    values = _decode(body, example)
+    if not isinstance(values, dict):
+        raise RefusalError(400, f"The body is no JSON object; send {example}.")
+    return values
+
+
+def _decode(body: bytes, example: str) -> Any:
+    try:
+        values = json.loads(body)
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except RecursionError:
+        raise RefusalError(400, f"The body is nested too deeply; send {example}.") from None
+    except UnicodeEncodeError:
+        raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
+    except ValueError as error:
+        raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
+    return values
+
+
+def _reason(error: MlflowException) -> str:
+    """Return MLflow's message as one sentence, without the texts of the request."""
+    message = str(error.message)
+    if "Failed to enforce schema" in message:
+        message = message.rpartition("Error: ")[2]
+    message = message.split("\nInput:")[0].split(" IMPORTANT:")[0]  # the texts of the request; advice on MLflow 1
+    return " ".join(message.split())[:1000]
+
+
+def api_refusal(refusal: RefusalError) -> dict[str, Any]:
+    """Return the body of a refusal in the form of OpenAI's API."""
+    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
 
 
 class ModelName(NamedTuple):
