@@ -1,13 +1,11 @@
 """The segments of a log: JSON lines on the disk of the process that writes them, then Parquet in the object store.
 
-A process holds the file lock of the segment that it writes, so the lock of a segment without a writer is free, also
-after a kill. `ship` moves such segments into the store. A segment's name is its key there, so a segment that is shipped
-twice is stored once.
+A process holds the file lock of the segment that it writes. The lock of a segment without a writer is free, also after
+a kill. `ship` moves such segments into the store. A segment that is shipped twice is stored once, under its name.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import json
@@ -61,8 +59,6 @@ class Log:
     """The column that tells rows apart."""
     lineage: str
     home: Path
-    later: tuple[str, ...] = ()
-    """Columns that earlier releases do not know. A segment in the store has them where a row has a value."""
 
     def __post_init__(self) -> None:
         if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
@@ -170,11 +166,10 @@ def ship(store: ObjectStore, log: Log) -> int:
     """
     num_shipped = 0
     for path in log.segments():
-        with _locked(path) as is_ours:
+        with _usable(path), _locked(path) as is_ours:
             if is_ours:
                 put_table(store, log, path.stem, read_segment(path, log.schema))
-                with _usable(path):
-                    path.unlink()
+                path.unlink()
                 num_shipped += 1
     return num_shipped
 
@@ -207,7 +202,6 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
     if not table.num_rows:
         store.delete(key)
         return
-    table = table.drop_columns([name for name in log.later if table[name].null_count == table.num_rows])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     store.put_bytes(key, sink.getvalue())
@@ -236,21 +230,16 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
 def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
+    A column that the segment does not have, because an earlier release wrote it, is empty.
+
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
-    wanted = log.schema if columns is None else pa.schema([log.schema.field(name) for name in columns])
     try:
-        file = pq.ParquetFile(io.BytesIO(store.get_bytes(key)))
-        table = file.read([name for name in wanted.names if name in file.schema_arrow.names])
-        for name in log.later:
-            if name in wanted.names and name not in table.column_names:
-                field = log.schema.field(name)
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        return table.select(wanted.names).cast(wanted)
+        return pq.read_table(io.BytesIO(store.get_bytes(key)), columns=columns, schema=log.schema)
     except ObjectNotFoundError:
-        return wanted.empty_table()
-    except (pa.ArrowException, ValueError, KeyError):
+        return log.schema.empty_table().select(columns or log.schema.names)
+    except pa.ArrowException:
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
@@ -309,23 +298,17 @@ def _close_stamp(log: Log) -> int:
 def _locked(path: Path) -> Iterator[bool]:
     """Lock a segment. False: a process writes it, or it is gone."""
     try:
-        with _usable(path):
-            descriptor = os.open(path, os.O_RDONLY)
+        file = path.open("rb")
     except FileNotFoundError:
         yield False
         return
-    try:
+    with file:
         is_free = True
-        with _usable(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                is_free = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
         yield is_free and path.exists()  # another process may have shipped it before this one got the lock
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -168,18 +168,17 @@ class PredictionLog:
         return found
 
     def _ship(self) -> None:
-        problem = ""
+        told = ""
         while True:
             try:
                 for log in self._logs:
                     ship(self._store, log)
-                problem = ""
+                told = ""
             except Exception as error:  # the thread must not end; the segments wait on the disk
-                is_new, problem = str(error) != problem, str(error)
-                if is_new and isinstance(error, DealError | OSError):
-                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error)
-                elif is_new:
-                    LOG.exception("Shipping the prediction log failed")
+                if str(error) != told:
+                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error,
+                                exc_info=not isinstance(error, DealError | OSError))
+                told = str(error)
             if self._ended.wait(SHIP_SECONDS):
                 return
 
