@@ -14,8 +14,7 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
 from infra.tracking.database import open_reader
-from infra.tracking.facts import VersionInfo
-from infra.tracking.reader import RegistryReader
+from infra.tracking.facts import RegistryReader, VersionInfo
 from tasks.context import current_store
 from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
 from tasks.lineage.held import HeldArrival, held_arrivals

@@ -24,8 +24,7 @@ from infra.settings import HomeSettings, TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.facts import Alias, VersionFacts
-from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import Registry, open_registry
+from infra.tracking.registry import LineageRebuild, Registry, open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.promote import tags_of
