@@ -17,10 +17,10 @@ from pydantic import BaseModel, StringConstraints
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from flows.lock import hold_lineage
-from infra.ledger import Ledger
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
+from infra.version_log import Ledger
 from tasks.adaptation.promote import (
     begin_rollout,
     move_champion,

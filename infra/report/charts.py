@@ -31,6 +31,7 @@ PAGE_COLOURS = {
 }  # fmt: skip
 """The page's variable for each colour of a figure; `page.css` has two values for each, for light and dark screens."""
 _COLOUR = re.compile("|".join(PAGE_COLOURS), re.IGNORECASE)
+SIDES = (("reference", "#BBBBBB"), ("live", COLOURS[0]))
 MAX_LABELS = 12
 """Labels that a picture shows: those that moved most. The others are summed up."""
 MAX_CHARS = 24
@@ -115,9 +116,10 @@ def shown_labels(shares: Mapping[str, tuple[float, float]]) -> dict[str, tuple[f
 
 def _draw_shares(axes: Axes, shares: Mapping[str, tuple[float, float]]) -> None:
     places = range(len(shares))
-    for side, (name, colour) in enumerate((("reference", "#BBBBBB"), ("live", COLOURS[0]))):
-        axes.barh([place + (side - 0.5) * BAR_HEIGHT for place in places], [100 * each[side] for each in shares.values()],
-                  height=BAR_HEIGHT * 0.94, color=colour, label=name)  # fmt: skip
+    for side, (name, colour) in enumerate(SIDES):
+        heights = [100 * each[side] for each in shares.values()]
+        lines = [place + (side - 0.5) * BAR_HEIGHT for place in places]
+        axes.barh(lines, heights, height=BAR_HEIGHT * 0.94, color=colour, label=name)
     tidy(axes)
     axes.grid(axis="y", visible=False)
     axes.set_yticks([*places], [name.replace("$", r"\$") for name in shares], fontsize=8.5)
@@ -134,7 +136,7 @@ def _draw_confidences(axes: Axes, bins: Sequence[tuple[float, float]]) -> None:
         say_empty(axes, "no confidence is known")
         return
     edges = [number / len(bins) for number in range(len(bins) + 1)]
-    for side, (name, colour) in enumerate((("reference", "#BBBBBB"), ("live", COLOURS[0]))):
+    for side, (name, colour) in enumerate(SIDES):
         axes.stairs([100 * each[side] for each in bins], edges, fill=side == 0, color=colour, linewidth=1.8, label=name)
     tidy(axes)
     axes.set_xlim(0, 1)

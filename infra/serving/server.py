@@ -8,8 +8,8 @@
     GET  /version              the version that answers, the version that is being loaded, and the current problem
     GET  /metrics              figures for Prometheus
 
-`infra.serving.formats` reads and writes the bodies. A refusal is `{"error": "a sentence"}`, or OpenAI's form of it below
-/v1.
+`infra.serving.formats` reads and writes the bodies. A refusal is `{"error": "a sentence"}`; below /v1 it has OpenAI's
+form.
 """
 
 from __future__ import annotations
