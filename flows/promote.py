@@ -40,7 +40,7 @@ Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 """A text that a person must give."""
 
 
-class LeftBehind(BaseModel, frozen=True):
+class LeftBehind(BaseModel, frozen=True, from_attributes=True):
     """A version that the champion does not continue, and the arrival that the version learned."""
 
     version: str
@@ -106,34 +106,27 @@ def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: State
             f"--lineage {lineage}."
         )
     if verdict == "reject":
-        return _decline(log, last, found, number, who=who, why=why)
+        return _write(log, last, Change(action="declined", lineage=lineage, version=version, before=number,
+                                        champion=number, who=who, why=why))  # fmt: skip
     act = promote_to if found.parent_version == number else roll_back
     return act(lineage, version, who=who, why=why)
 
 
-def _decline(
-    log: PromotionLog, last: Move | None, version: VersionInfo, champion: str | None, *, who: str, why: str
-) -> Decision:
-    """End the request for a version. The champion stays. `last` is the move that made the champion known here.
+def _write(log: PromotionLog, last: Move | None, change: Change) -> Decision:
+    """Write a decision that does not move the champion. `last` is the move that made the champion known here.
 
     Raises:
         RegistryError: The log has a newer move.
     """
-    change = Change(
-        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion,
-        who=who, why=why,
-    )  # fmt: skip
-    _require_added(log.add(last, change), version.lineage)
-    return Decision(
-        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion
-    )
-
-
-def _require_added(added: Move | None, lineage: str) -> None:
-    if added is None:
+    if log.add(last, change) is None:
         raise RegistryError(
-            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+            f"The champion of '{change.lineage}' has just changed; look at deal history --lineage {change.lineage}, "
+            "and try again."
         )
+    return Decision(
+        action=change.action, lineage=change.lineage, version=change.version, before=change.before,
+        champion=change.champion,
+    )  # fmt: skip
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
@@ -229,13 +222,11 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
     if found.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
-    change = Change(
-        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
-    )
-    _require_added(log.add(last, change), lineage)
+    done = _write(log, last, Change(action="rejected", lineage=lineage, version=version, before=number,
+                                    champion=number, who=who, why=why))  # fmt: skip
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
-    return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
+    return done
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
@@ -249,11 +240,10 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
 def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[LeftBehind, ...]:
     """Return the arrivals that one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
-    return tuple(_left(version) for version in reversed(before) if not arrival_digests(version, before) & known)
-
-
-def _left(version: VersionInfo) -> LeftBehind:
-    return LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
+    return tuple(
+        LeftBehind.model_validate(version) for version in reversed(before)
+        if not arrival_digests(version, before) & known
+    )  # fmt: skip
 
 
 def current_account() -> str:
@@ -320,7 +310,7 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     for version in reversed(versions):
         if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
-            found.append(_left(version))
+            found.append(LeftBehind.model_validate(version))
     return tuple(reversed(found))
 
 
