@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from typer import Option
 
+from flows.cli.console import heading, interval, new_table, points
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, interval, new_table, points
 
 if TYPE_CHECKING:
     from flows.benchmark import BenchmarkResult

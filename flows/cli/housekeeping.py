@@ -14,8 +14,8 @@ from rich.table import Table
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from flows.forget import ForgetResult

@@ -13,9 +13,17 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.console import home_option, this_command
+from flows.cli.console import (
+    heading,
+    home_option,
+    matrix_table,
+    new_table,
+    percent,
+    show_adaptation,
+    show_held,
+    this_command,
+)
 from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation, show_held
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult

@@ -12,8 +12,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.safe_text import listed, shorten
+from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from tasks.planning import PlanResult

@@ -14,8 +14,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from flows.cli.console import heading, new_table, show_held
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table, show_held
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack

@@ -12,8 +12,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.safe_text import listed
+from flows.cli.console import heading, new_table, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, new_table, show_adaptation, show_held
 from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
