@@ -26,20 +26,16 @@ def benchmark(
     data: Annotated[
         str, Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
     ],
-    suite: Annotated[
-        str | None,
-        Option("--suite", help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False),
-    ] = None,
+    suite: Annotated[str | None, Option(
+        "--suite", help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False
+    )] = None,
     order: Annotated[list[str] | None, Option("--order", help="Order of the suite's tasks.", show_default="1")] = None,
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
-    strategy: Annotated[
-        list[str] | None,
-        Option(
-            "--strategy",
-            help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
-            show_default="deal, seq_lora",
-        ),
-    ] = None,
+    strategy: Annotated[list[str] | None, Option(
+        "--strategy",
+        help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
+        show_default="deal, seq_lora"
+    )] = None,
     seed: Annotated[list[int] | None, Option("--seed", help="Seed of weights and row order.", show_default="0")] = None,
     rows: Annotated[int, Option("--rows", help="Training rows per task.")] = 300,
     part: Annotated[str, Option("--part", help="Test rows: dev (for choosing settings) or reported.")] = "reported",
@@ -56,10 +52,9 @@ def benchmark(
         str, Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
     ] = "{}",
     train: Annotated[str, Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
-    method: Annotated[
-        list[str] | None,
-        Option("--method", help="Changes to the methods' settings, as JSON. Repeat it to compare several."),
-    ] = None,
+    method: Annotated[list[str] | None, Option(
+        "--method", help="Changes to the methods' settings, as JSON. Repeat it to compare several."
+    )] = None,
     base: Annotated[str | None, Option("--base", help="Base model.", show_default="smollm2-135m-instruct")] = None,
     out: Annotated[Path | None, Option("--out", help="Folder of the cells.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult:

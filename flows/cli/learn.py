@@ -36,26 +36,16 @@ if TYPE_CHECKING:
 
 learn_app = typer.Typer()
 
-Base = Annotated[
-    str | None,
-    Option(
-        "--base",
-        help="Hub id, local folder or GGUF file.",
-        show_default="the lineage's own, else smollm2-135m-instruct",
-    ),
-]
-Strategy = Annotated[
-    str | None,
-    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
-]
-Memory = Annotated[
-    str | None,
-    Option(
-        "--memory",
-        help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
-        show_default="the lineage's own, else none",
-    ),
-]
+Base = Annotated[str | None, Option(
+    "--base", help="Hub id, local folder or GGUF file.", show_default="the lineage's own, else smollm2-135m-instruct"
+)]
+Strategy = Annotated[str | None, Option(
+    "--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"
+)]
+Memory = Annotated[str | None, Option(
+    "--memory", help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
+    show_default="the lineage's own, else none"
+)]
 SpecLineage = Annotated[
     str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
 ]
@@ -163,10 +153,9 @@ def watch(
     spec: Annotated[
         Path | None, Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        Option("--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"),
-    ] = None,
+    task: Annotated[list[str] | None, Option(
+        "--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"
+    )] = None,
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
@@ -229,16 +218,10 @@ def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
 def history(
     deal: Session,
     lineage: Lineage = "default",
-    at: Annotated[
-        datetime | None,
-        Option(
-            "--at",
-            metavar="TIME",
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
-            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
-            show_default=False,
-        ),
-    ] = None,
+    at: Annotated[datetime | None, Option(
+        "--at", metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+        help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.", show_default=False
+    )] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
     matrix: Annotated[
         bool, Option("--matrix", help="Show instead how well the versions up to the champion answer each task.")
@@ -320,10 +303,9 @@ def predict(
     out: Annotated[
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
-    column: Annotated[
-        str | None,
-        Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
-    ] = None,
+    column: Annotated[str | None, Option(
+        "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
+    )] = None,
 ) -> CommandResult:
     """Answer a text, or every row of a file, with the lineage's champion."""
     if data is not None and text is not None:

@@ -34,14 +34,11 @@ rollout_app = typer.Typer(help="A new version on live traffic, before it becomes
 def monitor(
     deal: Session,
     lineage: Lineage = "default",
-    data: Annotated[
-        Path | None,
-        Option(
-            "--data", "-d",
-            help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
-            show_default=False,
-        ),
-    ] = None,
+    data: Annotated[Path | None, Option(
+        "--data", "-d",
+        help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
+        show_default=False
+    )] = None,
     rebase: Annotated[
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
@@ -198,17 +195,13 @@ def select(
     random_share: Annotated[
         float, Option("--random-share", max=1.0, help="Share that is drawn at random, above 0.")
     ] = 0.25,
-    data: Annotated[
-        Path | None,
-        Option(
-            "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
-            show_default="the prediction log",
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
-    ] = None,
+    data: Annotated[Path | None, Option(
+        "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
+        show_default="the prediction log"
+    )] = None,
+    column: Annotated[str | None, Option(
+        "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
+    )] = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
     ] = None,

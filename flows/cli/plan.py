@@ -29,10 +29,9 @@ model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 def plan(
     deal: Session,
     spec: Annotated[Path, Argument(help="Spec file (YAML).", show_default=False)],
-    device_memory: Annotated[
-        str | None,
-        Option("--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"),
-    ] = None,
+    device_memory: Annotated[str | None, Option(
+        "--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
+    )] = None,
     precision: Annotated[
         str, Option("--precision", help="Precision of the weights: bf16, fp32, or auto (this machine's).")
     ] = "auto",
@@ -152,10 +151,9 @@ def validate(
     test_data: Annotated[
         str | None, Option("--test-data", help="File of test rows.", show_default="the spec's")
     ] = None,
-    lineage: Annotated[
-        str | None,
-        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
-    ] = None,
+    lineage: Annotated[str | None, Option(
+        "--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"
+    )] = None,
     with_model: Annotated[
         bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
     ] = False,

@@ -36,15 +36,10 @@ def serve(
     host: Annotated[
         str, Option("--host", help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
     ] = "127.0.0.1",
-    trusted_host: Annotated[
-        list[str] | None,
-        Option(
-            "--trusted-host",
-            envvar="DEAL_TRUSTED_HOSTS",
-            show_default=False,
-            help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all.",
-        ),
-    ] = None,
+    trusted_host: Annotated[list[str] | None, Option(
+        "--trusted-host", envvar="DEAL_TRUSTED_HOSTS", show_default=False,
+        help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all."
+    )] = None,
 ) -> None:
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
     from infra.serving.champion import NoChampionError
@@ -101,22 +96,15 @@ def sync(
 @command(vllm_app, "publishing")
 def publish(
     deal: Session,
-    folder: Annotated[
-        Path,
-        Argument(
-            envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
-        ),
-    ],
+    folder: Annotated[Path, Argument(
+        envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
+    )],
     lineage: Lineage = "default",
     version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
-    model: Annotated[
-        str | None,
-        Option(
-            "--model",
-            help="The model that `vllm serve` was started with, word for word.",
-            show_default="the base model's Hub id or folder",
-        ),
-    ] = None,
+    model: Annotated[str | None, Option(
+        "--model", help="The model that `vllm serve` was started with, word for word.",
+        show_default="the base model's Hub id or folder"
+    )] = None,
 ) -> CommandResult:
     """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
     from infra.settings import VllmSettings

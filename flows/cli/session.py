@@ -28,16 +28,10 @@ from flows.cli.console import Screen
 
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
-Home = Annotated[
-    Path | None,
-    Option(
-        "--home",
-        metavar="DIR",
-        help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
-        show_default=False,
-        rich_help_panel="Common",
-    ),
-]
+Home = Annotated[Path | None, Option(
+    "--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].", show_default=False,
+    rich_help_panel="Common"
+)]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
 Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]

@@ -140,17 +140,13 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
 @command(versions_app, "reading")
 def requeue(
     deal: Session,
-    what: Annotated[
-        list[str] | None,
-        Argument(help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False),
-    ] = None,
-    learn: Annotated[
-        bool,
-        Option(
-            "--learn",
-            help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed.",
-        ),
-    ] = False,
+    what: Annotated[list[str] | None, Argument(
+        help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False
+    )] = None,
+    learn: Annotated[bool, Option(
+        "--learn",
+        help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed."
+    )] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
