@@ -23,7 +23,7 @@ from flows.cli.console import (
     show_held,
     this_command,
 )
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import Column, CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
@@ -129,11 +129,10 @@ def adapt(
     ] = False,
 ) -> CommandResult:
     """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
-    from tasks.context import current_store
     from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
-        current_store(), spec, task=task, data=data, test_data=test_data,
+        deal.store, spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
     )  # fmt: skip
 
@@ -163,11 +162,10 @@ def watch(
     poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
-    from tasks.context import current_store
     from tasks.lineage.settings import watched_from_options
 
     watched = watched_from_options(
-        current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
+        deal.store, spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
 
     def start() -> Coroutine[Any, Any, WatchResult]:
@@ -231,7 +229,6 @@ def history(
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
-    from tasks.context import current_store
     from tasks.lineage.held import find_held
     from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves
 
@@ -246,7 +243,7 @@ def history(
     if moves:
         log = read_moves(lineage)
         return CommandResult(log, show_moves(lineage, log))
-    held, limit = find_held(current_store(), lineage), 0 if deal.screen.as_json else newest
+    held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
     try:
         entries = read_history(lineage, limit + 1 if limit else None)
     except NoVersionError:
@@ -303,9 +300,7 @@ def predict(
     out: Annotated[
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
-    column: Annotated[str | None, Option(
-        "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
-    )] = None,
+    column: Column = None,
 ) -> CommandResult:
     """Answer a text, or every row of a file, with the lineage's champion."""
     if data is not None and text is not None:

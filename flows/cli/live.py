@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, percent
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import Column, CommandResult, Lineage, Session, command
 from flows.cli.versions import Why, show_decision
 
 if TYPE_CHECKING:
@@ -199,9 +199,7 @@ def select(
         "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
         show_default="the prediction log"
     )] = None,
-    column: Annotated[str | None, Option(
-        "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
-    )] = None,
+    column: Column = None,
     out: Annotated[
         Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
     ] = None,

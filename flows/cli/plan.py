@@ -41,12 +41,11 @@ def plan(
 ) -> CommandResult:
     """Say what a run will take (memory, steps, time) and whether it fits. Fetches no weights and stores nothing."""
     from flows.server.embedded import calm_libraries
-    from tasks.context import current_store
     from tasks.lineage.settings import spec_from_options
     from tasks.planning import plan as plan_run
 
     calm_libraries()
-    asked = spec_from_options(current_store(), spec, task=None, data=None, test_data=None)
+    asked = spec_from_options(deal.store, spec, task=None, data=None, test_data=None)
     found = plan_run(
         asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
         on_progress=deal.screen.stage_started,

@@ -46,7 +46,6 @@ def serve(
     from infra.serving.run import serve as serve_champion
     from infra.tracking.registry import open_registry
     from tasks.adaptation.promote import settled_champion
-    from tasks.context import current_store
     from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
@@ -66,7 +65,7 @@ def serve(
     try:
         has_ended = serve_champion(
             lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
-            settle=lambda: settled_champion(open_registry(), current_store(), lineage),
+            settle=lambda: settled_champion(open_registry(), deal.store, lineage),
         )
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None

@@ -153,18 +153,17 @@ def requeue(
     from flows.promote import find_left_behind
     from flows.requeue import requeue as requeue_flow
     from tasks.cancelled import release
-    from tasks.context import current_store
     from tasks.lineage.held import find_held
     from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
     versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]
     if arrivals and not versions:
-        released = release(current_store(), lineage, arrivals)
+        released = release(deal.store, lineage, arrivals)
         shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
         return CommandResult({"lineage": lineage, "released": released}, [*map(escape, shown)])
     if not (learn or versions):
-        held = find_held(current_store(), lineage)
+        held = find_held(deal.store, lineage)
         try:
             found = find_left_behind(lineage)
         except NoVersionError:
