@@ -6,7 +6,6 @@ Promote, rollback and reject take effect at once, even while a run works on the 
 from __future__ import annotations
 
 import asyncio
-import getpass
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Literal
@@ -244,14 +243,6 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
         LeftBehind.model_validate(version) for version in reversed(before)
         if not arrival_digests(version, before) & known
     )  # fmt: skip
-
-
-def current_account() -> str:
-    """Return the name of the account that runs this process."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return "unknown account"
 
 
 def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:

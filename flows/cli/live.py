@@ -121,20 +121,18 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "promoting")
 def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.promote import current_account
     from flows.rollout import finish_rollout
 
-    done = finish_rollout(lineage, who=current_account(), why=why)
+    done = finish_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
 @command(rollout_app, "rejecting")
 def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.promote import current_account
     from flows.rollout import abort_rollout
 
-    done = abort_rollout(lineage, who=current_account(), why=why)
+    done = abort_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 

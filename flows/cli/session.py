@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import inspect
 import os
 import signal
@@ -79,6 +80,14 @@ class Session:
         from tasks.context import current_store
 
         return current_store()
+
+    @property
+    def account(self) -> str:
+        """Name of the account that runs this process."""
+        try:
+            return getpass.getuser()
+        except (OSError, KeyError):  # a container's user may have no name
+            return "unknown account"
 
     def run(
         self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,

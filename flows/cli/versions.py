@@ -84,9 +84,9 @@ def renew(
 @command(versions_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion that continues the current champion. The next arrival continues from it."""
-    from flows.promote import current_account, promote_to
+    from flows.promote import promote_to
 
-    done = promote_to(lineage, version, who=current_account(), why=why)
+    done = promote_to(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -100,9 +100,9 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from flows.promote import current_account, roll_back
+    from flows.promote import roll_back
 
-    done = roll_back(lineage, to, who=current_account(), why=why)
+    done = roll_back(lineage, to, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -114,9 +114,9 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
-    from flows.promote import current_account, reject_version
+    from flows.promote import reject_version
 
-    done = reject_version(lineage, version, who=current_account(), why=why)
+    done = reject_version(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 

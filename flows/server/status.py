@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from deal_core.errors import DealError, in_one_line
 from flows.server.local_processes import read_stack
-from flows.server.run_status import NEWEST, RunStatus, ServerRuns, may_name_a_server
+from flows.server.runs import NEWEST, RunStatus, read_server
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX
@@ -73,7 +73,7 @@ async def read_status(home: Path) -> Status:
     parts = stack.parts if stack else []
     problems: list[str] = []
     damaged: list[str] = []
-    server = await _read_server(problems)
+    server = await read_server(problems)
     lineages = _lineages(problems, damaged)
     return Status(
         prefect_url=server.url, mlflow_url=stack.mlflow_url if stack else None,
@@ -81,15 +81,6 @@ async def read_status(home: Path) -> Status:
         lineages=lineages, running=server.running, waiting=server.waiting, failed=server.failed,
         problems=problems, damaged=damaged,
     )  # fmt: skip
-
-
-async def _read_server(problems: list[str]) -> ServerRuns:
-    """Read the runs on the Prefect server, if there is one; append what is wrong with the server to the list."""
-    if not may_name_a_server():
-        return ServerRuns()
-    from flows.server.runs import read_server  # imports Prefect, which takes a second of processor time
-
-    return await read_server(problems)
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
