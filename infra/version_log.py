@@ -1,7 +1,7 @@
 """What the store knows of a lineage's versions: a copy of each, and the ledger of the datasets that they learned.
 
-A lost registry can be rebuilt from the copies, `versions/<lineage>/<number>.json`. A copy is not in the adapter's folder,
-because a version stays in the history after its adapter was removed.
+A lost registry can be rebuilt from the copies, `versions/<lineage>/<number>.json`. They are not in the folder of the
+adapter, because a version stays in the history after its adapter was removed.
 
 The ledger says which version learned a dataset. It is only added to, one object per dataset,
 `ledger/<lineage>/<sha256>.json`.
