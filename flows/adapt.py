@@ -1,10 +1,4 @@
-"""Adapt: one arrival becomes the next version of a lineage, and the champion if the version passes the gate.
-
-Example:
-    >>> result = asyncio.run(adapt(read_spec(Path("examples/bank/spec.yaml"))))  # doctest: +SKIP
-    >>> result.status  # doctest: +SKIP
-    'promoted'
-"""
+"""Adapt: one arrival becomes the next version of a lineage, and the champion if the version passes the gate."""
 
 from __future__ import annotations
 

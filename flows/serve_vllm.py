@@ -1,9 +1,4 @@
-"""Serve with vLLM: load the champions of lineages into a vLLM server.
-
-Example:
-    >>> asyncio.run(serve_vllm("default", url="http://127.0.0.1:8000")).model  # doctest: +SKIP
-    'default-v3'
-"""
+"""Serve with vLLM: load the champions of lineages into a vLLM server."""
 
 from __future__ import annotations
 

@@ -2,10 +2,6 @@
 
 Headers and signature are those of Standard Webhooks (https://www.standardwebhooks.com). A receiver can check the sender
 and the time, and can recognise a repeated notice; see docs/notifications.md.
-
-Example:
-    >>> open_webhook().send("deal.version.promoted", body, delivery)  # doctest: +SKIP
-    True
 """
 
 from __future__ import annotations

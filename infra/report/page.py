@@ -1,9 +1,4 @@
-"""A run's page: its sentences and numbers, and one HTML file that loads nothing and runs no script.
-
-Example:
-    >>> render_page(report, evaluation)  # doctest: +SKIP
-    '<!doctype html>…'
-"""
+"""A run's page: its sentences and numbers, and one HTML file that loads nothing and runs no script."""
 
 from __future__ import annotations
 

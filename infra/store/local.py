@@ -1,10 +1,4 @@
-"""The object store in a folder, and the choice of the store for an address.
-
-Example:
-    >>> store = open_store("file:///srv/deal/store")
-    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
-    True
-"""
+"""The object store in a folder, and the choice of the store for an address."""
 
 from __future__ import annotations
 

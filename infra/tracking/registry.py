@@ -1,11 +1,6 @@
 """Adapter versions in MLflow's model registry. Each lineage has one registered model with the lineage's name.
 
 The facts of a version are its tags, so the registry alone has the history of the lineage.
-
-Example:
-    >>> registry = open_registry()  # doctest: +SKIP
-    >>> [version.task for version in registry.versions("base")]  # doctest: +SKIP
-    ['billing', 'clinic']
 """
 
 from __future__ import annotations

@@ -1,11 +1,6 @@
 """MLflow runs: one run per adaptation. A continued adaptation finds its run by its key.
 
 Everything uses clients with an explicit address. MLflow's global state is not changed.
-
-Example:
-    >>> tracker = open_tracker()  # doctest: +SKIP
-    >>> with tracker.start("base", run_key, name="billing", params={"strategy": "deal"}) as run:  # doctest: +SKIP
-    ...     run.log(1, {"loss": 2.3})
 """
 
 from __future__ import annotations
