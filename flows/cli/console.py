@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,19 +145,6 @@ class Screen:
 def _write_event(event: dict[str, Any]) -> None:
     sys.stderr.write(printable_json(json.dumps(event, ensure_ascii=False)) + "\n")
     sys.stderr.flush()
-
-
-def this_command() -> str:
-    """How to call the running command again from this shell, with or without an activated environment."""
-    running = Path(sys.argv[0])
-    if not (running.is_file() and os.access(running, os.X_OK)):
-        return "deal"  # called from Python
-    found = shutil.which(running.name)
-    if found is not None and Path(found).samefile(running):
-        return shlex.quote(running.name)
-    path = Path(os.path.abspath(running))
-    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-    return shlex.quote(shown if os.sep in shown else f".{os.sep}{shown}")
 
 
 def home_option(home: Path) -> str:

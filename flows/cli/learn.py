@@ -21,7 +21,6 @@ from flows.cli.console import (
     percent,
     show_adaptation,
     show_held,
-    this_command,
 )
 from flows.cli.session import Column, CommandResult, Lineage, Session, command
 
@@ -102,15 +101,12 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
-    deal, option, first = this_command(), home_option(home), result.outcomes[0].lineage
-    shown.append(
-        escape(
-            f"Look closer:  {deal} history --lineage {first}{option}\n"
-            f"              {deal} ui{option}\n"
-            f'              {deal} predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
-        )
-    )
-    return shown
+    option, first = home_option(home), result.outcomes[0].lineage
+    return [*shown, escape(
+        f"Look closer:  deal history --lineage {first}{option}\n"
+        f"              deal ui{option}\n"
+        f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+    )]  # fmt: skip
 
 
 @command(learn_app, "starting")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from deal_core.errors import MAX_ERROR_CHARS, DealError, in_one_line
 from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.adapt import Scores
-from flows.cli.console import Screen, home_option, matrix_table, new_table, percent, this_command
+from flows.cli.console import Screen, home_option, matrix_table, new_table, percent
 from flows.cli.demo import DemoResult, LineageOutcome
 from flows.cli.learn import show_demo, show_watch
 from flows.watch import Seen, WatchResult
@@ -114,24 +114,6 @@ def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path
 def test_what_the_demo_could_not_use_is_shown(tmp_path: Path) -> None:
     result = DemoResult(outcomes=(outcome("demo", refused=("bad [file]",)),))
     assert result.failed and "bad [file]" in text(*show_demo(result, tmp_path))
-
-
-def test_the_command_is_shown_as_this_shell_can_call_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "venv" / "bin" / "deal"
-    program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    monkeypatch.setattr("sys.argv", [str(program), "demo"])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert this_command() == "venv/bin/deal"
-    assert "venv/bin/deal ui" in text(*show_demo(DemoResult(outcomes=(outcome("demo"),)), tmp_path))
-    monkeypatch.chdir(program.parent)
-    assert this_command() == "./deal"
-    monkeypatch.chdir("/")
-    assert this_command() == str(program).removeprefix("/")
-    monkeypatch.setenv("PATH", str(program.parent))
-    assert this_command() == "deal", "the environment is activated"
 
 
 def test_foreign_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
