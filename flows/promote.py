@@ -20,13 +20,7 @@ from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.version_log import Ledger
-from tasks.adaptation.promote import (
-    begin_rollout,
-    move_champion,
-    note_learned,
-    rejected_by_person,
-    settle_aliases,
-)
+from tasks.adaptation.promote import begin_rollout, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.context import current_store
 from tasks.lineage.history import champion_deleted, find_version, no_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
@@ -163,9 +157,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     note_learned(Ledger(log.store), found)  # before the move: if this process dies here, the arrival is known
     move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why, run=run)
     _announce("promoted", found, who, why)
-    return Decision(
-        action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version
-    )
+    return Decision(action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version)
 
 
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:

@@ -213,9 +213,7 @@ class InboxWorker:
         write_state(store, lineage, state)
         if handled.due() is None:
             drop_announcement(store, lineage, info, beside)
-        self.files.append(
-            Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version)
-        )
+        self.files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
         if run and self.once:
             self.runs.append(run)
 

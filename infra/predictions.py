@@ -81,9 +81,7 @@ def read_predictions(
     return found.sort_values("time", kind="stable", ignore_index=True)
 
 
-def read_feedback(
-    store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a

@@ -13,15 +13,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.console import (
-    heading,
-    home_option,
-    matrix_table,
-    new_table,
-    percent,
-    show_adaptation,
-    show_held,
-)
+from flows.cli.console import heading, home_option, matrix_table, new_table, percent, show_adaptation, show_held
 from flows.cli.session import Column, CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:

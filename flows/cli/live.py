@@ -168,9 +168,7 @@ _FIGURES = ("rows", "failed", "with feedback", "right, %", "no label, %", "mean 
 def _figures(arm: Arm) -> tuple[str, ...]:
     right = percent(arm.num_right / arm.num_judged if arm.num_judged else None)
     numbers = ("–" if value is None else f"{value:.2f}" for value in (arm.confidence, arm.seconds))
-    return (
-        str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers
-    )
+    return (str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers)
 
 
 def _compared(report: RolloutReport) -> list[RenderableType]:

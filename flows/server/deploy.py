@@ -111,9 +111,7 @@ async def _read_place(client: PrefectClient) -> Place | None:
     """
     homes = [
         str(settings["directory"])
-        for deployment in await client.read_deployments(
-            deployment_filter=learning_deployment()
-        )
+        for deployment in await client.read_deployments(deployment_filter=learning_deployment())
         for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
     ]  # fmt: skip
     if not homes:

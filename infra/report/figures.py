@@ -89,8 +89,7 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
             continue
         cell.set_facecolor(COLOUR_MAP(value / 100))
         colour = "white" if value >= DARK_FROM else "black"
-        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10,
-                  color=colour)  # fmt: skip
+        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
     for version, task in enumerate(matrix.trained, start=1):
         corner = (matrix.tasks.index(task), version)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3,

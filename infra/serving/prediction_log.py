@@ -81,9 +81,7 @@ class PredictionLog:
         `shadow_of` are the ids of the answers that were returned instead of these.
         """
         try:
-            made = predictions_of(
-                rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of
-            )
+            made = predictions_of(rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of)
         except Exception:
             LOG.exception("Answers were not logged")
             self._drop(len(rows))

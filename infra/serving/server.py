@@ -67,9 +67,7 @@ Work = Callable[[Champion, bytes, Caller], HttpAnswer]
 """The champion, the request's body and its client → the answer."""
 
 
-def make_app(
-    serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None
-) -> Starlette:
+def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None) -> Starlette:
     """Return the web application.
 
     Args:
@@ -175,9 +173,7 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _answer(
-    serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work
-) -> HttpAnswer:
+async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work) -> HttpAnswer:
     """Answer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
