@@ -73,7 +73,7 @@ def start_command(arguments: Sequence[str], environment: Mapping[str, str]) -> s
     return subprocess.Popen(
         [*COMMAND, *arguments, "--json"], env={**os.environ, **environment}, text=True, encoding="utf-8",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def end_command(process: subprocess.Popen[str]) -> None:

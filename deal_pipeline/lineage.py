@@ -145,7 +145,7 @@ class Lineage:
             version=values["version"], status=values["status"], accepted=not values["rejected"],
             reasons=tuple(values["reasons"]), scores=values["accuracies"], metrics=values["metrics"],
             message=values["message"], values=values,
-        )  # fmt: skip
+        )
 
     def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
         """Score a version (None: the champion) again on the test rows of its tasks.

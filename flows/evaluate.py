@@ -53,7 +53,7 @@ async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
     return EvaluateResult(
         lineage=lineage, version=found.version, accuracies=scores.accuracies, recorded=scores.recorded,
         num_rows=scores.num_rows, unjudged=scores.unjudged, seconds=stages.seconds["evaluate"],
-    )  # fmt: skip
+    )
 
 
 @flow(name="evaluate-champions")

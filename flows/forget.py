@@ -75,7 +75,7 @@ def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
     return Tombstone(
         task=plan.task, sha256=plan.sha256, files=plan.files, splits=plan.splits, landed=plan.landed, reason=reason,
         at=datetime.now(UTC), versions=tuple(f"{each.lineage}/{each.version}" for each in plan.learned),
-    )  # fmt: skip
+    )
 
 
 def _affected(plan: ForgetPlan) -> list[str]:

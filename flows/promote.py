@@ -100,7 +100,7 @@ def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: State
         )
     if verdict == "reject":
         return _write(log, last, Change(action="declined", lineage=lineage, version=version, before=number,
-                                        champion=number, who=who, why=why))  # fmt: skip
+                                        champion=number, who=who, why=why))
     act = promote_to if found.parent_version == number else roll_back
     return act(lineage, version, who=who, why=why)
 
@@ -119,7 +119,7 @@ def _write(log: PromotionLog, last: Move | None, change: Change) -> Decision:
     return Decision(
         action=change.action, lineage=change.lineage, version=change.version, before=change.before,
         champion=change.champion,
-    )  # fmt: skip
+    )
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
@@ -144,7 +144,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
         remedy = (
             f"deal rollback --to {version} --lineage {lineage}" if any(each.version == version for each in line)
             else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
-        )  # fmt: skip
+        )
         raise RegistryError(
             f"Version {version} of '{lineage}' continues {origin}, but "
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
@@ -194,7 +194,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     return Decision(
         action="rolled back", lineage=lineage, version=to, before=number, champion=to,
         left_behind=left_behind(line, descent(versions, found)),
-    )  # fmt: skip
+    )
 
 
 def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
@@ -214,7 +214,7 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
     if found.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
     done = _write(log, last, Change(action="rejected", lineage=lineage, version=version, before=number,
-                                    champion=number, who=who, why=why))  # fmt: skip
+                                    champion=number, who=who, why=why))
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
     return done
@@ -234,14 +234,14 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
     return tuple(
         LeftBehind.model_validate(version) for version in reversed(before)
         if not arrival_digests(version, before) & known
-    )  # fmt: skip
+    )
 
 
 def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
     notice = Notice(
         lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
         reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
-    )  # fmt: skip
+    )
     announce(kind, notice)
 
 

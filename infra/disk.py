@@ -16,7 +16,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (
     "no space left on device", "database or disk is full", "storagefull", "disk quota exceeded", "file too large",
     "not enough free disk space",
-)  # fmt: skip
+)
 """Texts of libraries whose errors have no number."""
 LITTLE_BYTES = 1 << 20
 """With less free space, a full disk counts as the cause of an unexpected error."""

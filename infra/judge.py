@@ -59,7 +59,7 @@ class Judge:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
             timeout=settings.seconds, follow_redirects=False,
-        )  # fmt: skip
+        )
         self._num_failed = 0
         """Failed requests in a row."""
 

@@ -46,7 +46,7 @@ class StoredVersion(Stored):
         return cls(
             lineage=info.lineage, version=info.version, created=info.created, adapter_removed=info.adapter_removed,
             facts=facts,
-        )  # fmt: skip
+        )
 
 
 class VersionLog:

@@ -58,7 +58,7 @@ class Webhook:
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(httpx.TransportError) | tenacity.retry_if_result(_is_busy),
             wait=self._wait, stop=tenacity.stop_after_attempt(MAX_ATTEMPTS), retry_error_callback=_last_result,
-        )  # fmt: skip
+        )
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
                 status: int = attempts(self._post, client, body, delivery)
@@ -77,7 +77,7 @@ class Webhook:
         headers = {
             "Content-Type": "application/json", "User-Agent": "deal-pipeline", "webhook-id": str(delivery),
             "webhook-timestamp": timestamp, "webhook-signature": sign(self._secret, str(delivery), timestamp, body),
-        }  # fmt: skip
+        }
         with client.stream("POST", self._url, content=body, headers=headers) as response:
             return response.status_code
 

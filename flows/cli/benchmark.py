@@ -66,7 +66,7 @@ def benchmark(
         data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
         part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
         adapter=adapter, train=train, methods=method or [],
-    )  # fmt: skip
+    )
     outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
     return CommandResult(outcome, show_benchmark(outcome), failed=outcome.num_failed > 0)
 
@@ -86,7 +86,7 @@ def show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
                 *(points(row[name]) for name in ("average_accuracy", "forgetting", "backward_transfer",
                                                  "forward_transfer")),
                 interval(row.get("difference_points_ci95")),
-            )  # fmt: skip
+            )
         rows, part = found["protocol"][:2]
         shown += [heading(f"Suite {found['suite']}, {rows} training rows a task, {part} test rows"), table]
     shown += [f"[red]{escape(f'{cell.file}: {cell.message}')}[/]" for cell in result.cells if cell.status == "failed"]

@@ -104,7 +104,7 @@ class Screen:
         columns = (
             SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
             TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        )  # fmt: skip
+        )
         with Progress(*columns, console=self.err, transient=True) as self._progress:
             if doing:
                 self.stage_started(doing)
@@ -188,7 +188,7 @@ def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableT
     return [
         f"  [yellow]•[/] {escape(f'{each.key} is held: {each.why} Let it go on with: {each.remedy(lineage)}')}"
         for each in held
-    ]  # fmt: skip
+    ]
 
 
 def matrix_table(matrix: Mapping[str, Any]) -> Table:
@@ -197,7 +197,7 @@ def matrix_table(matrix: Mapping[str, Any]) -> Table:
     table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
     for trained, row in zip(matrix["trained"], matrix["rows"], strict=True):
         cells = [f"[bold]{percent(value)}[/]" if task == trained else percent(value)
-                 for task, value in zip(matrix["tasks"], row, strict=True)]  # fmt: skip
+                 for task, value in zip(matrix["tasks"], row, strict=True)]
         table.add_row(trained, *cells)
     return table
 

@@ -122,7 +122,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             escape(each.lineage), each.version, escape(each.task),
             "trained on it" if each.is_direct else "continues one that was",
             "accepted" if each.accepted else "rejected", " ".join(each.aliases),
-        )  # fmt: skip
+        )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make a version before them champion "
         "(deal history, deal promote), or start a new lineage."

@@ -83,7 +83,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
             outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
             percent(scores.backward_transfer), percent(scores.forward_transfer),
             f"version {outcome.champion}" if outcome.champion else "none",
-        )  # fmt: skip
+        )
     if comparison.row_count:
         shown += [heading("In the end"), comparison]
     for outcome in result.outcomes:
@@ -98,7 +98,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         f"Look closer:  deal history --lineage {first}{option}\n"
         f"              deal ui{option}\n"
         f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
-    )]  # fmt: skip
+    )]
 
 
 @command(learn_app, "starting")
@@ -122,7 +122,7 @@ def adapt(
     adapt_spec = spec_from_options(
         deal.store, spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
-    )  # fmt: skip
+    )
 
     def start() -> Coroutine[Any, Any, AdaptResult]:
         from flows.adapt import adapt as adapt_flow
@@ -259,7 +259,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
         table.add_row(
             entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
-        )  # fmt: skip
+        )
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
     return [heading(f"Lineage {lineage}"), table, *reasons]
 
@@ -271,7 +271,7 @@ def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
         table.add_row(
             f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
             escape(move.who), escape(move.why),
-        )  # fmt: skip
+        )
     return [heading(f"Moves of {lineage}"), table]
 
 
@@ -310,7 +310,7 @@ def predict(
         outcome = predict_file(
             data, lineage=lineage, task=task, version=version, out=out, column=column,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
-        )  # fmt: skip
+        )
     return CommandResult(outcome, show_file_answers(outcome))
 
 

@@ -42,7 +42,7 @@ def monitor(
     rebase: Annotated[
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
-) -> CommandResult:  # fmt: skip
+) -> CommandResult:
     """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
     from flows.monitor import monitor as monitor_flow
 
@@ -58,9 +58,9 @@ def show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     drift = result.drift
     shown: list[RenderableType] = [
         heading(f"Live traffic of {result.lineage}, version {result.version}"), _tests(drift.tasks), *_said(result),
-    ]  # fmt: skip
+    ]
     table = new_table("task", "accuracy", "now", "from", "to", "rows", "test rows",
-                      right=["now", "from", "to", "rows", "test rows"])  # fmt: skip
+                      right=["now", "from", "to", "rows", "test rows"])
     for each in drift.tasks:
         for word, accuracy in (("measured", each.measured), ("estimated", each.estimated)):
             if accuracy is not None:
@@ -148,12 +148,12 @@ def show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
     report = found.report
     head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
     sides = new_table("", f"version {report.champion.version}", f"version {report.candidate.version}",
-                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])  # fmt: skip
+                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])
     for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
         sides.add_row(name, before, now)
     shown: list[RenderableType] = [
         heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"), sides, *_compared(report),
-    ]  # fmt: skip
+    ]
     if report.num_pairs:
         shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
     counted = "rows with feedback" if report.by_feedback else "answers"
@@ -199,7 +199,7 @@ def select(
     out: Annotated[
         Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
     ] = None,
-) -> CommandResult:  # fmt: skip
+) -> CommandResult:
     """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
     if column is not None and data is None:
         raise ConfigError("--column goes with --data; give both, or neither.")
@@ -211,7 +211,7 @@ def select(
         done = select_to_label(
             task, lineage, data=data, column=column, out=out, number=number, random_share=random_share,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
-        )  # fmt: skip
+        )
     return CommandResult(done, _show_selected(done))
 
 
@@ -254,10 +254,10 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
     fill_in = f"Fill in the column {done.column}"
     if done.data is None:
         shown.append(f"{fill_in}, then give: deal feedback {done.out} --lineage {done.lineage}, and: deal harvest "
-                     f"{done.task} --lineage {done.lineage}")  # fmt: skip
+                     f"{done.task} --lineage {done.lineage}")
     else:
         shown.append(f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
-                     f"--data {done.out} --lineage {done.lineage}")  # fmt: skip
+                     f"--data {done.out} --lineage {done.lineage}")
     return [escape(each) for each in shown]
 
 

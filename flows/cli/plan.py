@@ -49,7 +49,7 @@ def plan(
     found = plan_run(
         asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
         on_progress=deal.screen.stage_started,
-    )  # fmt: skip
+    )
     return CommandResult(found, show_plan(found), failed=found.refused)
 
 
@@ -164,7 +164,7 @@ def validate(
         file, spec=spec, task=task, lineage=lineage, test_data=test_data, with_model=with_model,
         on_progress=lambda done: deal.screen.advanced("validate", done, None),
         on_model=lambda done, total: deal.screen.advanced("labels", done, total),
-    )  # fmt: skip
+    )
     return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
 
 

@@ -43,7 +43,7 @@ def up(
             deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
             say=deal.screen.said,
         )
-    )  # fmt: skip
+    )
     return CommandResult(stack, show_stack(stack))
 
 

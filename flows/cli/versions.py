@@ -127,7 +127,7 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
     if done.action == "rollout":
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
-                f"{done.champion} serves on.[/]"]  # fmt: skip
+                f"{done.champion} serves on.[/]"]
     before = f"version {done.before}" if done.before else "none"
     shown: list[RenderableType] = [
         f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"

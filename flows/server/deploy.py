@@ -95,7 +95,7 @@ async def _require_own(client: PrefectClient, ours: Place) -> None:
     differing = [
         f"the {name} is {there}, here it is {here}"
         for name, there, here in zip(Place._fields, theirs, ours, strict=True) if there not in ("", here)
-    ]  # fmt: skip
+    ]
     if differing:
         raise ConfigError(
             f"The Prefect server has deployments of another installation: {'; '.join(differing)}. Deploying here would "
@@ -113,7 +113,7 @@ async def _read_place(client: PrefectClient) -> Place | None:
         str(settings["directory"])
         for deployment in await client.read_deployments(deployment_filter=learning_deployment())
         for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
-    ]  # fmt: skip
+    ]
     if not homes:
         return None
     written = await client.read_variable_by_name(STORE_VARIABLE)
@@ -143,7 +143,7 @@ def _deploy_file(home: Path, is_paused: bool) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
             env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
-        )  # fmt: skip
+        )
     log = home / "logs" / "deploy.log"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
@@ -183,7 +183,7 @@ def pool_template(pool_type: PoolType) -> dict[str, Any]:
     templates = {
         worker["type"]: worker["default_base_job_configuration"]
         for workers in packages.values() for worker in workers.values()
-    }  # fmt: skip
+    }
     changes = yaml.safe_load(POOL_CHANGES.read_text(encoding="utf-8"))
     return _changed(templates[pool_type], changes.get(pool_type, {}))
 

@@ -92,7 +92,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     stack = LocalStack(
         prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
         backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
-    )  # fmt: skip
+    )
     for name, command in _server_commands(prefect_port, mlflow_port).items():
         say(f"{name} starts")
         start_part(home, stack, name, command)
@@ -107,7 +107,7 @@ def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str
             "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
             "--uvicorn-opts=--no-access-log",  # `deal serve` sends a request every two seconds
         ),
-    }  # fmt: skip
+    }
 
 
 def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:

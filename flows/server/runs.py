@@ -104,7 +104,7 @@ async def read_runs(
         ),
         deployment_filter=filters.DeploymentFilter(tags=filters.DeploymentFilterTags(all_=["deal"])),
         sort=FlowRunSort.START_TIME_DESC, limit=limit,
-    )  # fmt: skip
+    )
 
 
 async def _newest(client: PrefectClient, states: list[StateType], since: datetime | None = None) -> list[RunStatus]:
@@ -115,4 +115,4 @@ async def _newest(client: PrefectClient, states: list[StateType], since: datetim
             message=without_secrets((run.state and run.state.message) or ""),
         )
         for run in await read_runs(client, states, since, NEWEST)
-    ]  # fmt: skip
+    ]

@@ -80,7 +80,7 @@ async def read_status(home: Path) -> Status:
         parts=[PartStatus(name=part.name, is_alive=part.is_alive(), log=str(part.log)) for part in parts],
         lineages=lineages, running=server.running, waiting=server.waiting, failed=server.failed,
         problems=problems, damaged=damaged,
-    )  # fmt: skip
+    )
 
 
 def _lineages(problems: list[str], damaged: list[str]) -> list[LineageStatus]:
@@ -146,7 +146,7 @@ def _lineage(
         lineage=name, champion=champion.version if champion else None, num_open=num_open, failed=failed,
         held=watched.held if watched else None, held_arrivals=waiting,
         monitor=_monitor(store, name, champion, damaged), rollout=_rollout(store, name),
-    )  # fmt: skip
+    )
 
 
 def _rollout(store: ObjectStore, name: str) -> str | None:

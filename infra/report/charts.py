@@ -28,7 +28,7 @@ from infra.report.run_report import RunReport
 PAGE_COLOURS = {
     COLOURS[0]: "var(--accent)", COLOURS[1]: "var(--second)", COLOURS[-1]: "var(--text)", "#333333": "var(--text)",
     MUTED: "var(--muted)", "#DDDDDD": "var(--line)", "#EFEFEF": "var(--line)",
-}  # fmt: skip
+}
 """The page's variable for each colour of a figure; `page.css` has two values for each, for light and dark screens."""
 _COLOUR = re.compile("|".join(PAGE_COLOURS), re.IGNORECASE)
 SIDES = (("reference", "#BBBBBB"), ("live", COLOURS[0]))
@@ -51,7 +51,7 @@ def charts_of(
         "loss": inline_svg(loss_curve(report.training.losses), "loss", "Training loss over optimiser steps"),
         "fill": inline_svg(fill_bars(report.training.fill), "fill",
                            "Share of the adapter's slots in use, layer by layer"),
-    }  # fmt: skip
+    }
     for number, each in enumerate(() if live is None else live.drift.tasks):
         if each.status == "compared":
             title = f"Live traffic of {each.task} and its reference"

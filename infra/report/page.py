@@ -78,7 +78,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"percent": percent, "points": points, "duration": duration, "count": count}
     return environment
 

@@ -237,7 +237,7 @@ class ApiRequest:
             return json.dumps({**made, "object": kind, "choices": choices}, ensure_ascii=False)
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         pieces = [{**piece, **self._id(answered, each[0])}
-                  for each in _ended(answered) for piece in self._pieces(*each)]  # fmt: skip
+                  for each in _ended(answered) for piece in self._pieces(*each)]
         events = [json.dumps({**made, "object": kind, "choices": [piece]}, ensure_ascii=False) for piece in pieces]
         return "".join(f"data: {event}\n\n" for event in events) + DONE
 
@@ -294,14 +294,14 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
     if task is None:
         names = ", ".join(each.schema.name for each in served.tasks)
         raise RefusalError(404, f"model names the task {name.task!r}; the version that answers knows {names}.",
-                           code=NOT_FOUND)  # fmt: skip
+                           code=NOT_FOUND)
     read = _chat_input if is_chat else _prompts
     texts = read(values, task.schema.format == "chat", task.schema.name)
     return ApiRequest(
         rows=tuple(InputRow(text, task.schema.name) for text in texts),
         version=name.version, is_chat=is_chat, is_stream=values.get("stream") is True,
         user=values["user"] if isinstance(values.get("user"), str) else None,
-    )  # fmt: skip
+    )
 
 
 def _wrong(message: str) -> RefusalError:
@@ -316,7 +316,7 @@ def _model_name(values: Mapping[str, Any], served: ServedVersion) -> ModelName:
     lineage, _, version = rest.partition("@")
     if lineage != served.lineage:
         raise RefusalError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
-                           code=NOT_FOUND)  # fmt: skip
+                           code=NOT_FOUND)
     return ModelName(lineage, version or None, task or None)
 
 

@@ -92,7 +92,7 @@ def make_server(app: Any) -> uvicorn.Server:
         app, loop="asyncio", http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
         timeout_graceful_shutdown=GRACE_SECONDS,
-    ))  # fmt: skip
+    ))
 
 
 class ImpatientProtocol(H11Protocol):

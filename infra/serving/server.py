@@ -131,7 +131,7 @@ def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, a
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
-    )  # fmt: skip
+    )
 
 
 def _require_key(request: Request, api_key: str | None) -> None:

@@ -104,7 +104,7 @@ class VllmClient:
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts), wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
             retry=retry_if_exception_type(VllmAwayError), reraise=True,
-        )  # fmt: skip
+        )
         return retrying(self._send_once, action, method, path, body)
 
     def _send_once(self, action: str, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:

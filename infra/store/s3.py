@@ -163,7 +163,7 @@ class S3Store(ObjectStore):
                 self.client.put_object(
                     Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer},
                     **self._encryption,
-                )  # fmt: skip
+                )
                 return True
             except ClientError as error:
                 code = _code_of(error)

@@ -126,7 +126,7 @@ class DatabaseReader(RegistryReader):
             tags = _by_owner(select(
                 "SELECT version, key, value FROM model_version_tags WHERE workspace = :workspace AND name = :name "
                 "AND version BETWEEN :oldest AND :newest"
-            ))  # fmt: skip
+            ))
         return [
             VersionRow(values["name"], str(number), run_id, source, created, tags[number])
             for number, run_id, source, created in rows

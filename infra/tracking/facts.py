@@ -32,7 +32,7 @@ ApprovalState = Literal["awaiting", "given", "refused"]
 
 ALWAYS_SET = (
     "run_key", "task", "strategy", "base_sha256", "dataset_sha256", "config_sha256", "adapter_uri", "adapter_sha256",
-)  # fmt: skip
+)
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 

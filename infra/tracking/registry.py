@@ -94,7 +94,7 @@ class Registry(RegistryReader):
             made = self.client.create_model_version(
                 lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
                 model_id=model_id,
-            )  # fmt: skip
+            )
         return str(made.version)
 
     def show_version(self, lineage: str, version: str, model_id: str) -> None:
@@ -154,7 +154,7 @@ class Registry(RegistryReader):
             where=without_secrets(str(model.artifact_location)),
             remedy="Restore the folder from a backup, or go back to an earlier version: "
                    f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
-        )  # fmt: skip
+        )
 
     @retry_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
@@ -218,7 +218,7 @@ class Registry(RegistryReader):
             found = all_pages(
                 self.client.search_model_versions, condition, max_results=min(at_most or PAGE, PAGE),
                 order_by=["version_number DESC"],
-            )  # fmt: skip
+            )
             yield from map(_version_row, found)
 
 
@@ -318,7 +318,7 @@ def _version_row(version: ModelVersion) -> VersionRow:
     return VersionRow(
         name=version.name, number=str(version.version), run_id=version.run_id, source=version.source,
         created_ms=version.creation_timestamp, tags=version.tags,
-    )  # fmt: skip
+    )
 
 
 def _describe(facts: VersionFacts) -> str:

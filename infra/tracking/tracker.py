@@ -143,7 +143,7 @@ class TrackedRun:
             logger.warning(
                 "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
                 without_secrets(where), self._pause, without_secrets(reason),
-            )  # fmt: skip
+            )
         self._next_send = monotonic() + self._pause
 
     def flush(self) -> None:
@@ -221,7 +221,7 @@ class TrackedRun:
         with self._report_errors(f"read {file}"), temporary_folder() as folder:
             if not self.has_file(file):
                 raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
-                                    "made it.")  # fmt: skip
+                                    "made it.")
             path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
@@ -242,7 +242,7 @@ class TrackedRun:
                 run.info.experiment_id, name=re.sub(r"[^A-Za-z0-9_-]", "-", name), source_run_id=self.run_id,
                 tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, params=dict(_flatten(params or {})),
                 model_type=MODEL_TYPE,
-            )  # fmt: skip
+            )
             model_id = str(model.model_id)
             if str(model.status) != "READY":
                 names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
