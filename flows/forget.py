@@ -53,7 +53,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
     Raises:
         ConfigError: There is no such arrival, or more than one.
-        StoreError: A server does not close its segment of the prediction log.
+        StoreError: The store does not answer.
     """
     store, registry, tracker = current_store(), open_registry(), open_tracker()
     arrival = find_arrival(store, registry, named)

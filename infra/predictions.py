@@ -158,7 +158,7 @@ def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collectio
     """Remove the feedback on these answers.
 
     Raises:
-        StoreError: The store does not answer, or a server does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
     remove_rows(store, feedback_log(home, lineage), ids)
 
@@ -167,7 +167,7 @@ def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collect
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
 
     Raises:
-        StoreError: The store does not answer, or a server does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
     ids = answers_to(store, home, lineage, inputs)
     remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids

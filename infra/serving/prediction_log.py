@@ -1,7 +1,7 @@
 """The prediction log of `deal serve`. It never slows or fails a request.
 
 Rows go through a bounded queue to one thread, which writes them to the disk twice a second. If the queue is full, or
-the disk is, rows are dropped and counted. Another thread moves closed segments into the object store.
+the disk is, rows are dropped and counted. Another thread moves segments into the object store.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PredictionLog:
         self._shipper.start()
 
     def close(self) -> None:
-        """Write the rows that wait and end, within seconds."""
+        """Write the rows that wait, move them into the store if it answers at once, and end within seconds."""
         self._ended.set()
         for thread in (self._writer, self._shipper):
             if thread.is_alive():
@@ -149,12 +149,9 @@ class PredictionLog:
                 try:
                     if own:
                         self._drop(writer.write(own))
-                    writer.close_if_due()
                 except Exception:  # the thread must not end
                     LOG.exception("The prediction log failed")
                     self._drop(len(own))
-        for writer in writers:
-            writer.close()
 
     def _waiting(self) -> list[_Waiting]:
         found: list[_Waiting] = []
@@ -167,18 +164,20 @@ class PredictionLog:
 
     def _ship(self) -> None:
         told = ""
-        while True:
+        is_last = False
+        while not is_last:
+            if is_last := self._ended.is_set():
+                self._writer.join()
             try:
                 for log in self._logs:
-                    ship(self._store, log)
+                    ship(self._store, log, everything=is_last)
                 told = ""
             except Exception as error:  # the thread must not end; the segments wait on the disk
                 if str(error) != told:
                     LOG.warning("Segments of the prediction log were not moved into the store: %s", error,
                                 exc_info=not isinstance(error, DealError | OSError))
                 told = str(error)
-            if self._ended.wait(SHIP_SECONDS):
-                return
+            self._ended.wait(SHIP_SECONDS)
 
 
 def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:

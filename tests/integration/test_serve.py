@@ -38,6 +38,7 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
+from tasks.housekeeping.inventory import ship_logs
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_folder
 
@@ -143,6 +144,7 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
 def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> None:
     """The log of a killed server. It keeps numbers."""
     store, home = current_store(), HomeSettings().home
+    ship_logs(store)
     everything = read_predictions(store, home, LINEAGE, task="bank")
     assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
     assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
