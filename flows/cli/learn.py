@@ -18,8 +18,8 @@ from flows.cli.session import Column, CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
+    from flows.champions import EvaluateResult
     from flows.cli.demo import DemoResult
-    from flows.evaluate import EvaluateResult
     from flows.watch import WatchResult
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
@@ -182,7 +182,7 @@ def evaluate(deal: Session, lineage: Lineage = "default", version: Version = Non
     """Score a version again on the frozen test rows of every task that it knows."""
 
     def start() -> Coroutine[Any, Any, EvaluateResult]:
-        from flows.evaluate import evaluate as evaluate_flow
+        from flows.champions import evaluate as evaluate_flow
 
         return evaluate_flow(lineage, version)
 

@@ -19,7 +19,7 @@ from flows.cli.versions import Why, show_decision
 if TYPE_CHECKING:
     from deal_core.monitoring.report import LiveAccuracy, TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
-    from flows.rollout import RolloutResult
+    from flows.champions import RolloutResult
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
@@ -44,7 +44,7 @@ def monitor(
     ] = False,
 ) -> CommandResult:
     """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
-    from flows.monitor import monitor as monitor_flow
+    from flows.champions import monitor as monitor_flow
 
     file = None if data is None else str(data.absolute())
     outcome = deal.run(lambda: monitor_flow(lineage, file, rebase))
@@ -111,7 +111,7 @@ def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "looking")
 def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
     """Promote or reject the version if the figures say so. A server does this every five minutes."""
-    from flows.rollout import check_rollout
+    from flows.champions import check_rollout
 
     found = check_rollout(lineage)
     is_rejected = found.decision is not None and found.decision.action == "rejected"
@@ -121,7 +121,7 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "promoting")
 def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.rollout import finish_rollout
+    from flows.champions import finish_rollout
 
     done = finish_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
@@ -130,7 +130,7 @@ def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout fini
 @command(rollout_app, "rejecting")
 def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.rollout import abort_rollout
+    from flows.champions import abort_rollout
 
     done = abort_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))

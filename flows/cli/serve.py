@@ -83,7 +83,7 @@ def sync(
     ] = None,
 ) -> CommandResult:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
-    from flows.serve_vllm import serve_vllm
+    from flows.champions import serve_vllm
     from tasks.spec import refuse_secrets
 
     if url:

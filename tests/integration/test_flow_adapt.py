@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
-from flows.evaluate import evaluate
+from flows.champions import evaluate
 from flows.forget import forget
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker

@@ -20,9 +20,9 @@ from deal_core.errors import ConfigError, DataValidationError, RegistryError, St
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import read_entry
 from flows.adapt import AdaptResult
+from flows.champions import evaluate
 from flows.cli.app import app
 from flows.cli.housekeeping import show_forget_plan
-from flows.evaluate import evaluate
 from flows.forget import forget, plan_forget
 from flows.gc import GcResult, gc
 from flows.promote import roll_back
