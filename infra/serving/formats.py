@@ -191,14 +191,6 @@ def api_refusal(refusal: RefusalError) -> dict[str, Any]:
     return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
 
 
-class ModelName(NamedTuple):
-    """The parts of a model's name."""
-
-    lineage: str
-    version: str | None
-    task: str | None
-
-
 @dataclass(frozen=True)
 class ApiRequest:
     """The rows of a request, and how the answer is written."""
@@ -226,43 +218,34 @@ class ApiRequest:
 
         The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
         """
+        is_cut = answered.is_cut or [False] * len(answered.answers)
+        choices: list[dict[str, Any]] = []
+        for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
+            shared = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
+            own = {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
+            choices += self._choices({**shared, **own}, text)
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if self.is_stream else "chat.completion"
         made = {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
+            "object": kind,
             "created": int(time.time()),
             "model": f"{answered.served.lineage}@{answered.version}",
         }
         if not self.is_stream:
-            kind = "chat.completion" if self.is_chat else "text_completion"
-            choices = [{**self._choice(*each), **self._id(answered, each[0])} for each in _ended(answered)]
-            return json.dumps({**made, "object": kind, "choices": choices}, ensure_ascii=False)
-        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        pieces = [{**piece, **self._id(answered, each[0])}
-                  for each in _ended(answered) for piece in self._pieces(*each)]
-        events = [json.dumps({**made, "object": kind, "choices": [piece]}, ensure_ascii=False) for piece in pieces]
+            return json.dumps({**made, "choices": choices}, ensure_ascii=False)
+        events = [json.dumps({**made, "choices": [each]}, ensure_ascii=False) for each in choices]
         return "".join(f"data: {event}\n\n" for event in events) + DONE
 
-    def _id(self, answered: Answered, number: int) -> dict[str, str]:
-        return {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
-
-    def _choice(self, number: int, text: str, end: str) -> dict[str, Any]:
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return {"index": number, **said, "finish_reason": end, "logprobs": None}
-
-    def _pieces(self, number: int, text: str, end: str) -> list[dict[str, Any]]:
-        shared = {"index": number, "logprobs": None}
+    def _choices(self, shared: dict[str, Any], text: str) -> list[dict[str, Any]]:
+        """Return an answer as one choice; in a stream of a chat, its end is a choice of its own."""
         if not self.is_chat:
-            return [{**shared, "text": text, "finish_reason": end}]
-        return [
-            {**shared, "delta": {"role": "assistant", "content": text}, "finish_reason": None},
-            {**shared, "delta": {}, "finish_reason": end},
-        ]
-
-
-def _ended(answered: Answered) -> list[tuple[int, str, str]]:
-    """Every answer with its number and how it ended: stop, or length if it reached its longest length."""
-    is_cut = answered.is_cut or [False] * len(answered.answers)
-    ends = ["length" if cut else "stop" for cut in is_cut]
-    return list(zip(range(len(ends)), answered.answers, ends, strict=True))
+            return [{**shared, "text": text}]
+        message = {"role": "assistant", "content": text}
+        if not self.is_stream:
+            return [{**shared, "message": message}]
+        return [{**shared, "delta": message, "finish_reason": None}, {**shared, "delta": {}}]
 
 
 def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
@@ -284,22 +267,22 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
     Raises:
         RefusalError: The model is not served here, or the request asks for something that the server does not have.
     """
-    name = _model_name(values, served)
+    version, task_name = _version_and_task(values, served)
     for key, what in REFUSED.items():
         if values.get(key):
             raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
     if values.get("n") not in (None, 1):
         raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
-    task = served.task(name.task)
+    task = served.task(task_name)
     if task is None:
         names = ", ".join(each.schema.name for each in served.tasks)
-        raise RefusalError(404, f"model names the task {name.task!r}; the version that answers knows {names}.",
+        raise RefusalError(404, f"model names the task {task_name!r}; the version that answers knows {names}.",
                            code=NOT_FOUND)
     read = _chat_input if is_chat else _prompts
     texts = read(values, task.schema.format == "chat", task.schema.name)
     return ApiRequest(
         rows=tuple(InputRow(text, task.schema.name) for text in texts),
-        version=name.version, is_chat=is_chat, is_stream=values.get("stream") is True,
+        version=version, is_chat=is_chat, is_stream=values.get("stream") is True,
         user=values["user"] if isinstance(values.get("user"), str) else None,
     )
 
@@ -308,7 +291,8 @@ def _wrong(message: str) -> RefusalError:
     return RefusalError(400, message, code="invalid_request_error")
 
 
-def _model_name(values: Mapping[str, Any], served: ServedVersion) -> ModelName:
+def _version_and_task(values: Mapping[str, Any], served: ServedVersion) -> tuple[str | None, str | None]:
+    """Return the version and the task that the model's name has."""
     model = values.get("model")
     if not isinstance(model, str):
         raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
@@ -317,7 +301,7 @@ def _model_name(values: Mapping[str, Any], served: ServedVersion) -> ModelName:
     if lineage != served.lineage:
         raise RefusalError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
                            code=NOT_FOUND)
-    return ModelName(lineage, version or None, task or None)
+    return version or None, task or None
 
 
 def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[str]:

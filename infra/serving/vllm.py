@@ -123,6 +123,7 @@ class VllmClient:
             return answer
         raise VllmError(f"The vLLM server at {self._shown} did not {action}: {_reason(answer, path)}")
 
+
 def _reason(answer: httpx.Response, path: str) -> str:
     """Return the server's message. In some releases it is inside `error`, in others at the top level."""
     if answer.status_code == 401:
