@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 import prefect
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.variables import Variable
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
@@ -72,8 +73,7 @@ async def deploy_all(
         await apply_notifications(client)
         is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
     _deploy_file(home, is_paused)
-    async with get_client() as client:
-        await _write_place(client, ours)
+    await Variable.aset(STORE_VARIABLE, ours.store, overwrite=True)
 
 
 class Place(NamedTuple):
@@ -86,12 +86,17 @@ class Place(NamedTuple):
 async def _require_own(client: PrefectClient, ours: Place) -> None:
     """Refuse to overwrite deployments that work in another home or store.
 
+    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
+
     Raises:
         ConfigError: They do.
     """
-    theirs = await _read_place(client)
-    if theirs is None:
+    deployments = await client.read_deployments(deployment_filter=learning_deployment())
+    steps = [step for deployment in deployments for step in deployment.pull_steps or ()]
+    homes = [str(settings["directory"]) for step in steps for settings in step.values() if "directory" in settings]
+    if not homes:
         return
+    theirs = Place(home=homes[0], store=str(await Variable.aget(STORE_VARIABLE, default="")))
     differing = [
         f"the {name} is {there}, here it is {here}"
         for name, there, here in zip(Place._fields, theirs, ours, strict=True) if there not in ("", here)
@@ -102,29 +107,6 @@ async def _require_own(client: PrefectClient, ours: Place) -> None:
             "break its runs. Deploy where its workers are, take a Prefect server of your own, or overwrite its "
             "deployments with: deal deploy --replace"
         )
-
-
-async def _read_place(client: PrefectClient) -> Place | None:
-    """Return the place of the deployments on the server; None: it has none of this project's.
-
-    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
-    """
-    homes = [
-        str(settings["directory"])
-        for deployment in await client.read_deployments(deployment_filter=learning_deployment())
-        for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
-    ]
-    if not homes:
-        return None
-    written = await client.read_variable_by_name(STORE_VARIABLE)
-    return Place(home=homes[0], store=str(written.value) if written else "")
-
-
-async def _write_place(client: PrefectClient, place: Place) -> None:
-    if await client.read_variable_by_name(STORE_VARIABLE):
-        await client.update_variable(VariableUpdate(name=STORE_VARIABLE, value=place.store))
-    else:
-        await client.create_variable(VariableCreate(name=STORE_VARIABLE, value=place.store))
 
 
 def _deploy_file(home: Path, is_paused: bool) -> None:
