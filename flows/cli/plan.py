@@ -124,14 +124,12 @@ def _time(found: PlanResult) -> str:
 
 def _remedies(found: PlanResult) -> list[RenderableType]:
     certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
+    shown: list[RenderableType] = []
     if certain > found.device_bytes:
-        alone = f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch."
-    else:
-        alone = ""
+        shown.append(f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch.")
     table = new_table("change", "then takes", "", right=["then takes"])
     for each in found.remedies:
         table.add_row(escape(each.change), in_bytes(each.total_bytes), "[green]fits[/]" if each.fits else "too much")
-    shown: list[RenderableType] = [alone] if alone else []
     if found.remedies:
         shown += [heading("What to change"), table]
     if not any(each.fits for each in found.remedies):

@@ -123,7 +123,7 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
         return figure
     last = len(matrix.rows)
     ends = []
-    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None] if matrix.rows else []
+    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None]
     for column in shown:  # earlier test rows that were forgotten have no value
         first = matrix.first_versions()[column]
         values = [100 * float(row[column] or 0) for row in matrix.rows[first:]]
