@@ -19,8 +19,7 @@ from flows.cli.session import CommandResult, Session, command
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack
-    from flows.server.runs import RunStatus
-    from flows.server.status import Status
+    from flows.server.status import RunStatus, Status
     from tasks.lineage.rebuild import RebuildResult
 
 server_app = typer.Typer()

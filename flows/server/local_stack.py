@@ -25,7 +25,7 @@ from deal_core.errors import ConfigError, DealError
 from flows.server.automations import RETURNING
 from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
 from flows.server.local_processes import SUPERVISOR, LocalStack, hold_stack, kill_left_by, read_stack, start_part, stop
-from flows.server.runs import read_runs
+from flows.server.status import read_runs
 from infra.settings import TrackingSettings
 
 START_SECONDS = 180.0
