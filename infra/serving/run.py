@@ -88,11 +88,21 @@ def serve(
 
 def make_server(app: Any) -> uvicorn.Server:
     """Return a server of the web application with this module's limits."""
-    return uvicorn.Server(uvicorn.Config(
+    return _Server(uvicorn.Config(
         app, loop="asyncio", http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
         timeout_graceful_shutdown=GRACE_SECONDS,
     ))
+
+
+class _Server(uvicorn.Server):
+    """A server for which a signal is the end of its work. uvicorn's own server raises the signal again then."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
 
 class ImpatientProtocol(H11Protocol):
