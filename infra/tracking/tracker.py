@@ -94,19 +94,12 @@ class Tracker:
         name = f"deal/{lineage}"
         is_server = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
         location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
-        for _ in range(2):
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment is not None:
-                if experiment.lifecycle_stage != "active":
-                    self.client.restore_experiment(experiment.experiment_id)
-                return str(experiment.experiment_id)
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was faster
-                    raise
-        where = without_secrets(self.uri)
-        raise RegistryError(f"MLflow at {where} neither finds nor makes the experiment {name!r}; look into its UI.")
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(self.client.create_experiment(name, artifact_location=location))
+        if experiment.lifecycle_stage != "active":
+            self.client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
 
 class TrackedRun:
