@@ -31,7 +31,7 @@ from deal_core.benchmark.summary import (
     summarise,
 )
 from deal_core.config import TrainConfig
-from flows.cli.tables import interval, points
+from flows.cli.console import interval, points
 from infra.report.figures import save_png
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",

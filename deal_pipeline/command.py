@@ -51,53 +51,49 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: 
     Raises:
         CommandError: The command has failed.
     """
-    process = start_command(arguments, {**environment, "DEAL_STAGES": "1"})
-    assert process.stdout is not None and process.stderr is not None
-    told = Told(show)
-    listener = threading.Thread(target=told.listen, args=(process.stderr,), daemon=True)
-    listener.start()
+    command = Command(arguments, {**environment, "DEAL_STAGES": "1"}, show)
     try:
-        written = process.stdout.read()
-        code = process.wait()
+        written = command.output.read()
+        code = command.process.wait()
     except BaseException:
-        end_command(process)
+        end(command.process)
         raise
-    listener.join()
     if code not in (0, REJECTED):
-        raise CommandError(told.error(), code)
+        raise command.error("The command has failed.")
     return json.loads(written)
 
 
-def start_command(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start a command that answers in JSON. Signals of the caller's terminal do not reach it."""
-    return subprocess.Popen(
-        [*COMMAND, *arguments, "--json"], env={**os.environ, **environment}, text=True, encoding="utf-8",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+class Command:
+    """A command that runs and answers in JSON. Signals of the caller's terminal do not reach it.
 
+    Its messages are one JSON object per line, or a library's text; `show` is called with those of stages and remarks.
+    """
 
-def end_command(process: subprocess.Popen[str]) -> None:
-    """Stop a command at its next step and wait for its end. A second interrupt ends it at once."""
-    with suppress(ProcessLookupError):
-        process.send_signal(2)
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        process.kill()
-        process.wait()
-        raise
-
-
-class Told:
-    """What a command says while it works: one JSON object per line, or a library's message."""
-
-    def __init__(self, show: Show | None) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], show: Show | None = None) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments, "--json"], env={**os.environ, **environment}, text=True, encoding="utf-8",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.output = self.process.stdout
         self._show = show
         self._error = ""
         self._lines: deque[str] = deque(maxlen=NUM_LINES)
+        self._listener = self.listen_to(self.process.stderr)
 
-    def listen(self, stream: IO[str]) -> None:
-        """Read the stream to its end."""
+    def listen_to(self, stream: IO[str]) -> threading.Thread:
+        """Read a stream to its end, in a thread: a full pipe would stop the command."""
+        thread = threading.Thread(target=self._listen, args=(stream,), daemon=True)
+        thread.start()
+        return thread
+
+    def error(self, otherwise: str) -> CommandError:
+        """Return the error of a command that has ended: its own message, or another one with its last lines."""
+        code = self.process.wait()
+        self._listener.join()
+        return CommandError(self._error or "\n".join([otherwise, *self._lines]), code)
+
+    def _listen(self, stream: IO[str]) -> None:
         for line in stream:
             try:
                 event = json.loads(line)
@@ -111,9 +107,17 @@ class Told:
                 with suppress(Exception):  # the command goes on, whatever the caller does with a line
                     self._show(_line(event))
 
-    def error(self, otherwise: str = "The command has failed.") -> str:
-        """Return the command's own message, or another one with the last lines that are no JSON."""
-        return self._error or "\n".join([otherwise, *self._lines])
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Stop a command at its next step and wait for its end. A second interrupt ends it at once."""
+    with suppress(ProcessLookupError):
+        process.send_signal(2)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _line(event: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pandas as pd
 
-from deal_pipeline.command import CommandError, Show, Told, end_command, run_command, start_command
+from deal_pipeline.command import Command, CommandError, Show, end, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,7 +145,7 @@ class Lineage:
             version=values["version"], status=values["status"], accepted=not values["rejected"],
             reasons=tuple(values["reasons"]), scores=values["accuracies"], metrics=values["metrics"],
             message=values["message"], values=values,
-        )  # fmt: skip
+        )
 
     def evaluate(self, version: str | int | None = None) -> pd.DataFrame:
         """Score a version (None: the champion) again on the test rows of its tasks.
@@ -251,23 +251,18 @@ class _Server:
     """A `deal serve` of this program. It ends with the object, or with the program."""
 
     def __init__(self, lineage: str, environment: Mapping[str, str]) -> None:
-        self._process = start_command(["serve", "--lineage", lineage, "--port", "0"], environment)
-        self.close = weakref.finalize(self, end_command, self._process)
+        command = Command(["serve", "--lineage", lineage, "--port", "0"], environment)
+        self._process = command.process
+        self.close = weakref.finalize(self, end, command.process)
         self._key = environment.get(KEY) or os.environ.get(KEY)
-        process, told = self._process, Told(None)
-        assert process.stdout is not None and process.stderr is not None
-        listener = threading.Thread(target=told.listen, args=(process.stderr,), daemon=True)
-        listener.start()  # a full pipe would stop the server
-        for line in process.stdout:
+        for line in command.output:
             event = json.loads(line)
             if "url" in event:
                 self._url = f"{event['url']}/invocations"
                 break
         else:  # the server has ended
-            code = process.wait()
-            listener.join()
-            raise CommandError(told.error("The server has not started."), code)
-        threading.Thread(target=told.listen, args=(process.stdout,), daemon=True).start()
+            raise command.error("The server has not started.")
+        command.listen_to(command.output)
 
     @property
     def is_alive(self) -> bool:

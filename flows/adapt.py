@@ -1,10 +1,4 @@
-"""Adapt: one arrival becomes the next version of a lineage, and the champion if the version passes the gate.
-
-Example:
-    >>> result = asyncio.run(adapt(read_spec(Path("examples/bank/spec.yaml"))))  # doctest: +SKIP
-    >>> result.status  # doctest: +SKIP
-    'promoted'
-"""
+"""Adapt: one arrival becomes the next version of a lineage, and the champion if the version passes the gate."""
 
 from __future__ import annotations
 
@@ -143,7 +137,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset) if again else 0
     run_key = make_run_key(
         lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt,
-    )  # fmt: skip
+    )
     if known := await stages.run("repeat", find_registered, run_key):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
@@ -153,7 +147,7 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         job = AdaptationJob(
             run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
             config_sha256=config_sha256,
-        )  # fmt: skip
+        )
         result = await _learn(spec, job, stages)
     except BaseException:
         fail_run(run)
@@ -174,7 +168,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     report = await stages.run(
         "evaluate", evaluate_version, job.base, job.parent, trained.adapter, dataset, spec.evaluate,
         spec.train.max_prompt_tokens, trained.summary.notes,
-    )  # fmt: skip
+    )
     stages.done("evaluate", ", ".join(f"{name} {100 * value:.1f} %" for name, value in report.accuracies.items()))
     if spec.gate.judge != "none" and job.parent is not None:
         report = await stages.run("judge", judge_version, report, job.parent, trained.adapter, dataset, spec.gate)
@@ -193,7 +187,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     await stages.run(
         "report", report_run, run, version, dataset, report, trained.summary, dict(stages.seconds),
         include_texts=spec.data.include_texts,
-    )  # fmt: skip
+    )
     stages.done("report", f"deal report {version.version} --lineage {version.lineage}")
     await asyncio.to_thread(
         announce_version, version, task=dataset.task, evaluation=report, tracking_id=run.tracking_id
@@ -239,7 +233,7 @@ def repeated(version: VersionRef, dataset: DatasetRef) -> AdaptResult:
         "rejected by its rollout": f"{trained} and was rejected by its rollout; change the settings or give --again.",
         "rejected by the gate": f"{trained} with the same parent and settings and rejected; change the settings or "
                                 "give --again.",
-    }  # fmt: skip
+    }
     message = "Nothing to do: " + said[version.standing or "learned"]
     return _result(version, dataset, status="repeat", message=message)
 
@@ -262,7 +256,7 @@ def adapted(
         tracking_id=tracking_id, accuracies=dict(report.accuracies), scores=Scores.of(report.matrix),
         matrix=report.matrix.to_json(), metrics=dict(report.metrics), num_steps=summary.num_steps,
         resumed_from_step=summary.resumed_from_step, seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def _awaits_approval(version: VersionRef) -> str:
@@ -279,4 +273,4 @@ def _result(version: VersionRef, dataset: DatasetRef, **fields: Any) -> AdaptRes
         rejected=not version.accepted, lineage=version.lineage, task=dataset.task, version=version.version,
         parent_version=version.parent_version, reasons=version.reasons, dataset=dataset, run_key=version.run_key,
         **fields,
-    )  # fmt: skip
+    )

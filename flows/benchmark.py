@@ -168,7 +168,7 @@ def cells_of(spec: BenchmarkSpec, base: BaseRef) -> list[tuple[Cell, MethodConfi
                 strategy, tasks, method=method, seed=seed, train=replace(spec.train, seed=seed), rows=spec.rows,
                 part=spec.part, max_test_rows=spec.max_test_rows, scored=spec.scored, adapter=spec.adapter,
                 base=f"{base.name} {base.sha256}", data=data, prompt=spec.prompt,
-            )  # fmt: skip
+            )
             found.setdefault(cell.file_name, (cell, method))
     return list(found.values())
 
@@ -192,7 +192,7 @@ def spec_from_options(
     values = {
         **given, "data": tasks_folder(data), "adapter": _json_object(adapter),
         "train": {**PROTOCOL, **LONGER.get(given.get("suite", ""), {}), **_json_object(train)},
-    }  # fmt: skip
+    }
     if methods:
         values["methods"] = [_json_object(text) for text in methods]
     return parse(BenchmarkSpec, values, "options")

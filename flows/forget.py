@@ -53,7 +53,7 @@ async def forget(named: str, reason: str = "") -> ForgetResult:
 
     Raises:
         ConfigError: There is no such arrival, or more than one.
-        StoreError: A server does not close its segment of the prediction log.
+        StoreError: The store does not answer.
     """
     store, registry, tracker = current_store(), open_registry(), open_tracker()
     arrival = find_arrival(store, registry, named)
@@ -75,7 +75,7 @@ def _tombstone(plan: ForgetPlan, reason: str) -> Tombstone:
     return Tombstone(
         task=plan.task, sha256=plan.sha256, files=plan.files, splits=plan.splits, landed=plan.landed, reason=reason,
         at=datetime.now(UTC), versions=tuple(f"{each.lineage}/{each.version}" for each in plan.learned),
-    )  # fmt: skip
+    )
 
 
 def _affected(plan: ForgetPlan) -> list[str]:

@@ -100,9 +100,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
         apply(old_training_rows(store, now=now, older_than=limit))
         apply(old_temporaries(store, now=now))
     num_bytes = sum(removal.num_bytes for removal in removals)
-    return GcResult(
-        dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems
-    )
+    return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)
 
 
 def parse_age(text: str) -> timedelta:

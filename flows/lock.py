@@ -104,7 +104,7 @@ async def _enter(stack: AsyncExitStack, name: str) -> bool:
     slot = concurrency(
         name, strict=True, max_retries=0, lease_duration=LockSettings().lease_seconds,
         raise_on_lease_renewal_failure=True,
-    )  # fmt: skip
+    )
     try:
         await stack.enter_async_context(slot)
     except ConcurrencySlotAcquisitionError as error:

@@ -6,7 +6,6 @@ Promote, rollback and reject take effect at once, even while a run works on the 
 from __future__ import annotations
 
 import asyncio
-import getpass
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Literal
@@ -17,17 +16,11 @@ from pydantic import BaseModel, StringConstraints
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.errors import RegistryError
 from flows.lock import hold_lineage
-from infra.ledger import Ledger
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
-from tasks.adaptation.promote import (
-    begin_rollout,
-    move_champion,
-    note_learned,
-    rejected_by_person,
-    settle_aliases,
-)
+from infra.version_log import Ledger
+from tasks.adaptation.promote import begin_rollout, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.context import current_store
 from tasks.lineage.history import champion_deleted, find_version, no_version, require_in_registry, unknown_lineage
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
@@ -40,7 +33,7 @@ Stated = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 """A text that a person must give."""
 
 
-class LeftBehind(BaseModel, frozen=True):
+class LeftBehind(BaseModel, frozen=True, from_attributes=True):
     """A version that the champion does not continue, and the arrival that the version learned."""
 
     version: str
@@ -106,34 +99,27 @@ def decide(lineage: str, version: str, verdict: Verdict, why: Stated, who: State
             f"--lineage {lineage}."
         )
     if verdict == "reject":
-        return _decline(log, last, found, number, who=who, why=why)
+        return _write(log, last, Change(action="declined", lineage=lineage, version=version, before=number,
+                                        champion=number, who=who, why=why))
     act = promote_to if found.parent_version == number else roll_back
     return act(lineage, version, who=who, why=why)
 
 
-def _decline(
-    log: PromotionLog, last: Move | None, version: VersionInfo, champion: str | None, *, who: str, why: str
-) -> Decision:
-    """End the request for a version. The champion stays. `last` is the move that made the champion known here.
+def _write(log: PromotionLog, last: Move | None, change: Change) -> Decision:
+    """Write a decision that does not move the champion. `last` is the move that made the champion known here.
 
     Raises:
         RegistryError: The log has a newer move.
     """
-    change = Change(
-        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion,
-        who=who, why=why,
-    )  # fmt: skip
-    _require_added(log.add(last, change), version.lineage)
-    return Decision(
-        action="declined", lineage=version.lineage, version=version.version, before=champion, champion=champion
-    )
-
-
-def _require_added(added: Move | None, lineage: str) -> None:
-    if added is None:
+    if log.add(last, change) is None:
         raise RegistryError(
-            f"The champion of '{lineage}' has just changed; look at deal history --lineage {lineage}, and try again."
+            f"The champion of '{change.lineage}' has just changed; look at deal history --lineage {change.lineage}, "
+            "and try again."
         )
+    return Decision(
+        action=change.action, lineage=change.lineage, version=change.version, before=change.before,
+        champion=change.champion,
+    )
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:
@@ -158,7 +144,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
         remedy = (
             f"deal rollback --to {version} --lineage {lineage}" if any(each.version == version for each in line)
             else f"deal requeue {version} --lineage {lineage}, which learns its arrival again on top of the champion"
-        )  # fmt: skip
+        )
         raise RegistryError(
             f"Version {version} of '{lineage}' continues {origin}, but "
             f"{f'version {number}' if number else 'no version'} is champion: what was learned since would "
@@ -171,9 +157,7 @@ def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | Non
     note_learned(Ledger(log.store), found)  # before the move: if this process dies here, the arrival is known
     move_champion(registry, log, found, expected=found.parent_version, action="promoted", who=who, why=why, run=run)
     _announce("promoted", found, who, why)
-    return Decision(
-        action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version
-    )
+    return Decision(action="promoted", lineage=lineage, version=version, before=found.parent_version, champion=version)
 
 
 def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
@@ -210,7 +194,7 @@ def roll_back(lineage: str, to: str | None, *, who: str, why: str) -> Decision:
     return Decision(
         action="rolled back", lineage=lineage, version=to, before=number, champion=to,
         left_behind=left_behind(line, descent(versions, found)),
-    )  # fmt: skip
+    )
 
 
 def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decision:
@@ -229,13 +213,11 @@ def reject_version(lineage: str, version: str, *, who: str, why: str) -> Decisio
         raise RegistryError(f"{name} is rejected already, by its gate: {' '.join(found.reasons)}")
     if found.approval == "refused":
         raise RegistryError(f"{name} is rejected already, {_rejection(log, lineage, version)}")
-    change = Change(
-        action="rejected", lineage=lineage, version=version, before=number, champion=number, who=who, why=why
-    )
-    _require_added(log.add(last, change), lineage)
+    done = _write(log, last, Change(action="rejected", lineage=lineage, version=version, before=number,
+                                    champion=number, who=who, why=why))
     settle_aliases(registry, log, lineage)
     _announce("rejected", found, who, why)
-    return Decision(action="rejected", lineage=lineage, version=version, before=number, champion=number)
+    return done
 
 
 def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
@@ -249,26 +231,17 @@ def _rejection(log: PromotionLog, lineage: str, version: str) -> str:
 def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tuple[LeftBehind, ...]:
     """Return the arrivals that one line of versions has learned and another has not, oldest first."""
     known = {digest for version in now for digest in version.digests}
-    return tuple(_left(version) for version in reversed(before) if not arrival_digests(version, before) & known)
-
-
-def _left(version: VersionInfo) -> LeftBehind:
-    return LeftBehind(version=version.version, task=version.task, dataset_sha256=version.dataset_sha256)
-
-
-def current_account() -> str:
-    """Return the name of the account that runs this process."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return "unknown account"
+    return tuple(
+        LeftBehind.model_validate(version) for version in reversed(before)
+        if not arrival_digests(version, before) & known
+    )
 
 
 def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
     notice = Notice(
         lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
         reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
-    )  # fmt: skip
+    )
     announce(kind, notice)
 
 
@@ -320,7 +293,7 @@ def find_left_behind(lineage: str) -> tuple[LeftBehind, ...]:
     for version in reversed(versions):
         if standings[version.version] == "left behind" and not arrival_digests(version, versions) & known:
             known |= version.digests
-            found.append(_left(version))
+            found.append(LeftBehind.model_validate(version))
     return tuple(reversed(found))
 
 

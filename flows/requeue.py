@@ -23,9 +23,7 @@ from tasks.spec import AdaptSpec, parse
 
 
 @flow(name="requeue", flow_run_name="requeue-{lineage}")
-async def requeue(
-    lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()
-) -> list[AdaptResult]:
+async def requeue(lineage: str, versions: Sequence[str] = (), arrivals: Sequence[str] = ()) -> list[AdaptResult]:
     """Learn the arrivals of versions again, and let held arrivals go on.
 
     Versions are learned in the given order, with the settings of their runs. An arrival that the champion has learned

@@ -170,7 +170,7 @@ class InboxWorker:
         settled, growing = settle(
             inbox, self._states.read(self.store, self.spec.lineage), self.tasks, self._stamps,
             settle_seconds=self.settle_seconds, retry_now=self.once,
-        )  # fmt: skip
+        )
         self.num_left = len(settled) + len(growing)
         if settled:
             async with hold_lineage(self.spec.lineage, wait=self.wait):
@@ -208,14 +208,12 @@ class InboxWorker:
         handled = state.record(
             info, found.outcome, found.message, now=datetime.now(UTC), beside=beside,
             version=run.version if run else None, is_final=found.is_final,
-        )  # fmt: skip
+        )
         state.drop_gone(store)
         write_state(store, lineage, state)
         if handled.due() is None:
             drop_announcement(store, lineage, info, beside)
-        self.files.append(
-            Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version)
-        )
+        self.files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
         if run and self.once:
             self.runs.append(run)
 

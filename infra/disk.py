@@ -16,7 +16,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXTS = (
     "no space left on device", "database or disk is full", "storagefull", "disk quota exceeded", "file too large",
     "not enough free disk space",
-)  # fmt: skip
+)
 """Texts of libraries whose errors have no number."""
 LITTLE_BYTES = 1 << 20
 """With less free space, a full disk counts as the cause of an unexpected error."""
@@ -86,10 +86,8 @@ def _is_full(error: BaseException) -> bool:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and its causes."""
-    seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
+    while current is not None:
         yield current
         current = current.__cause__ or current.__context__
 

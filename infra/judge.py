@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -60,9 +59,9 @@ class Judge:
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
             timeout=settings.seconds, follow_redirects=False,
-        )  # fmt: skip
-        self._lock = threading.Lock()
+        )
         self._num_failed = 0
+        """Failed requests in a row."""
 
     def better(self, request: str, references: Sequence[str], first: str, second: str) -> Verdict:
         """Which of two answers to a request is better: A is the first one, B the second.
@@ -88,17 +87,14 @@ class Judge:
 
     def _counted(self, messages: Sequence[dict[str, str]]) -> Verdict:
         """Ask, unless the last MAX_FAILURES requests failed: a judge that is away must not hold a run for hours."""
-        with self._lock:
-            if self._num_failed >= MAX_FAILURES:
-                raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
+        if self._num_failed >= MAX_FAILURES:
+            raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
         try:
             verdict = self._ask(messages)
         except JudgeError:
-            with self._lock:
-                self._num_failed += 1
+            self._num_failed += 1
             raise
-        with self._lock:
-            self._num_failed = 0
+        self._num_failed = 0
         return verdict
 
     def _ask(self, messages: Sequence[dict[str, str]]) -> Verdict:

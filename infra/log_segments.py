@@ -1,8 +1,7 @@
 """The segments of a log: JSON lines on the disk of the process that writes them, then Parquet in the object store.
 
-A process holds the file lock of the segment that it writes, so the lock of a segment without a writer is free, also
-after a kill. `ship` moves such segments into the store. A segment's name is its key there, so a segment that is shipped
-twice is stored once.
+Who writes a segment or moves it into the store locks the file for that moment. A writer whose segment was moved begins
+another one. A segment that is moved twice, because of a kill, is stored once, under its name.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 SEGMENT_SECONDS = 900.0
 SEGMENT_ROWS = 50_000
-"""A segment that is older, or has more rows, is closed."""
-CLOSE_FILE = "close"
-"""A file in a log's folder. After its time has changed, writers close their segments."""
-CLOSE_SECONDS = 30.0
-"""Time for writers to close their segments."""
+"""A segment that is older, or has more rows, is not written any more."""
+TIME_FORM = "%Y%m%dT%H%M%S"
+"""Form of the time (UTC) that a segment's name begins with."""
+TAKEN = (BlockingIOError, FileNotFoundError)
+"""Errors of a segment that another process uses or has shipped."""
 WRITE_SECONDS = 0.5
 """Time after which a server writes the rows that wait."""
 NUM_READERS = 8
@@ -61,8 +60,6 @@ class Log:
     """The column that tells rows apart."""
     lineage: str
     home: Path
-    later: tuple[str, ...] = ()
-    """Columns that earlier releases do not know. A segment in the store has them where a row has a value."""
 
     def __post_init__(self) -> None:
         if not is_name(self.lineage):  # the folder is made of it, and its segments are moved and deleted
@@ -80,10 +77,6 @@ class Log:
         """Return the segments on this machine, oldest first."""
         return sorted(self.folder.glob("[0-9]*.jsonl"))
 
-    def unnamed(self) -> list[Path]:
-        """Return the empty segments that have no name yet. Their writer has just opened them, or was killed then."""
-        return sorted(self.folder.glob(".*.jsonl"))
-
     def stored(self, store: ObjectStore, since: date | None = None) -> list[ObjectInfo]:
         """Return the segments in the store, oldest first; with `since`, those opened on this day or later."""
         found = [info for info in store.list(keys.log_folder(self.name, self.lineage)) if info.key.endswith(".parquet")]
@@ -95,10 +88,10 @@ class SegmentWriter:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._file: FileIO | None = None
-        self._opened = 0.0
+        self._path: Path | None = None
+        """The present segment."""
+        self._began = 0.0
         self._num_rows = 0
-        self._close_stamp = 0
         self._is_failing = False
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -110,95 +103,57 @@ class SegmentWriter:
         data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         written = 0
         try:
-            file = self._file or self._open()
-            while written < len(data):
-                written += file.write(data[written:]) or 0
-            os.fsync(file.fileno())
+            with self._open() as file:
+                while written < len(data):
+                    written += file.write(data[written:]) or 0
+                os.fsync(file.fileno())
         except OSError as error:
             if not self._is_failing:
                 logger.warning("Rows of %s are not written (%s); they are lost.", self._log.folder, error.strerror)
-            self._is_failing = True
-            self.close()
+            self._is_failing, self._path = True, None
             return len(rows) - data[:written].count(b"\n")
         self._num_rows += len(rows)
         self._is_failing = False
         return 0
 
-    def close_if_due(self) -> None:
-        """Close the segment if it is old or large, or if `ship_all` has asked for it."""
-        is_old = time.monotonic() - self._opened > SEGMENT_SECONDS
-        if self._file is not None and (
-            is_old or self._num_rows >= SEGMENT_ROWS or _close_stamp(self._log) != self._close_stamp
-        ):
-            self.close()
-
-    def close(self) -> None:
-        """Close the segment. The next row opens another one."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-        self._file = None
-
     def _open(self) -> FileIO:
-        self._log.folder.mkdir(parents=True, exist_ok=True)
-        path = self._log.folder / f"{new_segment()}.jsonl"
-        hidden = path.with_name(f".{path.name}")  # it gets its name when it is locked, so `ship` never takes it before
-        file = FileIO(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600), "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            close_stamp = _close_stamp(self._log)  # before the rename, after which `ship_all` may ask to close it
-            os.rename(hidden, path)
-        except OSError:
-            file.close()
-            hidden.unlink(missing_ok=True)
-            raise
-        self._file, self._opened, self._num_rows = file, time.monotonic(), 0
-        self._close_stamp = close_stamp
-        return file
+        """Open and lock the present segment, or a new one if it is old, large or shipped."""
+        is_old = time.monotonic() - self._began > SEGMENT_SECONDS
+        if self._path is not None and not is_old and self._num_rows < SEGMENT_ROWS:
+            with suppress(*TAKEN):
+                file = _locked(self._path, "r+b")
+                file.seek(0, os.SEEK_END)
+                return file
+        while True:
+            self._log.folder.mkdir(parents=True, exist_ok=True)
+            self._path = self._log.folder / f"{new_segment()}.jsonl"
+            self._began, self._num_rows = time.monotonic(), 0
+            with suppress(*TAKEN):  # by `ship`, in the moment before it was locked
+                return _locked(self._path, "xb")
 
 
 def new_segment() -> str:
     """Return a new segment's name. Names sort by time."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:12]}"
+    return f"{datetime.now(UTC):{TIME_FORM}}-{uuid.uuid4().hex[:12]}"
 
 
-def ship(store: ObjectStore, log: Log) -> int:
-    """Move the segments without a writer into the store; return their number.
+def ship(store: ObjectStore, log: Log, *, everything: bool = False) -> int:
+    """Move the segments of this machine that are no longer written into the store; return their number.
+
+    With `everything`, all segments are moved. Their writers go on with new ones.
 
     Raises:
         StoreError: The store does not answer, or a segment is damaged or belongs to another user.
     """
     num_shipped = 0
+    finished = f"{datetime.now(UTC) - timedelta(seconds=SEGMENT_SECONDS):{TIME_FORM}}"
     for path in log.segments():
-        with _locked(path) as is_ours:
-            if is_ours:
+        if everything or path.name < finished:
+            with _usable(path), suppress(*TAKEN), _locked(path, "rb", waits=True):
                 put_table(store, log, path.stem, read_segment(path, log.schema))
-                with _usable(path):
-                    path.unlink()
+                path.unlink()
                 num_shipped += 1
     return num_shipped
-
-
-def ship_all(store: ObjectStore, log: Log) -> None:
-    """Let the writers on this machine close their segments, and move all segments into the store.
-
-    Raises:
-        StoreError: The store does not answer, a segment is damaged, or a writer has not closed its segment in time.
-    """
-    waiting = log.segments()
-    if not waiting:
-        return
-    with _usable(log.folder / CLOSE_FILE) as path:
-        path.write_text(uuid.uuid4().hex, encoding="utf-8")
-    deadline = time.monotonic() + CLOSE_SECONDS
-    while True:
-        ship(store, log)
-        waiting = [path for path in waiting if path.exists()]
-        if not waiting:
-            return
-        if time.monotonic() > deadline:
-            raise StoreError(f"A process still writes {waiting[0]}; stop its deal serve, and repeat the command.")
-        time.sleep(0.1)
 
 
 def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> None:
@@ -207,7 +162,6 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
     if not table.num_rows:
         store.delete(key)
         return
-    table = table.drop_columns([name for name in log.later if table[name].null_count == table.num_rows])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     store.put_bytes(key, sink.getvalue())
@@ -236,21 +190,16 @@ def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
 def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
+    A column that the segment does not have, because an earlier release wrote it, is empty.
+
     Raises:
         StoreError: The store does not answer, or the segment is damaged.
     """
-    wanted = log.schema if columns is None else pa.schema([log.schema.field(name) for name in columns])
     try:
-        file = pq.ParquetFile(io.BytesIO(store.get_bytes(key)))
-        table = file.read([name for name in wanted.names if name in file.schema_arrow.names])
-        for name in log.later:
-            if name in wanted.names and name not in table.column_names:
-                field = log.schema.field(name)
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-        return table.select(wanted.names).cast(wanted)
+        return pq.read_table(io.BytesIO(store.get_bytes(key)), columns=columns, schema=log.schema)
     except ObjectNotFoundError:
-        return wanted.empty_table()
-    except (pa.ArrowException, ValueError, KeyError):
+        return log.schema.empty_table().select(columns or log.schema.names)
+    except pa.ArrowException:
         raise StoreError(f"{store.uri_of(key)} is no segment of a log; move it elsewhere.") from None
 
 
@@ -259,8 +208,8 @@ def read_log(
 ) -> pa.Table:
     """Read all rows of a log, in the store and on this machine. A row counts once.
 
-    Segments without a writer are moved into the store first, unless `ships` is False. `since` leaves out segments of
-    earlier days. The result has `columns`; None: all.
+    Segments that are no longer written are moved into the store first, unless `ships` is False. `since` leaves out
+    segments of earlier days. The result has `columns`; None: all.
     """
     read = log.schema.names if columns is None else [*dict.fromkeys((log.key, *columns))]
     try:
@@ -287,9 +236,9 @@ def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
     """Remove the rows about these answers, in the store and on this machine. Each step can be repeated.
 
     Raises:
-        StoreError: The store does not answer, or a writer does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
-    ship_all(store, log)
+    ship(store, log, everything=True)
     wanted = pa.array(sorted(ids), pa.string())
     for info in log.stored(store):
         table = get_table(store, info.key, log)
@@ -298,34 +247,22 @@ def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
             put_table(store, log, keys.file_name(info.key).removesuffix(".parquet"), kept)
 
 
-def _close_stamp(log: Log) -> int:
+def _locked(path: Path, mode: Literal["rb", "r+b", "xb"], *, waits: bool = False) -> FileIO:
+    """Open a segment and lock it, until it is closed.
+
+    Raises:
+        BlockingIOError: Another process has locked it, and `waits` is not set.
+        FileNotFoundError: It was shipped.
+    """
+    file = open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
     try:
-        return (log.folder / CLOSE_FILE).stat().st_mtime_ns
+        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "It was shipped", str(path))
     except OSError:
-        return 0
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Lock a segment. False: a process writes it, or it is gone."""
-    try:
-        with _usable(path):
-            descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        is_free = True
-        with _usable(path):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                is_free = False
-        yield is_free and path.exists()  # another process may have shipped it before this one got the lock
-    finally:
-        os.close(descriptor)
+        file.close()
+        raise
+    return file
 
 
 @contextmanager

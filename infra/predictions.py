@@ -21,18 +21,18 @@ PREDICTION_SCHEMA = pa.schema([
     ("is_label", pa.bool_()), ("confidence", pa.float64()), ("label_mass", pa.float64()),
     ("num_answer_chars", pa.int64()), ("seconds", pa.float64()), ("input", pa.string()), ("output", pa.string()),
     ("shadow_of", pa.string()), ("is_failed", pa.bool_()),
-])  # fmt: skip
+])
 """The columns of `Prediction`, as they are stored."""
 FEEDBACK_SCHEMA = pa.schema([
     ("entry", pa.string()), ("id", pa.string()), ("time", pa.float64()), ("label", pa.string()),
     ("is_right", pa.bool_()), ("source", pa.string()), ("is_random", pa.bool_()), ("reviewer", pa.string()),
-])  # fmt: skip
+])
 """The columns of `Feedback`, as they are stored. An answer may have several entries; `entry` tells them apart."""
 
 
 def prediction_log(home: Path, lineage: str) -> Log:
     """Return the prediction log of a lineage."""
-    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home, later=ROLLOUT_COLUMNS)
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home)
 
 
 def feedback_log(home: Path, lineage: str) -> Log:
@@ -81,9 +81,7 @@ def read_predictions(
     return found.sort_values("time", kind="stable", ignore_index=True)
 
 
-def read_feedback(
-    store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None
-) -> pd.DataFrame:
+def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the feedback on answers, oldest first, with the columns of `Feedback`. An answer has at most one row.
 
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
@@ -108,7 +106,7 @@ def read_feedback(
             label_key(given[row.id]) == label_key(row.label) if row.label is not None and row.id in given
             else row.is_right
             for row in found.itertuples()
-        ]  # fmt: skip
+        ]
         found["is_right"] = pd.Series(is_right, dtype=object)
     chosen = set(found.loc[found["is_random"] == True, "id"])  # noqa: E712
     judged = found[found["is_right"].notna()].sort_values("time", kind="stable")
@@ -135,7 +133,7 @@ def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[
     """Return the ids of the logged answers to these inputs, which are named by `input_sha256`."""
     table = read_log(store, prediction_log(home, lineage), columns=["id", "input_sha256"])
     return {name for name, digest in zip(*(column.to_pylist() for column in table.columns), strict=True)
-            if digest in inputs}  # fmt: skip
+            if digest in inputs}
 
 
 def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before: float) -> set[str]:
@@ -160,7 +158,7 @@ def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collectio
     """Remove the feedback on these answers.
 
     Raises:
-        StoreError: The store does not answer, or a server does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
     remove_rows(store, feedback_log(home, lineage), ids)
 
@@ -169,7 +167,7 @@ def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collect
     """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
 
     Raises:
-        StoreError: The store does not answer, or a server does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
     ids = answers_to(store, home, lineage, inputs)
     remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids

@@ -69,13 +69,12 @@ class PromotionLog:
 
     def moves(self, lineage: str) -> tuple[Move, ...]:
         """Return all moves of a lineage, oldest first."""
-        found = sorted(info.key for info in self.store.list(keys.promotion_folder(lineage)))
-        return tuple(self._read(key) for key in found)
+        return tuple(map(self._read, self._keys(lineage)))
 
     def last(self, lineage: str) -> Move | None:
         """Return the newest move, if there is one."""
-        key = max((info.key for info in self.store.list(keys.promotion_folder(lineage))), default=None)
-        return self._read(key) if key else None
+        found = self._keys(lineage)
+        return self._read(found[-1]) if found else None
 
     def champion_at(self, lineage: str, when: datetime) -> str | None:
         """Return the version that was champion at a time; None: the log names no champion for this time."""
@@ -93,7 +92,7 @@ class PromotionLog:
         A promotion, a rollback, a rejection of the version, and a newer rollout end it.
         """
         rejected: set[str] = set()
-        for key in sorted((info.key for info in self.store.list(keys.promotion_folder(lineage))), reverse=True):
+        for key in reversed(self._keys(lineage)):
             move = self._read(key)
             if move.action == "rollout":
                 return None if move.version in rejected else move
@@ -109,6 +108,10 @@ class PromotionLog:
         key = keys.promotion_key(move.lineage, move.number)
         won = self.store.put_bytes(key, move.model_dump_json(indent=2).encode(), if_absent=True)
         return move if won or self._read(key) == move else None  # a put that was sent twice finds its own entry
+
+    def _keys(self, lineage: str) -> list[str]:
+        """Return the keys of all entries, oldest first."""
+        return [info.key for info in self.store.list(keys.promotion_folder(lineage))]
 
     def _read(self, key: str) -> Move:
         remedy = (

@@ -36,7 +36,7 @@ LOADER = "infra.served_model"
 """This module, as registered models name it."""
 PROJECT = "deal-pipeline"
 MLFLOW_FILES = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
-                "serving_input_example.json")  # fmt: skip
+                "serving_input_example.json")
 REQUIREMENTS = ("accelerate", "mlflow", "pandas", "peft", "safetensors", "torch", "transformers")
 """The libraries that serving needs. This project is not listed: it is in no public index, where anyone could register
 its name."""
@@ -93,7 +93,7 @@ class ServedModel:
             "task": [row.task or found.served.newest_task for row in rows],
             "version": found.version,
             "lineage": found.served.lineage,
-        })  # fmt: skip
+        })
         if found.ids:
             table["id"], table["confidence"] = list(found.ids), [each.confidence for each in found.confidences]
         table.attrs[VERSION] = found.version  # so that a table without rows names the version too
@@ -128,7 +128,7 @@ def _load_pyfunc(data_path: str) -> ServedModel:
     version = _version_of(folder, read_served(folder).lineage)
     return ServedModel(load_answerer(
         folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision, version=version
-    ))  # fmt: skip
+    ))
 
 
 def _version_of(folder: Path, lineage: str) -> str:
@@ -181,6 +181,6 @@ def write_served_folder(
             str(folder), loader_module=LOADER, mlflow_model=Model(run_id=run_id), signature=SIGNATURE,
             input_example=pd.DataFrame(list(example)), pip_requirements=pinned,
             metadata={PROJECT: project, "base_model": served["base_name"], "base_sha256": served["base_sha256"]},
-        )  # fmt: skip
+        )
         for name in MLFLOW_FILES:  # by name, because MLflow also copies the uv files of the working folder
             shutil.copyfile(folder / name, target / name)

@@ -1,30 +1,31 @@
-"""The store's copy of a lineage's versions in the registry. A lost registry can be rebuilt from this copy.
+"""What the store knows of a lineage's versions: a copy of each, and the ledger of the datasets that they learned.
 
-There is one object per version, `versions/<lineage>/<number>.json`. The objects are not in the adapter's folder,
-because a version stays in the history after its adapter was removed.
+A lost registry can be rebuilt from the copies, `versions/<lineage>/<number>.json`. They are not in the folder of the
+adapter, because a version stays in the history after its adapter was removed.
+
+The ledger says which version learned a dataset. It is only added to, one object per dataset,
+`ledger/<lineage>/<sha256>.json`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Literal
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
+from deal_core.errors import StoreError
+from deal_core.schema_version import Kept, VersionedJson
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore
-from infra.store.stored import reading_stored
+from infra.store.stored import Stored, reading_stored
 from infra.tracking.facts import VersionFacts, VersionInfo
 
 
-class StoredVersion(BaseModel):
+class StoredVersion(Stored):
     """The copy of one version."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
     lineage: str
     version: str
     created: datetime
@@ -45,7 +46,7 @@ class StoredVersion(BaseModel):
         return cls(
             lineage=info.lineage, version=info.version, created=info.created, adapter_removed=info.adapter_removed,
             facts=facts,
-        )  # fmt: skip
+        )
 
 
 class VersionLog:
@@ -99,3 +100,42 @@ class VersionLog:
         later = {"facts": {"rollout"}} if stored.facts.rollout is None else None  # earlier releases do not know it
         data = stored.model_dump_json(indent=1, exclude=later) + "\n"
         self.store.put_bytes(keys.version_key(stored.lineage, stored.number), data.encode("utf-8", "replace"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry(VersionedJson):
+    """A dataset that a version of a lineage has learned."""
+
+    kept: ClassVar[Kept] = Kept("The ledger entry", StoreError, version=1)
+
+    lineage: str
+    sha256: str
+    task: str
+    run_key: str
+    version: str
+
+
+class Ledger:
+    """The ledgers of a store's lineages."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def find(self, lineage: str, sha256: str) -> LedgerEntry | None:
+        """Return the entry of a dataset in a lineage, if there is one.
+
+        Raises:
+            StoreError: The entry is damaged, or another release wrote it.
+        """
+        key = keys.ledger_key(lineage, sha256)
+        try:
+            content = self.store.get_bytes(key)
+        except ObjectNotFoundError:
+            return None
+        with reading_stored(self.store, key, "an entry of the ledger", "Delete it, if no other release wrote it."):
+            return LedgerEntry.from_json(json.loads(content))
+
+    def record(self, entry: LedgerEntry) -> bool:
+        """Write an entry unless it exists; return whether it was written. One of several concurrent writers writes."""
+        data = json.dumps(entry.to_json(), ensure_ascii=False, indent=2).encode()
+        return self.store.put_bytes(keys.ledger_key(entry.lineage, entry.sha256), data, if_absent=True)

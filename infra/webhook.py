@@ -2,10 +2,6 @@
 
 Headers and signature are those of Standard Webhooks (https://www.standardwebhooks.com). A receiver can check the sender
 and the time, and can recognise a repeated notice; see docs/notifications.md.
-
-Example:
-    >>> open_webhook().send("deal.version.promoted", body, delivery)  # doctest: +SKIP
-    True
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ import ipaddress
 import logging
 import time
 import uuid
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -34,10 +31,6 @@ PREFIX = "whsec_"
 MAX_ATTEMPTS = 6
 MAX_PAUSE_SECONDS = 20.0
 """Pauses are random; their limit starts at a second and doubles. Six attempts take at most about half a minute."""
-
-
-class _NotNowError(Exception):
-    """The receiver may accept the notice later."""
 
 
 class Webhook:
@@ -63,32 +56,41 @@ class Webhook:
         which a receiver recognises a repeated notice.
         """
         attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((httpx.TransportError, _NotNowError)),
-            wait=self._wait, stop=tenacity.stop_after_attempt(MAX_ATTEMPTS), reraise=True,
-        )  # fmt: skip
+            retry=tenacity.retry_if_exception_type(httpx.TransportError) | tenacity.retry_if_result(_is_busy),
+            wait=self._wait, stop=tenacity.stop_after_attempt(MAX_ATTEMPTS), retry_error_callback=_last_result,
+        )
         try:
             with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as client:
-                status = attempts(self._post, client, body, delivery)
-        except (httpx.HTTPError, httpx.InvalidURL, _NotNowError) as error:
-            reason = str(error) if isinstance(error, _NotNowError) else type(error).__name__
-            logger.error("The webhook at %s did not take %s %s: %s.", self._shown, event, delivery, reason)
-            return False
-        if not 200 <= status < 300:
-            redirected = "; redirects are not followed" if 300 <= status < 400 else ""
-            logger.error("The webhook at %s refuses %s %s: %d%s.", self._shown, event, delivery, status, redirected)
-            return False
-        return True
+                status: int = attempts(self._post, client, body, delivery)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = type(error).__name__
+        else:
+            if 200 <= status < 300:
+                return True
+            reason = f"it answers {status}" + ("; redirects are not followed" if 300 <= status < 400 else "")
+        logger.error("The webhook at %s did not take %s %s: %s.", self._shown, event, delivery, reason)
+        return False
 
     def _post(self, client: httpx.Client, body: bytes, delivery: uuid.UUID) -> int:
+        """Post the body once; return the status of the answer."""
         timestamp = str(int(time.time()))
         headers = {
             "Content-Type": "application/json", "User-Agent": "deal-pipeline", "webhook-id": str(delivery),
             "webhook-timestamp": timestamp, "webhook-signature": sign(self._secret, str(delivery), timestamp, body),
-        }  # fmt: skip
+        }
         with client.stream("POST", self._url, content=body, headers=headers) as response:
-            if response.status_code == 429 or response.status_code >= 500:
-                raise _NotNowError(f"it answers {response.status_code}")
             return response.status_code
+
+
+def _is_busy(status: int) -> bool:
+    """Whether the receiver may accept the notice later."""
+    return status == 429 or status >= 500
+
+
+def _last_result(state: tenacity.RetryCallState) -> Any:
+    """Return the last status, or raise the last error."""
+    assert state.outcome is not None
+    return state.outcome.result()
 
 
 def open_webhook(settings: NoticeSettings | None = None) -> Webhook | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,9 @@ from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
 from deal_core.evaluation.confidence import Confidence
 from infra.served_model import SIGNATURE, ServedModel
-from infra.serving import run, server
+from infra.serving import run
 from infra.serving.prediction_log import PredictionLog
-from infra.serving.server import make_app
+from infra.serving.server import LOOPBACK_NAMES, make_app
 
 WAIT_SECONDS = 60
 TASKS = (TaskSchema(name="bank", labels=("a", "b")), TaskSchema(name="talk", format="chat"))
@@ -83,26 +82,19 @@ class Champion:
 def running(champion: Champion, log: Path, *trusted: str, api_key: str | None = None) -> Iterator[int]:
     """The server on a loopback port, in a thread. Its log is `log`."""
     listener = socket.create_server(("127.0.0.1", 0))
-    stops: list[Callable[[], None]] = []
-    is_up = threading.Event()
+    server = run.make_server(make_app(champion, [*LOOPBACK_NAMES, *trusted], api_key))
 
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        stopped, again = loop.create_future(), loop.create_future()
-        stops.append(lambda: loop.call_soon_threadsafe(stopped.set_result, None) and None)
-        is_up.set()
+    def serve() -> None:
         with run._logged_to(log):
-            app = make_app(champion, [*server.LOOPBACK_NAMES, *trusted], api_key)
-            await run._answer_until(stopped, again, app, listener)
+            server.run([listener])
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread = threading.Thread(target=serve)
     thread.start()
-    assert is_up.wait(WAIT_SECONDS)
     try:
         yield listener.getsockname()[1]
     finally:
         champion.may_answer.set()
-        stops[0]()
+        server.should_exit = True
         thread.join(WAIT_SECONDS)
         listener.close()
         assert not thread.is_alive()

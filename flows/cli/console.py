@@ -1,23 +1,29 @@
-"""The terminal output of a command: a line for each finished stage, a bar for the running one, or JSON for programs."""
+"""What a command prints: a line for each finished stage, a bar for the running one, tables, or JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
+from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.safe_text import printable, printable_json, without_known_secrets_inside, without_secrets
+
+if TYPE_CHECKING:
+    from flows.adapt import AdaptResult, Scores
+    from tasks.lineage.held import HeldArrival
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""
@@ -98,7 +104,7 @@ class Screen:
         columns = (
             SpinnerColumn(), TextColumn("{task.description:<9}", markup=False), BarColumn(bar_width=30),
             TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        )  # fmt: skip
+        )
         with Progress(*columns, console=self.err, transient=True) as self._progress:
             if doing:
                 self.stage_started(doing)
@@ -141,22 +147,81 @@ def _write_event(event: dict[str, Any]) -> None:
     sys.stderr.flush()
 
 
-def this_command() -> str:
-    """How to call the running command again from this shell, with or without an activated environment."""
-    running = Path(sys.argv[0])
-    if not (running.is_file() and os.access(running, os.X_OK)):
-        return "deal"  # called from Python
-    found = shutil.which(running.name)
-    if found is not None and Path(found).samefile(running):
-        return shlex.quote(running.name)
-    path = Path(os.path.abspath(running))
-    shown = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-    return shlex.quote(shown if os.sep in shown else f".{os.sep}{shown}")
-
-
 def home_option(home: Path) -> str:
     """The --home that the next command needs; empty if the default is the same folder."""
     if home == Path("deal-home").resolve():
         return ""
     shown = home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
     return f" --home {shlex.quote(str(shown))}"
+
+
+def heading(text: str) -> str:
+    """A line above a table."""
+    return f"\n[bold]{escape(text)}[/]"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; a dash if undefined."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def points(value: float | None) -> str:
+    """Percentage points; a dash if undefined."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def interval(values: Sequence[float] | None) -> str:
+    """A difference with its interval; empty if it was not computed."""
+    return "" if values is None else f"{values[0]:+.1f} ({values[1]:+.1f} to {values[2]:+.1f})"
+
+
+def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """An empty table; the columns named in `right` hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def show_held(lineage: str, held: Sequence[HeldArrival]) -> Sequence[RenderableType]:
+    """Arrivals whose run was cancelled, and how each goes on."""
+    return [
+        f"  [yellow]•[/] {escape(f'{each.key} is held: {each.why} Let it go on with: {each.remedy(lineage)}')}"
+        for each in held
+    ]
+
+
+def matrix_table(matrix: Mapping[str, Any]) -> Table:
+    """The accuracy matrix (its JSON): one row per version, one column per task, the untouched base model first."""
+    table = new_table("after learning", *matrix["tasks"], right=matrix["tasks"])
+    table.add_row("(base model)", *(percent(value) for value in matrix["base"]), style="dim")
+    for trained, row in zip(matrix["trained"], matrix["rows"], strict=True):
+        cells = [f"[bold]{percent(value)}[/]" if task == trained else percent(value)
+                 for task, value in zip(matrix["tasks"], row, strict=True)]
+        table.add_row(trained, *cells)
+    return table
+
+
+def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
+    """The end of one adaptation."""
+    color = {"promoted": "green", "rejected": "red"}.get(run.status, "yellow")
+    shown: list[RenderableType] = []
+    if run.matrix is not None and run.scores is not None:
+        shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
+        if told := scored_otherwise(run.metrics):
+            shown.append(escape(told))
+    shown.append(f"[bold {color}]{escape(run.message)}[/]")
+    shown += [f"  • {escape(reason)}" for reason in run.reasons]
+    return shown
+
+
+def _scores(scores: Scores) -> str:
+    return "   ".join(
+        f"{name} [bold]{percent(value)}[/]"
+        for name, value in (
+            ("AA", scores.average_accuracy),
+            ("forgetting", scores.forgetting),
+            ("BWT", scores.backward_transfer),
+            ("FWT", scores.forward_transfer),
+        )
+    )

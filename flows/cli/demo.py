@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -27,10 +27,8 @@ ORDER = ("bank", "clinic", "parcels")
 POLL_SECONDS = 0.2
 
 
-class LineageOutcome(BaseModel):
+class LineageOutcome(BaseModel, frozen=True):
     """The result of one lineage of the demo."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     strategy: str
@@ -44,10 +42,8 @@ class LineageOutcome(BaseModel):
     """Messages about files that could not be used."""
 
 
-class DemoResult(BaseModel):
+class DemoResult(BaseModel, frozen=True):
     """The end of the demo."""
-
-    model_config = ConfigDict(frozen=True)
 
     outcomes: tuple[LineageOutcome, ...]
     picture: Path | None = None
@@ -88,8 +84,9 @@ async def run_demo(
     store = current_store()
     watched: dict[str, list[WatchResult]] = {lineage.lineage: [] for lineage in lineages}
     files = {spec.task.name: _files_of(spec) for spec in specs}
-    _refuse_foreign(store, files.values())
-    _clear(store, files.values())  # files of a demo that was stopped
+    all_files = {key: content for each in files.values() for key, content in each.items()}
+    _refuse_foreign(store, all_files)
+    _clear(store, all_files)  # files of a demo that was stopped
     for number, spec in enumerate(specs, start=1):
         reporter().said(f"\nArrival {number} of {len(specs)}: {spec.task.name}")
         for key, content in files[spec.task.name].items():
@@ -100,7 +97,7 @@ async def run_demo(
             watched[lineage.lineage].append(
                 await watch(lineage, tasks=(spec.task.name,), once=True, poll_seconds=POLL_SECONDS)
             )
-    _clear(store, files.values())  # so that other lineages that watch this inbox do not learn the demo
+    _clear(store, all_files)  # so that other lineages that watch this inbox do not learn the demo
     outcomes = tuple(_outcome(store, lineage, watched[lineage.lineage]) for lineage in lineages)
     return DemoResult(outcomes=outcomes, picture=_draw(outcomes, picture))
 
@@ -154,23 +151,21 @@ def _files_of(spec: AdaptSpec) -> dict[str, bytes]:
     return {f"{folder}/{TASK_FILE}": task_file, **files, f"{folder}/{data.name}": data.read_bytes()}
 
 
-def _refuse_foreign(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+def _refuse_foreign(store: ObjectStore, files: Mapping[str, bytes]) -> None:
     """Refuse to start if a demo file would overwrite a user's file."""
-    for files in examples:
-        for key, content in files.items():
-            if store.exists(key) and store.get_bytes(key) != content:
-                raise ConfigError(
-                    f"{store.uri_of(key)} is not the demo's own file, and the demo would overwrite it; "
-                    "run the demo in another home (--home) or store, or move the file away."
-                )
+    for key, content in files.items():
+        if store.exists(key) and store.get_bytes(key) != content:
+            raise ConfigError(
+                f"{store.uri_of(key)} is not the demo's own file, and the demo would overwrite it; "
+                "run the demo in another home (--home) or store, or move the file away."
+            )
 
 
-def _clear(store: ObjectStore, examples: Iterable[Mapping[str, bytes]]) -> None:
+def _clear(store: ObjectStore, files: Mapping[str, bytes]) -> None:
     """Remove the demo's files from the inbox. A file that a user has replaced stays."""
-    for files in examples:
-        for key, content in files.items():
-            if store.exists(key) and store.get_bytes(key) == content:
-                store.delete(key)
+    for key, content in files.items():
+        if store.exists(key) and store.get_bytes(key) == content:
+            store.delete(key)
 
 
 def _make_room(picture: Path) -> None:
@@ -187,14 +182,11 @@ def _make_room(picture: Path) -> None:
 
 def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
     """Draw the first lineage's matrix, and next to it the second's if both learned the same tasks."""
-    matrices = [AccuracyMatrix.from_json(outcome.matrix) if outcome.matrix else None for outcome in outcomes]
-    if (first := matrices[0]) is None:
+    first, *rivals = (AccuracyMatrix.from_json(each.matrix) if each.matrix else None for each in outcomes)
+    if first is None:
         return None
-    rivals = zip(outcomes[1:], matrices[1:], strict=True)
-    name, rival = next(
-        ((outcome.strategy, matrix) for outcome, matrix in rivals if matrix and matrix.tasks == first.tasks), ("", None)
-    )
     from infra.report.figures import result_figure, save_png
 
-    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=name), picture)
+    rival = next((matrix for matrix in rivals if matrix and matrix.tasks == first.tasks), None)
+    save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=outcomes[-1].strategy), picture)
     return picture

@@ -14,8 +14,8 @@ from rich.table import Table
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
@@ -122,7 +122,7 @@ def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
             escape(each.lineage), each.version, escape(each.task),
             "trained on it" if each.is_direct else "continues one that was",
             "accepted" if each.accepted else "rejected", " ".join(each.aliases),
-        )  # fmt: skip
+        )
     advice = (
         "Their weights still hold what they learned. If that has to go too, make a version before them champion "
         "(deal history, deal promote), or start a new lineage."

@@ -13,14 +13,13 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.console import home_option, this_command
-from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, matrix_table, new_table, percent, show_adaptation, show_held
+from flows.cli.console import heading, home_option, matrix_table, new_table, percent, show_adaptation, show_held
+from flows.cli.session import Column, CommandResult, Lineage, Session, command
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
+    from flows.champions import EvaluateResult
     from flows.cli.demo import DemoResult
-    from flows.evaluate import EvaluateResult
     from flows.watch import WatchResult
     from infra.promotions import Move
     from tasks.lineage.history import HistoryEntry
@@ -28,26 +27,16 @@ if TYPE_CHECKING:
 
 learn_app = typer.Typer()
 
-Base = Annotated[
-    str | None,
-    Option(
-        "--base",
-        help="Hub id, local folder or GGUF file.",
-        show_default="the lineage's own, else smollm2-135m-instruct",
-    ),
-]
-Strategy = Annotated[
-    str | None,
-    Option("--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"),
-]
-Memory = Annotated[
-    str | None,
-    Option(
-        "--memory",
-        help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
-        show_default="the lineage's own, else none",
-    ),
-]
+Base = Annotated[str | None, Option(
+    "--base", help="Hub id, local folder or GGUF file.", show_default="the lineage's own, else smollm2-135m-instruct"
+)]
+Strategy = Annotated[str | None, Option(
+    "--strategy", help="deal, seq_lora, replay, o_lora, …", show_default="the lineage's own, else deal"
+)]
+Memory = Annotated[str | None, Option(
+    "--memory", help="none: keep no training row. rows: keep a tenth of them and ask about them again.",
+    show_default="the lineage's own, else none"
+)]
 SpecLineage = Annotated[
     str | None, Option("--lineage", "-l", help="Name of the lineage.", show_default="the spec's, else default")
 ]
@@ -94,7 +83,7 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
             outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
             percent(scores.backward_transfer), percent(scores.forward_transfer),
             f"version {outcome.champion}" if outcome.champion else "none",
-        )  # fmt: skip
+        )
     if comparison.row_count:
         shown += [heading("In the end"), comparison]
     for outcome in result.outcomes:
@@ -104,15 +93,12 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         shown += [f"[red]{escape(message)}[/]" for message in outcome.refused]
     if result.picture is not None:
         shown.append(f"Picture:      {escape(str(result.picture))}")
-    deal, option, first = this_command(), home_option(home), result.outcomes[0].lineage
-    shown.append(
-        escape(
-            f"Look closer:  {deal} history --lineage {first}{option}\n"
-            f"              {deal} ui{option}\n"
-            f'              {deal} predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
-        )
-    )
-    return shown
+    option, first = home_option(home), result.outcomes[0].lineage
+    return [*shown, escape(
+        f"Look closer:  deal history --lineage {first}{option}\n"
+        f"              deal ui{option}\n"
+        f'              deal predict --lineage {first} --task parcels "My parcel is stuck at customs"{option}'
+    )]
 
 
 @command(learn_app, "starting")
@@ -131,13 +117,12 @@ def adapt(
     ] = False,
 ) -> CommandResult:
     """Adapt the lineage's champion to one file, given by a spec or by --task and --data."""
-    from tasks.context import current_store
     from tasks.lineage.settings import spec_from_options
 
     adapt_spec = spec_from_options(
-        current_store(), spec, task=task, data=data, test_data=test_data,
+        deal.store, spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
-    )  # fmt: skip
+    )
 
     def start() -> Coroutine[Any, Any, AdaptResult]:
         from flows.adapt import adapt as adapt_flow
@@ -155,10 +140,9 @@ def watch(
     spec: Annotated[
         Path | None, Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        Option("--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"),
-    ] = None,
+    task: Annotated[list[str] | None, Option(
+        "--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"
+    )] = None,
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
@@ -166,11 +150,10 @@ def watch(
     poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
-    from tasks.context import current_store
     from tasks.lineage.settings import watched_from_options
 
     watched = watched_from_options(
-        current_store(), spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
+        deal.store, spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
 
     def start() -> Coroutine[Any, Any, WatchResult]:
@@ -199,7 +182,7 @@ def evaluate(deal: Session, lineage: Lineage = "default", version: Version = Non
     """Score a version again on the frozen test rows of every task that it knows."""
 
     def start() -> Coroutine[Any, Any, EvaluateResult]:
-        from flows.evaluate import evaluate as evaluate_flow
+        from flows.champions import evaluate as evaluate_flow
 
         return evaluate_flow(lineage, version)
 
@@ -221,16 +204,10 @@ def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
 def history(
     deal: Session,
     lineage: Lineage = "default",
-    at: Annotated[
-        datetime | None,
-        Option(
-            "--at",
-            metavar="TIME",
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
-            help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.",
-            show_default=False,
-        ),
-    ] = None,
+    at: Annotated[datetime | None, Option(
+        "--at", metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+        help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.", show_default=False
+    )] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
     matrix: Annotated[
         bool, Option("--matrix", help="Show instead how well the versions up to the champion answer each task.")
@@ -240,7 +217,6 @@ def history(
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
-    from tasks.context import current_store
     from tasks.lineage.held import find_held
     from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves
 
@@ -255,7 +231,7 @@ def history(
     if moves:
         log = read_moves(lineage)
         return CommandResult(log, show_moves(lineage, log))
-    held, limit = find_held(current_store(), lineage), 0 if deal.screen.as_json else newest
+    held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
     try:
         entries = read_history(lineage, limit + 1 if limit else None)
     except NoVersionError:
@@ -283,7 +259,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
         table.add_row(
             entry.version, entry.parent_version or "base", percent(entry.average_accuracy), percent(entry.forgetting),
             entry.task, entry.strategy, gate, " ".join(entry.aliases), f"{entry.created.astimezone():%m-%d %H:%M}",
-        )  # fmt: skip
+        )
     reasons = [f"Version {entry.version}: {escape(reason)}" for entry in entries for reason in entry.reasons]
     return [heading(f"Lineage {lineage}"), table, *reasons]
 
@@ -295,7 +271,7 @@ def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
         table.add_row(
             f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
             escape(move.who), escape(move.why),
-        )  # fmt: skip
+        )
     return [heading(f"Moves of {lineage}"), table]
 
 
@@ -312,10 +288,7 @@ def predict(
     out: Annotated[
         Path | None, Option("--out", "-o", help="With --data: .jsonl or .parquet.", show_default="next to the file")
     ] = None,
-    column: Annotated[
-        str | None,
-        Option("--column", help="With --data: the column that holds the texts.", show_default="found by its name"),
-    ] = None,
+    column: Column = None,
 ) -> CommandResult:
     """Answer a text, or every row of a file, with the lineage's champion."""
     if data is not None and text is not None:
@@ -337,7 +310,7 @@ def predict(
         outcome = predict_file(
             data, lineage=lineage, task=task, version=version, out=out, column=column,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
-        )  # fmt: skip
+        )
     return CommandResult(outcome, show_file_answers(outcome))
 
 

@@ -1,4 +1,4 @@
-"""Commands before a run: what a file holds (`deal validate`), what the run will take (`deal plan`), its base model."""
+"""Commands that learn nothing: `deal validate` and `deal plan` before a run, `deal model`, and `deal benchmark`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.safe_text import listed, shorten
+from flows.cli.console import heading, interval, new_table, points
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table
 
 if TYPE_CHECKING:
+    from flows.benchmark import BenchmarkResult
     from tasks.planning import PlanResult
     from tasks.validate import ShownRow, ValidateResult
 
-plan_app = typer.Typer()
+try_app = typer.Typer()
 _SHOWN_CHARS = 1000
 _SHOWN_LABELS = 20
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 
 
-@command(plan_app, "reading")
+@command(try_app, "reading")
 def plan(
     deal: Session,
     spec: Annotated[Path, Argument(help="Spec file (YAML).", show_default=False)],
-    device_memory: Annotated[
-        str | None,
-        Option("--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"),
-    ] = None,
+    device_memory: Annotated[str | None, Option(
+        "--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
+    )] = None,
     precision: Annotated[
         str, Option("--precision", help="Precision of the weights: bf16, fp32, or auto (this machine's).")
     ] = "auto",
@@ -42,16 +42,15 @@ def plan(
 ) -> CommandResult:
     """Say what a run will take (memory, steps, time) and whether it fits. Fetches no weights and stores nothing."""
     from flows.server.embedded import calm_libraries
-    from tasks.context import current_store
     from tasks.lineage.settings import spec_from_options
     from tasks.planning import plan as plan_run
 
     calm_libraries()
-    asked = spec_from_options(current_store(), spec, task=None, data=None, test_data=None)
+    asked = spec_from_options(deal.store, spec, task=None, data=None, test_data=None)
     found = plan_run(
         asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
         on_progress=deal.screen.stage_started,
-    )  # fmt: skip
+    )
     return CommandResult(found, show_plan(found), failed=found.refused)
 
 
@@ -126,14 +125,12 @@ def _time(found: PlanResult) -> str:
 
 def _remedies(found: PlanResult) -> list[RenderableType]:
     certain = sum(found.memory[kind] for kind in ("weights", "adapter", "optimiser"))
+    shown: list[RenderableType] = []
     if certain > found.device_bytes:
-        alone = f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch."
-    else:
-        alone = ""
+        shown.append(f"Weights, adapter and optimiser alone take {in_bytes(certain)}, whatever the batch.")
     table = new_table("change", "then takes", "", right=["then takes"])
     for each in found.remedies:
         table.add_row(escape(each.change), in_bytes(each.total_bytes), "[green]fits[/]" if each.fits else "too much")
-    shown: list[RenderableType] = [alone] if alone else []
     if found.remedies:
         shown += [heading("What to change"), table]
     if not any(each.fits for each in found.remedies):
@@ -141,7 +138,7 @@ def _remedies(found: PlanResult) -> list[RenderableType]:
     return shown
 
 
-@command(plan_app, "validate")
+@command(try_app, "validate")
 def validate(
     deal: Session,
     file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
@@ -152,10 +149,9 @@ def validate(
     test_data: Annotated[
         str | None, Option("--test-data", help="File of test rows.", show_default="the spec's")
     ] = None,
-    lineage: Annotated[
-        str | None,
-        Option("--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"),
-    ] = None,
+    lineage: Annotated[str | None, Option(
+        "--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"
+    )] = None,
     with_model: Annotated[
         bool, Option("--with-model", help="Also let the base model look for wrong labels; takes time.")
     ] = False,
@@ -167,7 +163,7 @@ def validate(
         file, spec=spec, task=task, lineage=lineage, test_data=test_data, with_model=with_model,
         on_progress=lambda done: deal.screen.advanced("validate", done, None),
         on_model=lambda done, total: deal.screen.advanced("labels", done, total),
-    )  # fmt: skip
+    )
     return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
 
 
@@ -212,4 +208,77 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     shown += [f"[yellow]{escape(warning)}[/]" for warning in result.warnings]
     if result.refusal:
         shown.append(f"[red]{escape(result.refusal)}[/]")
+    return shown
+
+
+@command(try_app, "starting")
+def benchmark(
+    deal: Session,
+    data: Annotated[
+        str, Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
+    ],
+    suite: Annotated[str | None, Option(
+        "--suite", help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False
+    )] = None,
+    order: Annotated[list[str] | None, Option("--order", help="Order of the suite's tasks.", show_default="1")] = None,
+    task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
+    strategy: Annotated[list[str] | None, Option(
+        "--strategy",
+        help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
+        show_default="deal, seq_lora"
+    )] = None,
+    seed: Annotated[list[int] | None, Option("--seed", help="Seed of weights and row order.", show_default="0")] = None,
+    rows: Annotated[int, Option("--rows", help="Training rows per task.")] = 300,
+    part: Annotated[str, Option("--part", help="Test rows: dev (for choosing settings) or reported.")] = "reported",
+    max_test_rows: Annotated[
+        int | None, Option("--max-test-rows", help="Use only the first N test rows.", show_default="all")
+    ] = None,
+    scored: Annotated[
+        str, Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
+    ] = "all",
+    prompt: Annotated[
+        str, Option("--prompt", help="Prompts: plain, or chat (the base model's chat template).")
+    ] = "plain",
+    adapter: Annotated[
+        str, Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
+    ] = "{}",
+    train: Annotated[str, Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
+    method: Annotated[list[str] | None, Option(
+        "--method", help="Changes to the methods' settings, as JSON. Repeat it to compare several."
+    )] = None,
+    base: Annotated[str | None, Option("--base", help="Base model.", show_default="smollm2-135m-instruct")] = None,
+    out: Annotated[Path | None, Option("--out", help="Folder of the cells.", show_default="HOME/benchmark")] = None,
+) -> CommandResult:
+    """Compare strategies on a suite of tasks. Finished cells are kept; several commands can share the work."""
+    from flows.benchmark import benchmark as benchmark_flow
+    from flows.benchmark import spec_from_options
+
+    spec = spec_from_options(
+        data=data, suite=suite, orders=order, tasks=task, strategies=strategy, seeds=seed, rows=rows,
+        part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
+        adapter=adapter, train=train, methods=method or [],
+    )
+    outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
+    return CommandResult(outcome, show_benchmark(outcome), failed=outcome.num_failed > 0)
+
+
+def show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
+    """A table per suite, and the cells that failed."""
+    from deal_core.benchmark.summary import method_name
+
+    shown: list[RenderableType] = []
+    numbers = ["cells", "AA", "forgetting", "BWT", "FWT", "AA minus deal (95 % CI)"]
+    for found in result.tables:
+        table = new_table("strategy", "order", *numbers, right=numbers)
+        for row in found["rows"]:
+            table.add_row(
+                escape(method_name(row["strategy"], row["changes"])),
+                " and ".join(row["orders"]), str(row["num_cells"]),
+                *(points(row[name]) for name in ("average_accuracy", "forgetting", "backward_transfer",
+                                                 "forward_transfer")),
+                interval(row.get("difference_points_ci95")),
+            )
+        rows, part = found["protocol"][:2]
+        shown += [heading(f"Suite {found['suite']}, {rows} training rows a task, {part} test rows"), table]
+    shown += [f"[red]{escape(f'{cell.file}: {cell.message}')}[/]" for cell in result.cells if cell.status == "failed"]
     return shown

@@ -36,24 +36,16 @@ def serve(
     host: Annotated[
         str, Option("--host", help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
     ] = "127.0.0.1",
-    trusted_host: Annotated[
-        list[str] | None,
-        Option(
-            "--trusted-host",
-            envvar="DEAL_TRUSTED_HOSTS",
-            show_default=False,
-            help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all.",
-        ),
-    ] = None,
+    trusted_host: Annotated[list[str] | None, Option(
+        "--trusted-host", envvar="DEAL_TRUSTED_HOSTS", show_default=False,
+        help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all."
+    )] = None,
 ) -> None:
     """Answer requests with the lineage's current champion. Ctrl-C ends the server."""
-    import asyncio
-
     from infra.serving.champion import NoChampionError
     from infra.serving.run import serve as serve_champion
     from infra.tracking.registry import open_registry
     from tasks.adaptation.promote import settled_champion
-    from tasks.context import current_store
     from tasks.lineage.history import unknown_lineage
 
     def tell(event: dict[str, Any], text: str) -> None:
@@ -71,10 +63,10 @@ def serve(
         tell(told, f"[bold green]{escape(lineage)}[/] answers at {url}/invocations. Ctrl-C ends it.")
 
     try:
-        has_ended = asyncio.run(serve_champion(
+        has_ended = serve_champion(
             lineage, deal.home, host=host, port=port, trusted_hosts=trusted_host or (), say=say, ready=ready,
-            settle=lambda: settled_champion(open_registry(), current_store(), lineage),
-        ))  # fmt: skip
+            settle=lambda: settled_champion(open_registry(), deal.store, lineage),
+        )
     except NoChampionError:
         raise RegistryError(unknown_lineage(lineage)) from None
     if not has_ended:  # at its exit Python would wait for the thread that asks MLflow
@@ -91,7 +83,7 @@ def sync(
     ] = None,
 ) -> CommandResult:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
-    from flows.serve_vllm import serve_vllm
+    from flows.champions import serve_vllm
     from tasks.spec import refuse_secrets
 
     if url:
@@ -103,22 +95,15 @@ def sync(
 @command(vllm_app, "publishing")
 def publish(
     deal: Session,
-    folder: Annotated[
-        Path,
-        Argument(
-            envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
-        ),
-    ],
+    folder: Annotated[Path, Argument(
+        envvar="VLLM_LORA_RESOLVER_CACHE_DIR", help="The servers' folder of adapters, as this machine sees it."
+    )],
     lineage: Lineage = "default",
     version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
-    model: Annotated[
-        str | None,
-        Option(
-            "--model",
-            help="The model that `vllm serve` was started with, word for word.",
-            show_default="the base model's Hub id or folder",
-        ),
-    ] = None,
+    model: Annotated[str | None, Option(
+        "--model", help="The model that `vllm serve` was started with, word for word.",
+        show_default="the base model's Hub id or folder"
+    )] = None,
 ) -> CommandResult:
     """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
     from infra.settings import VllmSettings

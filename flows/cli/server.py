@@ -14,13 +14,12 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
+from flows.cli.console import heading, new_table, show_held
 from flows.cli.session import CommandResult, Session, command
-from flows.cli.tables import heading, new_table, show_held
 
 if TYPE_CHECKING:
     from flows.server.local_processes import LocalStack
-    from flows.server.run_status import RunStatus
-    from flows.server.status import Status
+    from flows.server.status import RunStatus, Status
     from tasks.lineage.rebuild import RebuildResult
 
 server_app = typer.Typer()
@@ -43,7 +42,7 @@ def up(
             deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
             say=deal.screen.said,
         )
-    )  # fmt: skip
+    )
     return CommandResult(stack, show_stack(stack))
 
 
@@ -164,12 +163,11 @@ def add(
     ],
 ) -> CommandResult:
     """Let a lineage learn from the inbox, or change its settings."""
-    from tasks.context import current_store
     from tasks.lineage.settings import WatchedLineage, add_lineage
     from tasks.spec import parse, read_lineage_values
 
     lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
-    address = add_lineage(current_store(), lineage)
+    address = add_lineage(deal.store, lineage)
     value = {"lineage": lineage.lineage, "file": address}
     return CommandResult(value, [escape(f"{lineage.lineage} is in {address}")])
 
@@ -197,10 +195,9 @@ def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
 @command(lineage_app, name="list")
 def list_(deal: Session) -> CommandResult:
     """List the lineages that learn from the inbox."""
-    from tasks.context import current_store
     from tasks.lineage.settings import list_lineages
 
-    found = list_lineages(current_store())
+    found = list_lineages(deal.store)
     shown = [
         f"{each.lineage}: {', '.join(each.tasks) or 'every task'}" + (f" (held: {each.held})" if each.held else "")
         for each in found
@@ -218,10 +215,9 @@ def hold(
     why: Annotated[str, Option("--why", help="Reason, for people who look at the lineage.")] = "by command",
 ) -> CommandResult:
     """Let a lineage learn nothing that lands. A run that has begun ends; files wait until `resume`."""
-    from tasks.context import current_store
     from tasks.lineage.settings import hold_lineage_file
 
-    found = hold_lineage_file(current_store(), lineage, why)
+    found = hold_lineage_file(deal.store, lineage, why)
     shown = f"{lineage} is held: {why}. Let it learn again with: deal lineage resume {lineage}."
     return CommandResult(found, [escape(shown)])
 
@@ -229,10 +225,9 @@ def hold(
 @command(lineage_app)
 def resume(deal: Session, lineage: LineageName) -> CommandResult:
     """Let a held lineage learn again. Files that landed meanwhile are learned."""
-    from tasks.context import current_store
     from tasks.lineage.settings import hold_lineage_file
 
-    found = hold_lineage_file(current_store(), lineage, None)
+    found = hold_lineage_file(deal.store, lineage, None)
     return CommandResult(found, [escape(f"{lineage} learns what lands.")])
 
 
@@ -241,18 +236,16 @@ def show_lineage(deal: Session, lineage: LineageName) -> CommandResult:
     """Show a lineage's settings: those of its file, and the defaults of all others."""
     import yaml
 
-    from tasks.context import current_store
     from tasks.lineage.settings import read_lineage
 
-    found = read_lineage(current_store(), lineage)
+    found = read_lineage(deal.store, lineage)
     return CommandResult(found, [escape(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False).rstrip())])
 
 
 @command(lineage_app)
 def remove(deal: Session, lineage: LineageName) -> CommandResult:
     """Let a lineage learn no longer from the inbox, by deleting its settings. Its versions stay and serve."""
-    from tasks.context import current_store
     from tasks.lineage.settings import remove_lineage
 
-    address = remove_lineage(current_store(), lineage)
+    address = remove_lineage(deal.store, lineage)
     return CommandResult({"lineage": lineage, "file": address}, [escape(f"{address} is deleted; its versions stay.")])

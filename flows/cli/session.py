@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import inspect
 import os
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -26,21 +27,21 @@ from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.safe_text import printable, without_secrets
 from flows.cli.console import Screen
 
+if TYPE_CHECKING:
+    from infra.store.base import ObjectStore
+
 FAILED, WRONG_USE, REJECTED, STOPPED = 1, 2, 3, 130
 
-Home = Annotated[
-    Path | None,
-    Option(
-        "--home",
-        metavar="DIR",
-        help="Folder that holds everything [DEAL_HOME, else ./deal-home].",
-        show_default=False,
-        rich_help_panel="Common",
-    ),
-]
+Home = Annotated[Path | None, Option(
+    "--home", metavar="DIR", help="Folder that holds everything [DEAL_HOME, else ./deal-home].", show_default=False,
+    rich_help_panel="Common"
+)]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.", rich_help_panel="Common")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.", rich_help_panel="Common")]
 Lineage = Annotated[str, Option("--lineage", "-l", help="Name of the lineage.")]
+Column = Annotated[str | None, Option(
+    "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
+)]
 
 COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
 """Name, annotation and default of the options that every command has."""
@@ -72,6 +73,21 @@ class Session:
 
     home: Path
     screen: Screen
+
+    @property
+    def store(self) -> ObjectStore:
+        """The object store of the environment. For errors see `open_store`."""
+        from tasks.context import current_store
+
+        return current_store()
+
+    @property
+    def account(self) -> str:
+        """Name of the account that runs this process."""
+        try:
+            return getpass.getuser()
+        except (OSError, KeyError):  # a container's user may have no name
+            return "unknown account"
 
     def run(
         self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,

@@ -12,8 +12,8 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.safe_text import listed
+from flows.cli.console import heading, new_table, show_adaptation, show_held
 from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, new_table, show_adaptation, show_held
 from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def renew(
 @command(versions_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion that continues the current champion. The next arrival continues from it."""
-    from flows.promote import current_account, promote_to
+    from flows.promote import promote_to
 
-    done = promote_to(lineage, version, who=current_account(), why=why)
+    done = promote_to(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -100,9 +100,9 @@ def rollback(
     why: Why = "rolled back by hand",
 ) -> CommandResult:
     """Make an earlier version the champion again, at once. The arrivals that it has not learned are listed."""
-    from flows.promote import current_account, roll_back
+    from flows.promote import roll_back
 
-    done = roll_back(lineage, to, who=current_account(), why=why)
+    done = roll_back(lineage, to, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -114,9 +114,9 @@ def reject(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
-    from flows.promote import current_account, reject_version
+    from flows.promote import reject_version
 
-    done = reject_version(lineage, version, who=current_account(), why=why)
+    done = reject_version(lineage, version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -127,7 +127,7 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is rejected; {serves}.[/]"]
     if done.action == "rollout":
         return [f"[bold]Version {done.version} of {escape(done.lineage)} is tried on live traffic; version "
-                f"{done.champion} serves on.[/]"]  # fmt: skip
+                f"{done.champion} serves on.[/]"]
     before = f"version {done.before}" if done.before else "none"
     shown: list[RenderableType] = [
         f"[bold green]Champion of {escape(done.lineage)}: version {done.champion}[/] (before: {before})"
@@ -140,35 +140,30 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
 @command(versions_app, "reading")
 def requeue(
     deal: Session,
-    what: Annotated[
-        list[str] | None,
-        Argument(help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False),
-    ] = None,
-    learn: Annotated[
-        bool,
-        Option(
-            "--learn",
-            help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed.",
-        ),
-    ] = False,
+    what: Annotated[list[str] | None, Argument(
+        help="Versions to learn again, or held arrivals inbox/TASK/FILE that go on.", show_default=False
+    )] = None,
+    learn: Annotated[bool, Option(
+        "--learn",
+        help="Learn all arrivals that were left behind, and let all held ones go on. Without it they are listed."
+    )] = False,
     lineage: Lineage = "default",
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
     from flows.requeue import requeue as requeue_flow
     from tasks.cancelled import release
-    from tasks.context import current_store
     from tasks.lineage.held import find_held
     from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
     versions = [each for each in what or [] if not each.startswith(f"{INBOX}/")]
     if arrivals and not versions:
-        released = release(current_store(), lineage, arrivals)
+        released = release(deal.store, lineage, arrivals)
         shown = [f"{key} goes on: a watch learns it at its next look." for key in released]
         return CommandResult({"lineage": lineage, "released": released}, [*map(escape, shown)])
     if not (learn or versions):
-        held = find_held(current_store(), lineage)
+        held = find_held(deal.store, lineage)
         try:
             found = find_left_behind(lineage)
         except NoVersionError:

@@ -91,7 +91,7 @@ def automations(never_began: timedelta) -> list[AutomationCore]:
             match={**RUNS, "prefect.run-count": [str(number) for number in range(MAX_RERUNS + 1)]},
             match_related=THEIRS, expect={"prefect.flow-run.Crashed"}, for_each=RUN,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _automation(
@@ -105,7 +105,7 @@ def _automation(
             posture=Posture.Proactive if within else Posture.Reactive, within=within or timedelta(0), threshold=1,
             **trigger,
         ),
-    )  # fmt: skip
+    )
 
 
 async def apply_automations(client: PrefectClient, never_began: timedelta) -> None:
@@ -138,7 +138,7 @@ def notifications(block_id: UUID | None) -> list[AutomationCore]:
             "{{ event.payload.reason }}\nA run did not begin or did not come back; deal status shows what is open.",
             block_id,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _notifying(
@@ -149,7 +149,7 @@ def _notifying(
         f"tell of {what}", f"Sends {event} through a notification block; see docs/notifications.md.",
         SendNotification(block_document_id=block_id, subject=subject, body=body) if block_id else DoNothing(),
         enabled=False, match=match, expect={event},
-    )  # fmt: skip
+    )
 
 
 async def apply_notifications(client: PrefectClient) -> None:

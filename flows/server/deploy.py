@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import prefect
 import yaml
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import VariableCreate, VariableUpdate, WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
+from prefect.variables import Variable
 
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
@@ -29,7 +31,9 @@ PoolType = Literal["process", "docker", "kubernetes"]
 GPU_POOL, CPU_POOL = "deal-gpu", "deal-cpu"
 STORE_VARIABLE = "deal_store"
 """The variable on the server with the address of the store that the deployments work with."""
-TEMPLATES = Path(__file__).parents[2] / "infra" / "work_pools"
+POOL_CHANGES = Path(__file__).parents[2] / "infra" / "work_pools.yaml"
+PREFECTS_POOLS = "server/api/collections_data/views/aggregate-worker-metadata.json"
+"""Prefect's file of the templates of all types of pools. It is in Prefect's own package."""
 
 
 class DeployError(DealError):
@@ -69,8 +73,7 @@ async def deploy_all(
         await apply_notifications(client)
         is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
     _deploy_file(home, is_paused)
-    async with get_client() as client:
-        await _write_place(client, ours)
+    await Variable.aset(STORE_VARIABLE, ours.store, overwrite=True)
 
 
 class Place(NamedTuple):
@@ -83,47 +86,27 @@ class Place(NamedTuple):
 async def _require_own(client: PrefectClient, ours: Place) -> None:
     """Refuse to overwrite deployments that work in another home or store.
 
+    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
+
     Raises:
         ConfigError: They do.
     """
-    theirs = await _read_place(client)
-    if theirs is None:
+    deployments = await client.read_deployments(deployment_filter=learning_deployment())
+    steps = [step for deployment in deployments for step in deployment.pull_steps or ()]
+    homes = [str(settings["directory"]) for step in steps for settings in step.values() if "directory" in settings]
+    if not homes:
         return
+    theirs = Place(home=homes[0], store=str(await Variable.aget(STORE_VARIABLE, default="")))
     differing = [
         f"the {name} is {there}, here it is {here}"
         for name, there, here in zip(Place._fields, theirs, ours, strict=True) if there not in ("", here)
-    ]  # fmt: skip
+    ]
     if differing:
         raise ConfigError(
             f"The Prefect server has deployments of another installation: {'; '.join(differing)}. Deploying here would "
             "break its runs. Deploy where its workers are, take a Prefect server of your own, or overwrite its "
             "deployments with: deal deploy --replace"
         )
-
-
-async def _read_place(client: PrefectClient) -> Place | None:
-    """Return the place of the deployments on the server; None: it has none of this project's.
-
-    Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
-    """
-    homes = [
-        str(settings["directory"])
-        for deployment in await client.read_deployments(
-            deployment_filter=learning_deployment()
-        )
-        for step in deployment.pull_steps or () for settings in step.values() if "directory" in settings
-    ]  # fmt: skip
-    if not homes:
-        return None
-    written = await client.read_variable_by_name(STORE_VARIABLE)
-    return Place(home=homes[0], store=str(written.value) if written else "")
-
-
-async def _write_place(client: PrefectClient, place: Place) -> None:
-    if await client.read_variable_by_name(STORE_VARIABLE):
-        await client.update_variable(VariableUpdate(name=STORE_VARIABLE, value=place.store))
-    else:
-        await client.create_variable(VariableCreate(name=STORE_VARIABLE, value=place.store))
 
 
 def _deploy_file(home: Path, is_paused: bool) -> None:
@@ -142,7 +125,7 @@ def _deploy_file(home: Path, is_paused: bool) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=home, capture_output=True, text=True, check=False,
             env={**os.environ, "DEAL_HOME": str(home), "PREFECT_API_URL": str(get_current_settings().api.url)},
-        )  # fmt: skip
+        )
     log = home / "logs" / "deploy.log"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
@@ -163,7 +146,7 @@ def prefect_file() -> Path:
 
 
 async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> None:
-    template = json.loads((TEMPLATES / f"{pool_type}.json").read_text(encoding="utf-8"))
+    template = pool_template(pool_type)
     try:
         known = await client.read_work_pool(name)
     except ObjectNotFound:
@@ -174,6 +157,30 @@ async def _apply_pool(client: PrefectClient, name: str, pool_type: PoolType) -> 
         raise ConfigError(f"{problem}; delete the pool, or give --type {known.type}.")
     update = WorkPoolUpdate(base_job_template=with_defaults_of(known.base_job_template, template))
     await client.update_work_pool(name, update)
+
+
+def pool_template(pool_type: PoolType) -> dict[str, Any]:
+    """Return Prefect's template of a pool, with this project's changes."""
+    packages = json.loads((Path(prefect.__file__).parent / PREFECTS_POOLS).read_text(encoding="utf-8"))
+    templates = {
+        worker["type"]: worker["default_base_job_configuration"]
+        for workers in packages.values() for worker in workers.values()
+    }
+    changes = yaml.safe_load(POOL_CHANGES.read_text(encoding="utf-8"))
+    return _changed(templates[pool_type], changes.get(pool_type, {}))
+
+
+def _changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with a JSON merge patch (RFC 7396): None removes a key, and only objects are merged."""
+    changed = dict(values)
+    for key, change in changes.items():
+        if change is None:
+            changed.pop(key, None)
+        elif isinstance(change, Mapping):
+            changed[key] = _changed(values.get(key, {}), change)
+        else:
+            changed[key] = change
+    return changed
 
 
 def with_defaults_of(known: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:

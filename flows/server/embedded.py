@@ -59,7 +59,7 @@ SETTINGS = {
 """For this process and its children. Values that the user has set are kept."""
 COMMAND_PID = "DEAL_COMMAND_PID"
 """Environment variable that tells the API's process which command it belongs to."""
-API_MARK = b"prefect.server.api.server:create_app"
+API_MARK = "prefect.server.api.server:create_app"
 """Part of the command line of an API's process."""
 PAGES_SECONDS = 60
 """Longest wait for MLflow's pages."""
@@ -167,18 +167,17 @@ def start_api() -> Future[None]:
 
 
 def end_orphans(home: Path) -> None:
-    """End the APIs of this home whose command was killed. Without /proc, do nothing."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):  # the process has ended, or is another user's
-            if API_MARK not in (folder / "cmdline").read_bytes():
+    """End the APIs of this home whose command was killed."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # the process has ended, or is another user's
+            if API_MARK not in " ".join(process.cmdline()):
                 continue
-            environment = dict(
-                entry.split(b"=", 1) for entry in (folder / "environ").read_bytes().split(b"\0") if b"=" in entry
-            )
-            is_ours = environment.get(b"PREFECT_HOME") == os.fsencode(home / "prefect")
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if is_ours and environment.get(COMMAND_PID.encode(), b"").decode() not in ("", parent):
-                os.kill(int(folder.name), signal.SIGTERM)
+            environment = process.environ()
+            is_ours = environment.get("PREFECT_HOME") == str(home / "prefect")
+            if is_ours and environment.get(COMMAND_PID, "") not in ("", str(process.ppid())):
+                process.terminate()
 
 
 class UiAddress(BaseModel, frozen=True):

@@ -118,7 +118,7 @@ def start_part(home: Path, stack: LocalStack, name: str, command: tuple[str, ...
         process = subprocess.Popen(
             [sys.executable, *command], cwd=home, env=_environment(home, stack, name), stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        )
     part = LocalProcess(name=name, command=command, pid=process.pid, started=start_of(process.pid), log=log)
     stack.parts = [*(other for other in stack.parts if other.name != name), part]
     try:

@@ -24,16 +24,8 @@ from prefect.states import AwaitingRetry, Crashed
 from deal_core.errors import ConfigError, DealError
 from flows.server.automations import RETURNING
 from flows.server.deploy import CPU_POOL, GPU_POOL, deploy_all
-from flows.server.local_processes import (
-    SUPERVISOR,
-    LocalStack,
-    hold_stack,
-    kill_left_by,
-    read_stack,
-    start_part,
-    stop,
-)
-from flows.server.runs import read_runs
+from flows.server.local_processes import SUPERVISOR, LocalStack, hold_stack, kill_left_by, read_stack, start_part, stop
+from flows.server.status import read_runs
 from infra.settings import TrackingSettings
 
 START_SECONDS = 180.0
@@ -100,7 +92,7 @@ def start_servers(home: Path, prefect_port: int, mlflow_port: int, say: Say) -> 
     stack = LocalStack(
         prefect_url=f"http://127.0.0.1:{prefect_port}", mlflow_url=f"http://127.0.0.1:{mlflow_port}",
         backend_uri=settings.tracking_uri, artifact_uri=settings.artifact_uri,
-    )  # fmt: skip
+    )
     for name, command in _server_commands(prefect_port, mlflow_port).items():
         say(f"{name} starts")
         start_part(home, stack, name, command)
@@ -115,7 +107,7 @@ def _server_commands(prefect_port: int, mlflow_port: int) -> dict[str, tuple[str
             "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1",
             "--uvicorn-opts=--no-access-log",  # `deal serve` sends a request every two seconds
         ),
-    }  # fmt: skip
+    }
 
 
 def start_workers(home: Path, stack: LocalStack, num_trainings: int, say: Say) -> None:

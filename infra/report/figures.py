@@ -89,12 +89,11 @@ def draw_heatmap(axes: Axes, matrix: AccuracyMatrix) -> None:
             continue
         cell.set_facecolor(COLOUR_MAP(value / 100))
         colour = "white" if value >= DARK_FROM else "black"
-        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10,
-                  color=colour)  # fmt: skip
+        axes.text(column + 0.5, tops[row] + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=10, color=colour)
     for version, task in enumerate(matrix.trained, start=1):
         corner = (matrix.tasks.index(task), version)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2.4, zorder=3,
-                                 clip_on=False))  # fmt: skip
+                                 clip_on=False))
     axes.set_xlim(0, len(matrix.tasks))
     axes.set_ylim(len(values), -GAP)
     name_columns(axes, matrix.tasks, offset=0.5)
@@ -124,7 +123,7 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
         return figure
     last = len(matrix.rows)
     ends = []
-    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None] if matrix.rows else []
+    shown = [column for column, value in enumerate(matrix.rows[-1]) if value is not None]
     for column in shown:  # earlier test rows that were forgotten have no value
         first = matrix.first_versions()[column]
         values = [100 * float(row[column] or 0) for row in matrix.rows[first:]]
@@ -137,7 +136,7 @@ def accuracy_over_versions(matrix: AccuracyMatrix, versions: Sequence[str] = ())
         beside = axes.get_yaxis_transform()
         _mark(axes, column, [1.03], [height], transform=beside)
         axes.text(1.05, height, f"{end:.1f}  {matrix.tasks[column]}", transform=beside, va="center",
-                  fontsize=9, color="#333333")  # fmt: skip
+                  fontsize=9, color="#333333")
     axes.xaxis.set_major_locator(FixedLocator([1]) if last == 1 else MaxNLocator(integer=True))
     axes.set_xlabel("version", color=MUTED)
     axes.set_ylabel("accuracy, %", color=MUTED)
@@ -175,13 +174,13 @@ def loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
     steps, values = (numpy.array(column) for column in zip(*points, strict=True))
     many = len(points) >= 60
     axes.plot(steps, values, color=COLOURS[0], linewidth=1.2, alpha=0.35 if many else 1.0,
-              marker="" if many else "o", markersize=3.5)  # fmt: skip
+              marker="" if many else "o", markersize=3.5)
     if many:
         half = len(points) // 30
         smooth = numpy.convolve(values, numpy.ones(2 * half + 1) / (2 * half + 1), "valid")
         axes.plot(steps[half : len(steps) - half], smooth, color=COLOURS[0], linewidth=2.2)
         axes.text(1, 1.02, f"line: running mean of {2 * half + 1} points", transform=axes.transAxes, ha="right",
-                  fontsize=9, color=MUTED)  # fmt: skip
+                  fontsize=9, color=MUTED)
     tidy(axes)
     axes.set_ylim(0, float(values.max()) * 1.06 or 1)
     axes.set_xlim(left=0)
@@ -210,7 +209,7 @@ def fill_bars(fill: Mapping[str, float]) -> Figure:
         mean = sum(heights) / len(heights)
         panel.axhline(mean, color=COLOURS[1], linewidth=1.4)
         panel.text(1.008, mean / 100, f"mean\n{mean:.0f} %", transform=panel.transAxes, va="center", fontsize=9,
-                   color=COLOURS[1])  # fmt: skip
+                   color=COLOURS[1])
         tidy(panel)
         panel.set_ylim(0, 100)
         panel.set_yticks([0, 50, 100])
@@ -281,4 +280,4 @@ def _draw_bars(axes: Axes, matrices: dict[str, AccuracyMatrix]) -> None:
     axes.set_title("at the end, all tasks\n", fontsize=12, fontweight="bold", loc="left")
     axes.text(0, 1.03, "accuracy in %", transform=axes.transAxes, fontsize=9.5, color=MUTED)
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=len(series), frameon=False, fontsize=8.5,
-                handlelength=1.0, columnspacing=1.2)  # fmt: skip
+                handlelength=1.0, columnspacing=1.2)

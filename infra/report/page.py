@@ -1,14 +1,9 @@
-"""A run's page: one HTML file that loads nothing and runs no script. The same values give the same file.
-
-Example:
-    >>> render_page(report, evaluation)  # doctest: +SKIP
-    '<!doctype html>…'
-"""
+"""A run's page: its sentences and numbers, and one HTML file that loads nothing and runs no script."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,8 +12,7 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
-from infra.report import formatting as words
-from infra.report.run_report import RunReport
+from infra.report.run_report import Changed, RunReport
 
 NUM_SHADES = 11
 """Shades of the heat map from 0 to 100 %; `page.css` has their colours, for light and for dark screens."""
@@ -47,18 +41,18 @@ def render_page(report: RunReport, evaluation: EvaluationReport, live: LiveLook 
     `live` is the last look at the version's live traffic; without it, the page has no section about it. Where
     matplotlib is not installed, as on a worker, the page says so in place of its charts.
     """
-    versions = words.versions_of(report, evaluation)
+    versions = versions_of(report, evaluation)
     slowest = max(report.seconds.values(), default=0.0) or 1.0
     context: dict[str, Any] = {
         "report": report,
         "evaluation": evaluation,
-        "verdict": words.verdict_of(report),
-        "origin": words.origin_of(report),
-        "scores": words.scores_of(report, evaluation),
+        "verdict": verdict_of(report),
+        "origin": origin_of(report),
+        "scores": scores_of(report, evaluation),
         "matrix": matrix_rows(evaluation.matrix, versions),
         "charts": _charts(report, evaluation, versions, live),
         "timings": [(name, seconds, 100 * seconds / slowest) for name, seconds in report.seconds.items()],
-        "totals": words.totals(report.changed),
+        "totals": totals(report.changed),
         "otherwise": scored_otherwise(evaluation.metrics),
         "live": live,
     }
@@ -84,10 +78,8 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("infra.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "percent": words.percent, "points": words.points, "duration": words.duration, "count": words.count,
-    }  # fmt: skip
+    )
+    environment.filters |= {"percent": percent, "points": points, "duration": duration, "count": count}
     return environment
 
 
@@ -102,4 +94,109 @@ def matrix_rows(matrix: AccuracyMatrix, versions: Sequence[str]) -> list[MatrixR
 
 def _cell(share: float | None, is_trained: bool) -> MatrixCell:
     shade = None if share is None else round(share * (NUM_SHADES - 1))
-    return MatrixCell(words.percent(share), shade, is_trained)
+    return MatrixCell(percent(share), shade, is_trained)
+
+
+def verdict_of(report: RunReport) -> str:
+    """Return the gate's verdict on the version as a sentence."""
+    version = f"Version {report.version} of {report.lineage}"
+    if report.verdict == "promoted":
+        return f"{version} has learned {report.task}, passed the gate and was promoted."
+    if report.verdict == "awaiting-approval":
+        return f"{version} has learned {report.task}, passed the gate and waits for a person's approval."
+    if report.verdict == "rollout":
+        return f"{version} has learned {report.task}, passed the gate and is tried on live traffic."
+    stays = f"version {report.parent_version} stays champion" if report.parent_version else "there is no champion yet"
+    return f"{version}, trained on {report.task}, was rejected by the gate; {stays}."
+
+
+def versions_of(report: RunReport, evaluation: EvaluationReport) -> list[str]:
+    """Return the versions of the matrix's rows: this version's ancestors, oldest first, then this version.
+
+    Rejected versions have no row, and neither have versions that a rollback left out.
+    """
+    known = {link.version: link.parent_version for link in report.lineage_so_far}
+    chain: list[str] = []
+    version: str | None = report.version
+    while version is not None and version not in chain:
+        chain.insert(0, version)
+        version = known.get(version)
+    num_rows = len(evaluation.matrix.rows)
+    return chain if len(chain) == num_rows else [f"row {number}" for number in range(1, num_rows + 1)]
+
+
+def origin_of(report: RunReport) -> str:
+    """Return the name of the version's parent."""
+    return f"version {report.parent_version}" if report.parent_version else "the base model"
+
+
+def scores_of(report: RunReport, evaluation: EvaluationReport) -> list[tuple[str, str]]:
+    """Return the main results, each with its name."""
+    matrix, task = evaluation.matrix, evaluation.task
+    before = evaluation.parent_accuracy_new_task
+    start = evaluation.base_accuracy if before is None else before
+    num_tasks = len(matrix.tasks) - len(matrix.slices)
+    scores = [
+        (f"{task}, before → now", f"{percent(start)} → {percent(evaluation.accuracies[task])} %"),
+        (f"average of {count(num_tasks, 'task')}", f"{percent(matrix.average_accuracy)} %"),
+    ]
+    if matrix.forgetting is not None:
+        scores.append(("forgetting", f"{points(matrix.forgetting)} points"))
+    if matrix.relative_forgetting is not None and len({evaluation.metric_name(name) for name in matrix.tasks}) > 1:
+        scores.append(("forgetting, of what was gained", f"{percent(matrix.relative_forgetting)} %"))
+    parents = evaluation.parent_accuracies
+    changes = {
+        old: evaluation.accuracies[old] - parents[old]
+        for old in parents
+        if old != task and old not in evaluation.slices
+    }
+    if changes:
+        worst = min(changes, key=lambda old: changes[old])
+        scores.append((f"largest change of an old task: {worst}", f"{points(changes[worst], sign=True)} points"))
+    if report.changed:
+        gained, lost = totals(report.changed)
+        scores.append(("test rows gained, lost", f"+{gained}, −{lost}"))
+    return scores
+
+
+def totals(changed: tuple[Changed, ...]) -> tuple[int, int]:
+    """Return the numbers of gained and lost test rows of all tasks."""
+    return sum(each.num_gained for each in changed), sum(each.num_lost for each in changed)
+
+
+def percent(share: float | None) -> str:
+    """Return a share in per cent; a dash if it is undefined."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    return [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        for cells in (header, ["---"] * len(header), *rows)
+    ]
+
+
+def points(share: float, *, sign: bool = False) -> str:
+    """Return a difference of shares in percentage points, with a minus sign, not a hyphen. Zero has no sign."""
+    value = round(100 * share, 1) + 0.0
+    return f"{value:{'+' if sign and value else ''}.1f}".replace("-", "−")
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> count(2, "task")
+        '2 tasks'
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a wall time as text."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

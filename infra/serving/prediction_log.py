@@ -1,7 +1,7 @@
 """The prediction log of `deal serve`. It never slows or fails a request.
 
 Rows go through a bounded queue to one thread, which writes them to the disk twice a second. If the queue is full, or
-the disk is, rows are dropped and counted. Another thread moves closed segments into the object store.
+the disk is, rows are dropped and counted. Another thread moves segments into the object store.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PredictionLog:
         self._shipper.start()
 
     def close(self) -> None:
-        """Write the rows that wait and end, within seconds."""
+        """Write the rows that wait, move them into the store if it answers at once, and end within seconds."""
         self._ended.set()
         for thread in (self._writer, self._shipper):
             if thread.is_alive():
@@ -81,9 +81,7 @@ class PredictionLog:
         `shadow_of` are the ids of the answers that were returned instead of these.
         """
         try:
-            made = predictions_of(
-                rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of
-            )
+            made = predictions_of(rows, answered, seconds=seconds, keeps_texts=self.keeps_texts, shadow_of=shadow_of)
         except Exception:
             LOG.exception("Answers were not logged")
             self._drop(len(rows))
@@ -151,12 +149,9 @@ class PredictionLog:
                 try:
                     if own:
                         self._drop(writer.write(own))
-                    writer.close_if_due()
                 except Exception:  # the thread must not end
                     LOG.exception("The prediction log failed")
                     self._drop(len(own))
-        for writer in writers:
-            writer.close()
 
     def _waiting(self) -> list[_Waiting]:
         found: list[_Waiting] = []
@@ -168,20 +163,21 @@ class PredictionLog:
         return found
 
     def _ship(self) -> None:
-        problem = ""
-        while True:
+        told = ""
+        is_last = False
+        while not is_last:
+            if is_last := self._ended.is_set():
+                self._writer.join()
             try:
                 for log in self._logs:
-                    ship(self._store, log)
-                problem = ""
+                    ship(self._store, log, everything=is_last)
+                told = ""
             except Exception as error:  # the thread must not end; the segments wait on the disk
-                is_new, problem = str(error) != problem, str(error)
-                if is_new and isinstance(error, DealError | OSError):
-                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error)
-                elif is_new:
-                    LOG.exception("Shipping the prediction log failed")
-            if self._ended.wait(SHIP_SECONDS):
-                return
+                if str(error) != told:
+                    LOG.warning("Segments of the prediction log were not moved into the store: %s", error,
+                                exc_info=not isinstance(error, DealError | OSError))
+                told = str(error)
+            self._ended.wait(SHIP_SECONDS)
 
 
 def open_prediction_log(home: Path, lineage: str) -> PredictionLog | None:

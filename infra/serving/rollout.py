@@ -103,7 +103,7 @@ class Rollout:
         if self.trial is not None:
             self.end()
         if wanted is not None and (self._failed is None or self._failed[0] != wanted
-                                   or time.monotonic() - self._failed[1] > PAUSE_SECONDS):  # fmt: skip
+                                   or time.monotonic() - self._failed[1] > PAUSE_SECONDS):
             self._try(wanted)
 
     def end(self) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import socket
 import threading
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ JOIN_SECONDS = 1.0
 EVERYWHERE = ("0.0.0.0", "::", "")
 
 
-async def serve(
+def serve(
     lineage: str,
     home: Path,
     *,
@@ -47,7 +45,7 @@ async def serve(
     ready: Callable[[str, str], None],
     settle: Callable[[], object],
 ) -> bool:
-    """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second signal ends them.
+    """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
     Args:
         lineage: The lineage of the champion.
@@ -70,25 +68,41 @@ async def serve(
     """
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
-    champion, ended, loaded = Champion(lineage, say, log, settle), threading.Event(), Future[None]()
-    follower = threading.Thread(target=_follow, args=(champion, loaded, ended), name="champion", daemon=True)
-    follower.start()
-    begun = asyncio.wrap_future(loaded)
-    server_log = _logged_to(home / "logs" / f"serve-{lineage}.log")
-    with listener, server_log, _signals() as (stopped, again), ExitStack() as stack:
-        await asyncio.wait([begun, stopped], return_when=asyncio.FIRST_COMPLETED)
-        try:
-            if not stopped.done():
-                begun.result()
-                stack.enter_context(_predictions_logged(log))  # not before: now the lineage is known
-                ready(_url(listener), str(champion.version))
-                app = make_app(champion, _trusted(host, trusted_hosts), _api_key())
-                await _answer_until(stopped, again, app, listener)
-        finally:
-            ended.set()
-            champion.stop()
-    follower.join(JOIN_SECONDS)
+    champion, ended = Champion(lineage, say, log, settle), threading.Event()
+    follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
+    with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
+        champion.begin()
+        follower.start()
+        with _predictions_logged(log):  # not before: now the lineage is known
+            ready(_url(listener), str(champion.version))
+            try:
+                make_server(make_app(champion, _trusted(host, trusted_hosts), _api_key())).run([listener])
+            finally:
+                ended.set()
+                champion.stop()
+    if follower.is_alive():
+        follower.join(JOIN_SECONDS)
     return not follower.is_alive()
+
+
+def make_server(app: Any) -> uvicorn.Server:
+    """Return a server of the web application with this module's limits."""
+    return _Server(uvicorn.Config(
+        app, loop="asyncio", http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    ))
+
+
+class _Server(uvicorn.Server):
+    """A server for which a signal is the end of its work. uvicorn's own server raises the signal again then."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
 
 class ImpatientProtocol(H11Protocol):
@@ -132,62 +146,6 @@ class ImpatientProtocol(H11Protocol):
         self._timer = None
         if not self._has_request():
             self.timeout_keep_alive_handler()
-
-
-class _Server(uvicorn.Server):
-    """A server without signal handlers, because `serve` has them."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _answer_until(
-    stopped: asyncio.Future[None], again: asyncio.Future[None], app: Any, listener: socket.socket
-) -> None:
-    config = uvicorn.Config(
-        app, http=ImpatientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,  # type: ignore[arg-type]  # it is handed to call_later
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )  # fmt: skip
-    server = _Server(config)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True
-    await asyncio.wait([serving, again], return_when=asyncio.FIRST_COMPLETED)
-    server.force_exit = True
-    await serving
-
-
-def _follow(champion: Champion, loaded: Future[None], ended: threading.Event) -> None:
-    """Load the champion and follow the alias. `loaded` gets the result of the first load."""
-    try:
-        champion.begin()
-    except Exception as error:
-        if not ended.is_set():
-            loaded.set_exception(error)
-        return
-    if not ended.is_set():
-        loaded.set_result(None)
-        champion.follow(ended)
-
-
-@contextmanager
-def _signals() -> Iterator[tuple[asyncio.Future[None], asyncio.Future[None]]]:
-    """Yield two futures. The first SIGINT or SIGTERM sets the first future, the next signal the second."""
-    loop = asyncio.get_running_loop()
-    futures: tuple[asyncio.Future[None], asyncio.Future[None]] = loop.create_future(), loop.create_future()
-
-    def on_signal() -> None:
-        next((future for future in futures if not future.done()), loop.create_future()).set_result(None)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield futures
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 @contextmanager

@@ -1,30 +1,34 @@
 """The web application of `deal serve`: requests, answers of the champion, and limits.
 
     POST /invocations          MLflow's format: {"dataframe_records": [{"input": "I lost my card.", "task": "billing"}]}
-    POST /v1/chat/completions  OpenAI's format, and /v1/completions; `infra.serving.openai_api` reads it
+    POST /v1/chat/completions  OpenAI's format, and /v1/completions
     GET  /v1/models            the names of models that are served
-    POST /feedback             [{"id": ID, "label": LABEL}]; `infra.serving.feedback` reads it
+    POST /feedback             [{"id": ID, "label": LABEL}]
     GET  /health, /ping        200 while a version answers
     GET  /version              the version that answers, the version that is being loaded, and the current problem
     GET  /metrics              figures for Prometheus
 
-The body of a refusal is `{"error": "a sentence"}`, or OpenAI's form of it below /v1.
+`infra.serving.formats` reads and writes the bodies. A refusal is `{"error": "a sentence"}`; below /v1 it has OpenAI's
+form.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import io
 import json
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlflow.exceptions import MlflowException
-from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -32,15 +36,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deal_core.errors import ConfigError
-from deal_core.evaluation.answerer import GivenUpError
-from infra.served_model import VERSION
 from infra.serving.champion import Champion
-from infra.serving.feedback import FEEDBACK_BODY, take_feedback
-from infra.serving.meter import Meter
-from infra.serving.openai_api import list_models, read_request
-from infra.serving.prediction_log import LOG
-from infra.serving.refusal import RefusalError
+from infra.serving.formats import (
+    RETRY,
+    Caller,
+    HttpAnswer,
+    RefusalError,
+    api_refusal,
+    complete,
+    give_feedback,
+    list_models,
+    predict,
+)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 """Host names of this machine. Requests of a foreign web page have the host name of its own site."""
@@ -51,38 +58,16 @@ BODY_SECONDS = 30.0
 """Time for a client to send its rows."""
 ANSWER_SECONDS = 300.0
 """Time after which a request is given up."""
-TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
-OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
 KEY_HEADER = "X-Deal-Key"
-RETRY = {"Retry-After": "2"}
 CLOSE = {"Connection": "close"}
-
-
-class HttpAnswer(NamedTuple):
-    """The body of an answer, and the version that gave the answer."""
-
-    body: str
-    version: str
-    kind: str = "application/json"
-    status: int = 200
-
-
-class Caller(NamedTuple):
-    """The client of a request."""
-
-    is_given_up: Callable[[], bool]
-    """Tells whether it has gone."""
-    key: str | None = None
-    """In a canary's rollout, requests with the same key go to the same version; None: the client names no key."""
-
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Upper limits of the histogram of seconds."""
 
 Work = Callable[[Champion, bytes, Caller], HttpAnswer]
 """The champion, the request's body and its client → the answer."""
 
 
-def make_app(
-    serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None
-) -> Starlette:
+def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None) -> Starlette:
     """Return the web application.
 
     Args:
@@ -91,11 +76,8 @@ def make_app(
         api_key: The token that requests for answers and models must have; None: none.
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
-    places, log = asyncio.Semaphore(MAX_IN_FLIGHT), serving.log
-    meter = Meter(
-        lambda: log.num_dropped if log is not None else 0,
-        lambda: serving.rollout.num_dropped if serving.rollout is not None else 0,
-    )
+    places = asyncio.Semaphore(MAX_IN_FLIGHT)
+    meter = Meter(serving)
 
     def answering(path: str, work: Work, refusal_body: Callable[[RefusalError], Any]) -> Route:
         async def respond(request: Request) -> Response:
@@ -133,27 +115,23 @@ def make_app(
         try:
             _require_key(request, api_key)
         except RefusalError as refusal:
-            return JSONResponse(_api_refusal(refusal), refusal.status, dict(refusal.headers))
+            return JSONResponse(api_refusal(refusal), refusal.status, dict(refusal.headers))
         return JSONResponse(list_models(serving.served, serving.version or ""))
 
     async def metrics(_: Request) -> Response:
-        return Response(*meter.page())
+        return meter.page()
 
     return Starlette(
         routes=[
             answering("/invocations", predict, lambda refusal: {"error": str(refusal)}),
             answering("/feedback", give_feedback, lambda refusal: {"error": str(refusal)}),
-            answering("/v1/chat/completions", partial(complete, is_chat=True), _api_refusal),
-            answering("/v1/completions", partial(complete, is_chat=False), _api_refusal),
+            answering("/v1/chat/completions", partial(complete, is_chat=True), api_refusal),
+            answering("/v1/completions", partial(complete, is_chat=False), api_refusal),
             Route("/v1/models", models), Route("/health", health), Route("/ping", health), Route("/version", version),
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(trusted_hosts), www_redirect=False)],
-    )  # fmt: skip
-
-
-def _api_refusal(refusal: RefusalError) -> dict[str, Any]:
-    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
+    )
 
 
 def _require_key(request: Request, api_key: str | None) -> None:
@@ -195,9 +173,7 @@ async def _read(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _answer(
-    serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work
-) -> HttpAnswer:
+async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work) -> HttpAnswer:
     """Answer in a thread; give up the work when the client leaves or the time ends.
 
     Raises:
@@ -223,99 +199,49 @@ async def _answer(
             working.add_done_callback(lambda done: done.cancelled() or done.exception())  # the result is not needed
 
 
-def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
-    """Answer a body in the form of OpenAI's API.
+@dataclass
+class Measured:
+    """What is known of a request when it ends."""
 
-    Raises:
-        RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
-    """
-    try:
-        asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
-        asked.require_version(serving.version, serving.canary)
-        answered = serving.ask(asked.rows, caller.is_given_up, caller.key or asked.user, asked.version)
-        asked.require_version(answered.version)  # the champion may have moved
-    except ConfigError as error:
-        raise RefusalError(400, str(error)) from None
-    except GivenUpError as error:
-        raise RefusalError(503, str(error), RETRY) from None
-    except RefusalError:
-        raise
-    except Exception:
-        raise _failed() from None
-    kind = "text/event-stream" if asked.is_stream else "application/json"
-    return HttpAnswer(asked.body(answered), answered.version, kind)
+    status: int = 200
+    version: str = ""
 
 
-def give_feedback(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
-    """Take feedback on answers.
+class Meter(Collector):
+    """Figures of one server for Prometheus: its requests, and the rows and copies that it left out."""
 
-    Raises:
-        RefusalError: The feedback is not taken, see `take_feedback`.
-    """
-    del caller  # there is nothing to wait for
-    number = take_feedback(serving.log, serving.served, _decode(body, FEEDBACK_BODY))
-    return HttpAnswer(json.dumps({"taken": number}), serving.version or "", status=202)
+    def __init__(self, serving: Champion) -> None:
+        self._serving = serving
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("deal_requests", "Requests that ended.", ["path", "status", "version"],
+                                 registry=registry)
+        self._seconds = Histogram("deal_request_seconds", "Seconds of a request.", ["path"], buckets=BUCKETS,
+                                  registry=registry)
+        self._open = Gauge("deal_requests_in_flight", "Requests in flight.", registry=registry)
+        registry.register(self)
 
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Return the figures that the prediction log and the rollout count themselves."""
+        log, rollout = self._serving.log, self._serving.rollout
+        lost, left_out = "Answers that are missing in the prediction log.", "Copies that no shadow has answered."
+        yield CounterMetricFamily("deal_predictions_dropped", lost, value=log.num_dropped if log else 0)
+        yield CounterMetricFamily("deal_shadow_requests_dropped", left_out, value=rollout.num_dropped if rollout else 0)
 
-def _failed() -> RefusalError:
-    LOG.exception("A request could not be answered")
-    return RefusalError(500, "The model failed on this request; the server's log has the error.")
+    @contextmanager
+    def measured(self, path: str) -> Iterator[Measured]:
+        """Count a request, with the status and the version that the caller sets."""
+        begun, found = time.perf_counter(), Measured()
+        self._open.inc()
+        try:
+            yield found
+        except BaseException:
+            found.status = 500
+            raise
+        finally:
+            self._open.dec()
+            self._requests.labels(path, str(found.status), found.version).inc()
+            self._seconds.labels(path).observe(time.perf_counter() - begun)
 
-
-def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
-    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
-
-    Raises:
-        RefusalError: 400: the body is no valid table of rows. 500: the model fails.
-    """
-    model = serving.model(caller.is_given_up, caller.key)
-    values = _decode_object(body, TABLE_BODY)
-    values.pop("params", None)  # MLflow's clients may send params; the model has none
-    try:
-        schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
-        table = infer_and_parse_data(values, schema)
-    except MlflowException as error:
-        raise RefusalError(400, _reason(error)) from None
-    except Exception as error:  # pandas raises many kinds of errors
-        raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
-    try:
-        predictions: Any = model.predict(table)
-    except MlflowException as error:
-        raise RefusalError(400, _reason(error)) from None
-    except GivenUpError as error:
-        raise RefusalError(503, str(error), RETRY) from None
-    except Exception:
-        raise _failed() from None
-    written = io.StringIO()
-    predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
-    return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
-
-
-def _decode_object(body: bytes, example: str) -> dict[str, Any]:
-    """Read a JSON object; `example` is one, for the message."""
-    values = _decode(body, example)
-    if not isinstance(values, dict):
-        raise RefusalError(400, f"The body is no JSON object; send {example}.")
-    return values
-
-
-def _decode(body: bytes, example: str) -> Any:
-    try:
-        values = json.loads(body)
-        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
-    except RecursionError:
-        raise RefusalError(400, f"The body is nested too deeply; send {example}.") from None
-    except UnicodeEncodeError:
-        raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
-    except ValueError as error:
-        raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
-    return values
-
-
-def _reason(error: MlflowException) -> str:
-    """Return MLflow's message as one sentence, without the texts of the request."""
-    message = str(error.message)
-    if "Failed to enforce schema" in message:
-        message = message.rpartition("Error: ")[2]
-    message = message.split("\nInput:")[0].split(" IMPORTANT:")[0]  # the texts of the request; advice on MLflow 1
-    return " ".join(message.split())[:1000]
+    def page(self) -> Response:
+        """Return the answer to GET /metrics."""
+        return Response(generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -104,7 +104,7 @@ class VllmClient:
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts), wait=wait_exponential(FIRST_PAUSE_SECONDS, max=10),
             retry=retry_if_exception_type(VllmAwayError), reraise=True,
-        )  # fmt: skip
+        )
         return retrying(self._send_once, action, method, path, body)
 
     def _send_once(self, action: str, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
@@ -122,6 +122,7 @@ class VllmClient:
         if answer.is_success:
             return answer
         raise VllmError(f"The vLLM server at {self._shown} did not {action}: {_reason(answer, path)}")
+
 
 def _reason(answer: httpx.Response, path: str) -> str:
     """Return the server's message. In some releases it is inside `error`, in others at the top level."""

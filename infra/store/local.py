@@ -1,10 +1,4 @@
-"""The object store in a folder, and the choice of the store for an address.
-
-Example:
-    >>> store = open_store("file:///srv/deal/store")
-    >>> store.put_bytes("ledger/base/ab12.json", b"{}", if_absent=True)  # doctest: +SKIP
-    True
-"""
+"""The object store in a folder, and the choice of the store for an address."""
 
 from __future__ import annotations
 
@@ -205,22 +199,15 @@ def _place(part: Path, target: Path, *, if_absent: bool) -> bool:
     for remaining in reversed(range(NUM_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # the folder was deleted meanwhile, or a file has its name
-            if not remaining:
-                raise
-            continue
-        try:
             if if_absent:
                 os.link(part, target)
             else:
                 os.replace(part, target)
             return True
-        except FileExistsError:
-            if target.is_dir():
-                raise
-            return False
-        except FileNotFoundError:
-            if not remaining:
+        except (FileExistsError, FileNotFoundError):
+            if if_absent and target.is_file():
+                return False
+            if not remaining or target.is_dir():  # otherwise the folder was deleted meanwhile
                 raise
     raise AssertionError("unreachable")
 

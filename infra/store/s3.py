@@ -18,15 +18,7 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import without_secrets
 from infra.settings import LandingSettings, StoreSettings
-from infra.store.base import (
-    RESERVED,
-    ObjectInfo,
-    ObjectNotFoundError,
-    ObjectStore,
-    check_key,
-    check_source,
-    folder_of,
-)
+from infra.store.base import RESERVED, ObjectInfo, ObjectNotFoundError, ObjectStore, check_key, check_source, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +163,7 @@ class S3Store(ObjectStore):
                 self.client.put_object(
                     Bucket=self.bucket, Key=name, Body=data, IfNoneMatch="*", Metadata={"writer": writer},
                     **self._encryption,
-                )  # fmt: skip
+                )
                 return True
             except ClientError as error:
                 code = _code_of(error)

@@ -18,8 +18,7 @@ from urllib.parse import quote
 from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
 from infra.settings import TrackingSettings
-from infra.tracking.facts import RUN_KEY
-from infra.tracking.reader import ModelRow, RegistryReader, VersionRow
+from infra.tracking.facts import RUN_KEY, ModelRow, RegistryReader, VersionRow
 
 KNOWN_SCHEMAS = frozenset({"dc11669786a5"})
 """Revisions of MLflow's tables that this module can read. Where the installed MLflow has one of them, a test compares
@@ -127,7 +126,7 @@ class DatabaseReader(RegistryReader):
             tags = _by_owner(select(
                 "SELECT version, key, value FROM model_version_tags WHERE workspace = :workspace AND name = :name "
                 "AND version BETWEEN :oldest AND :newest"
-            ))  # fmt: skip
+            ))
         return [
             VersionRow(values["name"], str(number), run_id, source, created, tags[number])
             for number, run_id, source, created in rows

@@ -1,11 +1,6 @@
 """Adapter versions in MLflow's model registry. Each lineage has one registered model with the lineage's name.
 
 The facts of a version are its tags, so the registry alone has the history of the lineage.
-
-Example:
-    >>> registry = open_registry()  # doctest: +SKIP
-    >>> [version.task for version in registry.versions("base")]  # doctest: +SKIP
-    ['billing', 'clinic']
 """
 
 from __future__ import annotations
@@ -32,8 +27,18 @@ from infra.tracking.client import (
     report_errors,
     retry_if_overtaken,
 )
-from infra.tracking.facts import RUN_KEY, Alias, VersionFacts, VersionInfo
-from infra.tracking.reader import OWNER, ModelRow, RegistryReader, VersionRow, as_version
+from infra.tracking.facts import (
+    OWNER,
+    REBUILDING,
+    RUN_KEY,
+    Alias,
+    ModelRow,
+    RegistryReader,
+    VersionFacts,
+    VersionInfo,
+    VersionRow,
+    as_version,
+)
 
 DESCRIPTION = "Versions of one adapter, task by task."
 
@@ -89,7 +94,7 @@ class Registry(RegistryReader):
             made = self.client.create_model_version(
                 lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
                 model_id=model_id,
-            )  # fmt: skip
+            )
         return str(made.version)
 
     def show_version(self, lineage: str, version: str, model_id: str) -> None:
@@ -149,7 +154,7 @@ class Registry(RegistryReader):
             where=without_secrets(str(model.artifact_location)),
             remedy="Restore the folder from a backup, or go back to an earlier version: "
                    f"deal rollback --lineage {lineage} (deal history --lineage {lineage} lists the versions).",
-        )  # fmt: skip
+        )
 
     @retry_if_overtaken
     def set_alias(self, lineage: str, alias: Alias, version: str) -> None:
@@ -213,8 +218,96 @@ class Registry(RegistryReader):
             found = all_pages(
                 self.client.search_model_versions, condition, max_results=min(at_most or PAGE, PAGE),
                 order_by=["version_number DESC"],
-            )  # fmt: skip
+            )
             yield from map(_version_row, found)
+
+
+class LineageRebuild:
+    """Registers the versions of a lost registry again, with their old numbers. The caller must hold the lineage's lock.
+
+    MLflow gives numbers in order, and no number twice while the registered model exists. A number whose version is
+    unknown is used up by a version that is deleted at once.
+    """
+
+    def __init__(self, registry: Registry, lineage: str) -> None:
+        self._registry = registry
+        self._client = registry.client
+        self._lineage = lineage
+
+    def refuse_what_is_known(self) -> None:
+        """Raise RegistryError if the registry has versions of the lineage, or the registered model is no lineage."""
+        where = without_secrets(self._registry.uri)
+        model = self._registry.find_model(self._lineage)
+        if model is None or REBUILDING in model.tags:
+            return
+        if not OWNER.items() <= model.tags.items():
+            raise RegistryError(
+                f"MLflow at {where} has a registered model {self._lineage!r} that is no lineage of this pipeline; "
+                "nothing was changed. Check MLFLOW_TRACKING_URI."
+            )
+        with report_errors("search versions", self._registry.uri):
+            found = self._client.search_model_versions(f"name = '{self._lineage}'")
+        if found:
+            raise RegistryError(
+                f"MLflow at {where} knows versions of lineage '{self._lineage}' (the newest is "
+                f"{max(int(each.version) for each in found)}), so no rebuild is needed; nothing was changed. See: deal "
+                f"history --lineage {self._lineage}"
+            )
+
+    def begin(self) -> None:
+        """Make a new registered model, whose numbers start at 1. It replaces the result of an interrupted rebuild.
+
+        Raises:
+            RegistryError: As `refuse_what_is_known`.
+        """
+        self.refuse_what_is_known()
+        with report_errors(f"make {self._lineage!r} again", self._registry.uri):
+            if self._registry.find_model(self._lineage) is not None:  # without a version, or rebuilt in part
+                self._client.delete_registered_model(self._lineage)
+            self._client.create_registered_model(
+                self._lineage, tags={**OWNER, REBUILDING: "begun"}, description=DESCRIPTION
+            )
+
+    def make(
+        self, number: int, facts: VersionFacts, *, tracking_id: str, model_id: str, more: Mapping[str, str]
+    ) -> None:
+        """Make a version with its old number. Smaller numbers without a version are used up.
+
+        Raises:
+            RegistryError: MLflow has used this number already.
+        """
+        while (made := self._make(facts, tracking_id, model_id, more)) < number:
+            self._delete(made)
+        if made > number:
+            raise RegistryError(
+                f"MLflow gave the number {made} to version {number} of '{self._lineage}', probably because an answer "
+                f"was lost; begin the rebuild again: deal lineage rebuild {self._lineage}"
+            )
+        self._registry.show_version(self._lineage, str(number), model_id)
+
+    def leave_out(self, made: int, last: int, facts: VersionFacts, *, tracking_id: str, model_id: str) -> None:
+        """Use up the numbers after `made` up to `last`, so that no later version gets them.
+
+        `facts` are those of any version, and `tracking_id` and `model_id` name its MLflow run and its logged model.
+        """
+        while made < last:
+            made = self._make(facts, tracking_id, model_id, {})
+            self._delete(made)
+
+    def end(self, aliases: Mapping[Alias, str]) -> None:
+        """Set the aliases and end the rebuild."""
+        for alias, version in aliases.items():
+            self._registry.set_alias(self._lineage, alias, version)
+        with report_errors(f"end the rebuild of {self._lineage!r}", self._registry.uri):
+            self._client.delete_registered_model_tag(self._lineage, REBUILDING)
+
+    def _make(self, facts: VersionFacts, tracking_id: str, model_id: str, more: Mapping[str, str]) -> int:
+        made = self._registry.make_version(self._lineage, facts, tracking_id=tracking_id, model_id=model_id, more=more)
+        return int(made)
+
+    def _delete(self, number: int) -> None:
+        with report_errors(f"leave out version {number} of {self._lineage!r}", self._registry.uri):
+            self._client.delete_model_version(self._lineage, str(number))
 
 
 def _model_row(model: RegisteredModel) -> ModelRow:
@@ -225,7 +318,7 @@ def _version_row(version: ModelVersion) -> VersionRow:
     return VersionRow(
         name=version.name, number=str(version.version), run_id=version.run_id, source=version.source,
         created_ms=version.creation_timestamp, tags=version.tags,
-    )  # fmt: skip
+    )
 
 
 def _describe(facts: VersionFacts) -> str:

@@ -1,9 +1,4 @@
-"""The list of a lineage's MLflow runs, and the removal of artifacts of runs and versions.
-
-Example:
-    >>> [run.status for run in list_runs(open_tracker(), "base")]  # doctest: +SKIP
-    ['FINISHED', 'FAILED']
-"""
+"""The list of a lineage's MLflow runs, and the removal of artifacts of runs and versions."""
 
 from __future__ import annotations
 

@@ -1,11 +1,6 @@
 """MLflow runs: one run per adaptation. A continued adaptation finds its run by its key.
 
 Everything uses clients with an explicit address. MLflow's global state is not changed.
-
-Example:
-    >>> tracker = open_tracker()  # doctest: +SKIP
-    >>> with tracker.start("base", run_key, name="billing", params={"strategy": "deal"}) as run:  # doctest: +SKIP
-    ...     run.log(1, {"loss": 2.3})
 """
 
 from __future__ import annotations
@@ -99,19 +94,12 @@ class Tracker:
         name = f"deal/{lineage}"
         is_server = self.uri.startswith(("http://", "https://"))  # a server has its own place for artifacts
         location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
-        for _ in range(2):
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment is not None:
-                if experiment.lifecycle_stage != "active":
-                    self.client.restore_experiment(experiment.experiment_id)
-                return str(experiment.experiment_id)
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another process was faster
-                    raise
-        where = without_secrets(self.uri)
-        raise RegistryError(f"MLflow at {where} neither finds nor makes the experiment {name!r}; look into its UI.")
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(self.client.create_experiment(name, artifact_location=location))
+        if experiment.lifecycle_stage != "active":
+            self.client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
 
 class TrackedRun:
@@ -148,7 +136,7 @@ class TrackedRun:
             logger.warning(
                 "Metrics wait for MLflow at %s, the next try is in %.0f s: %s",
                 without_secrets(where), self._pause, without_secrets(reason),
-            )  # fmt: skip
+            )
         self._next_send = monotonic() + self._pause
 
     def flush(self) -> None:
@@ -226,7 +214,7 @@ class TrackedRun:
         with self._report_errors(f"read {file}"), temporary_folder() as folder:
             if not self.has_file(file):
                 raise RegistryError(f"Run {self.run_id} has no {file}; it was not finished, or an earlier release "
-                                    "made it.")  # fmt: skip
+                                    "made it.")
             path = Path(self.client.download_artifacts(self.run_id, file, str(folder)))
             try:
                 return json.loads(path.read_text(encoding="utf-8"))
@@ -247,7 +235,7 @@ class TrackedRun:
                 run.info.experiment_id, name=re.sub(r"[^A-Za-z0-9_-]", "-", name), source_run_id=self.run_id,
                 tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, params=dict(_flatten(params or {})),
                 model_type=MODEL_TYPE,
-            )  # fmt: skip
+            )
             model_id = str(model.model_id)
             if str(model.status) != "READY":
                 names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]

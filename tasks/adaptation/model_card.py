@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
-from infra.report import formatting as words
+from infra.report import page as words
 from infra.store.keys import dataset_sha256
 from infra.tracking.facts import VersionFacts
 from tasks.lineage.record import SCORES, KnownTask, LineageRecord

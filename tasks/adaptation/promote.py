@@ -12,11 +12,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deal_core.errors import RegistryError
-from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.store.base import ObjectStore
 from infra.tracking.facts import Alias, VersionInfo
 from infra.tracking.registry import Registry, open_registry
+from infra.version_log import Ledger, LedgerEntry
 from tasks.context import current_store
 from tasks.lineage.settings import asks_for_alias_moves
 from tasks.lineage.versions import ROLLOUT

@@ -8,9 +8,9 @@ import json
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from infra.ledger import Ledger
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry
+from infra.version_log import Ledger
 from tasks.context import current_store
 from tasks.lineage.versions import descent, standing_of, version_ref
 from tasks.references import BaseRef, DatasetRef, VersionRef

@@ -21,7 +21,7 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.monitoring.report import LiveLook
 from deal_core.regular_file import complete_file
-from infra.report import formatting as words
+from infra.report import page as words
 from infra.report.page import matrix_rows, render_page
 from infra.report.run_report import PAGE_FILE, REPORT_FILE, Link, Origin, Quality, QuarantinedRow, RunReport, Training
 from infra.store.base import ObjectNotFoundError, ObjectStore

@@ -18,7 +18,7 @@ from pathlib import Path
 from deal_core.data.schema import is_name
 from deal_core.errors import RegistryError, StoreError
 from deal_core.safe_text import without_secrets
-from infra.log_segments import WRITE_SECONDS, ship_all
+from infra.log_segments import WRITE_SECONDS, ship
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.settings import HomeSettings
 from infra.store import keys
@@ -71,20 +71,19 @@ def ship_logs(store: ObjectStore) -> None:
     """Let the servers on this machine write the rows that wait, and move all segments of all logs into the store.
 
     Raises:
-        StoreError: The store does not answer, or a server does not close its segment.
+        StoreError: The store does not answer, or a segment is damaged.
     """
     time.sleep(2 * WRITE_SECONDS)
     home = HomeSettings().home
     for lineage in list_logged_lineages(store):
         for log in (prediction_log(home, lineage), feedback_log(home, lineage)):
-            ship_all(store, log)
+            ship(store, log, everything=True)
 
 
 def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days: int) -> tuple[Removal, ...]:
     """Return the days of the prediction logs and of the feedback that are older than the retention.
 
-    A segment that was never moved into the store counts too. Its writer is gone, as a segment is open for minutes only.
-    A segment without a name is empty; its writer was killed.
+    A segment that was never moved into the store counts too. Its writer is gone, as a segment is written for minutes.
     """
     last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
     home, found = HomeSettings().home, list[Removal]()
@@ -102,11 +101,6 @@ def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days
                 Removal(lineage=each.lineage, kind=kind, address=address, num_bytes=size,
                         reason=f"older than {days} days (DEAL_LOG_RETENTION_DAYS)")
                 for address, size in places
-            ]  # fmt: skip
-            found += [
-                Removal(lineage=each.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes,
-                        reason="left by a process that was killed")
-                for folder in _local_folders(each.unnamed()) if folder.modified < now - AGE
             ]  # fmt: skip
     return tuple(found)
 

@@ -14,8 +14,7 @@ from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.database import open_reader
-from infra.tracking.facts import VersionInfo, require_through_gate
-from infra.tracking.reader import RegistryReader, is_being_rebuilt
+from infra.tracking.facts import RegistryReader, VersionInfo, is_being_rebuilt, require_through_gate
 from infra.version_log import VersionLog
 from tasks.context import current_store
 from tasks.lineage.record import read_record

@@ -17,17 +17,15 @@ from pydantic import BaseModel, ConfigDict
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.safe_text import without_secrets
-from infra.ledger import Ledger
 from infra.promotions import Move, PromotionLog
 from infra.report.run_report import RunReport, kept_reports
 from infra.settings import HomeSettings, TrackingSettings
 from infra.store import keys
 from infra.store.base import ObjectStore, temporary_folder
 from infra.tracking.facts import Alias, VersionFacts
-from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import Registry, open_registry
+from infra.tracking.registry import LineageRebuild, Registry, open_registry
 from infra.tracking.tracker import open_tracker
-from infra.version_log import StoredVersion, VersionLog
+from infra.version_log import Ledger, StoredVersion, VersionLog
 from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report

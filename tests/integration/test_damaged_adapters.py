@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from deal_core.adapter.files import digests_of
 from deal_core.errors import IntegrityError
+from flows.champions import evaluate
 from flows.cli.app import app
-from flows.evaluate import evaluate
 from flows.promote import roll_back
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import open_registry

@@ -20,11 +20,11 @@ from mlflow.exceptions import MlflowException
 from deal_core.adapter.state import stored_rows
 from deal_core.errors import ConfigError, DataValidationError, RegistryError
 from flows.adapt import AdaptResult
-from flows.evaluate import evaluate
+from flows.champions import evaluate
 from flows.forget import forget
-from infra.ledger import Ledger
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
+from infra.version_log import Ledger
 from tasks.adaptation.report import read_page
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store

@@ -9,8 +9,8 @@ import pytest
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import MODULES_VARIABLE
+from flows.cli.console import show_adaptation
 from flows.cli.plan import show_validation
-from flows.cli.tables import show_adaptation
 from tasks.adaptation.frozen_rows import read_answers
 from tasks.adaptation.report import read_page
 from tasks.context import current_store

@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from deal_core.data.rows import stored_input_digest
 from deal_core.errors import ConfigError
 from deal_core.judging_config import MonitorConfig
+from flows.champions import evaluate, monitor, monitor_lineages
 from flows.cli.app import app
-from flows.evaluate import evaluate
 from flows.forget import forget
-from flows.monitor import monitor, monitor_lineages
 from infra.store.keys import baseline_key
 from infra.tracking.registry import open_registry
 from infra.tracking.runs import list_runs

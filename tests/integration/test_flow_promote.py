@@ -399,7 +399,7 @@ def test_the_end_of_a_request_does_not_undo_a_move_that_was_made_meanwhile(monke
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("3", "3")
 
 
-@pytest.mark.parametrize("step", ["infra.ledger.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
+@pytest.mark.parametrize("step", ["infra.version_log.Ledger.record", "infra.tracking.registry.Registry.tag_version"])
 def test_an_approval_that_was_cut_short_is_completed(
     tiny_base: Path, waiting: None, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

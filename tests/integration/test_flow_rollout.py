@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
+from flows.champions import abort_rollout, check_rollout, finish_rollout, rollouts
 from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
-from flows.rollout import abort_rollout, check_rollout, finish_rollout, rollouts
 from infra.promotions import PromotionLog
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry

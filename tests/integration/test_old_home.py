@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from benchmarks.serving import served
 from deal_core.errors import RegistryError
 from flows.adapt import AdaptResult, adapt
+from flows.champions import evaluate
 from flows.cli.app import app
-from flows.evaluate import evaluate
 from flows.forget import forget
 from flows.promote import find_left_behind, promote_to, roll_back
 from infra.tracking.registry import open_registry

@@ -17,8 +17,7 @@ from flows.cli.app import app
 from flows.promote import rebuild, roll_back
 from infra.settings import TrackingSettings
 from infra.tracking.facts import VersionInfo
-from infra.tracking.rebuilding import LineageRebuild
-from infra.tracking.registry import open_registry
+from infra.tracking.registry import LineageRebuild, open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import read_page
 from tasks.lineage.history import read_history

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from benchmarks.serving import Expected, answers_of, served, texts_to_ask
-from flows.rollout import RolloutResult, rollouts
+from flows.champions import RolloutResult, rollouts
 from infra.predictions import read_feedback, read_predictions
 from infra.promotions import PromotionLog
 from infra.settings import HomeSettings

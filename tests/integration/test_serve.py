@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -39,6 +38,7 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
+from tasks.housekeeping.inventory import ship_logs
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_folder
 
@@ -144,6 +144,7 @@ def check_the_champion_is_followed(url: str, versions: Expected, tmp_path: Path)
 def check_the_log_has_the_answers_and_no_word(asked: list[dict[str, Any]]) -> None:
     """The log of a killed server. It keeps numbers."""
     store, home = current_store(), HomeSettings().home
+    ship_logs(store)
     everything = read_predictions(store, home, LINEAGE, task="bank")
     assert set(everything["version"]) == {"1", "2"} and everything["input"].isna().all()
     assert everything["confidence"].between(0, 1).all() and (everything["label_mass"] > 0).all()
@@ -200,17 +201,17 @@ def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytes
     left.parent.mkdir(parents=True)
     left.write_text("a file that this server must not move")
 
-    async def begin(lineage: str) -> None:
+    def begin(lineage: str) -> None:
         def settle() -> None: ...
 
-        await serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
-                    ready=lambda *_: None)  # fmt: skip
+        serve(lineage, home, host="127.0.0.1", port=0, trusted_hosts=(), say=print, settle=settle,
+              ready=lambda *_: None)  # fmt: skip
 
     with pytest.raises(NoChampionError):
-        asyncio.run(begin("nobody"))
+        begin("nobody")
     assert left.exists()
     with pytest.raises(ConfigError, match="The lineage is"):
-        asyncio.run(begin("../../data"))
+        begin("../../data")
 
 
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:

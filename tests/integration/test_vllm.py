@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from deal_core.adapter.files import as_recorded, digests_of
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
-from flows.serve_vllm import serve_vllm
+from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
 from infra.settings import VllmSettings
@@ -313,7 +313,7 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
     tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEAL_VLLM_URL", server.url)
-    monkeypatch.setattr("flows.serve_vllm.sync_vllm", sync_vllm.fn)  # a task needs a Prefect server
+    monkeypatch.setattr("flows.champions.sync_vllm", sync_vllm.fn)  # a task needs a Prefect server
     scheduled = serve_vllm.validate_parameters({})
     for lineage, rank in (("a", 8), ("b", 64), ("c", 8)):
         promote(tmp_path, "1", lineage=lineage, r=rank)

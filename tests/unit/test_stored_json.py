@@ -16,7 +16,7 @@ from deal_core.evaluation.answering import ServedTask, ServedVersion
 from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
-from infra.ledger import LedgerEntry
+from infra.version_log import LedgerEntry
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.references import BaseRef
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from deal_core.errors import StoreError
-from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Change, Move, PromotionLog
 from infra.store.local import FileStore, open_store
+from infra.version_log import Ledger, LedgerEntry
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -17,9 +16,8 @@ from prefect.workers.process import ProcessJobConfiguration
 from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from flows.server.deploy import with_defaults_of
+from flows.server.deploy import pool_template, with_defaults_of
 
-FOLDER = Path(__file__).parents[3] / "infra" / "work_pools"
 CONFIGURATIONS: dict[str, Any] = {
     "process": ProcessJobConfiguration,
     "docker": DockerWorkerJobConfiguration,
@@ -29,43 +27,39 @@ CONFIGURATIONS: dict[str, Any] = {
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-def template(name: str) -> dict[str, Any]:
-    return dict(json.loads((FOLDER / f"{name}.json").read_text()))
-
-
 def configuration(name: str, **values: Any) -> Any:
-    made = asyncio.run(CONFIGURATIONS[name].from_template_and_values(template(name), values))
+    made = asyncio.run(CONFIGURATIONS[name].from_template_and_values(pool_template(name), values))
     made.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name="adapt"))
     return made
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_variables_are_a_schema_and_their_defaults_fit(name: str) -> None:
-    schema = template(name)["variables"]
+    schema = pool_template(name)["variables"]
     Draft202012Validator.check_schema(schema)
     given = {key: value.get("default") for key, value in schema["properties"].items()}
     defaults = {key: value for key, value in given.items() if value is not None}
     assert list(Draft202012Validator(schema).iter_errors(defaults)) == []
-    assert configuration(name).env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30", "without it a lost run is never found"
+    assert configuration(name, env={"A": "1"}).env["A"] == "1", "prefect.yaml names a run's variables"
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_placeholder_is_a_variable(name: str) -> None:
-    found = template(name)
+    found = pool_template(name)
     text = json.dumps(found["job_configuration"])
     used = {part.split("}}")[0].strip() for part in text.split("{{")[1:]}
     assert used == set(found["variables"]["properties"])
 
 
 def test_a_new_template_keeps_what_a_person_has_set_in_the_pool() -> None:
-    known = template("kubernetes")
+    known = pool_template("kubernetes")
     variables = known["variables"]["properties"]
     variables["image"]["default"], variables["gpu_count"]["default"] = "registry.example/deal:7", 4
     variables["gone"] = {"type": "string", "default": "x"}
     del variables["shm_size"]
     known["job_configuration"] = {}
-    made = with_defaults_of(known, template("kubernetes"))
-    expected = template("kubernetes")
+    made = with_defaults_of(known, pool_template("kubernetes"))
+    expected = pool_template("kubernetes")
     expected["variables"]["properties"]["image"]["default"] = "registry.example/deal:7"
     expected["variables"]["properties"]["gpu_count"]["default"] = 4
     assert made == expected
@@ -76,9 +70,9 @@ def test_a_new_template_keeps_what_a_person_has_set_in_the_pool() -> None:
 def test_a_pool_names_the_block_and_the_container_gets_its_secret(secret: str) -> None:
     Secret(value=secret).save("mlflow-tracking-password", overwrite=True)
     reference = "{{ prefect.blocks.secret.mlflow-tracking-password }}"  # as docs/deploy.md has it
-    pool = template("docker")
+    pool = pool_template("docker")
     pool["variables"]["properties"]["env"]["default"] = {"MLFLOW_TRACKING_PASSWORD": reference}
-    pool = with_defaults_of(pool, template("docker"))
+    pool = with_defaults_of(pool, pool_template("docker"))
     assert reference in json.dumps(pool), "a later deploy keeps it"
     deployed = {"env": {"DO_NOT_TRACK": "true"}}
     made = asyncio.run(DockerWorkerJobConfiguration.from_template_and_values(pool, deployed))

@@ -1,22 +1,27 @@
-"""A command's screen: text from outside is shown as it is, and does nothing."""
+"""What a command prints: the numbers are those of the result; text from outside is shown as it is, and does nothing."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from rich.console import Console, RenderableType
+from rich.markup import escape
 
 from deal_core.errors import MAX_ERROR_CHARS, DealError, in_one_line
-from flows.cli.console import Screen
-from flows.cli.tables import new_table
+from deal_core.evaluation.metrics import AccuracyMatrix
+from flows.adapt import Scores
+from flows.cli.console import Screen, home_option, matrix_table, new_table, percent
+from flows.cli.demo import DemoResult, LineageOutcome
+from flows.cli.learn import show_demo, show_watch
+from flows.watch import Seen, WatchResult
 
 EVIL = "\x1b[31m[red]a\x9b31m\u202e[/]\x07\ud800 [link=http://x]b"
 SHOWN = r"\x1b[31m[red]a\x9b31m\u202e[/]\x07\ud800 [link=http://x]b"
 
 
 def test_nothing_that_is_shown_reaches_the_terminal_raw(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.markup import escape
-
     screen = Screen()
     table = new_table(escape(EVIL))
     table.add_row(escape(EVIL))
@@ -54,3 +59,72 @@ def test_a_flow_inside_a_command_goes_on_with_the_bar_of_the_command() -> None:
             assert screen._progress is drawn and [task.description for task in drawn.tasks] == ["looking"]
         assert screen._progress is drawn
     assert screen._progress is None
+
+
+def text(*shown: RenderableType) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for renderable in shown:
+        console.print(renderable)
+    return console.export_text()
+
+
+def matrix() -> AccuracyMatrix:
+    first = AccuracyMatrix().with_row("bank", {"bank": 0.5}, base_accuracy=0.25, parent_accuracy=None)
+    second = first.with_row("clinic", {"bank": 0.375, "clinic": 0.75}, base_accuracy=0.125, parent_accuracy=0.2)
+    return second.with_row(
+        "parcels", {"bank": 0.375, "clinic": 0.75, "parcels": 1.0}, base_accuracy=0.0, parent_accuracy=0.1
+    )
+
+
+def test_the_matrix_has_base_and_versions_in_rows_and_a_dash_where_nothing_was_measured() -> None:
+    lines = [line.split() for line in text(matrix_table(matrix().to_json())).splitlines() if line.strip()]
+    assert lines[0] == ["after", "learning", "bank", "clinic", "parcels"]
+    assert lines[2:] == [
+        ["(base", "model)", "25.0", "12.5", "0.0"],
+        ["bank", "50.0", "20.0", "–"],
+        ["clinic", "37.5", "75.0", "10.0"],
+        ["parcels", "37.5", "75.0", "100.0"],
+    ]
+
+
+def test_an_undefined_score_is_a_dash_and_zero_is_zero() -> None:
+    assert (percent(None), percent(0.0), percent(0.125)) == ("–", "0.0", "12.5")
+
+
+def outcome(lineage: str, **changes: object) -> LineageOutcome:
+    found = matrix()
+    values = {
+        "lineage": lineage, "strategy": "deal", "champion": "3", "matrix": found.to_json(), "scores": Scores.of(found),
+        "runs": (), "refused": (), **changes,
+    }  # fmt: skip
+    return LineageOutcome.model_validate(values)
+
+
+def test_the_demo_ends_with_scores_side_by_side_and_where_to_look(tmp_path: Path) -> None:
+    nothing = outcome("rival", champion=None, matrix=None, scores=None)
+    result = DemoResult(outcomes=(outcome("demo"), nothing, outcome("third", champion=None)))
+    shown = text(*show_demo(result, tmp_path))
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["demo", "deal", "70.8", "6.2", "-6.2", "8.8", "version", "3"] in lines
+    assert "No version of rival has passed the gate" in shown and "No version of third has passed the gate" in shown
+    assert ["third", "deal", "70.8", "6.2", "-6.2", "8.8", "none"] in lines
+    assert f"deal history --lineage demo --home {tmp_path}" in shown.replace("\n", "")
+
+
+def test_what_the_demo_could_not_use_is_shown(tmp_path: Path) -> None:
+    result = DemoResult(outcomes=(outcome("demo", refused=("bad [file]",)),))
+    assert result.failed and "bad [file]" in text(*show_demo(result, tmp_path))
+
+
+def test_foreign_text_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = Seen(key="inbox/bank/[red]x[/].csv", outcome="refused", message="[/]", version=None)
+    Screen().result({}, *show_watch(WatchResult(lineage="l", files=(seen,), runs=())), escape("[bold]a :smile:[/b]"))
+    shown = capsys.readouterr().out
+    assert "[red]x[/].csv" in shown and "[bold]a :smile:[/b]" in shown
+
+
+def test_home_is_named_only_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert home_option(tmp_path / "deal-home") == ""
+    assert home_option(tmp_path / "my home") == " --home 'my home'"
+    assert home_option(Path("/elsewhere")) == " --home /elsewhere"

@@ -20,11 +20,18 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare
 from deal_core.monitoring.report import LiveLook
-from infra.report.charts import PAGE_COLOURS, inline_svg
+from infra.report.charts import MAX_CHARS, MAX_LABELS, PAGE_COLOURS, inline_svg, shown_labels
 from infra.report.figures import accuracy_over_versions, fill_bars, loss_curve
-from infra.report.formatting import count, duration, points, verdict_of, versions_of
-from infra.report.live_figures import MAX_CHARS, MAX_LABELS, shown_labels
-from infra.report.page import NUM_SHADES, matrix_rows, render_page
+from infra.report.page import (
+    NUM_SHADES,
+    count,
+    duration,
+    matrix_rows,
+    points,
+    render_page,
+    verdict_of,
+    versions_of,
+)
 from infra.report.run_report import Changed, Example, Quality, QuarantinedRow, RunReport
 from tests.monitored import feedback_on, free_rows, logged_rows
 from tests.report_sample import DIGEST, REASONS, TASKS, sample_evaluation, sample_report

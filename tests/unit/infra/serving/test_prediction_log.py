@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -26,7 +27,8 @@ from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
 from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
 from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
-from infra.log_segments import SegmentWriter, read_log, ship, ship_all
+from infra import log_segments
+from infra.log_segments import SegmentWriter, get_table, read_log, ship
 from infra.predictions import (
     PREDICTION_SCHEMA,
     feedback_log,
@@ -172,7 +174,7 @@ def test_a_killed_server_loses_only_what_it_had_not_written(tmp_path: Path, stor
     with left.open("ab") as file:
         file.write(b'{"id": "half a li')
     before = left.read_bytes()
-    assert ship(store, prediction_log(tmp_path, "l")) == 1 and not left.exists()
+    assert ship(store, prediction_log(tmp_path, "l"), everything=True) == 1 and not left.exists()
     left.write_bytes(before)  # as if it had been killed before it removed the segment
     for _ in range(2):
         assert [*read_predictions(store, tmp_path, "l")["id"]] == said[: len(lines) - 1]
@@ -183,15 +185,11 @@ def test_a_row_that_is_in_the_store_and_here_counts_once(tmp_path: Path, store: 
     log = prediction_log(tmp_path, "l")
     with logging_to(store, tmp_path) as writing:
         ids = ask(writing, "a", "b")
-    (left,) = log.segments()
-    content = left.read_bytes()
-    ship(store, log)
-    writer = SegmentWriter(log)  # an open segment with the same rows stays here
-    writer.write([json.loads(line) for line in content.splitlines()])
+    (stored,) = log.stored(store)
+    SegmentWriter(log).write(get_table(store, stored.key, log).to_pylist())  # as of a process that was killed
     assert [*read_predictions(store, tmp_path, "l")["id"]] == ids
     assert read_log(store, log, columns=["chars", "task"]) == read_log(store, log).select(["chars", "task"])
     assert len(log.segments()) == 1
-    writer.close()
 
 
 def test_a_full_disk_fails_no_request_and_is_counted(tmp_path: Path, store: FileStore) -> None:
@@ -248,41 +246,47 @@ def test_an_error_in_the_log_fails_no_request(
     assert [*read_predictions(store, tmp_path, "l")["id"]] == [second]
 
 
-def test_a_writer_closes_its_segment_when_it_is_asked_to(tmp_path: Path, store: FileStore) -> None:
+def test_a_writer_goes_on_when_its_segment_was_moved(tmp_path: Path, store: FileStore) -> None:
+    segments = prediction_log(tmp_path, "l")
     with logging_to(store, tmp_path) as log:
         first = ask(log, "one")
-        wait_until(lambda: bool(prediction_log(tmp_path, "l").segments()))
-        ship_all(store, prediction_log(tmp_path, "l"))
-        assert len([*store.list("predictions")]) == 1
+        wait_until(lambda: any(path.stat().st_size for path in segments.segments()))
+        assert ship(store, segments) == 0, "it is young"
+        assert ship(store, segments, everything=True) == len([*store.list("predictions")]) == 1
         second = ask(log, "two")
     assert [*read_predictions(store, tmp_path, "l")["id"]] == [*first, *second]
-    assert os.listdir(tmp_path / "predictions" / "l") == ["close"]
+    assert os.listdir(tmp_path / "predictions" / "l") == [], "the end of a server moves what it has written"
 
 
-def test_a_segment_is_not_seen_before_it_is_locked(tmp_path: Path, store: FileStore) -> None:
-    log = prediction_log(tmp_path, "l")
-    log.folder.mkdir(parents=True)
-    hidden = log.folder / ".20260101T000000-0123456789ab.jsonl"
-    hidden.touch()
-    assert log.segments() == [] and log.unnamed() == [hidden]
-    assert ship(store, log) == 0 and read_predictions(store, tmp_path, "l").empty and hidden.exists()
-
-
-def test_a_segment_that_is_asked_to_close_as_soon_as_it_has_a_name_closes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_row_goes_into_a_segment_that_is_moved_in_that_moment(
+    tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, rename = prediction_log(tmp_path, "l"), os.rename
-
-    def rename_and_ask(source: Path, target: Path) -> None:
-        rename(source, target)
-        (log.folder / "close").write_text("asked by ship_all")
-
-    monkeypatch.setattr(os, "rename", rename_and_ask)
+    log, flock = prediction_log(tmp_path, "l"), fcntl.flock
     writer = SegmentWriter(log)
-    writer.write([{"id": "1"}])
-    assert writer._file is not None
-    writer.close_if_due()
-    assert writer._file is None
+
+    def ship_first(file: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        ship(store, log, everything=True)
+        flock(file, how)
+
+    for number in ("in a new segment", "in the present one", "in another new one"):
+        monkeypatch.setattr(fcntl, "flock", ship_first)
+        assert writer.write([{"id": number}]) == 0
+    assert len({*read_predictions(store, tmp_path, "l")["id"]}) == 3
+
+
+def test_old_and_large_segments_end(tmp_path: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = prediction_log(tmp_path, "l")
+    writer = SegmentWriter(log)
+    for number, limit in enumerate(("SEGMENT_ROWS", "SEGMENT_SECONDS"), 1):
+        writer.write([{"id": f"{number}"}])
+        assert len(log.segments()) == number
+        with monkeypatch.context() as patch:
+            patch.setattr(log_segments, limit, 0)
+            writer.write([{"id": f"{number} later"}])
+    assert len(log.segments()) == 3
+    monkeypatch.setattr(log_segments, "SEGMENT_SECONDS", -60)
+    assert ship(store, log) == 3
 
 
 def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileStore) -> None:
@@ -290,9 +294,8 @@ def test_a_segment_that_cannot_be_opened_is_named(tmp_path: Path, store: FileSto
     log.folder.mkdir(parents=True)
     path = log.folder / "20260101T000000-0123456789ab.jsonl"
     path.symlink_to(path)  # as a file of another user, for a test that may run as root
-    for read in (ship, ship_all):
-        with pytest.raises(StoreError, match=r"0123456789ab.jsonl cannot be used .* as the user who runs deal serve"):
-            read(store, log)
+    with pytest.raises(StoreError, match=r"0123456789ab.jsonl cannot be used .* as the user who runs deal serve"):
+        ship(store, log)
     with pytest.raises(StoreError, match="cannot be used"):
         read_predictions(store, tmp_path, "l")
 
@@ -399,21 +402,20 @@ def test_a_log_of_numbers_takes_no_text_as_feedback(tmp_path: Path, store: FileS
         assert refused.status_code == 400 and "keeps no texts" in refused.text
 
 
-def test_a_log_without_a_rollout_is_as_earlier_releases_wrote_it(tmp_path: Path, store: FileStore) -> None:
+def test_columns_of_a_rollout_are_empty_in_segments_of_earlier_releases(tmp_path: Path, store: FileStore) -> None:
     with logging_to(store, tmp_path) as log:
         ask(log, "a")
     log_of_l = prediction_log(tmp_path, "l")
-    assert all(b"shadow_of" not in path.read_bytes() for path in log_of_l.segments())
-    ship_all(store, log_of_l)
     (info,) = log_of_l.stored(store)
-    assert pq.read_table(io.BytesIO(store.get_bytes(info.key))).column_names == [*COLUMNS]
+    earlier = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).select([*COLUMNS]), earlier)
+    store.put_bytes(info.key, earlier.getvalue())
     with logging_to(store, tmp_path) as log:
         (returned,) = ask(log, "a")
         rows = [InputRow("b", "bank")]
         log.note(rows, Champion().ask(rows, lambda: False), 0.25, [returned])
         log.note_failure(rows, Champion.served, "4", 0.25)
         assert log.task_of(returned) == "bank"
-    ship_all(store, log_of_l)
     assert len(read_predictions(store, tmp_path, "l")) == 2, "of both segments"
     found = read_predictions(store, tmp_path, "l", of_rollout=True)
     assert [*found["shadow_of"]] == [None, None, returned, None] and [*found["is_failed"]] == [None, None, None, True]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from infra.ledger import Ledger
 from infra.store.local import open_store
 from infra.tracking.facts import VersionInfo
+from infra.version_log import Ledger
 from tasks.adaptation.promote import note_learned
 from tasks.adaptation.repeats import find_repeat
 from tasks.references import DatasetRef

@@ -13,12 +13,11 @@ from safetensors.numpy import save_file
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError, StoreError
-from infra.ledger import Ledger
 from infra.promotions import Change, PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore
 from infra.store.local import open_store
 from infra.tracking.facts import VersionFacts
-from infra.version_log import StoredVersion, VersionLog
+from infra.version_log import Ledger, StoredVersion, VersionLog
 from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.resume import read_findings

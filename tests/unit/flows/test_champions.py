@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import flows.evaluate
+import flows.champions
 from deal_core.errors import DealError, RegistryError
 from tasks.progress import Interrupted, LogReporter, reporting_to
 
@@ -17,10 +17,10 @@ from tasks.progress import Interrupted, LogReporter, reporting_to
 def three_lineages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lineages a and c with a champion, b without one."""
     registry = SimpleNamespace(champion=lambda name: None if name == "b" else name)
-    monkeypatch.setattr(flows.evaluate, "open_registry", lambda: registry)
-    monkeypatch.setattr(flows.evaluate, "current_store", lambda: None)
+    monkeypatch.setattr(flows.champions, "open_registry", lambda: registry)
+    monkeypatch.setattr(flows.champions, "current_store", lambda: None)
     known = [SimpleNamespace(lineage=name) for name in "abc"]
-    monkeypatch.setattr(flows.evaluate, "list_lineages", lambda store: known)
+    monkeypatch.setattr(flows.champions, "list_lineages", lambda store: known)
 
 
 def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
@@ -32,9 +32,9 @@ def champions(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
             raise error
         scored.append(name)
 
-    monkeypatch.setattr(flows.evaluate, "evaluate", score)
+    monkeypatch.setattr(flows.champions, "evaluate", score)
     try:
-        asyncio.run(flows.evaluate.evaluate_champions.fn())
+        asyncio.run(flows.champions.evaluate_champions.fn())
     finally:
         assert scored == ([] if isinstance(error, Interrupted) else ["c"] if error else ["a", "c"])
 
@@ -60,9 +60,9 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
         accuracies={"bank": 0.25, "clinic": 0.5, "new": 0.0}, recorded={"bank": 0.75, "clinic": 0.5},
         num_rows={"bank": 4, "clinic": 4, "new": 4}, unjudged={},
     )  # fmt: skip
-    monkeypatch.setattr(flows.evaluate, "find_version", lambda *_: None)
-    monkeypatch.setattr(flows.evaluate, "version_ref", lambda _: SimpleNamespace(version="3"))
-    monkeypatch.setattr(flows.evaluate, "score_version", lambda *_: scores)
+    monkeypatch.setattr(flows.champions, "find_version", lambda *_: None)
+    monkeypatch.setattr(flows.champions, "version_ref", lambda _: SimpleNamespace(version="3"))
+    monkeypatch.setattr(flows.champions, "score_version", lambda *_: scores)
 
     class Screen(LogReporter):
         def said(self, message: str) -> None:
@@ -70,7 +70,7 @@ def test_an_accuracy_below_the_recorded_one_is_said(monkeypatch: pytest.MonkeyPa
 
     async def evaluate() -> Any:
         with reporting_to(Screen()):
-            return await flows.evaluate.evaluate.fn("a")
+            return await flows.champions.evaluate.fn("a")
 
     assert asyncio.run(evaluate()).accuracies["bank"] == 0.25
     (line,) = said

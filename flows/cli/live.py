@@ -1,4 +1,4 @@
-"""Commands about live traffic: the champion against its test rows, and a version in rollout against the champion."""
+"""Commands about live traffic: monitor, rollout, and right answers to texts (select, feedback, harvest)."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import RenderableType
 from rich.markup import escape
-from typer import Option
+from typer import Argument, Option
 
-from flows.cli.session import CommandResult, Lineage, Session, command
-from flows.cli.tables import heading, new_table, percent
+from deal_core.errors import ConfigError
+from flows.cli.console import heading, new_table, percent
+from flows.cli.session import Column, CommandResult, Lineage, Session, command
 from flows.cli.versions import Why, show_decision
 
 if TYPE_CHECKING:
     from deal_core.monitoring.report import LiveAccuracy, TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
-    from flows.rollout import RolloutResult
+    from flows.champions import RolloutResult
+    from tasks.monitoring.feedback import FeedbackResult
+    from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
     from tasks.monitoring.rollout import RolloutStatus
+    from tasks.monitoring.select import SelectResult
 
-monitor_app = typer.Typer()
+live_app = typer.Typer()
 rollout_app = typer.Typer(help="A new version on live traffic, before it becomes champion.", no_args_is_help=True)
 
 
-@command(monitor_app, "starting")
+@command(live_app, "starting")
 def monitor(
     deal: Session,
     lineage: Lineage = "default",
-    data: Annotated[
-        Path | None,
-        Option(
-            "--data", "-d",
-            help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
-            show_default=False,
-        ),
-    ] = None,
+    data: Annotated[Path | None, Option(
+        "--data", "-d",
+        help="File of answers instead of the prediction log: its columns, or as deal predict --data writes.",
+        show_default=False
+    )] = None,
     rebase: Annotated[
         bool, Option("--rebase", help="Compare with the present live rows from now on, not with the test rows.")
     ] = False,
-) -> CommandResult:  # fmt: skip
+) -> CommandResult:
     """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
-    from flows.monitor import monitor as monitor_flow
+    from flows.champions import monitor as monitor_flow
 
     file = None if data is None else str(data.absolute())
     outcome = deal.run(lambda: monitor_flow(lineage, file, rebase))
@@ -57,9 +58,9 @@ def show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     drift = result.drift
     shown: list[RenderableType] = [
         heading(f"Live traffic of {result.lineage}, version {result.version}"), _tests(drift.tasks), *_said(result),
-    ]  # fmt: skip
+    ]
     table = new_table("task", "accuracy", "now", "from", "to", "rows", "test rows",
-                      right=["now", "from", "to", "rows", "test rows"])  # fmt: skip
+                      right=["now", "from", "to", "rows", "test rows"])
     for each in drift.tasks:
         for word, accuracy in (("measured", each.measured), ("estimated", each.estimated)):
             if accuracy is not None:
@@ -110,7 +111,7 @@ def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "looking")
 def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
     """Promote or reject the version if the figures say so. A server does this every five minutes."""
-    from flows.rollout import check_rollout
+    from flows.champions import check_rollout
 
     found = check_rollout(lineage)
     is_rejected = found.decision is not None and found.decision.action == "rejected"
@@ -120,20 +121,18 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "promoting")
 def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.promote import current_account
-    from flows.rollout import finish_rollout
+    from flows.champions import finish_rollout
 
-    done = finish_rollout(lineage, who=current_account(), why=why)
+    done = finish_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
 @command(rollout_app, "rejecting")
 def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.promote import current_account
-    from flows.rollout import abort_rollout
+    from flows.champions import abort_rollout
 
-    done = abort_rollout(lineage, who=current_account(), why=why)
+    done = abort_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
@@ -149,12 +148,12 @@ def show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
     report = found.report
     head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
     sides = new_table("", f"version {report.champion.version}", f"version {report.candidate.version}",
-                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])  # fmt: skip
+                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])
     for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
         sides.add_row(name, before, now)
     shown: list[RenderableType] = [
         heading(f"{head}, since {found.since.astimezone():%Y-%m-%d %H:%M}"), sides, *_compared(report),
-    ]  # fmt: skip
+    ]
     if report.num_pairs:
         shown.append(f"Same answer to {percent(report.agreement)} % of {report.num_pairs} rows.")
     counted = "rows with feedback" if report.by_feedback else "answers"
@@ -169,9 +168,7 @@ _FIGURES = ("rows", "failed", "with feedback", "right, %", "no label, %", "mean 
 def _figures(arm: Arm) -> tuple[str, ...]:
     right = percent(arm.num_right / arm.num_judged if arm.num_judged else None)
     numbers = ("–" if value is None else f"{value:.2f}" for value in (arm.confidence, arm.seconds))
-    return (
-        str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers
-    )
+    return (str(arm.num_rows), str(arm.num_failed), str(arm.num_judged), right, percent(arm.share_no_label), *numbers)
 
 
 def _compared(report: RolloutReport) -> list[RenderableType]:
@@ -183,3 +180,97 @@ def _compared(report: RolloutReport) -> list[RenderableType]:
         ends = f"{each.points:+.1f}", f"{each.low:+.1f}", f"{each.high:+.1f}"
         table.add_row(each.figure, *ends, str(each.num_rows), "[red]worse[/]" if each.is_worse else "")
     return [table]
+
+
+@command(live_app)
+def select(
+    deal: Session,
+    task: Annotated[str, Argument(help="Task whose texts are chosen.")],
+    lineage: Lineage = "default",
+    number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
+    random_share: Annotated[
+        float, Option("--random-share", max=1.0, help="Share that is drawn at random, above 0.")
+    ] = 0.25,
+    data: Annotated[Path | None, Option(
+        "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
+        show_default="the prediction log"
+    )] = None,
+    column: Column = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="New .csv or .jsonl file.", show_default="TASK-to-label.csv")
+    ] = None,
+) -> CommandResult:
+    """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
+    if column is not None and data is None:
+        raise ConfigError("--column goes with --data; give both, or neither.")
+    with deal.screen.working("reading"):
+        from flows.server.embedded import calm_libraries
+        from tasks.monitoring.select import select_to_label
+
+        calm_libraries()
+        done = select_to_label(
+            task, lineage, data=data, column=column, out=out, number=number, random_share=random_share,
+            on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
+        )
+    return CommandResult(done, _show_selected(done))
+
+
+@command(live_app, "reading")
+def feedback(
+    deal: Session,
+    file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
+    lineage: Lineage = "default",
+) -> CommandResult:
+    """Take right answers to logged requests, from a file that a person stands behind."""
+    from tasks.monitoring.feedback import take_feedback_file
+
+    taken = take_feedback_file(file, lineage)
+    return CommandResult(taken, _show_taken(taken))
+
+
+@command(live_app)
+def harvest(
+    deal: Session,
+    task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
+    lineage: Lineage = "default",
+) -> CommandResult:
+    """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
+    from tasks.monitoring.harvest import harvest_feedback
+
+    with deal.screen.working("reading"):
+        done = harvest_feedback(task, lineage)
+    return CommandResult(done, _show_harvest(done))
+
+
+def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
+    shown = [
+        f"{done.out}: {done.num_rows} of {done.num_inputs} texts, {done.num_random} of them drawn at random, answered "
+        f"by version {done.version} of {done.lineage} as {done.task}."
+    ]
+    if done.num_known:
+        shown.append(f"{done.num_known} texts have feedback or have landed already.")
+    if done.num_unusable:
+        shown.append(f"{done.num_unusable} rows have no text that can be labelled.")
+    fill_in = f"Fill in the column {done.column}"
+    if done.data is None:
+        shown.append(f"{fill_in}, then give: deal feedback {done.out} --lineage {done.lineage}, and: deal harvest "
+                     f"{done.task} --lineage {done.lineage}")
+    else:
+        shown.append(f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
+                     f"--data {done.out} --lineage {done.lineage}")
+    return [escape(each) for each in shown]
+
+
+def _show_taken(taken: FeedbackResult) -> Sequence[RenderableType]:
+    shown = [f"Feedback on {taken.num_taken} answers was taken."]
+    if taken.num_blank:
+        shown.append(f"{taken.num_blank} rows have no feedback.")
+    if taken.num_unknown:
+        shown.append(f"The log does not have {taken.num_unknown} of the answers; feedback on them cannot be learned.")
+    return [escape(each) for each in shown]
+
+
+def _show_harvest(done: HarvestResult) -> Sequence[RenderableType]:
+    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to harvest."]
+    shown += [f"  not harvested: {number}, {reason}" for reason, number in done.skipped.items()]
+    return [escape(each) for each in shown]

@@ -1,0 +1,240 @@
+"""Flows that look after champions: score them again, watch their live traffic, end rollouts, serve, harvest."""
+
+from __future__ import annotations
+
+from prefect import flow, runtime
+from pydantic import BaseModel
+
+from deal_core.config import EvaluateConfig
+from flows.promote import Decision, promote_to, reject_version
+from infra.promotions import PromotionLog
+from infra.settings import VllmSettings
+from infra.tracking.registry import open_registry
+from tasks.adaptation.evaluate import score_version
+from tasks.adaptation.promote import settle_aliases
+from tasks.context import current_store
+from tasks.lineage.history import find_version, known_lineages
+from tasks.lineage.settings import for_each, list_lineages
+from tasks.lineage.versions import ROLLOUT, version_ref
+from tasks.monitoring.harvest import HarvestResult, harvest_feedback
+from tasks.monitoring.look import MonitorResult, look_at
+from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
+from tasks.progress import Stages, reporter
+from tasks.vllm import ServingRoute, sync_vllm
+
+
+class EvaluateResult(BaseModel, frozen=True):
+    """New and recorded accuracies of a version."""
+
+    lineage: str
+    version: str
+    accuracies: dict[str, float]
+    recorded: dict[str, float]
+    """Accuracies that the version's own run found."""
+    num_rows: dict[str, int]
+    unjudged: dict[str, str] = {}
+    """Tasks whose test rows were forgotten, and what to do."""
+    seconds: float
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{lineage}")
+async def evaluate(lineage: str, version: str | None = None) -> EvaluateResult:
+    """Score a version on the frozen test rows of all its tasks. Report tasks on which it is worse than in its own run.
+
+    Args:
+        lineage: The lineage.
+        version: Number of the version; None: the champion.
+
+    Raises:
+        RegistryError: There is no such version.
+    """
+    stages = Stages()
+    found = version_ref(find_version(open_registry(), lineage, version))
+    scores = await stages.run("evaluate", score_version, found, EvaluateConfig())
+    stages.done("evaluate", f"{sum(scores.num_rows.values())} rows")
+    for task, value in scores.accuracies.items():
+        if (before := scores.recorded.get(task, 0.0)) > value:
+            reporter().said(
+                f"Version {found.version} of {lineage} scores {value:.1%} on {task}, "
+                f"below the {before:.1%} that its own run found."
+            )
+    return EvaluateResult(
+        lineage=lineage, version=found.version, accuracies=scores.accuracies, recorded=scores.recorded,
+        num_rows=scores.num_rows, unjudged=scores.unjudged, seconds=stages.seconds["evaluate"],
+    )
+
+
+@flow(name="evaluate-champions")
+async def evaluate_champions(lineages: tuple[str, ...] = ()) -> list[EvaluateResult]:
+    """Score the champions of several lineages, one after another.
+
+    Args:
+        lineages: Their names; empty: all lineages in the server's settings that have a champion.
+
+    Raises:
+        DealError: Some champions could not be scored. All others were scored.
+    """
+    registry = open_registry()
+    names = lineages or tuple(each.lineage for each in list_lineages(current_store()))
+
+    async def score(name: str) -> EvaluateResult | None:
+        return await evaluate(name) if lineages or registry.champion(name) else None
+
+    return [each for each in await for_each(names, score, "could not be scored") if each is not None]
+
+
+@flow(name="monitor", flow_run_name="monitor-{lineage}")
+async def monitor(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
+    """Compare the live traffic of a lineage's champion with its reference. No model is needed.
+
+    Args:
+        lineage: The lineage.
+        data: File of answers that another server gave, instead of the prediction log. Nothing is announced then.
+        rebase: Compare with the present live rows from now on, until another version is champion.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+        ConfigError: The file cannot be used, there are too few rows for a rebase, or `data` comes with `rebase`.
+    """
+    stages = Stages()
+    found = await stages.run("compare", look_at, lineage, data, rebase)
+    left_out = f"; {found.num_faulty} rows cannot be read and were left out" if found.num_faulty else ""
+    stages.done("compare", (found.problem or f"{found.num_rows} rows of version {found.version}") + left_out)
+    for alarm in found.new_alarms:
+        reporter().said(f"{lineage}, {alarm.task}: {alarm.kind}. {'; '.join(alarm.reasons)}")
+    return found
+
+
+@flow(name="monitor-lineages")
+async def monitor_lineages(lineages: tuple[str, ...] = ()) -> list[MonitorResult]:
+    """Look at the live traffic of several lineages' champions, one after another.
+
+    Args:
+        lineages: Their names; empty: all lineages that have a champion.
+
+    Raises:
+        DealError: Some lineages could not be looked at. All others were.
+    """
+    registry = open_registry()
+    names = lineages or known_lineages(current_store())
+
+    async def look(name: str) -> MonitorResult | None:
+        return await monitor(name) if lineages or registry.champion(name) else None
+
+    return [each for each in await for_each(names, look, "could not be looked at") if each is not None]
+
+
+class RolloutResult(BaseModel, frozen=True):
+    """A look at a rollout, and what was done."""
+
+    status: RolloutStatus
+    decision: Decision | None = None
+    """The version's promotion or rejection; None: the rollout goes on, or there is none."""
+
+
+@flow(name="rollouts")
+async def rollouts() -> list[RolloutResult]:
+    """Look at all open rollouts, one after another, and end those that are decided.
+
+    Raises:
+        DealError: Some could not be looked at. All others were.
+    """
+    store = current_store()
+    log, named = PromotionLog(store), open_registry().lineages_with("rollout")
+    names = [name for name in known_lineages(store) if name in named or log.open_rollout(name) is not None]
+
+    async def check(name: str) -> RolloutResult:
+        return check_rollout(name)
+
+    return await for_each(names, check, "could not be looked at")
+
+
+def check_rollout(lineage: str) -> RolloutResult:
+    """Make the version that is tried the champion, reject it, or let its rollout go on.
+
+    An alias that does not fit the promotion log is set back first.
+
+    Raises:
+        RegistryError: The champion has changed meanwhile, or the version cannot become champion.
+    """
+    settle_aliases(open_registry(), PromotionLog(current_store()), lineage)
+    status = look_at_rollout(lineage)
+    if status.version is None or status.report is None or status.report.verdict == "goes on":
+        return RolloutResult(status=status)
+    why = f"{status.report.kind}: {'; '.join(status.report.reasons)}"
+    if status.report.verdict == "abort":
+        decision = reject_version(lineage, status.version, who=ROLLOUT, why=why)
+    else:
+        run = find_version(open_registry(), lineage, status.version).run_key
+        decision = promote_to(lineage, status.version, who=ROLLOUT, why=why, run=run)
+    return RolloutResult(status=status, decision=decision)
+
+
+def finish_rollout(lineage: str, *, who: str, why: str) -> Decision:
+    """Make the version that is tried on live traffic the champion, whatever the figures say.
+
+    Raises:
+        RegistryError: There is no rollout, or the version cannot become champion.
+    """
+    return promote_to(lineage, require_open(current_store(), lineage).version, who=who, why=why)
+
+
+def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
+    """Reject the version that is tried on live traffic.
+
+    Raises:
+        RegistryError: There is no rollout.
+    """
+    return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
+
+
+def _run_name() -> str:
+    return f"serve-vllm-{runtime.flow_run.parameters.get('lineage') or 'all'}"
+
+
+@flow(name="serve-vllm", flow_run_name=_run_name)
+async def serve_vllm(lineage: str | None = None, url: str | None = None) -> ServingRoute | list[ServingRoute]:
+    """Load the champion into a vLLM server, test an answer, move the route, and unload the earlier adapter.
+
+    Args:
+        lineage: The lineage; None: all lineages with a champion. The result is then a list. A schedule made with
+            Prefect's command cannot give parameters.
+        url: Address of the server; None: DEAL_VLLM_URL.
+
+    Raises:
+        ConfigError: The server cannot load such an adapter; nothing was changed.
+        VllmError: The server refuses or does not answer.
+        DealError: For some of all lineages, the server does not serve the champion. For all others it does.
+    """
+    settings = VllmSettings()
+    if url is not None:
+        settings = settings.model_copy(update={"url": url})
+
+    async def sync(name: str) -> ServingRoute:
+        stages = Stages()
+        route = await stages.run("vllm", sync_vllm, name, settings)
+        stages.done("vllm", f"{route.model} answers for {name}")
+        return route
+
+    if lineage is not None:
+        return await sync(lineage)
+    names = open_registry().lineages_with("champion")
+    return await for_each(names, sync, "could not be brought in step with the server")
+
+
+@flow(name="harvest", flow_run_name="harvest-{task}")
+def harvest(task: str, lineage: str = "default") -> HarvestResult:
+    """Write the reviewed right answers of a task into its inbox. What was harvested before does not land again.
+
+    Args:
+        task: The task.
+        lineage: The lineage whose champion answered.
+
+    Raises:
+        ConfigError: The lineage does not know the task.
+        RegistryError: The lineage has no champion.
+    """
+    result = harvest_feedback(task, lineage)
+    landed = f"{result.num_rows} rows landed as {result.key}" if result.key else "nothing to harvest"
+    reporter().said(f"Feedback on {task} of {lineage}: {landed}.")
+    return result

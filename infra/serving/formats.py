@@ -1,0 +1,338 @@
+"""The formats of requests and answers: MLflow's tables, OpenAI's API, and feedback.
+
+A model's name in OpenAI's API is the lineage, with a version, a task, or both: support, support@7, support/billing,
+support@7/billing. The server renders the task's prompt. A task of chats takes the messages; any other task takes one
+user message.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc.scoring_server import infer_and_parse_data, predictions_to_json
+
+from deal_core.errors import ConfigError
+from deal_core.evaluation.answerer import Answered, GivenUpError
+from deal_core.evaluation.answering import InputRow, ServedVersion
+from deal_core.monitoring.feedback import read_entry
+from infra.served_model import VERSION
+from infra.serving.champion import Champion
+from infra.serving.prediction_log import LOG
+
+MAX_ENTRIES = 1000
+"""Entries of one request with feedback."""
+TABLE_BODY = '{"dataframe_records": [{"input": "the text"}]}'
+OPENAI_BODY = '{"model": LINEAGE, "messages": [{"role": "user", "content": "the text"}]}'
+FEEDBACK_BODY = '[{"id": ID, "label": LABEL}]'
+RETRY = {"Retry-After": "2"}
+NOT_FOUND = "model_not_found"
+DONE = "data: [DONE]\n\n"
+REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabilities", "audio": "audio"}
+"""Keys of a request that ask for something that the server does not have."""
+
+
+class RefusalError(Exception):
+    """A request that is not answered.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to send, for the client.
+        headers: More headers of the answer.
+        code: OpenAI's name of the error, if it has one.
+    """
+
+    def __init__(
+        self, status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.code = code
+
+
+class HttpAnswer(NamedTuple):
+    """The body of an answer, and the version that gave the answer."""
+
+    body: str
+    version: str
+    kind: str = "application/json"
+    status: int = 200
+
+
+class Caller(NamedTuple):
+    """The client of a request."""
+
+    is_given_up: Callable[[], bool]
+    """Tells whether it has gone."""
+    key: str | None = None
+    """In a canary's rollout, requests with the same key go to the same version; None: the client names no key."""
+
+
+def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
+    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
+
+    Raises:
+        RefusalError: 400: the body is no valid table of rows. 500: the model fails.
+    """
+    model = serving.model(caller.is_given_up, caller.key)
+    values = _decode_object(body, TABLE_BODY)
+    values.pop("params", None)  # MLflow's clients may send params; the model has none
+    try:
+        schema = model.metadata.get_input_schema()  # type: ignore[no-untyped-call]
+        table = infer_and_parse_data(values, schema)
+    except MlflowException as error:
+        raise RefusalError(400, _reason(error)) from None
+    except Exception as error:  # pandas raises many kinds of errors
+        raise RefusalError(400, f"The body is no table of rows ({type(error).__name__}).") from None
+    with _refusing():
+        predictions: Any = model.predict(table)
+    written = io.StringIO()
+    predictions_to_json(predictions, written)  # type: ignore[no-untyped-call]
+    return HttpAnswer(written.getvalue(), predictions.attrs[VERSION])
+
+
+def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
+    """Answer a body in the form of OpenAI's API.
+
+    Raises:
+        RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
+    """
+    asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
+    asked.require_version(serving.version, serving.canary)
+    with _refusing():
+        answered = serving.ask(asked.rows, caller.is_given_up, caller.key or asked.user, asked.version)
+    asked.require_version(answered.version)  # the champion may have moved
+    kind = "text/event-stream" if asked.is_stream else "application/json"
+    return HttpAnswer(asked.body(answered), answered.version, kind)
+
+
+def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
+    """Log feedback on answers. A wrong entry refuses all entries.
+
+    Raises:
+        RefusalError: 400: an entry is wrong. 409: the log is off. 503: there is no room now.
+    """
+    values, log = _decode(body, FEEDBACK_BODY), serving.log
+    if log is None:
+        raise RefusalError(409, "The prediction log is off; start deal serve with DEAL_LOG_PREDICTIONS.")
+    if not isinstance(values, list) or not values or len(values) > MAX_ENTRIES:
+        raise RefusalError(400, f"The body is no list of 1 to {MAX_ENTRIES} entries; send {FEEDBACK_BODY}.")
+    tasks = {task.schema.name: task.schema for task in serving.served.tasks}
+    now, found = time.time(), []
+    try:
+        for number, entry in enumerate(values, 1):
+            place = f"Entry {number}"
+            read = read_entry(entry, place, source="api", now=now)
+            read.check_texts(log.keeps_texts, place)
+            found.append(read.check_against(tasks, log.task_of(read.feedback.id), place))
+    except ConfigError as error:
+        raise RefusalError(400, str(error)) from None
+    if not log.take_feedback(found):
+        raise RefusalError(503, "The log has no room; send the same feedback again in a moment.", RETRY)
+    return HttpAnswer(json.dumps({"taken": len(found)}), serving.version or "", status=202)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn the errors of a model into refusals."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RefusalError(400, str(error)) from None
+    except MlflowException as error:
+        raise RefusalError(400, _reason(error)) from None
+    except GivenUpError as error:
+        raise RefusalError(503, str(error), RETRY) from None
+    except Exception:
+        LOG.exception("A request could not be answered")
+        raise RefusalError(500, "The model failed on this request; the server's log has the error.") from None
+
+
+def _decode_object(body: bytes, example: str) -> dict[str, Any]:
+    """Read a JSON object; `example` is one, for the message."""
+    values = _decode(body, example)
+    if not isinstance(values, dict):
+        raise RefusalError(400, f"The body is no JSON object; send {example}.")
+    return values
+
+
+def _decode(body: bytes, example: str) -> Any:
+    try:
+        values = json.loads(body)
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except RecursionError:
+        raise RefusalError(400, f"The body is nested too deeply; send {example}.") from None
+    except UnicodeEncodeError:
+        raise RefusalError(400, "The body has half of a surrogate pair, which is no character.") from None
+    except ValueError as error:
+        raise RefusalError(400, f"The body is no JSON in UTF-8: {str(error)[:200]}.") from None
+    return values
+
+
+def _reason(error: MlflowException) -> str:
+    """Return MLflow's message as one sentence, without the texts of the request."""
+    message = str(error.message)
+    if "Failed to enforce schema" in message:
+        message = message.rpartition("Error: ")[2]
+    message = message.split("\nInput:")[0].split(" IMPORTANT:")[0]  # the texts of the request; advice on MLflow 1
+    return " ".join(message.split())[:1000]
+
+
+def api_refusal(refusal: RefusalError) -> dict[str, Any]:
+    """Return the body of a refusal in the form of OpenAI's API."""
+    return {"error": {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}}
+
+
+@dataclass(frozen=True)
+class ApiRequest:
+    """The rows of a request, and how the answer is written."""
+
+    rows: tuple[InputRow, ...]
+    version: str | None
+    """The version that has to answer; None: the champion, whatever its number."""
+    is_chat: bool
+    is_stream: bool
+    user: str | None = None
+    """The client's name of its user; None: it gives none."""
+
+    def require_version(self, version: str | None, canary: str | None = None) -> None:
+        """Require the version that the model's name has.
+
+        Raises:
+            RefusalError: `version` answers, which is another one, and so is `canary`.
+        """
+        if self.version is not None and self.version not in (version, canary):
+            message = f"Version {self.version} does not answer here; version {version} does."
+            raise RefusalError(404, message, code=NOT_FOUND)
+
+    def body(self, answered: Answered) -> str:
+        """Return the answer as JSON, or as server-sent events. A stream has each answer as one piece.
+
+        The answer's id is that of its row in the prediction log. Of several rows, each choice has its row's id.
+        """
+        is_cut = answered.is_cut or [False] * len(answered.answers)
+        choices: list[dict[str, Any]] = []
+        for number, (text, cut) in enumerate(zip(answered.answers, is_cut, strict=True)):
+            shared = {"index": number, "logprobs": None, "finish_reason": "length" if cut else "stop"}
+            own = {"id": answered.ids[number]} if len(answered.ids) > 1 else {}
+            choices += self._choices({**shared, **own}, text)
+        kind = "text_completion"
+        if self.is_chat:
+            kind = "chat.completion.chunk" if self.is_stream else "chat.completion"
+        made = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{[*answered.ids, uuid.uuid4().hex][0]}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": f"{answered.served.lineage}@{answered.version}",
+        }
+        if not self.is_stream:
+            return json.dumps({**made, "choices": choices}, ensure_ascii=False)
+        events = [json.dumps({**made, "choices": [each]}, ensure_ascii=False) for each in choices]
+        return "".join(f"data: {event}\n\n" for event in events) + DONE
+
+    def _choices(self, shared: dict[str, Any], text: str) -> list[dict[str, Any]]:
+        """Return an answer as one choice; in a stream of a chat, its end is a choice of its own."""
+        if not self.is_chat:
+            return [{**shared, "text": text}]
+        message = {"role": "assistant", "content": text}
+        if not self.is_stream:
+            return [{**shared, "message": message}]
+        return [{**shared, "delta": message, "finish_reason": None}, {**shared, "delta": {}}]
+
+
+def list_models(served: ServedVersion, version: str) -> dict[str, Any]:
+    """Return the body of GET /v1/models: the champion, its version, and the champion for each task."""
+    tasks = [f"{served.lineage}/{task.schema.name}" for task in served.tasks]
+    names = [served.lineage, f"{served.lineage}@{version}", *tasks]
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": 0, "owned_by": "deal"} for name in names],
+    }
+
+
+def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: bool) -> ApiRequest:
+    """Read the body of POST /v1/chat/completions or /v1/completions.
+
+    Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
+    to the task's longest answer.
+
+    Raises:
+        RefusalError: The model is not served here, or the request asks for something that the server does not have.
+    """
+    version, task_name = _version_and_task(values, served)
+    for key, what in REFUSED.items():
+        if values.get(key):
+            raise _wrong(f"{key}: the server has no {what}; leave {key} out.")
+    if values.get("n") not in (None, 1):
+        raise _wrong("n: the server gives one answer, the most likely one; leave n out.")
+    task = served.task(task_name)
+    if task is None:
+        names = ", ".join(each.schema.name for each in served.tasks)
+        raise RefusalError(404, f"model names the task {task_name!r}; the version that answers knows {names}.",
+                           code=NOT_FOUND)
+    read = _chat_input if is_chat else _prompts
+    texts = read(values, task.schema.format == "chat", task.schema.name)
+    return ApiRequest(
+        rows=tuple(InputRow(text, task.schema.name) for text in texts),
+        version=version, is_chat=is_chat, is_stream=values.get("stream") is True,
+        user=values["user"] if isinstance(values.get("user"), str) else None,
+    )
+
+
+def _wrong(message: str) -> RefusalError:
+    return RefusalError(400, message, code="invalid_request_error")
+
+
+def _version_and_task(values: Mapping[str, Any], served: ServedVersion) -> tuple[str | None, str | None]:
+    """Return the version and the task that the model's name has."""
+    model = values.get("model")
+    if not isinstance(model, str):
+        raise _wrong(f"model is missing; give the lineage's name: {served.lineage}.")
+    rest, _, task = model.partition("/")
+    lineage, _, version = rest.partition("@")
+    if lineage != served.lineage:
+        raise RefusalError(404, f"model is {model[:100]!r}; {served.lineage} is served here, or {served.lineage}/TASK.",
+                           code=NOT_FOUND)
+    return version or None, task or None
+
+
+def _chat_input(values: Mapping[str, Any], takes_chat: bool, task: str) -> list[str]:
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise _wrong("messages is no list of messages; give role and content for each.")
+    read = [{"role": str(each.get("role")), "content": _content(each)} for each in messages]
+    if takes_chat:
+        return [json.dumps(read, ensure_ascii=False)]
+    if [each["role"] for each in read] != ["user"]:
+        raise _wrong(
+            f"The task {task} takes one text, under the server's instruction; send one message of the role user."
+        )
+    return [read[0]["content"]]
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return "\n".join(part["text"] for part in parts)  # as training joins them
+    if not isinstance(content, str):
+        raise _wrong("A message's content is no text; the server reads texts only.")
+    return content
+
+
+def _prompts(values: Mapping[str, Any], takes_chat: bool, task: str) -> Sequence[str]:
+    if takes_chat:
+        raise _wrong(f"The task {task} takes chats; send its messages to /v1/chat/completions.")
+    prompt = values.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+        raise _wrong("prompt is no text and no list of texts; token numbers are not read.")
+    return prompts
