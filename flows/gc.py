@@ -23,7 +23,6 @@ from tasks.housekeeping.inventory import (
     look_at_lineage,
     old_logs,
     old_temporaries,
-    old_training_rows,
     remove,
     with_model_bytes,
 )
@@ -97,7 +96,6 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     if lineage is None:
-        apply(old_training_rows(store, now=now, older_than=limit))
         apply(old_temporaries(store, now=now))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(

@@ -11,16 +11,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -63,12 +56,6 @@ class Handled(BaseModel):
     at: datetime
     cancelled_run: str | None = None
     """Id of the cancelled run that held the file; see `tasks.cancelled`."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the JSON, which has a later field only where it is set: an earlier release reads the rest."""
-        values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "cancelled_run" or value is not None}
 
     def due(self) -> datetime | None:
         """Return the time of the next try; None: a watch does not try the file again."""

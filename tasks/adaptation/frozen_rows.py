@@ -158,7 +158,7 @@ def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> 
 
 
 def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
-    """Read the answers next to an adapter; None: an earlier release stored no answers.
+    """Read the answers next to an adapter; None: there are none, for example after `deal forget`.
 
     Raises:
         StoreError: The file is damaged or has another schema version.

@@ -39,8 +39,6 @@ from infra.version_log import VersionLog
 from tasks.adaptation.ingest import retains_training_rows
 from tasks.housekeeping.garbage import Folder, Holdings, Kind, Removal
 
-SERVE = "serve"
-"""The folder in which `deal serve` of earlier releases kept fetched versions."""
 AGE = timedelta(days=1)
 """Age at which a temporary file counts as left by a killed process."""
 FEEDBACK_AGE = timedelta(days=7)
@@ -151,17 +149,6 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
     )
 
 
-def old_training_rows(store: ObjectStore, *, now: datetime, older_than: timedelta) -> tuple[Removal, ...]:
-    """Return old training rows of earlier releases, in which lineages shared datasets."""
-    return tuple(
-        Removal(lineage="", kind="training rows", address=info.key, num_bytes=info.size,
-                reason="learned before training rows were deleted")
-        for info in store.list(DATASETS)
-        if (each := keys.parse_dataset_file(info.key)) and each.lineage is None and each.name == TRAIN_FILE
-        and info.modified < now - older_than
-    )  # fmt: skip
-
-
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
     """Return the files that killed processes left on this machine. They belong to no lineage."""
     return tuple(
@@ -234,9 +221,8 @@ def _folder(address: str, infos: list[ObjectInfo]) -> Folder:
 
 
 def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
-    """Return old temporary folders, unfinished files of a folder store, and files of earlier releases in HOME/serve."""
-    home = HomeSettings().home
-    places = [home / TEMPORARY, home / SERVE]
+    """Return old temporary folders and unfinished files of a folder store."""
+    places = [HomeSettings().home / TEMPORARY]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
     paths = sorted(path for place in places if place.is_dir() for path in place.iterdir())

@@ -36,7 +36,7 @@ class KnownTask:
     max_prompt_tokens: int
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int = EvaluateConfig().max_new_tokens
-    """Longest answer in evaluation and serving. Older records do not have the field; they used the default."""
+    """Longest answer in evaluation and serving."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
         """Return the task with the test rows of another dataset."""

@@ -1,12 +1,8 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
-An error names the damaged file, its version, and what still works. A copy of an adapter is compared with the recorded
-digests. There are three kinds of versions:
-
-- Most versions have a digest for each file (`files_sha256`). The files that the caller reads are compared.
-- A version of an earlier release has one digest of all files together (`adapter_sha256`). All files are compared. If
-  an earlier release emptied the method's state (`deal forget`), it recorded no new digest, and nothing is compared.
-- A version without any digest is loaded as it is.
+An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
+(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet has one digest of
+all files together.
 """
 
 from __future__ import annotations
@@ -30,7 +26,6 @@ from deal_core.adapter.files import (
     Recorded,
     as_recorded,
     digests_of,
-    find_damage,
     require_undamaged,
 )
 from deal_core.errors import DealError, StoreError
@@ -234,8 +229,6 @@ def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with
     """
     recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
     found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
-    if TOGETHER in recorded and find_damage(found, recorded) and _is_from_before(adapter) and _was_emptied(folder):
-        return
     require_undamaged(
         found, recorded, names, what=_name_of(adapter), where=store.uri_of(_uri_of(adapter)), remedy=remedy_for(adapter)
     )
@@ -246,26 +239,19 @@ def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, fold
     """Record the digests of the files in `folder`, while the block puts these files in place of a version's files.
 
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
-    file that was damaged before keeps its recorded digest, so that the damage stays visible. Nothing is recorded for a
-    version that cannot be compared.
+    file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
+    recorded = version.files_sha256 or {}
     with borrowed_folder(store, version.adapter_uri) as old:
         found = digests_of(old)
-        recorded = _recorded_of(version)
-        if TOGETHER in recorded and not find_damage(found, recorded):
-            recorded = as_recorded(found)
-        elif TOGETHER in recorded and _is_from_before(version) and _was_emptied(old):
-            recorded = {}
     new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
-    if recorded:
-        between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
-        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
+    between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
+    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
     yield
-    if recorded:
-        after = {**recorded, **as_recorded(new)}
-        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
-        if now := registry.version(version.lineage, version.version):
-            VersionLog(store).keep(now)
+    after = {**recorded, **as_recorded(new)}
+    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
+    if now := registry.version(version.lineage, version.version):
+        VersionLog(store).keep(now)
 
 
 def remedy_for(adapter: Adapter) -> str:
@@ -280,24 +266,7 @@ def remedy_for(adapter: Adapter) -> str:
 def _recorded_of(adapter: Adapter) -> Recorded:
     if isinstance(adapter, AdapterRef):
         return {TOGETHER: (adapter.sha256,)}
-    if adapter.files_sha256 is not None:
-        return adapter.files_sha256
-    return {TOGETHER: (adapter.adapter_sha256,)} if adapter.adapter_sha256 else {}
-
-
-def _is_from_before(adapter: Adapter) -> bool:
-    """Whether an earlier release registered the version, and this release's `deal forget` has not changed it."""
-    return not isinstance(adapter, AdapterRef) and adapter.files_sha256 is None
-
-
-def _was_emptied(folder: Path) -> bool:
-    """Whether `deal forget` removed rows from the method's state."""
-    from deal_core.adapter.state import stored_rows
-
-    try:
-        return 0 in stored_rows(folder).values()
-    except SafetensorError:
-        return False
+    return adapter.files_sha256 or {TOGETHER: (adapter.adapter_sha256,)}
 
 
 def _uri_of(adapter: Adapter) -> str:

@@ -92,8 +92,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
         return found.model_copy(update={"problem": (
-            f"Version {info.version} has no reference, since an earlier release evaluated it; write one with: deal "
-            f"evaluate --lineage {lineage}."
+            f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
         )})  # fmt: skip
     if live.empty:
         return found.model_copy(update={"problem": (

@@ -55,12 +55,3 @@ def test_what_is_still_written_to_is_not_left(store: FileStore, tmp_path: Path) 
     assert find_leftovers(store, later(23)) == []
     os.utime(folder / "rows", (0, 0))
     assert len(find_leftovers(store, later(0))) == 1
-
-
-def test_what_servers_of_earlier_releases_fetched_is_left(store: FileStore, tmp_path: Path) -> None:
-    copy = tmp_path / "home" / "serve" / "l-0123"
-    (copy / "v1").mkdir(parents=True)
-    (found,) = find_leftovers(store, later())
-    assert found.address == str(copy)
-    remove_local(found.address)
-    assert list((tmp_path / "home" / "serve").iterdir()) == []
