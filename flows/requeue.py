@@ -13,7 +13,7 @@ from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.resume import read_spec_of, require_same_files
-from tasks.cancelled import release
+from tasks.arrival_runs import release
 from tasks.context import current_store
 from tasks.lineage.history import NoVersionError, find_version, read_history
 from tasks.lineage.settings import arrival_of

@@ -14,7 +14,7 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
-    from tasks.lineage.held import HeldArrival
+    from tasks.inbox import HeldArrival
 
 
 def heading(text: str) -> str:

@@ -156,9 +156,9 @@ def requeue(
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
     from flows.requeue import requeue as requeue_flow
-    from tasks.cancelled import release
+    from tasks.arrival_runs import release
     from tasks.context import current_store
-    from tasks.lineage.held import find_held
+    from tasks.inbox import find_held
     from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]
