@@ -25,10 +25,20 @@ from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import decide_gate, register_version
-from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import find_parent, keep_findings
-from tasks.adaptation.start import end_run, fail_run, identify_base, remove_work, start_run
+from tasks.adaptation.run import (
+    count_attempts,
+    end_run,
+    fail_run,
+    find_own,
+    find_registered,
+    find_repeat,
+    identify_base,
+    make_run_key,
+    remove_work,
+    start_run,
+)
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store

@@ -9,9 +9,8 @@ from deal_core.config import EvaluateConfig
 from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.context import current_store
-from tasks.lineage.history import find_version
+from tasks.lineage.history import find_version, version_ref
 from tasks.lineage.settings import for_each, list_lineages
-from tasks.lineage.versions import version_ref
 from tasks.progress import Stages, reporter
 
 

@@ -29,9 +29,17 @@ from tasks.adaptation.promote import (
     settle_aliases,
 )
 from tasks.context import current_store
-from tasks.lineage.history import champion_deleted, find_version, no_version, require_in_registry, unknown_lineage
+from tasks.lineage.history import (
+    arrival_digests,
+    champion_deleted,
+    descent,
+    find_version,
+    no_version,
+    require_in_registry,
+    standing_of,
+    unknown_lineage,
+)
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
-from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce
 from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 

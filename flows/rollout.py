@@ -13,9 +13,8 @@ from infra.promotions import PromotionLog
 from infra.tracking.registry import open_registry
 from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
-from tasks.lineage.history import find_version, known_lineages
+from tasks.lineage.history import ROLLOUT, find_version, known_lineages
 from tasks.lineage.settings import for_each
-from tasks.lineage.versions import ROLLOUT
 from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 
 

@@ -23,9 +23,9 @@ from tasks.adaptation.landing import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.lineage.choices import choose_base
+from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
-from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.scorer import Scored, Scorer, collapse_notes
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, LineageRecord, read_record
-from tasks.lineage.renewal import Renewal, find_renewal, is_renewal_asked
+from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.reference import has_reference, write_reference

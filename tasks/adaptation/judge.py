@@ -21,7 +21,7 @@ from tasks.adaptation.frozen_rows import first_rows, load_test_sets, read_answer
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.renewal import find_renewal
+from tasks.lineage.requests import find_renewal
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.progress import advance
 from tasks.references import AdapterRef, DatasetRef, VersionRef

@@ -20,9 +20,8 @@ from deal_core.safe_text import brief
 from infra.store.base import ObjectStore
 from tasks.adaptation.frozen_rows import read_test_rows
 from tasks.data_files import local_file
-from tasks.lineage.labels import added_labels
 from tasks.lineage.record import LineageRecord
-from tasks.lineage.renewal import is_renewal_asked
+from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.references import Arrival
 

@@ -18,8 +18,8 @@ from infra.store.base import ObjectStore
 from infra.tracking.facts import Alias, VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from tasks.context import current_store
+from tasks.lineage.history import ROLLOUT
 from tasks.lineage.settings import asks_for_alias_moves
-from tasks.lineage.versions import ROLLOUT
 from tasks.notices import Notice, announce
 from tasks.references import VersionRef
 

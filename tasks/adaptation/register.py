@@ -21,10 +21,10 @@ from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
+from tasks.lineage.history import version_ref
 from tasks.lineage.record import KnownTask, LineageRecord, read_record, scores_of, write_record
-from tasks.lineage.renewal import find_renewal
+from tasks.lineage.requests import find_renewal
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
 from tasks.spec import AdaptSpec
 

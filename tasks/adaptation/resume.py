@@ -25,12 +25,11 @@ from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
 from tasks.adaptation.promote import complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
-from tasks.adaptation.start import end_run, remove_work
+from tasks.adaptation.run import end_run, remove_work
 from tasks.context import current_store
 from tasks.data_files import local_file
-from tasks.lineage.history import champion_deleted, require_in_registry
+from tasks.lineage.history import champion_deleted, require_in_registry, version_ref
 from tasks.lineage.version_files import reading_beside
-from tasks.lineage.versions import version_ref
 from tasks.notices import announce_version
 from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
 

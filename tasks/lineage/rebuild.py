@@ -28,13 +28,12 @@ from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
 from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
-from tasks.adaptation.start import run_tags
+from tasks.adaptation.run import run_tags
 from tasks.context import current_store
 from tasks.lineage.choices import LOGGED_PARTS
-from tasks.lineage.history import stored_numbers
+from tasks.lineage.history import ref_by_facts, stored_numbers, version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.lineage.versions import ref_by_facts, version_ref
 from tasks.progress import advance, raise_if_stopped
 from tasks.references import RunRef
 

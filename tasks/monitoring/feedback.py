@@ -22,8 +22,8 @@ from infra.store.base import ObjectStore
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.labels import added_labels
 from tasks.lineage.record import read_record
+from tasks.lineage.requests import added_labels
 from tasks.monitoring.task_columns import answer_column, as_landed
 
 MAX_TOLD = 3

@@ -31,11 +31,10 @@ from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, s
 from tasks.adaptation.promote import rejected_by_person
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
-from tasks.lineage.history import find_version, require_in_registry
+from tasks.lineage.history import descent, find_version, require_in_registry
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.lineage.versions import descent
 from tasks.progress import reporter
 
 if TYPE_CHECKING:

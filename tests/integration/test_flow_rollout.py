@@ -20,8 +20,7 @@ from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
-from tasks.lineage.history import find_version
-from tasks.lineage.versions import descent, standing_of
+from tasks.lineage.history import descent, find_version, standing_of
 from tests.in_process import KilledError
 from tests.registering import register
 

@@ -23,8 +23,8 @@ from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
-from tasks.lineage.labels import added_labels
 from tasks.lineage.record import read_record
+from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.references import VersionRef

@@ -19,8 +19,8 @@ from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry
+from tasks.lineage.history import version_ref
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
-from tasks.lineage.versions import version_ref
 from tasks.references import AdapterRef
 from tests.unit.tasks.housekeeping.test_garbage import version
 

@@ -13,7 +13,7 @@ from infra.ledger import Ledger
 from infra.store.local import open_store
 from infra.tracking.facts import VersionInfo
 from tasks.adaptation.promote import note_learned
-from tasks.adaptation.repeats import find_repeat
+from tasks.adaptation.run import find_repeat
 from tasks.references import DatasetRef
 
 NOW = DatasetRef(
@@ -42,8 +42,8 @@ def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(
     registry = SimpleNamespace(
         versions=lambda lineage: versions, champion=lambda lineage: champion, find_version=by_key.get
     )
-    monkeypatch.setattr("tasks.adaptation.repeats.open_registry", lambda: registry)
-    monkeypatch.setattr("tasks.adaptation.repeats.current_store", lambda: store)
+    monkeypatch.setattr("tasks.adaptation.run.open_registry", lambda: registry)
+    monkeypatch.setattr("tasks.adaptation.run.current_store", lambda: store)
     assert find_repeat.fn(NOW, "l") is None, "a version that was overtaken before it was promoted is trained anew"
     for version in versions:
         note_learned(Ledger(store), version)
