@@ -15,7 +15,7 @@ from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
 from tasks.lineage.history import ROLLOUT, find_version, known_lineages
 from tasks.lineage.settings import for_each
-from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
+from tasks.monitoring.look import RolloutStatus, look_at_rollout, require_open
 
 
 class RolloutResult(BaseModel, frozen=True):

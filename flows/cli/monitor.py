@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from deal_core.monitoring.report import LiveAccuracy, TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
     from flows.rollout import RolloutResult
-    from tasks.monitoring.look import MonitorResult
-    from tasks.monitoring.rollout import RolloutStatus
+    from tasks.monitoring.look import MonitorResult, RolloutStatus
 
 monitor_app = typer.Typer()
 rollout_app = typer.Typer(help="A new version on live traffic, before it becomes champion.", no_args_is_help=True)
@@ -101,7 +100,7 @@ def _accuracy(found: LiveAccuracy) -> tuple[str, ...]:
 @command(rollout_app, "reading")
 def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
     """Compare the version that is tried on live traffic with the champion. Nothing is changed."""
-    from tasks.monitoring.rollout import look_at_rollout
+    from tasks.monitoring.look import look_at_rollout
 
     found = look_at_rollout(lineage)
     return CommandResult(found, show_rollout(found))

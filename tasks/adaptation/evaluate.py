@@ -35,7 +35,7 @@ from tasks.lineage.record import KnownSlice, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
-from tasks.monitoring.reference import has_reference, write_reference
+from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
 from tasks.monitoring.harvest import harvested_from
-from tasks.monitoring.reference import REFERENCE_FILE, forget_reference, holds_task
+from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
                "answers", "logged answers", "reference rows", "inbox file", "quarantine", "training rows",

@@ -28,8 +28,7 @@ from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, harvest_key, inbox_folder
 from infra.store.stored import Stored, read_stored, write_stored
 from tasks.context import current_store
-from tasks.monitoring.feedback import task_schemas
-from tasks.monitoring.task_columns import as_landed, has_earlier_answers, row_columns
+from tasks.monitoring.feedback import as_landed, has_earlier_answers, row_columns, task_schemas
 
 FILE_PREFIX = "feedback-"
 """Begins the name of a harvested file."""

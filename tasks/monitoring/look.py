@@ -1,4 +1,4 @@
-"""Look at the live traffic of a lineage's champion: compare, keep the figures, and announce what has changed."""
+"""Look at live traffic: compare that of a champion and announce what has changed, or judge a rollout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from deal_core.errors import ConfigError
-from deal_core.judging_config import MonitorConfig
+from deal_core.errors import ConfigError, RegistryError
+from deal_core.judging_config import MonitorConfig, RolloutTerms
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
-from infra.predictions import read_feedback
+from deal_core.monitoring.rollout import RolloutReport, judge
+from infra.predictions import read_feedback, read_predictions
+from infra.promotions import Move, PromotionLog
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
@@ -29,8 +31,7 @@ from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.settings import monitor_settings
-from tasks.monitoring.live_rows import logged_rows, rows_of_file
-from tasks.monitoring.reference import read_frame, read_reference, with_texts, write_frame
+from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
 from tasks.notices import Notice, announce
 
@@ -200,3 +201,59 @@ def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
     for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
         store.delete(each)
 
+
+class RolloutStatus(BaseModel):
+    """The rollout of a lineage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lineage: str
+    version: str | None = None
+    """The version that is tried on live traffic; None: none is."""
+    champion: str | None = None
+    since: datetime | None = None
+    terms: RolloutTerms | None = None
+    report: RolloutReport | None = None
+
+
+def look_at_rollout(lineage: str) -> RolloutStatus:
+    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
+
+    Raises:
+        RegistryError: The version was deleted in MLflow.
+        StoreError: A log is damaged, or the store does not answer.
+    """
+    store = current_store()
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None or opened.champion is None:
+        return RolloutStatus(lineage=lineage)
+    terms = find_version(open_registry(), lineage, opened.version).rollout
+    if terms is None:
+        raise RegistryError(
+            f"Version {opened.version} of '{lineage}' has lost its tag deal.rollout in MLflow; end its rollout with: "
+            f"deal rollout abort --lineage {lineage} --why REASON"
+        )
+    home, since = HomeSettings().home, opened.when.timestamp()
+    rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
+    report = judge(
+        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
+        candidate=opened.version,
+    )
+    return RolloutStatus(
+        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,
+        report=report,
+    )  # fmt: skip
+
+
+def require_open(store: ObjectStore, lineage: str) -> Move:
+    """Return the entry of the promotion log that began the rollout.
+
+    Raises:
+        RegistryError: No version of the lineage is tried on live traffic.
+    """
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None:
+        raise RegistryError(
+            f"No version of '{lineage}' is tried on live traffic; see: deal history --moves --lineage {lineage}"
+        )
+    return opened
