@@ -15,14 +15,15 @@ from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.garbage import Removal, plan_removals
-from tasks.housekeeping.inventory import (
+from tasks.housekeeping.garbage import (
+    Removal,
     list_all_lineages,
     list_logged_lineages,
     lonely_feedback,
     look_at_lineage,
     old_logs,
     old_temporaries,
+    plan_removals,
     remove,
     with_model_bytes,
 )

@@ -22,9 +22,8 @@ from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, l
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
-from tasks.housekeeping.arrivals import KnownArrival, manifests_of, with_every_split
-from tasks.housekeeping.inputs import arrival_inputs
-from tasks.housekeeping.inventory import (
+from tasks.housekeeping.arrivals import KnownArrival, arrival_inputs, manifests_of, with_every_split
+from tasks.housekeeping.garbage import (
     find_leftovers,
     list_all_lineages,
     list_logged_lineages,

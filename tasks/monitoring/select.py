@@ -31,7 +31,7 @@ from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from tasks.context import current_store
-from tasks.housekeeping.inputs import task_inputs
+from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns
 from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version
