@@ -13,7 +13,7 @@ from infra.settings import VllmSettings
 from infra.tracking.registry import open_registry
 from tasks.lineage.settings import for_each
 from tasks.progress import Stages
-from tasks.vllm import ServingRoute, sync_vllm
+from tasks.serving.vllm import ServingRoute, sync_vllm
 
 
 def _run_name() -> str:

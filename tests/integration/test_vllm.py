@@ -23,7 +23,7 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
+from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
 CONFIG = {
@@ -127,7 +127,7 @@ def test_what_served_before_stays_for_the_time_of_grace(
         assert route is not None and route.model == "l-v2", "the route moves before the wait"
         waited.append(seconds)
 
-    monkeypatch.setattr("tasks.vllm.time.sleep", wait)
+    monkeypatch.setattr("tasks.serving.vllm.time.sleep", wait)
     sync(grace_seconds=20.0)
     assert len(waited) == 1 and 15 < waited[0] <= 20
     assert list(server.adapters) == ["l-v2"]

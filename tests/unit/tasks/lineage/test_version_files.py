@@ -28,7 +28,7 @@ from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.references import VersionRef
-from tasks.vllm import read_route
+from tasks.serving.vllm import read_route
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
