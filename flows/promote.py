@@ -273,11 +273,7 @@ def current_account() -> str:
 
 
 def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
-    notice = Notice(
-        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
-        reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
-    )  # fmt: skip
-    announce(kind, notice)
+    announce(kind, Notice.of(version, reasons=(why,), who=who))
 
 
 def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, Move | None, VersionInfo | None]:

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events import emit_event
 from prefect.settings import get_current_settings
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
@@ -41,13 +41,11 @@ _PAGE = 100
 """Runs asked for at once; a server of Prefect gives 200 at most."""
 
 
-class Announcement(BaseModel):
+class Announcement(BaseModel, extra="forbid"):
     """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions).
 
     An arrival that a run began before its announcement counts as announced; see `note_begun`.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     key: str
     etag: str

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -40,10 +40,8 @@ def growing_pause(num_before: int) -> timedelta:
     return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
 
 
-class Handled(BaseModel):
+class Handled(BaseModel, extra="forbid"):
     """The result for one file. It is valid until the file changes or a failed file is tried again."""
-
-    model_config = ConfigDict(extra="forbid")
 
     etag: str
     outcome: Outcome

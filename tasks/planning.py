@@ -10,7 +10,7 @@ from typing import Literal
 
 import transformers
 from datasets import Dataset
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
@@ -57,20 +57,16 @@ FORWARD_SHARE = 1 / 3
 parts of the computation."""
 
 
-class PlannedRemedy(BaseModel):
+class PlannedRemedy(BaseModel, frozen=True):
     """A change to the spec, and the memory that the run takes with the change."""
-
-    model_config = ConfigDict(frozen=True)
 
     change: str
     total_bytes: int
     fits: bool
 
 
-class PlanResult(BaseModel):
+class PlanResult(BaseModel, frozen=True):
     """What a run takes."""
-
-    model_config = ConfigDict(frozen=True)
 
     base: str
     model_type: str

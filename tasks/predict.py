@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
@@ -45,10 +45,8 @@ AnswerInputs = Callable[[Sequence[str], Callable[[int], None]], list[GivenAnswer
 """Answers inputs in their order. The second argument is called with the number of rows just answered."""
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, frozen=True):
     """A text and its answer."""
-
-    model_config = ConfigDict(frozen=True)
 
     answer: str
     first_token_logits: dict[str, float]
@@ -133,10 +131,8 @@ def _settled_champion(lineage: str) -> VersionInfo | None:
     return settled_champion(open_registry(), current_store(), lineage)
 
 
-class FileAnswers(BaseModel):
+class FileAnswers(BaseModel, frozen=True):
     """A file and its answers."""
-
-    model_config = ConfigDict(frozen=True)
 
     data: str
     out: str

@@ -21,7 +21,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     SerializerFunctionWrapHandler,
@@ -117,10 +116,8 @@ Labels = Annotated[
 ]
 
 
-class TaskFields(BaseModel):
+class TaskFields(BaseModel, frozen=True, extra="forbid"):
     """The settings of a task without its name. None: the lineage or the file decides."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Format | None = None
     """Columns of a row: (text, label), (prompt, completion) or (messages)."""
@@ -159,10 +156,8 @@ class TaskSpec(TaskFields):
     """Path or store uri of a file with test rows only."""
 
 
-class LineageSpec(BaseModel):
+class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     """The settings of a run without its arrival."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: SchemaVersion = 1
     lineage: Name = "default"

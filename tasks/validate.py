@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ValidationReport, validate_file
@@ -32,20 +32,16 @@ if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
 
 
-class RefusedRow(BaseModel):
+class RefusedRow(BaseModel, frozen=True):
     """A row that would go to quarantine."""
-
-    model_config = ConfigDict(frozen=True)
 
     row: int
     line: int | None
     reasons: tuple[str, ...]
 
 
-class ShownRow(BaseModel):
+class ShownRow(BaseModel, frozen=True):
     """A training row as the model sees it."""
-
-    model_config = ConfigDict(frozen=True)
 
     prompt: str
     answer: str
@@ -55,10 +51,8 @@ class ShownRow(BaseModel):
     """What is missing in the prompt."""
 
 
-class LikelyWrongLabel(BaseModel):
+class LikelyWrongLabel(BaseModel, frozen=True):
     """A training row whose label is probably wrong."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     label: str
@@ -67,10 +61,8 @@ class LikelyWrongLabel(BaseModel):
     """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""
 
 
-class ValidateResult(BaseModel):
+class ValidateResult(BaseModel, frozen=True):
     """The result of the checks of a file."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     accepted: bool

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -37,9 +36,6 @@ from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
-
-if TYPE_CHECKING:
-    pass
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)

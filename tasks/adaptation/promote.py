@@ -222,11 +222,7 @@ def _request(log: PromotionLog, last: Move, version: VersionInfo) -> Move | None
 
 def _announce_request(version: VersionInfo, requested: Move) -> None:
     reason = f"{requested.why}; version {requested.champion} is champion until a person decides"
-    notice = Notice(
-        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
-        reasons=(reason,), tracking_id=version.tracking_id, run_key=version.run_key,
-    )  # fmt: skip
-    announce("awaiting-approval", notice, once=f"requested {requested.number}")
+    announce("awaiting-approval", Notice.of(version, reasons=(reason,)), once=f"requested {requested.number}")
 
 
 def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:

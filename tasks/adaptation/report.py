@@ -15,7 +15,7 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
@@ -272,10 +272,8 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-class WrittenReport(BaseModel):
+class WrittenReport(BaseModel, frozen=True):
     """A written page and its verdict."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str

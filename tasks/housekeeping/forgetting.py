@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
@@ -42,10 +42,8 @@ ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
 
-class Held(BaseModel):
+class Held(BaseModel, frozen=True):
     """A place with rows of the arrival."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     address: str
@@ -57,10 +55,8 @@ class Held(BaseModel):
     version: str | None = None
 
 
-class AffectedVersion(BaseModel):
+class AffectedVersion(BaseModel, frozen=True):
     """A version that learned from the arrival, directly or through an ancestor."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str
@@ -71,10 +67,8 @@ class AffectedVersion(BaseModel):
     aliases: tuple[str, ...]
 
 
-class ForgetPlan(BaseModel):
+class ForgetPlan(BaseModel, frozen=True):
     """What `deal forget` removes, and which versions stay affected."""
-
-    model_config = ConfigDict(frozen=True)
 
     task: str
     sha256: str

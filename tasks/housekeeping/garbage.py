@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
 from deal_core.errors import RegistryError, StoreError
@@ -52,10 +52,8 @@ class Folder(NamedTuple):
     modified: datetime
 
 
-class Removal(BaseModel):
+class Removal(BaseModel, frozen=True):
     """One thing to remove, with the reason."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     kind: Kind

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -31,10 +31,8 @@ class NoVersionError(RegistryError):
     """A lineage has no version, and never had one."""
 
 
-class HistoryEntry(BaseModel):
+class HistoryEntry(BaseModel, frozen=True):
     """One version of a lineage."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     task: str

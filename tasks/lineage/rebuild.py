@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.base_model.sources import resolve_base
 from deal_core.errors import DealError, RegistryError, StoreError
@@ -40,10 +40,8 @@ from tasks.references import RunRef
 logger = logging.getLogger(__name__)
 
 
-class RebuildResult(BaseModel):
+class RebuildResult(BaseModel, frozen=True):
     """The versions that were registered again."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     versions: tuple[str, ...]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.schema import label_key
 from deal_core.errors import ConfigError
@@ -56,10 +56,8 @@ def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequen
     write_stored(store, labels_key(lineage, task_name), AddedLabels(labels=tuple(labels)))
 
 
-class LabelsResult(BaseModel):
+class LabelsResult(BaseModel, frozen=True):
     """The labels of a task."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str
@@ -98,10 +96,8 @@ class RenewalRequest(Stored):
     dataset_uri: str
 
 
-class RenewalResult(BaseModel):
+class RenewalResult(BaseModel, frozen=True):
     """A request for new test rows."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
@@ -95,10 +95,8 @@ def has_earlier_answers(schema: TaskSchema, text: str) -> bool:
     return "assistant" in [message["role"] for message in json.loads(text)]
 
 
-class FeedbackResult(BaseModel):
+class FeedbackResult(BaseModel, frozen=True):
     """What a file has brought."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     file: str

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.rows import row_digest
 from deal_core.data.schema import TaskSchema, label_key
@@ -41,10 +41,8 @@ KNOWN = "harvested before"
 NOTHING_TO_PREFER = "the answer was right, and a preference needs a worse one"
 
 
-class Pending(BaseModel):
+class Pending(BaseModel, extra="forbid"):
     """A file that was about to be written."""
-
-    model_config = ConfigDict(extra="forbid")
 
     key: str
     rows: tuple[str, ...]
@@ -57,10 +55,8 @@ class Harvested(Stored):
     pending: Pending | None = None
 
 
-class HarvestResult(BaseModel):
+class HarvestResult(BaseModel, frozen=True):
     """What was harvested."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str

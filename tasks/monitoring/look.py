@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.judging_config import MonitorConfig, RolloutTerms
@@ -39,10 +39,8 @@ BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "ch
 """The columns of the live rows that are kept for later looks. They name no answer and no input."""
 
 
-class MonitorResult(BaseModel):
+class MonitorResult(BaseModel, frozen=True):
     """A look at the live traffic of a lineage."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str
@@ -202,10 +200,8 @@ def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
         store.delete(each)
 
 
-class RolloutStatus(BaseModel):
+class RolloutStatus(BaseModel, frozen=True):
     """The rollout of a lineage."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str | None = None

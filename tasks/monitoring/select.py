@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.answer_files import in_chunks, survey_rows
 from deal_core.data.check import RowChecker
@@ -41,10 +41,8 @@ CHAMPION_ANSWER = "champion_answer"
 OWN_COLUMNS = ("id", CHAMPION_ANSWER, "confidence", "is_random")
 
 
-class SelectResult(BaseModel):
+class SelectResult(BaseModel, frozen=True):
     """A file to fill in."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str
