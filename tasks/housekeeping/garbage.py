@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from deal_core.data.schema import is_name
-from deal_core.errors import RegistryError, StoreError
+from deal_core.errors import RegistryError
 from deal_core.safe_text import without_secrets
-from infra.log_segments import WRITE_SECONDS, ship_all
+from infra.ledger import Ledger
+from infra.log_segments import WRITE_SECONDS, Log, ship_all
 from infra.predictions import feedback_log, feedback_without_answer, prediction_log, remove_feedback
 from infra.settings import HomeSettings
 from infra.store import keys
@@ -37,6 +38,7 @@ from tasks.adaptation.ingest import retains_training_rows
 
 AGE = timedelta(days=1)
 """Age at which a temporary file counts as left by a killed process."""
+KILLED = "left by a process that was killed"
 FEEDBACK_AGE = timedelta(days=7)
 """Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
 Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",
@@ -97,11 +99,7 @@ def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tu
     found: list[Removal] = []
 
     def add(kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> None:
-        number, model_id = (version.version, version.model_id) if version else (None, None)
-        found.append(Removal(
-            lineage=held.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason,
-            version=number, model_id=model_id,
-        ))  # fmt: skip
+        found.append(_removal(held.lineage, kind, folder, reason, version))
 
     for key, folder in sorted(held.work.items()):
         if version := version_of.get(key):  # steps after the registration need only the store
@@ -119,6 +117,16 @@ def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tu
         if folder.modified < cutoff:  # a run on another machine may still read younger rows
             add("training rows", folder, "learned, or to be read anew from the file")
     return tuple(found)
+
+
+def _removal(
+    lineage: str, kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None
+) -> Removal:
+    number, model_id = (version.version, version.model_id) if version else (None, None)
+    return Removal(
+        lineage=lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason, version=number,
+        model_id=model_id,
+    )  # fmt: skip
 
 
 def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]:
@@ -196,26 +204,17 @@ def old_logs(store: ObjectStore, lineages: Iterable[str], *, now: datetime, days
     """
     last = now.astimezone(UTC).date() - timedelta(days=days + 1)  # the youngest row of a day may be a day younger
     home, found = HomeSettings().home, list[Removal]()
-    for log in (prediction_log(home, each) for each in lineages):
-        for each in (log, feedback_log(home, log.lineage)):
-            stored: dict[date, int] = defaultdict(int)
-            for info in each.stored(store):
-                stored[keys.segment_day(keys.file_name(info.key))] += info.size
-            places = [(keys.log_day_folder(each.name, each.lineage, day), size) for day, size in sorted(stored.items())
-                      if day <= last]  # fmt: skip
-            places += [(str(path), path.stat().st_size) for path in each.segments()
-                       if keys.segment_day(path.name) <= last]  # fmt: skip
-            kind: Kind = "prediction log" if each is log else "feedback"
-            found += [
-                Removal(lineage=each.lineage, kind=kind, address=address, num_bytes=size,
-                        reason=f"older than {days} days (DEAL_LOG_RETENTION_DAYS)")
-                for address, size in places
-            ]  # fmt: skip
-            found += [
-                Removal(lineage=each.lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes,
-                        reason="left by a process that was killed")
-                for folder in _local_folders(each.unnamed()) if folder.modified < now - AGE
-            ]  # fmt: skip
+    logs: Mapping[Kind, Callable[[Path, str], Log]] = {"prediction log": prediction_log, "feedback": feedback_log}
+    for lineage, (kind, open_log) in product(lineages, logs.items()):
+        log = open_log(home, lineage)
+        stored: dict[date, list[ObjectInfo]] = defaultdict(list)
+        for info in log.stored(store):
+            stored[keys.segment_day(keys.file_name(info.key))].append(info)
+        old = [_folder(keys.log_day_folder(log.name, lineage, day), infos) for day, infos in sorted(stored.items())
+               if day <= last]  # fmt: skip
+        old += [local_folder(path) for path in log.segments() if keys.segment_day(path.name) <= last]
+        found += [_removal(lineage, kind, each, f"older than {days} days (DEAL_LOG_RETENTION_DAYS)") for each in old]
+        found += [_removal(lineage, kind, each, KILLED) for each in _left(log.unnamed(), now)]
     return tuple(found)
 
 
@@ -250,22 +249,16 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
         if each := keys.parse_adapter_file(info.key):
             adapters[each.run].append(info)
     return Holdings(
-        lineage=lineage,
-        versions=versions,
-        runs=list_runs(tracker, lineage),
+        lineage=lineage, versions=versions, runs=list_runs(tracker, lineage),
         adapters={key: _folder(keys.adapter_uri(lineage, key), infos) for key, infos in adapters.items()},
         work={path.name: local_folder(path) for path in _work_folders(lineage)},
         training_rows=_training_rows(store, lineage),
-    )
+    )  # fmt: skip
 
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
     """Return the files that killed processes left on this machine. They belong to no lineage."""
-    return tuple(
-        Removal(lineage="", kind="temporary files", address=each.address, num_bytes=each.num_bytes,
-                reason="left by a process that was killed")
-        for each in find_leftovers(store, now)
-    )  # fmt: skip
+    return tuple(_removal("", "temporary files", each, KILLED) for each in find_leftovers(store, now))
 
 
 def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
@@ -293,16 +286,12 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
 def _require_registry_of(
     store: ObjectStore, registry: Registry, lineage: str, versions: Iterable[VersionInfo]
 ) -> None:
-    known = {version.run_key for version in versions}
+    known, ledger = {version.run_key for version in versions}, Ledger(store)
     for info in store.list(keys.ledger_folder(lineage)):
-        try:
-            entry = json.loads(store.get_bytes(info.key))
-            run_key, version = entry["run_key"], entry["version"]
-        except (ValueError, KeyError, TypeError):
-            raise StoreError(f"{store.uri_of(info.key)} is damaged; restore it, or delete it, and try again.") from None
-        if run_key not in known:
+        entry = ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))
+        if entry is not None and entry.run_key not in known:
             raise RegistryError(
-                f"The store has a ledger entry of version {version} of '{lineage}', which MLflow at "
+                f"The store has a ledger entry of version {entry.version} of '{lineage}', which MLflow at "
                 f"{without_secrets(registry.uri)} does not know; nothing of the lineage was removed. "
                 "Check MLFLOW_TRACKING_URI and DEAL_STORE_URI; if the version was deleted in MLflow, delete "
                 f"{store.uri_of(info.key)} too."
@@ -335,14 +324,16 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     places = [HomeSettings().home / TEMPORARY]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
-    paths = sorted(path for place in places if place.is_dir() for path in place.iterdir())
-    return [folder for folder in _local_folders(paths) if folder.modified < now - AGE]
+    return _left(sorted(path for place in places if place.is_dir() for path in place.iterdir()), now)
 
 
-def _local_folders(paths: Iterable[Path]) -> Iterator[Folder]:
+def _left(paths: Iterable[Path], now: datetime) -> list[Folder]:
+    """Those of the folders and files that are old enough to be left by a killed process."""
+    found = []
     for path in paths:
         with suppress(FileNotFoundError):  # its process has just removed it
-            yield local_folder(path)
+            found.append(local_folder(path))
+    return [folder for folder in found if folder.modified < now - AGE]
 
 
 def remove_local(address: str) -> None:
