@@ -24,7 +24,7 @@ from deal_core.data.schema import DatasetManifest, Format, TaskSchema
 from deal_core.data.shapes import recognise
 from deal_core.errors import ConfigError, DataValidationError
 from infra.store import keys
-from infra.store.base import ObjectStore
+from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import (
     DATASETS,
     FORGOTTEN,
@@ -70,17 +70,15 @@ class KnownArrival:
         """Digests of every dataset with the arrival's rows. The named dataset comes first."""
         return (self.sha256, *self.splits)
 
-    def inbox_keys(self, store: ObjectStore, registry: Registry) -> list[str]:
+    def inbox_files(self, store: ObjectStore, registry: Registry) -> list[ObjectInfo]:
         """Return the arrival's files in the inbox, found by their bytes or by the state of a watch."""
         listing = [info for info in store.list(keys.inbox_folder(self.task)) if keys.file_name(info.key) != TASK_FILE]
-        etags = {info.key: info.etag for info in listing}
         handled = {
-            each.key for each in _handled(store, registry, self.task)
-            if each.sha256 in self.sha256s and each.etag == etags.get(each.key)
-        }  # fmt: skip
+            (each.key, each.etag) for each in _handled(store, registry, self.task) if each.sha256 in self.sha256s
+        }
         return [
-            info.key for info in listing
-            if info.key == self.key or info.key in handled or _digest_of(store, info.key) in self.files
+            info for info in listing
+            if info.key == self.key or (info.key, info.etag) in handled or _digest_of(store, info.key) in self.files
         ]  # fmt: skip
 
 
