@@ -126,11 +126,7 @@ class _Run:
 
 
 def plan(
-    spec: AdaptSpec,
-    *,
-    device_memory: str | None = None,
-    precision: Precision = "auto",
-    probe: bool = True,
+    spec: AdaptSpec, *, device_memory: str | None = None, precision: Precision = "auto", probe: bool = True,
     on_progress: OnProgress = lambda doing: None,
 ) -> PlanResult:
     """Compute what the run of a spec takes. Nothing is stored and no weights are fetched.
@@ -293,14 +289,10 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
 
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
+        base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
+        method = replace(run.setup.method, token_mask=TokenMaskConfig())  # train_adapter chooses and masks none
         train_adapter(
-            load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize),
-            rows,
-            # with all rows and tokens: train_adapter chooses and masks none
-            replace(run.setup, train=train, method=replace(run.setup.method, token_mask=TokenMaskConfig())),
-            parent_folder=parent_folder,
-            output_folder=temporary / "adapter",
-            checkpoint_folder=temporary / "checkpoints",
-            on_log=on_log,
-        )
+            base, rows, replace(run.setup, train=train, method=method), parent_folder=parent_folder,
+            output_folder=temporary / "adapter", checkpoint_folder=temporary / "checkpoints", on_log=on_log,
+        )  # fmt: skip
     return (times[-1] - times[0]) / (len(times) - 1)

@@ -86,24 +86,18 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     base = lend_base(record.base)
     with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens
-        answers = generate_answers(
-            model, base.tokenizer, known.schema, [text], EvaluateConfig(max_new_tokens=known.max_new_tokens),
-            max_prompt_tokens=limit,
-        )
+        config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
+        answers = generate_answers(model, base.tokenizer, known.schema, [text], config, max_prompt_tokens=limit)
         logits = first_answer_logits(model, base.tokenizer, known.schema, text, max_prompt_tokens=limit)
     likeliest = logits.topk(NUM_TOKENS)
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
-        answer=answers[0],
-        prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
+        answer=answers[0], prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
         base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
-        adapter=store.uri_of(info.adapter_uri),
-        precision=str(base.model.dtype).removeprefix("torch."),
+        adapter=store.uri_of(info.adapter_uri), precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
-        task=known.schema.name,
-        lineage=lineage,
-        version=info.version,
-    )
+        task=known.schema.name, lineage=lineage, version=info.version,
+    )  # fmt: skip
 
 
 def choose_version(lineage: str, number: str | None) -> VersionInfo:

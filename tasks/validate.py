@@ -94,14 +94,8 @@ class ValidateResult(BaseModel, frozen=True):
 
 
 def validate(
-    file: str | Path,
-    *,
-    spec: Path | None,
-    task: str,
-    lineage: str | None = None,
-    test_data: str | None = None,
-    with_model: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    file: str | Path, *, spec: Path | None, task: str, lineage: str | None = None, test_data: str | None = None,
+    with_model: bool = False, on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
     """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
@@ -144,28 +138,16 @@ def validate(
 def _result(
     file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
 ) -> ValidateResult:
-    manifest = report.manifest
+    manifest, task = report.manifest, report.manifest.task
+    numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
     return ValidateResult(
-        file=file,
-        accepted=report.refusal is None,
-        refusal=report.refusal,
-        format=manifest.task.format,
-        shape=report.shape,
-        labels=manifest.task.labels,
-        num_read=manifest.num_read,
-        num_train=manifest.num_train,
-        num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected,
-        num_turns=manifest.num_turns,
-        problems=dict(manifest.problems),
+        file=file, accepted=report.refusal is None, refusal=report.refusal, format=task.format, shape=report.shape,
+        labels=task.labels, **{name: getattr(manifest, name) for name in numbers}, problems=dict(manifest.problems),
         bad_rows=tuple(
             RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
-        num_several=report.num_several,
-        example=example,
-        sha256=manifest.sha256,
-        warnings=kept.warnings(manifest.task),
+        num_several=report.num_several, example=example, sha256=manifest.sha256, warnings=kept.warnings(task),
         label_check=checked and checked.describe(),
         likely_wrong=() if checked is None else tuple(
             LikelyWrongLabel(
@@ -173,7 +155,7 @@ def _result(
             )
             for each in checked.suspects
         ),
-    )
+    )  # fmt: skip
 
 
 class _TrainingRows:

@@ -40,13 +40,8 @@ from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, Versio
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate_version(
-    base: BaseRef,
-    parent: VersionRef | None,
-    adapter: AdapterRef,
-    dataset: DatasetRef,
-    config: EvaluateConfig,
-    max_prompt_tokens: int,
-    notes: tuple[str, ...] = (),
+    base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
+    max_prompt_tokens: int, notes: tuple[str, ...] = (),
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
@@ -193,26 +188,19 @@ def _report(
             dataset.task, base_accuracy=base_accuracy, last_accuracy=found.on_parent.accuracies[dataset.task]
         )
     return EvaluationReport(
-        task=dataset.task,
-        accuracies=now.accuracies,
-        parent_accuracies=parent_accuracies,
-        base_accuracy=base_accuracy,
+        task=dataset.task, num_rows=num_rows, notes=notes,
+        accuracies=now.accuracies, outcomes=now.outcomes, perplexity=now.perplexity,
+        parent_accuracies=parent_accuracies, parent_outcomes={**earlier, **found.on_parent.outcomes},
+        base_accuracy=base_accuracy, base_perplexity=found.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
-        num_rows=num_rows,
         matrix=matrix.with_row(
             dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
-        notes=notes,
-        outcomes=now.outcomes,
-        parent_outcomes={**earlier, **found.on_parent.outcomes},
-        perplexity=now.perplexity,
-        base_perplexity=found.on_base.perplexity,
-        adapter=found.facts,
-        majority_rate=now.evaluations[dataset.task].majority_rate,
+        adapter=found.facts, majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices={each.name: each.of for each in renewal.slices},
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-    )
+    )  # fmt: skip
 
 
 def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> Iterator[str]:

@@ -31,11 +31,7 @@ OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "j
 
 @contextmanager
 def landing_of(
-    store: ObjectStore,
-    arrival: Arrival,
-    schema: TaskSchema,
-    record: LineageRecord | None,
-    config: DataConfig,
+    store: ObjectStore, arrival: Arrival, schema: TaskSchema, record: LineageRecord | None, config: DataConfig,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Landing]:
     """Yield the arrival's files on this machine, with all that its rows are checked by.

@@ -57,16 +57,10 @@ def _gather_report(
     own = known[version.version]
     parent = known.get(version.parent_version or "")
     return RunReport(
-        lineage=version.lineage,
-        version=version.version,
-        task=dataset.task,
-        parent_version=version.parent_version,
+        lineage=version.lineage, version=version.version, task=dataset.task, parent_version=version.parent_version,
         verdict="promoted" if version.outcome == "rollout" and own.promoted is not None else version.outcome,
-        reasons=version.reasons,
-        created=own.created,
-        include_texts=include_texts,
-        training=_training(own.strategy, summary),
-        quality=_quality(store, dataset, include_texts),
+        reasons=version.reasons, created=own.created, include_texts=include_texts,
+        training=_training(own.strategy, summary), quality=_quality(store, dataset, include_texts),
         changed=compare_answers(
             store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
         ),
@@ -132,13 +126,11 @@ def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[Quaran
         entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return tuple(
         QuarantinedRow(
-            file=entry["file"],
-            row=entry["row"],
-            line=entry["line"],
+            file=entry["file"], row=entry["row"], line=entry["line"],
             problems=tuple(problem_of(each, include_texts) for each in (entry, *entry.get("more", ()))),
         )
         for entry in entries
-    )
+    )  # fmt: skip
 
 
 def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
@@ -149,14 +141,8 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
 
 @task(name="report", cache_policy=NO_CACHE)
 def report_run(
-    run: RunRef,
-    version: VersionRef,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
-    seconds: Mapping[str, float],
-    *,
-    include_texts: bool = False,
+    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
+    seconds: Mapping[str, float], *, include_texts: bool = False,
 ) -> None:
     """Write the report of a run to MLflow and Prefect.
 
@@ -171,14 +157,8 @@ def report_run(
 
 
 def write_report(
-    run: RunRef,
-    version: VersionRef,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
-    seconds: Mapping[str, float],
-    *,
-    include_texts: bool,
+    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
+    seconds: Mapping[str, float], *, include_texts: bool,
 ) -> RunReport:
     """Write the part of `report_run` that is in MLflow. The arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)

@@ -33,7 +33,6 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
-from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, files_tag
 from infra.version_log import VersionLog
 from tasks.references import AdapterRef, VersionRef
@@ -160,17 +159,14 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
 
 
 def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str | None, bool]:
-    """The number of an adapter's version, by the store or the registry, and whether the version is champion."""
+    """The number of an adapter's version, and whether the version is champion."""
     log = VersionLog(store)
     try:
         stored = [log.read(lineage, number) for number in log.numbers(lineage)]
-        found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
-        if found is None:
-            versions = open_reader().versions(lineage)
-            found = next((each.version for each in versions if each.adapter_uri == adapter_uri), None)
         last = PromotionLog(store).last(lineage)
     except DealError:
         return None, False
+    found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
     return found, found is not None and last is not None and last.champion == found
 
 

@@ -64,15 +64,8 @@ class SelectResult(BaseModel, frozen=True):
 
 
 def select_to_label(
-    task: str,
-    lineage: str,
-    *,
-    data: Path | None = None,
-    column: str | None = None,
-    out: Path | None = None,
-    number: int = 50,
-    random_share: float = RANDOM_SHARE,
-    on_progress: OnProgress | None = None,
+    task: str, lineage: str, *, data: Path | None = None, column: str | None = None, out: Path | None = None,
+    number: int = 50, random_share: float = RANDOM_SHARE, on_progress: OnProgress | None = None,
 ) -> SelectResult:
     """Write a file of texts that are worth labelling: those with the least certain answers, and a random share.
 
