@@ -8,7 +8,7 @@ all files together.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from deal_core.adapter.files import (
     ADAPTER_FILES,
     CONFIG_FILE,
-    METHOD_FILE,
-    METHOD_TENSORS_FILE,
+    METHOD_FILES,
     PEFT_FILES,
     TOGETHER,
     WEIGHTS_FILE,
@@ -45,6 +44,7 @@ NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
 
+
 @contextmanager
 def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[None]:
     """Do the same as `reading_stored` for the file `name` of an adapter's folder. The error names the version."""
@@ -56,35 +56,20 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
             raise error
 
 
-def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Require the configuration and the weights in `folder`, a local copy of an adapter's folder.
+def _require_readable(store: ObjectStore, adapter_uri: str, folder: Path, names: Collection[str]) -> None:
+    """Require readable files in `folder`, a local copy of an adapter's folder. Those of the method may be missing.
 
     Raises:
-        ObjectNotFoundError: A file is missing.
+        ObjectNotFoundError: The configuration or the weights are missing.
         StoreError: A file is damaged.
     """
-    for name in PEFT_FILES:
+    for name in names:
+        path = folder / name
         with reading_beside(store, adapter_uri, name):
-            if not (folder / name).is_file():
+            if path.is_file():
+                _check_file(path)
+            elif name in PEFT_FILES:
                 raise ObjectNotFoundError(name)
-    with reading_beside(store, adapter_uri, CONFIG_FILE):
-        _check_config(json.loads((folder / CONFIG_FILE).read_bytes()))
-    with reading_beside(store, adapter_uri, WEIGHTS_FILE):
-        _open_weights(folder / WEIGHTS_FILE)
-
-
-def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Refuse a damaged method's state in `folder`, a local copy of an adapter's folder. Training continues from it.
-
-    Raises:
-        StoreError: The state is damaged.
-    """
-    if (folder / METHOD_FILE).is_file():
-        with reading_beside(store, adapter_uri, METHOD_FILE):
-            _require_object(json.loads((folder / METHOD_FILE).read_bytes()))
-    if (folder / METHOD_TENSORS_FILE).is_file():
-        with reading_beside(store, adapter_uri, METHOD_TENSORS_FILE):
-            _open_weights(folder / METHOD_TENSORS_FILE)
 
 
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
@@ -100,6 +85,20 @@ def require_stored(store: ObjectStore, adapter_uri: str) -> None:
         _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}")))
     with reading_beside(store, adapter_uri, WEIGHTS_FILE):
         _check_header(store, f"{adapter_uri}/{WEIGHTS_FILE}")
+
+
+def _check_file(path: Path) -> None:
+    """Check a file of an adapter: the header of a safetensors file, or a JSON object.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if path.name == CONFIG_FILE:
+        _check_config(json.loads(path.read_bytes()))
+    elif path.suffix == ".json":
+        _require_object(json.loads(path.read_bytes()))
+    else:
+        _open_weights(path)
 
 
 def _require_object(values: object) -> dict[str, object]:
@@ -182,7 +181,7 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
         folder = temporary / "folder"
         with reading_beside(store, uri, CONFIG_FILE):
             store.download_folder(uri, folder)
-        require_readable(store, uri, folder)
+        _require_readable(store, uri, folder, PEFT_FILES)
         yield folder
 
 
@@ -198,7 +197,7 @@ def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool 
     """
     with borrowed_folder(store, _uri_of(adapter)) as folder:
         if with_method:
-            require_readable_method(store, _uri_of(adapter), folder)
+            _require_readable(store, _uri_of(adapter), folder, METHOD_FILES)
         require_recorded(store, adapter, folder, with_method=with_method)
         yield folder
 

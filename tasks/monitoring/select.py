@@ -34,7 +34,7 @@ from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.record import choose_task, read_record
 from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns
-from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version, counting
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""
@@ -186,14 +186,7 @@ def _answered_texts(
 
 def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    num_done = 0
-
-    def on_rows(count: int) -> None:
-        nonlocal num_done
-        num_done += count
-        if on_progress is not None:
-            on_progress(num_done, len(texts))
-
+    on_rows = counting(on_progress, len(texts))
     with answering(asked) as answer:
         for chunk in in_chunks(texts, CHUNK_ROWS):
             for text, given in zip(chunk, answer(chunk, on_rows), strict=True):
