@@ -30,13 +30,12 @@ from infra.store.base import ObjectStore
 from infra.store.keys import TEST_FILE
 from infra.store.stored import reading_stored
 from tasks.adaptation.frozen_rows import TestSet, read_test_rows
-from tasks.lineage.record import KnownTask, LineageRecord, choose_task
+from tasks.lineage.record import LineageRecord, choose_task
 
 if TYPE_CHECKING:
     from deal_core.evaluation.score import TaskEvaluation
 
 REFERENCE_FILE = "reference.parquet"
-REFERENCE_COLUMNS = (*COLUMNS, "score")
 OF_LOG = ("task", "input_sha256", "chars", "label", "confidence")
 """Columns by which a file with the log's columns is recognised."""
 NUMBERS = ("time", "chars", "confidence", "label_mass", "num_answer_chars", "seconds")
@@ -46,13 +45,15 @@ def write_reference(
     store: ObjectStore, adapter_uri: str, lineage: str, sets: Sequence[TestSet], found: Mapping[str, TaskEvaluation]
 ) -> None:
     """Write the answers of an evaluation beside the adapter. A task that was measured and not answered is left out."""
-    rows = [row for each in sets for row in reference_rows(lineage, each, found[each.schema.name])]
-    _write(store, adapter_uri, pd.DataFrame(rows, columns=list(REFERENCE_COLUMNS)))
+    rows = [row for each in sets for row in _reference_rows(lineage, each, found[each.schema.name])]
+    numbers = dict.fromkeys(("time", "seconds", "confidence", "label_mass", "score"), "float64")
+    texts = dict.fromkeys(("id", "lineage", "version", "task", "input_sha256", "label", "input", "output"), "string")
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "score"]).astype({**numbers, "is_label": "boolean", **texts})
+    write_frame(store, f"{adapter_uri}/{REFERENCE_FILE}", frame)
 
 
-def reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> list[dict[str, object]]:
-    """Return one task's answers as rows. A row's id is the digest of the test row; the version is not known yet."""
-    schema = test_set.schema
+def _reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> list[dict[str, object]]:
+    """One task's answers as rows. A row's id is the digest of the test row; the version is not known yet."""
     if not found.confidences:
         return []
     rows = zip(test_set.rows["sha256"], test_set.rows["input"], found.answers, found.confidences, found.outcomes,
@@ -60,8 +61,8 @@ def reference_rows(lineage: str, test_set: TestSet, found: TaskEvaluation) -> li
     shared = {"lineage": lineage, "version": None, "time": None, "seconds": None, "input": None, "output": None}
     return [
         {
-            **shared, **answer_facts(schema, text, answer), "id": digest, "confidence": confidence.confidence,
-            "label_mass": confidence.label_mass, "score": score,
+            **shared, **answer_facts(test_set.schema, text, answer), "id": digest,
+            "confidence": confidence.confidence, "label_mass": confidence.label_mass, "score": score,
         }
         for digest, text, answer, confidence, score in rows
     ]  # fmt: skip
@@ -128,20 +129,9 @@ def with_texts(store: ObjectStore, record: LineageRecord, reference: pd.DataFram
     texts: dict[str, str] = {}
     for known in record.tasks:
         if store.exists(f"{known.dataset_uri}/{TEST_FILE}"):
-            texts |= _texts_of(store, known)
+            rows = read_test_rows(store, known.dataset_uri, ("sha256", "input"))
+            texts |= zip(rows["sha256"].to_pylist(), rows["input"].to_pylist(), strict=True)
     return reference.assign(input=reference["id"].map(texts))
-
-
-def _texts_of(store: ObjectStore, known: KnownTask) -> dict[str, str]:
-    table = read_test_rows(store, known.dataset_uri, ("sha256", "input"))
-    return dict(zip(table["sha256"].to_pylist(), table["input"].to_pylist(), strict=True))
-
-
-def _write(store: ObjectStore, adapter_uri: str, frame: pd.DataFrame) -> None:
-    kinds = {"time": "float64", "seconds": "float64", "confidence": "float64", "label_mass": "float64",
-             "score": "float64", "is_label": "boolean"}  # fmt: skip
-    texts = dict.fromkeys(("id", "lineage", "version", "task", "input_sha256", "label", "input", "output"), "string")
-    write_frame(store, f"{adapter_uri}/{REFERENCE_FILE}", frame.astype({**kinds, **texts}))
 
 
 def logged_rows(store: ObjectStore, lineage: str, version: str) -> pd.DataFrame:
