@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
+from deal_core.data.schema import AssistantTurns, Format, PromptForm
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
@@ -51,9 +52,6 @@ from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Format = Literal["labelled", "completion", "chat"]
-AssistantTurns = Literal["all", "last"]
-PromptForm = Literal["plain", "chat"]
 Strategy = Annotated[
     str,
     AfterValidator(check_strategy_name),
@@ -64,8 +62,6 @@ DEFAULT_STRATEGY = "deal"
 MAX_PROBLEMS = 20
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
-
-
 AZURE_CONTAINER = re.compile(r"^(abfss?://)[^/@:]+@")
 """In an address of Azure the part before the @ is a container, not a user."""
 
@@ -107,8 +103,6 @@ def _require_int(value: object) -> object:
 
 
 SchemaVersion = Annotated[Literal[1], BeforeValidator(_require_int)]
-
-
 _LIST, _MAPPING = "labels as a list", "labels as a mapping"
 Labels = Annotated[
     Annotated[tuple[str, ...], Tag(_LIST)] | Annotated[dict[str, str], Tag(_MAPPING)],

@@ -162,7 +162,12 @@ def write_report(
 ) -> RunReport:
     """Write the part of `report_run` that is in MLflow. The arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)
-    _log_scores(tracked, report)
+    tracked.log_metrics({  # undefined scores are left out
+        **scores_of(report.matrix),
+        "base_accuracy": report.base_accuracy, "parent_accuracy_new_task": report.parent_accuracy_new_task,
+        **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
+        **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
+    })  # fmt: skip
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
     num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
     for stage, duration in seconds.items():
@@ -201,19 +206,6 @@ def renew_page(tracking_id: str, live: LiveLook) -> None:
 def _page(tracked: TrackedRun, live: LiveLook | None) -> tuple[RunReport, str]:
     report = RunReport.from_json(tracked.read_json(REPORT_FILE))
     return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)), live)
-
-
-def _log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
-    """Log the version's scores as metrics. Undefined scores are left out."""
-    tracked.log_metrics(
-        {
-            **scores_of(report.matrix),
-            "base_accuracy": report.base_accuracy,
-            "parent_accuracy_new_task": report.parent_accuracy_new_task,
-            **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
-            **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
-        }
-    )
 
 
 def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:

@@ -27,7 +27,6 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-
     from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"

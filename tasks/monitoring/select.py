@@ -27,6 +27,7 @@ from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import KEYS
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
+from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
@@ -214,18 +215,9 @@ def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(content, [*columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = path.open("x", encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
-    except FileExistsError:
-        _require_new(path)
-        raise
-    try:
-        with file:
-            file.write(content.getvalue())
-    except BaseException:
-        path.unlink()
-        raise
+    _require_new(path)
+    with complete_file(path) as part:
+        part.write_text(content.getvalue(), "utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
 
 
 def _csv_cell(value: Any) -> str:
