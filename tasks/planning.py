@@ -277,11 +277,7 @@ def _memory(
 
 
 def _probe_step(run: _Run, rows: Dataset) -> float:
-    """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept.
-
-    Raises:
-        ConfigError: The base model cannot be loaded.
-    """
+    """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept."""
     times: list[float] = []
 
     def on_log(step: int, values: Mapping[str, float]) -> None:

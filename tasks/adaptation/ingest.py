@@ -121,9 +121,6 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
     """Delete the dataset if its rows were forgotten while they were stored.
 
     `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
-
-    Raises:
-        ForgottenRowsError: The rows were forgotten meanwhile.
     """
     try:
         refuse_forgotten(store, dataset.task, _digests_of(dataset))

@@ -134,11 +134,7 @@ def begin_rollout(
 
 
 def _add(registry: Registry, log: PromotionLog, last: Move | None, change: Change, *, is_due: bool) -> None:
-    """Add a change to the log, if it is due and its version was not rejected, and set the aliases.
-
-    Raises:
-        RegistryError: Nothing was added.
-    """
+    """Add a change to the log, if it is due and its version was not rejected, and set the aliases."""
     lineage = change.lineage
     known = registry.version(lineage, change.version)  # the caller's copy may be older than the log
     if known is not None and known.approval == "refused":

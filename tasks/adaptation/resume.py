@@ -122,9 +122,6 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
 
     A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
     the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
-
-    Raises:
-        RegistryError: The version cannot be promoted.
     """
     if not is_complete(version):
         if is_overtaken(registry, version):

@@ -83,11 +83,7 @@ def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
 
 
 def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
-    """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name.
-
-    Raises:
-        ConfigError: A setting in the file is not valid.
-    """
+    """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name."""
     if not (isinstance(lineage, str) and re.fullmatch(NAME_PATTERN, lineage)):
         return {}
     values = _read_values(store, lineage)
@@ -98,11 +94,7 @@ def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
 
 
 def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
-    """Return the mapping in a lineage's file; None: there is no file.
-
-    Raises:
-        ConfigError: The file is not a YAML mapping, or names another lineage.
-    """
+    """Return the mapping in a lineage's file; None: there is no file."""
     uri = store.uri_of(keys.settings_key(lineage))
     try:
         values = yaml_mapping(store.get_bytes(keys.settings_key(lineage), at_most=MAX_BYTES + 1), uri)
@@ -289,9 +281,6 @@ def _parse_over_stored(
     """Parse the options over the spec's values over the lineage's file.
 
     A relative base model in the options is relative to the working folder.
-
-    Raises:
-        ConfigError: A setting is not valid. The message begins with the origin of the setting.
     """
     given = _given(options)
     if "base_model" in given:

@@ -57,12 +57,7 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
 
 
 def _require_readable(store: ObjectStore, adapter_uri: str, folder: Path, names: Collection[str]) -> None:
-    """Require readable files in `folder`, a local copy of an adapter's folder. Those of the method may be missing.
-
-    Raises:
-        ObjectNotFoundError: The configuration or the weights are missing.
-        StoreError: A file is damaged.
-    """
+    """Require readable files in `folder`, a local copy of an adapter's folder. Those of the method may be missing."""
     for name in names:
         path = folder / name
         with reading_beside(store, adapter_uri, name):
@@ -88,11 +83,7 @@ def require_stored(store: ObjectStore, adapter_uri: str) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Check a file of an adapter: the header of a safetensors file, or a JSON object.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """Check a file of an adapter: the header of a safetensors file, or a JSON object."""
     if path.name == CONFIG_FILE:
         _check_config(json.loads(path.read_bytes()))
     elif path.suffix == ".json":

@@ -154,14 +154,10 @@ def take_feedback_file(path: Path, lineage: str) -> FeedbackResult:
     )  # fmt: skip
 
 
-def _in_names_of_feedback(
-    values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]
-) -> Mapping[str, Any]:
+def _in_names_of_feedback(values: Mapping[str, Any], own: Iterable[tuple[str, TaskSchema]]) -> Mapping[str, Any]:
     """Return a row with `label` or `answer` in place of a task's own name of that column.
 
-    Args:
-        values: The row.
-        own: The name and the task, for each task that the row may be of.
+    `own` has the name and the task, for each task that the row may be of.
     """
     for column, schema in own:
         if not is_empty(values.get(column)) and not any(name in values for name in SAID if name != column):

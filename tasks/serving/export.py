@@ -249,11 +249,7 @@ def _compare_folder(
 
 
 def _upload(folder: Path, repository: str, message: str) -> str:
-    """Upload a folder to a private repository, and return its address. The repository is created if it is not there.
-
-    Raises:
-        ConfigError: The repository is public, or the Hub refuses or does not answer.
-    """
+    """Upload a folder to a private repository, and return its address. The repository is created if it is not there."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -288,11 +284,7 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 def _compared(
     info: VersionInfo, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
 ) -> Exported:
-    """Compare logits.
-
-    Raises:
-        IntegrityError: They differ by more than the tolerance.
-    """
+    """Compare logits."""
     differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
     largest = max(differences)
     if not largest <= TOLERANCE:

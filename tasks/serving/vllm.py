@@ -361,11 +361,7 @@ def _base_for_vllm(record: LineageRecord) -> str:
 
 
 def _require_same(target: Path, info: VersionInfo, config: str) -> None:
-    """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else.
-
-    Raises:
-        ConfigError: The folder has other files than those of the version with this configuration.
-    """
+    """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
     wanted = {**(info.files_sha256 or {}), CONFIG_FILE: (hashlib.sha256(config.encode()).hexdigest(),)}
     there = digests_of(target)
     names = ", ".join(name for name in PEFT_FILES if there.get(name) not in wanted.get(name, ()))
