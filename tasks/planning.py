@@ -40,7 +40,7 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
-from tasks.adaptation.landing import choose_schema, landing_of
+from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord, read_record

@@ -19,7 +19,7 @@ from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.database import open_reader
-from tasks.adaptation.landing import choose_schema, landing_of
+from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.lineage.choices import choose_base

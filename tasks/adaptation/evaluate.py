@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -38,7 +35,6 @@ from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate_version(
     base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
     max_prompt_tokens: int, notes: tuple[str, ...] = (),
@@ -273,7 +269,6 @@ def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
-@task(name="score", cache_policy=NO_CACHE)
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 

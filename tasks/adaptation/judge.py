@@ -8,9 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import MEASURED
 from deal_core.evaluation.answer_scores import all_of, right_answers
 from deal_core.evaluation.report import EvaluationReport, Judged
@@ -52,7 +49,6 @@ class _Pair:
     before: str
 
 
-@task(name="judge", cache_policy=NO_CACHE)
 def judge_version(
     report: EvaluationReport, parent: VersionRef, adapter: AdapterRef, dataset: DatasetRef, config: GateConfig
 ) -> EvaluationReport:

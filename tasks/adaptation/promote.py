@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.errors import RegistryError
 from infra.ledger import Ledger, LedgerEntry
 from infra.promotions import Action, Change, Move, PromotionLog
@@ -29,7 +26,6 @@ GATE = "gate"
 """The name in the log for a move without a person."""
 
 
-@task(name="promote", cache_policy=NO_CACHE)
 def promote_version(version: VersionRef) -> None:
     """Make an accepted version the champion, or begin its rollout, unless a person must approve it first."""
     registry = open_registry()

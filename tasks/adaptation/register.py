@@ -1,4 +1,4 @@
-"""Let the gate decide, and register an adapter as a version with everything that the next arrival needs."""
+"""Register an adapter as a version, with everything that the next arrival needs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from prefect import runtime, task
-from prefect.cache_policies import NO_CACHE
+from prefect import runtime
 
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
-from deal_core.evaluation.gate import GateDecision, decide
+from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.judging_config import GateConfig
 from infra.settings import HomeSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
@@ -31,13 +29,6 @@ from tasks.spec import AdaptSpec
 VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
-@task(name="gate", cache_policy=NO_CACHE)
-def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
-    """Decide about a version. A rejection is a result, not an error."""
-    return decide(report, config)
-
-
-@task(name="register", cache_policy=NO_CACHE)
 def register_version(
     job: AdaptationJob, spec: AdaptSpec, adapter: AdapterRef, report: EvaluationReport, decision: GateDecision
 ) -> VersionRef:

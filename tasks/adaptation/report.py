@@ -12,9 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
@@ -139,7 +137,6 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
-@task(name="report", cache_policy=NO_CACHE)
 def report_run(
     run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
     seconds: Mapping[str, float], *, include_texts: bool = False,

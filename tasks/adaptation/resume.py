@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import as_stored
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.errors import DataValidationError, RegistryError
@@ -39,7 +36,6 @@ FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
 
 
-@task(name="parent", cache_policy=NO_CACHE)
 def find_parent(lineage: str) -> VersionRef | None:
     """Return the champion, which the next version continues; None: the next version starts from the base.
 
@@ -133,7 +129,7 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
             return
     status: Literal["FINISHED", "FAILED"] = "FAILED"
     with _logging(version, "write its report"):
-        report_findings(report_run.fn, run, reference, read_findings(version.adapter_uri))
+        report_findings(report_run, run, reference, read_findings(version.adapter_uri))
         status = "FINISHED"
     with _logging(version, "announce it"):
         evaluation = EvaluationReport.from_json(read_findings(version.adapter_uri)["evaluation"])
@@ -164,7 +160,7 @@ def report_findings(
 ) -> None:
     """Write the report of a version again from its findings.
 
-    `write` is `report_run`'s function, or `write_report` for the part in MLflow only.
+    `write` is `report_run`, or `write_report` for the part in MLflow only.
     """
     write(
         run, reference, DatasetRef.model_validate(findings["dataset"]),

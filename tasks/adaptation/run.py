@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from prefect import runtime, task
-from prefect.cache_policies import NO_CACHE
+from prefect import runtime
 
 from deal_core.config import Quantize
 from deal_core.errors import RegistryError
@@ -26,7 +25,6 @@ from tasks.references import BaseRef, DatasetRef, RunRef, VersionRef
 logger = logging.getLogger(__name__)
 
 
-@task(name="repeat", cache_policy=NO_CACHE)
 def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
     """Return the accepted version that learned this dataset, or None.
 
@@ -47,13 +45,11 @@ def find_repeat(dataset: DatasetRef, lineage: str) -> VersionRef | None:
     return version_ref(known, standing_of(known, line)) if known else None
 
 
-@task(name="known-run", cache_policy=NO_CACHE)
 def find_registered(run_key: str) -> VersionRef | None:
     """Return the version that a run with this key registered, accepted or rejected, or None."""
     return _with_standing(open_registry().find_version(run_key))
 
 
-@task(name="own-version", cache_policy=NO_CACHE)
 def find_own(dataset: DatasetRef, lineage: str) -> VersionRef | None:
     """Return the version that this flow run trained on the dataset before it was interrupted, or None."""
     own = [
@@ -71,7 +67,6 @@ def _with_standing(known: VersionInfo | None) -> VersionRef | None:
     return version_ref(known, standing_of(known, line))
 
 
-@task(name="attempts", cache_policy=NO_CACHE)
 def count_attempts(lineage: str, dataset: DatasetRef) -> int:
     """Return the number of the lineage's versions that were trained on this dataset."""
     return sum(version.dataset_sha256 == dataset.sha256 for version in open_registry().versions(lineage))
@@ -86,7 +81,6 @@ def make_run_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-@task(name="base", cache_policy=NO_CACHE)
 def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
     """Load a base model and return its name and digest.
 
@@ -97,7 +91,6 @@ def identify_base(source: str, quantize: Quantize = "none") -> BaseRef:
     return BaseRef(source=source, name=base.name, sha256=base.sha256, quantize=quantize)
 
 
-@task(name="start", cache_policy=NO_CACHE)
 def start_run(
     run_key: str, base: BaseRef, parent: VersionRef | None, dataset: DatasetRef, lineage: str, params: Mapping[str, Any]
 ) -> RunRef:

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel
 
 from deal_core.errors import ConfigError, RegistryError
@@ -60,7 +58,6 @@ class MonitorResult(BaseModel, frozen=True):
     """The MLflow run with the figures of all looks at this version."""
 
 
-@task(name="compare", cache_policy=NO_CACHE)
 def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference.
 

@@ -22,8 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
@@ -70,7 +68,6 @@ class ServingRoute(Stored):
     """The digest of the adapter by name, for every name that was ever loaded."""
 
 
-@task(name="sync-vllm", cache_policy=NO_CACHE)
 def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     """Make a vLLM server serve the lineage's champion. If it does already, nothing changes.
 

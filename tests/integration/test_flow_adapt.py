@@ -251,7 +251,7 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home:
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
     assert len(versions()) == 2
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "1"
 
 
@@ -408,14 +408,14 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     client.delete_run(version.run_id)  # a person deletes failed runs in MLflow's UI
     told: list[str | None] = []
     monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
     assert "Cannot write its report, version 2 of 'l': RegistryError" in caplog.text and told == ["2"]
     assert not list((home / "work").rglob("*.*")) and not list((home / "store" / "datasets").rglob("train.parquet"))
 
     client.restore_run(version.run_id)
     asyncio.run(forget(version.tags["deal.dataset_sha256"]))
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
     assert client.get_run(version.run_id).info.status == "FINISHED", "the second attempt finds the report"
     report, page = read_page(version.run_id)

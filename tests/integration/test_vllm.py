@@ -56,7 +56,7 @@ def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
 
     def sync(**settings: Any) -> ServingRoute:
         given = {"url": server.url, "grace_seconds": 0.0, **settings}
-        return sync_vllm.fn("l", VllmSettings(**given))
+        return sync_vllm("l", VllmSettings(**given))
 
     return sync
 
@@ -313,7 +313,6 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
     tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEAL_VLLM_URL", server.url)
-    monkeypatch.setattr("flows.serve_vllm.sync_vllm", sync_vllm.fn)  # a task needs a Prefect server
     scheduled = serve_vllm.validate_parameters({})
     for lineage, rank in (("a", 8), ("b", 64), ("c", 8)):
         promote(tmp_path, "1", lineage=lineage, r=rank)
@@ -336,16 +335,16 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
 
 def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match="'l' has no champion"):
-        sync_vllm.fn("l", VllmSettings(url="http://127.0.0.1:9"))
+        sync_vllm("l", VllmSettings(url="http://127.0.0.1:9"))
     promote(tmp_path, "1")
     with pytest.raises(ConfigError, match="DEAL_VLLM_URL"):
-        sync_vllm.fn("l", VllmSettings())
+        sync_vllm("l", VllmSettings())
     with running(FakeVllm(api_key="key-1", allows_updates=False), free_port) as fake:
         with pytest.raises(VllmError, match="DEAL_VLLM_API_KEY"):
-            sync_vllm.fn("l", VllmSettings(url=fake.url))
+            sync_vllm("l", VllmSettings(url=fake.url))
         monkeypatch.setenv("DEAL_VLLM_API_KEY", "key-1")
         with pytest.raises(VllmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
-            sync_vllm.fn("l", VllmSettings(url=fake.url))
+            sync_vllm("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
     monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
     (champion,) = open_registry().versions("l")

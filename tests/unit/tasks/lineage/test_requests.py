@@ -14,7 +14,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.local import FileStore
-from tasks.adaptation.landing import choose_schema
+from tasks.adaptation.ingest import choose_schema
 from tasks.adaptation.run import make_run_key
 from tasks.lineage.record import KnownTask, LineageRecord
 from tasks.lineage.requests import added_labels, keep_labels
