@@ -27,7 +27,7 @@ from infra.store.stored import reading_stored
 from tasks.adaptation.frozen_rows import read_test_rows
 from tasks.context import current_store
 from tasks.data_files import local_file
-from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import added_labels, is_renewal_asked
 from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
@@ -253,6 +253,14 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
         return read_manifest(store, dataset_uri).retain_training_rows
     except ObjectNotFoundError:
         return False
+
+
+def new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, max_new_tokens: int) -> KnownTask:
+    """Return the task of a dataset whose test rows judge it from now on."""
+    return KnownTask(
+        schema=read_manifest(store, dataset.uri).task, dataset_uri=dataset.uri, num_test=dataset.num_test,
+        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

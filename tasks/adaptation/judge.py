@@ -14,8 +14,8 @@ from deal_core.evaluation.report import EvaluationReport, Judged
 from deal_core.judging_config import GateConfig
 from infra.judge import Judge, JudgeError, open_judge
 from infra.store.base import ObjectStore
-from tasks.adaptation.frozen_rows import first_rows, load_test_sets, read_answers
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.frozen_rows import first_rows, load_test_set, read_answers
+from tasks.adaptation.ingest import new_task
 from tasks.context import current_store
 from tasks.lineage.record import KnownTask, read_record
 from tasks.lineage.requests import find_renewal
@@ -83,7 +83,7 @@ def _pairs_of_tasks(
         is_written = not known.schema.labels and known.schema.metric not in MEASURED
         if not is_written or forgotten_tests(store, name, known.dataset_uri) is not None:
             continue
-        (test_set,) = load_test_sets(store, [known])
+        test_set = load_test_set(store, known)
         now = kept.now.get(name, {})
         common = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in now and digest in before]
         rows = first_rows(test_set.rows.select(common), max_rows)
@@ -99,10 +99,7 @@ def _tasks(store: ObjectStore, parent: VersionRef, dataset: DatasetRef) -> list[
     renewed = find_renewal(store, record, dataset).known
     tasks = [known.judged_by(dataset) if known == renewed else known for known in record.tasks]
     if record.task(dataset.task) is None:
-        schema = read_manifest(store, dataset.uri).task
-        tasks.append(
-            KnownTask(schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=1)
-        )
+        tasks.append(new_task(store, dataset, 1, 1))  # nothing is asked here, so the limits do not count
     return tasks
 
 

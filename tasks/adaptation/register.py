@@ -17,10 +17,10 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.ingest import new_task
 from tasks.context import current_store
 from tasks.lineage.history import version_ref
-from tasks.lineage.record import KnownTask, LineageRecord, read_record, scores_of, write_record
+from tasks.lineage.record import LineageRecord, read_record, scores_of, write_record
 from tasks.lineage.requests import find_renewal
 from tasks.lineage.version_files import borrowed_adapter
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
@@ -38,12 +38,7 @@ def register_version(
     before = read_record(store, job.parent.adapter_uri) if job.parent else None
     known = before.tasks if before else ()
     if before is None or before.task(dataset.task) is None:
-        schema = read_manifest(store, dataset.uri).task
-        new = KnownTask(
-            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test,
-            max_prompt_tokens=spec.train.max_prompt_tokens, max_new_tokens=spec.evaluate.max_new_tokens,
-        )  # fmt: skip
-        known = (*known, new)
+        known = (*known, new_task(store, dataset, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens))
     renewal = find_renewal(store, before, dataset)
     if renewal.new_slice is None or renewal.new_slice in report.slices:  # not asked for after the evaluation
         known = tuple(task.judged_by(dataset) if task == renewal.known else task for task in known)

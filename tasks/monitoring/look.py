@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import renew_page
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.record import read_record
 from tasks.lineage.settings import monitor_settings
 from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
@@ -102,7 +101,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         _rebase(store, info, live, config)
     feedback = read_feedback(store, HomeSettings().home, lineage, answers=live) if data is None else None
     report = compare(
-        reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
+        reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )
     found = found.model_copy(update={"drift": report})
     return found if data is not None else _note(store, info, found, report)
@@ -157,17 +156,6 @@ def _accuracies(task: TaskDrift) -> dict[str, float]:
     """The measured accuracy, or else the estimated one."""
     found = task.measured or task.estimated
     return {task.task: found.accuracy} if found else {}
-
-
-def accuracies_before(record: LineageRecord) -> Mapping[str, float]:
-    """Return what the gate measured for the version before on the present test rows, by task.
-
-    For a task that the version before had not learned, this is its accuracy before learning. A first version has none.
-    """
-    if len(record.matrix.rows) < 2:
-        return {}
-    pairs = zip(record.matrix.tasks, record.matrix.rows[-2], strict=True)
-    return {name: value for name, value in pairs if value is not None}
 
 
 def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:

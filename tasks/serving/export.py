@@ -135,7 +135,7 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
     for known in record.tasks:
         name = known.schema.name
         try:
-            rows = load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, 1).rows
+            rows = load_test_set(store, known).rows
             texts: Sequence[str] = first_rows(rows, min(num_rows, len(rows)))["input"]
         except TestRowsForgottenError:
             texts = [served_task(known).readable(examples[name], "The example")]
