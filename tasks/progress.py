@@ -168,7 +168,7 @@ def _in_flow(name: str, call: Callable[Inputs, Output]) -> Callable[Inputs, Outp
     from prefect.cache_policies import NO_CACHE
     from prefect.context import FlowRunContext
 
-    return call if FlowRunContext.get() is None else task(call, name=name, cache_policy=NO_CACHE)
+    return call if FlowRunContext.get() is None else task(name=name, cache_policy=NO_CACHE)(call)
 
 
 patient = tenacity.retry(
