@@ -159,10 +159,10 @@ def _move(
             f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
             f"({champion.adapter_sha256[:12]}), and the server may have cached it; give the lineage a new name."
         )
-    path = _published(store, champion, name, settings)
+    folder, path = _published(store, champion, name, settings)
     loaded = client.models()
     if name not in loaded:
-        _require_recorded(store, champion, name, settings)
+        _require_recorded(store, champion, folder, is_copy=settings.adapter_dir is not None)
         client.load(name, path)
         reporter().said(f"{name} is loaded from {path}")
     elif loaded[name].root != path:
@@ -208,19 +208,19 @@ def config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
         ) from None
 
 
-def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> str:
-    """Copy the adapter to the shared folder if necessary; return its path on the server."""
+def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> tuple[Path, str]:
+    """Copy the adapter to the shared folder if necessary; return the folder, and its path on the server."""
     if settings.adapter_dir is None:
         if isinstance(store, FileStore):
-            return str(store.root / champion.adapter_uri)
+            return store.root / champion.adapter_uri, str(store.root / champion.adapter_uri)
         raise ConfigError(
             f"The adapter is in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
-    folder = _copy_name(name, champion.adapter_sha256)
-    if not (settings.adapter_dir / folder).exists():
-        _write_folder(store, champion, settings.adapter_dir / folder)
-    return f"{settings.server_adapter_dir or settings.adapter_dir}/{folder}"
+    folder = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
+    if not folder.exists():
+        _write_folder(store, champion, folder)
+    return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"
 
 
 def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: str | None = None) -> None:
@@ -243,16 +243,14 @@ def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: s
         part.rename(target)
 
 
-def _require_recorded(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> None:
+def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, is_copy: bool) -> None:
     """Compare the files that the server is about to load with the recorded digests, a copy too."""
-    if settings.adapter_dir is None:
-        assert isinstance(store, FileStore), "`_published` refuses other stores"
-        require_recorded(store, champion, store.root / champion.adapter_uri)
+    if not is_copy:
+        require_recorded(store, champion, folder)
         return
-    target = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
     require_undamaged(
-        digests_of(target), champion.files_sha256 or {}, PEFT_FILES,
-        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(target),
+        digests_of(folder), champion.files_sha256 or {}, PEFT_FILES,
+        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(folder),
         remedy="Remove that folder and run this again: the adapter is copied anew.",
     )  # fmt: skip
 
