@@ -150,7 +150,7 @@ class Stages:
         reporter().stage_started(name)
         started = time.perf_counter()
         try:
-            output = await asyncio.to_thread(_in_flow(name, call), *args, **kwargs)
+            output = await asyncio.to_thread(_as_task(name, call), *args, **kwargs)
         except asyncio.CancelledError:  # for example SIGTERM; only the stage itself can end its thread
             ask_to_stop()
             raise
@@ -162,7 +162,7 @@ class Stages:
         reporter().stage_finished(name, self.seconds[name], detail)
 
 
-def _in_flow(name: str, call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+def _as_task(name: str, call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
     """The call as a task that Prefect's page shows; outside of a flow run the call itself."""
     from prefect import task  # commands that only read import this module, and no Prefect
     from prefect.cache_policies import NO_CACHE
