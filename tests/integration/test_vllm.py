@@ -22,6 +22,7 @@ from infra.settings import VllmSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
+from infra.version_log import VersionLog
 from tasks.context import current_store
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
@@ -77,7 +78,9 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         )
         with open_tracker().start(lineage, facts.run_key, name="bank") as run:
             model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
-            assert registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id).version == version
+            info = registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id)
+        assert info.version == version
+        VersionLog(current_store()).keep(info)
     registry.set_alias(lineage, "champion", version)
 
 
