@@ -27,7 +27,7 @@ from benchmarks.output import DEAL, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
-from tasks.announcements import ARRIVAL_LANDED
+from tasks.arrival_runs import ARRIVAL_LANDED
 
 LINEAGE, TASK = "landing", "parcels"
 RUNNING, DONE = "prefect.flow-run.Running", "prefect.flow-run.Completed"

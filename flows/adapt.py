@@ -9,6 +9,7 @@ from typing import Any, Literal
 from prefect import flow
 from pydantic import BaseModel
 
+from deal_core.evaluation.gate import decide
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
@@ -18,11 +19,21 @@ from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
 from tasks.adaptation.promote import promote_version
-from tasks.adaptation.register import decide_gate, register_version
-from tasks.adaptation.repeats import count_attempts, find_own, find_registered, find_repeat, make_run_key
+from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import find_parent, keep_findings
-from tasks.adaptation.start import end_run, fail_run, identify_base, remove_work, start_run
+from tasks.adaptation.run import (
+    count_attempts,
+    end_run,
+    fail_run,
+    find_own,
+    find_registered,
+    find_repeat,
+    identify_base,
+    make_run_key,
+    remove_work,
+    start_run,
+)
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
@@ -173,7 +184,7 @@ async def _learn(spec: AdaptSpec, job: AdaptationJob, stages: Stages) -> AdaptRe
     if spec.gate.judge != "none" and job.parent is not None:
         report = await stages.run("judge", judge_version, report, job.parent, trained.adapter, dataset, spec.gate)
         stages.done("judge", _describe_judged(report))
-    decision = await stages.run("gate", decide_gate, report, spec.gate)
+    decision = await stages.run("gate", decide, report, spec.gate)
     stages.done("gate", "accepted" if decision.accepted else " ".join(decision.reasons))
     for note in decision.notes:
         reporter().said(f"    {note}")

@@ -28,7 +28,7 @@ from deal_core.method_config import MethodConfig
 from deal_core.regular_file import complete_file
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings
-from tasks.adaptation.start import identify_base
+from tasks.adaptation.run import identify_base
 from tasks.benchmark import make_cell_file
 from tasks.progress import Interrupted, Stages, is_stopped, raise_if_stopped, reporter
 from tasks.references import BaseRef

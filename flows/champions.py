@@ -13,14 +13,12 @@ from infra.tracking.registry import open_registry
 from tasks.adaptation.evaluate import score_version
 from tasks.adaptation.promote import settle_aliases
 from tasks.context import current_store
-from tasks.lineage.history import find_version, known_lineages
+from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
 from tasks.lineage.settings import for_each, list_lineages
-from tasks.lineage.versions import ROLLOUT, version_ref
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
-from tasks.monitoring.look import MonitorResult, look_at
-from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
+from tasks.monitoring.look import MonitorResult, RolloutStatus, look_at, look_at_rollout, require_open
 from tasks.progress import Stages, reporter
-from tasks.vllm import ServingRoute, sync_vllm
+from tasks.serving.vllm import ServingRoute, sync_vllm
 
 
 class EvaluateResult(BaseModel, frozen=True):

@@ -16,7 +16,7 @@ from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import find_arrival
 from tasks.housekeeping.forgetting import ForgetPlan, forget_held, plan_forgetting, silence_watches
-from tasks.housekeeping.inventory import ship_logs
+from tasks.housekeeping.garbage import ship_logs
 from tasks.lineage.tombstones import Tombstone, put_tombstone
 
 

@@ -15,15 +15,15 @@ from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.garbage import Removal, plan_removals
-from tasks.housekeeping.inventory import (
+from tasks.housekeeping.garbage import (
+    Removal,
     list_all_lineages,
     list_logged_lineages,
     lonely_feedback,
     look_at_lineage,
     old_logs,
     old_temporaries,
-    old_training_rows,
+    plan_removals,
     remove,
     with_model_bytes,
 )
@@ -97,7 +97,6 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     if lineage is None:
-        apply(old_training_rows(store, now=now, older_than=limit))
         apply(old_temporaries(store, now=now))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)

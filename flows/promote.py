@@ -22,9 +22,17 @@ from infra.tracking.registry import Registry, open_registry
 from infra.version_log import Ledger
 from tasks.adaptation.promote import begin_rollout, move_champion, note_learned, rejected_by_person, settle_aliases
 from tasks.context import current_store
-from tasks.lineage.history import champion_deleted, find_version, no_version, require_in_registry, unknown_lineage
+from tasks.lineage.history import (
+    arrival_digests,
+    champion_deleted,
+    descent,
+    find_version,
+    no_version,
+    require_in_registry,
+    standing_of,
+    unknown_lineage,
+)
 from tasks.lineage.rebuild import RebuildResult, rebuild_lineage
-from tasks.lineage.versions import arrival_digests, descent, standing_of
 from tasks.notices import Kind, Notice, announce
 from tasks.progress import Interrupted, ask_to_stop, raise_if_stopped
 
@@ -238,11 +246,7 @@ def left_behind(before: Sequence[VersionInfo], now: Sequence[VersionInfo]) -> tu
 
 
 def _announce(kind: Kind, version: VersionInfo, who: str, why: str) -> None:
-    notice = Notice(
-        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
-        reasons=(why,), who=who, tracking_id=version.tracking_id, run_key=version.run_key,
-    )
-    announce(kind, notice)
+    announce(kind, Notice.of(version, reasons=(why,), who=who))
 
 
 def _look(lineage: str) -> tuple[Registry, PromotionLog, str | None, Move | None, VersionInfo | None]:

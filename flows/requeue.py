@@ -13,12 +13,11 @@ from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.version_log import VersionLog
 from tasks.adaptation.resume import read_spec_of, require_same_files
-from tasks.cancelled import release
+from tasks.arrival_runs import release
 from tasks.context import current_store
-from tasks.lineage.history import NoVersionError, find_version, read_history
+from tasks.lineage.history import NoVersionError, arrival_digests, descent, find_version, read_history
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.tombstones import refuse_forgotten
-from tasks.lineage.versions import arrival_digests, descent
 from tasks.spec import AdaptSpec, parse
 
 

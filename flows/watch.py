@@ -22,8 +22,14 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.store.s3 import open_landing_queue
-from tasks.announcements import announce, announce_again, drop_announcement, note_begun, read_announcements
-from tasks.cancelled import hold_cancelled
+from tasks.arrival_runs import (
+    announce,
+    announce_again,
+    drop_announcement,
+    hold_cancelled,
+    note_begun,
+    read_announcements,
+)
 from tasks.context import current_store
 from tasks.inbox import (
     InboxLook,

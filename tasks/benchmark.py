@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from deal_core.benchmark.cell import Cell
 from deal_core.benchmark.run import CellRun, run_cell
@@ -23,7 +21,6 @@ from tasks.references import BaseRef
 CellStatus = Literal["done", "stored", "busy"]
 
 
-@task(name="cell", cache_policy=NO_CACHE, task_run_name="{cell.strategy}-{cell.seed}")
 def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path) -> CellStatus:
     """Run a cell and store its figures as one JSON file.
 

@@ -1,9 +1,14 @@
-"""The store and the work folders, as the environment names them."""
+"""The store, the work folders and the locks of this process, as the environment names them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from deal_core.errors import ConfigError
 from infra.settings import HomeSettings, StoreSettings
 from infra.store.base import ObjectStore
 from infra.store.local import open_store
@@ -18,3 +23,22 @@ def current_store() -> ObjectStore:
 def work_folder(lineage: str, short_key: str) -> Path:
     """Return the folder of a run's checkpoints and results. A run that starts again finds the folder by its key."""
     return HomeSettings().home / "work" / lineage / short_key
+
+
+@contextmanager
+def only_process(lock: Path, busy: str) -> Iterator[None]:
+    """Keep other processes from the block by a lock file.
+
+    Raises:
+        ConfigError: Another process is in the block. The message is `busy`.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
+    try:
+        file.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(busy) from None
+    try:
+        yield
+    finally:
+        file.release()

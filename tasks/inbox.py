@@ -6,21 +6,15 @@ are companions: they belong to the task's arrivals.
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-)
+from pydantic import BaseModel, Field, field_validator
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.yaml_file import MAX_BYTES, yaml_mapping
@@ -46,10 +40,8 @@ def growing_pause(num_before: int) -> timedelta:
     return PAUSE * (1 << min(num_before, MAX_DOUBLINGS))
 
 
-class Handled(BaseModel):
+class Handled(BaseModel, extra="forbid"):
     """The result for one file. It is valid until the file changes or a failed file is tried again."""
-
-    model_config = ConfigDict(extra="forbid")
 
     etag: str
     outcome: Outcome
@@ -62,13 +54,7 @@ class Handled(BaseModel):
     """Whether a failed file would fail again, so that a watch does not try it again."""
     at: datetime
     cancelled_run: str | None = None
-    """Id of the cancelled run that held the file; see `tasks.cancelled`."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the JSON, which has a later field only where it is set: an earlier release reads the rest."""
-        values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "cancelled_run" or value is not None}
+    """Id of the cancelled run that held the file; see `tasks.arrival_runs`."""
 
     def due(self) -> datetime | None:
         """Return the time of the next try; None: a watch does not try the file again."""
@@ -90,7 +76,7 @@ class InboxState(Stored):
         handled = self.files.get(info.key)
         if handled is None or handled.etag != info.etag:
             return True
-        if handled.outcome == "requeued":  # a person ended a hold; see `tasks.cancelled`
+        if handled.outcome == "requeued":  # a person ended a hold; see `tasks.arrival_runs`
             return True
         if handled.outcome in ("refused", "failed") and handled.beside != beside:
             return True
@@ -205,26 +191,6 @@ def _list_beside(listing: Iterable[ObjectInfo], companions: Collection[str]) -> 
     }
 
 
-def split_settled(
-    arrivals: Iterable[ObjectInfo], seen: Mapping[str, str], now: datetime, settle_seconds: float,
-    beside: Mapping[str, Beside] | None = None,
-) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
-    """Split arrivals into complete files and files that may still be written.
-
-    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`.
-    `seen` has the stamps of the previous look by key, `beside` the companions by task.
-    """
-    settled: list[ObjectInfo] = []
-    growing: list[ObjectInfo] = []
-    for info in arrivals:
-        other = (beside or {}).get(task_of(info.key))
-        changed = max(info.modified, other.modified) if other else info.modified
-        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
-        is_same = seen.get(info.key) == stamp_of(info, other)
-        (settled if is_old or is_same else growing).append(info)
-    return settled, growing
-
-
 def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
     """Return a text that changes with the content of a file and of its companions."""
     return info.etag if beside is None else f"{info.etag} {beside.stamp}"
@@ -304,14 +270,48 @@ def settle(
 ) -> Settled:
     """Return the arrivals of a look that a lineage has to handle. Without tasks, all tasks count.
 
-    `stamps` has the stamps of the previous look; the call replaces them. For the last two arguments see `split_settled`
-    and `InboxState.is_open`.
+    A file is complete if it and its companions have not changed since the previous look, or for `settle_seconds`.
+    `stamps` has the stamps of the previous look by key; the call replaces them. For `retry_now` see
+    `InboxState.is_open`.
     """
-    arrivals = inbox.open_for(state, tasks, retry_now=retry_now)
-    complete, growing = split_settled(arrivals, stamps, datetime.now(UTC), settle_seconds, inbox.beside)
+    found, now, seen = Settled([], []), datetime.now(UTC), dict(stamps)
     stamps.clear()
-    stamps.update({info.key: stamp_of(info, inbox.beside.get(task_of(info.key))) for info in arrivals})
-    return Settled(complete, growing)
+    for info in inbox.open_for(state, tasks, retry_now=retry_now):
+        beside = inbox.beside.get(task_of(info.key))
+        changed = max(info.modified, beside.modified) if beside else info.modified
+        stamps[info.key] = stamp_of(info, beside)
+        is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
+        is_same = seen.get(info.key) == stamps[info.key]
+        (found.complete if is_old or is_same else found.growing).append(info)
+    return found
+
+
+class HeldArrival(BaseModel, frozen=True):
+    """An arrival that waits for `deal requeue`, because its run was cancelled; see `tasks.arrival_runs`."""
+
+    key: str
+    why: str
+
+    def remedy(self, lineage: str) -> str:
+        """Return the command that lets the arrival go on."""
+        return f"deal requeue {shlex.quote(self.key)} --lineage {lineage}"
+
+
+def held_arrivals(inbox: InboxLook, state: InboxState, tasks: Collection[str] = ()) -> tuple[HeldArrival, ...]:
+    """Return the arrivals of these tasks that are held, oldest first; without tasks: all of them."""
+    return tuple(
+        HeldArrival(key=info.key, why=known.message)
+        for info in inbox.of(tasks)
+        if (known := state.files.get(info.key)) and known.outcome == "held" and known.etag == info.etag
+    )
+
+
+def find_held(store: ObjectStore, lineage: str) -> tuple[HeldArrival, ...]:
+    """Return all held arrivals of a lineage, oldest first."""
+    state = read_state(store, lineage)
+    if not any(known.outcome == "held" for known in state.files.values()):
+        return ()
+    return held_arrivals(look(store), state)
 
 
 def task_spec(store: ObjectStore, key: str) -> TaskSpec:

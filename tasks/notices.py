@@ -10,7 +10,7 @@ import json
 import logging
 import uuid
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from prefect import runtime
@@ -18,11 +18,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DealError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
+from infra.tracking.facts import VersionInfo
 from infra.webhook import open_webhook
 from tasks.progress import patient
 from tasks.references import VersionRef
@@ -48,10 +49,8 @@ DECIDE = "decide/decide"
 """Flow and deployment with which a person decides about a version that waits."""
 
 
-class Notice(BaseModel):
+class Notice(BaseModel, frozen=True, extra="forbid"):
     """The payload of an event and of a webhook's body. A field that does not apply is None or empty."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     lineage: str
@@ -76,6 +75,12 @@ class Notice(BaseModel):
     decide_url: str | None = None
     """The form on Prefect's page with which a person approves or rejects a version that waits."""
 
+    @classmethod
+    def of(cls, version: VersionInfo, **more: Any) -> Self:
+        """Return a notice about a registered version; `more` are the other fields."""
+        shared = ("lineage", "task", "version", "parent_version", "tracking_id", "run_key")
+        return cls(**{name: getattr(version, name) for name in shared}, **more)
+
 
 def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
     """Send a notice to the Prefect server and to the webhook, where they are configured.
@@ -98,19 +103,12 @@ def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:
 
 def announce_version(version: VersionRef, *, task: str, evaluation: EvaluationReport, tracking_id: str) -> None:
     """Announce how the run of a version ended. Receivers count repeated calls once."""
-    matrix = evaluation.matrix
     notice = Notice(
-        lineage=version.lineage,
-        task=task,
-        version=version.version,
-        parent_version=version.parent_version,
-        reasons=version.reasons,
-        accuracies=dict(evaluation.accuracies),
-        average_accuracy=matrix.average_accuracy,
-        forgetting=matrix.forgetting,
-        tracking_id=tracking_id,
+        lineage=version.lineage, task=task, version=version.version, parent_version=version.parent_version,
+        reasons=version.reasons, accuracies=dict(evaluation.accuracies), tracking_id=tracking_id,
+        average_accuracy=evaluation.matrix.average_accuracy, forgetting=evaluation.matrix.forgetting,
         run_key=version.run_key,
-    )
+    )  # fmt: skip
     announce(version.outcome, notice, once=version.run_key)
 
 
@@ -126,17 +124,11 @@ def _tell_server(event: str, identity: uuid.UUID, occurred: datetime, notice: No
         return
     run_id = runtime.flow_run.id
     related = [{"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}]
-    _post_event(
-        {
-            "id": str(identity),
-            "event": event,
-            "occurred": occurred.isoformat(),
-            "resource": {"prefect.resource.id": f"deal.lineage.{notice.lineage}",
-                         "prefect.resource.name": notice.lineage},
-            "related": related if run_id else [],
-            "payload": notice.model_dump(mode="json"),
-        }
-    )  # fmt: skip
+    _post_event({
+        "id": str(identity), "event": event, "occurred": occurred.isoformat(), "related": related if run_id else [],
+        "resource": {"prefect.resource.id": f"deal.lineage.{notice.lineage}", "prefect.resource.name": notice.lineage},
+        "payload": notice.model_dump(mode="json"),
+    })  # fmt: skip
 
 
 def _decide_url(notice: Notice) -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import transformers
 from datasets import Dataset
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.base_model.device import Device, current_device, parse_bytes
 from deal_core.base_model.load import BaseConfig, Precision, find_config, load_base, precision_name
@@ -25,6 +25,7 @@ from deal_core.planning.memory import (
     MemoryPlan,
     MethodShape,
     ModelSize,
+    Remedy,
     adapter_rank,
     find_remedies,
     largest_batch,
@@ -40,7 +41,7 @@ from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 from infra.store.base import temporary_folder
 from infra.store.keys import TRAIN_FILE
-from tasks.adaptation.landing import choose_schema, landing_of
+from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
 from tasks.lineage.record import LineageRecord, read_record
@@ -57,20 +58,8 @@ FORWARD_SHARE = 1 / 3
 parts of the computation."""
 
 
-class PlannedRemedy(BaseModel):
-    """A change to the spec, and the memory that the run takes with the change."""
-
-    model_config = ConfigDict(frozen=True)
-
-    change: str
-    total_bytes: int
-    fits: bool
-
-
-class PlanResult(BaseModel):
+class PlanResult(BaseModel, frozen=True):
     """What a run takes."""
-
-    model_config = ConfigDict(frozen=True)
 
     base: str
     model_type: str
@@ -98,7 +87,7 @@ class PlanResult(BaseModel):
     device: str
     device_bytes: int
     verdict: Literal["fits", "tight", "refused"]
-    remedies: tuple[PlannedRemedy, ...]
+    remedies: tuple[Remedy, ...]
     seconds_per_step: float | None
     """From a probe on this machine; None: there was no probe."""
     expected_seconds: float | None
@@ -130,11 +119,7 @@ class _Run:
 
 
 def plan(
-    spec: AdaptSpec,
-    *,
-    device_memory: str | None = None,
-    precision: Precision = "auto",
-    probe: bool = True,
+    spec: AdaptSpec, *, device_memory: str | None = None, precision: Precision = "auto", probe: bool = True,
     on_progress: OnProgress = lambda doing: None,
 ) -> PlanResult:
     """Compute what the run of a spec takes. Nothing is stored and no weights are fetched.
@@ -197,32 +182,13 @@ def _plan_rows(
         shape = replace(_cut(batch, changed), num_rows=run.largest_batch(changed))
         return _memory(run, model, shape, changed, precision, device)
 
-    memory = memory_of(train, run.precision)
-    limit = device.free_bytes
+    memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
-    notes: list[str] = []
-    seconds = None
-    if run.base.folder is None:
-        notes.append("the base model's weights are not on this machine, so no step was timed (deal model fetch)")
-    elif train.quantize != "none" and here.is_cpu:
-        notes.append("quantized weights need a CUDA device, and this machine has none, so no step was timed")
-    elif probe and not refused and memory.total <= here.free_bytes:
-        on_progress("taking three steps")
-        seconds = _probe_step(run, rows)
-        if device_memory is not None:
-            notes.append("the time is this machine's, not that of the device planned for")
-    if train.num_processes > 1:
-        notes.append(f"memory and time are those of one process with the whole batch; {train.num_processes} share it")
-    if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
-        notes.append(f"the tensors that {setup.strategy} keeps for earlier tasks are not counted")
-    num_read = rows_read(setup, manifest.num_train, has_parent=run.champion is not None)
-    if num_read:
-        notes.append(_about_reading("the rows are chosen first", num_read, seconds, train))
+    seconds, notes = _time_step(run, rows, here, probe and not refused and memory.total <= here.free_bytes, on_progress)
+    if seconds is not None and device_memory is not None:
+        notes.append("the time is this machine's, not that of the device planned for")
     num_chosen = setup.method.selection.num_kept(manifest.num_train)
-    if setup.method.token_mask.is_on:
-        notes.append(_about_reading("tokens are masked first", num_chosen, seconds, train))
-    if setup.task.learns_preferences:
-        notes.append(_about_reading("the parent's answers are the reference", num_chosen, seconds, train))
+    notes += _notes(run, manifest.num_train, num_chosen, seconds)
     remedies = find_remedies(memory_of, train, run.precision, limit) if refused else ()
     steps = train.num_steps(num_chosen)
     return PlanResult(
@@ -231,16 +197,43 @@ def _plan_rows(
         precision=run.precision, num_train=manifest.num_train, num_chosen=num_chosen, num_test=manifest.num_test,
         num_rejected=manifest.num_rejected, num_steps=steps,
         rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        rehearsed_per_step=rehearsed_rows(
-            setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy
-        ),
+        rehearsed_per_step=rehearsed_rows(setup.method, num_old_tasks=len(setup.old_tasks), strategy=setup.strategy),
         batch_rows=batch.num_rows, longest_row_tokens=batch.num_tokens, longest_answer_tokens=batch.num_answer_tokens,
         lengths_from="limits" if run.base.folder is None else "rows", memory=vars(memory), total_bytes=memory.total,
         device=device.name, device_bytes=limit,
         verdict="refused" if refused else "fits" if memory.total <= HEADROOM * limit else "tight",
-        remedies=tuple(PlannedRemedy(**vars(each)) for each in remedies),
-        seconds_per_step=seconds, expected_seconds=None if seconds is None else seconds * steps, notes=tuple(notes),
+        remedies=remedies, seconds_per_step=seconds, expected_seconds=None if seconds is None else seconds * steps,
+        notes=tuple(notes),
     )  # fmt: skip
+
+
+def _time_step(
+    run: _Run, rows: Dataset, here: Device, is_wanted: bool, on_progress: OnProgress
+) -> tuple[float | None, list[str]]:
+    """The seconds of a step on this machine; None: no step was timed, which a note may explain."""
+    if run.base.folder is None:
+        return None, ["the base model's weights are not on this machine, so no step was timed (deal model fetch)"]
+    if run.setup.train.quantize != "none" and here.is_cpu:
+        return None, ["quantized weights need a CUDA device, and this machine has none, so no step was timed"]
+    if not is_wanted:
+        return None, []
+    on_progress("taking three steps")
+    return _probe_step(run, rows), []
+
+
+def _notes(run: _Run, num_train: int, num_chosen: int, seconds: float | None) -> Iterator[str]:
+    """What the figures leave out. `seconds` is the time of a step."""
+    setup, train = run.setup, run.setup.train
+    if train.num_processes > 1:
+        yield f"memory and time are those of one process with the whole batch; {train.num_processes} share it"
+    if setup.strategy in ("o_lora", "ella", "ewc", "lwf") and setup.old_tasks:
+        yield f"the tensors that {setup.strategy} keeps for earlier tasks are not counted"
+    if num_read := rows_read(setup, num_train, has_parent=run.champion is not None):
+        yield _about_reading("the rows are chosen first", num_read, seconds, train)
+    if setup.method.token_mask.is_on:
+        yield _about_reading("tokens are masked first", num_chosen, seconds, train)
+    if setup.task.learns_preferences:
+        yield _about_reading("the parent's answers are the reference", num_chosen, seconds, train)
 
 
 def _about_reading(why: str, num_read: int, seconds_per_step: float | None, train: TrainConfig) -> str:
@@ -285,11 +278,7 @@ def _memory(
 
 
 def _probe_step(run: _Run, rows: Dataset) -> float:
-    """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept.
-
-    Raises:
-        ConfigError: The base model cannot be loaded.
-    """
+    """Train a few steps and return the seconds of one step. The first step is not counted, and nothing is kept."""
     times: list[float] = []
 
     def on_log(step: int, values: Mapping[str, float]) -> None:
@@ -297,14 +286,10 @@ def _probe_step(run: _Run, rows: Dataset) -> float:
 
     train = replace(run.setup.train, max_steps=NUM_PROBE_STEPS, checkpoint_steps=0, num_processes=1)
     with temporary_folder() as temporary, borrowed_parent(current_store(), run.champion) as parent_folder:
+        base = load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize)
+        method = replace(run.setup.method, token_mask=TokenMaskConfig())  # train_adapter chooses and masks none
         train_adapter(
-            load_base(run.source, HomeSettings().cache_dir, quantize=train.quantize),
-            rows,
-            # with all rows and tokens: train_adapter chooses and masks none
-            replace(run.setup, train=train, method=replace(run.setup.method, token_mask=TokenMaskConfig())),
-            parent_folder=parent_folder,
-            output_folder=temporary / "adapter",
-            checkpoint_folder=temporary / "checkpoints",
-            on_log=on_log,
-        )
+            base, rows, replace(run.setup, train=train, method=method), parent_folder=parent_folder,
+            output_folder=temporary / "adapter", checkpoint_folder=temporary / "checkpoints", on_log=on_log,
+        )  # fmt: skip
     return (times[-1] - times[0]) / (len(times) - 1)

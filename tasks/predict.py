@@ -10,8 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
@@ -23,14 +22,13 @@ from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
-from deal_core.errors import ConfigError
 from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits, generate_answers
 from infra.settings import HomeSettings
 from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, require_through_gate
 from tasks.adaptation.model_card import served_task
 from tasks.base import lend_base
-from tasks.context import current_store
+from tasks.context import current_store, only_process
 from tasks.lineage.history import find_version
 from tasks.lineage.record import KnownTask, LineageRecord, choose_task, read_record
 from tasks.lineage.settings import asks_for_alias_moves
@@ -45,10 +43,8 @@ AnswerInputs = Callable[[Sequence[str], Callable[[int], None]], list[GivenAnswer
 """Answers inputs in their order. The second argument is called with the number of rows just answered."""
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, frozen=True):
     """A text and its answer."""
-
-    model_config = ConfigDict(frozen=True)
 
     answer: str
     first_token_logits: dict[str, float]
@@ -88,24 +84,18 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     base = lend_base(record.base)
     with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
         limit = known.max_prompt_tokens
-        answers = generate_answers(
-            model, base.tokenizer, known.schema, [text], EvaluateConfig(max_new_tokens=known.max_new_tokens),
-            max_prompt_tokens=limit,
-        )
+        config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
+        answers = generate_answers(model, base.tokenizer, known.schema, [text], config, max_prompt_tokens=limit)
         logits = first_answer_logits(model, base.tokenizer, known.schema, text, max_prompt_tokens=limit)
     likeliest = logits.topk(NUM_TOKENS)
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
-        answer=answers[0],
-        prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
+        answer=answers[0], prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
         base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
-        adapter=store.uri_of(info.adapter_uri),
-        precision=str(base.model.dtype).removeprefix("torch."),
+        adapter=store.uri_of(info.adapter_uri), precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
-        task=known.schema.name,
-        lineage=lineage,
-        version=info.version,
-    )
+        task=known.schema.name, lineage=lineage, version=info.version,
+    )  # fmt: skip
 
 
 def choose_version(lineage: str, number: str | None) -> VersionInfo:
@@ -133,10 +123,8 @@ def _settled_champion(lineage: str) -> VersionInfo | None:
     return settled_champion(open_registry(), current_store(), lineage)
 
 
-class FileAnswers(BaseModel):
+class FileAnswers(BaseModel, frozen=True):
     """A file and its answers."""
-
-    model_config = ConfigDict(frozen=True)
 
     data: str
     out: str
@@ -201,14 +189,14 @@ def predict_file(
         "column": next(iter(columns.names.values())), "chunk_rows": chunk_rows,
     }  # fmt: skip
     num_bad = num_done = num_resumed = index = 0
-    with _alone(files), ExitStack() as stack:
+    with _alone(output), ExitStack() as stack:
         files.begin(state)
         answer: AnswerInputs | None = None
         for index, rows in enumerate(in_chunks(read_rows(data), chunk_rows)):
             counts = files.counts(index)
             if counts is None:
                 answer = answer or stack.enter_context(answering(asked))
-                own = _answer_chunk(rows, checker, answer, asked, num_done, survey.num_rows, on_progress)
+                own = _answer_chunk(rows, checker, answer, asked, counting(on_progress, survey.num_rows, num_done))
                 counts = files.write_chunk(index, [row.values for row in rows], own)
             else:
                 num_resumed += counts.num_rows
@@ -230,19 +218,14 @@ def _default_output(data: Path) -> Path:
 
 
 @contextmanager
-def _alone(files: AnswerFiles) -> Iterator[None]:
-    """Lock the output against other processes."""
-    files.output.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(files.output.with_name(f".{files.output.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"Another process writes {files.output}; wait for it, or give another --out.") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+def _alone(output: Path) -> Iterator[None]:
+    """Lock the output against other processes. The lock file does not stay beside it."""
+    lock = output.with_name(f".{output.name}.lock")
+    with only_process(lock, f"Another process writes {output}; wait for it, or give another --out."):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -260,19 +243,22 @@ def answering(asked: Asked) -> Iterator[AnswerInputs]:
         )  # fmt: skip
 
 
-def _answer_chunk(
-    rows: Sequence[RawRow], checker: RowChecker, answer: AnswerInputs, asked: Asked, num_done: int, num_rows: int,
-    on_progress: OnProgress | None,
-) -> list[dict[str, Any]]:
-    """Return the added columns of each row: an answer or a problem."""
-    num_answered = 0
+def counting(on_progress: OnProgress | None, num_rows: int, num_done: int = 0) -> Callable[[int], None]:
+    """Return a callback that takes the number of rows just answered, and reports how many of `num_rows` are done."""
 
     def on_rows(count: int) -> None:
-        nonlocal num_answered
-        num_answered += count
+        nonlocal num_done
+        num_done += count
         if on_progress is not None:
-            on_progress(num_done + num_answered, num_rows)
+            on_progress(num_done, num_rows)
 
+    return on_rows
+
+
+def _answer_chunk(
+    rows: Sequence[RawRow], checker: RowChecker, answer: AnswerInputs, asked: Asked, on_rows: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Return the added columns of each row: an answer or a problem."""
     checked = [checker.check_input(row) for row in rows]
     answers = iter(answer([text for text in checked if isinstance(text, str)], on_rows))
     who = {"task": asked.known.schema.name, "lineage": asked.info.lineage, "version": asked.info.version}

@@ -145,12 +145,12 @@ class Stages:
     async def run(
         self, name: str, call: Callable[Inputs, Output], *args: Inputs.args, **kwargs: Inputs.kwargs
     ) -> Output:
-        """Run one stage in a thread. Call `done` with the stage's result afterwards."""
+        """Run one stage in a thread, in a flow as a Prefect task. Call `done` with the stage's result afterwards."""
         raise_if_stopped()
         reporter().stage_started(name)
         started = time.perf_counter()
         try:
-            output = await asyncio.to_thread(call, *args, **kwargs)
+            output = await asyncio.to_thread(_as_task(name, call), *args, **kwargs)
         except asyncio.CancelledError:  # for example SIGTERM; only the stage itself can end its thread
             ask_to_stop()
             raise
@@ -160,6 +160,15 @@ class Stages:
     def done(self, name: str, detail: str) -> None:
         """Report the result of the stage that ended last, in a few words."""
         reporter().stage_finished(name, self.seconds[name], detail)
+
+
+def _as_task(name: str, call: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """The call as a task that Prefect's page shows; outside of a flow run the call itself."""
+    from prefect import task  # commands that only read import this module, and no Prefect
+    from prefect.cache_policies import NO_CACHE
+    from prefect.context import FlowRunContext
+
+    return call if FlowRunContext.get() is None else task(name=name, cache_policy=NO_CACHE)(call)
 
 
 patient = tenacity.retry(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.config import AdapterConfig, Quantize
 from deal_core.data.schema import DatasetManifest, TaskSchema
@@ -22,10 +22,8 @@ Standing = Literal[
 A version awaits approval only while its parent is champion."""
 
 
-class Reference(BaseModel):
+class Reference(BaseModel, frozen=True, extra="forbid"):
     """Base class of the references."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BaseRef(Reference):

@@ -21,7 +21,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     SerializerFunctionWrapHandler,
@@ -32,6 +31,7 @@ from pydantic import (
 )
 
 from deal_core.config import AdapterConfig, DataConfig, EvaluateConfig, TrainConfig, check_metric, known_before
+from deal_core.data.schema import AssistantTurns, Format, PromptForm
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.judging_config import GateConfig, MonitorConfig
 from deal_core.limits import describe
@@ -52,9 +52,6 @@ from deal_core.yaml_file import read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Format = Literal["labelled", "completion", "chat"]
-AssistantTurns = Literal["all", "last"]
-PromptForm = Literal["plain", "chat"]
 Strategy = Annotated[
     str,
     AfterValidator(check_strategy_name),
@@ -65,8 +62,6 @@ DEFAULT_STRATEGY = "deal"
 MAX_PROBLEMS = 20
 """Problems of a file that a message lists; further problems are only counted."""
 Model = TypeVar("Model", bound=BaseModel)
-
-
 AZURE_CONTAINER = re.compile(r"^(abfss?://)[^/@:]+@")
 """In an address of Azure the part before the @ is a container, not a user."""
 
@@ -108,8 +103,6 @@ def _require_int(value: object) -> object:
 
 
 SchemaVersion = Annotated[Literal[1], BeforeValidator(_require_int)]
-
-
 _LIST, _MAPPING = "labels as a list", "labels as a mapping"
 Labels = Annotated[
     Annotated[tuple[str, ...], Tag(_LIST)] | Annotated[dict[str, str], Tag(_MAPPING)],
@@ -117,10 +110,8 @@ Labels = Annotated[
 ]
 
 
-class TaskFields(BaseModel):
+class TaskFields(BaseModel, frozen=True, extra="forbid"):
     """The settings of a task without its name. None: the lineage or the file decides."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Format | None = None
     """Columns of a row: (text, label), (prompt, completion) or (messages)."""
@@ -159,10 +150,8 @@ class TaskSpec(TaskFields):
     """Path or store uri of a file with test rows only."""
 
 
-class LineageSpec(BaseModel):
+class LineageSpec(BaseModel, frozen=True, extra="forbid"):
     """The settings of a run without its arrival."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: SchemaVersion = 1
     lineage: Name = "default"

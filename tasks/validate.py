@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ValidationReport, validate_file
@@ -19,33 +19,29 @@ from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
 from infra.settings import HomeSettings, TrackingSettings
 from infra.tracking.database import open_reader
-from tasks.adaptation.landing import choose_schema, landing_of
+from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.base import local_tokenizer
 from tasks.context import current_store
 from tasks.lineage.choices import choose_base
+from tasks.lineage.history import version_ref
 from tasks.lineage.record import read_record
 from tasks.lineage.settings import spec_from_options
-from tasks.lineage.versions import version_ref
 from tasks.references import Arrival, VersionRef
 
 if TYPE_CHECKING:
     from deal_core.selection.label_noise import LabelCheck
 
 
-class RefusedRow(BaseModel):
+class RefusedRow(BaseModel, frozen=True):
     """A row that would go to quarantine."""
-
-    model_config = ConfigDict(frozen=True)
 
     row: int
     line: int | None
     reasons: tuple[str, ...]
 
 
-class ShownRow(BaseModel):
+class ShownRow(BaseModel, frozen=True):
     """A training row as the model sees it."""
-
-    model_config = ConfigDict(frozen=True)
 
     prompt: str
     answer: str
@@ -55,10 +51,8 @@ class ShownRow(BaseModel):
     """What is missing in the prompt."""
 
 
-class LikelyWrongLabel(BaseModel):
+class LikelyWrongLabel(BaseModel, frozen=True):
     """A training row whose label is probably wrong."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     label: str
@@ -67,10 +61,8 @@ class LikelyWrongLabel(BaseModel):
     """p(label) / (p(label) + p(likelier)), by a classifier that did not see the row's label."""
 
 
-class ValidateResult(BaseModel):
+class ValidateResult(BaseModel, frozen=True):
     """The result of the checks of a file."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     accepted: bool
@@ -102,14 +94,8 @@ class ValidateResult(BaseModel):
 
 
 def validate(
-    file: str | Path,
-    *,
-    spec: Path | None,
-    task: str,
-    lineage: str | None = None,
-    test_data: str | None = None,
-    with_model: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    file: str | Path, *, spec: Path | None, task: str, lineage: str | None = None, test_data: str | None = None,
+    with_model: bool = False, on_progress: Callable[[int], None] | None = None,
     on_model: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidateResult:
     """Check a file as ingest would, with the labels and test rows that the lineage has for the task.
@@ -152,28 +138,16 @@ def validate(
 def _result(
     file: str, report: ValidationReport, kept: _TrainingRows, example: ShownRow | None, checked: LabelCheck | None
 ) -> ValidateResult:
-    manifest = report.manifest
+    manifest, task = report.manifest, report.manifest.task
+    numbers = ("num_read", "num_train", "num_test", "num_rejected", "num_turns")
     return ValidateResult(
-        file=file,
-        accepted=report.refusal is None,
-        refusal=report.refusal,
-        format=manifest.task.format,
-        shape=report.shape,
-        labels=manifest.task.labels,
-        num_read=manifest.num_read,
-        num_train=manifest.num_train,
-        num_test=manifest.num_test,
-        num_rejected=manifest.num_rejected,
-        num_turns=manifest.num_turns,
-        problems=dict(manifest.problems),
+        file=file, accepted=report.refusal is None, refusal=report.refusal, format=task.format, shape=report.shape,
+        labels=task.labels, **{name: getattr(manifest, name) for name in numbers}, problems=dict(manifest.problems),
         bad_rows=tuple(
             RefusedRow(row=bad.row, line=bad.line, reasons=tuple(f"{name}: {found}" for name, found, _ in bad.problems))
             for bad in report.bad_rows
         ),
-        num_several=report.num_several,
-        example=example,
-        sha256=manifest.sha256,
-        warnings=kept.warnings(manifest.task),
+        num_several=report.num_several, example=example, sha256=manifest.sha256, warnings=kept.warnings(task),
         label_check=checked and checked.describe(),
         likely_wrong=() if checked is None else tuple(
             LikelyWrongLabel(
@@ -181,7 +155,7 @@ def _result(
             )
             for each in checked.suspects
         ),
-    )
+    )  # fmt: skip
 
 
 class _TrainingRows:

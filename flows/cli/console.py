@@ -23,7 +23,7 @@ from deal_core.safe_text import printable, printable_json, without_known_secrets
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult, Scores
-    from tasks.lineage.held import HeldArrival
+    from tasks.inbox import HeldArrival
 
 WIDTH = 120
 """The width of tables in a file or a pipe."""

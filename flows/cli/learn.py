@@ -217,7 +217,7 @@ def history(
     ] = 30,
 ) -> CommandResult:
     """List a lineage's versions: task, scores, the gate's decision, aliases. With --at: the champion at that time."""
-    from tasks.lineage.held import find_held
+    from tasks.inbox import find_held
     from tasks.lineage.history import NoVersionError, read_champion_at, read_history, read_matrix, read_moves
 
     if matrix:

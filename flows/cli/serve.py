@@ -21,8 +21,7 @@ from infra.store.keys import route_key
 
 if TYPE_CHECKING:
     from tasks.serving.export import Exported
-    from tasks.serving.publish import Published
-    from tasks.vllm import ServingRoute
+    from tasks.serving.vllm import Published, ServingRoute
 
 serve_app = typer.Typer()
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
@@ -107,7 +106,7 @@ def publish(
 ) -> CommandResult:
     """Write a version's folder for vLLM's filesystem resolver. Every replica finds it by its name."""
     from infra.settings import VllmSettings
-    from tasks.serving.publish import publish as publish_version
+    from tasks.serving.vllm import publish as publish_version
 
     found = publish_version(lineage, folder, VllmSettings(), version=version, model=model)
     return CommandResult(found, show_published(found))

@@ -52,7 +52,7 @@ def labels(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Add labels to a task that the lineage has learned."""
-    from tasks.lineage.labels import add_labels
+    from tasks.lineage.requests import add_labels
 
     found = add_labels(lineage, task, add)
     shown = [f"There already: {listed(found.present)}."] if found.present else []
@@ -73,7 +73,7 @@ def renew(
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Let the task's next arrival bring new test rows. The rows before are measured and shown as a second slice."""
-    from tasks.lineage.renewal import renew_tests
+    from tasks.lineage.requests import renew_tests
 
     found = renew_tests(lineage, task)
     shown = f"The next arrival of {task} with test rows judges the task from then on."
@@ -152,8 +152,8 @@ def requeue(
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
     from flows.requeue import requeue as requeue_flow
-    from tasks.cancelled import release
-    from tasks.lineage.held import find_held
+    from tasks.arrival_runs import release
+    from tasks.inbox import find_held
     from tasks.lineage.history import NoVersionError
 
     arrivals = [each for each in what or [] if each.startswith(f"{INBOX}/")]

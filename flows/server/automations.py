@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 
 from deal_core.errors import ConfigError
 from infra.settings import NoticeSettings
-from tasks.announcements import LANDED
+from tasks.arrival_runs import LANDED
 from tasks.notices import EVENTS, Kind
 
 Resources = dict[str, str | list[str]]

@@ -23,8 +23,7 @@ from prefect.variables import Variable
 from deal_core.errors import ConfigError, DealError
 from deal_core.safe_text import without_secrets
 from flows.server.automations import NEVER_BEGAN, PROCESS_NEVER_BEGAN, apply_automations, apply_notifications
-from tasks.announcements import LANDED
-from tasks.cancelled import learning_deployment
+from tasks.arrival_runs import LANDED, learning_deployment
 from tasks.context import current_store
 
 PoolType = Literal["process", "docker", "kubernetes"]

@@ -25,8 +25,7 @@ from infra.store.keys import INBOX
 from infra.tracking.database import open_reader
 from infra.tracking.facts import RegistryReader, VersionInfo
 from tasks.context import current_store
-from tasks.inbox import Handled, InboxLook, InboxState, look, read_state
-from tasks.lineage.held import HeldArrival, held_arrivals
+from tasks.inbox import Handled, HeldArrival, InboxLook, InboxState, held_arrivals, look, read_state
 from tasks.lineage.history import known_lineages, look_at_champion
 from tasks.lineage.settings import WatchedLineage, read_lineages
 from tasks.monitoring.state import read_monitor_state

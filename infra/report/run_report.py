@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deal_core.errors import RegistryError
 from deal_core.schema_version import require_schema_version
-from infra.settings import TrackingSettings
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -157,22 +153,3 @@ class RunReport(ReportPart):
             return cls.model_validate(values)
         except ValidationError as error:
             raise RegistryError(f"{REPORT_FILE} is damaged: {error.error_count()} of its values do not fit.") from None
-
-
-def kept_reports(settings: TrackingSettings, lineage: str) -> tuple[RunReport, ...]:
-    """Return the readable reports in this machine's artifact folder; empty if the artifacts are not in a folder.
-
-    The reports stay readable after the database of the runs was lost.
-    """
-    parts = urlsplit(settings.artifact_uri)
-    if parts.scheme != "file":
-        return ()
-    found = []
-    for path in sorted((Path(unquote(parts.path)) / lineage).glob(f"*/artifacts/{REPORT_FILE}")):
-        try:
-            report = RunReport.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (RegistryError, ValueError, OSError):
-            continue
-        if report.lineage == lineage:
-            found.append(report)
-    return tuple(found)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
@@ -24,33 +20,23 @@ from tasks.adaptation.frozen_rows import (
     answered_rows,
     keep_answers,
     load_test_set,
-    load_test_sets,
     read_answers,
     within_budget,
 )
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.ingest import new_task, read_manifest
 from tasks.adaptation.scorer import Scored, Scorer, collapse_notes
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, LineageRecord, read_record
-from tasks.lineage.renewal import Renewal, find_renewal, is_renewal_asked
+from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
-from tasks.monitoring.reference import has_reference, write_reference
+from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
 
-if TYPE_CHECKING:
-    pass
 
-
-@task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate_version(
-    base: BaseRef,
-    parent: VersionRef | None,
-    adapter: AdapterRef,
-    dataset: DatasetRef,
-    config: EvaluateConfig,
-    max_prompt_tokens: int,
-    notes: tuple[str, ...] = (),
+    base: BaseRef, parent: VersionRef | None, adapter: AdapterRef, dataset: DatasetRef, config: EvaluateConfig,
+    max_prompt_tokens: int, notes: tuple[str, ...] = (),
 ) -> EvaluationReport:
     """Score the new adapter on every task, and the base model and the parent on a new task.
 
@@ -100,16 +86,15 @@ def _rows_to_ask(
 ) -> _Asked:
     record = read_record(store, parent.adapter_uri) if parent else None
     renewal = find_renewal(store, record, dataset)
-    old = load_test_sets(store, [known for known in record.tasks if known != renewal.known] if record else ())
+    old = [load_test_set(store, known) for known in record.tasks if known != renewal.known] if record else []
     old += _slice_sets(store, record, renewal.slices) if record else []
     old = within_budget(old, dataset.task, config.max_old_rows)
     new: list[TestSet] = []
     notes: tuple[str, ...] = ()
     if renewal.known is not None:
-        new = [_widened(each, dataset) for each in load_test_sets(store, [renewal.known.judged_by(dataset)])]
+        new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset)]
     elif record is None or record.task(dataset.task) is None:
-        schema = read_manifest(store, dataset.uri).task
-        new = [load_test_set(store, schema, dataset.uri, max_prompt_tokens, config.max_new_tokens)]
+        new = [load_test_set(store, new_task(store, dataset, max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record, dataset))
     kept = read_answers(store, parent.adapter_uri) if parent else None
@@ -185,7 +170,7 @@ def _report(
     for each in renewal.slices:
         if each.name not in now.accuracies:  # its rows were forgotten
             parent_accuracies.pop(each.name, None)
-    base_accuracy = (_base_accuracies(record) | found.on_base.accuracies)[dataset.task]
+    base_accuracy = ((record.base_accuracies() if record else {}) | found.on_base.accuracies)[dataset.task]
     parent_accuracy = (parent_accuracies | found.on_parent.accuracies).get(dataset.task)
     matrix = record.matrix if record else AccuracyMatrix()
     if renewal.known is not None:
@@ -197,26 +182,19 @@ def _report(
             dataset.task, base_accuracy=base_accuracy, last_accuracy=found.on_parent.accuracies[dataset.task]
         )
     return EvaluationReport(
-        task=dataset.task,
-        accuracies=now.accuracies,
-        parent_accuracies=parent_accuracies,
-        base_accuracy=base_accuracy,
+        task=dataset.task, num_rows=num_rows, notes=notes,
+        accuracies=now.accuracies, outcomes=now.outcomes, perplexity=now.perplexity,
+        parent_accuracies=parent_accuracies, parent_outcomes={**earlier, **found.on_parent.outcomes},
+        base_accuracy=base_accuracy, base_perplexity=found.on_base.perplexity,
         parent_accuracy_new_task=parent_accuracy,
-        num_rows=num_rows,
         matrix=matrix.with_row(
             dataset.task, now.accuracies, base_accuracy=base_accuracy, parent_accuracy=parent_accuracy
         ),
-        notes=notes,
-        outcomes=now.outcomes,
-        parent_outcomes={**earlier, **found.on_parent.outcomes},
-        perplexity=now.perplexity,
-        base_perplexity=found.on_base.perplexity,
-        adapter=found.facts,
-        majority_rate=now.evaluations[dataset.task].majority_rate,
+        adapter=found.facts, majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices={each.name: each.of for each in renewal.slices},
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-    )
+    )  # fmt: skip
 
 
 def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> Iterator[str]:
@@ -244,7 +222,7 @@ def _slice_sets(store: ObjectStore, record: LineageRecord, slices: Sequence[Know
         known = record.task(each.of)
         assert known is not None, "a slice is of a task that was learned"
         if forgotten_tests(store, each.of, each.dataset_uri) is None:
-            (found,) = load_test_sets(store, [replace(known, dataset_uri=each.dataset_uri)])
+            found = load_test_set(store, replace(known, dataset_uri=each.dataset_uri))
             sets.append(replace(found, schema=replace(found.schema, name=each.name)))
     return sets
 
@@ -282,14 +260,6 @@ def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, paren
     )
 
 
-def _base_accuracies(record: LineageRecord | None) -> dict[str, float]:
-    if record is None:
-        return {}
-    pairs = zip(record.matrix.tasks, record.matrix.base, strict=True)
-    return {name: value for name, value in pairs if value is not None}
-
-
-@task(name="score", cache_policy=NO_CACHE)
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 
@@ -301,7 +271,7 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     for known in record.tasks:
         try:
             answered = kept.now.get(known.schema.name, {}) if kept else {}
-            sets += [answered_rows(test_set, answered) for test_set in load_test_sets(store, [known])]
+            sets.append(answered_rows(load_test_set(store, known), answered))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)

@@ -50,22 +50,8 @@ class TestSet:
     max_new_tokens: int
 
 
-def load_test_sets(store: ObjectStore, tasks: Sequence[KnownTask]) -> list[TestSet]:
-    """Load the test sets of known tasks.
-
-    Raises:
-        TestRowsForgottenError: The test rows of a task were forgotten.
-    """
-    return [
-        load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, known.max_new_tokens)
-        for known in tasks
-    ]
-
-
-def load_test_set(
-    store: ObjectStore, schema: TaskSchema, dataset_uri: str, max_prompt_tokens: int, max_new_tokens: int
-) -> TestSet:
-    """Load the test rows of one dataset.
+def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
+    """Load the test rows that judge a task.
 
     Raises:
         TestRowsForgottenError: The rows were forgotten.
@@ -74,14 +60,17 @@ def load_test_set(
     """
     from datasets import Dataset
 
-    require_test_rows(store, schema.name, dataset_uri)
+    uri, name = known.dataset_uri, known.schema.name
+    require_test_rows(store, name, uri)
     remedy = (
-        f"Restore it from a backup of the store: without it no version can be judged on '{schema.name}'. Versions "
-        "that know the task still predict and serve."
+        f"Restore it from a backup of the store: without it no version can be judged on '{name}'. Versions that know "
+        "the task still predict and serve."
     )
-    with reading_stored(store, f"{dataset_uri}/{TEST_FILE}", f"the test rows of task '{schema.name}'", remedy):
-        rows = Dataset(read_test_rows(store, dataset_uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
-    return TestSet(schema=schema, rows=rows, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+    with reading_stored(store, f"{uri}/{TEST_FILE}", f"the test rows of task '{name}'", remedy):
+        rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
+    return TestSet(
+        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
+    )
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
@@ -158,7 +147,7 @@ def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> 
 
 
 def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
-    """Read the answers next to an adapter; None: an earlier release stored no answers.
+    """Read the answers next to an adapter; None: there are none, for example after `deal forget`.
 
     Raises:
         StoreError: The file is damaged or has another schema version.

@@ -1,35 +1,138 @@
-"""Ingest: check a landed file and store its rows as a dataset."""
+"""Check a landed file by its task's schema and the lineage's test rows, and store its rows as a dataset.
+
+Commands that only check a file import this module too.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from typing import Any
 
 from deal_core.config import DataConfig
-from deal_core.data.dataset import ArrivalRefusedError, build_dataset
+from deal_core.data.dataset import ArrivalRefusedError, Landing, build_dataset
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.data.schema import DatasetManifest
+from deal_core.data.rows import stored_input_digest
+from deal_core.data.schema import DatasetManifest, TaskSchema, label_key
+from deal_core.errors import ConfigError
+from deal_core.evaluation.answer_scores import require_metric
+from deal_core.safe_text import brief
 from infra.store import keys
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import MANIFEST_FILE, TRAIN_FILE, quarantine_folder, quarantine_key
 from infra.store.stored import reading_stored
-from tasks.adaptation.landing import choose_schema, landing_of
+from tasks.adaptation.frozen_rows import read_test_rows
 from tasks.context import current_store
-from tasks.lineage.record import read_record
-from tasks.lineage.tombstones import ForgottenRowsError, refuse_forgotten, require_test_rows
+from tasks.data_files import local_file
+from tasks.lineage.record import KnownTask, LineageRecord, read_record
+from tasks.lineage.requests import added_labels, is_renewal_asked
+from tasks.lineage.tombstones import ForgottenRowsError, forgotten_tests, refuse_forgotten, require_test_rows
 from tasks.progress import advance
 from tasks.references import Arrival, DatasetRef, VersionRef
 from tasks.spec import reading_the_task
 
 QUARANTINE_FILE = "quarantine.jsonl"
+OF_NEW_TASKS = {"format": "auto", "metric": "auto", "assistant_turns": "all", "joins_context": True}
+"""Fields of a task that the lineage does not know; the settings of its first arrival come before them."""
 
 
-@task(name="ingest", cache_policy=NO_CACHE)
+@contextmanager
+def landing_of(
+    store: ObjectStore, arrival: Arrival, schema: TaskSchema, record: LineageRecord | None, config: DataConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Landing]:
+    """Yield the arrival's files on this machine, with all that its rows are checked by.
+
+    Raises:
+        DataValidationError: There is no such file.
+        StoreError: The lineage's test rows are damaged.
+    """
+    with (
+        local_file(store, arrival.data) as source,
+        local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
+    ):
+        yield Landing(
+            source=source, task=schema, config=config, test_source=test_source,
+            frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
+            renews_tests=_renews_tests(store, record, arrival.task), on_progress=on_progress,
+        )  # fmt: skip
+
+
+def choose_schema(store: ObjectStore, arrival: Arrival, record: LineageRecord | None) -> TaskSchema:
+    """Return the schema of the user's settings, or else the lineage's schema, or else one that the file completes.
+
+    A known task also has the labels that were added by command. The user may still give the labels without them.
+
+    Raises:
+        ConfigError: The settings contradict the lineage.
+    """
+    for schema in [known.schema for known in record.tasks] if record else []:
+        require_metric(schema.metric)  # rather now than after the training
+    if (metric := arrival.given.get("metric")) is not None:
+        require_metric(metric)
+    known = record.task(arrival.task) if record else None
+    if record is not None and any(each.name == arrival.task for each in record.slices):
+        raise ConfigError(
+            f"'{arrival.task}' names earlier test rows in lineage '{record.lineage}'; give the task another name."
+        )
+    if record is None or known is None:
+        given = _schema_fields(arrival.given, ())
+        return TaskSchema(name=arrival.task, **{**OF_NEW_TASKS, **given})
+    added = added_labels(store, record.lineage, arrival.task) if known.schema.labels else ()
+    widened = known.schema.with_labels(added)
+    asked = replace(known.schema, **_schema_fields(arrival.given, widened.labels)).with_labels(added)
+    for name in ("format", "labels", "instruction", "template", "prompt", "metric"):
+        given, learned = getattr(asked, name), getattr(widened, name)
+        if given != learned:
+            adding = f"deal labels {arrival.task} --add LABEL --lineage {record.lineage}"
+            remedy = f"add labels with: {adding}, or start" if name == "labels" else "or start"
+            raise ConfigError(
+                f"task.{name} of '{arrival.task}' is {brief(given)}, but the lineage learned it as {brief(learned)}; "
+                f"leave it out, {remedy} a new lineage."
+            )
+    return asked
+
+
+def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Fields of a TaskSchema of the user's settings. A mapping of labels keeps the order of the known labels."""
+    names = given.get("labels")
+    if not isinstance(names, Mapping):
+        return dict(given)
+    keys = {label_key(label) for label in known}
+    are_known = keys.issuperset(label_key(name) for name in names.values())
+    labels = tuple(known) if are_known else tuple(dict.fromkeys(names.values()))
+    return {**given, "labels": labels, "label_names": dict(names)}
+
+
+def _renews_tests(store: ObjectStore, record: LineageRecord | None, task_name: str) -> bool:
+    """Return whether `deal tests renew` lets the arrival bring new test rows."""
+    known = record.task(task_name) if record else None
+    return record is not None and known is not None and is_renewal_asked(store, record.lineage, known)
+
+
+def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
+    """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
+
+    The result is empty for a new task and for a task whose test rows were forgotten: the arrival brings the test rows.
+    """
+    known = record.task(task_name) if record else None
+    if record is None or known is None or forgotten_tests(store, task_name, known.dataset_uri):
+        return ()
+    datasets = [known.dataset_uri, *(each.dataset_uri for each in record.slices if each.of == task_name)]
+    inputs = [
+        text
+        for uri in datasets
+        if not forgotten_tests(store, task_name, uri)
+        for text in read_test_rows(store, uri, ["input"]).column("input").to_pylist()
+    ]
+    assert known.schema.format != "auto", "a task that was learned has a format"
+    kind = known.schema.format
+    return frozenset(stored_input_digest(kind, stored) for stored in inputs)
+
+
 def ingest_arrival(
     arrival: Arrival, config: DataConfig, parent: VersionRef | None, lineage: str, again: bool = False
 ) -> DatasetRef:
@@ -121,9 +224,6 @@ def _withdraw_forgotten(store: ObjectStore, dataset: DatasetRef) -> None:
     """Delete the dataset if its rows were forgotten while they were stored.
 
     `deal forget` writes the tombstone before it looks for rows, so one of the two processes always finds the other.
-
-    Raises:
-        ForgottenRowsError: The rows were forgotten meanwhile.
     """
     try:
         refuse_forgotten(store, dataset.task, _digests_of(dataset))
@@ -153,6 +253,14 @@ def retains_training_rows(store: ObjectStore, dataset_uri: str) -> bool:
         return read_manifest(store, dataset_uri).retain_training_rows
     except ObjectNotFoundError:
         return False
+
+
+def new_task(store: ObjectStore, dataset: DatasetRef, max_prompt_tokens: int, max_new_tokens: int) -> KnownTask:
+    """Return the task of a dataset whose test rows judge it from now on."""
+    return KnownTask(
+        schema=read_manifest(store, dataset.uri).task, dataset_uri=dataset.uri, num_test=dataset.num_test,
+        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
 
 
 def read_manifest(store: ObjectStore, dataset_uri: str) -> DatasetManifest:

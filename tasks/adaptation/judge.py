@@ -8,20 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import MEASURED
 from deal_core.evaluation.answer_scores import all_of, right_answers
 from deal_core.evaluation.report import EvaluationReport, Judged
 from deal_core.judging_config import GateConfig
 from infra.judge import Judge, JudgeError, open_judge
 from infra.store.base import ObjectStore
-from tasks.adaptation.frozen_rows import first_rows, load_test_sets, read_answers
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.frozen_rows import first_rows, load_test_set, read_answers
+from tasks.adaptation.ingest import new_task
 from tasks.context import current_store
 from tasks.lineage.record import KnownTask, read_record
-from tasks.lineage.renewal import find_renewal
+from tasks.lineage.requests import find_renewal
 from tasks.lineage.tombstones import forgotten_tests
 from tasks.progress import advance
 from tasks.references import AdapterRef, DatasetRef, VersionRef
@@ -52,7 +49,6 @@ class _Pair:
     before: str
 
 
-@task(name="judge", cache_policy=NO_CACHE)
 def judge_version(
     report: EvaluationReport, parent: VersionRef, adapter: AdapterRef, dataset: DatasetRef, config: GateConfig
 ) -> EvaluationReport:
@@ -87,7 +83,7 @@ def _pairs_of_tasks(
         is_written = not known.schema.labels and known.schema.metric not in MEASURED
         if not is_written or forgotten_tests(store, name, known.dataset_uri) is not None:
             continue
-        (test_set,) = load_test_sets(store, [known])
+        test_set = load_test_set(store, known)
         now = kept.now.get(name, {})
         common = [place for place, digest in enumerate(test_set.rows["sha256"]) if digest in now and digest in before]
         rows = first_rows(test_set.rows.select(common), max_rows)
@@ -103,10 +99,7 @@ def _tasks(store: ObjectStore, parent: VersionRef, dataset: DatasetRef) -> list[
     renewed = find_renewal(store, record, dataset).known
     tasks = [known.judged_by(dataset) if known == renewed else known for known in record.tasks]
     if record.task(dataset.task) is None:
-        schema = read_manifest(store, dataset.uri).task
-        tasks.append(
-            KnownTask(schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test, max_prompt_tokens=1)
-        )
+        tasks.append(new_task(store, dataset, 1, 1))  # nothing is asked here, so the limits do not count
     return tasks
 
 

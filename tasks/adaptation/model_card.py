@@ -18,14 +18,11 @@ NOT_STATED = "not stated by the base model's files; look it up before you pass t
 
 def served_version(record: LineageRecord) -> ServedVersion:
     """Return the facts that serving needs without the object store."""
+    base = record.base
     return ServedVersion(
-        lineage=record.lineage,
-        base_source=record.base.source,
-        base_name=record.base.name,
-        base_sha256=record.base.sha256,
-        tasks=tuple(map(served_task, record.tasks)),
-        newest_task=record.matrix.trained[-1],
-    )
+        lineage=record.lineage, base_source=base.source, base_name=base.name, base_sha256=base.sha256,
+        tasks=tuple(map(served_task, record.tasks)), newest_task=record.matrix.trained[-1],
+    )  # fmt: skip
 
 
 def served_task(known: KnownTask) -> ServedTask:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.errors import RegistryError
 from infra.promotions import Action, Change, Move, PromotionLog
 from infra.store.base import ObjectStore
@@ -18,8 +15,8 @@ from infra.tracking.facts import Alias, VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.version_log import Ledger, LedgerEntry
 from tasks.context import current_store
+from tasks.lineage.history import ROLLOUT
 from tasks.lineage.settings import asks_for_alias_moves
-from tasks.lineage.versions import ROLLOUT
 from tasks.notices import Notice, announce
 from tasks.references import VersionRef
 
@@ -29,7 +26,6 @@ GATE = "gate"
 """The name in the log for a move without a person."""
 
 
-@task(name="promote", cache_policy=NO_CACHE)
 def promote_version(version: VersionRef) -> None:
     """Make an accepted version the champion, or begin its rollout, unless a person must approve it first."""
     registry = open_registry()
@@ -134,11 +130,7 @@ def begin_rollout(
 
 
 def _add(registry: Registry, log: PromotionLog, last: Move | None, change: Change, *, is_due: bool) -> None:
-    """Add a change to the log, if it is due and its version was not rejected, and set the aliases.
-
-    Raises:
-        RegistryError: Nothing was added.
-    """
+    """Add a change to the log, if it is due and its version was not rejected, and set the aliases."""
     lineage = change.lineage
     known = registry.version(lineage, change.version)  # the caller's copy may be older than the log
     if known is not None and known.approval == "refused":
@@ -222,11 +214,7 @@ def _request(log: PromotionLog, last: Move, version: VersionInfo) -> Move | None
 
 def _announce_request(version: VersionInfo, requested: Move) -> None:
     reason = f"{requested.why}; version {requested.champion} is champion until a person decides"
-    notice = Notice(
-        lineage=version.lineage, task=version.task, version=version.version, parent_version=version.parent_version,
-        reasons=(reason,), tracking_id=version.tracking_id, run_key=version.run_key,
-    )  # fmt: skip
-    announce("awaiting-approval", notice, once=f"requested {requested.number}")
+    announce("awaiting-approval", Notice.of(version, reasons=(reason,)), once=f"requested {requested.number}")
 
 
 def _follow(registry: Registry, move: Move | None, lineage: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Let the gate decide, and register an adapter as a version with everything that the next arrival needs."""
+"""Register an adapter as a version, with everything that the next arrival needs."""
 
 from __future__ import annotations
 
@@ -6,38 +6,29 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from prefect import runtime, task
-from prefect.cache_policies import NO_CACHE
+from prefect import runtime
 
 from deal_core.adapter.files import CONFIG_FILE, as_recorded, digests_of
 from deal_core.base_model.sources import licence_of_base, resolve_base
-from deal_core.evaluation.gate import GateDecision, decide
+from deal_core.evaluation.gate import GateDecision
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.judging_config import GateConfig
 from infra.settings import HomeSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
-from tasks.adaptation.ingest import read_manifest
+from tasks.adaptation.ingest import new_task
 from tasks.context import current_store
-from tasks.lineage.record import KnownTask, LineageRecord, read_record, scores_of, write_record
-from tasks.lineage.renewal import find_renewal
+from tasks.lineage.history import version_ref
+from tasks.lineage.record import LineageRecord, read_record, scores_of, write_record
+from tasks.lineage.requests import find_renewal
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.lineage.versions import version_ref
 from tasks.references import AdaptationJob, AdapterRef, RunRef, VersionRef
 from tasks.spec import AdaptSpec
 
 VETO_FIELDS = ("kind", "task", "value", "limit")
 
 
-@task(name="gate", cache_policy=NO_CACHE)
-def decide_gate(report: EvaluationReport, config: GateConfig) -> GateDecision:
-    """Decide about a version. A rejection is a result, not an error."""
-    return decide(report, config)
-
-
-@task(name="register", cache_policy=NO_CACHE)
 def register_version(
     job: AdaptationJob, spec: AdaptSpec, adapter: AdapterRef, report: EvaluationReport, decision: GateDecision
 ) -> VersionRef:
@@ -47,12 +38,7 @@ def register_version(
     before = read_record(store, job.parent.adapter_uri) if job.parent else None
     known = before.tasks if before else ()
     if before is None or before.task(dataset.task) is None:
-        schema = read_manifest(store, dataset.uri).task
-        new = KnownTask(
-            schema=schema, dataset_uri=dataset.uri, num_test=dataset.num_test,
-            max_prompt_tokens=spec.train.max_prompt_tokens, max_new_tokens=spec.evaluate.max_new_tokens,
-        )  # fmt: skip
-        known = (*known, new)
+        known = (*known, new_task(store, dataset, spec.train.max_prompt_tokens, spec.evaluate.max_new_tokens))
     renewal = find_renewal(store, before, dataset)
     if renewal.new_slice is None or renewal.new_slice in report.slices:  # not asked for after the evaluation
         known = tuple(task.judged_by(dataset) if task == renewal.known else task for task in known)

@@ -12,10 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import ConfigError
 from deal_core.evaluation.report import EvaluationReport
@@ -57,16 +55,10 @@ def _gather_report(
     own = known[version.version]
     parent = known.get(version.parent_version or "")
     return RunReport(
-        lineage=version.lineage,
-        version=version.version,
-        task=dataset.task,
-        parent_version=version.parent_version,
+        lineage=version.lineage, version=version.version, task=dataset.task, parent_version=version.parent_version,
         verdict="promoted" if version.outcome == "rollout" and own.promoted is not None else version.outcome,
-        reasons=version.reasons,
-        created=own.created,
-        include_texts=include_texts,
-        training=_training(own.strategy, summary),
-        quality=_quality(store, dataset, include_texts),
+        reasons=version.reasons, created=own.created, include_texts=include_texts,
+        training=_training(own.strategy, summary), quality=_quality(store, dataset, include_texts),
         changed=compare_answers(
             store, version.adapter_uri, parent.adapter_uri if parent else None, include_texts=include_texts
         ),
@@ -132,13 +124,11 @@ def _bad_rows(store: ObjectStore, key: str, include_texts: bool) -> tuple[Quaran
         entries = [json.loads(line) for line in islice(lines, MAX_EXAMPLES)]
     return tuple(
         QuarantinedRow(
-            file=entry["file"],
-            row=entry["row"],
-            line=entry["line"],
+            file=entry["file"], row=entry["row"], line=entry["line"],
             problems=tuple(problem_of(each, include_texts) for each in (entry, *entry.get("more", ()))),
         )
         for entry in entries
-    )
+    )  # fmt: skip
 
 
 def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
@@ -147,16 +137,9 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
     return cut(f"{entry['reason']}: {shown}") if shown else str(entry["reason"])
 
 
-@task(name="report", cache_policy=NO_CACHE)
 def report_run(
-    run: RunRef,
-    version: VersionRef,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
-    seconds: Mapping[str, float],
-    *,
-    include_texts: bool = False,
+    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
+    seconds: Mapping[str, float], *, include_texts: bool = False,
 ) -> None:
     """Write the report of a run to MLflow and Prefect.
 
@@ -171,18 +154,17 @@ def report_run(
 
 
 def write_report(
-    run: RunRef,
-    version: VersionRef,
-    dataset: DatasetRef,
-    report: EvaluationReport,
-    summary: TrainSummary,
-    seconds: Mapping[str, float],
-    *,
-    include_texts: bool,
+    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
+    seconds: Mapping[str, float], *, include_texts: bool,
 ) -> RunReport:
     """Write the part of `report_run` that is in MLflow. The arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)
-    _log_scores(tracked, report)
+    tracked.log_metrics({  # undefined scores are left out
+        **scores_of(report.matrix),
+        "base_accuracy": report.base_accuracy, "parent_accuracy_new_task": report.parent_accuracy_new_task,
+        **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
+        **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
+    })  # fmt: skip
     num_landed = dataset.num_train + dataset.num_test + dataset.num_rejected
     num_rows = {"ingest": num_landed, "evaluate": sum(report.num_rows.values())}
     for stage, duration in seconds.items():
@@ -223,19 +205,6 @@ def _page(tracked: TrackedRun, live: LiveLook | None) -> tuple[RunReport, str]:
     return report, render_page(report, EvaluationReport.from_json(tracked.read_json(EVALUATION_FILE)), live)
 
 
-def _log_scores(tracked: TrackedRun, report: EvaluationReport) -> None:
-    """Log the version's scores as metrics. Undefined scores are left out."""
-    tracked.log_metrics(
-        {
-            **scores_of(report.matrix),
-            "base_accuracy": report.base_accuracy,
-            "parent_accuracy_new_task": report.parent_accuracy_new_task,
-            **{f"accuracy/{name}": value for name, value in report.accuracies.items()},
-            **{f"forgetting/{name}": value for name, value in report.matrix.forgetting_by_task.items()},
-        }
-    )
-
-
 def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     """Return the short page: verdict, matrix, gained and lost rows, and timings. It has no text of a row."""
     matrix = evaluation.matrix
@@ -272,10 +241,8 @@ def markdown_of(report: RunReport, evaluation: EvaluationReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-class WrittenReport(BaseModel):
+class WrittenReport(BaseModel, frozen=True):
     """A written page and its verdict."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str

@@ -8,17 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.config import as_stored
 from deal_core.data.reading.lines import sha256_of_input
-from deal_core.errors import DataValidationError, RegistryError, StoreError
+from deal_core.errors import DataValidationError, RegistryError
 from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
-from infra.store.keys import dataset_folder
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry, open_registry
 from infra.tracking.tracker import open_tracker
@@ -26,12 +22,11 @@ from infra.version_log import VersionLog
 from tasks.adaptation.ingest import drop_training_rows, read_manifest
 from tasks.adaptation.promote import complete_version, is_complete, is_overtaken, settle_aliases
 from tasks.adaptation.report import report_run
-from tasks.adaptation.start import end_run, remove_work
+from tasks.adaptation.run import end_run, remove_work
 from tasks.context import current_store
 from tasks.data_files import local_file
-from tasks.lineage.history import champion_deleted, require_in_registry
+from tasks.lineage.history import champion_deleted, require_in_registry, version_ref
 from tasks.lineage.version_files import reading_beside
-from tasks.lineage.versions import version_ref
 from tasks.notices import announce_version
 from tasks.references import Arrival, DatasetRef, RunRef, TrainSummary, VersionRef
 
@@ -41,7 +36,6 @@ FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
 
 
-@task(name="parent", cache_policy=NO_CACHE)
 def find_parent(lineage: str) -> VersionRef | None:
     """Return the champion, which the next version continues; None: the next version starts from the base.
 
@@ -80,29 +74,20 @@ def keep_findings(
 
 
 def read_spec_of(adapter_uri: str) -> Mapping[str, Any]:
-    """Return the spec of the run that made an adapter.
-
-    Raises:
-        StoreError: The spec was not stored.
-    """
-    spec = (read_findings(adapter_uri) or {}).get("spec")
-    if spec is None:
-        address = current_store().uri_of(f"{adapter_uri}/{FINDINGS_FILE}")
-        raise StoreError(f"{address} does not have the spec of its run; adapt to the file again with --again.")
+    """Return the spec of the run that made an adapter."""
+    spec = read_findings(adapter_uri)["spec"]
     return {name: as_stored(name, part) if isinstance(part, dict) else part for name, part in spec.items()}
 
 
-def read_findings(adapter_uri: str) -> Mapping[str, Any] | None:
-    """Read the values of `keep_findings`; None: an earlier release registered the version and stored none.
+def read_findings(adapter_uri: str) -> Mapping[str, Any]:
+    """Read the values of `keep_findings`.
 
     Raises:
-        StoreError: The file is damaged.
+        StoreError: The file is missing or damaged.
     """
-    store, key = current_store(), f"{adapter_uri}/{FINDINGS_FILE}"
-    if not store.exists(key):
-        return None
+    store = current_store()
     with reading_beside(store, adapter_uri, FINDINGS_FILE):
-        values = json.loads(store.get_bytes(key))
+        values = json.loads(store.get_bytes(f"{adapter_uri}/{FINDINGS_FILE}"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         return values
@@ -115,13 +100,12 @@ def require_same_files(store: ObjectStore, arrival: Arrival, version: VersionInf
         DataValidationError: A file has another content.
         StoreError: A file is missing.
     """
-    findings = read_findings(version.adapter_uri) or {}
-    files = read_manifest(store, _dataset_of(store, findings, version).uri).files
+    files = read_manifest(store, read_findings(version.adapter_uri)["dataset"]["uri"]).files
     found = []
     for address in filter(None, (arrival.data, arrival.test_data)):
         with local_file(store, address) as path:
             found.append(sha256_of_input(path))
-        if files and found[-1] not in files:  # older manifests have no digests of files
+        if found[-1] not in files:
             raise DataValidationError(
                 f"{address} is not the file that version {version.version} of '{version.lineage}' was trained on; "
                 "land the old file again, or adapt to the new one with deal adapt."
@@ -134,9 +118,6 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
 
     A complete run and a version that another version has overtaken stay as they are. Each step can be repeated. Only
     the promotion matters for the next arrival. A failure of another step is logged, and the next run tries it again.
-
-    Raises:
-        RegistryError: The version cannot be promoted.
     """
     if not is_complete(version):
         if is_overtaken(registry, version):
@@ -147,23 +128,18 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
         if open_tracker().run(run.tracking_id).is_finished():
             return
     status: Literal["FINISHED", "FAILED"] = "FAILED"
-    findings = None
     with _logging(version, "write its report"):
-        findings = read_findings(version.adapter_uri)
-        if findings is not None:
-            report_findings(report_run.fn, run, reference, version, findings)
+        report_findings(report_run, run, reference, read_findings(version.adapter_uri))
         status = "FINISHED"
     with _logging(version, "announce it"):
-        if findings is not None:
-            evaluation = EvaluationReport.from_json(findings["evaluation"])
-            announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
+        evaluation = EvaluationReport.from_json(read_findings(version.adapter_uri)["evaluation"])
+        announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
     with _logging(version, "end its MLflow run"):
         end_run(run, status)
     with _logging(version, "remove its work folder"):
         remove_work(run)
     with _logging(version, "delete its training rows"):
-        if findings is not None:
-            drop_training_rows(current_store(), _dataset_of(current_store(), findings, version).uri)
+        drop_training_rows(current_store(), read_findings(version.adapter_uri)["dataset"]["uri"])
 
 
 @contextmanager
@@ -180,22 +156,14 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
 
 
 def report_findings(
-    write: Callable[..., object], run: RunRef, reference: VersionRef, version: VersionInfo, findings: Mapping[str, Any]
+    write: Callable[..., object], run: RunRef, reference: VersionRef, findings: Mapping[str, Any]
 ) -> None:
     """Write the report of a version again from its findings.
 
-    `write` is `report_run`'s function, or `write_report` for the part in MLflow only.
+    `write` is `report_run`, or `write_report` for the part in MLflow only.
     """
     write(
-        run, reference, _dataset_of(current_store(), findings, version),
+        run, reference, DatasetRef.model_validate(findings["dataset"]),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
-        include_texts=findings.get("spec", {}).get("data", {}).get("include_texts", False),
+        include_texts=findings["spec"]["data"]["include_texts"],
     )  # fmt: skip
-
-
-def _dataset_of(store: ObjectStore, findings: Mapping[str, Any], version: VersionInfo) -> DatasetRef:
-    """The dataset of a version. Findings of earlier releases have no dataset: then lineages shared datasets."""
-    if "dataset" in findings:
-        return DatasetRef.model_validate(findings["dataset"])
-    uri = dataset_folder(version.task, version.dataset_sha256)
-    return DatasetRef.of(read_manifest(store, uri), uri)

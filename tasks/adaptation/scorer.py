@@ -80,15 +80,12 @@ class Scorer:
         found, answers, recentred = {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
+                config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
                 evaluation = evaluate_task(
-                    model,
-                    self._base.tokenizer,
-                    test_set.schema,
-                    test_set.rows,
-                    replace(self._config, max_new_tokens=test_set.max_new_tokens),
+                    model, self._base.tokenizer, test_set.schema, test_set.rows, config,
                     max_prompt_tokens=test_set.max_prompt_tokens,
                     on_progress=partial(self._advance, test_set.schema.name),
-                )
+                )  # fmt: skip
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))

@@ -7,9 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from deal_core.adapter.files import digests_of, sha256_together
 from deal_core.config import TrainConfig
 from deal_core.method_config import MethodConfig
@@ -27,7 +24,6 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-
     from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
 
 SUMMARY_FILE = "training.json"
@@ -42,7 +38,6 @@ class _LearnedRows(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@task(name="train", cache_policy=NO_CACHE)
 def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainedAdapter:
     """Train the run's adapter. After a crash, training continues from the last checkpoint in the work folder.
 

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import METHOD_FILES, METHOD_TENSORS_FILE
 from infra.predictions import answers_to, forget_answers
 from infra.settings import HomeSettings
 from infra.store import keys
-from infra.store.base import ObjectStore, temporary_folder
+from infra.store.base import ObjectInfo, ObjectStore, temporary_folder
 from infra.store.keys import TEST_FILE, TRAIN_FILE, dataset_sha256, quarantine_folder
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry
@@ -22,9 +22,8 @@ from infra.tracking.runs import ArtifactRemover, RunInfo, artifacts_with_rows, l
 from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
-from tasks.housekeeping.arrivals import KnownArrival, manifests_of, with_every_split
-from tasks.housekeeping.inputs import arrival_inputs
-from tasks.housekeeping.inventory import (
+from tasks.housekeeping.arrivals import KnownArrival, arrival_inputs, manifests_of, with_every_split
+from tasks.housekeeping.garbage import (
     find_leftovers,
     list_all_lineages,
     list_logged_lineages,
@@ -34,7 +33,7 @@ from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
 from tasks.monitoring.harvest import harvested_from
-from tasks.monitoring.reference import REFERENCE_FILE, forget_reference, holds_task
+from tasks.monitoring.rows import REFERENCE_FILE, forget_reference, holds_task
 
 Kind = Literal["artifacts", "rows kept by the method", "work folder", "temporary files", "adapter of no version",
                "answers", "logged answers", "reference rows", "inbox file", "quarantine", "training rows",
@@ -43,10 +42,8 @@ ORDER: tuple[Kind, ...] = get_args(Kind)
 """The order of removal. The rows come last: after an interruption, the arrival is found again by its rows."""
 
 
-class Held(BaseModel):
+class Held(BaseModel, frozen=True):
     """A place with rows of the arrival."""
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Kind
     address: str
@@ -58,10 +55,8 @@ class Held(BaseModel):
     version: str | None = None
 
 
-class AffectedVersion(BaseModel):
+class AffectedVersion(BaseModel, frozen=True):
     """A version that learned from the arrival, directly or through an ancestor."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str
@@ -72,10 +67,8 @@ class AffectedVersion(BaseModel):
     aliases: tuple[str, ...]
 
 
-class ForgetPlan(BaseModel):
+class ForgetPlan(BaseModel, frozen=True):
     """What `deal forget` removes, and which versions stay affected."""
-
-    model_config = ConfigDict(frozen=True)
 
     task: str
     sha256: str
@@ -117,8 +110,9 @@ def plan_forgetting(
     """Find every place with rows of an arrival. Nothing is changed."""
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
-    inbox_keys, manifests = arrival.inbox_keys(store, registry), [*manifests_of(store, arrival.task)]
-    held = [*_rows_in_store(store, arrival), *_inbox_files(store, arrival.task, inbox_keys)]
+    inbox_files, manifests = arrival.inbox_files(store, registry), [*manifests_of(store, arrival.task)]
+    inbox_keys = [info.key for info in inbox_files]
+    held = [*_rows_in_store(store, arrival), *(_stored("inbox file", info) for info in inbox_files)]
     held += [  # a killed process may have left rows of any arrival
         Held(kind="temporary files", address=each.address, num_bytes=each.num_bytes)
         for each in find_leftovers(store, datetime.now(UTC))
@@ -130,8 +124,7 @@ def plan_forgetting(
              lineage=lineage)
         for lineage, ids in logged.items()
     ]  # fmt: skip
-    own_files = {each.address for each in held if each.kind == "inbox file"}
-    harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in own_files]
+    harvested = [key for key in harvested_from(store, set().union(*logged.values())) if key not in inbox_keys]
     learned: list[AffectedVersion] = []
     unjudged: list[str] = []
     for lineage in list_all_lineages(store):
@@ -202,20 +195,21 @@ def silence_watches(store: ObjectStore, landed: Collection[str], said: str) -> N
             write_state(store, lineage, state)
 
 
+def _stored(kind: Kind, info: ObjectInfo, version: VersionInfo | None = None) -> Held:
+    """A file of the store, which may be a version's."""
+    lineage, number = (version.lineage, version.version) if version else (None, None)
+    return Held(kind=kind, address=info.key, num_bytes=info.size, lineage=lineage, version=number)
+
+
 def _rows_in_store(store: ObjectStore, arrival: KnownArrival) -> list[Held]:
     kinds: Mapping[str, Kind] = {TRAIN_FILE: "training rows", TEST_FILE: "test rows"}
-    found = [
-        Held(kind=kinds[keys.file_name(info.key)], address=info.key, num_bytes=info.size)
-        for digest in arrival.sha256s
-        for info in store.list(keys.dataset_folder(arrival.task, digest))
-        if keys.file_name(info.key) in kinds
-    ]
-    for sha256 in (*arrival.sha256s, *arrival.files):
-        found += [
-            Held(kind="quarantine", address=info.key, num_bytes=info.size)
-            for info in store.list(quarantine_folder(arrival.task, sha256))
-        ]
-    return found
+    datasets = [keys.dataset_folder(arrival.task, digest) for digest in arrival.sha256s]
+    bad = [quarantine_folder(arrival.task, digest) for digest in (*arrival.sha256s, *arrival.files)]
+    return [
+        *(_stored(kinds[name], info) for folder in datasets for info in store.list(folder)
+          if (name := keys.file_name(info.key)) in kinds),
+        *(_stored("quarantine", info) for folder in bad for info in store.list(folder)),
+    ]  # fmt: skip
 
 
 def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
@@ -223,11 +217,6 @@ def _logged(store: ObjectStore, inputs: Collection[str]) -> dict[str, set[str]]:
     home = HomeSettings().home
     found = {lineage: answers_to(store, home, lineage, inputs) for lineage in list_logged_lineages(store)}
     return {lineage: ids for lineage, ids in found.items() if ids}
-
-
-def _inbox_files(store: ObjectStore, task: str, inbox_keys: Iterable[str]) -> list[Held]:
-    sizes = {info.key: info.size for info in store.list(keys.inbox_folder(task))}
-    return [Held(kind="inbox file", address=key, num_bytes=sizes.get(key, 0)) for key in inbox_keys]
 
 
 def _judged_by(
@@ -241,10 +230,10 @@ def _judged_by(
         record = read_record(store, version.adapter_uri)
         known = record.task(arrival.task)
         slices = [each.dataset_uri for each in record.slices if each.of == arrival.task]
-        if known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s:
+        is_judged = known is not None and dataset_sha256(known.dataset_uri) in arrival.sha256s
+        if is_judged:
             judged.append(version)
-            asked.append(version)
-        elif any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
+        if is_judged or any(dataset_sha256(uri) in arrival.sha256s for uri in slices):
             asked.append(version)
     return judged, asked
 
@@ -280,11 +269,10 @@ def _work_folders(lineage: str, short_keys: Collection[str]) -> list[Held]:
 
 def _answers(store: ObjectStore, versions: Iterable[VersionInfo]) -> list[Held]:
     return [
-        Held(kind="answers", address=info.key, num_bytes=info.size, lineage=version.lineage, version=version.version)
-        for version in versions
-        for info in store.list(version.adapter_uri)
+        _stored("answers", info, version)
+        for version in versions for info in store.list(version.adapter_uri)
         if keys.file_name(info.key) == ANSWERS_FILE
-    ]
+    ]  # fmt: skip
 
 
 def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) -> list[Held]:

@@ -1,11 +1,12 @@
-"""The versions of a lineage, by the registry and by the store, and the health of its champion."""
+"""The versions of a lineage, by the registry and by the store: ancestors, state, and the health of the champion."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.errors import DealError, RegistryError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
@@ -14,21 +15,23 @@ from infra.promotions import Move, PromotionLog
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.tracking.database import open_reader
-from infra.tracking.facts import RegistryReader, VersionInfo, is_being_rebuilt, require_through_gate
+from infra.tracking.facts import RegistryReader, VersionFacts, VersionInfo, is_being_rebuilt, require_through_gate
 from infra.version_log import VersionLog
 from tasks.context import current_store
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import require_stored
+from tasks.references import Standing, VersionRef
+
+ROLLOUT = "rollout"
+"""The name in the promotion log for an end of a rollout without a person."""
 
 
 class NoVersionError(RegistryError):
     """A lineage has no version, and never had one."""
 
 
-class HistoryEntry(BaseModel):
+class HistoryEntry(BaseModel, frozen=True):
     """One version of a lineage."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: str
     task: str
@@ -112,6 +115,53 @@ def find_version(registry: RegistryReader, lineage: str, version: str | None) ->
             "history is left. Name another version."
         )
     return found
+
+
+def descent(versions: Sequence[VersionInfo], version: VersionInfo | None) -> tuple[VersionInfo, ...]:
+    """Return a version and its ancestors, newest first. Without a version the result is empty."""
+    by_number = {each.version: each for each in versions}
+    line: list[VersionInfo] = []
+    while version is not None:
+        line.append(version)
+        version = by_number.get(version.parent_version or "")
+    return tuple(line)
+
+
+def arrival_digests(version: VersionInfo, versions: Sequence[VersionInfo]) -> frozenset[str]:
+    """Return the digests that identify a version's arrival among `versions`.
+
+    If an ancestor learned the same rows, the rows landed again to bring new test rows. Then the digest of the landed
+    rows identifies the ancestor's arrival too, so it is left out.
+    """
+    is_renewal = any(older.landed_sha256 == version.landed_sha256 for older in descent(versions, version)[1:])
+    return version.digests - {version.landed_sha256} if is_renewal else version.digests
+
+
+def standing_of(version: VersionInfo, line: Sequence[VersionInfo]) -> Standing:
+    """Return the state of a version. `line` is the champion and its ancestors."""
+    if not version.accepted:
+        return "rejected by the gate"
+    if version.approval == "refused":
+        return "rejected by its rollout" if version.refused_by == ROLLOUT else "rejected by a person"
+    if any(each.version == version.version for each in line):
+        return "learned"
+    if "rollout" in version.aliases:
+        return "in rollout"
+    continues_champion = version.parent_version == (line[0].version if line else None)
+    return "awaiting approval" if version.approval == "awaiting" and continues_champion else "left behind"
+
+
+def version_ref(info: VersionInfo, standing: Standing | None = None) -> VersionRef:
+    """Return the reference to a registered version."""
+    return ref_by_facts(info.lineage, info.version, info, standing)
+
+
+def ref_by_facts(lineage: str, version: str, facts: VersionFacts, standing: Standing | None = None) -> VersionRef:
+    """Return the reference to a version with these facts. The version need not be registered."""
+    shared = VersionRef.model_fields.keys() - {"lineage", "version", "standing"}
+    return VersionRef(
+        lineage=lineage, version=version, standing=standing, **{name: getattr(facts, name) for name in shared}
+    )
 
 
 def no_version(registry: RegistryReader, lineage: str) -> RegistryError:

@@ -7,6 +7,7 @@ from the object store alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class KnownTask:
     max_prompt_tokens: int
     """Longest prompt in evaluation and serving. Later arrivals do not change it."""
     max_new_tokens: int = EvaluateConfig().max_new_tokens
-    """Longest answer in evaluation and serving. Older records do not have the field; they used the default."""
+    """Longest answer in evaluation and serving."""
 
     def judged_by(self, dataset: DatasetRef) -> KnownTask:
         """Return the task with the test rows of another dataset."""
@@ -75,12 +76,21 @@ class LineageRecord(VersionedJson):
         """Return the task of that name, or None."""
         return next((known for known in self.tasks if known.schema.name == name), None)
 
-    def accuracies(self) -> dict[str, float]:
-        """Return the accuracy of this version by task: the last row of the matrix."""
-        if not self.matrix.rows:
-            return {}
-        return {name: value for name, value in zip(self.matrix.tasks, self.matrix.rows[-1], strict=True)
-                if value is not None}  # fmt: skip
+    def accuracies(self, back: int = 0) -> dict[str, float]:
+        """Return the accuracies of this version by task, or those of the version `back` versions before it.
+
+        For a task that an earlier version had not learned, this is its accuracy before learning. If there is no such
+        version, the result is empty.
+        """
+        rows = self.matrix.rows
+        return self._by_task(rows[-1 - back]) if back < len(rows) else {}
+
+    def base_accuracies(self) -> dict[str, float]:
+        """Return the accuracies of the untouched base model by task."""
+        return self._by_task(self.matrix.base)
+
+    def _by_task(self, values: Sequence[float | None]) -> dict[str, float]:
+        return {name: value for name, value in zip(self.matrix.tasks, values, strict=True) if value is not None}
 
 
 def scores_of(matrix: AccuracyMatrix) -> dict[str, Any]:

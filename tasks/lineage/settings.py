@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BeforeValidator
 
+from deal_core.data.schema import is_name
 from deal_core.errors import ConfigError, DealError, in_one_line
 from deal_core.judging_config import MonitorConfig
 from deal_core.method_config import MEMORY
@@ -26,21 +26,10 @@ from infra.store.base import ObjectNotFoundError, ObjectStore, UnusableObjectErr
 from tasks.context import current_store
 from tasks.progress import Interrupted
 from tasks.references import Arrival
-from tasks.spec import (
-    NAME_PATTERN,
-    AdaptSpec,
-    LineageSpec,
-    Name,
-    parse,
-    read_lineage_values,
-    resolve_base,
-)
+from tasks.spec import AdaptSpec, LineageSpec, Name, parse, read_lineage_values, resolve_base
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"
-_logged: dict[str, str] = {}
-"""The problem that was logged last, by lineage."""
-
 Asked = TypeVar("Asked", bound=LineageSpec)
 Found = TypeVar("Found")
 
@@ -83,26 +72,14 @@ def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
 
 
 def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
-    """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name.
-
-    Raises:
-        ConfigError: A setting in the file is not valid.
-    """
-    if not (isinstance(lineage, str) and re.fullmatch(NAME_PATTERN, lineage)):
+    """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name."""
+    if not (isinstance(lineage, str) and is_name(lineage)) or _parsed(store, lineage) is None:
         return {}
-    values = _read_values(store, lineage)
-    if values is None:
-        return {}
-    parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
-    return values
+    return _read_values(store, lineage) or {}
 
 
 def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:
-    """Return the mapping in a lineage's file; None: there is no file.
-
-    Raises:
-        ConfigError: The file is not a YAML mapping, or names another lineage.
-    """
+    """Return the mapping in a lineage's file; None: there is no file."""
     uri = store.uri_of(keys.settings_key(lineage))
     try:
         values = yaml_mapping(store.get_bytes(keys.settings_key(lineage), at_most=MAX_BYTES + 1), uri)
@@ -144,9 +121,7 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     """Return the lineages with valid files. Each problem of another file is logged once."""
     found = read_lineages(store)
     for name, problem in found.problems.items():
-        if _logged.get(name) != problem:
-            logger.error("Lineage %s is left out: %s", name, problem)
-        _logged[name] = problem
+        store.warn_once(f"{name} {problem}", f"Lineage {name} is left out: {problem}")
     return found.good
 
 
@@ -289,9 +264,6 @@ def _parse_over_stored(
     """Parse the options over the spec's values over the lineage's file.
 
     A relative base model in the options is relative to the working folder.
-
-    Raises:
-        ConfigError: A setting is not valid. The message begins with the origin of the setting.
     """
     given = _given(options)
     if "base_model" in given:

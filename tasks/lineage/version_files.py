@@ -1,18 +1,14 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
-An error names the damaged file, its version, and what still works. A copy of an adapter is compared with the recorded
-digests. There are three kinds of versions:
-
-- Most versions have a digest for each file (`files_sha256`). The files that the caller reads are compared.
-- A version of an earlier release has one digest of all files together (`adapter_sha256`). All files are compared. If
-  an earlier release emptied the method's state (`deal forget`), it recorded no new digest, and nothing is compared.
-- A version without any digest is loaded as it is.
+An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
+(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet has one digest of
+all files together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,15 +18,13 @@ from safetensors import SafetensorError, safe_open
 from deal_core.adapter.files import (
     ADAPTER_FILES,
     CONFIG_FILE,
-    METHOD_FILE,
-    METHOD_TENSORS_FILE,
+    METHOD_FILES,
     PEFT_FILES,
     TOGETHER,
     WEIGHTS_FILE,
     Recorded,
     as_recorded,
     digests_of,
-    find_damage,
     require_undamaged,
 )
 from deal_core.errors import DealError, StoreError
@@ -38,7 +32,6 @@ from infra.promotions import PromotionLog
 from infra.store.base import ObjectNotFoundError, ObjectStore, temporary_folder
 from infra.store.keys import lineage_of
 from infra.store.stored import BREAK_READERS, reading_stored
-from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, files_tag
 from infra.version_log import VersionLog
 from tasks.references import AdapterRef, VersionRef
@@ -51,6 +44,7 @@ NEEDED_IN_CONFIG = {"peft_type", "r", "lora_alpha", "target_modules"}
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that safetensors reads."""
 
+
 @contextmanager
 def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[None]:
     """Do the same as `reading_stored` for the file `name` of an adapter's folder. The error names the version."""
@@ -62,35 +56,15 @@ def reading_beside(store: ObjectStore, adapter_uri: str, name: str) -> Iterator[
             raise error
 
 
-def require_readable(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Require the configuration and the weights in `folder`, a local copy of an adapter's folder.
-
-    Raises:
-        ObjectNotFoundError: A file is missing.
-        StoreError: A file is damaged.
-    """
-    for name in PEFT_FILES:
+def _require_readable(store: ObjectStore, adapter_uri: str, folder: Path, names: Collection[str]) -> None:
+    """Require readable files in `folder`, a local copy of an adapter's folder. Those of the method may be missing."""
+    for name in names:
+        path = folder / name
         with reading_beside(store, adapter_uri, name):
-            if not (folder / name).is_file():
+            if path.is_file():
+                _check_file(path)
+            elif name in PEFT_FILES:
                 raise ObjectNotFoundError(name)
-    with reading_beside(store, adapter_uri, CONFIG_FILE):
-        _check_config(json.loads((folder / CONFIG_FILE).read_bytes()))
-    with reading_beside(store, adapter_uri, WEIGHTS_FILE):
-        _open_weights(folder / WEIGHTS_FILE)
-
-
-def require_readable_method(store: ObjectStore, adapter_uri: str, folder: Path) -> None:
-    """Refuse a damaged method's state in `folder`, a local copy of an adapter's folder. Training continues from it.
-
-    Raises:
-        StoreError: The state is damaged.
-    """
-    if (folder / METHOD_FILE).is_file():
-        with reading_beside(store, adapter_uri, METHOD_FILE):
-            _require_object(json.loads((folder / METHOD_FILE).read_bytes()))
-    if (folder / METHOD_TENSORS_FILE).is_file():
-        with reading_beside(store, adapter_uri, METHOD_TENSORS_FILE):
-            _open_weights(folder / METHOD_TENSORS_FILE)
 
 
 def require_stored(store: ObjectStore, adapter_uri: str) -> None:
@@ -106,6 +80,16 @@ def require_stored(store: ObjectStore, adapter_uri: str) -> None:
         _check_config(json.loads(store.get_bytes(f"{adapter_uri}/{CONFIG_FILE}")))
     with reading_beside(store, adapter_uri, WEIGHTS_FILE):
         _check_header(store, f"{adapter_uri}/{WEIGHTS_FILE}")
+
+
+def _check_file(path: Path) -> None:
+    """Check a file of an adapter: the header of a safetensors file, or a JSON object."""
+    if path.name == CONFIG_FILE:
+        _check_config(json.loads(path.read_bytes()))
+    elif path.suffix == ".json":
+        _require_object(json.loads(path.read_bytes()))
+    else:
+        _open_weights(path)
 
 
 def _require_object(values: object) -> dict[str, object]:
@@ -165,17 +149,14 @@ def _described(store: ObjectStore, adapter_uri: str) -> tuple[str, str]:
 
 
 def _number_of(store: ObjectStore, lineage: str, adapter_uri: str) -> tuple[str | None, bool]:
-    """The number of an adapter's version, by the store or the registry, and whether the version is champion."""
+    """The number of an adapter's version, and whether the version is champion."""
     log = VersionLog(store)
     try:
         stored = [log.read(lineage, number) for number in log.numbers(lineage)]
-        found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
-        if found is None:
-            versions = open_reader().versions(lineage)
-            found = next((each.version for each in versions if each.adapter_uri == adapter_uri), None)
         last = PromotionLog(store).last(lineage)
     except DealError:
         return None, False
+    found = next((each.version for each in stored if each.facts.adapter_uri == adapter_uri), None)
     return found, found is not None and last is not None and last.champion == found
 
 
@@ -191,7 +172,7 @@ def borrowed_folder(store: ObjectStore, uri: str) -> Iterator[Path]:
         folder = temporary / "folder"
         with reading_beside(store, uri, CONFIG_FILE):
             store.download_folder(uri, folder)
-        require_readable(store, uri, folder)
+        _require_readable(store, uri, folder, PEFT_FILES)
         yield folder
 
 
@@ -207,7 +188,7 @@ def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool 
     """
     with borrowed_folder(store, _uri_of(adapter)) as folder:
         if with_method:
-            require_readable_method(store, _uri_of(adapter), folder)
+            _require_readable(store, _uri_of(adapter), folder, METHOD_FILES)
         require_recorded(store, adapter, folder, with_method=with_method)
         yield folder
 
@@ -234,8 +215,6 @@ def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with
     """
     recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
     found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
-    if TOGETHER in recorded and find_damage(found, recorded) and _is_from_before(adapter) and _was_emptied(folder):
-        return
     require_undamaged(
         found, recorded, names, what=_name_of(adapter), where=store.uri_of(_uri_of(adapter)), remedy=remedy_for(adapter)
     )
@@ -246,26 +225,19 @@ def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, fold
     """Record the digests of the files in `folder`, while the block puts these files in place of a version's files.
 
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
-    file that was damaged before keeps its recorded digest, so that the damage stays visible. Nothing is recorded for a
-    version that cannot be compared.
+    file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
+    recorded = version.files_sha256 or {}
     with borrowed_folder(store, version.adapter_uri) as old:
         found = digests_of(old)
-        recorded = _recorded_of(version)
-        if TOGETHER in recorded and not find_damage(found, recorded):
-            recorded = as_recorded(found)
-        elif TOGETHER in recorded and _is_from_before(version) and _was_emptied(old):
-            recorded = {}
     new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
-    if recorded:
-        between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
-        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
+    between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
+    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})
     yield
-    if recorded:
-        after = {**recorded, **as_recorded(new)}
-        registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
-        if now := registry.version(version.lineage, version.version):
-            VersionLog(store).keep(now)
+    after = {**recorded, **as_recorded(new)}
+    registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(after)})
+    if now := registry.version(version.lineage, version.version):
+        VersionLog(store).keep(now)
 
 
 def remedy_for(adapter: Adapter) -> str:
@@ -280,24 +252,7 @@ def remedy_for(adapter: Adapter) -> str:
 def _recorded_of(adapter: Adapter) -> Recorded:
     if isinstance(adapter, AdapterRef):
         return {TOGETHER: (adapter.sha256,)}
-    if adapter.files_sha256 is not None:
-        return adapter.files_sha256
-    return {TOGETHER: (adapter.adapter_sha256,)} if adapter.adapter_sha256 else {}
-
-
-def _is_from_before(adapter: Adapter) -> bool:
-    """Whether an earlier release registered the version, and this release's `deal forget` has not changed it."""
-    return not isinstance(adapter, AdapterRef) and adapter.files_sha256 is None
-
-
-def _was_emptied(folder: Path) -> bool:
-    """Whether `deal forget` removed rows from the method's state."""
-    from deal_core.adapter.state import stored_rows
-
-    try:
-        return 0 in stored_rows(folder).values()
-    except SafetensorError:
-        return False
+    return adapter.files_sha256 or {TOGETHER: (adapter.adapter_sha256,)}
 
 
 def _uri_of(adapter: Adapter) -> str:

@@ -10,13 +10,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import pandas as pd
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.rows import row_digest
 from deal_core.data.schema import TaskSchema, label_key
@@ -27,9 +26,8 @@ from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.keys import INBOX, harvest_key, inbox_folder
 from infra.store.stored import Stored, read_stored, write_stored
-from tasks.context import current_store
-from tasks.monitoring.feedback import task_schemas
-from tasks.monitoring.task_columns import as_landed, has_earlier_answers, row_columns
+from tasks.context import current_store, only_process
+from tasks.monitoring.feedback import as_landed, has_earlier_answers, row_columns, task_schemas
 
 FILE_PREFIX = "feedback-"
 """Begins the name of a harvested file."""
@@ -42,10 +40,8 @@ KNOWN = "harvested before"
 NOTHING_TO_PREFER = "the answer was right, and a preference needs a worse one"
 
 
-class Pending(BaseModel):
+class Pending(BaseModel, extra="forbid"):
     """A file that was about to be written."""
-
-    model_config = ConfigDict(extra="forbid")
 
     key: str
     rows: tuple[str, ...]
@@ -58,10 +54,8 @@ class Harvested(Stored):
     pending: Pending | None = None
 
 
-class HarvestResult(BaseModel):
+class HarvestResult(BaseModel, frozen=True):
     """What was harvested."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str
@@ -96,7 +90,8 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     schemas = task_schemas(store, lineage)
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
-    with _alone(lineage, task):
+    lock = home / "locks" / "harvest" / lineage / f"{task}.lock"
+    with only_process(lock, f"Another process harvests the feedback on {task}; wait for its end."):
         done = _read_state(store, lineage, task)
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
@@ -197,15 +192,3 @@ def _read_state(store: ObjectStore, lineage: str, task: str) -> Harvested:
         remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
     )  # fmt: skip
     return found or Harvested()
-
-
-@contextmanager
-def _alone(lineage: str, task: str) -> Iterator[None]:
-    """Keep other processes of this home from the same harvest."""
-    path = HomeSettings().home / "locks" / "harvest" / lineage / f"{task}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path, timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(f"Another process harvests the feedback on {task}; wait for its end.") from None

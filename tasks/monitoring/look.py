@@ -1,22 +1,21 @@
-"""Look at the live traffic of a lineage's champion: compare, keep the figures, and announce what has changed."""
+"""Look at live traffic: compare that of a champion and announce what has changed, or judge a rollout."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from deal_core.errors import ConfigError
-from deal_core.judging_config import MonitorConfig
+from deal_core.errors import ConfigError, RegistryError
+from deal_core.judging_config import MonitorConfig, RolloutTerms
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
-from infra.predictions import read_feedback
+from deal_core.monitoring.rollout import RolloutReport, judge
+from infra.predictions import read_feedback, read_predictions
+from infra.promotions import Move, PromotionLog
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
@@ -27,10 +26,9 @@ from infra.tracking.tracker import open_tracker
 from tasks.adaptation.report import renew_page
 from tasks.context import current_store
 from tasks.lineage.history import find_version
-from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.record import read_record
 from tasks.lineage.settings import monitor_settings
-from tasks.monitoring.live_rows import logged_rows, rows_of_file
-from tasks.monitoring.reference import read_frame, read_reference, with_texts, write_frame
+from tasks.monitoring.rows import logged_rows, read_frame, read_reference, rows_of_file, with_texts, write_frame
 from tasks.monitoring.state import MonitorState, OpenAlarm, next_state, read_monitor_state, write_monitor_state
 from tasks.notices import Notice, announce
 
@@ -38,10 +36,8 @@ BASELINE_COLUMNS = ["task", "label", "is_label", "confidence", "label_mass", "ch
 """The columns of the live rows that are kept for later looks. They name no answer and no input."""
 
 
-class MonitorResult(BaseModel):
+class MonitorResult(BaseModel, frozen=True):
     """A look at the live traffic of a lineage."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     version: str
@@ -61,7 +57,6 @@ class MonitorResult(BaseModel):
     """The MLflow run with the figures of all looks at this version."""
 
 
-@task(name="compare", cache_policy=NO_CACHE)
 def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference.
 
@@ -92,8 +87,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
     reference = read_reference(store, info.adapter_uri)
     if reference is None:
         return found.model_copy(update={"problem": (
-            f"Version {info.version} has no reference, since an earlier release evaluated it; write one with: deal "
-            f"evaluate --lineage {lineage}."
+            f"Version {info.version} has no reference; write one with: deal evaluate --lineage {lineage}."
         )})  # fmt: skip
     if live.empty:
         return found.model_copy(update={"problem": (
@@ -107,7 +101,7 @@ def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> Moni
         _rebase(store, info, live, config)
     feedback = read_feedback(store, HomeSettings().home, lineage, answers=live) if data is None else None
     report = compare(
-        reference, live, config, feedback=feedback, before=accuracies_before(record), baseline=_baseline(store, info)
+        reference, live, config, feedback=feedback, before=record.accuracies(1), baseline=_baseline(store, info)
     )
     found = found.model_copy(update={"drift": report})
     return found if data is not None else _note(store, info, found, report)
@@ -164,17 +158,6 @@ def _accuracies(task: TaskDrift) -> dict[str, float]:
     return {task.task: found.accuracy} if found else {}
 
 
-def accuracies_before(record: LineageRecord) -> Mapping[str, float]:
-    """Return what the gate measured for the version before on the present test rows, by task.
-
-    For a task that the version before had not learned, this is its accuracy before learning. A first version has none.
-    """
-    if len(record.matrix.rows) < 2:
-        return {}
-    pairs = zip(record.matrix.tasks, record.matrix.rows[-2], strict=True)
-    return {name: value for name, value in pairs if value is not None}
-
-
 def _rebase(store: ObjectStore, info: VersionInfo, live: pd.DataFrame, config: MonitorConfig) -> None:
     """Keep the window of each task that has enough rows, as a look counts them."""
     windows = [window(rows, config.window_rows) for _, rows in live.groupby("task")]
@@ -201,3 +184,57 @@ def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
     for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
         store.delete(each)
 
+
+class RolloutStatus(BaseModel, frozen=True):
+    """The rollout of a lineage."""
+
+    lineage: str
+    version: str | None = None
+    """The version that is tried on live traffic; None: none is."""
+    champion: str | None = None
+    since: datetime | None = None
+    terms: RolloutTerms | None = None
+    report: RolloutReport | None = None
+
+
+def look_at_rollout(lineage: str) -> RolloutStatus:
+    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
+
+    Raises:
+        RegistryError: The version was deleted in MLflow.
+        StoreError: A log is damaged, or the store does not answer.
+    """
+    store = current_store()
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None or opened.champion is None:
+        return RolloutStatus(lineage=lineage)
+    terms = find_version(open_registry(), lineage, opened.version).rollout
+    if terms is None:
+        raise RegistryError(
+            f"Version {opened.version} of '{lineage}' has lost its tag deal.rollout in MLflow; end its rollout with: "
+            f"deal rollout abort --lineage {lineage} --why REASON"
+        )
+    home, since = HomeSettings().home, opened.when.timestamp()
+    rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
+    report = judge(
+        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
+        candidate=opened.version,
+    )
+    return RolloutStatus(
+        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,
+        report=report,
+    )  # fmt: skip
+
+
+def require_open(store: ObjectStore, lineage: str) -> Move:
+    """Return the entry of the promotion log that began the rollout.
+
+    Raises:
+        RegistryError: No version of the lineage is tried on live traffic.
+    """
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None:
+        raise RegistryError(
+            f"No version of '{lineage}' is tried on live traffic; see: deal history --moves --lineage {lineage}"
+        )
+    return opened

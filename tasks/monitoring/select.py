@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.data.answer_files import in_chunks, survey_rows
 from deal_core.data.check import RowChecker
@@ -27,24 +27,23 @@ from deal_core.errors import ConfigError
 from deal_core.monitoring.feedback import KEYS
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
+from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from tasks.context import current_store
-from tasks.housekeeping.inputs import task_inputs
+from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.record import choose_task, read_record
-from tasks.monitoring.task_columns import answer_column, as_landed, has_earlier_answers, input_columns
-from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version
+from tasks.monitoring.feedback import answer_column, as_landed, has_earlier_answers, input_columns
+from tasks.predict import CHUNK_ROWS, Asked, OnProgress, answering, choose_version, counting
 
 CHAMPION_ANSWER = "champion_answer"
 """The column with the champion's answer. Neither ingest nor feedback reads it."""
 OWN_COLUMNS = ("id", CHAMPION_ANSWER, "confidence", "is_random")
 
 
-class SelectResult(BaseModel):
+class SelectResult(BaseModel, frozen=True):
     """A file to fill in."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str
@@ -66,15 +65,8 @@ class SelectResult(BaseModel):
 
 
 def select_to_label(
-    task: str,
-    lineage: str,
-    *,
-    data: Path | None = None,
-    column: str | None = None,
-    out: Path | None = None,
-    number: int = 50,
-    random_share: float = RANDOM_SHARE,
-    on_progress: OnProgress | None = None,
+    task: str, lineage: str, *, data: Path | None = None, column: str | None = None, out: Path | None = None,
+    number: int = 50, random_share: float = RANDOM_SHARE, on_progress: OnProgress | None = None,
 ) -> SelectResult:
     """Write a file of texts that are worth labelling: those with the least certain answers, and a random share.
 
@@ -195,14 +187,7 @@ def _answered_texts(
 
 def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    num_done = 0
-
-    def on_rows(count: int) -> None:
-        nonlocal num_done
-        num_done += count
-        if on_progress is not None:
-            on_progress(num_done, len(texts))
-
+    on_rows = counting(on_progress, len(texts))
     with answering(asked) as answer:
         for chunk in in_chunks(texts, CHUNK_ROWS):
             for text, given in zip(chunk, answer(chunk, on_rows), strict=True):
@@ -230,18 +215,9 @@ def _write_new(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(content, [*columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = path.open("x", encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
-    except FileExistsError:
-        _require_new(path)
-        raise
-    try:
-        with file:
-            file.write(content.getvalue())
-    except BaseException:
-        path.unlink()
-        raise
+    _require_new(path)
+    with complete_file(path) as part:
+        part.write_text(content.getvalue(), "utf-8-sig" if path.suffix == ".csv" else "utf-8", newline="")
 
 
 def _csv_cell(value: Any) -> str:

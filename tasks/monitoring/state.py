@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from deal_core.monitoring.report import ALARM_KINDS, AlarmKind, DriftReport, TaskDrift
 from infra.store.base import ObjectStore
@@ -16,10 +16,8 @@ from infra.store.keys import monitor_key
 from infra.store.stored import Stored, read_stored, write_stored
 
 
-class OpenAlarm(BaseModel):
+class OpenAlarm(BaseModel, frozen=True, extra="forbid"):
     """An alarm that was announced and is not over."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     kind: AlarmKind

@@ -31,11 +31,10 @@ from tasks.adaptation.model_card import NOT_STATED, example_rows, served_task, s
 from tasks.adaptation.promote import rejected_by_person
 from tasks.base import lend_base, release_base, require_base
 from tasks.context import current_store
-from tasks.lineage.history import find_version, require_in_registry
+from tasks.lineage.history import descent, find_version, require_in_registry
 from tasks.lineage.record import KnownTask, LineageRecord, read_record
 from tasks.lineage.tombstones import TestRowsForgottenError, find_tombstone
 from tasks.lineage.version_files import borrowed_adapter
-from tasks.lineage.versions import descent
 from tasks.progress import reporter
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def _prompts(store: ObjectStore, record: LineageRecord) -> list[Prompt]:
     for known in record.tasks:
         name = known.schema.name
         try:
-            rows = load_test_set(store, known.schema, known.dataset_uri, known.max_prompt_tokens, 1).rows
+            rows = load_test_set(store, known).rows
             texts: Sequence[str] = first_rows(rows, min(num_rows, len(rows)))["input"]
         except TestRowsForgottenError:
             texts = [served_task(known).readable(examples[name], "The example")]
@@ -250,11 +249,7 @@ def _compare_folder(
 
 
 def _upload(folder: Path, repository: str, message: str) -> str:
-    """Upload a folder to a private repository, and return its address. The repository is created if it is not there.
-
-    Raises:
-        ConfigError: The repository is public, or the Hub refuses or does not answer.
-    """
+    """Upload a folder to a private repository, and return its address. The repository is created if it is not there."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -289,11 +284,7 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 def _compared(
     info: VersionInfo, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
 ) -> Exported:
-    """Compare logits.
-
-    Raises:
-        IntegrityError: They differ by more than the tolerance.
-    """
+    """Compare logits."""
     differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
     largest = max(differences)
     if not largest <= TOLERANCE:

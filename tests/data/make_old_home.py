@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PLACE = Path("/tmp/deal-home-0.1")
+PLACE = Path("/tmp/deal-home-0.2")
 LINEAGE = "desk"
 NUM_TRAIN, NUM_TEST = 24, 6
 
@@ -28,7 +28,7 @@ def main(archive: Path) -> None:
     (PLACE / "data").mkdir(parents=True)
     os.chdir(PLACE)
     os.environ |= {
-        "DEAL_HOME": "home", "DEAL_CACHE_DIR": "/tmp/deal-home-0.1-cache", "PREFECT_HOME": "/tmp/deal-home-0.1-prefect",
+        "DEAL_HOME": "home", "DEAL_CACHE_DIR": "/tmp/deal-home-0.2-cache", "PREFECT_HOME": "/tmp/deal-home-0.2-prefect",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_TRACKING_URI": f"sqlite:///{PLACE}/home/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true",
         "DEAL_SERVING_PRECISION": "fp32",

@@ -17,7 +17,7 @@ import tenacity
 from playwright.sync_api import sync_playwright
 
 from infra.tracking.tracker import open_tracker
-from tasks.announcements import ARRIVAL_LANDED
+from tasks.arrival_runs import ARRIVAL_LANDED
 from tests.e2e.command import DEAL
 from tests.e2e.whole import BUCKET, CRASHED, DONE, SECRET, WAIT_SECONDS, Whole, rows_of, tree_of, wait_until_learned
 

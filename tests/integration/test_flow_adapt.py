@@ -225,8 +225,12 @@ def test_the_same_rows_in_another_file_train_nothing(tiny_base: Path, tmp_path: 
     assert len(versions()) == 1
 
 
-def test_other_settings_do_not_make_an_adapted_arrival_new(tiny_base: Path, first: AdaptResult) -> None:
+def test_other_settings_do_not_make_an_adapted_arrival_new(
+    tiny_base: Path, first: AdaptResult, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run(tiny_base, BANK, deal={"energy": 0.9}).status == "repeat"
+    tasks = [name.rpartition("-")[0] for each in caplog.records if (name := getattr(each, "task_run_name", None))]
+    assert tasks == ["parent", "ingest", "repeat"], "Prefect knows the stages of a run as tasks"
 
 
 @pytest.mark.nightly
@@ -251,7 +255,7 @@ def test_a_rejected_version_is_kept_and_is_nobodys_parent(tiny_base: Path, home:
     repeat = run(tiny_base, CLINIC, gate=FAIL)
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", True, "2")
     assert len(versions()) == 2
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "1"
 
 
@@ -408,14 +412,14 @@ def test_a_report_that_cannot_be_written_does_not_stop_the_lineage(
     client.delete_run(version.run_id)  # a person deletes failed runs in MLflow's UI
     told: list[str | None] = []
     monkeypatch.setattr("tasks.notices.announce", lambda kind, notice, once: told.append(notice.version))
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
     assert "Cannot write its report, version 2 of 'l': RegistryError" in caplog.text and told == ["2"]
     assert not list((home / "work").rglob("*.*")) and not list((home / "store" / "datasets").rglob("train.parquet"))
 
     client.restore_run(version.run_id)
     asyncio.run(forget(version.tags["deal.dataset_sha256"]))
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
     assert client.get_run(version.run_id).info.status == "FINISHED", "the second attempt finds the report"
     report, page = read_page(version.run_id)

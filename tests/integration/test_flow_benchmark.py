@@ -17,7 +17,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.errors import ConfigError, DataValidationError
 from flows.benchmark import PROTOCOL, BenchmarkResult, BenchmarkSpec, benchmark, cells_of, spec_from_options
 from flows.cli.app import app
-from tasks.adaptation.start import identify_base
+from tasks.adaptation.run import identify_base
 
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small")}
 

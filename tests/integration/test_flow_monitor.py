@@ -28,9 +28,8 @@ from tasks.adaptation.report import save_report
 from tasks.context import current_store
 from tasks.lineage.history import find_version
 from tasks.lineage.record import read_record
-from tasks.monitoring.live_rows import champion_since
 from tasks.monitoring.look import MonitorResult
-from tasks.monitoring.reference import REFERENCE_FILE, read_reference
+from tasks.monitoring.rows import REFERENCE_FILE, champion_since, read_reference
 from tasks.monitoring.state import read_monitor_state
 from tasks.predict import predict_file
 from tests.adapting import CLINIC

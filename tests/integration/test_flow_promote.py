@@ -181,7 +181,7 @@ def test_a_version_that_needs_approval_waits_and_is_no_parent(tiny_base: Path, w
     repeat = learn(tiny_base, "clinic", approval="person")
     assert (repeat.status, repeat.rejected, repeat.version) == ("repeat", False, "3")
     assert "deal promote 3 --lineage l" in repeat.message
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
 
     promote_to("l", "3", **BY)
@@ -195,7 +195,7 @@ def test_a_refused_version_never_serves(tiny_base: Path, waiting: None) -> None:
     for move in (promote_to, roll_back):
         with pytest.raises(RegistryError, match="rejected by a person"):
             move("l", "3", **BY)
-    assert find_parent.fn("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
+    assert find_parent("l") is not None and aliases()["champion"] == "2", "a later run does not complete it"
     last = read_moves("l")[-1]
     assert (last.action, last.version, last.champion, last.why) == ("rejected", "3", "2", "labels look wrong")
     assert "was rejected" in learn(tiny_base, "clinic", approval="person").message
@@ -221,7 +221,7 @@ def test_a_version_that_does_not_continue_the_champion_is_refused_with_the_remed
 def test_an_old_version_that_was_deleted_in_mlflow_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     client = open_registry().client
     client.delete_model_version("l", "1")
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2"
     assert aliases() == {"champion": "2", "challenger": "2"} and "Version 1, previous of 'l'" in caplog.text
     with pytest.raises(RegistryError, match="'l' has no version 1"):
@@ -232,12 +232,12 @@ def test_an_old_version_that_was_deleted_in_mlflow_stops_nothing(caplog: pytest.
 def test_a_champion_that_was_deleted_in_mlflow_is_replaced_by_a_person_alone() -> None:
     open_registry().client.delete_model_version("l", "2")
     remedy = r"Version 2, champion of 'l', was deleted in MLflow.*deal rollback --to N"
-    for act in (lambda: find_parent.fn("l"), lambda: roll_back("l", None, **BY), lambda: promote_to("l", "1", **BY)):
+    for act in (lambda: find_parent("l"), lambda: roll_back("l", None, **BY), lambda: promote_to("l", "1", **BY)):
         with pytest.raises(RegistryError, match=remedy):
             act()
     done = roll_back("l", "1", **BY)
     assert (done.before, done.champion, aliases()["champion"]) == ("2", "1", "1")
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "1"
 
 
@@ -267,7 +267,7 @@ def test_a_move_cut_short_after_the_log_is_completed_by_whoever_looks_next(monke
         with pytest.raises(KilledError):
             roll_back("l", "1", **BY)
     assert aliases()["champion"] == "2"
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "1" == aliases()["champion"]
 
 
@@ -280,7 +280,7 @@ def test_a_move_of_the_alias_in_mlflow_serves_until_the_next_command_or_asks_a_p
         return champion.version
 
     assert move_by_hand("1") == "1", "followed, by default"
-    find_parent.fn("l")
+    find_parent("l")
     assert aliases()["champion"] == "2" and [move.version for move in read_moves("l")] == ["1", "2"]
 
     add_lineage(current_store(), parse(WatchedLineage, {"lineage": "l", "gate": {"alias_moves": "request"}}, "test"))
@@ -326,7 +326,7 @@ def test_a_rollback_of_a_version_whose_run_died_in_its_promotion_stays(
             learn(tiny_base, "clinic")
     assert (aliases()["champion"], read_moves("l")[-1].champion) == ("2", "3"), "only the log has it"
     assert roll_back("l", None, **BY).before == "3"
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2" == aliases()["champion"]
     assert "deal requeue 3" in learn(tiny_base, "clinic").message
     assert len(read_moves("l")) == 4
@@ -347,7 +347,7 @@ def test_a_rollback_of_a_version_that_was_registered_twice_stays(
         assert learn(tiny_base, "clinic").version == "3"
     assert [info.version for info in open_registry().versions("l")] == ["1", "2", "3", "4"]
     roll_back("l", None, **BY)
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "2" == aliases()["champion"]
     assert [move.champion for move in read_moves("l")] == ["1", "2", "3", "2"]
 

@@ -31,7 +31,7 @@ from flows.server.automations import apply_notifications, notifications
 from infra.report.run_report import RunReport
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.adaptation.report import save_report
-from tasks.announcements import LANDED
+from tasks.arrival_runs import LANDED
 from tasks.context import current_store
 from tasks.notices import Notice, announce, announce_failure
 from tasks.spec import AdaptSpec, parse

@@ -20,8 +20,7 @@ from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
-from tasks.lineage.history import find_version
-from tasks.lineage.versions import descent, standing_of
+from tasks.lineage.history import descent, find_version, standing_of
 from tests.in_process import KilledError
 from tests.registering import register
 
@@ -75,7 +74,7 @@ def test_a_version_in_rollout_is_neither_champion_nor_parent_nor_left_behind() -
     complete_version(open_registry(), find_version(open_registry(), "l", "4"))  # its run died, and is completed again
     complete_version(open_registry(), version)
     assert len(PromotionLog(current_store()).moves("l")) == num_moves
-    parent = find_parent.fn("l")
+    parent = find_parent("l")
     assert parent is not None and parent.version == "3" and find_left_behind("l") == ()
     entries = [json.loads(current_store().get_bytes(info.key)) for info in current_store().list("promotions/l")]
     assert [entry.get("rollout") for entry in entries] == [None] * (num_moves - 1) + ["canary"]
@@ -135,12 +134,12 @@ def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeyp
         patch.setattr(Registry, "set_alias", die)
         with pytest.raises(KilledError):
             complete_version(open_registry(), version)
-    assert find_parent.fn("l") is not None and in_rollout() == "4"
+    assert find_parent("l") is not None and in_rollout() == "4"
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "drop_alias", die)
         with pytest.raises(KilledError):
             abort_rollout("l", **BY)
-    assert find_parent.fn("l") is not None and in_rollout() is None
+    assert find_parent("l") is not None and in_rollout() is None
     open_registry().set_alias("l", "rollout", "4")  # by hand, in MLflow
     assert asyncio.run(rollouts())[0].status.version is None and in_rollout() is None
 

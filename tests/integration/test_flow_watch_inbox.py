@@ -22,7 +22,7 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from flows.watch import InboxWorker, adapt_landed, announce_open, watch_inbox
 from infra.store.local import FileStore
 from infra.tracking.registry import open_registry
-from tasks.announcements import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
+from tasks.arrival_runs import ARRIVAL_LANDED, Announcement, announce_again, read_announcement
 from tasks.context import current_store
 from tasks.inbox import InboxState, TestFiles, list_arrivals, read_state, write_state
 from tasks.inbox import look as look_at_inbox

@@ -30,10 +30,9 @@ from infra.store.local import FileStore
 from tasks.context import current_store
 from tasks.inbox import task_spec
 from tasks.monitoring import harvest as harvesting
-from tasks.monitoring.feedback import take_feedback_file
+from tasks.monitoring.feedback import row_columns, take_feedback_file
 from tasks.monitoring.harvest import harvest_feedback
 from tasks.monitoring.select import select_to_label
-from tasks.monitoring.task_columns import row_columns
 from tasks.predict import predict_file
 from tests.adapting import CLINIC, run
 from tests.in_process import put_back

@@ -1,4 +1,4 @@
-"""Today's code opens a home of an earlier commit; tests/data/README.md describes its origin."""
+"""Today's code opens a home of version 0.2.0, the first release; tests/data/README.md describes its origin."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.in_process import put_back
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "old_home")
 ARCHIVE = Path(__file__).parents[1] / "data" / "old_home.tar.xz"
-MADE_IN = "/tmp/deal-home-0.1"
+MADE_IN = "/tmp/deal-home-0.2"
 LINEAGE = "desk"
 
 

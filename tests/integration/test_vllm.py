@@ -22,8 +22,9 @@ from infra.settings import VllmSettings
 from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
+from infra.version_log import VersionLog
 from tasks.context import current_store
-from tasks.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
+from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
 CONFIG = {
@@ -56,7 +57,7 @@ def sync(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Sync:
 
     def sync(**settings: Any) -> ServingRoute:
         given = {"url": server.url, "grace_seconds": 0.0, **settings}
-        return sync_vllm.fn("l", VllmSettings(**given))
+        return sync_vllm("l", VllmSettings(**given))
 
     return sync
 
@@ -77,7 +78,9 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         )
         with open_tracker().start(lineage, facts.run_key, name="bank") as run:
             model_id = run.log_adapter(folder, "bank", sha256=facts.adapter_sha256)
-            assert registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id).version == version
+            info = registry.register(lineage, facts, tracking_id=run.run_id, model_id=model_id)
+        assert info.version == version
+        VersionLog(current_store()).keep(info)
     registry.set_alias(lineage, "champion", version)
 
 
@@ -127,7 +130,7 @@ def test_what_served_before_stays_for_the_time_of_grace(
         assert route is not None and route.model == "l-v2", "the route moves before the wait"
         waited.append(seconds)
 
-    monkeypatch.setattr("tasks.vllm.time.sleep", wait)
+    monkeypatch.setattr("tasks.serving.vllm.time.sleep", wait)
     sync(grace_seconds=20.0)
     assert len(waited) == 1 and 15 < waited[0] <= 20
     assert list(server.adapters) == ["l-v2"]
@@ -313,7 +316,6 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
     tmp_path: Path, server: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEAL_VLLM_URL", server.url)
-    monkeypatch.setattr("flows.champions.sync_vllm", sync_vllm.fn)  # a task needs a Prefect server
     scheduled = serve_vllm.validate_parameters({})
     for lineage, rank in (("a", 8), ("b", 64), ("c", 8)):
         promote(tmp_path, "1", lineage=lineage, r=rank)
@@ -336,16 +338,16 @@ def test_a_scheduled_run_gets_no_lineage_and_syncs_every_one_that_has_a_champion
 
 def test_what_a_server_needs_is_said(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RegistryError, match="'l' has no champion"):
-        sync_vllm.fn("l", VllmSettings(url="http://127.0.0.1:9"))
+        sync_vllm("l", VllmSettings(url="http://127.0.0.1:9"))
     promote(tmp_path, "1")
     with pytest.raises(ConfigError, match="DEAL_VLLM_URL"):
-        sync_vllm.fn("l", VllmSettings())
+        sync_vllm("l", VllmSettings())
     with running(FakeVllm(api_key="key-1", allows_updates=False), free_port) as fake:
         with pytest.raises(VllmError, match="DEAL_VLLM_API_KEY"):
-            sync_vllm.fn("l", VllmSettings(url=fake.url))
+            sync_vllm("l", VllmSettings(url=fake.url))
         monkeypatch.setenv("DEAL_VLLM_API_KEY", "key-1")
         with pytest.raises(VllmError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
-            sync_vllm.fn("l", VllmSettings(url=fake.url))
+            sync_vllm("l", VllmSettings(url=fake.url))
     assert "key-1" not in str(caught.value)
     monkeypatch.setenv("DEAL_STORE_URI", "s3://bucket")
     (champion,) = open_registry().versions("l")

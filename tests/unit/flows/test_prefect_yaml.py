@@ -13,7 +13,7 @@ import yaml
 from prefect import Flow
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 
-from tasks.announcements import ARRIVAL_LANDED
+from tasks.arrival_runs import ARRIVAL_LANDED
 
 FILE = Path(__file__).parents[3] / "prefect.yaml"
 TOP = {"name", "prefect-version", "build", "push", "pull", "deployments", "definitions"}

@@ -20,7 +20,7 @@ from deal_core.errors import ConfigError, DataValidationError, StoreError
 from infra.settings import StoreSettings
 from infra.store.local import FileStore
 from infra.store.s3 import make_client
-from tasks.data_files import as_file, local_file
+from tasks.data_files import local_file
 from tests.loopback import Loopback
 from tests.s3 import ThreadedMotoServer
 
@@ -34,6 +34,11 @@ def rows() -> datasets.Dataset:
     return datasets.Dataset.from_dict(content, features=features)
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
 def test_a_saved_dataset_is_read_with_the_names_of_its_labels(rows: datasets.Dataset, tmp_path: Path) -> None:
     rows.select(range(30)).save_to_disk(tmp_path / "saved")
     with local_file(FileStore(tmp_path / "store"), str(tmp_path / "saved")) as file:
@@ -42,28 +47,33 @@ def test_a_saved_dataset_is_read_with_the_names_of_its_labels(rows: datasets.Dat
     assert not file.exists()
 
 
-def test_a_saved_dataset_has_the_same_digest_each_time(rows: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_saved_dataset_has_the_same_digest_each_time(
+    rows: datasets.Dataset, store: FileStore, tmp_path: Path
+) -> None:
     rows.save_to_disk(tmp_path / "saved")
     digests = set()
     for _ in range(2):
-        with as_file(tmp_path / "saved") as file:
+        with local_file(store, str(tmp_path / "saved")) as file:
             digests.add(sha256_of_input(file))
     assert len(digests) == 1
 
 
-def test_a_folder_of_several_splits_is_refused_with_their_names(rows: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_folder_of_several_splits_is_refused_with_their_names(
+    rows: datasets.Dataset, store: FileStore, tmp_path: Path
+) -> None:
     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "saved")
     told = "holds the splits train, validation; give the folder of one"
-    with pytest.raises(DataValidationError, match=told), as_file(tmp_path / "saved"):
+    with pytest.raises(DataValidationError, match=told), local_file(store, str(tmp_path / "saved")):
         pass
-    with as_file(tmp_path / "saved" / "train") as file:
+    with local_file(store, str(tmp_path / "saved" / "train")) as file:
         assert file.name == "train.parquet"
 
 
-def test_a_damaged_folder_is_refused(rows: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(rows: datasets.Dataset, store: FileStore, tmp_path: Path) -> None:
     rows.save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no arrow")
-    with pytest.raises(DataValidationError, match=r"cannot be read.*save it again"), as_file(tmp_path / "saved"):
+    told = r"cannot be read.*save it again"
+    with pytest.raises(DataValidationError, match=told), local_file(store, str(tmp_path / "saved")):
         pass
 
 
@@ -74,9 +84,9 @@ def test_any_other_folder_is_no_file_of_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "loop"])
-def test_a_path_that_nothing_can_be_is_left_to_the_reader(name: str, tmp_path: Path) -> None:
+def test_a_path_that_nothing_can_be_is_left_to_the_reader(name: str, store: FileStore, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with as_file(tmp_path / name) as file:
+    with local_file(store, str(tmp_path / name)) as file:
         assert file == tmp_path / name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from infra.store.local import FileStore, open_store
 from tasks.inbox import (
     PAUSE,
     Beside,
+    InboxLook,
     InboxState,
     KnownStates,
     list_arrivals,
     look,
     read_state,
-    split_settled,
+    settle,
     stamp_of,
     task_spec,
     write_state,
@@ -32,6 +34,19 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 def info(key: str = "inbox/bank/a.csv", etag: str = "1", age: float = 100.0) -> ObjectInfo:
     return ObjectInfo(key=key, size=1, etag=etag, modified=NOW - timedelta(seconds=age))
+
+
+def recent(age: float) -> ObjectInfo:
+    """A file that changed some seconds ago."""
+    return replace(info(), modified=datetime.now(UTC) - timedelta(seconds=age))
+
+
+def settled(
+    arrival: ObjectInfo, stamps: dict[str, str], beside: dict[str, Beside] | None = None
+) -> tuple[list[ObjectInfo], list[ObjectInfo]]:
+    """Whether the arrival is complete after two seconds without a change, or may still be written."""
+    inbox = InboxLook((arrival,), beside or {}, {})
+    return settle(inbox, InboxState(), (), stamps, settle_seconds=2.0, retry_now=False)
 
 
 def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> None:
@@ -48,15 +63,15 @@ def test_arrivals_come_oldest_first_and_nothing_else_counts(tmp_path: Path) -> N
 
 
 def test_a_file_that_changed_since_the_last_look_is_left_alone() -> None:
-    fresh = info(age=0.5)
-    assert split_settled([fresh], {}, NOW, 2.0) == ([], [fresh])
-    assert split_settled([fresh], {fresh.key: "0"}, NOW, 2.0) == ([], [fresh])
-    assert split_settled([fresh], {fresh.key: fresh.etag}, NOW, 2.0) == ([fresh], [])
+    fresh = recent(age=0.5)
+    assert settled(fresh, {}) == ([], [fresh])
+    assert settled(fresh, {fresh.key: "0"}) == ([], [fresh])
+    assert settled(fresh, {fresh.key: fresh.etag}) == ([fresh], [])
 
 
 def test_an_old_file_needs_no_second_look() -> None:
-    old = info(age=3)
-    assert split_settled([old], {}, NOW, 2.0) == ([old], [])
+    old = recent(age=3)
+    assert settled(old, {}) == ([old], [])
 
 
 @pytest.mark.parametrize("outcome", ["promoted", "rejected", "repeat", "refused"])
@@ -117,11 +132,11 @@ def test_a_file_refused_before_counts_its_tries_anew() -> None:
 
 
 def test_what_lies_beside_a_file_must_be_complete_too() -> None:
-    old, young = info(age=50), Beside("2", NOW - timedelta(seconds=0.5))
-    assert split_settled([old], {}, NOW, 2.0, {"bank": young}) == ([], [old])
-    assert split_settled([old], {old.key: stamp_of(old, Beside("1", NOW))}, NOW, 2.0, {"bank": young}) == ([], [old])
-    assert split_settled([old], {old.key: stamp_of(old, young)}, NOW, 2.0, {"bank": young}) == ([old], [])
-    assert split_settled([old], {}, NOW, 2.0, {"clinic": young}) == ([old], [])
+    old, young = recent(age=50), Beside("2", recent(age=0.5).modified)
+    assert settled(old, {}, {"bank": young}) == ([], [old])
+    assert settled(old, {old.key: stamp_of(old, Beside("1", NOW))}, {"bank": young}) == ([], [old])
+    assert settled(old, {old.key: stamp_of(old, young)}, {"bank": young}) == ([old], [])
+    assert settled(old, {}, {"clinic": young}) == ([old], [])
 
 
 def test_the_state_survives_in_the_store_apart_for_each_lineage(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stages and the lock around them: timed, reported, stoppable, one run per lineage."""
+"""Stages and the lock around them: timed, reported, stoppable, one run per lineage. What may pass is asked again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import httpx
 import pytest
+import tenacity
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.lock import hold_lineage
-from tasks.progress import Interrupted, Stages, advance, raise_if_stopped, reporting_to
+from tasks.progress import Interrupted, Stages, advance, patient, raise_if_stopped, reporting_to
+
+AT_ONCE = {"wait": tenacity.wait_none()}
 
 
 @pytest.fixture
@@ -172,3 +176,35 @@ def test_the_lock_lies_in_the_home(home: Path) -> None:
             assert (home / "locks" / "l.lock").exists()
 
     asyncio.run(hold())
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow")])
+def test_a_server_that_comes_back_is_waited_for(error: Exception) -> None:
+    answers = [error, error, None]
+
+    def ask() -> str:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+        return "here"
+
+    assert patient(ask).retry_with(**AT_ONCE)() == "here"
+
+
+def test_an_error_that_will_not_pass_is_raised_at_once() -> None:
+    calls = []
+
+    async def ask() -> None:
+        calls.append(1)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        asyncio.run(patient(ask).retry_with(**AT_ONCE)())
+    assert len(calls) == 1
+
+
+def test_patience_ends_with_the_servers_own_error() -> None:
+    def ask() -> None:
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(httpx.ConnectError, match="refused"):
+        patient(ask).retry_with(**AT_ONCE, stop=tenacity.stop_after_attempt(3))()

@@ -16,7 +16,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 from flows.server import deploy
 from flows.server.deploy import deploy_all, prefect_file
-from tasks.announcements import LANDED
+from tasks.arrival_runs import LANDED
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -42,7 +42,7 @@ from infra.predictions import (
 from infra.serving import prediction_log as logging_module
 from infra.serving.prediction_log import PredictionLog, open_prediction_log
 from infra.store.local import FileStore
-from tasks.housekeeping.inventory import ship_logs
+from tasks.housekeeping.garbage import ship_logs
 from tests.served import WAIT_SECONDS, Champion, running
 
 SECRET = "Zanzibar"

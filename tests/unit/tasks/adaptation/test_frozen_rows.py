@@ -90,7 +90,7 @@ def test_rows_that_changed_sides_are_counted_and_the_first_are_shown(store: Obje
 
 
 def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectStore, tmp_path: Path) -> None:
-    """The rows of a task may have one answer or several; files of earlier releases have no such column."""
+    """The rows of a task may have one answer or several; files without several have no such column."""
     both = ["yes", "no"]
     rows = [
         {"input": "text", "output": "yes", "sha256": digest(number), "references": both if number else None}
@@ -101,7 +101,8 @@ def test_a_row_with_several_right_answers_is_compared_by_the_best(store: ObjectS
     keep(store, "adapters/child", {"old": range(0), "new": range(0)}, {"new": range(NUM_ROWS)})
     (new,) = compare_answers(store, "adapters/child", None, include_texts=True)
     assert (new.num_lost, new.lost[0].row, new.lost[0].expected) == (1, digest(0), "yes")
-    test_set = load_test_set(store, TaskSchema(name="new"), "datasets/new", 9, 9)
+    known = KnownTask(schema=TaskSchema(name="new"), dataset_uri="datasets/new", num_test=9, max_prompt_tokens=9)
+    test_set = load_test_set(store, known)
     assert right_answers(test_set.rows) == ["yes", *([both] * (NUM_ROWS - 1))]
 
 

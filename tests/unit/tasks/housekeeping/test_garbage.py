@@ -1,15 +1,19 @@
-"""What of a lineage can go: the plan is a pure function of registry, store and runs."""
+"""What of a lineage can go, and what killed processes have left: found once it is old, never while it is in use."""
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.store.base import temporary_folder
+from infra.store.local import FileStore
 from infra.tracking.facts import VersionInfo
 from infra.tracking.runs import RunInfo
-from tasks.housekeeping.garbage import Folder, Holdings, kept_versions, plan_removals
+from tasks.housekeeping.garbage import Folder, Holdings, find_leftovers, kept_versions, plan_removals, remove_local
 
 NOW = datetime(2026, 6, 30, tzinfo=UTC)
 LIMIT = timedelta(days=30)
@@ -116,3 +120,47 @@ def test_what_no_run_is_known_of_goes_when_it_is_old() -> None:
 
 def test_training_rows_that_a_crash_has_left_go_once_they_are_old() -> None:
     assert plan(training_rows=(Folder("x/1", 1, OLD), Folder("x/2", 1, YOUNG))) == [("training rows", "1")]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileStore:
+    monkeypatch.setenv("DEAL_HOME", str(tmp_path / "home"))
+    return FileStore(tmp_path / "store")
+
+
+def later(hours: int = 25) -> datetime:
+    return datetime.now(UTC) + timedelta(hours=hours)
+
+
+def test_a_temporary_folder_is_the_users_own_and_goes_with_its_use(store: FileStore, tmp_path: Path) -> None:
+    with temporary_folder() as folder:
+        assert folder.parent == tmp_path / "home" / "tmp"
+        assert folder.stat().st_mode & 0o077 == 0
+        (folder / "rows").write_text("x")
+    assert list((tmp_path / "home" / "tmp").iterdir()) == []
+
+
+def test_what_was_left_for_a_day_is_found_and_removed_and_the_store_is_whole(store: FileStore, tmp_path: Path) -> None:
+    assert find_leftovers(store, later()) == []
+    store.put_bytes("inbox/a", b"rows")
+    part = store.root / ".incoming" / "0123"
+    part.write_bytes(b"ro")
+    temporary = tmp_path / "home" / "tmp" / "x"
+    (temporary / "folder").mkdir(parents=True)
+    (temporary / "folder" / "rows").write_bytes(b"rows")
+    assert find_leftovers(store, later(23)) == []
+    found = find_leftovers(store, later())
+    assert [(each.address, each.num_bytes) for each in found] == [(str(temporary), 4), (str(part), 2)]
+    for each in found * 2:
+        remove_local(each.address)
+    assert find_leftovers(store, later()) == [] and store.get_bytes("inbox/a") == b"rows"
+
+
+def test_what_is_still_written_to_is_not_left(store: FileStore, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "tmp" / "x"
+    folder.mkdir(parents=True)
+    (folder / "rows").write_text("new")
+    os.utime(folder, (0, 0))
+    assert find_leftovers(store, later(23)) == []
+    os.utime(folder / "rows", (0, 0))
+    assert len(find_leftovers(store, later(0))) == 1

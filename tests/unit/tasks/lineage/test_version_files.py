@@ -22,16 +22,16 @@ from tasks.adaptation.frozen_rows import load_test_set, read_answers
 from tasks.adaptation.ingest import read_manifest
 from tasks.adaptation.resume import read_findings
 from tasks.inbox import read_state
-from tasks.lineage.labels import added_labels
-from tasks.lineage.record import read_record
+from tasks.lineage.record import KnownTask, read_record
+from tasks.lineage.requests import added_labels
 from tasks.lineage.settings import read_lineage
 from tasks.lineage.version_files import borrowed_folder, borrowed_parent, require_stored
 from tasks.references import VersionRef
-from tasks.vllm import read_route
+from tasks.serving.vllm import read_route
 
 ADAPTER = "adapters/l/0123456789abcdef"
 CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q"]}
-BANK = TaskSchema(name="bank")
+BANK = KnownTask(schema=TaskSchema(name="bank"), dataset_uri="datasets/bank/77", num_test=9, max_prompt_tokens=9)
 FACTS = VersionFacts(
     run_key="0123456789abcdef" * 4, task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64,
     config_sha256="c" * 64, adapter_uri=ADAPTER, adapter_sha256="a" * 64, parent_version=None, accepted=True,
@@ -42,7 +42,7 @@ READERS: dict[str, Callable[[ObjectStore], Any]] = {
     f"{ADAPTER}/findings.json": lambda store: read_findings(ADAPTER),
     f"{ADAPTER}/answers.json": lambda store: read_answers(store, ADAPTER),
     "datasets/bank/77/manifest.json": lambda store: read_manifest(store, "datasets/bank/77"),
-    "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK, "datasets/bank/77", 9, 9),
+    "datasets/bank/77/test.parquet": lambda store: load_test_set(store, BANK),
     "promotions/l/00000001.json": lambda store: PromotionLog(store).last("l"),
     "ledger/l/77.json": lambda store: Ledger(store).find("l", "77"),
     "watch/l.json": lambda store: read_state(store, "l"),

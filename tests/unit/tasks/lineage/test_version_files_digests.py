@@ -1,4 +1,4 @@
-"""What comes out of the store is what was registered, also after `deal forget` and for versions of earlier releases."""
+"""What comes out of the store is what was registered, also after `deal forget`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from deal_core.strategies.strategy import STORED_ROWS
 from infra.store.local import FileStore
 from infra.tracking.facts import VersionInfo
 from infra.tracking.registry import Registry
+from tasks.lineage.history import version_ref
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent, replacing
-from tasks.lineage.versions import version_ref
 from tasks.references import AdapterRef
 from tests.unit.tasks.housekeeping.test_garbage import version
 
@@ -76,11 +76,6 @@ def emptied(tmp_path: Path) -> Path:
     return folder
 
 
-def of_before(info: VersionInfo) -> VersionInfo:
-    """The same version as an earlier release registered it."""
-    return replace(info, files_sha256=None)
-
-
 def flip(store: FileStore, info: VersionInfo, name: str) -> None:
     path = store.root / info.adapter_uri / name
     content = bytearray(path.read_bytes())
@@ -97,7 +92,7 @@ def load(store: FileStore, info: VersionInfo) -> None:
 
 
 def test_a_whole_version_is_lent_and_its_copy_is_gone_afterwards(store: FileStore, info: VersionInfo) -> None:
-    for known in (info, of_before(info), replace(of_before(info), adapter_sha256="")):
+    for known in (info, replace(info, files_sha256=None)):
         load(store, known)
     just_trained = AdapterRef(lineage="l", run_key="k", uri=info.adapter_uri, sha256=info.adapter_sha256)
     with borrowed_adapter(store, just_trained) as folder:
@@ -124,13 +119,6 @@ def test_a_flipped_byte_is_refused_and_the_message_says_what_to_do(store: FileSt
         pytest.fail("it was lent")
 
 
-def test_a_version_of_an_earlier_release_is_compared_by_its_one_digest(store: FileStore, info: VersionInfo) -> None:
-    flip(store, info, WEIGHTS)
-    with pytest.raises(IntegrityError, match=info.adapter_sha256), borrowed_adapter(store, of_before(info)):
-        pytest.fail("it was lent")
-    load(store, replace(of_before(info), adapter_sha256=""))  # nothing is known of it
-
-
 def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info: VersionInfo) -> None:
     flip(store, info, STATE)
     with borrowed_adapter(store, info):
@@ -139,24 +127,10 @@ def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info:
         pytest.fail("it was lent")
 
 
-def test_what_an_earlier_release_has_emptied_is_still_loaded(
+def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
     store: FileStore, info: VersionInfo, emptied: Path
 ) -> None:
-    store.upload_folder(emptied, info.adapter_uri)
-    load(store, of_before(info))
-    with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(info)):
-        pytest.fail("it was lent")
-    tags = Tags(of_before(info))
-    with replacing(store, cast(Registry, tags), tags.info, emptied):
-        store.upload_folder(emptied, info.adapter_uri)
-    assert tags.info.files_sha256 is None, "a digest was recorded of bytes that nobody can vouch for"
-
-
-@pytest.mark.parametrize("is_old", [False, True])
-def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
-    store: FileStore, info: VersionInfo, emptied: Path, is_old: bool
-) -> None:
-    tags = Tags(of_before(info) if is_old else info)
+    tags = Tags(info)
 
     def be_killed() -> None:
         with replacing(store, cast(Registry, tags), tags.info, emptied):
@@ -177,13 +151,12 @@ def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
         pytest.fail("it was lent")
 
 
-@pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("name", [WEIGHTS, STATE])
 def test_damage_is_not_washed_away_by_emptying_rows(
-    store: FileStore, info: VersionInfo, emptied: Path, name: str, is_old: bool
+    store: FileStore, info: VersionInfo, emptied: Path, name: str
 ) -> None:
     flip(store, info, name)
-    tags = Tags(of_before(info) if is_old else info)
+    tags = Tags(info)
     with replacing(store, cast(Registry, tags), tags.info, emptied):
         store.upload_folder(emptied, info.adapter_uri)
     with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(tags.info)):

@@ -8,9 +8,8 @@ import pytest
 
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from tasks.monitoring.feedback import _in_names_of_feedback
+from tasks.monitoring.feedback import _in_names_of_feedback, answer_column
 from tasks.monitoring.select import _check_columns, _to_fill_in
-from tasks.monitoring.task_columns import answer_column
 
 LABELS = TaskSchema(name="t", labels=("a", "b"), columns={"text": "note", "label": "finding"})
 FREE = TaskSchema(name="t", format="completion", columns={"completion": "reply"})

@@ -1,19 +1,24 @@
-"""Renewal of a task's test rows. Those of its first arrival judge it, until a person asks for new ones.
+"""What a person has asked for a task by command, and its next arrival brings: new labels, and new test rows.
 
-`deal tests renew TASK` asks once. The next arrival with test rows brings them. The rows before stay as a second slice,
-which is measured and shown too: the task "bank" then has the slice "bank.old-1".
+`deal labels TASK --add LABEL` adds labels. A version keeps the labels that it learned. A task file or spec without the
+new labels stays valid.
+
+The test rows of a task's first arrival judge it, until `deal tests renew TASK` asks for others. The next arrival with
+test rows brings them. The rows before stay as a second slice, which is measured and shown too: the task "bank" then has
+the slice "bank.old-1".
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
+from deal_core.data.schema import label_key
 from deal_core.errors import ConfigError
 from infra.store.base import ObjectStore
-from infra.store.keys import renewal_key
+from infra.store.keys import labels_key, renewal_key
 from infra.store.stored import Stored, read_stored, write_stored
 from infra.tracking.database import open_reader
 from tasks.context import current_store
@@ -26,16 +31,73 @@ MAX_NAME = 64
 """Most characters of a task's name, and so of a slice's."""
 
 
+class AddedLabels(Stored):
+    """The labels that were added to a task by command, oldest first."""
+
+    labels: tuple[str, ...]
+
+
+def added_labels(store: ObjectStore, lineage: str, task_name: str) -> tuple[str, ...]:
+    """Return the labels that were added to a task by command, oldest first.
+
+    Raises:
+        StoreError: The file is damaged, or another release wrote it.
+    """
+    found = read_stored(
+        store, labels_key(lineage, task_name), AddedLabels,
+        what=f"the labels that task '{task_name}' of '{lineage}' has gained",
+        remedy="Restore it from a backup of the store, or delete it and add the labels again (deal labels --add).",
+    )  # fmt: skip
+    return found.labels if found else ()
+
+
+def keep_labels(store: ObjectStore, lineage: str, task_name: str, labels: Sequence[str]) -> None:
+    """Store all labels that were added to a task by command."""
+    write_stored(store, labels_key(lineage, task_name), AddedLabels(labels=tuple(labels)))
+
+
+class LabelsResult(BaseModel, frozen=True):
+    """The labels of a task."""
+
+    lineage: str
+    task: str
+    labels: tuple[str, ...]
+    """All labels that the next arrival may use."""
+    added: tuple[str, ...]
+    present: tuple[str, ...]
+    """Requested labels that the task already had."""
+
+
+def add_labels(lineage: str, task: str, labels: Sequence[str]) -> LabelsResult:
+    """Add labels to a task, after its present labels. The next version that learns the task has the labels too.
+
+    A run that has already read its file ends without the new labels.
+
+    Raises:
+        RegistryError: The lineage has no champion.
+        ConfigError: The lineage does not know the task, the task has no labels, or a new label is not valid.
+    """
+    store = current_store()
+    known = choose_task(read_record(store, find_version(open_reader(), lineage, None).adapter_uri), task).schema
+    before = added_labels(store, lineage, task)
+    had = known.with_labels(before)
+    has = had.with_labels(labels)
+    added = has.labels[len(had.labels) :]
+    if added:
+        keep_labels(store, lineage, task, (*before, *added))
+    keys = {label_key(label) for label in had.labels}
+    present = tuple(label for label in labels if label_key(label) in keys)
+    return LabelsResult(lineage=lineage, task=task, labels=has.labels, added=added, present=present)
+
+
 class RenewalRequest(Stored):
     """The test rows that the next arrival is to replace."""
 
     dataset_uri: str
 
 
-class RenewalResult(BaseModel):
+class RenewalResult(BaseModel, frozen=True):
     """A request for new test rows."""
-
-    model_config = ConfigDict(frozen=True)
 
     lineage: str
     task: str

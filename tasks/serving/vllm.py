@@ -1,11 +1,18 @@
-"""Serve the champion by a vLLM server: load it under its own name, test it, write the route, unload the others.
+"""Hand versions to vLLM servers: load the champion into one server, or publish a folder that every replica finds.
 
-The route, `serving/LINEAGE.json` in the object store, has the model name that answers for the lineage. Clients read the
-route. A name never gets another adapter, because servers cache by name.
+`sync_vllm` loads the champion under its own name, tests it, writes the route, and unloads the others. The route,
+`serving/LINEAGE.json` in the object store, has the model name that answers for the lineage. Clients read the route. A
+name never gets another adapter, because servers cache by name.
+
+`publish` writes a folder for vLLM's plugin `lora_filesystem_resolver`, which looks for an unknown model name among the
+folders of VLLM_LORA_RESOLVER_CACHE_DIR. It loads the adapter if `base_model_name_or_path` in adapter_config.json is
+exactly the model that `vllm serve` was started with (https://docs.vllm.ai, LoRA Resolver Plugins);
+`--served-model-name` does not count.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,15 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from deal_core.adapter.files import CONFIG_FILE, PEFT_FILES, digests_of, require_undamaged
+from deal_core.base_model.sources import resolve_base
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError
 from deal_core.safe_text import without_secrets
 from infra.serving.vllm import VllmClient, VllmError
-from infra.settings import VllmSettings
+from infra.settings import HomeSettings, VllmSettings
 from infra.store import keys
 from infra.store.base import ObjectStore
 from infra.store.local import FileStore
@@ -32,9 +38,11 @@ from infra.tracking.facts import VersionInfo, require_through_gate
 from infra.tracking.registry import Registry, open_registry
 from tasks.adaptation.promote import settled_champion
 from tasks.context import current_store
-from tasks.lineage.history import lost_in_registry
+from tasks.lineage.history import find_version, lost_in_registry
+from tasks.lineage.record import LineageRecord, read_record
 from tasks.lineage.version_files import borrowed_adapter, remedy_for, require_recorded, require_stored
 from tasks.progress import reporter
+from tasks.serving.export import require_exportable
 
 TRIAL_PROMPT = "The text to answer."
 TRIAL_TOKENS = 4
@@ -60,7 +68,6 @@ class ServingRoute(Stored):
     """The digest of the adapter by name, for every name that was ever loaded."""
 
 
-@task(name="sync-vllm", cache_policy=NO_CACHE)
 def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
     """Make a vLLM server serve the lineage's champion. If it does already, nothing changes.
 
@@ -152,10 +159,10 @@ def _move(
             f"The name {name} was served with another adapter ({names[name][:12]}) than version {champion.version} has "
             f"({champion.adapter_sha256[:12]}), and the server may have cached it; give the lineage a new name."
         )
-    path = _published(store, champion, name, settings)
+    folder, path = _published(store, champion, name, settings)
     loaded = client.models()
     if name not in loaded:
-        _require_recorded(store, champion, name, settings)
+        _require_recorded(store, champion, folder, is_copy=settings.adapter_dir is not None)
         client.load(name, path)
         reporter().said(f"{name} is loaded from {path}")
     elif loaded[name].root != path:
@@ -201,46 +208,49 @@ def config_of(store: ObjectStore, champion: VersionInfo) -> dict[str, Any]:
         ) from None
 
 
-def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> str:
-    """Copy the adapter to the shared folder if necessary; return its path on the server."""
+def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> tuple[Path, str]:
+    """Copy the adapter to the shared folder if necessary; return the folder, and its path on the server."""
     if settings.adapter_dir is None:
         if isinstance(store, FileStore):
-            return str(store.root / champion.adapter_uri)
+            return store.root / champion.adapter_uri, str(store.root / champion.adapter_uri)
         raise ConfigError(
             f"The adapter is in {store.uri}, which the server does not read; set DEAL_VLLM_ADAPTER_DIR to a folder "
             "that this machine and the server share."
         )
-    folder = _copy_name(name, champion.adapter_sha256)
-    target = settings.adapter_dir / folder
-    if not target.exists():
-        settings.adapter_dir.mkdir(parents=True, exist_ok=True)
-        with (
-            borrowed_adapter(store, champion) as adapter,
-            tempfile.TemporaryDirectory(prefix=".", dir=settings.adapter_dir) as temporary,
-        ):
-            part = Path(temporary) / folder
-            part.mkdir()
-            for file in PEFT_FILES:
-                shutil.copyfile(adapter / file, part / file)
-            part.chmod(0o755)
-            part.rename(target)
-    return f"{settings.server_adapter_dir or settings.adapter_dir}/{folder}"
+    folder = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
+    if not folder.exists():
+        _write_folder(store, champion, folder)
+    return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"
 
 
-def _require_recorded(store: ObjectStore, champion: VersionInfo, name: str, settings: VllmSettings) -> None:
-    """Compare the files that the server is about to load with the recorded digests.
+def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: str | None = None) -> None:
+    """Copy the two PEFT files of a version to a new folder, which appears at once and complete.
 
-    A copy is compared again. If an earlier release registered the version, there is only one digest of all the
-    adapter's files, which cannot be compared with a copy of two files.
+    `config` replaces the content of adapter_config.json.
     """
-    if settings.adapter_dir is None:
-        assert isinstance(store, FileStore), "`_published` refuses other stores"
-        require_recorded(store, champion, store.root / champion.adapter_uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        borrowed_adapter(store, info) as adapter,
+        tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary,
+    ):
+        part = Path(temporary) / target.name
+        part.mkdir()
+        for file in PEFT_FILES:
+            shutil.copyfile(adapter / file, part / file)
+        if config is not None:
+            (part / CONFIG_FILE).write_text(config, encoding="utf-8")
+        part.chmod(0o755)
+        part.rename(target)
+
+
+def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, is_copy: bool) -> None:
+    """Compare the files that the server is about to load with the recorded digests, a copy too."""
+    if not is_copy:
+        require_recorded(store, champion, folder)
         return
-    target = settings.adapter_dir / _copy_name(name, champion.adapter_sha256)
     require_undamaged(
-        digests_of(target), champion.files_sha256 or {}, PEFT_FILES,
-        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(target),
+        digests_of(folder), champion.files_sha256 or {}, PEFT_FILES,
+        what=f"The server's copy of version {champion.version} of '{champion.lineage}'", where=str(folder),
         remedy="Remove that folder and run this again: the adapter is copied anew.",
     )  # fmt: skip
 
@@ -285,3 +295,82 @@ def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionIn
 
 def _write(store: ObjectStore, route: ServingRoute) -> None:
     write_stored(store, keys.route_key(route.lineage), route)
+
+
+class Published(BaseModel, frozen=True):
+    """A version in the folder of vLLM's resolver."""
+
+    lineage: str
+    version: str
+    model: str
+    """The model name for requests; the name of the folder."""
+    folder: str
+    base_model: str
+    """The model that `vllm serve` must have been started with."""
+    is_new: bool
+    """False: the folder was there already, with the same files."""
+
+
+def publish(
+    lineage: str, folder: Path, settings: VllmSettings, *, version: str | None = None, model: str | None = None
+) -> Published:
+    """Write a version into a folder of adapters. The new folder appears at once and complete, and never changes.
+
+    Args:
+        lineage: The lineage.
+        folder: The servers' VLLM_LORA_RESOLVER_CACHE_DIR, as this machine sees it.
+        settings: Limits of the servers.
+        version: Number of the version; None: the champion.
+        model: The model that `vllm serve` was started with, word for word; None: the Hub id of the lineage's base
+            model, or its folder on this machine.
+
+    Raises:
+        ConfigError: The servers cannot load such an adapter, or the folder has another adapter or another base model
+            under the name.
+        RegistryError: There is no such version, or it may not be used elsewhere.
+    """
+    store, registry = current_store(), open_registry()
+    info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
+    require_exportable(store, registry, info)
+    config = config_of(store, info)
+    require_servable(config, settings)
+    base = model or _base_for_vllm(read_record(store, info.adapter_uri))
+    content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
+    target = folder / model_name(info)
+    is_new = not target.exists()
+    if is_new:
+        _write_folder(store, info, target, content)
+    else:
+        _require_same(target, info, content)
+    return Published(
+        lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new
+    )
+
+
+def _base_for_vllm(record: LineageRecord) -> str:
+    """Return what `vllm serve` is given for a base model: its Hub id, or its folder on this machine."""
+    source = record.base.source
+    if "/" in record.base.name and not Path(source).expanduser().exists():
+        return record.base.name
+    return str(resolve_base(source, HomeSettings().cache_dir))
+
+
+def _require_same(target: Path, info: VersionInfo, config: str) -> None:
+    """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
+    wanted = {**(info.files_sha256 or {}), CONFIG_FILE: (hashlib.sha256(config.encode()).hexdigest(),)}
+    there = digests_of(target)
+    names = ", ".join(name for name in PEFT_FILES if there.get(name) not in wanted.get(name, ()))
+    if names:
+        base = _base_named(target)
+        other = f" It was published for the base model {base}." if base else ""
+        raise ConfigError(
+            f"{target} is there with other content ({names}), and a published name never changes.{other} Give another "
+            "folder, or stop the servers that use this one and remove it."
+        )
+
+
+def _base_named(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / CONFIG_FILE).read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -13,7 +13,7 @@ from infra.store.local import open_store
 from infra.tracking.facts import VersionInfo
 from infra.version_log import Ledger
 from tasks.adaptation.promote import note_learned
-from tasks.adaptation.repeats import find_repeat
+from tasks.adaptation.run import find_repeat
 from tasks.references import DatasetRef
 
 NOW = DatasetRef(
@@ -42,13 +42,13 @@ def test_rows_that_were_split_otherwise_are_a_repeat_of_what_was_left_behind(
     registry = SimpleNamespace(
         versions=lambda lineage: versions, champion=lambda lineage: champion, find_version=by_key.get
     )
-    monkeypatch.setattr("tasks.adaptation.repeats.open_registry", lambda: registry)
-    monkeypatch.setattr("tasks.adaptation.repeats.current_store", lambda: store)
-    assert find_repeat.fn(NOW, "l") is None, "a version that was overtaken before it was promoted is trained anew"
+    monkeypatch.setattr("tasks.adaptation.run.open_registry", lambda: registry)
+    monkeypatch.setattr("tasks.adaptation.run.current_store", lambda: store)
+    assert find_repeat(NOW, "l") is None, "a version that was overtaken before it was promoted is trained anew"
     for version in versions:
         note_learned(Ledger(store), version)
-    found = find_repeat.fn(NOW, "l")
+    found = find_repeat(NOW, "l")
     assert found is not None and (found.version, found.standing) == ("2", "left behind")
-    assert find_repeat.fn(NOW.model_copy(update={"landed_sha256": None}), "l") is None
+    assert find_repeat(NOW.model_copy(update={"landed_sha256": None}), "l") is None
     champion = versions[1]
-    assert find_repeat.fn(NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"
+    assert find_repeat(NOW, "l") is None, "its test rows were forgotten, and the arrival brings new ones"

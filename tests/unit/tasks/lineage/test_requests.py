@@ -14,10 +14,10 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.store.local import FileStore
-from tasks.adaptation.landing import choose_schema
-from tasks.adaptation.repeats import make_run_key
-from tasks.lineage.labels import added_labels, keep_labels
+from tasks.adaptation.ingest import choose_schema
+from tasks.adaptation.run import make_run_key
 from tasks.lineage.record import KnownTask, LineageRecord
+from tasks.lineage.requests import added_labels, keep_labels
 from tasks.references import Arrival, BaseRef, DatasetRef
 
 BANK = TaskSchema(name="bank", labels=("lost card", "fee"), instruction="Which?")

@@ -1,12 +1,14 @@
-"""Arrivals of cancelled runs: they are held until a person asks for them with `deal requeue`.
+"""The runs that a Prefect server starts for arrivals: an event announces each arrival, and a cancelled run holds it.
 
 A person cancels a run of the deployment `adapt` on Prefect's page, by its command or by its API. All arrivals that the
-run had still to learn are then held. The server's states are read before anything else is learned or announced, so the
-hold does not depend on the run's process, which may have been killed before it could write anything.
+run had still to learn are then held until `deal requeue`. The server's states are read before anything else is learned
+or announced, so the hold does not depend on the run's process, which may have been killed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import count, takewhile
@@ -16,22 +18,111 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events import emit_event
 from prefect.settings import get_current_settings
+from pydantic import BaseModel, ValidationError
 
 from deal_core.errors import ConfigError
 from deal_core.safe_text import listed
-from infra.store.base import ObjectInfo, ObjectStore
-from tasks.announcements import Announcement, drop_announcement
-from tasks.inbox import InboxLook, InboxState, look, read_state, write_state
-from tasks.lineage.held import HeldArrival, held_arrivals
+from infra.store.base import ObjectInfo, ObjectNotFoundError, ObjectStore
+from infra.store.keys import task_of
+from tasks.inbox import HeldArrival, InboxLook, growing_pause, held_arrivals, look, read_state, write_state
 from tasks.progress import patient, reporter
 
+ARRIVAL_LANDED = "deal.arrival.landed"
+"""The event. Its resource is `deal.lineage.NAME`, its payload has lineage, task, uri and etag."""
+LANDED = "deal-arrival-landed"
+"""The automation of prefect.yaml that starts a run for the event."""
 DEPLOYMENT = "adapt"
 """The deployment of prefect.yaml whose runs learn what lands."""
 CANCELLATION = (StateType.CANCELLING, StateType.CANCELLED)
 """The states of a run that a person cancels, in this order."""
 _PAGE = 100
 """Runs asked for at once; a server of Prefect gives 200 at most."""
+
+
+class Announcement(BaseModel, extra="forbid"):
+    """The last announcement of an arrival, at `landed/LINEAGE/DIGEST.json` (digest of key, content and companions).
+
+    An arrival that a run began before its announcement counts as announced; see `note_begun`.
+    """
+
+    key: str
+    etag: str
+    number: int
+    """Number of earlier announcements."""
+    at: datetime
+
+
+def announce(
+    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, released: datetime | None = None, *,
+    number: int = 0,
+) -> None:
+    """Announce an arrival to the server, then note the announcement. A repeat after a crash counts once.
+
+    `released` is when a person ended a hold of the arrival. The server ignores an event that it has had half an hour
+    before; an announcement after the hold is another event than one before. `number` counts earlier announcements.
+    """
+    uri, content = store.uri_of(info.key), f"{info.etag} {beside}".strip()
+    after = f" after {released.isoformat()}" if released else ""
+    emit_event(
+        event=ARRIVAL_LANDED,
+        resource={"prefect.resource.id": f"deal.lineage.{lineage}", "prefect.resource.name": lineage},
+        payload={"lineage": lineage, "task": task_of(info.key), "uri": uri, "etag": info.etag},
+        id=uuid.uuid5(uuid.NAMESPACE_URL, f"{lineage} {uri}@{content} {number}{after}"),  # a repeat has the same id
+        occurred=datetime.now(UTC),
+    )
+    _note(store, lineage, info, beside, number)
+
+
+def announce_again(
+    store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, now: datetime, released: datetime | None = None
+) -> bool:
+    """Announce an open arrival without a run once more, if the pause since the last announcement is over.
+
+    The pauses grow, because the arrival's run may be waiting for a worker. Return whether the pause was over.
+    """
+    known = read_announcement(store, lineage, info, beside)
+    if known is None or now - known.at < growing_pause(known.number):
+        return False
+    announce(store, lineage, info, beside, released, number=known.number + 1)
+    return True
+
+
+def note_begun(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Note an arrival that a run begins and that was not announced. If the run is lost, a server announces it again."""
+    _note(store, lineage, info, beside, 0)
+
+
+def read_announcements(
+    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo]
+) -> dict[str, Announcement]:
+    """Return the last announcement of each arrival that has one, by the arrival's key."""
+    found = ((info.key, read_announcement(store, lineage, info, inbox.stamp(info))) for info in arrivals)
+    return {key: announced for key, announced in found if announced is not None}
+
+
+def read_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> Announcement | None:
+    """Return the last announcement of an arrival; None: there was none, or its note is damaged."""
+    try:
+        return Announcement.model_validate_json(store.get_bytes(_announcement_key(lineage, info, beside)))
+    except (ObjectNotFoundError, ValidationError):
+        return None
+
+
+def drop_announcement(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str) -> None:
+    """Delete the note of an announcement after its arrival was handled."""
+    store.delete(_announcement_key(lineage, info, beside))
+
+
+def _note(store: ObjectStore, lineage: str, info: ObjectInfo, beside: str, number: int) -> None:
+    noted = Announcement(key=info.key, etag=info.etag, number=number, at=datetime.now(UTC))
+    store.put_bytes(_announcement_key(lineage, info, beside), noted.model_dump_json().encode())
+
+
+def _announcement_key(lineage: str, info: ObjectInfo, beside: str) -> str:
+    digest = hashlib.sha256(f"{info.key}\n{info.etag}\n{beside}".encode()).hexdigest()
+    return f"landed/{lineage}/{digest[:32]}.json"
 
 
 def learning_deployment() -> filters.DeploymentFilter:
@@ -51,29 +142,21 @@ class CancelledRun(NamedTuple):
 
 
 async def hold_cancelled(
-    store: ObjectStore,
-    lineage: str,
-    inbox: InboxLook,
-    arrivals: Sequence[ObjectInfo],
+    store: ObjectStore, lineage: str, inbox: InboxLook, arrivals: Sequence[ObjectInfo],
     announced: Mapping[str, Announcement],
 ) -> tuple[str, ...]:
-    """Hold the open arrivals of a lineage whose run was cancelled; return their keys.
+    """Hold those of a lineage's open arrivals whose run was cancelled; return their keys.
 
     A cancelled run holds an arrival if it was cancelled after the arrival was announced, or after a run without an
-    announcement began to learn it. An arrival that no run has seen is not held. A later `deal requeue` ends the hold.
-
-    Args:
-        store: The object store.
-        lineage: The lineage.
-        inbox: A look at the inbox.
-        arrivals: Its open arrivals.
-        announced: Key of an arrival → its last announcement, for those that have one.
+    announcement began to learn it. An arrival that no run has seen is not held: the file's own time says nothing, since
+    a copy may keep the time of its original. A later `deal requeue` ends the hold. `announced` has the last
+    announcement by the arrival's key.
     """
     if not arrivals or not get_current_settings().api.url:
         return ()
     state = read_state(store, lineage)
-    times = {info.key: _waits_since(state, info, announced.get(info.key)) for info in arrivals}
-    since = {key: at for key, at in times.items() if at is not None}
+    seen = {info.key: state.requeued(info) or announced.get(info.key) for info in arrivals}
+    since = {key: known.at for key, known in seen.items() if known is not None}
     runs = await cancelled_runs(lineage, min(since.values())) if since else []
     held = []
     for info in [info for info in arrivals if info.key in since]:
@@ -93,17 +176,6 @@ async def hold_cancelled(
         known = HeldArrival(key=info.key, why=state.files[info.key].message)
         reporter().said(f"{known.key} is held: {known.why} Let it go on with: {known.remedy(lineage)}")
     return tuple(info.key for info in held)
-
-
-def _waits_since(state: InboxState, info: ObjectInfo, announced: Announcement | None) -> datetime | None:
-    """Return the time from which on a cancelled run is a run of this arrival; None: no run has seen it.
-
-    The file's own time says nothing: a copy may keep the time of its original.
-    """
-    released = state.requeued(info)
-    if released is not None:
-        return released.at
-    return announced.at if announced else None
 
 
 @patient
