@@ -2,11 +2,10 @@
 
     python -m benchmarks.evaluation
 
-An adapter learns two of the examples first. With --texts it learns the one whose answers are sentences. So answers end
-as a trained model's do. Then all their rows are answered by each variant in turn, in random order. The loops run on a
-base model as Transformers loads it, with the same prompts and the same limit of new tokens. `first_token_only` is our
-evaluation ended after the reading of the prompts: no way of choosing among labels by their likelihood can be faster,
-since each has to read the prompts.
+An adapter learns two of the examples first, so that answers end as a trained model's do. Then all their rows are
+answered by each variant in turn, in random order. The loops run on a base model as Transformers loads it, with the same
+prompts and the same limit of new tokens. `first_token_only` is our evaluation ended after the reading of the prompts:
+no way of choosing among labels by their likelihood can be faster, since each has to read the prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
 from deal_core.base_model.load import BaseModel, load_base
@@ -39,47 +39,36 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
-OUT, OUT_TEXTS = (Path("benchmarks/results") / name for name in ("evaluation.json", "evaluation_texts.json"))
 MAX_PROMPT_TOKENS = 512
-LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
-TEXTS = {"repairs": ("messages.jsonl",)}
+EXAMPLE_FILES = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
 TOPIC = "What is the topic of the following message? Choose one from the option."
-WORK_ORDER = "Write the work order for this message."
+LOOPS = {"loop_batch_1": 1, "loop_batch_16": 16}
+"""Variant → rows of its batches."""
 Task = tuple[TaskSchema, Dataset]
 
 
-def read_tasks(*, texts: bool) -> list[Task]:
+def read_tasks() -> list[Task]:
     """The examples' rows, columns input and output."""
     tasks = []
-    for name, files in (TEXTS if texts else LABELS).items():
+    for name, files in EXAMPLE_FILES.items():
         lines = [json.loads(line) for file in files for line in (EXAMPLES / name / file).read_text().splitlines()]
-        if texts:
-            rows = [{"input": row["message"], "output": row["work_order"]} for row in lines]
-            task = TaskSchema(name=name, instruction=WORK_ORDER)
-        else:
-            rows = [{"input": row["text"], "output": row["label"]} for row in lines]
-            task = TaskSchema(name=name, labels=tuple(sorted({row["output"] for row in rows})), instruction=TOPIC)
-        tasks.append((task, Dataset.from_list(rows)))
+        rows = [{"input": row["text"], "output": row["label"]} for row in lines]
+        labels = tuple(sorted({row["output"] for row in rows}))
+        tasks.append((TaskSchema(name=name, labels=labels, instruction=TOPIC), Dataset.from_list(rows)))
     return tasks
 
 
 def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> None:
     """Train one adapter on all tasks."""
     (task, rows), *others = tasks
+    setup = TrainingSetup(
+        task=task, strategy="seq_lora", adapter=AdapterConfig(), method=MethodConfig(),
+        train=TrainConfig(max_steps=steps, checkpoint_steps=0),
+    )  # fmt: skip
     train_adapter(
-        base, rows,
-        TrainingSetup(
-            task=task,
-            strategy="seq_lora",
-            adapter=AdapterConfig(),
-            method=MethodConfig(),
-            train=TrainConfig(max_steps=steps, checkpoint_steps=0),
-        ),
-        parent_folder=None,
-        joined=others,
-        output_folder=folder,
+        base, rows, setup, parent_folder=None, joined=others, output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
-    )
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -103,29 +92,24 @@ def answer_in_a_loop(model: PeftModel, base: BaseModel, tasks: Sequence[Task], b
 
 def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task], max_new_tokens: int) -> list[str]:
     """Generate as an adaptation's evaluation does."""
-    config = EvaluateConfig(max_new_tokens=max_new_tokens)
-    return [
-        answer
-        for task, rows in tasks
-        for answer in generate_answers(
+    config, answers = EvaluateConfig(max_new_tokens=max_new_tokens), []
+    for task, rows in tasks:
+        answers += generate_answers(
             model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS
         )
-    ]
+    return answers
 
 
 def main(
     base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
     steps: Annotated[int, typer.Option(help="Steps that the adapter learns.")] = 60,
     precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
-    texts: Annotated[bool, typer.Option("--texts", help="Answers are sentences, not labels.")] = False,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
-    out: Annotated[
-        Path | None, typer.Option(help="Where the figures go.", show_default=f"{OUT}, or {OUT_TEXTS}")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "evaluation.json",
 ) -> None:
     """Print and write rows per second of each variant, the ratios, and the share of identical answers."""
     disable_progress_bars()
-    tasks = read_tasks(texts=texts)
+    tasks = read_tasks()
     references = [output for _, rows in tasks for output in rows["output"]]
     with tempfile.TemporaryDirectory(prefix="deal-evaluation-") as work:
         ours = load_base(base, HomeSettings().cache_dir, precision=precision)  # type: ignore[arg-type]
@@ -138,8 +122,7 @@ def main(
     variants: dict[str, Callable[[], list[str]]] = {
         "deal": lambda: answer_as_evaluated(model, ours, tasks, EvaluateConfig().max_new_tokens),
         "first_token_only": lambda: answer_as_evaluated(model, ours, tasks, 1),
-        "loop_batch_1": lambda: answer_in_a_loop(plain, ours, tasks, 1),
-        "loop_batch_16": lambda: answer_in_a_loop(plain, ours, tasks, 16),
+        **{name: partial(answer_in_a_loop, plain, ours, tasks, size) for name, size in LOOPS.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     answers: dict[str, list[str]] = {}
@@ -149,7 +132,7 @@ def main(
             started = time.perf_counter()
             answers[name] = variants[name]()
             seconds[name].append(time.perf_counter() - started)
-    best = min(("loop_batch_1", "loop_batch_16"), key=lambda name: statistics.median(seconds[name]))
+    best = min(LOOPS, key=lambda name: statistics.median(seconds[name]))
 
     def times(slower: str, faster: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
@@ -157,13 +140,11 @@ def main(
     def share(answered: Sequence[str], wanted: Sequence[str]) -> float:
         return sum(a == b for a, b in zip(answered, wanted, strict=True)) / len(wanted)
 
-    write_result(out or (OUT_TEXTS if texts else OUT), {
+    write_result(out, {
         "base": base, "precision": str(ours.model.dtype), "num_rows": len(references), "num_measurements": measurements,
         "median_rows_per_second": {name: len(references) / statistics.median(found) for name, found in seconds.items()},
         "best_loop": best, "times_best_loop": times(best, "deal"),
-        "identical_answers": {
-            name: share(answers["deal"], answers[name]) for name in ("loop_batch_1", "loop_batch_16")
-        },
+        "identical_answers": {name: share(answers["deal"], answers[name]) for name in LOOPS},
         "accuracy": {name: share(answers[name], references) for name in variants if name != "first_token_only"},
         "label_scoring_at_most_times": times("deal", "first_token_only"),
     })  # fmt: skip
