@@ -118,7 +118,9 @@ def outcomes(cell: CellJson) -> Iterator[tuple[list[float], list[float]]]:
                 yield row_scores(scores), row_scores(after["scores"][task])
 
 
-def told_from(pairs: list[tuple[list[float], list[float]]], num_rows: int, confidence: float) -> dict[str, float | None]:
+def told_from(
+    pairs: list[tuple[list[float], list[float]]], num_rows: int, confidence: float
+) -> dict[str, float | None]:
     """Mean noise of one task's drop, and of the mean drop of many tasks, in points."""
     drops = [PairedDrop.of(before[:num_rows], after[:num_rows]) for before, after in pairs]
     noise = NormalDist().inv_cdf(confidence) * statistics.mean(drop.standard_error for drop in drops)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deal_core.evaluation.answer_scores import plain_answer
-from deal_core.evaluation.label_figures import number_labels
+from deal_core.evaluation.answer_scores import number_labels
 
 
 @dataclass(frozen=True, kw_only=True)
