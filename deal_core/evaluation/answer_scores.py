@@ -1,4 +1,4 @@
-"""What answers are worth: a score from 0 to 1 for every test row, by the metric of its task, and figures of each label."""
+"""What answers are worth: a score from 0 to 1 for every test row, by its task's metric, and figures of each label."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.generation import Confidence
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64

@@ -16,7 +16,7 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.cell import Cell, make_cell
-from deal_core.benchmark.run import CellRun, run_cell
+from deal_core.benchmark.run import HEADS, CellRun, answer_by_head, run_cell
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.benchmark.summary import final_scores
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
@@ -27,7 +27,6 @@ from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
-from deal_core.benchmark.run import HEADS, answer_by_head
 from deal_core.selection.features import features
 
 DEFAULTS = MethodConfig()

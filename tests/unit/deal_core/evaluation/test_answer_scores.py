@@ -14,16 +14,17 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import (
     METRICS,
     MODULES_VARIABLE,
+    collapsed,
     contains,
     exact_match,
     json_fields,
+    label_figures,
     metric_name,
     rouge1,
     rouge_l,
     score_answers,
     scored_otherwise,
 )
-from deal_core.evaluation.answer_scores import collapsed, label_figures
 
 WORDS = st.lists(st.sampled_from("abc"), max_size=7)
 

@@ -20,8 +20,7 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answering
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
-from deal_core.evaluation.generation import Confidence
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs, generate_answers
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs, generate_answers
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
@@ -11,10 +13,13 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.label_scores import label_log_probs
-import numpy as np
-from scipy.special import log_softmax
-from deal_core.evaluation.label_scores import constrained_accuracy, offsets, ranking_auc, recentred_accuracy
+from deal_core.evaluation.label_scores import (
+    constrained_accuracy,
+    label_log_probs,
+    offsets,
+    ranking_auc,
+    recentred_accuracy,
+)
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
 TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]
