@@ -74,8 +74,8 @@ def load_base(
 
     Args:
         source: as for `resolve_base`, or a folder that it returned.
-        cache_folder: folder of fetched and converted models and of digests.
-        precision: bf16, fp32, or auto (see `choose_dtype`).
+        cache_folder: as for `resolve_base`; digests are kept there too.
+        precision: of the frozen weights, see `choose_dtype`.
         quantize: hold the linear layers in 8 or 4 bits; computations with them use `precision`.
         on_progress: as for `resolve_base`.
 
@@ -83,9 +83,6 @@ def load_base(
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
             before anything is fetched, if this machine cannot quantize.
         IntegrityError: a converted model in the cache was changed or damaged.
-
-    Example:
-        >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
     """
     dtype = choose_dtype(precision)
     quantized = {} if quantize == "none" else quantization(quantize, dtype)

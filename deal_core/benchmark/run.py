@@ -264,14 +264,9 @@ HEADS: dict[str, Callable[[NDArray[np.float64]], ClassifierMixin]] = {
 def answer_by_head(
     bound: str, train_ND: Tensor, labels: Sequence[str], test_ND: Tensor, known: Sequence[str]
 ) -> list[str]:
-    """Fit a bound's classifier on the training rows' features, and return its label for every test row.
+    """Fit a bound's classifier on the features and labels of training rows, and return its label for every test row.
 
-    Args:
-        bound: A name in HEADS.
-        train_ND: Features of the training rows.
-        labels: Their labels.
-        test_ND: Features of the test rows.
-        known: The task's labels; a label without a training row is never answered.
+    A label of the task (`known`) without a training row is never answered.
     """
     if len(set(labels)) < 2:  # a classifier needs two classes
         return [labels[0] if labels else known[0]] * len(test_ND)

@@ -186,7 +186,6 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
 def test_another_version_answers_as_if_it_were_loaded_alone(
     answerer: Answerer, served_folder: Path, new_version: NewVersion, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """An adapter of the same form is copied over the old one; one of another rank or other layers replaces it."""
     folder = new_version(adapter=AdapterConfig(**{"rank": 4, **changes}))
     before, wanted = answers_alone(served_folder, tmp_path), answers_alone(folder, tmp_path)
     assert before != wanted
