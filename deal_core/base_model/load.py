@@ -20,6 +20,7 @@ from deal_core.base_model.sources import (
     KINDS,
     auto_class,
     cache_entry,
+    fetch_snapshot,
     require_all_weights,
     resolve_base,
     sha256_of_model,
@@ -238,17 +239,10 @@ def _read_config(folder: Path, source: str, **options: str) -> Any:
 
 def _config_from_hub(source: str) -> BaseConfig:
     """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        file = Path(hf_hub_download(source, "config.json"))
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        folder = fetch_snapshot(source, "model", ["config.json"])
+    except ConfigError as error:
         raise ConfigError(
-            f"The config of base model {source!r} could not be fetched from the Hub ({reason}), and without it the "
-            f"model's size is unknown. Give a local folder with its config.json. {KINDS}"
+            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. {KINDS}"
         ) from error
-    names = ("model.safetensors", "model.safetensors.index.json")
-    has_weights = any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
-    return BaseConfig(config=_read_config(file.parent, source), folder=file.parent if has_weights else None)
+    return BaseConfig(config=_read_config(folder, source), folder=folder if any(folder.glob("*.safetensors")) else None)

@@ -142,7 +142,8 @@ class AccuracyMatrix(VersionedJson):
     @property
     def backward_transfer(self) -> float | None:
         """BWT = mean_{i<T}(R[T][i] − R[i][i]), R[i][i] by the first version trained on task i; None with one task."""
-        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in self._old_tasks())
+        old = self._old_tasks()
+        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
 
     @property
     def forward_transfer(self) -> float | None:

@@ -113,7 +113,7 @@ def _look(
 
 def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -> list[DriftTest]:
     has_labels = bool(live["is_label"].notna().any() and reference["is_label"].notna().any())
-    differences: dict[TestName, Difference | None] = {}
+    limits, differences = {"labels": config.min_psi, "texts": config.min_auc}, dict[TestName, Difference | None]()
     if has_labels:
         differences["labels"] = two_samples.label_shares(reference["label"].dropna(), live["label"].dropna())
         differences["no label"] = two_samples.share_grew(
@@ -129,16 +129,9 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
     if "input" in reference and "input" in live:
         differences["texts"] = two_samples.texts([*reference["input"].dropna()], [*live["input"].dropna()])
     return [
-        DriftTest(
-            name=name, effect=each.effect, limit=_limit(name, config), p_value=each.p_value, low=each.low,
-            high=each.high,
-        )
+        DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(each))
         for name, each in differences.items() if each is not None
     ]  # fmt: skip
-
-
-def _limit(name: TestName, config: MonitorConfig) -> float:
-    return {"labels": config.min_psi, "texts": config.min_auc}.get(name, config.min_distance)
 
 
 class Hits(NamedTuple):
@@ -221,10 +214,15 @@ def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float
     )
     alarms = [Alarm(kind="drift", reason=_reason(each, found.label_shares)) for each in tests if each.is_alarm]
     for word, accuracy in (("measured", measured), ("estimated", estimated)):
-        if accuracy is not None and accuracy.is_alarm:
-            alarms.append(Alarm(kind="quality", reason=_dropped(word, accuracy)))
-            if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
-                alarms.append(Alarm(kind="decayed", reason=_decayed(word, accuracy, before)))
+        if accuracy is None or accuracy.reference is None or not accuracy.is_alarm:
+            continue
+        interval = f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
+        said = f"accuracy is {word} at {100 * accuracy.accuracy:.1f} % ({interval})"
+        versus_tests = f"in {accuracy.num_rows} live rows; the test rows have {100 * accuracy.reference:.1f} %"
+        alarms.append(Alarm(kind="quality", reason=f"{said} {versus_tests}"))
+        if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
+            versus_gate = f"below the {100 * before:.1f} % that the gate measured for the version before"
+            alarms.append(Alarm(kind="decayed", reason=f"{said}, {versus_gate}"))
     return replace(
         found, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms)
     )
@@ -252,23 +250,6 @@ def _reason(test: DriftTest, label_shares: Mapping[str, tuple[float, float]]) ->
     return f"{said}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else said
 
 
-def _dropped(word: str, accuracy: LiveAccuracy) -> str:
-    assert accuracy.reference is not None
-    return (
-        f"accuracy is {word} at {_percent(accuracy)} in {accuracy.num_rows} live rows; the test rows have "
-        f"{100 * accuracy.reference:.1f} %"
-    )
-
-
-def _decayed(word: str, accuracy: LiveAccuracy, before: float) -> str:
-    return (
-        f"accuracy is {word} at {_percent(accuracy)}, below the {100 * before:.1f} % that the gate measured for the "
-        "version before"
-    )
-
-
-def _percent(accuracy: LiveAccuracy) -> str:
-    return f"{100 * accuracy.accuracy:.1f} % ({100 * accuracy.low:.1f} to {100 * accuracy.high:.1f})"
 
 
 def _label_shares(reference: pd.DataFrame, live: pd.DataFrame) -> dict[str, tuple[float, float]]:

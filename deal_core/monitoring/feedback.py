@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from deal_core.data.schema import TaskSchema, label_key
@@ -71,10 +71,8 @@ class FeedbackEntry:
     def check_against(self, tasks: Mapping[str, TaskSchema], task: str | None, place: str) -> Feedback:
         """Return the feedback with the label in the task's spelling.
 
-        Args:
-            tasks: The tasks of the lineage by name.
-            task: The task of the answer; None: the answer is not known here, so any task may be its task.
-            place: Where the entry stands, for the message.
+        `tasks` are those of the lineage. If the answer's `task` is None, the answer is not known here, and any task may
+        be its task. `place` says in the message where the entry stands.
 
         Raises:
             ConfigError: The task has no such label, or takes another kind of answer.
@@ -95,17 +93,13 @@ class FeedbackEntry:
                 f"{place} has the label {brief(label)}, which the task does not have. Its labels are: "
                 f"{listed(tuple(spelled.values()))}."
             )
-        return Feedback(**{**vars(self.feedback), "label": spelled[label_key(label)]})
+        return replace(self.feedback, label=spelled[label_key(label)])
 
 
 def read_entry(values: Any, place: str, *, source: Source, now: float) -> FeedbackEntry:
-    """Check the form of an entry.
+    """Check the form of an entry: `id`, one of `label`, `answer` and `is_right`, maybe `is_random` and `reviewer`.
 
-    Args:
-        values: The entry: `id`, one of `label`, `answer` and `is_right`, and optionally `is_random` and `reviewer`.
-        place: Where the entry stands, for the message.
-        source: How the entry came.
-        now: The time, in seconds since 1970.
+    `place` says in the message where the entry stands; `now` is the time in seconds since 1970.
 
     Raises:
         ConfigError: The form is wrong. The message quotes no answer.
