@@ -35,7 +35,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.output import DEAL, RESULTS, bare_environment, write_result
+from benchmarks.output import DEAL, RESULTS, Base, Out, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from infra.settings import TrackingSettings
@@ -66,7 +66,6 @@ CELL_STRATEGIES = ("deal", "seq_lora", "ewc", "replay")
 NUM_TEST_ROWS = 64
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 def processor_seconds() -> float:
@@ -153,7 +152,7 @@ def medians_of_stages(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 @app.command()
 def adaptation(
-    base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     rows: Annotated[int, typer.Option(help="Rows of each task, training and test.")] = 600,
     measurements: Annotated[int, typer.Option(help="Lineages of two tasks.")] = 3,
     out: Out = RESULTS / "adaptation.json",

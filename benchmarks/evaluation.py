@@ -26,7 +26,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.output import RESULTS, write_result
+from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
 from deal_core.base_model.load import BaseModel, load_base
@@ -101,11 +101,11 @@ def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task]
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     steps: Annotated[int, typer.Option(help="Steps that the adapter learns.")] = 60,
     precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "evaluation.json",
+    out: Out = RESULTS / "evaluation.json",
 ) -> None:
     """Print and write rows per second of each variant, the ratios, and the share of identical answers."""
     disable_progress_bars()

@@ -24,7 +24,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.output import RESULTS, write_result
+from benchmarks.output import RESULTS, Out, write_result
 from deal_core.benchmark.summary import CellJson, read_cells, row_scores
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.significance import PairedDrop, smallest_clear_drop
@@ -39,7 +39,6 @@ NUM_TASKS = 50
 """Old tasks among which the budget of test rows is divided."""
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 def hits(lost: float, gained: float) -> Draw:

@@ -18,7 +18,6 @@ import json
 import platform
 import random
 import re
-import resource
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.output import RESULTS, alone, write_result
+from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
@@ -154,8 +153,7 @@ def run_variant(name: str, source: Path, folder: Path) -> dict[str, Any]:
     else:
         build_with_datasets(source, TASK.labels, folder, CONFIG)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - before}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**took, "peak_bytes": peak, **what_is_in(folder)}
+    return {**took, "peak_bytes": peak_bytes(), **what_is_in(folder)}
 
 
 def what_is_in(folder: Path) -> dict[str, Any]:
@@ -200,7 +198,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of the file that ours alone is run on; 0: no such run.")] = 10_000_000,
     rival_rows: Annotated[int, typer.Option(help="Rows of the file that both are run on; 0: none.")] = 1_000_000,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 3,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "ingest.json",
+    out: Out = RESULTS / "ingest.json",
 ) -> None:
     """Print and write rows per second and peak memory of both."""
     shares = {"duplicates": SHARE_DUPLICATES, "bad": SHARE_BAD}

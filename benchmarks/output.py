@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,6 +21,8 @@ DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 """`deal` without being installed: what this checkout says."""
 RESULTS = Path("benchmarks/results")
 
+Base = Annotated[str, typer.Option(help="Base model.")]
+Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 Result = TypeVar("Result")
 
 
@@ -27,6 +30,11 @@ def alone(function: Callable[..., Result], *values: object) -> Result:
     """Call a function in a process of its own, whose memory and threads nothing else has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *values).result()
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bare_environment() -> dict[str, str]:

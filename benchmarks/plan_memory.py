@@ -13,14 +13,14 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer
 
-from benchmarks.output import RESULTS, alone, write_result
+from benchmarks.output import RESULTS, Out, alone, write_result
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import find_config, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -121,7 +121,7 @@ def run_case(case: Case, source: str, parent: Path | None) -> dict[str, Any]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "plan_memory.json",
+    out: Out = RESULTS / "plan_memory.json",
 ) -> None:
     """Run every case and write predicted and measured bytes, and their ratio."""
     results = []

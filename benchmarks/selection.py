@@ -14,7 +14,6 @@ task. The base model reads the rows once, since their texts stay the same.
 from __future__ import annotations
 
 import random
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from benchmarks.ingest import CHUNK_ROWS, TASK, text_of
-from benchmarks.output import RESULTS, alone, write_result
+from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE
@@ -47,7 +46,6 @@ NOISY_TASKS = ("agnews", "dbpedia", "amazon")
 WRONG_SHARES = (0.0, 0.1, 0.3)
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 def write_rows(path: Path, num_rows: int) -> None:
@@ -97,11 +95,6 @@ def _train(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path | 
     )  # fmt: skip
 
 
-def peak_bytes() -> int:
-    """The largest memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @app.command()
 def cost(
     rows: Annotated[
@@ -145,7 +138,7 @@ def label_noise(
     data: Annotated[Path, typer.Option(help="Folder of tasks.")],
     task: Annotated[list[str] | None, typer.Option(help="Tasks.", show_default=", ".join(NOISY_TASKS))] = None,
     rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 300,
-    base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     out: Out = RESULTS / "label_noise.json",
 ) -> None:
     """How many wrong labels are found in each task, by their share."""

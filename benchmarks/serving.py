@@ -38,7 +38,7 @@ import httpx
 import psutil
 import typer
 
-from benchmarks.output import DEAL, RESULTS, write_result
+from benchmarks.output import DEAL, RESULTS, Out, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from deal_core.base_model.sources import DEFAULT_BASE
 from infra.predictions import read_predictions
@@ -64,7 +64,6 @@ Expected = Mapping[str, Sequence[str]]
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 Base = Annotated[str, typer.Option(help="Base model, or tiny.")]
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 @dataclass(frozen=True)

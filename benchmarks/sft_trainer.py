@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -36,7 +35,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.output import RESULTS, alone, write_result
+from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import BaseModel, load_base
@@ -176,7 +175,7 @@ def measure(variant: str, setup: Setup, seed: int, folder: Path) -> dict[str, An
     found = train(variant, setup.load_base(), setup, folder)
     return {
         "seed": seed, **found, "rows_per_second": len(setup.rows) * setup.train.num_epochs / found["seconds"],
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_bytes() / 2**20,
         "held_out_loss": held_out_loss(setup.load_base(), folder, setup),
     }  # fmt: skip
 
@@ -292,7 +291,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Rate of AdamW, constant.")] = 5e-4,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     max_prompt_tokens: Annotated[int, typer.Option(help="Rows with longer prompts are left out.")] = 512,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "sft_trainer.json",
+    out: Out = RESULTS / "sft_trainer.json",
 ) -> None:
     """Print and write rows per second of every variant, its ratio to SFTTrainer at its defaults, and the losses."""
     version = find_trl()

@@ -34,7 +34,7 @@ import typer
 from prefect.events.clients import PrefectEventSubscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 
-from benchmarks.output import DEAL, RESULTS, bare_environment, write_result
+from benchmarks.output import DEAL, RESULTS, Out, bare_environment, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
 from infra.tracking.registry import open_registry
@@ -46,7 +46,6 @@ WAIT_SECONDS = 300
 LINEAGES = ("first", "second")
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 def free_ports(count: int) -> list[int]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -35,7 +34,7 @@ from datasets import Dataset, disable_progress_bars
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from benchmarks.output import RESULTS, alone, write_result
+from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel, load_base
@@ -66,10 +65,8 @@ SECOND, FIFTIETH = 1, 49
 """Old tasks of the two arrivals that are compared."""
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
-Base = Annotated[str, typer.Option(help="Base model.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
 Tokens = Annotated[int, typer.Option(help="Tokens per row.")]
-Out = Annotated[Path, typer.Option(help="Where the figures go.")]
 
 
 class Stepper:
@@ -134,17 +131,12 @@ def make_parent(source: str, rank: int, folder: Path) -> None:
     save_adapter(model, folder, MethodState(strategy="seq_lora", stores="nothing"), base_name=base.name)
 
 
-def peak_memory_mib() -> float:
-    """The largest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure_peak(variant: str, source: str, parent: Path, num_rows: int, num_tokens: int) -> float:
     """The peak memory of a process that takes three steps, in MiB."""
     stepper = Stepper(variant, source, parent, num_rows, num_tokens)
     for _ in range(3):
         stepper.step()
-    return peak_memory_mib()
+    return peak_bytes() / 2**20
 
 
 def ratios_of(values: list[float], others: list[float]) -> tuple[float, list[float]]:
@@ -246,7 +238,7 @@ def adapt(num_old: int, base: str, parent: Path, steps: int) -> dict[str, float]
         )  # fmt: skip
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in Path(work).glob("*.safetensors"))
-    return {"seconds": seconds, "peak_memory_mib": peak_memory_mib(), "adapter_bytes": size}
+    return {"seconds": seconds, "peak_memory_mib": peak_bytes() / 2**20, "adapter_bytes": size}
 
 
 @app.command()

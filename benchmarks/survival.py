@@ -26,7 +26,7 @@ import typer
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.output import DEAL, RESULTS, bare_environment
+from benchmarks.output import DEAL, RESULTS, Out, bare_environment
 from benchmarks.stack import free_ports
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
@@ -45,7 +45,7 @@ GIVE_UP_SECONDS = 900.0
 def main(
     rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 25,
     seed: Annotated[int, typer.Option(help="Seed of the first round; each next one has the next.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "survival.json",
+    out: Out = RESULTS / "survival.json",
 ) -> None:
     """Run the rounds that are missing and write what they gave."""
     found = json.loads(out.read_text())["rounds"] if out.is_file() else []
