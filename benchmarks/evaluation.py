@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Base, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import load_adapter
 from deal_core.base_model.load import BaseModel, load_base
@@ -39,12 +40,14 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
-OUT, OUT_TEXTS = (Path("benchmarks/results") / name for name in ("evaluation.json", "evaluation_texts.json"))
+OUT, OUT_TEXTS = RESULTS / "evaluation.json", RESULTS / "evaluation_texts.json"
 MAX_PROMPT_TOKENS = 512
 LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
 TEXTS = {"repairs": ("messages.jsonl",)}
 TOPIC = "What is the topic of the following message? Choose one from the option."
 WORK_ORDER = "Write the work order for this message."
+LOOPS = {"loop_batch_1": 1, "loop_batch_16": 16}
+"""Variant → rows of its batches."""
 Task = tuple[TaskSchema, Dataset]
 
 
@@ -66,20 +69,14 @@ def read_tasks(*, texts: bool) -> list[Task]:
 def learn(base: BaseModel, tasks: Sequence[Task], steps: int, folder: Path) -> None:
     """Train one adapter on all tasks."""
     (task, rows), *others = tasks
+    setup = TrainingSetup(
+        task=task, strategy="seq_lora", adapter=AdapterConfig(), method=MethodConfig(),
+        train=TrainConfig(max_steps=steps, checkpoint_steps=0),
+    )  # fmt: skip
     train_adapter(
-        base, rows,
-        TrainingSetup(
-            task=task,
-            strategy="seq_lora",
-            adapter=AdapterConfig(),
-            method=MethodConfig(),
-            train=TrainConfig(max_steps=steps, checkpoint_steps=0),
-        ),
-        parent_folder=None,
-        joined=others,
-        output_folder=folder,
+        base, rows, setup, parent_folder=None, joined=others, output_folder=folder,
         checkpoint_folder=folder / "checkpoints",
-    )
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -103,18 +100,16 @@ def answer_in_a_loop(model: PeftModel, base: BaseModel, tasks: Sequence[Task], b
 
 def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task], max_new_tokens: int) -> list[str]:
     """Generate as an adaptation's evaluation does."""
-    config = EvaluateConfig(max_new_tokens=max_new_tokens)
-    return [
-        answer
-        for task, rows in tasks
-        for answer in generate_answers(
+    config, answers = EvaluateConfig(max_new_tokens=max_new_tokens), []
+    for task, rows in tasks:
+        answers += generate_answers(
             model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS
         )
-    ]
+    return answers
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model.")] = DEFAULT_BASE,
+    base: Base = DEFAULT_BASE,
     steps: Annotated[int, typer.Option(help="Steps that the adapter learns.")] = 60,
     precision: Annotated[str, typer.Option(help="Of the base model: auto, bf16 or fp32.")] = "auto",
     texts: Annotated[bool, typer.Option("--texts", help="Answers are sentences, not labels.")] = False,
@@ -138,8 +133,7 @@ def main(
     variants: dict[str, Callable[[], list[str]]] = {
         "deal": lambda: answer_as_evaluated(model, ours, tasks, EvaluateConfig().max_new_tokens),
         "first_token_only": lambda: answer_as_evaluated(model, ours, tasks, 1),
-        "loop_batch_1": lambda: answer_in_a_loop(plain, ours, tasks, 1),
-        "loop_batch_16": lambda: answer_in_a_loop(plain, ours, tasks, 16),
+        **{name: partial(answer_in_a_loop, plain, ours, tasks, size) for name, size in LOOPS.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     answers: dict[str, list[str]] = {}
@@ -149,7 +143,7 @@ def main(
             started = time.perf_counter()
             answers[name] = variants[name]()
             seconds[name].append(time.perf_counter() - started)
-    best = min(("loop_batch_1", "loop_batch_16"), key=lambda name: statistics.median(seconds[name]))
+    best = min(LOOPS, key=lambda name: statistics.median(seconds[name]))
 
     def times(slower: str, faster: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
@@ -161,9 +155,7 @@ def main(
         "base": base, "precision": str(ours.model.dtype), "num_rows": len(references), "num_measurements": measurements,
         "median_rows_per_second": {name: len(references) / statistics.median(found) for name, found in seconds.items()},
         "best_loop": best, "times_best_loop": times(best, "deal"),
-        "identical_answers": {
-            name: share(answers["deal"], answers[name]) for name in ("loop_batch_1", "loop_batch_16")
-        },
+        "identical_answers": {name: share(answers["deal"], answers[name]) for name in LOOPS},
         "accuracy": {name: share(answers[name], references) for name in variants if name != "first_token_only"},
         "label_scoring_at_most_times": times("deal", "first_token_only"),
     })  # fmt: skip

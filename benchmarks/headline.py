@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from benchmarks.output import RESULTS
 from benchmarks.protocol import JUDGED, describe
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
@@ -39,7 +40,7 @@ from deal_core.benchmark.summary import (
 )
 from deal_core.config import TrainConfig, as_stored
 
-CELLS = Path("benchmarks/results/continual")
+CELLS = RESULTS / "continual"
 STORED_SHARE = 0.1
 """Share of its rows that a task leaves in the memory."""
 LEARNING = ("learning_rate", "schedule", "num_epochs", "min_steps", "max_steps", "batch_size",

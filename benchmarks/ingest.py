@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.ingest --rows 10000000 --rival-rows 1000000
 
-Rates are compared on the same file of `--rival-rows` rows, the variants in turns and each in a process of its own, so
-that whatever else the machine does falls on both; with `--rows` ours alone runs once more on a file of that many rows,
-for its rate and its peak memory at that size. The rival is what one would write with datasets: one batched map over
-the loaded rows that drops and lists the bad ones and remembers the digests it has seen, then a filter and a Parquet
-file for each split. Its `num_proc` stays at one, since ours is one process. Both must keep the same rows, and as many.
+Rates are compared on the same file of `--rival-rows` rows. The variants take turns, each in a process of its own, so
+that other work of the machine falls on both. Both must keep the same rows. With `--rows` ours alone runs once more on a
+file of that many rows, for its rate and its peak memory at that size.
+
+The rival is what one would write with datasets: one batched map over the loaded rows that drops and lists the bad ones
+and remembers the digests it has seen, then a filter and a Parquet file for each split. It has one process, as ours.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import multiprocessing
 import platform
 import random
-import resource
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.ingest_rival import build_with_datasets
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from deal_core.config import DataConfig
 from deal_core.data.dataset import Landing, build_dataset
 from deal_core.data.schema import TaskSchema
@@ -41,6 +42,7 @@ CONFIG = DataConfig(max_text_chars=1000, max_bad_share=0.5)
 SHARE_DUPLICATES, SHARE_BAD = 0.02, 0.01
 CHUNK_ROWS = 50_000
 KEPT = ("num_train", "num_test", "sum_train", "sum_test")
+UNDECODABLE = re.compile("[\x00\ud800-\udfff]")
 SENTENCES = (
     "the parcel was late again and nobody answered my call about order refund please send it back to this address "
     "before Monday because card payment failed twice when I tried from phone account locked after update thanks"
@@ -86,8 +88,63 @@ def write_rows(path: Path, num_rows: int) -> None:
             writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
-def run_variant(name: str, source: Path, folder: Path, results: Any) -> None:
-    """Build the dataset and put what it took; the libraries are imported before the clock starts."""
+def row_digest(text: str, label: str) -> bytes:
+    """SHA-256 of a row, blind to Unicode's form and to the amount of white space."""
+    normal = [" ".join(unicodedata.normalize("NFC", part).split()) for part in (text, label)]
+    return hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode()).digest()
+
+
+def problem_of(text: str | None, label: str | None, labels: dict[str, str], max_chars: int) -> str | None:
+    """What is wrong with a row, by its cells."""
+    if not text or not text.strip():
+        return "empty text"
+    if len(text) > max_chars:
+        return "over-long text"
+    if UNDECODABLE.search(text):
+        return "bad encoding"
+    if " ".join((label or "").split()).casefold() not in labels:
+        return "label outside the task's set"
+    return None
+
+
+def build_with_datasets(source: Path, labels: Sequence[str], folder: Path, config: DataConfig) -> None:
+    """Write train.parquet, test.parquet and quarantine.jsonl."""
+    datasets.disable_progress_bars()
+    label_of_key = {label.casefold(): label for label in labels}
+    seen: set[bytes] = set()
+
+    def check(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        good: dict[str, list[Any]] = {"input": [], "output": [], "sha256": [], "is_test": []}
+        for number, text, label in zip(numbers, batch["text"], batch["label"], strict=True):
+            reason = problem_of(text, label, label_of_key, config.max_text_chars)
+            if reason is None:
+                text = text.strip()
+                key = " ".join(label.split()).casefold()
+                digest = row_digest(text, key)
+                if digest not in seen:
+                    seen.add(digest)
+                    good["input"].append(text)
+                    good["output"].append(label_of_key[key])
+                    good["sha256"].append(digest.hex())
+                    good["is_test"].append(int.from_bytes(digest[:4], "big") / 2**32 < config.test_share)
+                    continue
+                reason = "duplicate row"
+            quarantine.write(json.dumps({"row": number + 1, "reason": reason, "text": text, "label": label}) + "\n")
+        return good
+
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
+        kind = "parquet" if source.suffix == ".parquet" else "json"
+        rows = datasets.load_dataset(kind, data_files=str(source), split="train", cache_dir=str(folder / "cache"))
+        checked = rows.map(check, batched=True, with_indices=True, remove_columns=rows.column_names,
+                           new_fingerprint="checked")  # fmt: skip
+    for split in ("train", "test"):
+        part = checked.filter(lambda is_test, split=split: [each == (split == "test") for each in is_test],
+                              batched=True, input_columns="is_test", new_fingerprint=split)  # fmt: skip
+        part.remove_columns("is_test").to_parquet(folder / f"{split}.parquet")
+
+
+def run_variant(name: str, source: Path, folder: Path) -> dict[str, Any]:
+    """Build the dataset and return what it took. The libraries are imported before the clock starts."""
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     started, before = time.perf_counter(), time.process_time()
@@ -96,8 +153,7 @@ def run_variant(name: str, source: Path, folder: Path, results: Any) -> None:
     else:
         build_with_datasets(source, TASK.labels, folder, CONFIG)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - before}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results.put({**took, "peak_bytes": peak, **what_is_in(folder)})
+    return {**took, "peak_bytes": peak_bytes(), **what_is_in(folder)}
 
 
 def what_is_in(folder: Path) -> dict[str, Any]:
@@ -113,22 +169,10 @@ def what_is_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def in_process(target: Any, *args: Any) -> Any:
-    """Run it in a process of its own; return what it put, None where it puts nothing."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue() if target is run_variant else None
-    process = context.Process(target=target, args=args if results is None else (*args, results))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise typer.Exit(1)
-    return None if results is None else results.get()
-
-
 def measure(name: str, source: Path, num_rows: int) -> dict[str, Any]:
     """One variant on one file, in an empty folder."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-        found = in_process(run_variant, name, source, Path(folder))
+        found = alone(run_variant, name, source, Path(folder))
     rates = {f"rows_per_{unit}": num_rows / found[f"{unit}s"] for unit in ("second", "cpu_second")}
     return {**found, **rates}
 
@@ -154,7 +198,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows of the file that ours alone is run on; 0: no such run.")] = 10_000_000,
     rival_rows: Annotated[int, typer.Option(help="Rows of the file that both are run on; 0: none.")] = 1_000_000,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 3,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/ingest.json"),
+    out: Out = RESULTS / "ingest.json",
 ) -> None:
     """Print and write rows per second and peak memory of both."""
     shares = {"duplicates": SHARE_DUPLICATES, "bad": SHARE_BAD}
@@ -164,10 +208,10 @@ def main(
         with tempfile.TemporaryDirectory(prefix="deal-ingest-") as work:
             source = Path(work) / file_name
             if rival_rows:
-                in_process(write_rows, source, rival_rows)
+                alone(write_rows, source, rival_rows)
                 found["both"] = compare(source, rival_rows, measurements)
             if rows:
-                in_process(write_rows, source, rows)
+                alone(write_rows, source, rows)
                 found["ours_alone"] = {"num_rows": rows, **measure("ours", source, rows)}
     write_result(out, result)
 

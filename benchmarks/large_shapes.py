@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
@@ -25,7 +24,7 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Out, write_result
 from deal_core.adapter.reparametrize import Reparametrization
 from deal_core.adapter.stack import LoraStack, check_rank
 from deal_core.method_config import DealConfig
@@ -107,7 +106,7 @@ def main(
     tasks: Annotated[int, typer.Option(help="How often the work of a task is timed.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps that count.")] = 30,
     core: Annotated[str, typer.Option(help="deal.core: soft or frozen.")] = "soft",
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/large_shapes.json"),
+    out: Out = RESULTS / "large_shapes.json",
 ) -> None:
     """Time both with one thread and with all that torch was given, and write medians with n."""
     config = DealConfig(core=core)  # type: ignore[arg-type]  # DealConfig itself checks it

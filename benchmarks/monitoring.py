@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Out, write_result
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import Precision
 from deal_core.config import EvaluateConfig
@@ -232,7 +232,7 @@ def main(
     looks: Annotated[int, typer.Option(help="Random halves for the false alarms.")] = 1000,
     draws: Annotated[int, typer.Option(help="Draws for each window and for ATC.")] = 200,
     text_draws: Annotated[int, typer.Option(help="Draws with the classifier of texts; 0: none.")] = 20,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/monitoring.json"),
+    out: Out = RESULTS / "monitoring.json",
 ) -> None:
     """Ask the version if it is given, then print and write the figures."""
     if version is not None:

@@ -1,28 +1,40 @@
-"""What the benchmarks share: the command under test, and where figures go."""
+"""What the benchmarks share: the command under test, processes of their own, and where figures and pages go."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deal_core.base_model.device import describe_machine
 
 DEAL = (sys.executable, "-c", "from flows.cli.app import main; main()")
 """`deal` without being installed: what this checkout says."""
+RESULTS = Path("benchmarks/results")
+
+Base = Annotated[str, typer.Option(help="Base model.")]
+Out = Annotated[Path, typer.Option(help="Where the figures go.")]
+Result = TypeVar("Result")
 
 
-def alone(function: Callable[..., dict[str, Any]], *values: object) -> dict[str, Any]:
-    """Call a function in a process of its own, whose memory and threads nothing else has used; return its figures."""
+def alone(function: Callable[..., Result], *values: object) -> Result:
+    """Call a function in a process of its own, whose memory and threads nothing else has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *values).result()
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bare_environment() -> dict[str, str]:
@@ -36,3 +48,11 @@ def write_result(out: Path, result: Mapping[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text + "\n")
     typer.echo(text)
+
+
+def templates() -> Environment:
+    """The templates of the pages that benchmarks write. A value that is missing is an error."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip

@@ -9,28 +9,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.output import RESULTS, templates
 from benchmarks.report import read
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "evaluation_fp32", "evaluation_texts", "adaptation",
          "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile",
          "landing", "serving", "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
          "two_lineages")  # fmt: skip
-"""Results on the page, each written by the benchmark of its name."""
-
+"""Results on the page."""
 FEW = 4
 """Of fewer values the bootstrap's interval is their smallest to their largest: it says nothing of noise."""
 
 
 def command(name: str, **options: Any) -> str:
-    """What measured: the benchmark's name, with those options that were not its defaults. A flag has no value.
+    """What measured: the benchmark's module and command, with those options that were not its defaults.
 
     Example:
-        >>> command("landing", landings=5), command("evaluation", texts=True, measurements=3)
-        ('`landing`', '`evaluation --texts --measurements 3`')
+        >>> command("stack landing", landings=5), command("evaluation", texts=True, measurements=3)
+        ('`stack landing`', '`evaluation --texts --measurements 3`')
     """
-    defaults = inspect.signature(importlib.import_module(f"benchmarks.{name}").main).parameters
+    module, _, function = name.replace("-", "_").partition(" ")
+    main = getattr(importlib.import_module(f"benchmarks.{module}"), function or "main")
+    defaults = inspect.signature(main).parameters
     given = [f" --{option.replace('_', '-')}" + ("" if value is True else f" {value}")
              for option, value in options.items() if value != defaults[option].default]  # fmt: skip
     return f"`{name}{''.join(given)}`"
@@ -63,16 +64,12 @@ def not_above(limit: float, interval: Sequence[float], count: int) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of the stored results.")] = Path("benchmarks/results"),
+    results: Annotated[Path, typer.Option(help="Folder of the stored results.")] = RESULTS,
     page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/performance.md"),
 ) -> None:
     """Fill the page."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
     found = {name: read(results / f"{name}.json") for name in NAMES}
-    template = templates.get_template("performance.md.j2")
+    template = templates().get_template("performance.md.j2")
     page.write_text(template.render(found, command=command, spread=spread, not_above=not_above))
     typer.echo(f"{page} written")
 

@@ -12,15 +12,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from datasets import Dataset, disable_progress_bars
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.tiny_base import EXAMPLES
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.general_ability import perplexity
@@ -29,7 +30,6 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
-OUT = Path(__file__).parent / "results" / "preferences.json"
 RATES = (1e-4, 3e-4, 1e-3)
 TASK = TaskSchema(
     name="orders", format="completion", metric="preference", learns_preferences=True,
@@ -50,8 +50,8 @@ def pairs(split: str) -> Dataset:
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
-    out: Annotated[Path, typer.Option(help="File of the figures.")] = OUT,
+    base: Base = DEFAULT_BASE,
+    out: Out = RESULTS / "preferences.json",
 ) -> None:
     """Learn with every rate, and write the figures."""
     disable_progress_bars()

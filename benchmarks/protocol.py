@@ -23,13 +23,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.output import RESULTS
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name, read_cells
 from deal_core.config import TrainConfig, as_stored
-from deal_core.evaluation.criterion import constrained_accuracy, ranking_auc, recentred_accuracy
+from deal_core.evaluation.label_scores import constrained_accuracy, ranking_auc, recentred_accuracy
 
-CELLS = Path("benchmarks/results/development")
+CELLS = RESULTS / "development"
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
 SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")

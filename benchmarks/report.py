@@ -10,12 +10,14 @@ from statistics import fmean, median
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from benchmarks.output import RESULTS, templates
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from benchmarks.protocol import named_changes, settings_shown, training_of
-from benchmarks.report_figures import fill_figure, kept_figure
 from deal_core.benchmark.cell import BOUNDS
 from deal_core.benchmark.summary import (
     OURS,
@@ -32,7 +34,7 @@ from deal_core.benchmark.summary import (
 )
 from deal_core.config import TrainConfig
 from flows.cli.console import interval, points
-from infra.report.figures import save_png
+from infra.report.figures import COLOURS, MARKERS, MUTED, new_figure, save_png, tidy
 
 COST_NAMES = {"seq_lora": "plain LoRA", "seq_lora_fused_attention": "plain LoRA, PyTorch's fused attention backward",
               "deal_without_rehearsal": "the spectral core alone", "deal": "DEAL"}  # fmt: skip
@@ -173,6 +175,57 @@ def draw(protocol: Protocol, rows: Sequence[Mapping[str, Any]], images: Path) ->
     return pictures
 
 
+def kept_figure(tasks: Sequence[str], learned_and_kept: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """One row per task: its accuracy right after it was learned (hollow) and in the end (filled), per strategy.
+
+    Args:
+        tasks: in the order in which they arrived.
+        learned_and_kept: strategy to task to both accuracies, 0 to 100; a task may be missing.
+    """
+    figure = new_figure(8.0, 1.2 + 0.42 * max(len(tasks), 1))
+    axes = figure.subplots()
+    offsets = [0.24 * (number - (len(learned_and_kept) - 1) / 2) for number in range(len(learned_and_kept))]
+    for offset, colour, pairs in zip(offsets, COLOURS, learned_and_kept.values(), strict=False):
+        for row, task in enumerate(tasks):
+            if task not in pairs:
+                continue
+            learned, kept = pairs[task]
+            axes.plot([learned, kept], [row + offset] * 2, color=colour, linewidth=1.6, alpha=0.55, zorder=1)
+            axes.plot(learned, row + offset, "o", color=colour, markerfacecolor="white", markersize=5, zorder=2)
+            axes.plot(kept, row + offset, "o", color=colour, markersize=5.5, zorder=3)
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %: hollow right after the task was learned, filled in the end", color=MUTED)
+    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6, label=name)
+               for colour, name in zip(COLOURS, learned_and_kept, strict=False)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
+    return figure
+
+
+def fill_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """The share of the adapter's slots in use over the number of tasks learned, one line per strategy.
+
+    Args:
+        curves: strategy to one value per task learned, 0 to 100.
+    """
+    figure = new_figure(7.0, 3.6)
+    axes = figure.subplots()
+    for colour, marker, (name, values) in zip(COLOURS, MARKERS, curves.items(), strict=False):
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, linewidth=2, label=name)
+    tidy(axes)
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tasks learned", color=MUTED)
+    axes.set_ylabel("share of slots, %", color=MUTED)
+    axes.set_title("Slots of the adapter that hold 95 % of its update", fontsize=11, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def side_by_side(protocol: Protocol, shown: Sequence[str]) -> tuple[str, dict[str, list[CellJson]]]:
     """The first order that has cells of all these strategies with a common seed, and its cells of common seeds."""
     by_order: dict[str, dict[str, dict[int, CellJson]]] = {}
@@ -252,34 +305,31 @@ def _has_chosen(line: Mapping[str, Any]) -> bool:
 def choice_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The means of greedy and re-centred accuracy: by training settings that all three methods were run with."""
     of_suite = [line for line in lines if line["suite"] == CHOICE_SUITE]
-    methods = [*CHOSEN_BY]
     by: dict[str, dict[str, float]] = defaultdict(dict)
     trains = {describe_training(line["train"]): line["train"] for line in of_suite}
     for line in of_suite:
         by[describe_training(line["train"])][line["method"]] = fmean([line["greedy"], line["re-centred"]])
-    complete = {name: [found[method] for method in methods] for name, found in by.items() if {*methods} <= {*found}}
+    complete = {name: [found[method] for method in CHOSEN_BY]
+                for name, found in by.items() if {*CHOSEN_BY} <= {*found}}  # fmt: skip
     return {
-        "methods": methods,
+        "methods": CHOSEN_BY,
         "lines": [{"train": trains[name], "values": values, "mean": fmean(values)}
                   for name, values in complete.items()],
     }  # fmt: skip
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmarks/results"),
-    page: Annotated[Path, typer.Option(help="Page to write; its pictures go to img beside it.")] = (
-        Path("docs/benchmark.md")
-    ),
-    cells_page: Annotated[Path, typer.Option(help="Page of the development cells to write.")] = (
-        Path("benchmarks/cells.md")
-    ),
+    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    page: Annotated[
+        Path, typer.Option(help="Page to write; its pictures go to img beside it.")
+    ] = Path("docs/benchmark.md"),
+    cells_page: Annotated[
+        Path, typer.Option(help="Page of the development cells to write.")
+    ] = Path("benchmarks/cells.md"),
 ) -> None:
     """Fill the page with the stored figures."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
-    templates.filters |= {"points": points, "interval": interval, "name": name_of, "training": describe_training}
+    pages = templates()
+    pages.filters |= {"points": points, "interval": interval, "name": name_of, "training": describe_training}
     cells = read_cells(results / "continual")
     tables = [describe(each, page.parent / "img") for each in protocols(cells)]
     cost = read(results / "step_cost.json")
@@ -303,8 +353,8 @@ def main(
         "kept_labels": read(results / "kept_labels.json")["cells"],
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip
-    page.write_text(templates.get_template("page.md.j2").render(page_values))
-    cells_page.write_text(templates.get_template("cells.md.j2").render(page_values))
+    page.write_text(pages.get_template("page.md.j2").render(page_values))
+    cells_page.write_text(pages.get_template("cells.md.j2").render(page_values))
     typer.echo(f"{page} and {cells_page} written")
 
 

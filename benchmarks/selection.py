@@ -1,18 +1,21 @@
-"""An arrival of many rows of which few are trained on: seconds and peak memory, on the tests' tiny base model.
+"""Which rows are trained on: what it costs to choose few of many, and how many wrong labels are found.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.selection
+    OMP_NUM_THREADS=1 python -m benchmarks.selection cost
+    OMP_NUM_THREADS=1 python -m benchmarks.selection label-noise --data FOLDER
 
-Each number of rows is measured in a process of its own: a lineage has learned a first task, and an arrival of that many
-generated rows is its second. A share of it is chosen by a score and learned. The tiny base shows what rows cost besides
-the model; a real base adds its weights and its activations, which do not depend on the number of rows.
+cost: a lineage has learned a first task, and an arrival of that many generated rows is its second. A share of it is
+chosen by a score and learned. Each number of rows has a process of its own. The tiny base model shows what rows cost
+besides the model; a real base adds its weights and its activations, which do not depend on the number of rows.
+
+label-noise: precision and recall of `selection.noise`. A share of a task's labels is replaced by another label of the
+task. The base model reads the rows once, since their texts stay the same.
 """
 
 from __future__ import annotations
 
-import resource
+import random
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,31 +26,38 @@ import typer
 from datasets import Dataset, disable_progress_bars
 
 from benchmarks.ingest import CHUNK_ROWS, TASK, text_of
-from benchmarks.output import alone, write_result
+from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import build_tiny_base
 from deal_core.base_model.load import BaseModel, load_base
-from deal_core.config import AdapterConfig, TrainConfig
+from deal_core.base_model.sources import DEFAULT_BASE
+from deal_core.benchmark.suites import SuiteTask, load_suite
+from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
-from deal_core.training.train import TrainingSetup, train_adapter
+from deal_core.selection.features import features
+from deal_core.selection.label_noise import suspected_labels
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from infra.settings import HomeSettings
 
-OUT = Path(__file__).parent / "results" / "selection.json"
 TRAIN = TrainConfig(num_epochs=1, max_prompt_tokens=96, checkpoint_steps=0)
 FIRST_ROWS = 200
+NUMBERS_OF_ROWS = (10_000, 100_000)
+NOISY_TASKS = ("agnews", "dbpedia", "amazon")
+WRONG_SHARES = (0.0, 0.1, 0.3)
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
 
 def write_rows(path: Path, num_rows: int) -> None:
     """Write generated rows as ingest stores them, a chunk at a time."""
     schema = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha256", pa.string())])
-
-    def rows(first: int) -> Iterator[dict[str, str]]:
-        for number in range(first, min(first + CHUNK_ROWS, num_rows)):
-            label = TASK.labels[number % len(TASK.labels)]
-            yield {"input": text_of(number), "output": label, "sha256": f"{number:064x}"}
-
     with pq.ParquetWriter(path, schema) as writer:
         for first in range(0, num_rows, CHUNK_ROWS):
-            writer.write_table(pa.Table.from_pylist(list(rows(first)), schema))
+            chunk = [
+                {"input": text_of(number), "output": TASK.labels[number % len(TASK.labels)], "sha256": f"{number:064x}"}
+                for number in range(first, min(first + CHUNK_ROWS, num_rows))
+            ]
+            writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
 def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) -> dict[str, Any]:
@@ -78,30 +88,76 @@ def choose_and_train(num_rows: int, score: str, keep: float, max_scored: int) ->
         }  # fmt: skip
 
 
-def _train(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> Any:
+def _train(base: BaseModel, rows: Dataset, setup: TrainingSetup, parent: Path | None, out: Path) -> TrainingResult:
     return train_adapter(
         base, rows, setup, parent_folder=parent, output_folder=out,
         checkpoint_folder=out.with_name(f"{out.name}-checkpoints"),
     )  # fmt: skip
 
 
-def peak_bytes() -> int:
-    """The largest memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def main(
-    rows: Annotated[list[int] | None, typer.Option(help="Rows of the arrival.", show_default="10000, 100000")] = None,
+@app.command()
+def cost(
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Rows of the arrival.", show_default=str(NUMBERS_OF_ROWS))
+    ] = None,
     score: Annotated[str, typer.Option(help="Score to choose by.")] = "loss",
     keep: Annotated[float, typer.Option(help="Share of the rows that is trained on.")] = 0.01,
     max_scored: Annotated[int, typer.Option(help="Most rows that the model reads.")] = 20_000,
-    out: Annotated[Path, typer.Option(help="File of the figures.")] = OUT,
+    out: Out = RESULTS / "selection.json",
 ) -> None:
-    """Measure each number of rows and write the figures."""
-    sizes = rows or [10_000, 100_000]
-    runs = [alone(choose_and_train, size, score, keep, max_scored) for size in sizes]
+    """Seconds and peak memory of an arrival, by its number of rows."""
+    runs = [alone(choose_and_train, number, score, keep, max_scored) for number in rows or NUMBERS_OF_ROWS]
     write_result(out, {"score": score, "keep": keep, "max_scored": max_scored, "runs": runs})
 
 
+def corrupted(task: SuiteTask, share: float) -> tuple[list[str], set[int]]:
+    """The labels of the training rows, each replaced with probability `share`; and the numbers of the replaced ones."""
+    generator = random.Random(f"0 {task.schema.name}")
+    labels, wrong = [], set()
+    for number, row in enumerate(task.train):
+        others = [label for label in task.schema.labels if label != row["output"]]
+        is_wrong = generator.random() < share and bool(others)
+        labels.append(generator.choice(others) if is_wrong else row["output"])
+        if is_wrong:
+            wrong.add(number)
+    return labels, wrong
+
+
+def found_in(features_ND: Any, labels: list[str], wrong: set[int]) -> dict[str, Any]:
+    """Figures of one task with wrong labels: how many rows are suspected, and how many of these are wrong."""
+    checked = suspected_labels(features_ND, labels, seed=0)
+    return {
+        "wrong": len(wrong), "suspected": len(checked.suspects),
+        "suspected_and_wrong": sum(each.row in wrong for each in checked.suspects),
+        "agreement": checked.agreement, "skill": checked.skill,
+    }  # fmt: skip
+
+
+@app.command()
+def label_noise(
+    data: Annotated[Path, typer.Option(help="Folder of tasks.")],
+    task: Annotated[list[str] | None, typer.Option(help="Tasks.", show_default=", ".join(NOISY_TASKS))] = None,
+    rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 300,
+    base: Base = DEFAULT_BASE,
+    out: Out = RESULTS / "label_noise.json",
+) -> None:
+    """How many wrong labels are found in each task, by their share."""
+    disable_progress_bars()
+    names = tuple(task or NOISY_TASKS)
+    suite, model = load_suite(data, names), load_base(base, HomeSettings().cache_dir)
+    figures: dict[str, dict[str, Any]] = {}
+    for name in names:
+        features_ND = features(
+            model.model, model.tokenizer, suite[name].schema, [row["input"] for row in suite[name].train[:rows]],
+            max_prompt_tokens=TrainConfig().max_prompt_tokens, max_batch_tokens=EvaluateConfig().max_batch_tokens,
+        )  # fmt: skip
+        figures[name] = {}
+        for share in WRONG_SHARES:
+            labels, wrong = corrupted(suite[name], share)
+            figures[name][str(share)] = found_in(features_ND, labels[:rows], {row for row in wrong if row < rows})
+        typer.echo(f"{name}: {figures[name]}")
+    write_result(out, {"base": model.name, "rows": rows, "tasks": figures})
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

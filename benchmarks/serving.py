@@ -1,39 +1,50 @@
-"""Clients that never stop asking while the champion moves: does a request fail, and is every answer its version's?
+"""`deal serve` under clients that never stop asking: while the champion moves, and with a prediction log.
 
-    python -m benchmarks.serving --out benchmarks/results/serving.json
+    python -m benchmarks.serving moves
+    python -m benchmarks.serving log
 
-Two versions are learned from examples/, `deal serve` is started, and clients ask it for two minutes while the alias
-moves back (a rollback) and forth. An answer is right when it is what the version that it names gives when it is asked
-alone, and when no request that was sent after a version took over is answered by the one before. How long a move took
-is counted from the alias to the first answer of the new version. Memory is that of the server and its children, with
-shared pages counted once. Served is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so
-that "what it gives alone" is no exact measure.
+Two versions are learned from examples/, `deal serve` is started, and clients ask it without a pause.
+
+moves: does a request fail, and is every answer its version's? The clients ask for two minutes while the alias moves
+back (a rollback) and forth. An answer is right if it is what the version that it names gives when it is asked alone,
+and if no request that was sent after a version took over is answered by the one before. A move takes the time from the
+alias to the first answer of the new version. Memory is that of the server and its children, with shared pages counted
+once. The base model is in fp32: in bf16 the rounding of a batch tips answers that hang in the balance, so that "what it
+gives alone" is no exact measure.
+
+log: requests per second with the prediction log against without it. Two servers of one version run side by side, one
+without a log and one that keeps texts. The clients ask one of them at a time, in turns of a few seconds, so that both
+meet the same machine. The figure is the median of the ratios of neighbouring turns. With the tiny base, an answer costs
+next to nothing, so the ratio is a lower bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import psutil
+import typer
 
-from benchmarks.output import DEAL, write_result
+from benchmarks.output import DEAL, RESULTS, Out, write_result
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
+from deal_core.base_model.sources import DEFAULT_BASE
+from infra.predictions import read_predictions
+from infra.settings import HomeSettings, ServingSettings
 from infra.tracking.registry import open_registry
+from tasks.context import current_store
 
 LINEAGE = "served"
 TASKS: tuple[Mapping[str, Any], ...] = (
@@ -45,9 +56,14 @@ MOVE_SECONDS = 300.0
 """A move that takes longer is given up."""
 MEMORY_SECONDS = 0.25
 """Between two looks at the memory."""
+LOGS = ("off", "texts")
+"""What the prediction logs of the two servers keep."""
 
 Expected = Mapping[str, Sequence[str]]
 """What each version answers to each of the texts."""
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None)
+Base = Annotated[str, typer.Option(help="Base model, or tiny.")]
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,6 @@ def answers_of(versions: Sequence[str], texts: Sequence[str], task: str, lineage
     """What each version answers to each text, asked alone and without a server."""
     from deal_core.evaluation.answerer import load_answerer
     from deal_core.evaluation.answering import InputRow
-    from infra.settings import HomeSettings, ServingSettings
 
     found, precision = {}, ServingSettings().serving_precision
     for version in versions:
@@ -215,7 +230,7 @@ class Memory:
             self.bytes_seen.append(total)
 
 
-def measure(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
+def measure_moves(num_clients: int, seconds: float, num_moves: int) -> dict[str, Any]:
     """Serve, ask and move; the figures."""
     registry, texts = open_registry(), texts_to_ask()
     versions = [info.version for info in registry.versions(LINEAGE)][:2]
@@ -271,23 +286,84 @@ def learned_home(base: str, precision: str, **train: Any) -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    """Learn, serve, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m-instruct", help="base model, or tiny")
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--moves", type=int, default=4, help="of the alias; every other one is a rollback")
-    parser.add_argument("--precision", default="fp32", help="of the base model when it serves: fp32, bf16 or auto")
-    parser.add_argument("--steps", type=int, default=None, help="training steps of each version [one epoch]")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
-    given = parser.parse_args()
-    with learned_home(given.base, given.precision, **({"max_steps": given.steps} if given.steps else {})):
-        figures = measure(given.clients, given.seconds, given.moves)
-    found = {"base": given.base, "precision": given.precision, **figures}
-    write_result(given.out, found)
-    sys.exit(found["num_failed"] > 0 or found["num_stale"] > 0)
+def turn(url: str, texts: Sequence[str], expected: Expected, num_clients: int, seconds: float) -> float:
+    """Ask one server for a while.
+
+    Returns:
+        Right answers per second.
+
+    Raises:
+        RuntimeError: A request failed, or an answer was wrong.
+    """
+    clients = Clients(url, texts, "bank", expected)
+    started = time.monotonic()
+    with clients.asking(num_clients):
+        time.sleep(seconds)
+    took = time.monotonic() - started
+    if problems := {each.problem for each in clients.answers if each.problem}:
+        raise RuntimeError(f"A request failed: {sorted(problems)[0]}")
+    return len(clients.answers) / took
+
+
+def measure_log(num_clients: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Serve twice, ask in turns; the figures."""
+    texts, version = texts_to_ask(), open_registry().versions(LINEAGE)[-1].version
+    expected = answers_of([version], texts, "bank")
+    rates: dict[str, list[float]] = {kept: [] for kept in LOGS}
+    with ExitStack() as servers:
+        urls = {
+            kept: servers.enter_context(served(environment={**os.environ, "DEAL_LOG_PREDICTIONS": kept}))[0]
+            for kept in LOGS
+        }
+        for kept in LOGS:
+            turn(urls[kept], texts, expected, num_clients, 2.0)
+        for number in range(rounds):
+            for kept in LOGS if number % 2 else LOGS[::-1]:
+                rates[kept].append(turn(urls[kept], texts, expected, num_clients, seconds))
+            print(f"round {number + 1}: " + ", ".join(f"{kept} {rates[kept][-1]:.1f}/s" for kept in LOGS), flush=True)
+    logged = len(read_predictions(current_store(), HomeSettings().home, LINEAGE))
+    ratios = sorted(on / off for off, on in zip(*rates.values(), strict=True))
+    return {
+        "num_clients": num_clients, "seconds_per_turn": seconds, "num_rounds": rounds, "num_logged": logged,
+        "requests_per_second": {kept: round(statistics.median(values), 2) for kept, values in rates.items()},
+        "ratio": {"median": round(statistics.median(ratios), 3), "min": round(ratios[0], 3),
+                  "max": round(ratios[-1], 3)},
+    }  # fmt: skip
+
+
+@app.command()
+def moves(
+    base: Base = DEFAULT_BASE,
+    clients: Annotated[int, typer.Option(help="Clients at once.")] = 16,
+    seconds: Annotated[float, typer.Option(help="How long they ask.")] = 120.0,
+    num_moves: Annotated[int, typer.Option("--moves", help="Of the alias; every other one is a rollback.")] = 4,
+    precision: Annotated[str, typer.Option(help="Of the base model when it serves: fp32, bf16 or auto.")] = "fp32",
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of each version.", show_default="the default training")
+    ] = None,
+    out: Out = RESULTS / "serving.json",
+) -> None:
+    """Requests that failed or were answered by the wrong version, the time of a move, memory and latencies."""
+    with learned_home(base, precision, **({"max_steps": steps} if steps else {})):
+        figures = measure_moves(clients, seconds, num_moves)
+    write_result(out, {"base": base, "precision": precision, **figures})
+    if figures["num_failed"] or figures["num_stale"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def log(
+    base: Base = DEFAULT_BASE,
+    clients: Annotated[int, typer.Option(help="Clients at once.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Of a turn.")] = 8.0,
+    rounds: Annotated[int, typer.Option(help="Turns of each server.")] = 8,
+    out: Out = RESULTS / "serving_log.json",
+) -> None:
+    """Requests per second with the log and without, and their ratio."""
+    with learned_home(base, "fp32", max_steps=3):
+        figures = measure_log(clients, seconds, rounds)
+    write_result(out, {"base": base, **figures})
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -3,10 +3,16 @@
     pip install --editable '.[benchmarks]'
     python -m benchmarks.sft_trainer
 
-Base, rows, adapter, precision, batch size, rate, epochs, steps and seed are the same; `benchmarks.sft_variants` says
-what each variant does. The variants take turns in random order, every measurement in a process of its own. Tokenising
-and training are timed on both sides, loading the base model is not. Whether they learned the same is the mean
-cross-entropy of the answers' tokens on held-out rows, by the same code for all; each measurement has its own seed.
+Every variant continues the same parent adapter on the same rows: the second task of a lineage, so that DEAL's core and
+rehearsal have something to hold. Base, rows, adapter, precision, batch size, rate, epochs, clip, steps and seed are the
+same. SFTConfig would turn bf16 autocast on, which is left off. TRL's rows are prompt and completion, so that only the
+answer's tokens are learned on both sides. Its attention is PyTorch's, as transformers gives it. Where there is no
+Triton, so on a CPU, SFTTrainer computes the output layer of every position, in tiles; only the loss leaves the others
+out. Neither side writes checkpoints.
+
+The variants take turns in random order, every measurement in a process of its own. Tokenising and training are timed on
+both sides, loading the base model is not. Whether they learned the same is the mean cross-entropy of the answers'
+tokens on held-out rows, by the same code for all. Each measurement has its own seed.
 """
 
 from __future__ import annotations
@@ -15,29 +21,86 @@ import importlib.metadata
 import random
 import statistics
 import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.output import alone, write_result
-from benchmarks.sft_variants import VARIANTS, Setup, count_tokens, make_parent, measure
+from benchmarks.output import RESULTS, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
+from deal_core.adapter.state import adapter_on
+from deal_core.base_model.load import BaseModel, load_base
 from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.benchmark.suites import Rows, SuiteTask, load_suite
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import encode_rows
+from deal_core.data.collate import AnswerCollator, answer_loss, encode_rows
+from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import DealError
 from deal_core.evaluation.metrics import paired_interval
+from deal_core.method_config import MethodConfig
+from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
+OURS = ("deal", "seq_lora")
+"""Strategies; seq_lora is plain LoRA, which a lineage's first task is with any strategy."""
+TRL: dict[str, dict[str, Any]] = {
+    "trl_defaults": {},
+    "trl_no_checkpointing": {"gradient_checkpointing": False},
+    "trl_tuned": {
+        "gradient_checkpointing": False,
+        "completion_only_loss": True,
+        "train_sampling_strategy": "group_by_length",
+    },
+    "trl_padding_free": {"gradient_checkpointing": False, "padding_free": True, "max_length": None},
+}
+"""Variant to what departs from SFTConfig's defaults: they recompute activations, and take rows as they come. Without
+padding a batch is one long row, which TRL recommends with FlashAttention alone; on a CPU it trains the same."""
+VARIANTS = (*OURS, *TRL)
 REFERENCE = "trl_defaults"
+HELD_OUT_BATCH = 8
 UNCUT = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all variants share.
+
+    Attributes:
+        base: The base model, as `load_base` takes it.
+        first: The task that the parent adapter learned.
+        first_rows: Its rows, columns input and output.
+        task: The task that is learned.
+        rows: Its rows; none is longer than either trainer takes.
+        held_out: Rows of it on which the loss is measured.
+        adapter: Shape of the adapter.
+        train: How long and how fast.
+        parent: Folder of the parent adapter.
+    """
+
+    base: str
+    first: TaskSchema
+    first_rows: Rows
+    task: TaskSchema
+    rows: Rows
+    held_out: Rows
+    adapter: AdapterConfig
+    train: TrainConfig
+    parent: Path
+
+    def load_base(self) -> BaseModel:
+        """Load the base model anew."""
+        return load_base(self.base, HomeSettings().cache_dir)
 
 
 def find_trl() -> str:
@@ -87,18 +150,117 @@ def fitting(
     return tuple(kept[:limit])
 
 
+def make_parent(setup: Setup) -> dict[str, Any]:
+    """Learn the first task; return the precision of the base, and the loss on the second task's held-out rows."""
+    disable_progress_bars()
+    base = setup.load_base()
+    learning = TrainingSetup(
+        task=setup.first, strategy="deal", adapter=setup.adapter, method=MethodConfig(), train=setup.train
+    )
+    train_adapter(
+        base, Dataset.from_list(list(setup.first_rows)), learning, parent_folder=None, output_folder=setup.parent,
+        checkpoint_folder=setup.parent / "checkpoints",
+    )  # fmt: skip
+    return {
+        "precision": str(base.model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "held_out_loss_before": held_out_loss(base, setup.parent, setup),
+    }  # fmt: skip
+
+
+def measure(variant: str, setup: Setup, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one variant in this process, and return what it took and what it learned."""
+    disable_progress_bars()
+    setup = replace(setup, train=replace(setup.train, seed=seed))
+    train = train_with_trl if variant in TRL else train_here
+    found = train(variant, setup.load_base(), setup, folder)
+    return {
+        "seed": seed, **found, "rows_per_second": len(setup.rows) * setup.train.num_epochs / found["seconds"],
+        "peak_memory_mib": peak_bytes() / 2**20,
+        "held_out_loss": held_out_loss(setup.load_base(), folder, setup),
+    }  # fmt: skip
+
+
+def train_here(strategy: str, base: BaseModel, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Train with this project's trainer. Timed: all between rows in memory and the adapter on disk."""
+    rows = Dataset.from_list(list(setup.rows))
+    learning = TrainingSetup(
+        task=setup.task, strategy=strategy, adapter=setup.adapter, method=MethodConfig(), train=setup.train,
+        old_tasks=(setup.first,),
+    )  # fmt: skip
+    started = time.perf_counter()
+    result = train_adapter(
+        base, rows, learning, parent_folder=setup.parent, output_folder=folder,
+        checkpoint_folder=folder / "checkpoints",
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "loop_seconds": result.seconds, "num_steps": result.num_steps}
+
+
+def train_with_trl(variant: str, base: BaseModel, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Train with SFTTrainer. Timed: the adapter's loading, tokenising in the trainer's constructor, and train()."""
+    from trl import SFTConfig, SFTTrainer
+
+    base.model.set_attn_implementation("sdpa")
+    rows = [
+        {"prompt": "".join(render_prompt(setup.task, row["input"], base.tokenizer)), "completion": f" {row['output']}"}
+        for row in setup.rows
+    ]
+    args = SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=setup.train.batch_size,
+        num_train_epochs=setup.train.num_epochs, learning_rate=setup.train.learning_rate,
+        lr_scheduler_type="constant", max_grad_norm=setup.train.max_grad_norm, seed=setup.train.seed, bf16=False,
+        save_strategy="no", report_to="none", disable_tqdm=True, **TRL[variant],
+    )  # fmt: skip
+    dataset = Dataset.from_list(rows)
+    started = time.perf_counter()
+    model = PeftModel.from_pretrained(base.model, str(setup.parent), is_trainable=True)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=base.tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    constructed = time.perf_counter()
+    trainer.train()
+    ended = time.perf_counter()
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the Hub for the base
+    return {
+        "seconds": ended - started, "loop_seconds": ended - constructed, "num_steps": trainer.state.global_step,
+        **count_tokens(trainer.train_dataset["input_ids"], trainer.train_dataset["labels"]),
+    }  # fmt: skip
+
+
+def count_tokens(sequences: Iterable[list[int]], labels: Iterable[list[int]]) -> dict[str, int]:
+    """Tokens of the rows, and those of them that are learned."""
+    return {
+        "num_tokens": sum(map(len, sequences)),
+        "num_answer_tokens": sum(token >= 0 for row in labels for token in row),
+    }
+
+
+@torch.no_grad()
+def held_out_loss(base: BaseModel, adapter: Path, setup: Setup) -> float:
+    """Mean cross-entropy of the answers' tokens over the held-out rows; the one measure of every variant."""
+    encoded = encode(setup.held_out, setup.task, base.tokenizer)
+    collate = AnswerCollator(base.tokenizer, is_seq2seq=False)
+    rows = sorted(encoded, key=lambda row: int(row["length"]))
+    total = 0.0
+    with adapter_on(base.model, adapter) as model:
+        for start in range(0, len(rows), HELD_OUT_BATCH):
+            batch = collate(rows[start : start + HELD_OUT_BATCH])
+            total += float(answer_loss(model, {name: tensor.to(base.model.device) for name, tensor in batch.items()}))
+    return total / sum(len(row["answer_ids"]) for row in rows)
+
+
 def compare(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
     """A variant's figures, and beside the reference's of the same rounds."""
     ratios = [run["rows_per_second"] / other["rows_per_second"] for run, other in zip(runs, reference, strict=True)]
     speed = paired_interval(ratios, [0.0] * len(ratios))
-    loss = paired_interval([run["held_out_loss"] for run in runs], [run["held_out_loss"] for run in reference])
+    losses = [run["held_out_loss"] for run in runs]
+    loss = paired_interval(losses, [run["held_out_loss"] for run in reference])
     medians = ("rows_per_second", "seconds", "loop_seconds", "peak_memory_mib", "held_out_loss")
     return {
         "num_measurements": len(runs),
         **{f"median_{name}": statistics.median(run[name] for run in runs) for name in medians},
         f"median_of_paired_ratios_to_{REFERENCE}": statistics.median(ratios),
         "mean_of_paired_ratios_ci95": [speed.mean, speed.low, speed.high],
-        "range_of_held_out_loss": [f(run["held_out_loss"] for run in runs) for f in (min, max)],
+        "range_of_held_out_loss": [min(losses), max(losses)],
         f"mean_held_out_loss_minus_{REFERENCE}_ci95": [loss.mean, loss.low, loss.high],
     }
 
@@ -129,21 +291,20 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Rate of AdamW, constant.")] = 5e-4,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     max_prompt_tokens: Annotated[int, typer.Option(help="Rows with longer prompts are left out.")] = 512,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/sft_trainer.json"),
+    out: Out = RESULTS / "sft_trainer.json",
 ) -> None:
     """Print and write rows per second of every variant, its ratio to SFTTrainer at its defaults, and the losses."""
     version = find_trl()
     disable_progress_bars()
+    names = (first, task)
     try:
-        names = (first, task)
         tasks = {name: example_task(name) for name in names} if data is None else load_suite(data, names)
-        adapter = AdapterConfig(rank=rank)
-        train = TrainConfig(
-            schedule="constant", balance_labels=False,
-            batch_size=batch_size, num_epochs=epochs, learning_rate=learning_rate, checkpoint_steps=0,
-            max_prompt_tokens=max_prompt_tokens,
-        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(base, HomeSettings().cache_dir))
+        train = TrainConfig(
+            schedule="constant", balance_labels=False, checkpoint_steps=0, batch_size=batch_size, num_epochs=epochs,
+            learning_rate=learning_rate, max_prompt_tokens=max_prompt_tokens,
+        )  # fmt: skip
+        adapter = AdapterConfig(rank=rank)
     except DealError as error:
         raise typer.BadParameter(str(error)) from None
     schema = tasks[task].schema

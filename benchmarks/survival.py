@@ -2,33 +2,32 @@
 
     python -m benchmarks.survival --rounds 25 --out benchmarks/results/survival.json
 
-Starts `deal up` and lets files land for two lineages, undisturbed once, and then in every round
-with one kill among servers, workers, runs and watchers. A round is right when both lineages end with the versions of
-the undisturbed run: same datasets in the same order, each continuing the last, the same adapters byte for byte, and a
-champion that loads. Rounds that are stored are not run again. A tiny base model: it is the chain that is measured.
+It starts `deal up` and lets files land for two lineages: once undisturbed, then in every round with one kill among
+servers, workers, runs and watchers. A round is right if both lineages end with the versions of the undisturbed run: the
+same datasets in the same order, each continuing the last, the same adapters byte for byte, and a champion that loads.
+Rounds that are stored are not run again. The base model is tiny, because the chain is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+import typer
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.output import DEAL
+from benchmarks.output import DEAL, RESULTS, Out, bare_environment
+from benchmarks.stack import free_ports
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
 from infra.store.local import open_store
@@ -43,40 +42,36 @@ LOOK_SECONDS = 2.0
 GIVE_UP_SECONDS = 900.0
 
 
-def main() -> None:
+def main(
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 25,
+    seed: Annotated[int, typer.Option(help="Seed of the first round; each next one has the next.")] = 0,
+    out: Out = RESULTS / "survival.json",
+) -> None:
     """Run the rounds that are missing and write what they gave."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first round; each next one has the next")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/survival.json"))
-    given = parser.parse_args()
-    rounds = json.loads(given.out.read_text())["rounds"] if given.out.is_file() else []
-    missing = [seed for seed in range(given.seed, given.seed + given.rounds) if seed not in {r["seed"] for r in rounds}]
+    found = json.loads(out.read_text())["rounds"] if out.is_file() else []
+    missing = sorted({*range(seed, seed + rounds)} - {each["seed"] for each in found})
     if missing:
         with tempfile.TemporaryDirectory(prefix="deal-survival-") as folder:
-            for found in run_rounds(Path(folder), missing):
-                rounds.append(found)
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps({"rounds": rounds}, indent=1) + "\n")
-                print(found, flush=True)
-    right = sum(r["right"] for r in rounds)
-    print(f"{right} of {len(rounds)} rounds ended with the versions of the undisturbed run")
-    sys.exit(right != len(rounds))
+            for each in run_rounds(Path(folder), missing):
+                found.append(each)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps({"rounds": found}, indent=1) + "\n")
+                typer.echo(str(each))
+    right = sum(each["right"] for each in found)
+    typer.echo(f"{right} of {len(found)} rounds ended with the versions of the undisturbed run")
+    raise typer.Exit(int(right != len(found)))
 
 
 def run_rounds(folder: Path, seeds: list[int]) -> Any:
     """Yield what each round gave; the servers stay up from round to round."""
     home, base = folder / "home", folder / "tiny-base"
     home.mkdir()
-    base.mkdir()
     build_tiny_base(base)
-    dropped = {"PREFECT_API_URL", "MLFLOW_TRACKING_URI"}
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(folder / "cache")}
-    ports = [free_port(), free_port()]
-    up = ("up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]), "--trainings", "2")
+    environment = bare_environment() | {"DEAL_HOME": str(home), "DEAL_CACHE_DIR": str(folder / "cache")}
+    prefect_port, mlflow_port = map(str, free_ports(2))
+    up = ("up", "--prefect-port", prefect_port, "--mlflow-port", mlflow_port, "--trainings", "2")
     subprocess.run([*DEAL, *up], env=environment, check=True)
-    os.environ |= {"DEAL_HOME": str(home), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports[1]}"}
+    os.environ |= {"DEAL_HOME": str(home), "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
     try:
         started = time.monotonic()
         land(home, "undisturbed", base)
@@ -188,12 +183,5 @@ def versions_of(name: str) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)

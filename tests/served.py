@@ -16,7 +16,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
-from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import Confidence
 from infra.served_model import SIGNATURE, ServedModel
 from infra.serving import run
 from infra.serving.prediction_log import PredictionLog

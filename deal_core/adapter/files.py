@@ -45,12 +45,10 @@ def as_recorded(digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def find_damage(found: Mapping[str, str], recorded: Recorded, names: Collection[str] = ADAPTER_FILES) -> list[str]:
-    """Describe each file whose bytes differ from the recorded ones: the digest found and the digest recorded.
+    """Describe each named file whose bytes differ from the recorded ones: the digest found and the digest recorded.
 
-    Args:
-        found: the result of `digests_of` for all files of the adapter.
-        recorded: the digests that the files may have. If it is empty, nothing is compared.
-        names: the files to compare. If one digest is recorded of all files together, all files are compared.
+    `found` is the result of `digests_of` for all files of the adapter. If nothing is recorded, nothing is compared. If
+    one digest is recorded of all files together, all files are compared.
     """
     if not recorded:
         return []

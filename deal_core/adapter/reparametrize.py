@@ -83,8 +83,7 @@ class Reparametrization(nn.Module):
     def pull_back(self, *, penalised: bool = False) -> None:
         """Set the parameters' gradients by passing the factors' gradients back through the networks (chain rule).
 
-        Args:
-            penalised: Also add the gradient of `penalty`, in the same pass over the numbers.
+        With `penalised`, the gradient of `penalty` is added in the same pass over the numbers.
         """
         for stack, networks in zip(self._stacks, self._pairs, strict=True):
             for network, gradients in zip(networks, stack.target_gradients(), strict=True):

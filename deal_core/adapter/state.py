@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -31,7 +30,7 @@ from deal_core.strategies.strategy import STORED_ROWS, MethodState
 SCHEMA_VERSION = 1
 
 OTHER_NAME = "deal_other"
-"""Name for a new adapter of another form. It and ADAPTER_NAME alternate, so old and new can be loaded together."""
+"""It and ADAPTER_NAME alternate as the name of the adapter that answers, so old and new can be loaded together."""
 CANDIDATE_NAME = "deal_candidate"
 """Name for a second adapter that answers too; see `add_candidate`."""
 TARGET_MODULES: dict[str, tuple[str, ...]] = {
@@ -96,13 +95,9 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, seed: int)
 def load_adapter(
     model: PreTrainedModel, folder: Path, *, is_trainable: bool = False, num_new_slots: int = 0
 ) -> PeftModel:
-    """Load a PEFT folder onto a base model, in fp32.
+    """Load a folder of PEFT or of `save_adapter` onto a base model, in fp32.
 
-    Args:
-        model: The base model.
-        folder: A folder of PEFT or of `save_adapter`.
-        is_trainable: Whether the factors get gradients.
-        num_new_slots: Slots to append, zero in both factors; the adapter's output stays the same.
+    `num_new_slots` slots are appended, zero in both factors; the adapter's output stays the same.
 
     Raises:
         AdapterStateError: The folder holds no adapter, its weights are damaged, or its keys are not exactly those that
@@ -285,24 +280,14 @@ def adapter_norm(folder: Path) -> float | None:
 
 
 def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
-    """Replace the adapter on a model by a saved adapter.
+    """Replace the adapter on a model by a saved one, which may have another rank or other target modules.
 
-    If names and shapes are equal, the new tensors are copied over the old ones. Otherwise (another rank, other target
-    modules) the new adapter is added under another name, and the old adapter is deleted.
-
-    Args:
-        model: a base model with one adapter. It must not be in use during the call; afterwards it is for inference.
-        saved: the new adapter.
+    The new adapter gets another name. The model must not be in use during the call. Afterwards it is for inference.
 
     Raises:
-        AdapterStateError: the new adapter does not fit the model, which keeps the old adapter.
+        AdapterStateError: The new adapter does not fit the model, which keeps the old adapter.
     """
     old = str(model.active_adapter)
-    if _has_same_form(model, old, saved):
-        tensors = {_name_in_model(key, old): tensor for key, tensor in saved.tensors.items()}
-        hotswap_adapter_from_state_dict(model, tensors, old, saved.config)
-        model.peft_config[old] = saved.config
-        return
     new = OTHER_NAME if old == ADAPTER_NAME else ADAPTER_NAME
     _add(model, new, saved)
     activate(model, new)
@@ -312,12 +297,10 @@ def swap_adapter(model: PeftModel, saved: SavedAdapter) -> None:
 def add_candidate(model: PeftModel, saved: SavedAdapter) -> None:
     """Add a saved adapter as CANDIDATE_NAME, in place of an earlier one. The active adapter stays active.
 
-    Args:
-        model: a base model with an adapter. It must not be in use during the call.
-        saved: the second adapter.
+    The model must not be in use during the call.
 
     Raises:
-        AdapterStateError: the second adapter does not fit the model, which then has none.
+        AdapterStateError: The second adapter does not fit the model, which then has none.
     """
     drop_candidate(model)
     _add(model, CANDIDATE_NAME, saved)
@@ -351,18 +334,3 @@ def activate(model: PeftModel, name: str) -> None:
     """Let an adapter of the model answer, and no other."""
     model.set_adapter(name)
     model.requires_grad_(False)  # PEFT makes the active adapter trainable
-
-
-def _has_same_form(model: PeftModel, name: str, saved: SavedAdapter) -> bool:
-    try:
-        check_hotswap_configs_compatible(model.peft_config[name], saved.config)
-        require_fit(model, name, saved)
-    except (ValueError, AdapterStateError):
-        return False
-    return all(".lora_A." in key or ".lora_B." in key for key in saved.tensors)  # neither an embedding nor DoRA
-
-
-def _name_in_model(key: str, adapter: str) -> str:
-    """A tensor's name in the model: PEFT writes …lora_A.weight, the model has …lora_A.NAME.weight."""
-    module, _, parameter = key.rpartition(".")
-    return f"{module}.{adapter}.{parameter}"

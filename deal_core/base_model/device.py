@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from deal_core.errors import ConfigError
-
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6,
-          "gb": 10**9, "tb": 10**12}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +70,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: The text is not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None or float(found[1]) <= 0:
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0:
         raise ConfigError(f"{text!r} is not a size of memory; write 24GiB or 80GB, for example.")
-    return int(float(found[1]) * unit)
+    return size

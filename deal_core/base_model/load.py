@@ -20,6 +20,7 @@ from deal_core.base_model.sources import (
     KINDS,
     auto_class,
     cache_entry,
+    fetch_snapshot,
     require_all_weights,
     resolve_base,
     sha256_of_model,
@@ -74,8 +75,8 @@ def load_base(
 
     Args:
         source: as for `resolve_base`, or a folder that it returned.
-        cache_folder: folder of fetched and converted models and of digests.
-        precision: bf16, fp32, or auto (see `choose_dtype`).
+        cache_folder: as for `resolve_base`; digests are kept there too.
+        precision: of the frozen weights, see `choose_dtype`.
         quantize: hold the linear layers in 8 or 4 bits; computations with them use `precision`.
         on_progress: as for `resolve_base`.
 
@@ -83,9 +84,6 @@ def load_base(
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
             before anything is fetched, if this machine cannot quantize.
         IntegrityError: a converted model in the cache was changed or damaged.
-
-    Example:
-        >>> base = load_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
     """
     dtype = choose_dtype(precision)
     quantized = {} if quantize == "none" else quantization(quantize, dtype)
@@ -241,17 +239,10 @@ def _read_config(folder: Path, source: str, **options: str) -> Any:
 
 def _config_from_hub(source: str) -> BaseConfig:
     """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        file = Path(hf_hub_download(source, "config.json"))
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        folder = fetch_snapshot(source, "model", ["config.json"])
+    except ConfigError as error:
         raise ConfigError(
-            f"The config of base model {source!r} could not be fetched from the Hub ({reason}), and without it the "
-            f"model's size is unknown. Give a local folder with its config.json. {KINDS}"
+            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. {KINDS}"
         ) from error
-    names = ("model.safetensors", "model.safetensors.index.json")
-    has_weights = any(isinstance(try_to_load_from_cache(source, name), str) for name in names)
-    return BaseConfig(config=_read_config(file.parent, source), folder=file.parent if has_weights else None)
+    return BaseConfig(config=_read_config(folder, source), folder=folder if any(folder.glob("*.safetensors")) else None)

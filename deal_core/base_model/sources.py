@@ -95,9 +95,6 @@ def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None =
 
     Raises:
         ConfigError: the source is of another kind, cannot be reached, or holds no safetensors.
-
-    Example:
-        >>> folder = resolve_base("smollm2-135m-instruct", Path("cache"))  # doctest: +SKIP
     """
     built_in = BUILT_IN.get(source)
     if built_in is not None:

@@ -1,4 +1,15 @@
-"""Run one cell of the benchmark. A second run continues at the task at which a first run died."""
+"""Run one cell of the benchmark. A second run continues at the task at which a first run died.
+
+Some bounds train nothing: a classifier per task answers from features of the untouched base model, so nothing can be
+forgotten. It knows a row's task, as the prompt of every strategy does.
+
+frozen_head: linear discriminant analysis with Ledoit-Wolf shrinkage, as RanPAC's head without its random projection
+    (arXiv 2307.02251).
+knn: the stored rows nearest to a text vote, after Reference Trustable Decoding (arXiv 2409.20181) with one head.
+knn_means: the nearest mean of a label's rows.
+
+Shapes: N rows, K neighbours, D width of the base model.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from filelock import FileLock
+from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from deal_core.adapter.files import WEIGHTS_FILE
 from deal_core.adapter.state import adapter_on, load_method_state
@@ -19,7 +38,6 @@ from deal_core.base_model.device import describe_machine
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.answers import pack_answers
 from deal_core.benchmark.cell import BOUNDS, UNTRAINED, Cell
-from deal_core.benchmark.heads import answer_by_head
 from deal_core.benchmark.suites import SuiteTask
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_prompt
@@ -38,6 +56,7 @@ from deal_core.training.train import TrainingSetup, train_adapter
 
 OnProgress = Callable[[float, float, str], None]
 VERSION_FILE = "version.json"
+NUM_NEIGHBOURS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +241,44 @@ def _score_heads(run: CellRun) -> dict[str, dict[str, Any]]:
         answers = answer_by_head(run.cell.strategy, train_ND, list(learned["output"]), test_ND, task.labels)
         scores[name] = _kept(evaluate_answers(task, Dataset.from_list(list(rows)), answers))
     return scores
+
+
+def _nearest_rows(train_ND: NDArray[np.float64]) -> ClassifierMixin:
+    """Neighbours that vote with weight exp(-d^2 / T); T is the stored rows' mean d^2 to their own K-th neighbour."""
+    num_neighbours = min(NUM_NEIGHBOURS, len(train_ND))
+    scaled_ND = StandardScaler().fit_transform(train_ND)
+    index = KNeighborsClassifier(num_neighbours).fit(scaled_ND, np.zeros(len(train_ND)))
+    distances_NK, _ = index.kneighbors(scaled_ND)
+    temperature = max(float(np.mean(distances_NK[:, -1] ** 2)), np.finfo(float).tiny)
+    return KNeighborsClassifier(num_neighbours, weights=lambda distances: np.exp(-(distances**2) / temperature))
+
+
+HEADS: dict[str, Callable[[NDArray[np.float64]], ClassifierMixin]] = {
+    "frozen_head": lambda _: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
+    "knn": _nearest_rows,
+    "knn_means": lambda _: NearestCentroid(),
+}
+"""Name of a bound -> its classifier for these training rows. Features are standardised before it."""
+
+
+def answer_by_head(
+    bound: str, train_ND: Tensor, labels: Sequence[str], test_ND: Tensor, known: Sequence[str]
+) -> list[str]:
+    """Fit a bound's classifier on the features and labels of training rows, and return its label for every test row.
+
+    A label of the task (`known`) without a training row is never answered.
+    """
+    if len(set(labels)) < 2:  # a classifier needs two classes
+        return [labels[0] if labels else known[0]] * len(test_ND)
+    rows_ND = _array(train_ND)
+    head = make_pipeline(StandardScaler(), HEADS[bound](rows_ND))
+    head.fit(rows_ND, list(labels))
+    return [str(label) for label in head.predict(_array(test_ND))]
+
+
+def _array(values_ND: Tensor) -> NDArray[np.float64]:
+    array: NDArray[np.float64] = values_ND.double().numpy()
+    return array
 
 
 def _kept(found: TaskEvaluation) -> dict[str, Any]:

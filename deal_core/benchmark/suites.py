@@ -7,22 +7,23 @@ also uses.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.reading.json_values import unique_keys
+from deal_core.data.reading.json_values import parse_json
+from deal_core.data.reading.lines import open_text
+from deal_core.data.reading.readers import read_columns, read_rows
+from deal_core.data.rows import is_utf8
 from deal_core.data.schema import PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
-from deal_core.regular_file import open_regular
 
 Rows = tuple[dict[str, Any], ...]
 Part = Literal["dev", "reported"]
-Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 SUITES: dict[str, dict[str, tuple[str, ...]]] = {
     "3": {"1": ("agnews", "dbpedia", "yahoo")},
@@ -213,34 +214,24 @@ def digest_of(tasks: dict[str, SuiteTask]) -> str:
 
 def _from_json_lines(folder: Path, name: str) -> SuiteTask:
     path = folder / "tasks.json"
-    described = _json(_read(path), path, dict)
-    if name not in described:
-        raise DataValidationError(f"{path} does not describe task {name!r}; it has {_list(described)}.")
+    described = _json(path)
+    if not isinstance(described, dict) or name not in described:
+        has = _list(described) if isinstance(described, dict) else "no JSON object"
+        raise DataValidationError(f"{path} does not describe task {name!r}; it has {has}.")
     task = described[name] if isinstance(described[name], dict) else {}
-
-    def file_of(part: str) -> Path:
-        return folder / f"{name}.{part}.jsonl"
-
-    def values(part: str) -> list[tuple[str, Any]]:
-        path = file_of(part)
-        lines = _read(path).split("\n")  # splitlines would also split at other separators inside a text
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        return [(f"Line {number}", _json(line, path, dict, first_line=number)) for number, line in numbered]
-
-    has_task = isinstance(task.get("instruction"), str)
-    learned = values("train") if has_task else []
-    is_generation = any("completion" in value for _, value in learned)
-    if not has_task or not (is_generation or _are_labels(task.get("labels"))):
+    files = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "test", "dev")}
+    is_generation = "completion" in read_columns(files["train"])
+    if not isinstance(task.get("instruction"), str) or not (is_generation or _are_texts(task.get("labels"))):
         raise DataValidationError(
             f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
             "texts. A task of generation, with rows of prompt and completion, needs no labels."
         )
     columns = ("prompt", "completion") if is_generation else ("text", "label")
-    train = _rows(learned, file_of("train"), *columns)
-    test = _rows(values("test"), file_of("test"), *columns)
+    train, test = (_rows(files[part], *columns) for part in ("train", "test"))
     if not is_generation:
-        return _task(name, task["labels"], task["instruction"], train, test)
-    dev = _rows(values("dev"), file_of("dev"), *columns) if file_of("dev").is_file() else None
+        schema = TaskSchema(name=name, labels=tuple(task["labels"]), instruction=task["instruction"])
+        return SuiteTask(schema=schema, train=train, test=test)
+    dev = _rows(files["dev"], *columns) if files["dev"].is_file() else None
     schema = TaskSchema(name=name, format="completion", instruction=task["instruction"], metric="rouge_l")
     return SuiteTask(schema=schema, train=train, test=test, dev=dev)
 
@@ -248,84 +239,62 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
 def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
     found = sorted(folder.glob(f"*/{name}/train.json"))
     if not found:
-        have = {path.parent.name: path for path in folder.glob("*/*/train.json")}
+        have = {path.parent.name for path in folder.glob("*/*/train.json")}
         raise DataValidationError(f"{folder} has no FAMILY/{name}/train.json; it has {_list(have)}.")
     home = found[0].parent
     family = home.parent.name
     if family not in FAMILIES:
         raise DataValidationError(f"{home} is of family {family!r}; the families are {_list(FAMILIES)}.")
+    labels = _json(home / "labels.json")
+    if not _are_texts(labels):
+        raise DataValidationError(f"{home / 'labels.json'} does not hold labels; make it a list of texts.")
 
-    def rows(path: Path) -> Rows:
-        values = [(f"Row {number}", value) for number, value in enumerate(_json(_read(path), path, list), start=1)]
-        random.Random(ORDER_SEED).shuffle(values)
-        return _rows(values, path, "sentence", "label")
+    def shuffled(path: Path) -> Rows:
+        rows = list(_rows(path, "sentence", "label"))
+        random.Random(ORDER_SEED).shuffle(rows)
+        return tuple(rows)
 
     test = home / "test.json"
-    labels = _json(_read(home / "labels.json"), home / "labels.json", list)
-    if not _are_labels(labels):
-        raise DataValidationError(f"{home / 'labels.json'} does not hold labels; make it a list of texts.")
-    return _task(name, labels, FAMILIES[family], rows(found[0]), rows(test if test.is_file() else home / "dev.json"))
+    return SuiteTask(
+        schema=TaskSchema(name=name, labels=tuple(labels), instruction=FAMILIES[family]),
+        train=shuffled(home / "train.json"), test=shuffled(test if test.is_file() else home / "dev.json"),
+    )  # fmt: skip
 
 
-def _read(path: Path) -> str:
+def _json(path: Path) -> Any:
     try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise DataValidationError(f"{path} cannot be read ({error.strerror}); the task needs it.") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataValidationError(f"Line {line} of {path} is not UTF-8; save the file as UTF-8.") from None
+        with open_text(path, newline="\n") as file:
+            return parse_json(file.read())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataValidationError(f"{path} cannot be read as JSON ({error}); the task needs it.") from None
 
 
-def _json(text: str, path: Path, kind: type[Kind], first_line: int = 1) -> Kind:
-    """Read `text`, the part of `path` from `first_line` on, as a JSON object or list.
-
-    Raises:
-        DataValidationError: The text is not JSON, or of another kind.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise DataValidationError(
-            f"Line {first_line + error.lineno - 1} of {path} is not JSON ({error.msg} at column {error.colno}); "
-            "correct it there, or write the file again."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
-        raise DataValidationError(f"Line {first_line} of {path} cannot be used ({reason}); correct it.") from None
-    if not isinstance(value, kind):
-        raise DataValidationError(
-            f"Line {first_line} of {path} does not begin a JSON {'object' if kind is dict else 'list'}; put one there."
-        )
-    return value
-
-
-def _rows(values: list[tuple[str, Any]], path: Path, text: str, label: str) -> Rows:
-    """Rows from JSON values; each value comes with its place in the file, for messages."""
-    if not values:
+def _rows(path: Path, text: str, label: str) -> Rows:
+    """The rows of a file of JSON lines, or of a JSON list."""
+    rows = list(read_rows(path))
+    if not rows:
         raise DataValidationError(f"{path} holds no rows; give it at least one.")
-    for place, value in values:
-        if not isinstance(value, dict) or not {text, label} <= value.keys():
-            raise DataValidationError(f"{place} of {path} lacks {text!r} or {label!r}; give the row both.")
-        if not _are_labels(value.get("references", [])):
-            raise DataValidationError(f"{place} of {path} has 'references' that are no list of texts; give texts.")
-    has_references = any(value.get("references") for _, value in values)
+    for row in rows:
+        place, values = f"Row {row.number} (line {row.line}) of {path}", row.values
+        if row.fault is not None:
+            raise DataValidationError(f"{place} cannot be read ({row.fault.why}); correct it.")
+        if not {text, label} <= values.keys():
+            raise DataValidationError(f"{place} lacks {text!r} or {label!r}; give the row both.")
+        if not _are_texts(values.get("references", [])):
+            raise DataValidationError(f"{place} has 'references' that are no list of texts; give texts.")
+        if not all(map(is_utf8, (str(values[text]), str(values[label])))):
+            raise DataValidationError(f"{place} is not UTF-8; save the file as UTF-8.")
+    has_references = any(row.values.get("references") for row in rows)
     return tuple(
-        {"input": str(value[text]).strip(), "output": str(value[label]).strip()}
-        | ({"references": value.get("references") or [str(value[label])]} if has_references else {})
-        for _, value in values
+        {"input": str(values[text]).strip(), "output": str(values[label]).strip()}
+        | ({"references": values.get("references") or [str(values[label])]} if has_references else {})
+        for values in (row.values for row in rows)
     )
 
 
-def _are_labels(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(label, str) for label in value)
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _task(name: str, labels: list[str], instruction: str, train: Rows, test: Rows) -> SuiteTask:
-    schema = TaskSchema(name=name, labels=tuple(labels), instruction=instruction)
-    return SuiteTask(schema=schema, train=train, test=test)
-
-
-def _list(names: dict[str, Any]) -> str:
+def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"

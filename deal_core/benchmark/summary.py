@@ -14,7 +14,7 @@ from typing import Any, get_args
 from deal_core.benchmark.cell import BOUNDS, COMMON, SCHEMA_VERSION, Scored, revision_of, settings_read
 from deal_core.benchmark.suites import name_of
 from deal_core.errors import DataValidationError
-from deal_core.evaluation.metrics import AccuracyMatrix, paired_interval
+from deal_core.evaluation.metrics import AccuracyMatrix, mean_of_all, paired_interval
 from deal_core.method_config import MEMORY, MethodConfig
 from deal_core.schema_version import require_schema_version
 
@@ -244,7 +244,7 @@ def _figures(protocol: Protocol, cells: Sequence[CellJson]) -> dict[str, Any]:
             for name in ("forgetting", "backward_transfer", "forward_transfer")
         },
         "rouge1": _points(score["rouge1"] for final in finals for score in final.values()),
-        "perplexity_ratio": _mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
+        "perplexity_ratio": mean_of_all(_ratio(cell["perplexity"]) for cell in cells),
         "base_perplexities": sorted({f"{cell['perplexity']['base']:.3f}" for cell in cells
                                      if cell["perplexity"].get("base")}),
         "rows_per_second": median(version["rows_per_second"] for version in learned) if learned else None,
@@ -335,16 +335,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(known) / len(known)
 
 
-def _mean_of_all(values: Iterable[float | None]) -> float | None:
-    """The mean; None if there is no value or a value is unknown."""
-    given = list(values)
-    known = [value for value in given if value is not None]
-    return _mean(known) if known and len(known) == len(given) else None
-
-
 def _points(shares: Iterable[float | None]) -> float | None:
-    """The mean of shares in percent; None as for `_mean_of_all`."""
-    mean = _mean_of_all(shares)
+    """The mean of shares in percent; None as for `mean_of_all`."""
+    mean = mean_of_all(shares)
     return None if mean is None else 100 * mean
 
 

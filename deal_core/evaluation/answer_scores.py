@@ -1,4 +1,4 @@
-"""The score of an answer: a number from 0 to 1 for every test row, by the metric of its task."""
+"""What answers are worth: a score from 0 to 1 for every test row, by its task's metric, and figures of each label."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rapidfuzz.distance import LCSseq
@@ -23,6 +24,9 @@ ScoreAnswer = Callable[[str, str], float]
 
 MODULES_VARIABLE = "DEAL_METRIC_MODULES"
 """Environment variable: the modules, separated by commas, whose functions may be a task's metric."""
+COLLAPSE_SHARE, COLLAPSE_FACTOR = 0.5, 2.0
+"""Answers to a task have collapsed if one label is at least this share of them, and this many times its share of the
+references."""
 _WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
 _WORD = re.compile(r"\w+")
@@ -228,3 +232,60 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, str) and isinstance(second, str):
         return exact_match(first, second)
     return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFigures:
+    """How one label is answered.
+
+    Attributes:
+        label: The label; None stands for all answers that are no label.
+        num_rows: Test rows with this label.
+        recall: Share of these rows that are answered with it; None without such rows.
+        share: Its share of all answers.
+    """
+
+    label: str | None
+    num_rows: int
+    recall: float | None
+    share: float
+
+
+def number_labels(labels: Sequence[str]) -> dict[str, int]:
+    """Return the number of each label, by the label as answers are compared."""
+    return {plain_answer(label): number for number, label in enumerate(labels)}
+
+
+def label_figures(answers: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> list[LabelFigures]:
+    """Return the figures of every label in the schema's order; answers outside the labels come last, if there are any.
+
+    Answers and labels are compared as accuracy compares them: stripped and case-folded.
+    """
+    answered = [plain_answer(answer) for answer in answers]
+    expected = [plain_answer(reference) for reference in references]
+    given, wanted = Counter(answered), Counter(expected)
+    right = Counter(answer for answer, reference in zip(answered, expected, strict=True) if answer == reference)
+    total = max(1, len(answered))
+    found = [
+        LabelFigures(
+            label=label,
+            num_rows=wanted[name],
+            recall=right[name] / wanted[name] if wanted[name] else None,
+            share=given[name] / total,
+        )
+        for label in labels
+        for name in (plain_answer(label),)
+    ]
+    outside = len(answered) - sum(given[plain_answer(label)] for label in labels)
+    if outside:
+        found.append(LabelFigures(label=None, num_rows=0, recall=None, share=outside / total))
+    return found
+
+
+def collapsed(figures: Sequence[LabelFigures]) -> LabelFigures | None:
+    """Return the label that has taken over the answers, or None."""
+    num_rows = max(1, sum(each.num_rows for each in figures))
+    most = max(figures, key=lambda each: each.share, default=None)
+    if most is None or most.share < COLLAPSE_SHARE or most.share < COLLAPSE_FACTOR * most.num_rows / num_rows:
+        return None
+    return most

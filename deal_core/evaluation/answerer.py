@@ -18,8 +18,7 @@ from deal_core.base_model.load import BaseModel, Precision, load_base
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.confidence import Confidence
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
@@ -98,8 +97,12 @@ class Answerer:
     """
 
     def __init__(self, served: ServedVersion, base: BaseModel, folder: Path, version: str = UNKNOWN_VERSION) -> None:
-        self._served, self._version = served, version
-        self._base_sha256 = base.sha256
+        self.served = served
+        """The facts of the version that answers now."""
+        self.version = version
+        """Number of the version that answers now."""
+        self.base_sha256 = base.sha256
+        """Digest of the base model that is loaded."""
         self._changed = threading.Condition()
         self._holder: int | None = None
         """The thread that computes with the model or swaps the version."""
@@ -114,21 +117,6 @@ class Answerer:
         self._name: str
         """Name of the first version's adapter on the model."""
         self._put_on(base, load_adapter(base.model, folder))
-
-    @property
-    def served(self) -> ServedVersion:
-        """The facts of the version that answers now."""
-        return self._served
-
-    @property
-    def version(self) -> str:
-        """Number of the version that answers now."""
-        return self._version
-
-    @property
-    def base_sha256(self) -> str:
-        """Digest of the base model that is loaded."""
-        return self._base_sha256
 
     def answer(self, rows: Sequence[InputRow]) -> list[str]:
         """One answer per row, in the rows' order; errors are those of `ask`."""
@@ -171,15 +159,15 @@ class Answerer:
         """Let another version answer from now on. Its files are read first; only then does answering pause.
 
         Args:
-            folder: the folder with the PEFT files and `deal.json`.
-            version: the version's number.
+            folder: as for `load_answerer`.
+            version: as for `load_answerer`.
             base: another base model for the adapter; None: the version uses the loaded one.
 
         Raises:
             AdapterStateError: the folder cannot be served, or does not fit the base; the previous version stays.
             ConfigError: the version needs another base model than the given or loaded one.
         """
-        base_sha256 = self._base_sha256 if base is None else base.sha256
+        base_sha256 = self.base_sha256 if base is None else base.sha256
         served, saved = _read(folder, base_sha256)
         model = None if base is None else load_adapter(base.model, folder)
         with self._alone():
@@ -190,7 +178,7 @@ class Answerer:
             else:
                 self._put_on(base, model)
                 self._candidate = None
-            self._served, self._version, self._base_sha256 = served, version, base_sha256
+            self.served, self.version, self.base_sha256 = served, version, base_sha256
             for request in self._waiting:
                 request.begin_again()
 
@@ -201,7 +189,7 @@ class Answerer:
             AdapterStateError: the folder cannot be served, or does not fit the base; then there is no candidate.
             ConfigError: the version needs another base model.
         """
-        served, saved = _read(folder, self._base_sha256)
+        served, saved = _read(folder, self.base_sha256)
         with self._without_candidate():
             adapters.add_candidate(self._model, saved)
             self._candidate = served, version
@@ -281,7 +269,7 @@ class Answerer:
         batch: list[_Part] = []
         num_left = self._max_rows
         for request in waiting:
-            served = self._candidate if request.by_candidate else (self._served, self._version)
+            served = self._candidate if request.by_candidate else (self.served, self.version)
             if self._is_stopped or request.is_given_up() or served is None:
                 request.end(GivenUpError("The server is stopping, or the client has gone; ask again."))
             elif num_left > 0 and request.prepare(*served) and (not batch or request.is_like(batch[0].request)):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from deal_core.data.chats import as_messages
 from deal_core.data.check import normal_input
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError
@@ -43,7 +44,7 @@ class ServedTask:
         """
         if not text.strip():
             raise ConfigError(f"{place} has an empty input; give the text to answer.")
-        if self.schema.format == "chat" and not _is_chat(text):
+        if self.schema.format == "chat" and not all(map(_is_message, as_messages(text) or [{}])):
             raise ConfigError(
                 f"{place} is of the chat task {self.schema.name}, whose input is a JSON list of messages with role and "
                 'content, such as [{"role": "user", "content": "Hello"}].'
@@ -102,18 +103,6 @@ def read_served(folder: Path) -> ServedVersion:
             "is a plain PEFT folder. To serve it, learn a file again, which registers a new version."
         )
     return ServedVersion.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _is_chat(text: str) -> bool:
-    try:
-        messages = json.loads(text)
-    except ValueError:
-        return False
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(message, dict) and _is_message(message) for message in messages)
-    )
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:

@@ -153,7 +153,7 @@ def _mean_drop(drops: list[_Drop], config: GateConfig) -> Iterator[Veto]:
         return
     mean = sum(drop.points for drop in drops) / len(drops)
     variance = sum(drop.paired.standard_error ** 2 for drop in drops if drop.paired)
-    noise = _noise(config.confidence, variance ** 0.5 / len(drops))
+    noise = NormalDist().inv_cdf(config.confidence) * variance ** 0.5 / len(drops)
     if mean > limit + 100 * _SLACK and mean > noise:
         yield Veto(
             kind="mean_drop", task=None, value=mean, limit=limit,
@@ -238,10 +238,6 @@ def _what_rows_tell(paired: PairedDrop, limit: float, confidence: float) -> str 
     if clear is None:
         return "no drop"
     return f"a drop only from {clear:.1f} points on" if clear > limit else None
-
-
-def _noise(confidence: float, standard_error: float) -> float:
-    return NormalDist().inv_cdf(confidence) * standard_error
 
 
 def _percent(share: float) -> str:

@@ -209,14 +209,8 @@ def preferred(
     equal. This is the accuracy of DPO's implicit reward (arXiv 2305.18290) with the base model as the reference, so a
     version is compared with any other one, and the base model itself has 0.5.
 
-    Args:
-        model: The base model, with or without an adapter.
-        tokenizer: The base model's tokenizer.
-        task: How a row becomes a prompt.
-        rows: The rows, columns input, output and rejected.
-        config: Limits of batches and answers. A longer answer is cut.
-        max_prompt_tokens: Limit of prompts.
-        on_progress: Called with the number of rows just judged.
+    The arguments are those of `measure`; `rows` also has the column rejected. Longer answers than
+    `config.max_new_tokens` are cut.
     """
     both = Dataset.from_dict({"input": [*rows["input"]] * 2, "output": [*rows["output"], *rows[REJECTED.name]]})
     num_read = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -60,8 +60,8 @@ class AccuracyMatrix(VersionedJson):
         Args:
             task: the task just learned, new to the lineage or not.
             accuracies: the new version's accuracy on every task so far, including `task`.
-            base_accuracy: the untouched base model's accuracy on `task`; used if the task is new.
-            parent_accuracy: the parent's accuracy on `task` before training; used if the task is new.
+            base_accuracy: the untouched base model's accuracy on a new task.
+            parent_accuracy: the parent's accuracy on a new task before training.
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
@@ -106,7 +106,8 @@ class AccuracyMatrix(VersionedJson):
         """AA = mean_i R[T][i]; None before the first version."""
         if not self.rows:
             return None
-        return _mean([value for name, value in zip(self.tasks, self.rows[-1], strict=True) if name not in self.slices])
+        last = zip(self.tasks, self.rows[-1], strict=True)
+        return mean_of_all(value for name, value in last if name not in self.slices)
 
     @property
     def forgetting_by_task(self) -> dict[str, float]:
@@ -123,7 +124,7 @@ class AccuracyMatrix(VersionedJson):
     @property
     def forgetting(self) -> float | None:
         """Mean of `forgetting_by_task`; None with one task."""
-        return _mean(tuple(self.forgetting_by_task.values()))
+        return mean_of_all(self.forgetting_by_task.values())
 
     @property
     def relative_forgetting(self) -> float | None:
@@ -136,12 +137,13 @@ class AccuracyMatrix(VersionedJson):
             best = max(row[column] or 0.0 for row in self.rows[first : self._last])
             span = best - (self.base[column] or 0.0)
             shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
-        return _mean(shares)
+        return mean_of_all(shares)
 
     @property
     def backward_transfer(self) -> float | None:
         """BWT = mean_{i<T}(R[T][i] − R[i][i]), R[i][i] by the first version trained on task i; None with one task."""
-        return _mean([self._known(-1, column) - self._known(first, column) for _, column, first in self._old_tasks()])
+        old = self._old_tasks()
+        return mean_of_all(self._known(-1, column) - self._known(first, column) for _, column, first in old)
 
     @property
     def forward_transfer(self) -> float | None:
@@ -154,7 +156,7 @@ class AccuracyMatrix(VersionedJson):
             if first > 0 and self.tasks[column] not in self.slices:
                 before, untouched = self.rows[first - 1][column], self.base[column]
                 gains.append(None if before is None or untouched is None else before - untouched)
-        return _mean(gains)
+        return mean_of_all(gains)
 
     @property
     def _last(self) -> int:
@@ -188,8 +190,9 @@ KeptMatrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix_of), PlainSeriali
 """A matrix as a field of something else that is kept as JSON: its own schema version stands inside."""
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_all(values: Iterable[float | None]) -> float | None:
     """Mean, or None if there is no value or a value is unknown: a mean of the rest would be another figure."""
+    values = list(values)
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

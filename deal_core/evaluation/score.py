@@ -12,10 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.config import MEASURED, PREFERENCE, EvaluateConfig
 from deal_core.data.prompts import encode_answer
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.answer_scores import all_of, plain_answer, right_answers, rouge1, score_answers
-from deal_core.evaluation.confidence import Confidence
-from deal_core.evaluation.generation import LanguageModel, OnProgress, answer_inputs
-from deal_core.evaluation.label_figures import LabelFigures, label_figures
+from deal_core.evaluation.answer_scores import (
+    LabelFigures,
+    all_of,
+    label_figures,
+    plain_answer,
+    right_answers,
+    rouge1,
+    score_answers,
+)
+from deal_core.evaluation.generation import Confidence, LanguageModel, OnProgress, answer_inputs
 from deal_core.evaluation.likelihood import preferred, token_probabilities
 
 

@@ -69,7 +69,7 @@ class PairedDrop:
         Graded scores have no such table, so the same is written with differences. Two rows are added, together with
         the mean square s² = Σd²/m of the changed rows: SE² = (Σd² + s² − (Σd)²/(n + 2)) / (n + 2)². For right and
         wrong answers s² is 1, and SE is theirs. q is Student's quantile with n − 1 degrees of freedom.
-        `python -m benchmarks.paired_coverage` measures how often the interval holds the true drop.
+        `python -m benchmarks.gate_noise coverage` measures how often the interval holds the true drop.
         """
         return 100 * self._quantile(confidence) * self._deviation()
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring import two_samples
-from deal_core.monitoring.live_accuracy import estimated_accuracy, measured_accuracy
 from deal_core.monitoring.report import (
     NUM_BINS,
     Alarm,
@@ -113,7 +113,7 @@ def _look(
 
 def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -> list[DriftTest]:
     has_labels = bool(live["is_label"].notna().any() and reference["is_label"].notna().any())
-    differences: dict[TestName, Difference | None] = {}
+    limits, differences = {"labels": config.min_psi, "texts": config.min_auc}, dict[TestName, Difference | None]()
     if has_labels:
         differences["labels"] = two_samples.label_shares(reference["label"].dropna(), live["label"].dropna())
         differences["no label"] = two_samples.share_grew(
@@ -129,16 +129,78 @@ def _tests(reference: pd.DataFrame, live: pd.DataFrame, config: MonitorConfig) -
     if "input" in reference and "input" in live:
         differences["texts"] = two_samples.texts([*reference["input"].dropna()], [*live["input"].dropna()])
     return [
-        DriftTest(
-            name=name, effect=each.effect, limit=_limit(name, config), p_value=each.p_value, low=each.low,
-            high=each.high,
-        )
+        DriftTest(name=name, limit=limits.get(name, config.min_distance), **vars(each))
         for name, each in differences.items() if each is not None
     ]  # fmt: skip
 
 
-def _limit(name: TestName, config: MonitorConfig) -> float:
-    return {"labels": config.min_psi, "texts": config.min_auc}.get(name, config.min_distance)
+class Hits(NamedTuple):
+    """Right answers among rows."""
+
+    num_right: int
+    num_rows: int
+
+
+def hits(scores: pd.Series) -> Hits | None:
+    """Count the right answers; None: there are no scores, or some are neither 0 nor 1."""
+    known = scores.dropna()
+    if known.empty or not known.isin([0.0, 1.0]).all():
+        return None
+    return Hits(int(known.sum()), len(known))
+
+
+def estimated_accuracy(reference: pd.DataFrame, live: pd.DataFrame) -> LiveAccuracy | None:
+    """Estimate the accuracy of live rows without labels, by Average Thresholded Confidence (ATC, arXiv 2201.04234).
+
+    A threshold is chosen so that the share of reference rows with a lower confidence is the error rate there. The
+    estimate is the reference's accuracy minus the drop in the share of rows at or above the threshold. Without ties
+    this is the share itself, which is ATC.
+
+    Limits: it sees only errors that lower the confidence. A model that is confidently wrong on new inputs, or labels
+    whose meaning has changed, leave it unchanged. If all confidences fall alike, it falls further than the accuracy. No
+    estimate of this kind is right for every shift.
+
+    None: the scores are graded, no reference answer is right, or a confidence is missing on one side.
+    """
+    known = reference.dropna(subset=["confidence", "score"])
+    right, confidences = hits(known["score"]), live["confidence"].dropna()
+    if right is None or not right.num_right or confidences.empty:
+        return None
+    threshold = known["confidence"].sort_values().iloc[right.num_rows - right.num_right]
+    above = Hits(int((known["confidence"] >= threshold).sum()), right.num_rows)
+    live_above = Hits(int((confidences >= threshold).sum()), len(confidences))
+    shift = right.num_right / right.num_rows - above.num_right / above.num_rows
+    return _against(live_above, above, shift)
+
+
+def measured_accuracy(
+    reference: pd.DataFrame, live: pd.DataFrame, feedback: pd.DataFrame, num_rows: int
+) -> LiveAccuracy | None:
+    """Measure the accuracy of live rows by feedback on rows that were chosen at random.
+
+    Other feedback does not count: people report errors more often than right answers. An answer's newest feedback
+    counts, and the newest `num_rows` answers with feedback. None: there is no such feedback.
+    """
+    chosen = feedback[feedback["is_random"].fillna(False).astype(bool) & feedback["is_right"].notna()]
+    newest = chosen.sort_values("time", kind="stable").drop_duplicates("id", keep="last")
+    judged = newest.merge(live[["id"]].drop_duplicates(), on="id").tail(num_rows)
+    if judged.empty:
+        return None
+    return _against(Hits(int(judged["is_right"].astype(bool).sum()), len(judged)), hits(reference["score"]), 0.0)
+
+
+def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
+    """Compare two shares; `shift` is added to both, and to the ends of the interval."""
+    ends = (live.num_right / live.num_rows, *two_samples.wilson(live.num_right, live.num_rows))
+    accuracy, low, high = (float(np.clip(end + shift, 0.0, 1.0)) for end in ends)
+    if reference is None:
+        return LiveAccuracy(accuracy=accuracy, low=low, high=high, num_rows=live.num_rows)
+    wrong = reference.num_rows - reference.num_right
+    grew = two_samples.share_grew(wrong, reference.num_rows, live.num_rows - live.num_right, live.num_rows)
+    return LiveAccuracy(
+        accuracy=accuracy, low=low, high=high, num_rows=live.num_rows,
+        reference=reference.num_right / reference.num_rows + shift, drop_points=100 * grew.effect, p_value=grew.p_value,
+    )  # fmt: skip
 
 
 def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
@@ -152,10 +214,15 @@ def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float
     )
     alarms = [Alarm(kind="drift", reason=_reason(each, found.label_shares)) for each in tests if each.is_alarm]
     for word, accuracy in (("measured", measured), ("estimated", estimated)):
-        if accuracy is not None and accuracy.is_alarm:
-            alarms.append(Alarm(kind="quality", reason=_dropped(word, accuracy)))
-            if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
-                alarms.append(Alarm(kind="decayed", reason=_decayed(word, accuracy, before)))
+        if accuracy is None or accuracy.reference is None or not accuracy.is_alarm:
+            continue
+        interval = f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
+        said = f"accuracy is {word} at {100 * accuracy.accuracy:.1f} % ({interval})"
+        versus_tests = f"in {accuracy.num_rows} live rows; the test rows have {100 * accuracy.reference:.1f} %"
+        alarms.append(Alarm(kind="quality", reason=f"{said} {versus_tests}"))
+        if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
+            versus_gate = f"below the {100 * before:.1f} % that the gate measured for the version before"
+            alarms.append(Alarm(kind="decayed", reason=f"{said}, {versus_gate}"))
     return replace(
         found, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms)
     )
@@ -183,23 +250,6 @@ def _reason(test: DriftTest, label_shares: Mapping[str, tuple[float, float]]) ->
     return f"{said}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else said
 
 
-def _dropped(word: str, accuracy: LiveAccuracy) -> str:
-    assert accuracy.reference is not None
-    return (
-        f"accuracy is {word} at {_percent(accuracy)} in {accuracy.num_rows} live rows; the test rows have "
-        f"{100 * accuracy.reference:.1f} %"
-    )
-
-
-def _decayed(word: str, accuracy: LiveAccuracy, before: float) -> str:
-    return (
-        f"accuracy is {word} at {_percent(accuracy)}, below the {100 * before:.1f} % that the gate measured for the "
-        "version before"
-    )
-
-
-def _percent(accuracy: LiveAccuracy) -> str:
-    return f"{100 * accuracy.accuracy:.1f} % ({100 * accuracy.low:.1f} to {100 * accuracy.high:.1f})"
 
 
 def _label_shares(reference: pd.DataFrame, live: pd.DataFrame) -> dict[str, tuple[float, float]]:

@@ -1,16 +1,21 @@
-"""Feedback on a logged answer: the right answer, or whether the answer was right."""
+"""Feedback on logged answers: which rows are worth a person's time, and the check of what was said about them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from deal_core.data.schema import TaskSchema, label_key
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief, listed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Source = Literal["api", "command"]
 SAID = ("label", "answer", "is_right")
@@ -18,6 +23,8 @@ SAID = ("label", "answer", "is_right")
 KEYS = ("id", *SAID, "is_random", "reviewer")
 MAX_CHARS = 100_000
 """Longest answer; a reviewer's name is at most 200 characters long."""
+RANDOM_SHARE = 0.25
+"""Share of the chosen rows that are drawn at random."""
 _ID = re.compile(r"(?:chatcmpl-|cmpl-)?([0-9a-f]{32})")
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """Texts of a CSV file that mean yes or no."""
@@ -71,10 +78,8 @@ class FeedbackEntry:
     def check_against(self, tasks: Mapping[str, TaskSchema], task: str | None, place: str) -> Feedback:
         """Return the feedback with the label in the task's spelling.
 
-        Args:
-            tasks: The tasks of the lineage by name.
-            task: The task of the answer; None: the answer is not known here, so any task may be its task.
-            place: Where the entry stands, for the message.
+        `tasks` are those of the lineage. If the answer's `task` is None, the answer is not known here, and any task may
+        be its task. `place` says in the message where the entry stands.
 
         Raises:
             ConfigError: The task has no such label, or takes another kind of answer.
@@ -95,17 +100,13 @@ class FeedbackEntry:
                 f"{place} has the label {brief(label)}, which the task does not have. Its labels are: "
                 f"{listed(tuple(spelled.values()))}."
             )
-        return Feedback(**{**vars(self.feedback), "label": spelled[label_key(label)]})
+        return replace(self.feedback, label=spelled[label_key(label)])
 
 
 def read_entry(values: Any, place: str, *, source: Source, now: float) -> FeedbackEntry:
-    """Check the form of an entry.
+    """Check the form of an entry: `id`, one of `label`, `answer` and `is_right`, maybe `is_random` and `reviewer`.
 
-    Args:
-        values: The entry: `id`, one of `label`, `answer` and `is_right`, and optionally `is_random` and `reviewer`.
-        place: Where the entry stands, for the message.
-        source: How the entry came.
-        now: The time, in seconds since 1970.
+    `place` says in the message where the entry stands; `now` is the time in seconds since 1970.
 
     Raises:
         ConfigError: The form is wrong. The message quotes no answer.
@@ -154,3 +155,48 @@ def _truth(given: Mapping[str, Any], name: str, place: str) -> bool | None:
     if found is None:
         raise ConfigError(f"{place}: {name} is neither true nor false.")
     return found
+
+
+def select_rows(
+    rows: pd.DataFrame,
+    number: int,
+    *,
+    random_share: float = RANDOM_SHARE,
+    known: Collection[str] = frozenset(),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Choose the answered rows of one task that are worth labelling. An input is chosen once, with its newest answer.
+
+    A share is drawn at random; the other rows are the least certain ones. The log has the confidence of the given
+    answer alone, so that number takes the place of the margin between the two likeliest answers (uncertainty sampling
+    by least confidence, Lewis and Gale 1994, arXiv cmp-lg/9407020).
+
+    The random rows are drawn first, from all rows that may be chosen. So they stand for all of them, and the accuracy
+    on them is that of all. The result is shuffled: a person who stops in the middle has seen both kinds.
+
+    Args:
+        rows: Answered rows with the columns `time`, `input_sha256` and `confidence`; other columns are kept.
+        number: Most rows of the result.
+        random_share: Share of the result that is drawn at random, above 0; it is rounded up.
+        known: Inputs that are never chosen, by `input_sha256`.
+        seed: Of the draw and of the order. Neither depends on the order of `rows`.
+
+    Returns:
+        The chosen rows with the column `is_random`.
+
+    Raises:
+        ConfigError: `number` or `random_share` is not valid.
+    """
+    if number < 1:
+        raise ConfigError(f"The number of rows to select is {number}; give at least 1.")
+    if not 0 < random_share <= 1:
+        raise ConfigError(f"The random share is {random_share}; give a number above 0 and at most 1.")
+    newest = rows.sort_values("time", kind="stable").drop_duplicates("input_sha256", keep="last")
+    pool = newest[~newest["input_sha256"].isin(known)].sort_values("input_sha256", ignore_index=True)
+    number = min(number, len(pool))
+    random = np.random.default_rng(seed)
+    num_random = math.ceil(round(number * random_share, 9))
+    drawn = random.choice(len(pool), num_random, replace=False) if num_random else np.zeros(0, dtype=np.int64)
+    least_certain = pool.drop(drawn).sort_values("confidence", kind="stable").index[: number - num_random]
+    chosen = random.permutation(np.concatenate([drawn, least_certain.to_numpy()]))
+    return pool.assign(is_random=pool.index.isin(drawn)).loc[chosen].reset_index(drop=True)

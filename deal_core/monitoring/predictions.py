@@ -68,14 +68,10 @@ COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Prediction) if eac
 def predictions_of(
     rows: Sequence[InputRow], answered: Answered, *, seconds: float, keeps_texts: bool, shadow_of: Sequence[str] = ()
 ) -> list[Prediction]:
-    """Return the log's rows of one request. Each gets a new id.
+    """Return the log's rows of one request, which took so many seconds. Each gets a new id.
 
-    Args:
-        rows: The request's rows.
-        answered: Their answers.
-        seconds: How long the request took.
-        keeps_texts: Whether the rows get `input` and `output`.
-        shadow_of: The ids of the answers that were returned instead; empty: these answers were returned.
+    With `keeps_texts` the rows get `input` and `output`. `shadow_of` has the ids of the answers that were returned
+    instead; it is empty if these answers were returned.
     """
     found, now = [], time.time()
     given = zip(rows, answered.answers, answered.confidences, strict=True)
@@ -95,12 +91,7 @@ def failures_of(
 ) -> list[Prediction]:
     """Return the log's rows of a request on which a version in rollout, or its champion, failed. They have no texts.
 
-    Args:
-        rows: The request's rows.
-        served: A version that the rows fit.
-        version: The version that failed.
-        seconds: How long the request took.
-        shadow_of: As for `predictions_of`.
+    `version` failed; the rows fit the version `served`. The other arguments are those of `predictions_of`.
     """
     found, now = [], time.time()
     for number, row in enumerate(rows, 1):

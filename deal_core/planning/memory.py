@@ -184,14 +184,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Add up the memory of a training step.
 
-    Args:
-        model: The base model's sizes.
-        activations: Activations of `batch`.
-        batch: The larger of training batch and rehearsed questions, which go through the model one after the other.
-        shape: Strategy, settings and rank.
-        train: Settings of gradient checkpointing and quantized weights.
-        precision: "bf16" or "fp32", of the frozen weights.
-        on_cpu: Whether training runs on a CPU.
+    `batch` is the larger of training batch and rehearsed questions, which go through the model one after the other;
+    `activations` are its own. `precision` is that of the frozen weights.
     """
     adapter, optimiser, arrival = _method_bytes(model, shape)
     kept = activations.kept(model.num_layers, checkpointing=train.gradient_checkpointing)
@@ -312,13 +306,8 @@ class Remedy:
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:
     """Return single changes that save memory, and at the end all of them together.
 
-    With a smaller batch, gradient accumulation is raised, so that a step still learns from as many rows.
-
-    Args:
-        memory_of: Computes a plan.
-        train: The settings that do not fit.
-        precision: Precision of the frozen weights.
-        limit: Most bytes of a plan that fits.
+    `train` and the precision of the frozen weights do not fit into `limit` bytes. With a smaller batch, gradient
+    accumulation is raised, so that a step still learns from as many rows.
     """
     found: list[tuple[str, TrainConfig, str]] = []
     if not train.gradient_checkpointing:

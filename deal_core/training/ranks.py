@@ -32,7 +32,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from deal_core import errors
 from deal_core.base_model.load import Precision, load_base
 from deal_core.errors import ConfigError, DealError, RankError
-from deal_core.training.train import OnLog, TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
+from deal_core.training.trainer import OnLog
 
 END_SECONDS = 60.0
 """Time that the processes have to end before they are killed."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
@@ -19,7 +18,7 @@ from deal_core.config import AdapterConfig, TrainConfig
 from deal_core.data.collate import LOSS_MASK, encode_rows
 from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.data.schema import TaskSchema
-from deal_core.errors import ConfigError, DataValidationError, TrainingDivergedError
+from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig
 from deal_core.strategies import make_strategy, strategy_class
 from deal_core.strategies.strategy import MethodState, Strategy, TaskContext
@@ -32,12 +31,18 @@ from deal_core.training.objective import (
     add_rejected,
     describe_preferences,
 )
-from deal_core.training.reporting import Reporting, reported, require_installed
-from deal_core.training.trainer import AdapterTrainer, find_checkpoint
+from deal_core.training.trainer import (
+    AdapterTrainer,
+    OnLog,
+    Reporting,
+    WatchSteps,
+    find_checkpoint,
+    reported,
+    training_arguments,
+)
 
 MIN_REPEATS = 4
 """Rows of an answer, on average, from which on the answers of a task without labels count as labels."""
-OnLog = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +157,7 @@ def train_adapter(
         learner = make_strategy(strategy, setup.method, train.seed)
         learner.prepare(model, inherited, context)
         trainer = _make_trainer(model, args, learner, setup, context)
-        trainer.add_callback(_WatchSteps(on_log, checkpoint_folder))
+        trainer.add_callback(WatchSteps(on_log, checkpoint_folder))
         with trainer.accelerator.main_process_first():  # it removes incomplete checkpoints
             checkpoint = find_checkpoint(checkpoint_folder)
         started = time.perf_counter()
@@ -292,87 +297,6 @@ def _texts(encoded: Dataset, train: TrainConfig) -> Iterator[str]:
         yield f"train.prompt_loss_weight {train.prompt_loss_weight:g}: the texts have {share:.0%} of the loss's weight"
 
 
-def training_arguments(
-    train: TrainConfig, checkpoint_folder: Path, num_rows: int, reporting: Reporting | None = None
-) -> TrainingArguments:
-    """Translate this project's settings into transformers' TrainingArguments.
-
-    Raises:
-        ConfigError: A tool of `train.report_to` is not installed.
-    """
-    if reporting is not None:
-        require_installed(train.report_to)
-    save_steps = train.checkpoint_steps
-    args = TrainingArguments(
-        output_dir=str(checkpoint_folder),
-        per_device_train_batch_size=train.batch_size // train.num_processes,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
-        weight_decay=0.0,
-        max_grad_norm=train.max_grad_norm,
-        max_steps=train.num_steps(num_rows),
-        logging_steps=1,
-        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
-        save_steps=max(save_steps, 1),
-        save_total_limit=2,
-        seed=train.seed,
-        gradient_checkpointing=train.gradient_checkpointing,
-        report_to=[] if reporting is None else [*train.report_to],
-        project="huggingface" if reporting is None else reporting.project,
-        run_name=None if reporting is None else reporting.run,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-    )
-    if args.device.type == "cuda":  # a process trains on one device; Trainer would spread the batch over all it sees
-        args._n_gpu = 1
-    return args
-
-
-class _WatchSteps(TrainerCallback):
-    """Reports every step's figures, and ends a training that diverged.
-
-    A step is checked before its checkpoint is written, so no checkpoint holds parameters that are not finite.
-    """
-
-    def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
-        self._on_log = on_log
-        self._checkpoint_folder = checkpoint_folder
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """After a resume, report the earlier steps again: a killed process may not have reported them all."""
-        for logs in state.log_history:
-            self._report(int(logs["step"]), logs)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        for name in ("loss", "grad_norm"):
-            value = float((logs or {}).get(name, 0.0))
-            if not math.isfinite(value):
-                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # an earlier step may have diverged already
-                raise TrainingDivergedError(
-                    f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
-                    f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
-                )
-        self._report(state.global_step, logs or {})
-
-    def _report(self, step: int, logs: Mapping[str, float]) -> None:
-        if self._on_log is not None and "loss" in logs:
-            self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
-
-
 def _rows_until(step: int, num_rows: int, rows_per_step: int) -> int:
     """Rows that the first `step` optimiser steps have seen; the last step of an epoch may have fewer rows."""
     epochs, steps = divmod(step, math.ceil(num_rows / rows_per_step))
@@ -400,6 +324,3 @@ def _summarise(
         fill=fill,
         notes=notes,
     )
-
-
-__all__ = ["OnLog", "TrainingResult", "TrainingSetup", "train_adapter", "training_arguments"]

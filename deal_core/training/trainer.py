@@ -1,12 +1,18 @@
 """A thin subclass of transformers' Trainer: answer-only logits, a strategy's hooks, checkpoints that resume exactly.
 
-Gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate.
+Gradient accumulation, gradient checkpointing, clipping and several processes come from Trainer and accelerate. A
+training's figures go to the caller and, if wanted, to TensorBoard, Weights & Biases or Trackio.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +22,85 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from deal_core.config import ReportTool, TrainConfig
 from deal_core.data.collate import BucketSampler, add_blank_row
-from deal_core.errors import AdapterStateError, ConfigError
+from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective
 
+OnLog = Callable[[int, Mapping[str, float]], None]
 STRATEGY_TENSORS = "strategy.safetensors"
 COMPLETE = "COMPLETE"
 TOLERANCE = 1e-4
 """Largest allowed difference from rank 0, relative to the parameter's norm; equal steps on equal devices give 0."""
 TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reporting:
+    """The names under which the tools of `train.report_to` show a training.
+
+    Attributes:
+        project: Trackio's project. Weights & Biases takes its project from WANDB_PROJECT.
+        run: Name of the run.
+        folder: Folder for TensorBoard's event files.
+    """
+
+    project: str
+    run: str
+    folder: Path
+
+
+def require_installed(tools: Sequence[ReportTool]) -> None:
+    """Check that the tools of `train.report_to` are installed.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for tool in tools:
+        if importlib.util.find_spec(tool) is None:
+            raise ConfigError(
+                f"train.report_to names {tool}, which is not installed here; pip install {tool}, or leave it out."
+            )
+
+
+def training_arguments(
+    train: TrainConfig, checkpoint_folder: Path, num_rows: int, reporting: Reporting | None = None
+) -> TrainingArguments:
+    """Translate this project's settings into transformers' TrainingArguments."""
+    save_steps = train.checkpoint_steps
+    args = TrainingArguments(
+        output_dir=str(checkpoint_folder),
+        per_device_train_batch_size=train.batch_size // train.num_processes,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        weight_decay=0.0,
+        max_grad_norm=train.max_grad_norm,
+        max_steps=train.num_steps(num_rows),
+        logging_steps=1,
+        save_strategy="steps" if 0 < save_steps < train.num_steps(num_rows) else "no",
+        save_steps=max(save_steps, 1),
+        save_total_limit=2,
+        seed=train.seed,
+        gradient_checkpointing=train.gradient_checkpointing,
+        report_to=[] if reporting is None else [*train.report_to],
+        project="huggingface" if reporting is None else reporting.project,
+        run_name=None if reporting is None else reporting.run,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    if args.device.type == "cuda":  # a process trains on one device; Trainer would spread the batch over all it sees
+        args._n_gpu = 1
+    return args
 
 
 class AdapterTrainer(Trainer):
@@ -180,6 +252,82 @@ class _StepStrategy(TrainerCallback):
         self._strategy.after_step()
         if self._strategy.starts_anew and optimizer is not None:
             optimizer.state.clear()  # moments and step count; AdamW makes new ones at the next step
+
+
+class WatchSteps(TrainerCallback):
+    """Reports every step's figures, and ends a training that diverged.
+
+    A step is checked before its checkpoint is written, so no checkpoint holds parameters that are not finite.
+    """
+
+    def __init__(self, on_log: OnLog | None, checkpoint_folder: Path) -> None:
+        self._on_log = on_log
+        self._checkpoint_folder = checkpoint_folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """After a resume, report the earlier steps again: a killed process may not have reported them all."""
+        for logs in state.log_history:
+            self._report(int(logs["step"]), logs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Report a step.
+
+        Raises:
+            TrainingDivergedError: Its loss or the norm of its gradient is not finite.
+        """
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if not math.isfinite(value):
+                shutil.rmtree(self._checkpoint_folder, ignore_errors=True)  # an earlier step may have diverged already
+                raise TrainingDivergedError(
+                    f"The {name.replace('_', ' ')} of step {state.global_step} is {value}: the training diverged. "
+                    f"Lower train.learning_rate (it is {args.learning_rate:g}), or look for odd rows."
+                )
+        self._report(state.global_step, logs or {})
+
+    def _report(self, step: int, logs: Mapping[str, float]) -> None:
+        if self._on_log is not None and "loss" in logs:
+            self._on_log(step, {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs})
+
+
+@contextmanager
+def reported(trainer: Trainer, reporting: Reporting | None) -> Iterator[None]:
+    """Let TensorBoard write into the training's folder, and end the run of Weights & Biases with the training.
+
+    Raises:
+        ConfigError: Weights & Biases cannot be used, as without an API key.
+    """
+    tools = trainer.args.report_to or ()
+    for callback in trainer.callback_handler.callbacks:
+        if reporting is not None and isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(reporting.folder)
+    with ExitStack() as stack:
+        if tools:  # Trackio prints, and stdout may be JSON
+            stack.enter_context(redirect_stdout(sys.stderr))
+        if "wandb" in tools:
+            stack.enter_context(_run_of_wandb())
+        yield
+
+
+@contextmanager
+def _run_of_wandb() -> Iterator[None]:
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise ConfigError(f"train.report_to names wandb, which says: {error}") from error
+    finally:
+        wandb.finish()  # else the next training of this process would continue the run
 
 
 def find_checkpoint(folder: Path) -> Path | None:

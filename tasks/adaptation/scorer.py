@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deal_core.config import EvaluateConfig
-from deal_core.evaluation.answer_scores import plain_answer
-from deal_core.evaluation.label_figures import collapsed, number_labels
+from deal_core.evaluation.answer_scores import collapsed, number_labels, plain_answer
 from deal_core.evaluation.report import Scores
 from deal_core.safe_text import brief
 from tasks.adaptation.frozen_rows import Answers, TestSet
@@ -95,8 +94,7 @@ class Scorer:
         return Scored(found, answers, known, recentred)
 
     def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
-        from deal_core.evaluation.criterion import recentred_accuracy
-        from deal_core.evaluation.label_scores import label_log_probs
+        from deal_core.evaluation.label_scores import label_log_probs, recentred_accuracy
 
         numbers = number_labels(test_set.schema.labels)
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]

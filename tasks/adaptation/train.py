@@ -24,7 +24,8 @@ from tasks.progress import advance
 from tasks.references import AdaptationJob, AdapterRef, BaseRef, TrainedAdapter, TrainSummary
 
 if TYPE_CHECKING:
-    from deal_core.training.train import OnLog, TrainingResult, TrainingSetup
+    from deal_core.training.train import TrainingResult, TrainingSetup
+    from deal_core.training.trainer import OnLog
 
 SUMMARY_FILE = "training.json"
 CHOSEN_FILE = "rows/chosen.parquet"
@@ -81,8 +82,8 @@ def train_version(job: AdaptationJob, method: MethodConfig, train: TrainConfig) 
 
 
 def _setup(store: ObjectStore, job: AdaptationJob, method: MethodConfig, train: TrainConfig) -> TrainingSetup:
-    from deal_core.training.reporting import Reporting, require_installed
     from deal_core.training.train import TrainingSetup
+    from deal_core.training.trainer import Reporting, require_installed
 
     require_installed(train.report_to)  # before the base model is loaded
     run, task = job.run, read_manifest(store, job.dataset.uri).task

@@ -24,9 +24,8 @@ from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
-from deal_core.monitoring.feedback import KEYS
+from deal_core.monitoring.feedback import KEYS, RANDOM_SHARE, select_rows
 from deal_core.monitoring.predictions import COLUMNS, answer_facts
-from deal_core.monitoring.selection import RANDOM_SHARE, select_rows
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings

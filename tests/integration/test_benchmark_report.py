@@ -45,8 +45,9 @@ def test_the_page_of_performance_is_the_one_that_the_stored_results_give(tmp_pat
 
 
 def test_the_page_of_performance_names_the_options_that_were_not_the_defaults() -> None:
-    assert performance.command("landing", landings=5) == "`landing`"
-    assert performance.command("fan_out", measurements=2, rows=600, seeds=7) == "`fan_out --measurements 2 --seeds 7`"
+    assert performance.command("stack landing", landings=5) == "`stack landing`"
+    told = performance.command("commands cells", measurements=2, rows=600, seeds=7)
+    assert told == "`commands cells --measurements 2 --seeds 7`"
 
 
 def test_three_values_have_a_range_and_prove_nothing_on_either_side_of_a_limit() -> None:

@@ -19,7 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError, StoreError
 from deal_core.evaluation.answerer import Answered
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion
-from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import Confidence
 from deal_core.monitoring.feedback import read_entry
 from flows.adapt import AdaptResult
 from flows.cli.app import app

@@ -12,8 +12,8 @@ import pytest
 from deal_core.config import AdapterConfig, EvaluateConfig
 from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.errors import AdapterStateError, DataValidationError, StoreError
+from deal_core.evaluation.answer_scores import LabelFigures
 from deal_core.evaluation.answering import ServedTask, ServedVersion
-from deal_core.evaluation.label_figures import LabelFigures
 from deal_core.evaluation.metrics import AccuracyMatrix
 from deal_core.evaluation.report import AdapterFacts, EvaluationReport
 from infra.version_log import LedgerEntry

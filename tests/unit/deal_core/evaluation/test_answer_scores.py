@@ -14,9 +14,11 @@ from deal_core.errors import ConfigError
 from deal_core.evaluation.answer_scores import (
     METRICS,
     MODULES_VARIABLE,
+    collapsed,
     contains,
     exact_match,
     json_fields,
+    label_figures,
     metric_name,
     rouge1,
     rouge_l,
@@ -146,3 +148,21 @@ def test_a_module_that_is_not_allowed_is_not_even_imported(own_module: str, monk
     with pytest.raises(ConfigError, match="does not allow the module 'own_scores'; it allows other"):
         score_answers(f"{own_module}:half", ["a"], ["a"])
     assert "own_scores" not in sys.modules
+
+
+def test_recall_and_share_of_each_label():
+    answers = [" Good", "bad", "bad", "BAD ", "who knows"]
+    figures = label_figures(answers, ["good", "good", "bad", "bad", "good"], ("Good", "Bad", "Neutral"))
+    assert [(each.label, each.num_rows, each.recall, each.share) for each in figures] == [
+        ("Good", 3, pytest.approx(1 / 3), 0.2), ("Bad", 2, 1.0, 0.6), ("Neutral", 0, None, 0.0), (None, 0, None, 0.2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [("aaaaaaaaab", "a"), ("aaaaabbbbb", None), ("xxxxxxxxab", None), ("aabbcccccc", "c")],
+)
+def test_a_collapse_is_a_label_that_is_answered_far_too_often(answers, expected):
+    figures = label_figures(list(answers), list("aaabbbbccc"), ("a", "b", "c"))
+    found = collapsed(figures)
+    assert (found.label if found else None) == expected

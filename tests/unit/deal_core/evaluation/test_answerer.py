@@ -20,8 +20,7 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import answerer as answering
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
-from deal_core.evaluation.confidence import Confidence
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs, generate_answers
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs, generate_answers
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60
@@ -187,7 +186,6 @@ def test_one_caller_that_breaks_the_model_fails_alone(answerer: Answerer, monkey
 def test_another_version_answers_as_if_it_were_loaded_alone(
     answerer: Answerer, served_folder: Path, new_version: NewVersion, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """An adapter of the same form is copied over the old one; one of another rank or other layers replaces it."""
     folder = new_version(adapter=AdapterConfig(**{"rank": 4, **changes}))
     before, wanted = answers_alone(served_folder, tmp_path), answers_alone(folder, tmp_path)
     assert before != wanted

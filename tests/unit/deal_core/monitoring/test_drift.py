@@ -12,8 +12,7 @@ import pytest
 
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring import two_samples
-from deal_core.monitoring.drift import compare, window
-from deal_core.monitoring.live_accuracy import estimated_accuracy
+from deal_core.monitoring.drift import compare, estimated_accuracy, window
 from deal_core.monitoring.report import LiveLook, TaskDrift
 from deal_core.monitoring.two_samples import label_shares, pooled_counts
 from tests.monitored import OTHER_WORDS, SHARES, WORDS, feedback_on, free_rows, logged_rows

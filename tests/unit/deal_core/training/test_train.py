@@ -25,8 +25,7 @@ from deal_core.method_config import DealConfig
 from deal_core.strategies.rehearsal import Question
 from deal_core.strategies.strategy import MethodState
 from deal_core.training.objective import AnswerLoss
-from deal_core.training.train import training_arguments
-from deal_core.training.trainer import AdapterTrainer
+from deal_core.training.trainer import AdapterTrainer, training_arguments
 
 SHORT = TrainConfig(max_steps=4, batch_size=4, learning_rate=5e-3, max_prompt_tokens=64)
 

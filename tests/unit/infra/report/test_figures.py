@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from benchmarks.report_figures import fill_figure, kept_figure
+from benchmarks.report import fill_figure, kept_figure
 from deal_core.evaluation.metrics import AccuracyMatrix
 from infra.report.figures import (
     COLOURS,

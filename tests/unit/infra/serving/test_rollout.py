@@ -15,7 +15,7 @@ import pytest
 from deal_core.errors import AdapterStateError
 from deal_core.evaluation.answerer import Answered, GivenUpError
 from deal_core.evaluation.answering import InputRow
-from deal_core.evaluation.confidence import Confidence
+from deal_core.evaluation.generation import Confidence
 from deal_core.judging_config import RolloutKind, RolloutTerms
 from infra.predictions import read_predictions
 from infra.serving import rollout as serving

@@ -11,8 +11,13 @@ from deal_core.base_model.load import BaseModel
 from deal_core.config import EvaluateConfig
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.confidence import ConfidenceRecorder
-from deal_core.evaluation.generation import answer_inputs, answer_limit, first_answer_logits, generate
+from deal_core.evaluation.generation import (
+    ConfidenceRecorder,
+    answer_inputs,
+    answer_limit,
+    first_answer_logits,
+    generate,
+)
 
 LABELS = TaskSchema(name="t", labels=("sea", "moss", "tree"), instruction="Which?")
 TEXT = TaskSchema(name="t", format="completion")
