@@ -19,8 +19,7 @@ from benchmarks.output import write_result
 from deal_core.base_model.load import load_base
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import EvaluateConfig, TrainConfig
-from deal_core.selection.features import features
-from deal_core.selection.label_noise import suspected_labels
+from deal_core.selection.label_noise import features, suspected_labels
 from infra.settings import HomeSettings
 
 OUT = Path(__file__).parent / "results" / "label_noise.json"

@@ -8,7 +8,7 @@ import torch
 from deal_core.base_model.load import BaseModel
 from deal_core.benchmark.heads import HEADS, answer_by_head
 from deal_core.data.schema import TaskSchema
-from deal_core.selection.features import features
+from deal_core.selection.label_noise import features
 
 
 @pytest.mark.parametrize("bound", HEADS)
