@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.reading.json_values import unique_keys
+from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.schema import PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import open_regular
