@@ -1,7 +1,7 @@
 """Read the rows of a Parquet file, a few at a time.
 
-Texts stay in the file's dictionaries until their size is known, because a few bytes of a file can repeat a long text in
-every row. The sizes that the file's footer names are believed.
+A few bytes of a file can repeat a long text of its dictionary in every row. Therefore Arrow shows the dictionaries of
+each row group first, and they decide how its rows are read. The sizes that the file's footer names are believed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from deal_core.data.reading.lines import (
 from deal_core.data.rows import Problem, RawRow
 from deal_core.errors import DataValidationError
 
-_PIECE_ROWS = 1024
-_PIECE_BYTES = 2**24
-"""Rows that are decoded together, and their bytes, about."""
+_PIECE_ROWS = 256
+_PIECE_BYTES = 2**26
+"""Rows that are decoded together, and most of their bytes with any content."""
+_UNKNOWN = 2**40
 _MAX_DELTA_BYTES = 2**28
 """Most bytes of texts that are decoded together if they are stored as differences from earlier texts."""
 _FREE_VALUES, _VALUES_PER_BYTE = 2**24, 8
@@ -42,28 +44,31 @@ _NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError, RecursionError)
 
 
 @contextmanager
-def open_parquet(path: Path, *, keeps_dictionaries: bool = False) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """Open a file to be read page by page. A gzip file is first unpacked to disk, because Parquet needs seeking.
-
-    Args:
-        path: The file.
-        keeps_dictionaries: Whether texts are read as Arrow's dictionaries where the file has dictionaries.
 
     Raises:
         DataValidationError: The file holds too much for its size.
     """
+    with _open_source(path) as source:
+        yield _parquet_file(source, path)
+
+
+@contextmanager
+def _open_source(path: Path) -> Iterator[Any]:
     with open_bytes(path) as packed, tempfile.TemporaryFile() as unpacked:
-        source: Any = packed
-        if not packed.seekable():
+        if packed.seekable():
+            yield packed
+        else:
             shutil.copyfileobj(packed, unpacked, 2**20)
             unpacked.seek(0)
-            source = unpacked
-        file = pq.ParquetFile(source)
-        _check_footer(file.metadata, path)
-        packed_columns = _repeating_columns(file) if keeps_dictionaries else []
-        yield pq.ParquetFile(
-            source, metadata=file.metadata, read_dictionary=packed_columns, buffer_size=2**20, pre_buffer=False
-        )
+            yield unpacked
+
+
+def _parquet_file(source: Any, path: Path, **options: Any) -> pq.ParquetFile:
+    file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, **options)
+    _check_footer(file.metadata, path)
+    return file
 
 
 def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[RawRow, int]]:
@@ -71,12 +76,14 @@ def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[
 
     A row of more than MAX_LINE_CHARS bytes is bad, as in a text file.
     """
-    with open_parquet(path, keeps_dictionaries=True) as file:
+    with _open_source(path) as source:
+        file = _parquet_file(source, path)
+        packed = _parquet_file(source, path, read_dictionary=_columns_with_dictionary(file))
         names = file.schema_arrow.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
         left = max(MAX_UNPACKED_BYTES, MAX_DECODED_RATIO * path.stat().st_size)
         number = 1
-        for piece in _pieces(file):
+        for piece in _pieces(file, packed):
             size = decoded_size(piece)
             left -= size
             if left < 0:
@@ -113,7 +120,7 @@ def _check_footer(metadata: pq.FileMetaData, path: Path) -> None:
                 )
 
 
-def _repeating_columns(file: pq.ParquetFile) -> list[str]:
+def _columns_with_dictionary(file: pq.ParquetFile) -> list[str]:
     """The columns of texts that Arrow can leave in their dictionaries."""
     metadata, columns = file.metadata, [file.schema.column(index) for index in range(len(file.schema.names))]
     return [
@@ -128,20 +135,56 @@ def _repeating_columns(file: pq.ParquetFile) -> list[str]:
     ]
 
 
-def _pieces(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """A few rows at a time, never of two row groups: Arrow cannot join the dictionaries in their lists."""
+def _pieces(file: pq.ParquetFile, packed: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """A few rows at a time; `packed` is the same file, and its texts stay in their dictionaries.
+
+    The dictionaries of `packed` grow with every new text of a row group, so `file` is read where it can be.
+    """
     for index in range(file.metadata.num_row_groups):
-        num_rows = _rows_at_a_time(file.metadata.row_group(index))
-        yield from file.iter_batches(batch_size=num_rows, row_groups=[index], use_threads=False)
+        group, source = file.metadata.row_group(index), file
+        num_rows = _rows_at_a_time(group)
+        in_cells, in_lists = _longest_texts(packed, index, num_rows)
+        most_values = max((group.column(place).num_values for place in range(group.num_columns)), default=0)
+        if in_lists * most_values > _PIECE_BYTES or in_cells == _UNKNOWN:  # one row may have all values of a list
+            source = packed
+        else:
+            num_rows = max(1, min(num_rows, _PIECE_BYTES // max(1, in_cells)))
+        yield from source.iter_batches(batch_size=num_rows, row_groups=[index], use_threads=False)
 
 
 def _rows_at_a_time(group: pq.RowGroupMetaData) -> int:
-    """Number of rows of a row group, at least 1, that take about _PIECE_BYTES."""
-    fitting = _PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
+    """Number of rows of a row group, at least 1, that take about _PIECE_BYTES if no text is repeated."""
+    fitting: int = _PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
     chunks = [group.column(index) for index in range(group.num_columns)]
     # Differences may repeat a long beginning in every row.
-    longest = sum(chunk.total_uncompressed_size for chunk in chunks if "DELTA_BYTE_ARRAY" in chunk.encodings)
-    return max(1, min(_PIECE_ROWS, fitting, _MAX_DELTA_BYTES // max(1, longest)))
+    of_deltas: int = sum(chunk.total_uncompressed_size for chunk in chunks if "DELTA_BYTE_ARRAY" in chunk.encodings)
+    return max(1, min(_PIECE_ROWS, fitting, _MAX_DELTA_BYTES // max(1, of_deltas)))
+
+
+def _longest_texts(packed: pq.ParquetFile, index: int, num_rows: int) -> tuple[int, int]:
+    """Bytes of the longest texts in a row group's dictionaries: of all cells together, and of all lists together.
+
+    They are _UNKNOWN if the first rows do not use a dictionary, so that it has not been read yet.
+    """
+    in_cells = in_lists = 0
+    for batch in islice(packed.iter_batches(batch_size=num_rows, row_groups=[index], use_threads=False), 1):
+        for column in batch.columns:
+            if pa.types.is_nested(column.type):
+                in_lists += _longest_text(column)
+            else:
+                in_cells += _longest_text(column)
+    return min(in_cells, _UNKNOWN), in_lists
+
+
+def _longest_text(cells: pa.Array) -> int:
+    if isinstance(cells, pa.ExtensionArray):
+        return _longest_text(cells.storage)
+    if pa.types.is_dictionary(cells.type):
+        longest = pc.max(pc.binary_length(cells.dictionary)).as_py()
+        return _UNKNOWN if longest is None else int(longest)
+    if pa.types.is_struct(cells.type):
+        return sum(map(_longest_text, cells.flatten()))
+    return _longest_text(_flat(cells)) if pa.types.is_nested(cells.type) else 0
 
 
 def _split(piece: pa.RecordBatch, size: int) -> Iterator[tuple[pa.RecordBatch, int]]:
@@ -200,13 +243,18 @@ def decoded_size(cells: Any) -> int:
         texts = pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py()  # always texts in Arrow
         return int(texts or 0) + int(cells.indices.nbytes)
     if pa.types.is_struct(cells.type):
-        return sum(decoded_size(field) for field in cells.flatten())
-    if pa.types.is_map(cells.type):  # Arrow has no `flatten` for it
-        first, last = cells.offsets[0].as_py(), cells.offsets[-1].as_py()
-        return 8 * len(cells) + decoded_size(cells.values.slice(first, last - first))
+        return sum(map(decoded_size, cells.flatten()))
     if pa.types.is_nested(cells.type):
-        return 8 * len(cells) + decoded_size(cells.flatten())  # its nbytes include the whole dictionary
+        return 8 * len(cells) + decoded_size(_flat(cells))  # its nbytes include the whole dictionary
     return int(cells.nbytes)
+
+
+def _flat(lists: pa.Array) -> pa.Array:
+    """The items of lists."""
+    if not pa.types.is_map(lists.type):
+        return lists.flatten()
+    first, last = lists.offsets[0].as_py(), lists.offsets[-1].as_py()  # Arrow cannot flatten all maps
+    return lists.values.slice(first, last - first)
 
 
 def _too_much(path: Path, ratio: int) -> DataValidationError:

@@ -50,7 +50,8 @@ def build(source: Path, task: TaskSchema = TASK, config: DataConfig = LENIENT, *
 
 
 def rows_of(folder: Path, *splits: str) -> list[dict[str, str]]:
-    tables = [pq.read_table(folder / "dataset" / f"{split}.parquet") for split in splits or ("train", "test")]
+    paths = [folder / "dataset" / f"{split}.parquet" for split in splits or ("train", "test")]
+    tables = [pq.read_table(path, columns=ROW_SCHEMA.names) for path in paths]
     assert all(table.schema == ROW_SCHEMA for table in tables)
     return [row for table in tables for row in table.to_pylist()]
 

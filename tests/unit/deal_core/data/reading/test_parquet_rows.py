@@ -62,8 +62,8 @@ def test_texts_stored_as_differences_are_decoded_few_at_a_time(tmp_path: Path, m
     monkeypatch.setattr(parquet_rows, "_MAX_DELTA_BYTES", 2**15)
     options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
     pq.write_table(pa.table({"text": [LONG] * 99}), tmp_path / "rows.parquet", **options)
-    with parquet_rows.open_parquet(tmp_path / "rows.parquet", keeps_dictionaries=True) as file:
-        assert {piece.num_rows for piece in parquet_rows._pieces(file)} == {3}
+    with parquet_rows.open_parquet(tmp_path / "rows.parquet") as file:
+        assert {piece.num_rows for piece in parquet_rows._pieces(file, file)} == {3}
     assert [row.values["text"] for row in read_rows(tmp_path / "rows.parquet")] == [LONG] * 99
 
 
