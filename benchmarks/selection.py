@@ -34,8 +34,7 @@ from deal_core.benchmark.suites import SuiteTask, load_suite
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.method_config import MethodConfig, SelectionConfig
 from deal_core.selection.choose import choose_rows
-from deal_core.selection.features import features
-from deal_core.selection.label_noise import suspected_labels
+from deal_core.selection.label_noise import features, suspected_labels
 from deal_core.training.train import TrainingResult, TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 

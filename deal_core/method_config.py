@@ -30,6 +30,11 @@ Sides = Literal["both", "A", "B"]
 Kernel = Literal["heat", "linear_decay", "spline", "haar"]
 
 
+def _changed(config: Any) -> list[str]:
+    """The settings that differ from their defaults."""
+    return [each.name for each in fields(config) if getattr(config, each.name) != each.default]
+
+
 @settings("deal")
 class DealConfig:
     """DEAL: retention of the adapter's core spectrum and controlled updating (arXiv 2509.18942, Eq. 7-12).
@@ -89,8 +94,7 @@ class DealConfig:
             self.form == "spectral" or self.kernel == "heat",
             f"deal.kernel is {self.kernel!r}; the literal form has only the heat kernel.",
         )
-        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
-        idle = [f"deal.{name}" for name in changed if name not in ("core", "interpolation")]
+        idle = [f"deal.{name}" for name in _changed(self) if name not in ("core", "interpolation")]
         require(
             self.core != "free" or not idle,
             f"deal.core is free, which decomposes nothing, so {', '.join(idle)} would do nothing; leave it "
@@ -156,7 +160,7 @@ class RehearsalConfig:
     @property
     def decides_memory(self) -> list[str]:
         """The settings that were changed and that `memory` stands for."""
-        return [name for name in MEMORY["rows"] if getattr(self, name) != getattr(RehearsalConfig(), name)]
+        return [name for name in _changed(self) if name in MEMORY["rows"]]
 
     def num_kept(self, num_rows: int) -> int:
         """Return how many rows of an arrival with `num_rows` rows are kept, if any are."""
@@ -242,10 +246,7 @@ class SelectionConfig:
         require(
             self.band[0] < self.band[1], f"selection.band is {self.band}; give the smaller quantile first."
         )
-        changed = [
-            each.name for each in fields(self)
-            if each.name not in ("keep", "noise", "max_scored") and getattr(self, each.name) != each.default
-        ]
+        changed = [name for name in _changed(self) if name not in ("keep", "noise", "max_scored")]
         require(
             self.keep is not None or not changed,
             f"selection.{', selection.'.join(changed)} would do nothing: every row is trained on. Give selection.keep, "
@@ -294,9 +295,7 @@ class TokenMaskConfig:
             self.max_perplexity is None or self.share is None,
             f"token_mask.max_perplexity is {self.max_perplexity} and token_mask.share is {self.share}; give only one.",
         )
-        changed = [
-            f"token_mask.{each.name}" for each in fields(self) if getattr(self, each.name) != each.default
-        ]
+        changed = [f"token_mask.{name}" for name in _changed(self)]
         require(
             self.is_on or not changed,
             f"{', '.join(changed)} would do nothing: no token is masked. Give token_mask.share, such as 0.2, or "

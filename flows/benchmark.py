@@ -20,7 +20,7 @@ from deal_core.benchmark.cell import Cell, Scored, make_cell
 from deal_core.benchmark.suites import Part, digest_of, load_suite, order_of, tasks_folder
 from deal_core.benchmark.summary import protocols, read_cells, summarise
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.reading.json_values import unique_keys
+from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.schema import PromptForm
 from deal_core.errors import ConfigError, in_one_line
 from deal_core.limits import Count, Seed

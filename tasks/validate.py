@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from pydantic import BaseModel
 
 from deal_core.config import TrainConfig
 from deal_core.data.dataset import ValidationReport, validate_file
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
+from deal_core.data.rows import Row
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.safe_text import brief
@@ -168,13 +168,12 @@ class _TrainingRows:
         self._counts: Counter[str] = Counter()
         self._is_counted = True
 
-    def add(self, rows: pa.Table) -> None:
-        first = rows.slice(0, self._most - len(self.inputs))
-        self.inputs += first.column("input").to_pylist()
-        self.outputs += first.column("output").to_pylist()
+    def add(self, rows: Sequence[Row]) -> None:
+        first = rows[: self._most - len(self.inputs)]
+        self.inputs += [row.input for row in first]
+        self.outputs += [row.output for row in first]
         if self._is_counted:
-            for found in rows.column("output").value_counts().to_pylist():
-                self._counts[found["values"]] += found["counts"]
+            self._counts.update(row.output for row in rows)
             self._is_counted = len(self._counts) <= MAX_COMPARED  # free answers, of which there may be millions
 
     def warnings(self, task: TaskSchema) -> tuple[str, ...]:

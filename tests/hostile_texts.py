@@ -139,9 +139,9 @@ def headers() -> Iterator[Case]:
 
 def much() -> Iterator[Case]:
     quotes = b'a","x\n' * 85_000
-    yield Case("csv, 500 kB of quotes after cells", "a.csv", CSV + quotes, NUM_GOOD)
+    yield Case("csv, 500 kB of quotes after cells", "a.csv", CSV + quotes)
     yield Case("csv, lines of a quote", "a.csv", b"text,label\n" + b'"x\n' * 40_000)
-    yield Case("csv, quotes with an end", "a.csv", CSV + quotes[:60_000] + b'"x"y\n', NUM_GOOD)
+    yield Case("csv, quotes with an end", "a.csv", CSV + quotes[:60_000] + b'"x"y\n')
     long = b"a line of some more words, and of more than one cell, as there are" * 10 + b"\n"
     yield Case("csv, one cell of 6 MB of lines", "a.csv", CSV + b'"' + long * 9000, NUM_GOOD)
     yield Case("csv, one row of 10 MB", "a.csv", b"text,label\n" + b"x" * 10_000_000 + b",late\n")

@@ -49,7 +49,7 @@ from deal_core.evaluation.report import outcome_text
 from deal_core.evaluation.score import TaskEvaluation, evaluate_answers, evaluate_task
 from deal_core.method_config import MEMORY, MethodConfig, RehearsalConfig
 from deal_core.regular_file import complete_file
-from deal_core.selection.features import features
+from deal_core.selection.label_noise import features
 from deal_core.training.prepare import prepare_rows
 from deal_core.training.token_mask import require_no_labels
 from deal_core.training.train import TrainingSetup, train_adapter

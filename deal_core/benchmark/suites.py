@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.reading.json_values import parse_json
+from deal_core.data.chats import UNDECODABLE
+from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.reading.lines import open_text
-from deal_core.data.reading.readers import read_columns, read_rows
-from deal_core.data.rows import is_utf8
+from deal_core.data.reading.readers import look_at, read_rows
 from deal_core.data.schema import PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 
@@ -220,7 +220,7 @@ def _from_json_lines(folder: Path, name: str) -> SuiteTask:
         raise DataValidationError(f"{path} does not describe task {name!r}; it has {has}.")
     task = described[name] if isinstance(described[name], dict) else {}
     files = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "test", "dev")}
-    is_generation = "completion" in read_columns(files["train"])
+    is_generation = "completion" in look_at(files["train"]).columns
     if not isinstance(task.get("instruction"), str) or not (is_generation or _are_texts(task.get("labels"))):
         raise DataValidationError(
             f"{path} does not say what task {name!r} asks; give it an 'instruction', a text, and 'labels', a list of "
@@ -264,7 +264,7 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
 def _json(path: Path) -> Any:
     try:
         with open_text(path, newline="\n") as file:
-            return parse_json(file.read())
+            return json.loads(file.read(), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise DataValidationError(f"{path} cannot be read as JSON ({error}); the task needs it.") from None
 
@@ -282,7 +282,7 @@ def _rows(path: Path, text: str, label: str) -> Rows:
             raise DataValidationError(f"{place} lacks {text!r} or {label!r}; give the row both.")
         if not _are_texts(values.get("references", [])):
             raise DataValidationError(f"{place} has 'references' that are no list of texts; give texts.")
-        if not all(map(is_utf8, (str(values[text]), str(values[label])))):
+        if any(UNDECODABLE.search(str(values[name])) for name in (text, label)):
             raise DataValidationError(f"{place} is not UTF-8; save the file as UTF-8.")
     has_references = any(row.values.get("references") for row in rows)
     return tuple(

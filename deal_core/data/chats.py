@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from deal_core.data.rows import Problem, Row, message_parts, normal_line_ends, row_digest
+from deal_core.data.rows import Problem, Row, message_parts, normal_line_ends, row_digests
 from deal_core.safe_text import shorten
 
 Message = dict[str, Any]
@@ -99,7 +99,7 @@ def chat_row(messages: Sequence[Message], others: Sequence[str] = ()) -> Row:
     parts = [part for message in earlier for part in message_parts(message)]
     input, answers = json.dumps(earlier, ensure_ascii=False), (last["content"], *others)
     references = answers if others else ()
-    return Row(input, answers[0], row_digest(*parts, *answers), row_digest(*parts), None, references)
+    return Row(input, answers[0], *row_digests(parts, answers), None, references)
 
 
 def earlier_turns(stored: str) -> list[Row]:

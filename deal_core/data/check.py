@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from deal_core.data.chats import (
@@ -27,6 +28,7 @@ from deal_core.data.rows import (
     message_parts,
     normal_line_ends,
     row_digest,
+    row_digests,
 )
 from deal_core.data.schema import Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
@@ -58,13 +60,14 @@ class RowChecker:
         self._max_text_chars = max_text_chars
         self._label_of_key = {label_key(label): label for label in task.labels}
         self._label_names = {**columns.label_names, **task.label_names}
+        self._label_of = lru_cache(self._find_label)
 
     def check(self, raw: RawRow) -> Row | list[Problem]:
         """The good row, or all its problems. If the task has no labels yet, every label is good."""
         if raw.fault is not None:
             return [raw.fault]
         problems: list[Problem] = []
-        split = self.split(raw.values, problems)
+        split = self._split(raw.values, problems)
         if self._columns.format == "chat":
             row = self._chat(raw.values, split, problems)
         elif self._columns.format == "completion":
@@ -73,15 +76,16 @@ class RowChecker:
             rejected = self._text(raw.values, "rejected", problems) if self._columns.has_preferences else None
             if problems:  # computing the digest of a very long text would take long
                 return problems
-            row = Row(prompt, answers[0], row_digest(prompt, *answers), row_digest(prompt), split, _several(answers))
+            references = tuple(answers) if len(answers) > 1 else ()
+            row = Row(prompt, answers[0], *row_digests([prompt], answers), split, references)
             if rejected is not None:
                 row = self._preferred(row, rejected, problems)
         else:
             text = normal_input("labelled", self._text(raw.values, "text", problems))
-            label = self.label(raw.values, problems)
+            label = self._label(raw.values, problems)
             if problems:
                 return problems
-            row = Row(text, label, row_digest(text, label_key(label)), row_digest(text), split)
+            row = Row(text, label, *row_digests([text], [label_key(label)]), split)
         return problems or row
 
     def check_input(self, raw: RawRow) -> str | list[Problem]:
@@ -109,24 +113,14 @@ class RowChecker:
     def _cell(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str | None:
         """A column's text; None if a problem was found."""
         column = self._columns.names[name]
-        if column not in values:
-            problems.append(Problem("missing column", column, column))
-            return None
-        text = _as_text(values[column])
-        if text is None:
-            problems.append(_told("malformed line", f"{column} is a {type(values[column]).__name__}, not a text"))
-        elif bad := UNDECODABLE.search(text):
-            shown = shorten(text[max(0, bad.start() - 20) :])
-            problems.append(Problem("bad encoding", shown, f"{column} has {NOT_UTF8}"))
-            return None
-        return text
+        if column in values:
+            return _as_text(values[column], column, problems)
+        problems.append(Problem("missing column", column, column))
+        return None
 
     def _text(self, values: Mapping[str, Any], name: str, problems: list[Problem]) -> str:
         text = self._cell(values, name, problems)
-        if text is None:
-            return ""
-        self._check_length(text, self._columns.names[name], problems)
-        return normal_line_ends(text)
+        return "" if text is None else self._of_right_length(text, self._columns.names[name], problems)
 
     def _answers(self, values: Mapping[str, Any], problems: list[Problem]) -> list[str]:
         """The right answers of a row, each once; the first one is learned."""
@@ -136,34 +130,45 @@ class RowChecker:
             return [self._text(values, "completion", problems)]
         if not listed:
             problems.append(_told("empty text", f"{column} has no answer"))
-        answers = dict.fromkeys(self._text({column: each}, "completion", problems) for each in listed)
-        return list(answers)
+        return list(dict.fromkeys(self._answer(each, column, problems) for each in listed))
+
+    def _answer(self, listed: str, column: str, problems: list[Problem]) -> str:
+        """One of several right answers."""
+        text = _as_text(listed, column, problems)
+        return "" if text is None else self._of_right_length(text, column, problems)
 
     def _prompt(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The prompt, with the row's context, if any, on the lines under it."""
         prompt = self._text(values, "prompt", problems)
         column = self._columns.names.get("context")
         context = self._cell(values, "context", problems) if column in values else None
-        if column is None or context is None or not context.strip():
+        if problems or context is None or not context.strip():
             return prompt
-        prompt = f"{prompt}\n{normal_line_ends(context)}"
-        if not problems:
-            self._check_length(prompt, f"{self._columns.names['prompt']} with {column}", problems)
-        return prompt
+        both = f"{self._columns.names['prompt']} with {column}"
+        return self._of_right_length(f"{prompt}\n{context}", both, problems)
 
-    def _check_length(self, text: str, column: str, problems: list[Problem]) -> None:
+    def _of_right_length(self, text: str, column: str, problems: list[Problem]) -> str:
+        """The text with Unix line ends; a text that is empty or too long is a problem."""
         if not text.strip():
             problems.append(_told("empty text", f"{column} is empty"))
         elif len(text) > self._max_text_chars:
             length = f"{len(text)} characters"
             why = f"{column} has {length}, allowed are {self._max_text_chars}"
             problems.append(Problem("over-long text", f"{length}: {shorten(text)}", why))
+        return normal_line_ends(text)
 
-    def label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
-        """The label in the task's spelling; problems are appended to `problems`."""
+    def _label(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
+        """The label in the task's spelling."""
         text = self._cell(values, "label", problems)
         if text is None:
             return ""
+        label, found = self._label_of(text)
+        problems += found
+        return label
+
+    def _find_label(self, text: str) -> tuple[str, list[Problem]]:
+        """The label that a cell names, and what is wrong with it."""
+        problems: list[Problem] = []
         cell = " ".join(text.split())
         label = self._label_names.get(cell, cell)
         if self._label_of_key and label_key(label) not in self._label_of_key:
@@ -173,14 +178,14 @@ class RowChecker:
         elif not self._label_of_key and self._label_names and cell not in self._label_names:
             problems.append(Problem("label outside the task's set", shorten(cell), "the file has no name for it"))
         elif not self._label_of_key:
-            self._check_length(label, self._columns.names["label"], problems)
+            self._of_right_length(label, self._columns.names["label"], problems)
         elif label_key(label) not in self._label_of_key:
             why = _NAME_IT if is_whole_number(label) else ""
             problems.append(Problem("label outside the task's set", shorten(label), why))
-        return self._label_of_key.get(label_key(label), label)
+        return self._label_of_key.get(label_key(label), label), problems
 
-    def split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
-        """The split that the file names, or None; problems are appended to `problems`."""
+    def _split(self, values: Mapping[str, Any], problems: list[Problem]) -> Split | None:
+        """The split that the file names, or None."""
         name = self._columns.splitting
         if name is None:
             return None
@@ -225,21 +230,9 @@ class RowChecker:
             problems.append(_told("empty text", f"a message in {column} is empty"))
         else:
             texts = [part for message in messages for part in message_parts(message)[1:]]
-            self._check_length("".join(texts), column, problems)
-            for other in answers[1:]:
-                self._check_other(other, column, problems)
-        if problems:
-            return _NO_ROW
-        return chat_row(messages, [normal_line_ends(each) for each in answers[1:]])
-
-    def _check_other(self, answer: str, column: str, problems: list[Problem]) -> None:
-        """Check a further right answer of a chat."""
-        if not answer.strip():
-            problems.append(_told("empty text", f"a right answer in {column} is empty"))
-        elif UNDECODABLE.search(answer):
-            problems.append(Problem("bad encoding", shorten(answer), f"{column} has {NOT_UTF8}"))
-        else:
-            self._check_length(answer, column, problems)
+            self._of_right_length("".join(texts), column, problems)
+        others = [self._answer(each, column, problems) for each in answers[1:]]
+        return _NO_ROW if problems else chat_row(messages, others)
 
     def _cell_of(self, values: Mapping[str, Any], name: str) -> Any:
         """A cell of an optional column; None if there is none."""
@@ -251,11 +244,6 @@ def list_of_answers(cell: object) -> Sequence[str] | None:
     found = cell.get("text") if isinstance(cell, dict) else cell
     is_list = isinstance(found, (list, tuple)) and all(type(each) is str for each in found)
     return found if is_list else None  # type: ignore[return-value]
-
-
-def _several(answers: Sequence[str]) -> tuple[str, ...]:
-    """As `Row.references`."""
-    return tuple(answers) if len(answers) > 1 else ()
 
 
 def is_whole_number(label: str) -> bool:
@@ -294,12 +282,21 @@ def _joined(cells: Sequence[object]) -> object:
     return joined if None not in lists else cells[lists.index(None)]
 
 
-def _as_text(value: object) -> str | None:
-    """A cell as text; None if it is not a single value. Bytes that are not UTF-8 become lone surrogates."""
+def _as_text(value: object, column: str, problems: list[Problem]) -> str | None:
+    """A cell as text; None if it is not a single value, or not UTF-8. Bytes that are not are lone surrogates."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, (list, dict, tuple)):
+        problems.append(_told("malformed line", f"{column} is a {type(value).__name__}, not a text"))
+        return None
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # whole numbers are floats in a column with gaps
-    return None if isinstance(value, (list, dict, tuple)) else str(value)
+        text = value.decode("utf-8", "surrogateescape")
+    elif isinstance(value, float) and value.is_integer():
+        text = str(int(value))  # whole numbers are floats in a column with gaps
+    else:
+        text = str(value)
+    if bad := UNDECODABLE.search(text):
+        shown = shorten(text[max(0, bad.start() - 20) :])
+        problems.append(Problem("bad encoding", shown, f"{column} has {NOT_UTF8}"))
+        return None
+    return text

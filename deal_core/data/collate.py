@@ -1,4 +1,9 @@
-"""From rows to batches: rows are tokenised once, batches hold rows of similar length, logits are for answers only.
+"""From rows to batches and losses: rows are tokenised once, and logits are computed only where a loss needs them.
+
+The loss of a batch is L = (Σ_answers CE + w·Σ_texts CE) / (N_answers + w·N_texts), over the tokens of an accumulated
+batch; w is the prompt loss weight. With w = 0 this is the loss of the answers alone; with w = 1 it is instruction
+modelling (arXiv 2405.14394) without the tokens that all prompts of a task share. Those, such as the instruction, would
+be learned by heart.
 
 Shapes: B rows of a batch, P tokens of a prefix that all rows share, T tokens of the longest row without the prefix,
 K tokens of the longest answer.
@@ -6,17 +11,16 @@ K tokens of the longest answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from deal_core.data.prompt_loss import without_text
 from deal_core.data.prompts import cut_prompt, encode_answer
 from deal_core.data.schema import TaskSchema
 
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-BATCHES_PER_BUCKET = 16
 REJECTED_IDS = "rejected_ids"
 """Column of encoded rows: the tokens of the worse answer."""
 REFERENCE_MARGINS = "reference_margins"
@@ -88,9 +91,41 @@ def add_blank_row(encoded: Dataset) -> Dataset:
     """
     from datasets import Dataset, concatenate_datasets  # here, because answering needs none of it
 
-    blank = without_text({**encoded[0], "answer_ids": [], "length": 0})
+    blank = {**encoded[0], "answer_ids": [], "length": 0}
+    blank |= {"text_end": blank["text_start"]} if "text_start" in blank else {}
     blank |= {name: [] for name in (LOSS_MASK, REJECTED_IDS) if name in blank}
     return concatenate_datasets([encoded, Dataset.from_list([blank], features=encoded.features)])
+
+
+def add_text_spans(encoded: Dataset) -> Dataset:
+    """Add the columns text_start and text_end: which tokens of a prompt are neither its task's first nor last ones.
+
+    Args:
+        encoded: Rows of one task, with a column prompt_ids.
+    """
+    prompts = encoded["prompt_ids"]
+    lengths = [len(prompt) for prompt in prompts]
+    num_first, num_last = _num_shared(prompts), _num_shared([prompt[::-1] for prompt in prompts])
+    num_last = min(num_last, min(lengths) - num_first)
+    first = max(num_first, 1)  # nothing predicts a prompt's first token
+    return encoded.add_column("text_start", [first] * len(lengths)).add_column(
+        "text_end", [max(length - num_last, first) for length in lengths]
+    )
+
+
+def share_of_texts(encoded: Dataset, weight: float) -> float:
+    """The texts' share of the loss's weight, w·N_texts / (N_answers + w·N_texts)."""
+    num_texts: int = sum(encoded["text_end"]) - sum(encoded["text_start"])
+    num_answers: int = sum(map(len, encoded["answer_ids"]))
+    return weight * num_texts / (num_answers + weight * num_texts)
+
+
+def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of first tokens that all prompts share; those of the least and of the greatest prompt are enough."""
+    listed = [list(prompt) for prompt in prompts]
+    least, greatest = min(listed), max(listed)
+    pairs = zip(least, greatest, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(least), len(greatest)))
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -100,10 +135,7 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """
     if len(prompts) < 2:
         return 0
-    longest = min(map(len, prompts)) - 1
-    starts = [list(prompt[:longest]) for prompt in prompts]
-    pairs = zip(min(starts), max(starts), strict=True)  # their common prefix is that of all prompts
-    shared = next((i for i, (first, last) in enumerate(pairs) if first != last), longest)
+    shared = min(_num_shared(prompts), min(map(len, prompts)) - 1)
     return shared if shared >= MIN_PREFIX else 0
 
 
@@ -127,36 +159,26 @@ def can_share_prefix(model: nn.Module) -> bool:
     return can_be_continued(read_cache(model, token))
 
 
+@dataclass(frozen=True)
 class AnswerCollator:
-    """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers.
+    """Pads a batch. For decoder-only models, rows end at the right edge, so one slice holds all answers."""
 
-    Args:
-        tokenizer: Source of the padding token.
-        is_seq2seq: Whether the model is an encoder-decoder.
-        shares_prefix: Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The
-            other tensors then hold only what follows, but the mask counts the prefix.
-        scores_texts: Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`.
-        masks_answers: Whether a batch has `counted_labels` too; rows then need the column LOSS_MASK.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        is_seq2seq: bool,
-        shares_prefix: bool = False,
-        scores_texts: bool = False,
-        masks_answers: bool = False,
-    ) -> None:
-        self._pad_id = int(tokenizer.pad_token_id or 0)
-        self._is_seq2seq = is_seq2seq
-        self._shares_prefix = shares_prefix
-        self._scores_texts = scores_texts
-        self._masks_answers = masks_answers
+    tokenizer: PreTrainedTokenizerBase
+    """Source of the padding token."""
+    _: KW_ONLY
+    is_seq2seq: bool
+    """Whether the model is an encoder-decoder."""
+    shares_prefix: bool = False
+    """Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The other tensors
+    then hold only what follows, but the mask counts the prefix."""
+    scores_texts: bool = False
+    """Whether a batch has `text_labels` too; rows then need the columns of `add_text_spans`."""
+    masks_answers: bool = False
+    """Whether a batch has `counted_labels` too; rows then need the column LOSS_MASK."""
 
     def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Split the rows of several tasks into batches that each share a prefix; rows that share none are one batch."""
-        if not self._shares_prefix:
+        if not self.shares_prefix:
             return [list(rows)]
         by_start: dict[tuple[int, ...], list[Row]] = {}
         for row in rows:
@@ -173,13 +195,14 @@ class AnswerCollator:
         answers = [list(row["answer_ids"]) for row in rows]
         labels_of = [answer or [IGNORED] for answer in answers]
         prompts = [list(row["prompt_ids"]) for row in rows]
-        if self._is_seq2seq:
-            input_ids, mask = pad_batch(prompts, self._pad_id, side="right")
+        pad_id = int(self.tokenizer.pad_token_id or 0)
+        if self.is_seq2seq:
+            input_ids, mask = pad_batch(prompts, pad_id, side="right")
             labels, _ = pad_batch(labels_of, IGNORED, side="right")
             return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **self._counted(rows, "right")}
-        shared = self._shared(prompts, rows) if self._shares_prefix else 0
+        shared = self._shared(prompts, rows) if self.shares_prefix else 0
         tails = [p[shared:] + a for p, a in zip(prompts, answers, strict=True)]
-        input_ids, mask = pad_batch(tails, self._pad_id, side="left")
+        input_ids, mask = pad_batch(tails, pad_id, side="left")
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
         labels, _ = pad_batch(labels_of, IGNORED, side="left")
         batch = {
@@ -189,7 +212,7 @@ class AnswerCollator:
             "labels": labels,
             **self._counted(rows, "left"),
         }
-        if self._scores_texts:
+        if self.scores_texts:
             texts = [_only(row["text_start"] - shared, row["text_end"] - shared, tail)
                      for row, tail in zip(rows, tails, strict=True)]  # fmt: skip
             batch["text_labels"], _ = pad_batch(texts, IGNORED, side="left")
@@ -197,7 +220,7 @@ class AnswerCollator:
 
     def _counted(self, rows: Sequence[Mapping[str, Any]], side: str) -> dict[str, Tensor]:
         """The labels that carry loss."""
-        if not self._masks_answers:
+        if not self.masks_answers:
             return {}
         counted = [
             [token if counts else IGNORED for token, counts in zip(row["answer_ids"], row[LOSS_MASK], strict=True)]
@@ -208,7 +231,7 @@ class AnswerCollator:
     def _shared(self, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> int:
         """Length of the prefix that is computed once. A scored token's predecessor is never in it."""
         shared = common_prefix(prompts)
-        if self._scores_texts:
+        if self.scores_texts:
             shared = min(shared, *(row["text_start"] - 1 for row in rows))
         return shared if shared >= MIN_PREFIX else 0
 
@@ -312,82 +335,3 @@ def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> t
         [torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True, padding_side=side
     )
     return tokens, mask
-
-
-class BucketSampler(Sampler[int]):
-    """Order of rows for an epoch: batches hold rows of similar length, batches come in random order.
-
-    The order depends only on seed and epoch, so a resumed run sees the same order. transformers' LengthGroupedSampler
-    draws from the global generator and does not have this property.
-
-    Args:
-        lengths: Tokens of every row.
-        batch_size: Rows of a batch.
-        seed: Decides the order.
-        group_by_length: Whether to sort by length.
-        labels: Every row's label; every batch then holds the labels in their shares. None: labels do not count.
-        blank: The row that fills up the last batch; None: the last batch may be smaller.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        seed: int,
-        *,
-        group_by_length: bool,
-        labels: Sequence[Hashable] | None = None,
-        blank: int | None = None,
-    ) -> None:
-        self._lengths = list(lengths)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._group_by_length = group_by_length
-        self._labels = labels
-        self._fill = [] if blank is None else [blank] * (-len(self._lengths) % batch_size)
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths) + len(self._fill)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
-        if not self._group_by_length:
-            return iter(self._balanced(order, generator) + self._fill)
-        bucket = self._batch_size * BATCHES_PER_BUCKET
-        batches: list[list[int]] = []
-        for start in range(0, len(order), bucket):
-            members = sorted(order[start : start + bucket], key=self._lengths.__getitem__)
-            members = self._balanced(members, generator)
-            batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
-        # a partial batch must come last; elsewhere it would shift the borders of later batches
-        partial = [batch for batch in batches if len(batch) < self._batch_size]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        return iter([row for batch in shuffled + partial for row in batch] + self._fill)
-
-    def _balanced(self, rows: list[int], generator: torch.Generator) -> list[int]:
-        """Spread each label's rows evenly over the list; a label's rows keep their order."""
-        if self._labels is None:
-            return rows
-        labels = [self._labels[row] for row in rows]
-        return [rows[i] for i in spread(labels, lambda: float(torch.rand((), generator=generator)))]
-
-
-def spread(labels: Sequence[Hashable], draw: Callable[[], float]) -> list[int]:
-    """Return the places of a list in an order in which every part has the labels in their shares.
-
-    The places of one label keep their order. `draw` gives random numbers of [0, 1).
-    """
-    by_label: dict[Hashable, list[int]] = {}
-    for place, label in enumerate(labels):
-        by_label.setdefault(label, []).append(place)
-    ranked = sorted(
-        ((number + draw()) / len(places), place) for places in by_label.values() for number, place in enumerate(places)
-    )
-    return [place for _, place in ranked]

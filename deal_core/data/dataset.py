@@ -7,38 +7,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from deal_core.config import DataConfig
-from deal_core.data.batch_check import BadInBatch, BatchChecker, GoodRows, side_by_side
 from deal_core.data.chats import earlier_turns
-from deal_core.data.check import is_whole_number, numbers_for_labels, too_many_labels
+from deal_core.data.check import RowChecker, is_whole_number, numbers_for_labels, too_many_labels
 from deal_core.data.columns import SPLITTING, Columns
 from deal_core.data.dataset_files import DatasetFiles
+from deal_core.data.digest_set import DigestSet, merge_digests
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_batches
-from deal_core.data.rows import (
-    BadRow,
-    DigestSet,
-    Problem,
-    Reason,
-    RowBatch,
-    as_digests,
-    first_words,
-    merge_digests,
-)
-from deal_core.data.schema import (
-    REJECTED,
-    SCHEMA_VERSION,
-    DatasetManifest,
-    Split,
-    TaskSchema,
-    label_key,
-)
+from deal_core.data.rows import BadRow, Problem, RawRow, Reason, Row
+from deal_core.data.schema import SCHEMA_VERSION, DatasetManifest, Split, TaskSchema, label_key
 from deal_core.data.shapes import completed_task, recognise
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
@@ -47,9 +30,15 @@ MAX_INFERRED_LABELS = 64
 MAX_EXAMPLES = 20
 MIN_DRAWN = 0.5
 """Rows drawn at random become new test rows if they are at least this part of the usual share of test rows."""
-_PROGRESS_ROWS = 1000
 _SHOWN_EXAMPLES = 3
-_SPLITS: tuple[Split, Split] = ("test", "train")
+
+GoodPairs = list[tuple[RawRow, Row]]
+"""Good rows as they were read, and as they are stored."""
+BadPairs = list[tuple[RawRow, list[Problem]]]
+"""Bad rows as they were read, and all their problems."""
+Checked = tuple[dict[Split, GoodPairs], BadPairs]
+"""The good rows of a batch by split, and its bad rows."""
+Keep = Callable[[Sequence[Row], Split], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +84,7 @@ class Landing:
     renews_tests: bool = False
     """Whether the file brings new test rows in place of the permanent ones: they are decided as for a new task."""
     on_progress: Callable[[int], None] | None = None
-    """Called from time to time with the number of rows read. The file is read twice if it names its split, or if the
+    """Called after each batch with the number of rows read. The file is read twice if it names its split, or if the
     labels are taken from it."""
 
 
@@ -116,8 +105,9 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
         >>> landing = Landing(source=Path("tickets.csv"), task=TaskSchema(name="tickets"), config=DataConfig())
         >>> build_dataset(landing, Path("out")).num_train
     """
-    with DatasetFiles(folder) as files:
-        report = ArrivalReader(landing).validate(files.add, files.reject)
+    reader = ArrivalReader(landing)
+    with DatasetFiles(folder, reader.task) as files:
+        report = reader.validate(files.add, files.reject)
         if report.refusal is not None:
             listed = f" Every bad row is listed in {files.quarantine_path}." if report.bad_rows else ""
             raise ArrivalRefusedError(report.refusal + listed, report)
@@ -125,74 +115,65 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     return report.manifest
 
 
-def validate_file(landing: Landing, on_rows: Callable[[pa.Table], None] | None = None) -> ValidationReport:
+def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | None = None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
 
     Args:
         landing: The files and their checks.
-        on_rows: Called with the good training rows, a part at a time, in the form of ROW_SCHEMA.
+        on_rows: Called with the good training rows, a part at a time.
 
     Raises:
         DataValidationError: The file cannot be read to its end.
     """
-    examples: list[tuple[str, str, str | None]] = []
+    example: tuple[str, str, str | None] | None = None
 
-    def keep(rows: pa.Table, split: Split) -> None:
-        if split == "train" and rows.num_rows:
-            if not examples:
-                first = rows.slice(0, 1).to_pylist()[0]
-                examples.append((first["input"], first["output"], first.get(REJECTED.name)))
+    def keep(rows: Sequence[Row], split: Split) -> None:
+        nonlocal example
+        if split == "train" and rows:
+            example = example or (rows[0].input, rows[0].output, rows[0].rejected)
             if on_rows is not None:
                 on_rows(rows)
 
     report = ArrivalReader(landing).validate(keep, lambda bad, raw: None)
-    return replace(report, example=examples[0] if examples else None)
+    return replace(report, example=example)
 
 
 class ArrivalReader:
     """The files of one arrival while they are checked."""
 
     def __init__(self, landing: Landing) -> None:
-        source, test_source, task, config = landing.source, landing.test_source, landing.task, landing.config
-        self._source = source
-        self._landed = (source,) if test_source is None else (source, test_source)
-        self._config = config
-        self._on_progress = landing.on_progress
+        self._landing, self._config = landing, landing.config
         # Test rows are read first, so that a training row with a test row's text is found.
-        files: list[tuple[Path, Split | None]] = [(source, None)]
-        if test_source is not None:
-            files = [(test_source, "test"), (source, "train")]
+        files: list[tuple[Path, Split | None]] = [(landing.source, None)]
+        if landing.test_source is not None:
+            files = [(landing.test_source, "test"), (landing.source, "train")]
         self._files = [(path, split, _columns_of(path, split, landing)) for path, split in files]
         self._names_split = any(columns.splitting is not None for _, _, columns in self._files)
-        self._is_split_given = self._names_split or test_source is not None
-        self._task = completed_task(task, [columns for _, _, columns in self._files], source.name)
+        self._is_split_given = self._names_split or landing.test_source is not None
+        self.task = completed_task(landing.task, [columns for _, _, columns in self._files], landing.source.name)
         # The completion of a chat in two columns is its last turn: the others belong to the prompt.
         in_one_column = all("messages" in columns.names for _, _, columns in self._files)
-        self._learns_every_turn = self._task.assistant_turns == "all" and in_one_column
-        self._frozen = as_digests(b"".join(landing.frozen_test_inputs))
-        self._test_inputs = self._frozen_inputs()
-        self._has_frozen_rows, self._renews_tests = bool(landing.frozen_test_inputs), landing.renews_tests
+        self._learns_every_turn = self.task.assistant_turns == "all" and in_one_column
+        self._frozen = frozenset(landing.frozen_test_inputs)
+        self._test_inputs = DigestSet(self._frozen)
         self._kept: dict[Split, DigestSet] = {"train": DigestSet(), "test": DigestSet()}
         self._leaks = DigestSet()
         self._turns, self._beginnings = DigestSet(), DigestSet()
 
-    def validate(
-        self, keep: Callable[[pa.Table, Split], None], reject: Callable[[BadRow, object], None]
-    ) -> ValidationReport:
+    def validate(self, keep: Keep, reject: Callable[[BadRow, object], None]) -> ValidationReport:
         """Check every row in order; pass it to `keep` or to `reject`."""
-        infers_labels = self._task.format == "labelled" and not self._task.labels
+        infers_labels = self.task.format == "labelled" and not self.task.labels
         if infers_labels or self._names_split:
             self._survey(infers_labels)
         counts: Counter[str] = Counter()
         examples: list[BadRow] = []
         num_rejected = num_several = 0
-        for path, batch, good, bad in self._checked_batches():
-            num_several += len(good.references) - good.references.null_count
-            repeated = self._keep_new(batch, good, keep)
-            for _, raw, problems in sorted([*bad, *repeated], key=lambda each: each.place):
+        for path, (good, bad) in self._checked_batches():
+            num_several += sum(len(row.references) > 1 for _, row in good["train"] + good["test"])
+            repeated = self._keep_new(good["test"], good["train"], keep)
+            for raw, problems in sorted([*bad, *repeated], key=lambda pair: pair[0].number):
                 num_rejected += 1
-                for problem in problems:
-                    counts[problem.reason] += 1
+                counts.update(problem.reason for problem in problems)
                 row = BadRow(file=path.name, row=raw.number, line=raw.line, problems=tuple(problems))
                 reject(row, raw.raw())
                 if len(examples) < MAX_EXAMPLES:
@@ -203,41 +184,35 @@ class ArrivalReader:
             manifest=manifest, bad_rows=tuple(examples), refusal=refusal, shape=shape, num_several=num_several
         )
 
-    def _checked_batches(self) -> Iterator[tuple[Path, RowBatch, GoodRows, list[BadInBatch]]]:
+    def _checked_batches(self) -> Iterator[tuple[Path, Checked]]:
         self._num_read = 0
         for path, file_split, columns in self._files:
-            checker = BatchChecker(self._task, columns, self._config.max_text_chars)
+            checker = RowChecker(self.task, columns, self._config.max_text_chars)
             for batch in read_batches(path, set(columns.names.values())):
-                good, bad = checker.check(batch)
-                yield path, batch, good._replace(is_test=self._is_test(good, file_split, columns)), bad
-                self._advance(batch.num_rows)
-        if self._on_progress is not None:
-            self._on_progress(self._num_read)
+                good: dict[Split, GoodPairs] = {"train": [], "test": []}
+                bad: BadPairs = []
+                for raw in batch:
+                    checked = checker.check(raw)
+                    if isinstance(checked, Row):
+                        good[self._split_of(checked, file_split)].append((raw, checked))
+                    else:
+                        bad.append((raw, checked))
+                yield path, (good, bad)
+                self._num_read += len(batch)
+                if self._landing.on_progress is not None:
+                    self._landing.on_progress(self._num_read)
 
-    def _advance(self, num_rows: int) -> None:
-        before, self._num_read = self._num_read, self._num_read + num_rows
-        if self._on_progress is not None:
-            for step in range(before // _PROGRESS_ROWS + 1, self._num_read // _PROGRESS_ROWS + 1):
-                self._on_progress(step * _PROGRESS_ROWS)
-
-    def _is_test(self, good: GoodRows, file_split: Split | None, columns: Columns) -> npt.NDArray[np.bool_]:
-        """Which rows are test rows: decided by the file, else by its column, else by the rows' digests.
+    def _split_of(self, row: Row, file_split: Split | None) -> Split:
+        """The split that the file has or that its column names; else the digest of the row's text decides.
 
         If the task has frozen test rows and does not renew them, only rows with their texts are test rows; all other
         rows can be learned.
         """
-        if file_split is not None:
-            return np.full(len(good.places), file_split == "test")
-        if columns.splitting is not None:
-            return good.is_test
-        if self._has_frozen_rows and not self._renews_tests:
-            return self._test_inputs.contains(good.input_digests)
-        return first_words(good.input_digests) / 2**32 < self._config.test_share
-
-    def _frozen_inputs(self) -> DigestSet:
-        inputs = DigestSet()
-        inputs.add(self._frozen)
-        return inputs
+        if given := file_split or row.split:
+            return given
+        if self._frozen and not self._landing.renews_tests:
+            return "test" if row.input_digest in self._frozen else "train"
+        return "test" if int.from_bytes(row.input_digest[:4]) / 2**32 < self._config.test_share else "train"
 
     def _judges_by_draw(self, num_random: int, num_rows: int) -> bool:
         """Whether the rows that were drawn at random are enough for test rows, and leave rows to learn."""
@@ -247,87 +222,78 @@ class ArrivalReader:
         """Read the files a first time to collect the texts of test rows and the labels."""
         spellings: dict[str, Counter[str]] = {}
         num_good = num_test = 0
-        for _, _, good, _ in self._checked_batches():
-            num_good, num_test = num_good + len(good.places), num_test + int(good.is_test.sum())
+        for _, (good, _) in self._checked_batches():
+            rows = [row for _, row in good["train"] + good["test"]]
+            num_good, num_test = num_good + len(rows), num_test + len(good["test"])
             if self._is_split_given:
-                self._test_inputs.add(good.input_digests[good.is_test])
+                self._test_inputs.add([row.input_digest for _, row in good["test"]])
             if infers_labels:
-                for found in good.outputs.value_counts().to_pylist():
-                    label = found["values"]
-                    spellings.setdefault(label_key(label), Counter())[label] += found["counts"]
-                    if len(spellings) > MAX_INFERRED_LABELS:
-                        shown = spellings if self._config.include_texts else ()
-                        raise DataValidationError(too_many_labels(self._source.name, shown, MAX_INFERRED_LABELS))
+                for label, count in Counter(row.output for row in rows).items():
+                    spellings.setdefault(label_key(label), Counter())[label] += count
+                if len(spellings) > MAX_INFERRED_LABELS:
+                    shown = spellings if self._config.include_texts else ()
+                    raise DataValidationError(too_many_labels(self._landing.source.name, shown, MAX_INFERRED_LABELS))
         if self._files[0][-1].splitting == "is_random" and not self._judges_by_draw(num_test, num_good):
             self._files = [(path, split, columns.without("is_random")) for path, split, columns in self._files]
-            self._names_split = self._is_split_given = False
-            self._test_inputs = self._frozen_inputs()
+            self._is_split_given = False
+            self._test_inputs = DigestSet(self._frozen)
         if infers_labels:
             ranked = sorted(spellings.items(), key=lambda item: (-item[1].total(), item[0]))
             labels = tuple(min(found, key=lambda name: (-found[name], name)) for _, found in ranked)
             if labels and all(map(is_whole_number, labels)):
-                raise DataValidationError(numbers_for_labels(self._source.name))
-            self._task = replace(self._task, labels=labels)
+                raise DataValidationError(numbers_for_labels(self._landing.source.name))
+            self.task = replace(self.task, labels=labels)
 
-    def _keep_new(self, batch: RowBatch, good: GoodRows, keep: Callable[[pa.Table, Split], None]) -> list[BadInBatch]:
+    def _keep_new(self, test: GoodPairs, train: GoodPairs, keep: Keep) -> BadPairs:
         """Keep new rows; return duplicates and training rows with the text of a test row."""
-        reasons: dict[int, Reason] = {}
-        for split in _SPLITS:
-            rows = np.flatnonzero(good.is_test == (split == "test"))
-            if split == "test":
-                self._test_inputs.add(good.input_digests[rows])
-            else:
-                is_leak = self._test_inputs.contains(good.input_digests[rows])
-                reasons |= dict.fromkeys(rows[is_leak].tolist(), "text of a test row")
-                self._leaks.add(good.digests[rows[is_leak]])
-                rows = rows[~is_leak]
-            is_new = self._kept[split].add(good.digests[rows])
-            again = rows[~is_new]
-            if split == "train":
-                again = self._without_beginnings(good, again)
-            reasons |= dict.fromkeys(again.tolist(), "duplicate row")
-            keep(good.table(rows[is_new], split), split)
-            if self._learns_every_turn and split == "train":
-                self._keep_turns(good.inputs.take(pa.array(rows[is_new])), keep)
-        places = good.places[list(reasons)].tolist()
-        return [
-            BadInBatch(place, raw, [Problem(reason, shorten(good.inputs[row].as_py()))])
-            for place, raw, (row, reason) in zip(places, batch.rows(places), reasons.items(), strict=True)
-        ]
+        self._test_inputs.add([row.input_digest for _, row in test])
+        is_leak = self._test_inputs.contains([row.input_digest for _, row in train])
+        leaks, train = list(compress(train, is_leak)), list(compress(train, ~is_leak))
+        self._leaks.add([row.digest for _, row in leaks])
+        repeated = self._keep_first("test", test, keep)
+        repeated += self._without_beginnings(self._keep_first("train", train, keep))
+        return [*_as_bad(leaks, "text of a test row"), *_as_bad(repeated, "duplicate row")]
 
-    def _without_beginnings(self, good: GoodRows, again: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _keep_first(self, split: Split, rows: GoodPairs, keep: Keep) -> GoodPairs:
+        """Keep rows of a split, and the earlier turns of training chats; return the rows that were there before."""
+        is_new = self._kept[split].add([row.digest for _, row in rows])
+        new = [row for _, row in compress(rows, is_new)]
+        keep(new, split)
+        if self._learns_every_turn and split == "train":
+            self._keep_turns(new, keep)
+        return list(compress(rows, ~is_new))
+
+    def _without_beginnings(self, repeated: GoodPairs) -> GoodPairs:
         """Leave out rows that were kept as an earlier turn of a longer chat, each once: they are no duplicates."""
-        is_turn = self._turns.contains(good.digests[again])
-        is_first = self._beginnings.add(good.digests[again[is_turn]])
-        return np.concatenate([again[~is_turn], again[is_turn][~is_first]])
+        is_turn = self._turns.contains([row.digest for _, row in repeated])
+        turns = list(compress(repeated, is_turn))
+        is_first = self._beginnings.add([row.digest for _, row in turns])
+        return [*compress(repeated, ~is_turn), *compress(turns, ~is_first)]
 
-    def _keep_turns(self, inputs: pa.Array, keep: Callable[[pa.Table, Split], None]) -> None:
+    def _keep_turns(self, chats: Sequence[Row], keep: Keep) -> None:
         """Keep the earlier turns of training chats as training rows.
 
         A turn is left out if its text is a test row's, or lies on the test side of the hash: a later chat may be that
         test row.
         """
-        found = [turn for input in inputs.to_pylist() for turn in earlier_turns(input)]
-        if not found:
-            return
-        turns = side_by_side(found)
-        is_apart = self._test_inputs.contains(turns.input_digests)
+        turns = [turn for chat in chats for turn in earlier_turns(chat.input)]
+        is_apart = self._test_inputs.contains([turn.input_digest for turn in turns])
         if not self._is_split_given:
-            is_apart |= self._is_test(turns, None, self._files[0][-1])
-        rows = np.flatnonzero(~is_apart)
-        rows = rows[self._kept["train"].add(turns.digests[rows])]
-        self._turns.add(turns.digests[rows])
-        keep(turns.table(rows, "train"), "train")
+            is_apart |= np.array([self._split_of(turn, None) == "test" for turn in turns], np.bool_)
+        turns = list(compress(turns, ~is_apart))
+        turns = list(compress(turns, self._kept["train"].add([turn.digest for turn in turns])))
+        self._turns.add([turn.digest for turn in turns])
+        keep(turns, "train")
 
     def _manifest(self, counts: Counter[str], num_rejected: int) -> DatasetManifest:
         train, test, leaks = (each.in_order() for each in (self._kept["train"], self._kept["test"], self._leaks))
-        landed = {"landed": [train, test]}
+        landing, landed = self._landing, {"landed": [train, test]}
         if self._is_split_given:
             landed = {"landed train": [train, leaks], "landed test": [test]}
         return DatasetManifest(
-            task=self._task,
+            task=self.task,
             sha256=self._digest({"train": [train], "test": [test]}),
-            source=self._source.name,
+            source=landing.source.name,
             num_read=self._num_read,
             num_train=len(self._kept["train"]),
             num_test=len(self._kept["test"]),
@@ -336,13 +302,13 @@ class ArrivalReader:
             problems=dict(counts.most_common()),
             split="given" if self._is_split_given else "hash",
             retain_training_rows=self._config.retain_training_rows,
-            files=tuple(sha256_of_input(path) for path in self._landed),
+            files=tuple(sha256_of_input(path) for path in (landing.source, landing.test_source) if path is not None),
             landed_sha256=self._digest(landed),
         )
 
     def _digest(self, parts: Mapping[str, Sequence[memoryview]]) -> str:
         """Digest of the task's name and of each part's sorted row digests."""
-        content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self._task.name]).encode())
+        content = hashlib.sha256(json.dumps([SCHEMA_VERSION, self.task.name]).encode())
         for name, digests in parts.items():
             content.update(f"/{name}/".encode())
             for piece in merge_digests(*digests):
@@ -365,7 +331,7 @@ class ArrivalReader:
             )
         if not manifest.num_train:
             return f"{name} leaves no row to train on ({num_good} good rows, all of them test rows); add training rows."
-        if not manifest.num_test and not self._has_frozen_rows:
+        if not manifest.num_test and not self._frozen:
             return (
                 f"{name} leaves no row to test with ({num_good} good rows); add rows, a test file (test_data) "
                 "or a column split with train and test."
@@ -380,3 +346,7 @@ def _columns_of(path: Path, split: Split | None, landing: Landing) -> Columns:
         return columns.without(*SPLITTING)
     is_drawn = landing.renews_tests and columns.splitting == "is_random"
     return columns if is_drawn else columns.without("is_random")
+
+
+def _as_bad(rows: GoodPairs, reason: Reason) -> BadPairs:
+    return [(raw, [Problem(reason, shorten(row.input))]) for raw, row in rows]

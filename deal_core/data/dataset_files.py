@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.rows import BadRow
-from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, DatasetManifest, Split
+from deal_core.data.rows import BadRow, Row
+from deal_core.data.schema import DatasetManifest, Split, TaskSchema, stored_columns
 from deal_core.regular_file import complete_file
 
 _GROUP_ROWS = 8192
-_GROUP_BYTES = 2**24
+_GROUP_CHARS = 2**24
 
 
 class DatasetFiles:
@@ -25,12 +26,15 @@ class DatasetFiles:
     context ends without `publish`, only quarantine.jsonl remains: an unfinished dataset never looks finished.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, task: TaskSchema) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         for name in ("manifest.json", "train.parquet", "test.parquet"):
             (folder / name).unlink(missing_ok=True)
-        self._tables = {split: _RowWriter(folder / f"{split}.parquet.part") for split in ("train", "test")}
+        splits: tuple[Split, Split] = ("train", "test")
+        self._tables = {
+            split: _RowWriter(folder / f"{split}.parquet.part", stored_columns(task, split)) for split in splits
+        }
         self.quarantine_path = folder / "quarantine.jsonl"
         # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
         self._quarantine: TextIO = self.quarantine_path.open(
@@ -46,8 +50,8 @@ class DatasetFiles:
             table.close()
             table.path.unlink(missing_ok=True)
 
-    def add(self, rows: pa.Table, split: Split) -> None:
-        """Write good rows with the columns of ROW_SCHEMA; some of the tables may have REFERENCES or REJECTED too."""
+    def add(self, rows: Sequence[Row], split: Split) -> None:
+        """Write good rows."""
         self._tables[split].add(rows)
 
     def reject(self, bad: BadRow, raw: object) -> None:
@@ -70,47 +74,37 @@ class DatasetFiles:
 class _RowWriter:
     """Writes rows to one Parquet file by row groups."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
-        self._writer = _writer(path, ROW_SCHEMA)
-        self._waiting = ROW_SCHEMA.empty_table()
+        self._schema = schema
+        # Texts and digests rarely repeat, so a dictionary would be built and discarded.
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["output"])
+        self._waiting: list[Row] = []
+        self._num_chars = 0
 
-    def add(self, rows: pa.Table) -> None:
-        for field in (REFERENCES, REJECTED):
-            if field.name in rows.column_names and field.name not in self._waiting.column_names:
-                self._widen(field)
-        self._waiting = pa.concat_tables([self._waiting, rows], promote_options="default")
-        if self._waiting.num_rows >= _GROUP_ROWS or self._waiting.nbytes >= _GROUP_BYTES:
+    def add(self, rows: Sequence[Row]) -> None:
+        self._waiting += rows
+        self._num_chars += sum(len(row.input) + len(row.output) for row in rows)
+        if len(self._waiting) >= _GROUP_ROWS or self._num_chars >= _GROUP_CHARS:
             self._flush()
 
     def close(self) -> None:
         if self._writer.is_open:
-            self._flush()
+            if self._waiting:
+                self._flush()
             self._writer.close()
 
     def _flush(self) -> None:
-        if self._waiting.num_rows:
-            self._writer.write_table(self._waiting, row_group_size=_GROUP_ROWS)
-        self._waiting = self._waiting.schema.empty_table()
-
-    def _widen(self, field: pa.Field) -> None:
-        """Give the file one more column, which is null for the rows so far."""
-        self._flush()
-        self._writer.close()
-        narrow = self.path.with_name(f"{self.path.name}.narrow")
-        os.replace(self.path, narrow)
-        schema = self._waiting.schema.append(field)
-        self._writer, self._waiting = _writer(self.path, schema), schema.empty_table()
-        with pq.ParquetFile(narrow, memory_map=False) as before:
-            for index in range(before.num_row_groups):
-                rows = before.read_row_group(index)
-                self._writer.write_table(rows.append_column(field, pa.nulls(rows.num_rows, field.type)))
-        narrow.unlink()
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Texts and digests rarely repeat, so a dictionary would be built and discarded.
-    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["output"])
+        cells = {
+            "input": [row.input for row in self._waiting],
+            "output": [row.output for row in self._waiting],
+            "sha256": [row.digest.hex() for row in self._waiting],
+            "references": [row.references or None for row in self._waiting],
+            "rejected": [row.rejected for row in self._waiting],
+        }
+        table = pa.table({name: cells[name] for name in self._schema.names}, schema=self._schema)
+        self._writer.write_table(table, row_group_size=_GROUP_ROWS)
+        self._waiting, self._num_chars = [], 0
 
 
 def _as_json(value: object) -> str:

@@ -1,19 +1,17 @@
-"""Rows: raw as in a file, good as in a dataset, and bad as in quarantine; and sets of their digests."""
+"""Rows: raw as in a file, good as in a dataset, and bad as in quarantine; and the digests of rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from deal_core.data.schema import Format, Split
+from deal_core.safe_text import shorten
 
 Reason = Literal[
     "malformed line", "missing column", "bad encoding", "empty text", "over-long text", "empty label",
@@ -22,11 +20,7 @@ Reason = Literal[
 ]  # fmt: skip
 BATCH_ROWS = 4096
 BATCH_CHARS = 2**19
-"""Most rows and characters of a batch. A single row (in Parquet a single piece) may be larger."""
-Item = TypeVar("Item")
-Digests = npt.NDArray[np.void]
-"""Array of digests of 32 bytes each."""
-_CHUNK = 2**16
+"""Most rows and characters of a batch. A single row may be larger."""
 
 
 class Problem(NamedTuple):
@@ -55,6 +49,14 @@ class RawRow(NamedTuple):
     def raw(self) -> Any:
         """The row for quarantine: its columns, or the text that could not be read."""
         return self.values if self.whole is None else self.whole()
+
+
+def unreadable_row(
+    number: int, line: int | None, text: str, found: str, why: str | None = None, reason: Reason = "malformed line"
+) -> RawRow:
+    """A row that could not be read. `found` may quote its text, `why` may not; None: they are the same."""
+    fault = Problem(reason, f"{found}: {shorten(text)}", why or found)
+    return RawRow(number, {}, line, fault, whole=partial(str, text))
 
 
 class Row(NamedTuple):
@@ -100,18 +102,27 @@ def normal_line_ends(text: str) -> str:
 _quote = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def quote_normal(part: str) -> str:
-    """Normalise a part of a row for the digest: Unicode's form NFC, single spaces, quoted as JSON."""
-    return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
-
-
 def row_digest(*parts: str) -> bytes:
     """SHA-256 of a row's inputs (a chat has several) and its output, or only of its inputs.
 
     Unicode's form (NFC) and the amount of white space do not change the digest.
     """
-    normal = ", ".join(map(quote_normal, parts))
-    return hashlib.sha256(f"[{normal}]".encode()).digest()
+    return _sha256(map(_normal, parts))
+
+
+def row_digests(inputs: Iterable[str], outputs: Iterable[str]) -> tuple[bytes, bytes]:
+    """`row_digest` of a row's inputs and outputs, and of its inputs alone."""
+    normal = [_normal(part) for part in inputs]
+    return _sha256([*normal, *map(_normal, outputs)]), _sha256(normal)
+
+
+def _normal(part: str) -> str:
+    """A part of a row as it counts in the digest: in Unicode's form NFC, with single spaces, quoted as JSON."""
+    return _quote(" ".join(unicodedata.normalize("NFC", part).split()))
+
+
+def _sha256(normal: Iterable[str]) -> bytes:
+    return hashlib.sha256(f"[{', '.join(normal)}]".encode()).digest()
 
 
 def stored_input_digest(kind: Format, stored: str) -> bytes:
@@ -130,173 +141,23 @@ def message_parts(message: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-class RowBatch(Protocol):
-    """Consecutive rows of a file."""
+def batches_of(rows: Iterable[tuple[RawRow, int]]) -> Iterator[list[RawRow]]:
+    """Group rows with their sizes into batches of at most BATCH_ROWS and BATCH_CHARS.
 
-    num_rows: int
-
-    def rows(self, places: Sequence[int]) -> list[RawRow]:
-        """The rows at these places, counted from 0."""
-
-    def column(self, name: str) -> pa.Array:
-        """A column's cells as texts. Null for missing cells, other types than text or whole number, and not UTF-8."""
-
-
-class RowList:
-    """A batch made of single rows."""
-
-    def __init__(self, rows: list[RawRow]) -> None:
-        self._rows = rows
-        self.num_rows = len(rows)
-
-    def rows(self, places: Sequence[int]) -> list[RawRow]:
-        """See `RowBatch.rows`."""
-        return [self._rows[place] for place in places]
-
-    def column(self, name: str) -> pa.Array:
-        """See `RowBatch.column`."""
-        return text_array([row.values.get(name) for row in self._rows])
-
-
-def text_array(cells: list[Any]) -> pa.Array:
-    """Texts, and whole numbers as texts; null for other types, and for a text with a lone surrogate (not UTF-8)."""
-    cells = [cell if type(cell) is str else str(cell) if type(cell) is int else None for cell in cells]
-    try:
-        return pa.array(cells, pa.string())
-    except UnicodeEncodeError:
-        return pa.array([cell if cell is not None and is_utf8(cell) else None for cell in cells], pa.string())
-
-
-def is_utf8(text: str) -> bool:
-    """Whether the text can be written as UTF-8. Bytes that were not UTF-8 are lone surrogates, which cannot."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def grouped(items: Iterable[tuple[Item, int]], max_items: int) -> Iterator[list[Item]]:
-    """Group items by their sizes into lists of at most BATCH_CHARS; a larger item gets its own list.
-
-    If reading an item fails, the earlier items are yielded before the error is raised.
+    If reading a row fails, the earlier rows are yielded before the error is raised.
     """
-    group: list[Item] = []
+    batch: list[RawRow] = []
     total = 0
     try:
-        for item, size in items:
-            if group and (len(group) == max_items or total + size > BATCH_CHARS):
-                yield group
-                group, total = [], 0
-            group.append(item)
+        for row, size in rows:
+            if batch and (len(batch) == BATCH_ROWS or total + size > BATCH_CHARS):
+                yield batch
+                batch, total = [], 0
+            batch.append(row)
             total += size
     except Exception:
-        if group:
-            yield group
+        if batch:
+            yield batch
         raise
-    if group:
-        yield group
-
-
-class DigestSet:
-    """A set of SHA-256 digests in about 50 bytes each; a Python set takes 130.
-
-    It is an array in order of arrival, and a hash table of places in the array with open addressing.
-    """
-
-    def __init__(self) -> None:
-        self._words = np.zeros((256, 4), np.uint64)
-        self._table = np.zeros(1024, np.uint32)  # place + 1 in `_words`; 0: free
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def contains(self, digests: Digests) -> npt.NDArray[np.bool_]:
-        """Which of the digests are in the set."""
-        words = _words_of(digests)
-        found = np.zeros(len(words), np.bool_)
-        slots, open_ = self._slots(words), np.arange(len(words))
-        while len(open_):
-            places = self._table[slots[open_]]
-            open_, places = open_[places > 0], places[places > 0]
-            same = (self._words[places - 1] == words[open_]).all(axis=1)
-            found[open_[same]] = True
-            open_ = open_[~same]
-            slots[open_] = self._next(slots[open_])
-        return found
-
-    def add(self, digests: Digests) -> npt.NDArray[np.bool_]:
-        """Add the digests; return which are new, that is neither in the set nor earlier in `digests`."""
-        words = _words_of(digests)
-        start, end = self._size, self._size + len(words)
-        self._reserve(end)
-        self._words[start:end] = words
-        is_new, slots = self._claim(start, end)
-        self._size = start + int(is_new.sum())
-        self._words[start : self._size] = words[is_new]
-        self._table[slots[is_new]] = np.arange(start, self._size, dtype=np.uint32) + 1
-        return is_new
-
-    def in_order(self) -> memoryview:
-        """The sorted digests, one after another. No digest can be added afterwards."""
-        self._table = np.zeros(0, np.uint32)
-        digests = self._words[: self._size].view("S32")  # all have 32 bytes, so NULs at the end do no harm
-        digests.sort(axis=0)
-        return digests.view(np.uint8).data
-
-    def _claim(self, start: int, end: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """Enter places of `_words` into the table if their digest is new; return which are new, and the slots."""
-        words = self._words[start:end]
-        is_new = np.zeros(len(words), np.bool_)
-        slots, open_ = self._slots(words), np.arange(len(words))
-        while len(open_):
-            free = open_[self._table[slots[open_]] == 0]
-            self._table[slots[free[::-1]]] = start + free[::-1] + 1  # of equal slots the last write wins: the first row
-            places = self._table[slots[open_]].astype(np.int64) - 1
-            own = places == start + open_
-            is_new[open_[own]] = True
-            open_, places = open_[~own], places[~own]
-            open_ = open_[(self._words[places] != words[open_]).any(axis=1)]
-            slots[open_] = self._next(slots[open_])
-        return is_new, slots
-
-    def _reserve(self, size: int) -> None:
-        if size > len(self._words):
-            self._words.resize((size + size // 8, 4), refcheck=False)
-        if size > len(self._table) // 2:
-            self._table = np.zeros(1 << int(3 * size).bit_length(), np.uint32)
-            for start in range(0, self._size, _CHUNK):
-                self._claim(start, min(start + _CHUNK, self._size))
-
-    def _slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which decides the split
-
-    def _next(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        return (slots + np.uint64(1)) & np.uint64(len(self._table) - 1)
-
-
-def merge_digests(*ordered: memoryview) -> Iterator[bytes]:
-    """Merge sorted digests of several sets into one order. The result comes in pieces, to save memory."""
-    bounds = np.arange(1, 256, dtype=np.uint8).view("S1").astype("S32")
-    sets = [np.frombuffer(each, "S32") for each in ordered]
-    for pieces in zip(*(np.split(each, np.searchsorted(each, bounds)) for each in sets), strict=True):
-        yield np.sort(np.concatenate(pieces), kind="stable").tobytes()
-
-
-def as_digests(digests: bytes) -> Digests:
-    """An array of concatenated digests."""
-    return np.frombuffer(digests, "V32")
-
-
-def first_words(digests: Digests) -> npt.NDArray[np.uint32]:
-    """The first four bytes of each digest, as a number."""
-    return np.ascontiguousarray(digests).view(">u4")[::8]
-
-
-def hex_array(digests: Digests) -> pa.Array:
-    """The digests as texts of 64 characters."""
-    offsets = np.arange(len(digests) + 1, dtype=np.int32) * 64
-    return pa.Array.from_buffers(
-        pa.string(), len(digests), [None, pa.py_buffer(offsets), pa.py_buffer(digests.tobytes().hex().encode())]
-    )
-
-
-def _words_of(digests: Digests) -> npt.NDArray[np.uint64]:
-    return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 4)
+    if batch:
+        yield batch

@@ -46,7 +46,8 @@ ROW_SCHEMA = pa.schema([("input", pa.string()), ("output", pa.string()), ("sha25
 """A stored row. labelled: input text, output label; completion: input prompt, output completion; chat: input the JSON
 list of the messages before the answer, output the answer's content. sha256: digest of the normalised row."""
 REFERENCES = pa.field("references", pa.list_(pa.string()))
-"""One more column of test rows, if a row has several right answers: all of them, `output` first; null for one."""
+"""One more column of the test rows of free answers: all right answers, `output` first; null for a row with one.
+Datasets of older releases have it only if a row has several."""
 REJECTED = pa.field("rejected", pa.string())
 """One more column of the rows of a task that learns preferences: the worse answer; `output` is the better one."""
 
@@ -176,6 +177,12 @@ class TaskSchema:
     def as_asked(self) -> TaskSchema:
         """The task as a client needs it, without what only reading a file needs."""
         return replace(self, columns={}, label_names={}, assistant_turns="last", joins_context=False)
+
+
+def stored_columns(task: TaskSchema, split: Split) -> pa.Schema:
+    """The columns of a dataset's rows; the task's format is not "auto"."""
+    has_references = split == "test" and task.format != "labelled" and not task.learns_preferences
+    return pa.schema([*ROW_SCHEMA, *[REFERENCES] * has_references, *[REJECTED] * task.learns_preferences])
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Another package adds a score with an entry point in the group GROUP: its name is
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from deal_core.plugins import Plugins
@@ -15,19 +14,14 @@ if TYPE_CHECKING:
     from deal_core.selection.score import RowScore
 
 GROUP = "deal_pipeline.scores"
-SCORES = "deal_core.selection.scores"
+_SCORES = "deal_core.selection.score"
 OWN = {
-    "random": f"{SCORES}:RandomScore", "loss": f"{SCORES}:LossScore", "length": f"{SCORES}:LengthScore",
-    "difficulty": f"{SCORES}:DifficultyScore", "errors": f"{SCORES}:ErrorScore",
-    "gradient": f"{SCORES}:GradientScore",
+    "random": f"{_SCORES}:RandomScore", "loss": f"{_SCORES}:LossScore", "length": f"{_SCORES}:LengthScore",
+    "difficulty": f"{_SCORES}:DifficultyScore", "errors": f"{_SCORES}:ErrorScore",
+    "gradient": f"{_SCORES}:GradientScore",
 }  # fmt: skip
 """This project's scores. Another package cannot replace them."""
 PLUGINS = Plugins(kind="Score", setting="selection.score", group=GROUP, own=OWN)
-
-
-def find_scores() -> dict[str, EntryPoint]:
-    """Return every score that can be used, by name, this project's first."""
-    return PLUGINS.find()
 
 
 def check_score_name(name: str) -> str:

@@ -5,7 +5,7 @@ probabilities for the last fifth, five times. So every row is judged without its
 confident learning, arXiv 1911.00068). A model that was fine-tuned on the rows would repeat their wrong labels, and the
 parent does not know a new task's labels.
 
-Shapes: N rows, D features, L labels.
+Shapes: N rows, D features (the width of the base model), L labels, B rows of a batch, T tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from deal_core.base_model.load import BaseModel
 from deal_core.config import EvaluateConfig, TrainConfig
+from deal_core.data.collate import pad_batch
+from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
+from deal_core.evaluation.generation import LanguageModel, OnProgress, batches_by_length, device_of
 from deal_core.evaluation.likelihood import CHUNK_ROWS
-from deal_core.selection.features import features
 
 NUM_FOLDS = 5
 """Parts of the cross-fitting. Labels with fewer rows are not checked."""
@@ -85,6 +88,40 @@ class LabelCheck:
         return f"{len(self.suspects):,} of {self.num_checked:,} labels that were checked are probably wrong ({agrees})"
 
 
+@torch.inference_mode()
+def features(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSchema,
+    inputs: Sequence[str],
+    *,
+    max_prompt_tokens: int,
+    max_batch_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """Return the last layer's hidden state at the end of every prompt; for T5, the mean over the encoder's states.
+
+    Returns:
+        Shape (N, D), fp32, on the CPU.
+    """
+    model.eval()
+    device, pad = device_of(model), int(tokenizer.pad_token_id or 0)
+    is_seq2seq = bool(model.config.is_encoder_decoder)
+    body = model.get_encoder() if is_seq2seq else model.base_model
+    prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
+    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in batches_by_length([len(prompt) for prompt in prompts], max_batch_tokens, len(prompts)):
+        ids, mask = pad_batch([prompts[i] for i in batch], pad, side="right")
+        states_BTD = body(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+        last_B = mask.sum(1) - 1
+        for row, i in enumerate(batch):
+            own_TD = states_BTD[row, : last_B[row] + 1]
+            found[i] = own_TD.mean(0) if is_seq2seq else own_TD[-1].clone()
+        if on_progress is not None:
+            on_progress(len(batch))
+    return torch.stack(found)
+
+
 def check_labels(
     base: BaseModel,
     task: TaskSchema,
@@ -122,7 +159,7 @@ def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -
     """Look for rows whose label has at most the share MAX_SHARE.
 
     Args:
-        features_ND: The rows' features, see `deal_core.selection.features`.
+        features_ND: The rows' features, see `features`.
         labels: The rows' labels.
         seed: Decides the parts of the cross-fitting.
     """

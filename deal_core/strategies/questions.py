@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from deal_core.config import EvaluateConfig
-from deal_core.data.collate import spread
+from deal_core.data.order import spread
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate

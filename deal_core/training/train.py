@@ -15,8 +15,7 @@ from transformers import TrainingArguments
 from deal_core.adapter.state import adapter_fill, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.base_model.load import BaseModel
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import LOSS_MASK, encode_rows
-from deal_core.data.prompt_loss import add_text_spans, share_of_texts
+from deal_core.data.collate import LOSS_MASK, add_text_spans, encode_rows, share_of_texts
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.method_config import MethodConfig

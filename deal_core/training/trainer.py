@@ -27,7 +27,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deal_core.config import ReportTool, TrainConfig
-from deal_core.data.collate import BucketSampler, add_blank_row
+from deal_core.data.collate import add_blank_row
+from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, TrainingDivergedError
 from deal_core.strategies.strategy import Strategy
 from deal_core.training.objective import Objective

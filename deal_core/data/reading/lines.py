@@ -14,10 +14,6 @@ from deal_core.regular_file import IrregularFileError, open_regular, sha256_of_f
 
 MAX_LINE_CHARS = 4 * 2**20
 """Longest line; the rest of a longer line is skipped."""
-MAX_SKIPPED_CHARS = 256 * 2**20
-"""Most characters of a line that are skipped. A file with a longer line is refused: it holds no rows of text."""
-MAX_EMPTY_LINES = 1_000_000
-"""Most empty lines in a row. A file with more is refused: a small gzip file can hold billions of empty lines."""
 MAX_UNPACKED_BYTES = 2**28
 MAX_UNPACKED_RATIO = 200
 """A gzip file may unpack to MAX_UNPACKED_BYTES or this many times its size, the larger of both. Text packs 2 to 20
@@ -81,28 +77,17 @@ def open_text(path: Path, *, newline: str) -> TextIO:
 
 
 def numbered_lines(stream: TextIO) -> Iterator[Line]:
-    """The stream's lines, counted from 1.
-
-    Raises:
-        DataValidationError: A line is far too long, or more than MAX_EMPTY_LINES lines in a row are empty.
-    """
-    number = num_empty = 0
+    """The stream's lines, counted from 1."""
+    number = 0
     while text := stream.readline(MAX_LINE_CHARS):
         number += 1
-        num_empty = num_empty + 1 if len(text) < 3 and text.isspace() else 0
-        if num_empty > MAX_EMPTY_LINES:
-            raise DataValidationError(f"The {MAX_EMPTY_LINES:,} lines before line {number} are empty; remove them.")
-        ends = len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
-        yield Line(number, text, ends)
-        skipped = 0
-        while not ends and (rest := stream.readline(MAX_LINE_CHARS)):
-            ends = rest.endswith(("\n", "\r"))
-            skipped += len(rest)
-            if skipped > MAX_SKIPPED_CHARS:
-                raise DataValidationError(
-                    f"Line {number} has more than {MAX_SKIPPED_CHARS // 2**20} million characters, too many for a row "
-                    "of text; write the file again with one row per line."
-                )
+        yield Line(number, text, _has_end(text))
+        while not _has_end(text):
+            text = stream.readline(MAX_LINE_CHARS)
+
+
+def _has_end(text: str) -> bool:
+    return len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
 
 
 def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | None:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from deal_core.data.reading.csv_records import CsvFile
-from deal_core.data.reading.json_values import begins_like_list, parse_json, read_json_list, why_unreadable
-from deal_core.data.reading.lines import MAX_LINE_CHARS, Line, numbered_lines, open_text
-from deal_core.data.reading.look import FileLook, look_at_schema
+from deal_core.data.reading.json_rows import read_json
 from deal_core.data.reading.parquet_rows import open_parquet, read_parquet
-from deal_core.data.rows import BATCH_ROWS, Problem, RawRow, Reason, RowBatch, RowList, grouped, is_utf8
+from deal_core.data.rows import RawRow, batches_of
 from deal_core.errors import DataValidationError
 from deal_core.safe_text import shorten
 
@@ -32,6 +31,23 @@ _WRONG_PATH = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTD
 
 Kind = Literal["csv", "jsonl", "parquet"]
 _KINDS: dict[str, Kind] = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_MAX_DEPTH = 4
+"""Levels of a type that the recognition of shapes looks at."""
+_METADATA = b"huggingface"
+"""Key of a Parquet file's metadata under which the library `datasets` describes the columns."""
+
+
+@dataclass(frozen=True)
+class FileLook:
+    """The columns of a file before its rows are read."""
+
+    columns: tuple[str, ...]
+    """Names with repetitions; of JSON lines the keys in the first thousand readable rows."""
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    """One cell of a column: of JSON lines the first that is not empty, of Parquet a stand-in of the column's type. A
+    CSV has none, because all its cells are texts."""
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes 0, 1, 2, … of a column, from the file's own metadata (`ClassLabel` of `datasets`)."""
 
 
 def file_kind(path: Path) -> Kind:
@@ -40,7 +56,7 @@ def file_kind(path: Path) -> Kind:
     Raises:
         DataValidationError: The name has an unknown ending, or is not UTF-8.
     """
-    if not is_utf8(str(path)):
+    if any("\ud800" <= char <= "\udfff" for char in str(path)):
         raise DataValidationError(f"The file name {str(path)[-200:]!r} is not UTF-8; rename the file.")
     if os.path.isdir(path):  # Path.is_dir raises if the name is too long
         raise DataValidationError(f"{path} is a folder; give one file of rows.")
@@ -55,15 +71,6 @@ def file_kind(path: Path) -> Kind:
     return _KINDS[suffixes[-1]]
 
 
-def read_columns(path: Path) -> tuple[str, ...]:
-    """Names of the file's columns with repetitions; of JSON lines the keys in the first thousand readable rows.
-
-    Raises:
-        DataValidationError: The file cannot be read.
-    """
-    return look_at(path).columns
-
-
 def look_at(path: Path) -> FileLook:
     """The file's columns, and what their cells look like.
 
@@ -74,7 +81,7 @@ def look_at(path: Path) -> FileLook:
     with _whole_file_faults(path):
         if kind == "parquet":
             with open_parquet(path) as file:
-                return look_at_schema(file.schema_arrow)
+                return _look_at_schema(file.schema_arrow)
         if kind == "csv":
             with CsvFile(path) as file:
                 return FileLook(file.header)
@@ -85,7 +92,7 @@ def _look_at_json(path: Path) -> FileLook:
     names: dict[str, None] = {}
     examples: dict[str, Any] = {}
     num_readable = 0
-    for row, _ in _read_json_lines(path):
+    for row, _ in read_json(path):
         names.update(dict.fromkeys(row.values))
         for name, value in row.values.items():
             if value not in (None, "", []):
@@ -94,6 +101,38 @@ def _look_at_json(path: Path) -> FileLook:
         if num_readable == _SURVEYED_ROWS:
             break
     return FileLook(tuple(names), examples)
+
+
+def _look_at_schema(schema: pa.Schema) -> FileLook:
+    examples = {each.name: _example_of(each.type, _MAX_DEPTH) for each in schema}
+    return FileLook(tuple(schema.names), examples, _class_names((schema.metadata or {}).get(_METADATA)))
+
+
+def _example_of(kind: pa.DataType, depth: int) -> Any:
+    """A value of the type, as deep as the recognition of shapes looks."""
+    if depth and (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return [_example_of(kind.value_type, depth - 1)]
+    if depth and pa.types.is_struct(kind):
+        fields = (kind.field(index) for index in range(kind.num_fields))
+        return {each.name: _example_of(each.type, depth - 1) for each in fields}
+    if pa.types.is_boolean(kind):
+        return True
+    return 0 if pa.types.is_integer(kind) else ""
+
+
+def _class_names(metadata: bytes | None) -> dict[str, tuple[str, ...]]:
+    """Names by column. Metadata of another form have none."""
+    try:
+        features = json.loads(metadata or b"{}")["info"]["features"]
+        columns = dict(features.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    found = {}
+    for column, feature in columns.items():
+        names = feature.get("names") if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
+        if isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names):
+            found[column] = tuple(names)
+    return found
 
 
 def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
@@ -111,20 +150,20 @@ def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Ra
         >>> [row.values["label"] for row in read_rows(Path("tickets.csv"))]
     """
     for batch in read_batches(path, columns):
-        yield from batch.rows(range(batch.num_rows))
+        yield from batch
 
 
-def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[RowBatch]:
+def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
     """The rows of `read_rows`, in batches."""
     kind = file_kind(path)
     with _whole_file_faults(path):
         if kind == "jsonl":
-            yield from map(RowList, grouped(_read_json_lines(path), BATCH_ROWS))
+            yield from batches_of(read_json(path))
         elif kind == "parquet":
-            yield from read_parquet(path, columns)
+            yield from batches_of(read_parquet(path, columns))
         else:
             with CsvFile(path) as file:
-                yield from map(RowList, grouped(file.rows(), BATCH_ROWS))
+                yield from batches_of(file.rows())
 
 
 @contextmanager
@@ -147,43 +186,3 @@ def _whole_file_faults(path: Path) -> Iterator[None]:
             f"{path.name} cannot be read, it is damaged or was cut off ({shorten(reason, 160)}); write or upload "
             "it again."
         ) from error
-
-
-# --- JSON lines
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[RawRow, int]]:
-    """The rows, each with its number of characters. A file that begins like a list of objects is read as a list."""
-    is_list = False
-    with open_text(path, newline="\n") as stream:
-        is_first = True
-        for line in numbered_lines(stream):
-            text = line.text.strip()
-            if not text:
-                continue
-            if is_first and begins_like_list(line.text):
-                is_list = True
-                break
-            is_first = False
-            yield _json_row(line, text), len(line.text)
-    if is_list:
-        yield from read_json_list(path)
-
-
-def _json_row(line: Line, text: str) -> RawRow:
-    if not line.is_whole:
-        return _unreadable(line, text, "over-long text", f"more than {MAX_LINE_CHARS} characters in a line")
-    try:
-        values = parse_json(text)
-    except RecursionError:
-        return _unreadable(line, text, "malformed line", "nested too deeply")
-    except ValueError as error:
-        return _unreadable(line, text, "malformed line", shorten(str(error)), why_unreadable(error))
-    if not isinstance(values, dict):
-        return _unreadable(line, text, "malformed line", "not an object of columns")
-    return RawRow(line.number, values, line.number)
-
-
-def _unreadable(line: Line, text: str, reason: Reason, found: str, why: str | None = None) -> RawRow:
-    fault = Problem(reason, f"{found}: {shorten(text)}", why or found)
-    return RawRow(line.number, {}, line.number, fault, whole=partial(str, text))

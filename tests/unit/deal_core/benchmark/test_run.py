@@ -27,7 +27,7 @@ from deal_core.evaluation.general_ability import LIMIT, TEXTS, perplexity
 from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.report import outcome_text
 from deal_core.method_config import MethodConfig, SelectionConfig, TokenMaskConfig
-from deal_core.selection.features import features
+from deal_core.selection.label_noise import features
 
 DEFAULTS = MethodConfig()
 LABELS = {"colours": ("red", "green"), "sizes": ("large", "small"), "sounds": ("loud", "soft")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deal_core.errors import ConfigError
-from deal_core.selection import OWN, find_scores, score_class
+from deal_core.selection import OWN, PLUGINS, score_class
 from deal_core.selection.conformance import check_score
 
 EXAMPLE = Path(__file__).parents[4] / "docs" / "own_score.py"
@@ -63,7 +63,7 @@ def test_this_projects_scores_keep_the_promises(name: str) -> None:
 
 def test_the_documented_example_is_a_score(installed: Path) -> None:
     check_score("variety")
-    assert list(find_scores())[: len(OWN)] == list(OWN) and score_class("loss").__module__.startswith("deal_core.")
+    assert list(PLUGINS.find())[: len(OWN)] == list(OWN) and score_class("loss").__module__.startswith("deal_core.")
 
 
 @pytest.mark.parametrize(("name", "problem"), [

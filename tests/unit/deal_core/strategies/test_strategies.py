@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import AnswerCollator, BucketSampler, encode_rows
+from deal_core.data.collate import AnswerCollator, encode_rows
+from deal_core.data.order import BucketSampler
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import ConfigError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig

@@ -15,11 +15,12 @@ from deal_core.data.collate import (
     IGNORED,
     AnswerCollator,
     add_blank_row,
+    add_text_spans,
     answer_and_text_loss,
     answer_loss,
     encode_rows,
+    share_of_texts,
 )
-from deal_core.data.prompt_loss import add_text_spans, share_of_texts
 from deal_core.planning.memory import limits_of
 
 SHORT = TrainConfig(

@@ -25,11 +25,11 @@ from deal_core.data.collate import (
     IGNORED,
     LOSS_MASK,
     AnswerCollator,
-    BucketSampler,
     add_blank_row,
     answer_loss,
     encode_rows,
 )
+from deal_core.data.order import BucketSampler
 from deal_core.errors import AdapterStateError, ConfigError, RankError
 from deal_core.method_config import DealConfig, MethodConfig, RehearsalConfig, TokenMaskConfig
 from deal_core.strategies.rehearsal import Question, Rehearsal

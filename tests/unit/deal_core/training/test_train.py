@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from deal_core.adapter.state import adapter_on, attach_adapter, load_adapter, load_method_state, save_adapter
 from deal_core.config import AdapterConfig, TrainConfig
-from deal_core.data.collate import MIN_PREFIX, AnswerCollator, BucketSampler, answer_loss, encode_rows
+from deal_core.data.collate import MIN_PREFIX, AnswerCollator, answer_loss, encode_rows
+from deal_core.data.order import BucketSampler
 from deal_core.data.schema import TaskSchema
 from deal_core.errors import AdapterStateError, ConfigError, DataValidationError, TrainingDivergedError
 from deal_core.evaluation.generation import first_answer_logits

@@ -1,4 +1,4 @@
-"""A CSV record without an end costs one row, and the file is read only a fixed number of times."""
+"""A CSV record without an end costs one row, and a file with many of them is refused before it takes long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deal_core.data.reading import csv_records
 from deal_core.data.reading.csv_records import CsvFile
-from deal_core.data.reading.lines import Line, numbered_lines
+from deal_core.errors import DataValidationError
 
 LINE_PARTS = st.sampled_from(["a", '"', ",", '""', '","', ' "', "x" * 7, "\r", "é"])
 LINES = st.lists(st.lists(LINE_PARTS, max_size=4).map("".join), max_size=14)
@@ -67,41 +67,13 @@ def test_rows_are_those_of_the_rule(
         assert rows_of(tmp_path / "rows.csv") == list(expected_rows(content, max_chars))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        'a","x\n' * 400,
-        '"a\n' * 400,
-        'a","x\n' * 400 + '"x\n',
-        'a","x\n' * 400 + "x" * 900 + '"\n',
-        ('a","x\n' * 20 + '"ends",here\n') * 20,
-        '"\n' * 400,
-    ],
-    ids=["open to the end", "opened anew", "an error at the end", "closed by a long line", "blocks", "bare quotes"],
-)
-@pytest.mark.parametrize("max_chars", [1000, 10**6])
-def test_no_line_is_read_more_than_a_few_times(
-    content: str, max_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_with_many_quotes_that_are_never_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_out = 0
-    give = csv_records._Feed.__next__
-    test = csv_records._Feed._closed_by
-
-    def counting_give(feed: csv_records._Feed) -> str:
-        nonlocal given_out
-        given_out += 1
-        return give(feed)
-
-    def counting_test(feed: csv_records._Feed, line: Line) -> object:
-        nonlocal given_out
-        given_out += 1
-        return test(feed, line)
-
-    monkeypatch.setattr(csv_records, "MAX_LINE_CHARS", max_chars)
-    monkeypatch.setattr(csv_records._Feed, "__next__", counting_give)
-    monkeypatch.setattr(csv_records._Feed, "_closed_by", counting_test)
-    (tmp_path / "rows.csv").write_text(HEADER + content)
-    with (tmp_path / "rows.csv").open(newline="") as stream:
-        num_lines = sum(1 for _ in numbered_lines(stream))
-    assert rows_of(tmp_path / "rows.csv") == list(expected_rows(content, max_chars))
-    assert given_out < 5 * num_lines
+    monkeypatch.setattr(csv_records, "MAX_REREAD_CHARS", 10_000)
+    path = tmp_path / "rows.csv"
+    path.write_text(HEADER + 'a","x\n' * 20)
+    assert len(rows_of(path)) == 20
+    path.write_text(HEADER + 'a","x\n' * 400)
+    with pytest.raises(DataValidationError, match=r"rows\.csv has many quotes that are never closed .* in line \d"):
+        rows_of(path)

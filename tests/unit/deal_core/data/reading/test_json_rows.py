@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deal_core.data.reading import json_values
-from deal_core.data.reading.readers import read_columns, read_rows
+from deal_core.data.reading import json_rows
+from deal_core.data.reading.readers import look_at, read_rows
 from deal_core.errors import DataValidationError
 
 ROWS = [{"text": f'no. {number}, "[{{', "label": [number, {"a": None}]} for number in range(50)]
@@ -37,7 +37,7 @@ def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: in
     found = list(read_rows(path))
     assert [row.values for row in found] == ROWS
     assert [row.number for row in found] == list(range(1, 51))
-    assert read_columns(path) == ("text", "label")
+    assert look_at(path).columns == ("text", "label")
     lines = path.read_bytes() if name != "rows.json.gz" else gzip.decompress(path.read_bytes())
     assert all(lines.splitlines()[row.line - 1].lstrip(b"[").lstrip()[:1] == b"{" for row in found if row.line)
 
@@ -48,7 +48,7 @@ def test_a_list_has_the_rows_of_json_lines(tmp_path: Path, name: str, indent: in
 def test_a_list_is_the_same_in_pieces_of_any_size(
     piece: int, content: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_values, "_PIECE_CHARS", piece)
+    monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
     path = write(tmp_path / "rows.json", json.dumps(content, indent=1, ensure_ascii=False))
     assert [row.values for row in read_rows(path)] == content
 
@@ -67,7 +67,7 @@ def test_a_list_is_the_same_in_pieces_of_any_size(
 def test_a_bad_item_is_one_bad_row(
     tmp_path: Path, item: str, why: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_values, "_PIECE_CHARS", piece)
+    monkeypatch.setattr(json_rows, "_PIECE_CHARS", piece)
     path = write(tmp_path / "rows.json", f'[{{"text": "a"}},\n{item},\n{{"text": "b"}}]')
     first, bad, last = read_rows(path)
     assert (first.values, last.values) == ({"text": "a"}, {"text": "b"})
@@ -96,8 +96,8 @@ def test_a_list_that_is_not_json_is_refused_with_its_line(tmp_path: Path, conten
 def test_an_item_beyond_the_longest_line_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_values, "MAX_LINE_CHARS", 1000)
-    monkeypatch.setattr(json_values, "_PIECE_CHARS", 100)
+    monkeypatch.setattr(json_rows, "MAX_LINE_CHARS", 1000)
+    monkeypatch.setattr(json_rows, "_PIECE_CHARS", 100)
     path = write(tmp_path / "rows.json", json.dumps([{"text": "a"}, {"text": "x" * 5000}]))
     with pytest.raises(DataValidationError, match="item 2 is not JSON, or has more than 1000 characters"):
         list(read_rows(path))

@@ -1,0 +1,101 @@
+"""A set of digests that takes little memory, and the digests of several sets in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+_CHUNK = 2**16
+
+
+class DigestSet:
+    """A set of SHA-256 digests in about 50 bytes each; a Python set takes 130.
+
+    It is an array in order of arrival, and a hash table of places in the array with open addressing.
+    """
+
+    def __init__(self, digests: Collection[bytes] = ()) -> None:
+        self._words = np.zeros((256, 4), np.uint64)
+        self._table = np.zeros(1024, np.uint32)  # place + 1 in `_words`; 0: free
+        self._size = 0
+        self.add(digests)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def contains(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of the digests are in the set."""
+        words = _words_of(digests)
+        found = np.zeros(len(words), np.bool_)
+        slots, open_ = self._slots(words), np.arange(len(words))
+        while len(open_):
+            places = self._table[slots[open_]]
+            open_, places = open_[places > 0], places[places > 0]
+            same = (self._words[places - 1] == words[open_]).all(axis=1)
+            found[open_[same]] = True
+            open_ = open_[~same]
+            slots[open_] = self._next(slots[open_])
+        return found
+
+    def add(self, digests: Collection[bytes]) -> npt.NDArray[np.bool_]:
+        """Add the digests; return which are new, that is neither in the set nor earlier in `digests`."""
+        words = _words_of(digests)
+        start, end = self._size, self._size + len(words)
+        self._reserve(end)
+        self._words[start:end] = words
+        is_new, slots = self._claim(start, end)
+        self._size = start + int(is_new.sum())
+        self._words[start : self._size] = words[is_new]
+        self._table[slots[is_new]] = np.arange(start, self._size, dtype=np.uint32) + 1
+        return is_new
+
+    def in_order(self) -> memoryview:
+        """The sorted digests, one after another. No digest can be added afterwards."""
+        self._table = np.zeros(0, np.uint32)
+        digests = self._words[: self._size].view("S32")  # all have 32 bytes, so NULs at the end do no harm
+        digests.sort(axis=0)
+        return digests.view(np.uint8).data
+
+    def _claim(self, start: int, end: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """Enter places of `_words` into the table if their digest is new; return which are new, and the slots."""
+        words = self._words[start:end]
+        is_new = np.zeros(len(words), np.bool_)
+        slots, open_ = self._slots(words), np.arange(len(words))
+        while len(open_):
+            free = open_[self._table[slots[open_]] == 0]
+            self._table[slots[free[::-1]]] = start + free[::-1] + 1  # of equal slots the last write wins: the first row
+            places = self._table[slots[open_]].astype(np.int64) - 1
+            own = places == start + open_
+            is_new[open_[own]] = True
+            open_, places = open_[~own], places[~own]
+            open_ = open_[(self._words[places] != words[open_]).any(axis=1)]
+            slots[open_] = self._next(slots[open_])
+        return is_new, slots
+
+    def _reserve(self, size: int) -> None:
+        if size > len(self._words):
+            self._words.resize((size + size // 8, 4), refcheck=False)
+        if size > len(self._table) // 2:
+            self._table = np.zeros(1 << int(3 * size).bit_length(), np.uint32)
+            for start in range(0, self._size, _CHUNK):
+                self._claim(start, min(start + _CHUNK, self._size))
+
+    def _slots(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        return words[:, 1] & np.uint64(len(self._table) - 1)  # not the first word, which decides the split
+
+    def _next(self, slots: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        return (slots + np.uint64(1)) & np.uint64(len(self._table) - 1)
+
+
+def merge_digests(*ordered: memoryview) -> Iterator[bytes]:
+    """Merge sorted digests of several sets into one order. The result comes in pieces, to save memory."""
+    bounds = np.arange(1, 256, dtype=np.uint8).view("S1").astype("S32")
+    sets = [np.frombuffer(each, "S32") for each in ordered]
+    for pieces in zip(*(np.split(each, np.searchsorted(each, bounds)) for each in sets), strict=True):
+        yield np.sort(np.concatenate(pieces), kind="stable").tobytes()
+
+
+def _words_of(digests: Collection[bytes]) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 4)

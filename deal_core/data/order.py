@@ -1,0 +1,89 @@
+"""The order of training rows: batches hold rows of similar length, and the labels in their shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+BATCHES_PER_BUCKET = 16
+
+
+class BucketSampler(Sampler[int]):
+    """Order of rows for an epoch: batches hold rows of similar length, batches come in random order.
+
+    The order depends only on seed and epoch, so a resumed run sees the same order. transformers' LengthGroupedSampler
+    draws from the global generator and does not have this property.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows of a batch.
+        seed: Decides the order.
+        group_by_length: Whether to sort by length.
+        labels: Every row's label; every batch then holds the labels in their shares. None: labels do not count.
+        blank: The row that fills up the last batch; None: the last batch may be smaller.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        *,
+        group_by_length: bool,
+        labels: Sequence[Hashable] | None = None,
+        blank: int | None = None,
+    ) -> None:
+        self._lengths = list(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group_by_length = group_by_length
+        self._labels = labels
+        self._fill = [] if blank is None else [blank] * (-len(self._lengths) % batch_size)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths) + len(self._fill)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        if not self._group_by_length:
+            return iter(self._balanced(order, generator) + self._fill)
+        bucket = self._batch_size * BATCHES_PER_BUCKET
+        batches: list[list[int]] = []
+        for start in range(0, len(order), bucket):
+            members = sorted(order[start : start + bucket], key=self._lengths.__getitem__)
+            members = self._balanced(members, generator)
+            batches += [members[i : i + self._batch_size] for i in range(0, len(members), self._batch_size)]
+        # a partial batch must come last; elsewhere it would shift the borders of later batches
+        partial = [batch for batch in batches if len(batch) < self._batch_size]
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return iter([row for batch in shuffled + partial for row in batch] + self._fill)
+
+    def _balanced(self, rows: list[int], generator: torch.Generator) -> list[int]:
+        """Spread each label's rows evenly over the list; a label's rows keep their order."""
+        if self._labels is None:
+            return rows
+        labels = [self._labels[row] for row in rows]
+        return [rows[i] for i in spread(labels, lambda: float(torch.rand((), generator=generator)))]
+
+
+def spread(labels: Sequence[Hashable], draw: Callable[[], float]) -> list[int]:
+    """Return the places of a list in an order in which every part has the labels in their shares.
+
+    The places of one label keep their order. `draw` gives random numbers of [0, 1).
+    """
+    by_label: dict[Hashable, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_label.setdefault(label, []).append(place)
+    ranked = sorted(
+        ((number + draw()) / len(places), place) for places in by_label.values() for number, place in enumerate(places)
+    )
+    return [place for _, place in ranked]
