@@ -1,0 +1,132 @@
+"""Write docs/data_efficiency.md: every option against random rows and against all rows.
+
+    python -m benchmarks.data_efficiency
+
+The figures come from development cells that differ in nothing but the option. A difference is that of the mean
+accuracy in the end, in points, with a 95 % bootstrap interval over test rows. The rule, written before the first of
+these cells: a gain is shown if the interval is above 0 in a first cell, and the mean of four cells is too, three of
+them ahead. An option whose first cell is not ahead gets no further cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.output import RESULTS, templates
+from deal_core.benchmark.cell import COMMON
+from deal_core.benchmark.suites import name_of
+from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, matrix_of, read_cells, row_scores
+from deal_core.evaluation.metrics import paired_interval
+
+TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
+"""Settings of the training that are options here. max_steps holds all rows to the steps of the chosen ones."""
+ALL, RANDOM, KEEP = "all rows", "selection.score: random", "selection.keep"
+"""Two options that others are compared with, and the setting that says how many rows are kept."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell, the group whose cells differ in the option alone, and the option."""
+
+    cell: CellJson
+    group: str
+    option: str
+
+    @property
+    def rows(self) -> list[float]:
+        """The score of every test row, task by task."""
+        return [value for _, score in sorted(final_scores(self.cell).items()) for value in row_scores(score)]
+
+
+def trial_of(cell: CellJson) -> Trial | None:
+    """The trial of a cell; None if the cell departs from the defaults in more than options."""
+    settings = json.loads(json.dumps(cell["settings"]))
+    method = {name: settings["method"].pop(name) for name in list(settings["method"])
+              if name.partition(".")[0] in COMMON}  # fmt: skip
+    if departures({**cell, "settings": settings}):
+        return None
+    changes = [change.replace(" ", ": ", 1) for change in departures(cell).split(", ")
+               if change and not change.startswith(KEEP)]  # fmt: skip
+    options = {name: settings["train"].pop(name, None) for name in TRAIN_OPTIONS}
+    if weight := options["prompt_loss_weight"]:
+        changes.append(f"train.prompt_loss_weight: {weight}")
+    if method.get(KEEP) and method["selection.score"] == "random":
+        changes.append(RANDOM)
+    group = json.dumps([settings, cell["perplexity"]["base"]], sort_keys=True)
+    return Trial(cell, group, ", ".join(changes) or ALL)
+
+
+def line_of(trial: Trial, group: Mapping[str, Trial]) -> dict[str, Any]:
+    """The figures of one option, accuracies in points, against random rows and all rows of its group."""
+    cell, versions = trial.cell, trial.cell["versions"]
+    settings, matrix = cell["settings"], matrix_of(cell)
+    kept = settings["method"].get(KEEP)
+    scores = final_scores(cell).values()
+    return {
+        "option": trial.option,
+        "rows": kept or settings["rows"],
+        "steps": sum(version["num_steps"] for version in versions),
+        "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
+        "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
+        "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
+        "against": {name: _interval(trial.rows, group[name].rows) for name in (RANDOM, ALL)
+                    if name in group and name != trial.option},
+    }  # fmt: skip
+
+
+def _interval(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Mean and 95 % interval of the difference over test rows, in points."""
+    found = paired_interval(first, second)
+    return [100 * value for value in (found.mean, found.low, found.high)]
+
+
+def tables(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
+    """One table per group of cells with an option: its settings and its lines, best first."""
+    groups: dict[str, dict[str, Trial]] = defaultdict(dict)
+    for trial in filter(None, map(trial_of, cells)):
+        groups[trial.group][trial.option] = trial
+    found = []
+    for group in groups.values():
+        if len(group) > 1:
+            settings = next(iter(group.values())).cell["settings"]
+            suite, order = name_of(tuple(settings["tasks"]))
+            lines = [line_of(trial, group) for trial in group.values()]
+            found.append({
+                "suite": suite, "order": order, "seed": settings["seed"], "strategy": settings["strategy"],
+                "rows": settings["rows"], "tasks": settings["tasks"],
+                "lines": sorted(lines, key=lambda line: -line["accuracy"]),
+            })  # fmt: skip
+    return sorted(found, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
+
+
+def arms(path: Path) -> dict[str, dict[str, Any]]:
+    """Of the arms of `benchmarks.arms` with the first seed: the mean accuracy, and the difference from `plain`."""
+    trials = {trial["arm"]: trial for trial in reversed(json.loads(path.read_text())["trials"])}
+    rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits]
+            for arm, trial in trials.items()}  # fmt: skip
+    return {arm: {"mean": trial["mean"], "difference": _interval(rows[arm], rows["plain"])}
+            for arm, trial in trials.items()}  # fmt: skip
+
+
+def main(
+    cells: Annotated[Path, typer.Option(help="Folder of development cells.")] = RESULTS / "development",
+    noisy: Annotated[Path, typer.Option(help="Folder of cells whose training rows have wrong labels.")] = RESULTS
+    / "noisy",
+    trials: Annotated[Path, typer.Option(help="Result of benchmarks.arms.")] = RESULTS / "arms.json",
+    page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/data_efficiency.md"),
+) -> None:
+    """Fill the page."""
+    found = {"clean": tables(read_cells(cells)), "noisy": tables(read_cells(noisy)), "arms": arms(trials)}
+    page.write_text(templates().get_template("data_efficiency.md.j2").render(found))
+    typer.echo(f"{page} written")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,61 @@
+"""Options of data-efficient training, each against random rows and all rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.data_efficiency import ALL, RANDOM, main, tables
+from deal_core.benchmark.cell import settings_read
+from deal_core.method_config import MethodConfig, SelectionConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **train: Any) -> dict[str, Any]:
+    settings = {
+        "strategy": "deal", "tasks": ["yahoo", "agnews"], "seed": seed, "rows": 300, "scored": "last",
+        "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))), "train": train, "revision": 2,
+    }  # fmt: skip
+    scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
+    versions = [{"scores": {}, "num_steps": 10}, {"scores": scores, "num_steps": 10}]
+    return {"settings": settings, "versions": versions, "perplexity": {"base": 30.0, "adapted": 33.0}}
+
+
+def keeping(**settings: Any) -> MethodConfig:
+    return MethodConfig(selection=SelectionConfig(keep=75, **settings))
+
+
+def test_an_option_is_compared_with_random_rows_and_with_all_rows():
+    (table,) = tables([
+        cell("11110000", method=keeping(score="loss")), cell("11000000", method=keeping()),
+        cell("11110011", max_steps=30),
+    ])  # fmt: skip
+    lines = {line["option"]: line for line in table["lines"]}
+    assert list(lines) == [ALL, "selection.score: loss", RANDOM], "best first"
+    chosen = lines["selection.score: loss"]
+    assert (chosen["accuracy"], chosen["rows"], chosen["steps"], chosen["perplexity"]) == (50, 75, 20, 1.1)
+    assert {name: found[0] for name, found in chosen["against"].items()} == {RANDOM: 25, ALL: -25}
+    assert set(lines[RANDOM]["against"]) == {ALL} and lines[ALL]["rows"] == 300
+
+
+@pytest.mark.parametrize(
+    "other",
+    [cell("11110000", method=keeping(score="loss"), seed=1),
+     cell("11110000", method=keeping(score="loss"), learning_rate=0.1),
+     cell("11110000", method=MethodConfig(**{**asdict(keeping(score="loss")), "rehearsal": {"texts": "none"}}))],
+    ids=["seed", "rate", "method"],
+)  # fmt: skip
+def test_cells_that_differ_in_more_than_the_option_are_not_compared(other: dict[str, Any]):
+    assert tables([cell("11000000", method=keeping()), other]) == []
+
+
+def test_the_page_is_the_one_that_the_stored_results_give(tmp_path: Path):
+    results = ROOT / "benchmarks" / "results"
+    main(cells=results / "development", noisy=results / "noisy", trials=results / "arms.json",
+         page=tmp_path / "page.md")  # fmt: skip
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "data_efficiency.md").read_text()
