@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -90,8 +90,7 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     schemas = task_schemas(store, lineage)
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
-    lock = home / "locks" / "harvest" / lineage / f"{task}.lock"
-    with only_process(lock, f"Another process harvests the feedback on {task}; wait for its end."):
+    with _alone(lineage, task):
         done = _read_state(store, lineage, task)
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
@@ -192,3 +191,9 @@ def _read_state(store: ObjectStore, lineage: str, task: str) -> Harvested:
         remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
     )  # fmt: skip
     return found or Harvested()
+
+
+def _alone(lineage: str, task: str) -> AbstractContextManager[None]:
+    """Keep other processes of this home from the same harvest."""
+    lock = HomeSettings().home / "locks" / "harvest" / lineage / f"{task}.lock"
+    return only_process(lock, f"Another process harvests the feedback on {task}; wait for its end.")
