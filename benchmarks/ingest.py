@@ -89,7 +89,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def row_digest(*parts: str) -> bytes:
-    """SHA-256 of a row or of its text, blind to Unicode's form and to the amount of white space."""
+    """SHA-256 of a row, or of its text alone, blind to Unicode's form and to the amount of white space."""
     normal = [" ".join(unicodedata.normalize("NFC", part).split()) for part in parts]
     return hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode()).digest()
 
@@ -126,7 +126,8 @@ def build_with_datasets(source: Path, labels: Sequence[str], folder: Path, confi
                     good["input"].append(text)
                     good["output"].append(label_of_key[key])
                     good["sha256"].append(digest.hex())
-                    good["is_test"].append(int.from_bytes(row_digest(text)[:4], "big") / 2**32 < config.test_share)
+                    share = int.from_bytes(row_digest(text)[:4], "big") / 2**32  # one text is on one side
+                    good["is_test"].append(share < config.test_share)
                     continue
                 reason = "duplicate row"
             quarantine.write(json.dumps({"row": number + 1, "reason": reason, "text": text, "label": label}) + "\n")
