@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[3]
 def cell(bits: str, *, method: MethodConfig | None = None, seed: int = 0, **train: Any) -> dict[str, Any]:
     settings = {
         "strategy": "deal", "tasks": ["yahoo", "agnews"], "seed": seed, "rows": 300, "scored": "last",
-        "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))), "train": train, "revision": 2,
+        "method": json.loads(json.dumps(settings_read("deal", method or MethodConfig()))),
+        "train": train, "revision": 2,
     }  # fmt: skip
     scores = {"yahoo": {"correct": bits[:4]}, "agnews": {"correct": bits[4:]}}
     versions = [{"scores": {}, "num_steps": 10}, {"scores": scores, "num_steps": 10}]
