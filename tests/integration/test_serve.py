@@ -22,7 +22,6 @@ import pytest
 import torch
 from mlflow.models import Model
 from peft import PeftModel
-from tasks.housekeeping.inventory import ship_logs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.output import DEAL
@@ -39,6 +38,7 @@ from infra.tracking.facts import VersionFacts
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
+from tasks.housekeeping.garbage import ship_logs
 from tasks.lineage.record import read_record
 from tasks.lineage.version_files import borrowed_folder
 
