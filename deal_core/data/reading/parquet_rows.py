@@ -56,13 +56,16 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _open_source(path: Path) -> Iterator[Any]:
-    with open_bytes(path) as packed, tempfile.TemporaryFile() as unpacked:
-        if packed.seekable():
-            yield packed
-        else:
-            shutil.copyfileobj(packed, unpacked, 2**20)
-            unpacked.seek(0)
-            yield unpacked
+    try:
+        with open_bytes(path) as packed, tempfile.TemporaryFile() as unpacked:
+            if packed.seekable():
+                yield packed
+            else:
+                shutil.copyfileobj(packed, unpacked, 2**20)
+                unpacked.seek(0)
+                yield unpacked
+    finally:
+        pa.default_memory_pool().release_unused()  # Arrow keeps what one large cell took
 
 
 def _parquet_file(source: Any, path: Path, **options: Any) -> pq.ParquetFile:
