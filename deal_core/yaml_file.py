@@ -17,6 +17,8 @@ MAX_BYTES = 2**18
 MAX_VALUES = 10_000
 """Most keys and values; a value that aliases repeat is counted each time."""
 MAX_DEPTH = 32
+MAX_DIGITS = 400
+"""Most digits of a whole number."""
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE, _TEXT = _PREFIX + "merge", _PREFIX + "str"
@@ -26,6 +28,7 @@ _FRACTION = re.compile(
     r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file."
 _TOO_MANY = f"holds more than {MAX_VALUES:,} values, aliases counted, too many for settings; check the file."
 
 
@@ -45,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         if self.num_values > MAX_VALUES:
             raise _RefusedError(_TOO_MANY)
         if self.depth > MAX_DEPTH:
-            raise _RefusedError(f"is nested more than {MAX_DEPTH} deep, too deep for settings; check the file.")
+            raise _RefusedError(_TOO_DEEP)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -130,20 +133,24 @@ def _load(text: str) -> Any:
 
 def _check(root: yaml.Node) -> None:
     """Check all nodes before any value is constructed; a repeated alias counts each time, which bounds the work."""
-    waiting = [root]
+    waiting = [(root, 1)]
     num_values = 0
     while waiting:
-        node = waiting.pop()
+        node, depth = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES:
             raise _RefusedError(_TOO_MANY)
+        if depth > MAX_DEPTH:  # an alias may lead deeper than the text
+            raise _RefusedError(_TOO_DEEP)
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
-            waiting += [each for pair in node.value for each in pair]
+            waiting += [(each, depth + 1) for pair in node.value for each in pair]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+            waiting += [(each, depth + 1) for each in node.value]
         elif _NO_TEXT.search(node.value):
             raise _RefusedError(f"holds a NUL or half a surrogate pair{_place(node)}; write a text there.")
+        elif node.tag == _PREFIX + "int" and len(node.value) > MAX_DIGITS:
+            raise _RefusedError(f"holds a number of {len(node.value)} digits{_place(node)}; write a smaller one.")
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -5,6 +5,7 @@ Shapes: M modules of one shape, O out features, I in features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,11 @@ def interpolate(parent: Factors, trained: Factors, share: float) -> Factors:
     (Wortsman et al., arXiv 2109.01903, for full weights). Both factor pairs are A (M×R×I) and B (M×O×R).
     """
     rank = trained[0].shape[1]
-    b_MOR = torch.cat([(1 - share) * parent[1], share * trained[1]], dim=2)
-    y_A, y_B = decompose(torch.cat([parent[0], trained[0]], dim=1), b_MOR).truncate(rank).factors()
+    y_A, y_B = weighted_sum([parent, trained], [1 - share, share]).truncate(rank).factors()
     return y_A.mT, y_B
+
+
+def weighted_sum(parts: Sequence[Factors], weights: Sequence[float]) -> Spectrum:
+    """Return the spectrum of Σ w·B·A, without forming ΔW. Each pair of factors is A (M×R×I) and B (M×O×R)."""
+    b_MOR = torch.cat([weight * b for (_, b), weight in zip(parts, weights, strict=True)], dim=2)
+    return decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,9 @@ from accelerate import PartialState
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from deal_core.errors import ConfigError
+
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kmgt]i?b|b)?\s*", re.IGNORECASE)
+"""pydantic reads only the start of a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ def parse_bytes(text: str) -> int:
         ConfigError: The text is not a size.
     """
     try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
+        size = int(TypeAdapter(ByteSize).validate_python(text)) if _SIZE.fullmatch(text) else 0
     except ValidationError:
         size = 0
     if size <= 0:

@@ -245,4 +245,7 @@ def _config_from_hub(source: str) -> BaseConfig:
         raise ConfigError(
             f"{error} Without its config.json the model's size is unknown; give a local folder that has it. {KINDS}"
         ) from error
-    return BaseConfig(config=_read_config(folder, source), folder=folder if any(folder.glob("*.safetensors")) else None)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The base model {source!r} has no config.json on the Hub. {KINDS}")
+    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return BaseConfig(config=_read_config(folder, source), folder=folder if has_weights else None)

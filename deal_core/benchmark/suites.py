@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deal_core.base_model.sources import HUB_DATASET, fetch_snapshot
-from deal_core.data.chats import UNDECODABLE
 from deal_core.data.reading.json_rows import unique_keys
 from deal_core.data.reading.lines import open_text
 from deal_core.data.reading.readers import look_at, read_rows
-from deal_core.data.schema import PromptForm, TaskSchema
+from deal_core.data.schema import SURROGATE, PromptForm, TaskSchema
 from deal_core.errors import ConfigError, DataValidationError
 
 Rows = tuple[dict[str, Any], ...]
@@ -264,7 +263,10 @@ def _from_cl_benchmark(folder: Path, name: str) -> SuiteTask:
 def _json(path: Path) -> Any:
     try:
         with open_text(path, newline="\n") as file:
-            return json.loads(file.read(), object_pairs_hook=unique_keys)
+            text = file.read()
+        if SURROGATE.search(text):
+            raise ValueError("it is not UTF-8")
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise DataValidationError(f"{path} cannot be read as JSON ({error}); the task needs it.") from None
 
@@ -282,7 +284,7 @@ def _rows(path: Path, text: str, label: str) -> Rows:
             raise DataValidationError(f"{place} lacks {text!r} or {label!r}; give the row both.")
         if not _are_texts(values.get("references", [])):
             raise DataValidationError(f"{place} has 'references' that are no list of texts; give texts.")
-        if any(UNDECODABLE.search(str(values[name])) for name in (text, label)):
+        if any(SURROGATE.search(str(each)) for each in (values[text], values[label], *values.get("references", []))):
             raise DataValidationError(f"{place} is not UTF-8; save the file as UTF-8.")
     has_references = any(row.values.get("references") for row in rows)
     return tuple(

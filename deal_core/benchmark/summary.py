@@ -58,6 +58,11 @@ def row_scores(score: Mapping[str, Any]) -> list[float]:
     return [float(each) for each in score["correct"]]
 
 
+def end_scores(cell: CellJson) -> list[float]:
+    """The score of every test row in the end, task by task."""
+    return [value for _, score in sorted(final_scores(cell).items()) for value in row_scores(score)]
+
+
 def accuracy(score: Mapping[str, Any]) -> float:
     """Mean score of a task's test rows; for labels, the share of right rows."""
     return fmean(row_scores(score))

@@ -231,7 +231,7 @@ class RowChecker:
         else:
             texts = [part for message in messages for part in message_parts(message)[1:]]
             self._of_right_length("".join(texts), column, problems)
-        others = [self._answer(each, column, problems) for each in answers[1:]]
+        others = [self._answer(each, f"a right answer in {column}", problems) for each in answers[1:]]
         return _NO_ROW if problems else chat_row(messages, others)
 
     def _cell_of(self, values: Mapping[str, Any], name: str) -> Any:

@@ -84,7 +84,9 @@ class _RowWriter:
 
     def add(self, rows: Sequence[Row]) -> None:
         self._waiting += rows
-        self._num_chars += sum(len(row.input) + len(row.output) for row in rows)
+        self._num_chars += sum(
+            len(row.input) + len(row.rejected or "") + sum(map(len, row.references or (row.output,))) for row in rows
+        )
         if len(self._waiting) >= _GROUP_ROWS or self._num_chars >= _GROUP_CHARS:
             self._flush()
 

@@ -54,7 +54,8 @@ REJECTED = pa.field("rejected", pa.string())
 DEFAULT_TEMPLATE = "{instruction}\nOption: {options}\n{text}\nAnswer:"
 _TEMPLATE_FIELDS = ("instruction", "options", "text")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What a byte that is not UTF-8 becomes in a text."""
 
 
 def is_name(text: str) -> bool:
@@ -206,7 +207,7 @@ def _check_characters(texts: Mapping[str, str | tuple[str, ...]]) -> None:
     """Refuse lone surrogates, which neither a file nor a tokenizer can hold."""
     for name, value in texts.items():
         for text in (value,) if isinstance(value, str) else value:
-            if _SURROGATE.search(text):
+            if SURROGATE.search(text):
                 raise ConfigError(f"task.{name} holds {text[:80]!r}, which is not UTF-8; correct it.")
 
 

@@ -250,8 +250,6 @@ def _reason(test: DriftTest, label_shares: Mapping[str, tuple[float, float]]) ->
     return f"{said}; {', '.join(shown)}" if test.name in ("labels", "no label") and shown else said
 
 
-
-
 def _label_shares(reference: pd.DataFrame, live: pd.DataFrame) -> dict[str, tuple[float, float]]:
     sides = [side.loc[side["is_label"].notna(), "label"].fillna("") for side in (reference, live)]
     if any(side.empty for side in sides):

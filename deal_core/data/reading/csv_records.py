@@ -14,7 +14,8 @@ from deal_core.errors import DataValidationError
 
 _DELIMITERS = ",;\t"
 MAX_REREAD_CHARS = 2**25
-"""Most characters that are read again behind quotes that are never closed. A file with more is refused."""
+"""Most characters that are read again behind quotes that are never closed, beyond twice the text before them. A file
+with more is refused."""
 
 
 class CsvFile:
@@ -91,7 +92,7 @@ class _Feed:
     def __init__(self, lines: Iterator[Line]) -> None:
         self._source = lines
         self._given_back: deque[Line] = deque()
-        self._num_chars = self._num_given_back = 0
+        self._num_chars = self._num_given_back = self._num_read = 0
         self.taken: list[Line] = []
         """The lines of the record."""
 
@@ -99,7 +100,11 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        line = self._given_back.popleft() if self._given_back else next(self._source)
+        if self._given_back:
+            line = self._given_back.popleft()
+        else:
+            line = next(self._source)
+            self._num_read += len(line.text)
         self.taken.append(line)
         self._num_chars += len(line.text)
         if not line.is_whole or self._num_chars > MAX_LINE_CHARS:
@@ -110,11 +115,11 @@ class _Feed:
         self.taken, self._num_chars = [], 0
 
     def give_back_all_but_first(self) -> int:
-        """Keep only the first line of the record; return the number of characters that were ever given back."""
+        """Keep only the first line of the record; return the characters ever given back beyond twice those read."""
         self._given_back.extendleft(reversed(self.taken[1:]))
         self._num_given_back += self._num_chars - len(self.taken[0].text)
         del self.taken[1:]
-        return self._num_given_back
+        return self._num_given_back - 2 * self._num_read
 
     def peek(self) -> str:
         """The first line that is not blank; blank lines before it are dropped."""

@@ -68,8 +68,8 @@ def _open_source(path: Path) -> Iterator[Any]:
         pa.default_memory_pool().release_unused()  # Arrow keeps what one large cell took
 
 
-def _parquet_file(source: Any, path: Path, **options: Any) -> pq.ParquetFile:
-    file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False, **options)
+def _parquet_file(source: Any, path: Path) -> pq.ParquetFile:
+    file = pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
     _check_footer(file.metadata, path)
     return file
 
@@ -81,7 +81,10 @@ def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[
     """
     with _open_source(path) as source:
         file = _parquet_file(source, path)
-        packed = _parquet_file(source, path, read_dictionary=_columns_with_dictionary(file))
+        packed = pq.ParquetFile(
+            source, metadata=file.metadata, buffer_size=2**20, pre_buffer=False,
+            read_dictionary=_columns_with_dictionary(file),
+        )  # fmt: skip
         names = file.schema_arrow.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
         left = max(MAX_UNPACKED_BYTES, MAX_DECODED_RATIO * path.stat().st_size)
@@ -170,13 +173,22 @@ def _longest_texts(packed: pq.ParquetFile, index: int, num_rows: int) -> tuple[i
     They are _UNKNOWN if the first rows do not use a dictionary, so that it has not been read yet.
     """
     in_cells = in_lists = 0
-    for batch in islice(packed.iter_batches(batch_size=num_rows, row_groups=[index], use_threads=False), 1):
+    group = packed.metadata.row_group(index)
+    repeating = [chunk.path_in_schema for chunk in map(group.column, range(group.num_columns)) if _may_repeat(chunk)]
+    batches = packed.iter_batches(batch_size=num_rows, row_groups=[index], columns=repeating, use_threads=False)
+    for batch in islice(batches, 1):
         for column in batch.columns:
             if pa.types.is_nested(column.type):
                 in_lists += _longest_text(column)
             else:
                 in_cells += _longest_text(column)
     return min(in_cells, _UNKNOWN), in_lists
+
+
+def _may_repeat(chunk: pq.ColumnChunkMetaData) -> bool:
+    """Whether a chunk has texts, and a dictionary for them."""
+    is_null = chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values
+    return not is_null and any("DICTIONARY" in encoding for encoding in chunk.encodings)
 
 
 def _longest_text(cells: pa.Array) -> int:

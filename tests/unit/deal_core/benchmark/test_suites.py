@@ -119,6 +119,11 @@ NO_TASK = r"tasks\.json does not say what task 'agnews' asks; give it an 'instru
         ("agnews.train.jsonl", b'\n{"text": "x"}\n', r"line 2\) of .*train\.jsonl lacks 'text' or 'label'; give"),
         ("agnews.test.jsonl", GOOD + b'\n["x", "a"]\n', r"line 2\) of .*test\.jsonl cannot be read \(not an object"),
         ("agnews.test.jsonl", GOOD + b'\n{"text": "\xff", "label": "a"}\n', r"line 2\) of .*test\.jsonl is not UTF-8"),
+        (
+            "agnews.test.jsonl",
+            GOOD + b'\n{"text": "x", "label": "a", "references": ["\xff"]}\n',
+            r"line 2\) of .*test\.jsonl is not UTF-8",
+        ),
         ("tasks.json", b'{\n"agnews": {"labels": ["a"]\n', r"tasks\.json cannot be read as JSON \(.*line 3"),
         ("tasks.json", b"[]", r"tasks\.json does not describe task 'agnews'; it has no JSON object"),
         ("tasks.json", b'{"agnews": {"instruction": "What is it?"}}', NO_TASK),

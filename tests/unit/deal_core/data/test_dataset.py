@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deal_core.config import DataConfig
+from deal_core.data import dataset_files
 from deal_core.data.dataset import MAX_EXAMPLES, ArrivalRefusedError, Landing, build_dataset, validate_file
 from deal_core.data.rows import row_digest, stored_input_digest
 from deal_core.data.schema import ROW_SCHEMA, DatasetManifest, TaskSchema
@@ -578,3 +579,16 @@ def test_every_row_is_either_kept_or_in_quarantine(tmp_path: Path, lines: list[A
         if line["text"].strip() and "\x00" not in line["text"] and line["label"].strip().casefold() in ("dog", "cat")
     }
     assert {(unicodedata.normalize("NFC", row["input"]).split()[0], row["output"].casefold()) for row in kept} == good
+
+
+def test_rows_with_many_long_answers_are_written_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_files, "_GROUP_CHARS", 10_000)
+    rows = [{"prompt": f"question {number}", "completion": [f"{number} {'a' * 900}{each}" for each in range(10)]}
+            for number in range(60)]  # fmt: skip
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    build_dataset(Landing(source=source, task=TaskSchema(name="t", format="auto"), config=LENIENT), tmp_path / "out")
+    written = pq.ParquetFile(tmp_path / "out" / "train.parquet").metadata
+    assert written.num_rows >= 40
+    assert max(written.row_group(index).num_rows for index in range(written.num_row_groups)) < written.num_rows

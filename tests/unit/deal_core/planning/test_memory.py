@@ -243,6 +243,6 @@ def test_a_config_is_found_without_weights(tmp_path: Path, offline_hub: Path) ->
 def test_sizes_of_memory_are_read() -> None:
     assert parse_bytes("24GiB") == 24 * 2**30 and parse_bytes("80 GB") == 80 * 10**9
     assert parse_bytes("1.5gib") == 3 * 2**29
-    for wrong in ("", "GiB", "24 apples", "0GiB", "-3GB"):
+    for wrong in ("", "GiB", "24 apples", "0GiB", "-3GB", "1,5GB", "24GiB!", "80gbit"):
         with pytest.raises(ConfigError, match="24GiB"):
             parse_bytes(wrong)

@@ -58,6 +58,19 @@ def test_rows_that_share_a_long_text_become_objects_few_at_a_time(
     assert sum(decoded) > 200 * 40_000 and max(decoded) <= 2**18
 
 
+def test_rows_that_share_a_long_text_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column without any text beside them does not hinder that."""
+    monkeypatch.setattr(parquet_rows, "_PIECE_BYTES", 2**18)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x" * 40_000] * 200, "none": pa.nulls(200, pa.string())}), path)
+    packed = pq.ParquetFile(path, read_dictionary=["text", "none"])
+    with parquet_rows.open_parquet(path) as file:
+        pieces = list(parquet_rows._pieces(file, packed))
+    assert sum(piece.num_rows for piece in pieces) == 200
+    assert max(map(decoded_size, pieces)) < 2**18 + 2**10
+    assert not any(pa.types.is_dictionary(column.type) for column in pieces[0].columns)
+
+
 def test_texts_stored_as_differences_are_decoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_rows, "_MAX_DELTA_BYTES", 2**15)
     options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
