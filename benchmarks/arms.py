@@ -29,9 +29,10 @@ import typer
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.versions import Versions
 from deal_core.base_model.load import load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
@@ -41,7 +42,6 @@ from deal_core.training.objective import AnswerLoss, count_tokens
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-OUT = Path(__file__).parent / "results" / "arms.json"
 Arm = Literal["plain", "rate", "consistency", "unlabelled"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
@@ -135,8 +135,8 @@ def main(
     strategy: Annotated[str, typer.Option(help="Strategy.")] = "seq_lora",
     rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 150,
     max_test_rows: Annotated[int, typer.Option(help="Development rows per task.")] = 200,
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
-    out: Annotated[Path, typer.Option(help="File of the figures.")] = OUT,
+    base: Base = DEFAULT_BASE,
+    out: Out = RESULTS / "arms.json",
 ) -> None:
     """Learn the tasks with every arm and seed, and write the outcomes."""
     disable_progress_bars()

@@ -186,8 +186,7 @@ def run_at_once(num_processes: int, folder: Path, options: Sequence[str]) -> tup
         The seconds from the start of the first to the end of the last, and the processor time of all their processes,
         the Prefect servers included.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "DEAL_HOME")}
-    environment |= {"OMP_NUM_THREADS": "1", "DEAL_CACHE_DIR": str(folder.parent / "cache")}
+    environment = bare_environment() | {"OMP_NUM_THREADS": "1", "DEAL_CACHE_DIR": str(folder.parent / "cache")}
     command = [*DEAL, "benchmark", "--home", str(folder), "--json", *options]
     started, used = time.perf_counter(), processor_seconds()
     processes = [

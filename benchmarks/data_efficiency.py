@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.output import RESULTS, templates
+from benchmarks.output import RESULTS, read, templates
 from deal_core.benchmark.cell import COMMON
 from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, matrix_of, read_cells, row_scores
+from deal_core.benchmark.summary import CellJson, accuracy, departures, end_scores, final_scores, matrix_of, read_cells
 from deal_core.evaluation.metrics import paired_interval
 
 TRAIN_OPTIONS = ("prompt_loss_weight", "max_steps")
@@ -38,11 +38,6 @@ class Trial:
     cell: CellJson
     group: str
     option: str
-
-    @property
-    def rows(self) -> list[float]:
-        """The score of every test row, task by task."""
-        return [value for _, score in sorted(final_scores(self.cell).items()) for value in row_scores(score)]
 
 
 def trial_of(cell: CellJson) -> Trial | None:
@@ -76,7 +71,7 @@ def line_of(trial: Trial, group: Mapping[str, Trial]) -> dict[str, Any]:
         "accuracy": 100 * sum(map(accuracy, scores)) / len(scores),
         "perplexity": cell["perplexity"]["adapted"] / cell["perplexity"]["base"],
         "forgetting": None if matrix is None or matrix.forgetting is None else 100 * matrix.forgetting,
-        "against": {name: _interval(trial.rows, group[name].rows) for name in (RANDOM, ALL)
+        "against": {name: _interval(end_scores(cell), end_scores(group[name].cell)) for name in (RANDOM, ALL)
                     if name in group and name != trial.option},
     }  # fmt: skip
 
@@ -108,7 +103,7 @@ def tables(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
 
 def arms(path: Path) -> dict[str, dict[str, Any]]:
     """Of the arms of `benchmarks.arms` with the first seed: the mean accuracy, and the difference from `plain`."""
-    trials = {trial["arm"]: trial for trial in reversed(json.loads(path.read_text())["trials"])}
+    trials = {trial["arm"]: trial for trial in reversed(read(path)["trials"])}
     rows = {arm: [float(bit) for _, bits in sorted(trial["outcomes"].items()) for bit in bits]
             for arm, trial in trials.items()}  # fmt: skip
     return {arm: {"mean": trial["mean"], "difference": _interval(rows[arm], rows["plain"])}
@@ -123,7 +118,8 @@ def main(
     page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/data_efficiency.md"),
 ) -> None:
     """Fill the page."""
-    found = {"clean": tables(read_cells(cells)), "noisy": tables(read_cells(noisy)), "arms": arms(trials)}
+    found = {"clean": tables(read_cells(cells)), "noisy": tables(read_cells(noisy)), "arms": arms(trials),
+             "preferences": read(RESULTS / "preferences.json")}  # fmt: skip
     page.write_text(templates().get_template("data_efficiency.md.j2").render(found))
     typer.echo(f"{page} written")
 

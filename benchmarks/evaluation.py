@@ -40,7 +40,6 @@ from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
 
-OUT, OUT_TEXTS = RESULTS / "evaluation.json", RESULTS / "evaluation_texts.json"
 MAX_PROMPT_TOKENS = 512
 LABELS = {"bank": ("train.jsonl", "test.jsonl"), "parcels": ("messages.jsonl",)}
 TEXTS = {"repairs": ("messages.jsonl",)}
@@ -115,7 +114,7 @@ def main(
     texts: Annotated[bool, typer.Option("--texts", help="Answers are sentences, not labels.")] = False,
     measurements: Annotated[int, typer.Option(help="Measurements of each variant.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Where the figures go.", show_default=f"{OUT}, or {OUT_TEXTS}")
+        Path | None, typer.Option(help="Where the figures go.", show_default="evaluation.json, _texts or _fp32")
     ] = None,
 ) -> None:
     """Print and write rows per second of each variant, the ratios, and the share of identical answers."""
@@ -151,7 +150,8 @@ def main(
     def share(answered: Sequence[str], wanted: Sequence[str]) -> float:
         return sum(a == b for a, b in zip(answered, wanted, strict=True)) / len(wanted)
 
-    write_result(out or (OUT_TEXTS if texts else OUT), {
+    kind = "_texts" if texts else "_fp32" if precision == "fp32" else ""
+    write_result(out or RESULTS / f"evaluation{kind}.json", {
         "base": base, "precision": str(ours.model.dtype), "num_rows": len(references), "num_measurements": measurements,
         "median_rows_per_second": {name: len(references) / statistics.median(found) for name, found in seconds.items()},
         "best_loop": best, "times_best_loop": times(best, "deal"),

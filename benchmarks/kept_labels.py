@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Out, write_result
 from benchmarks.protocol import settings_shown, training_of
 from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import load_suite, name_of
@@ -75,7 +75,7 @@ def figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of tasks.")],
     cells: Annotated[list[Path] | None, typer.Option(help="Folders of cells.", show_default=", ".join(CELLS))] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/kept_labels.json"),
+    out: Out = RESULTS / "kept_labels.json",
 ) -> None:
     """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels."""
     found: list[dict[str, Any]] = []

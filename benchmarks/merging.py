@@ -17,27 +17,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import torch
 import typer
 from datasets import disable_progress_bars
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Base, Out, write_result
 from benchmarks.versions import Versions
-from deal_core.adapter.spectrum import Factors, decompose
+from deal_core.adapter.spectrum import Factors, weighted_sum
 from deal_core.adapter.stack import collect_stacks
 from deal_core.adapter.state import adapter_on, load_method_state, save_adapter
 from deal_core.base_model.load import load_base
+from deal_core.base_model.sources import DEFAULT_BASE
 from deal_core.benchmark.suites import load_suite
 from deal_core.config import TrainConfig
 from infra.settings import HomeSettings
 
-OUT = Path(__file__).parent / "results" / "merging.json"
-
 
 def weighted(parts: Sequence[Factors], weights: Sequence[float]) -> tuple[Factors, float]:
     """Factors of the best approximation of Σ w·B·A of the parts' rank, and the share of ‖ΔW‖² that is cut off."""
-    b_MOR = torch.cat([weight * b for (_, b), weight in zip(parts, weights, strict=True)], dim=2)
-    rank, found = parts[0][0].shape[1], decompose(torch.cat([a for a, _ in parts], dim=1), b_MOR)
+    rank, found = parts[0][0].shape[1], weighted_sum(parts, weights)
     power_MR = found.sigma_MR.square()
     y_A, y_B = found.truncate(rank).factors()
     return (y_A.mT, y_B), float(power_MR[:, rank:].sum() / power_MR.sum())
@@ -86,8 +83,8 @@ def main(
     rows: Annotated[int, typer.Option(help="Training rows per task; the first rows are used.")] = 150,
     max_test_rows: Annotated[int, typer.Option(help="Development rows per task.")] = 200,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds.", show_default="0, 1")] = None,
-    base: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
-    out: Annotated[Path, typer.Option(help="File of the figures.")] = OUT,
+    base: Base = DEFAULT_BASE,
+    out: Out = RESULTS / "merging.json",
 ) -> None:
     """Train, merge and score with every seed, and write the figures."""
     disable_progress_bars()

@@ -56,3 +56,14 @@ def templates() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
+
+
+def read(path: Path) -> Any:
+    """Read a result.
+
+    Raises:
+        typer.BadParameter: It is not there.
+    """
+    if not path.is_file():
+        raise typer.BadParameter(f"{path} is not there; run the benchmark that writes it first.")
+    return json.loads(path.read_text())

@@ -21,21 +21,20 @@ from typing import Annotated, Any
 import typer
 from scipy.stats import t
 
-from benchmarks.output import write_result
+from benchmarks.output import RESULTS, Out, write_result
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import (
     CellJson,
     accuracy,
     departures,
+    end_scores,
     final_scores,
     method_name,
     read_cells,
-    row_scores,
 )
 from deal_core.evaluation.metrics import paired_interval
 
-OUT = Path("benchmarks/results/pairs.json")
-CELLS = Path("benchmarks/results/development")
+OUT, CELLS = RESULTS / "pairs.json", RESULTS / "development"
 SETTINGS = ("method.rehearsal.balance_stored", "method.rehearsal.parent_share", "train.prompt_loss_weight")
 LEAST_GAIN, FEWEST_CELLS, SHARE = 1.0, 4, 0.8
 
@@ -66,7 +65,7 @@ def compare(value: Any, pairs: Sequence[tuple[CellJson, CellJson]]) -> dict[str,
     for after, before in pairs:
         found = [final_scores(each) for each in (after, before)]
         with_it, without = (fmean(map(accuracy, each.values())) for each in found)
-        rows = [[value for _, score in sorted(each.items()) for value in row_scores(score)] for each in found]
+        rows = [end_scores(each) for each in (after, before)]
         settings = after["settings"]
         suite, order = name_of(tuple(settings["tasks"]))
         lines.append({
@@ -95,7 +94,7 @@ def main(
         typer.Option(help="A setting: method.PART.NAME or train.NAME.", show_default=", ".join(SETTINGS)),
     ] = None,
     cells: Annotated[Path, typer.Option(help="Folder of cells.")] = CELLS,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = OUT,
+    out: Out = OUT,
 ) -> None:
     """Write the figures of every value of these settings, method by method."""
     known, found = read_cells(cells), []

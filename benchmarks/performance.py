@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.output import RESULTS, templates
-from benchmarks.report import read
+from benchmarks.output import RESULTS, read, templates
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "evaluation_fp32", "evaluation_texts", "adaptation",
          "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile",

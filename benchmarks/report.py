@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.output import RESULTS, templates
+from benchmarks.output import RESULTS, read, templates
 from benchmarks.protocol import describe as describe_training
 from benchmarks.protocol import lines as protocol_lines
 from benchmarks.protocol import named_changes, settings_shown, training_of
@@ -47,17 +46,6 @@ NUM_SHOWN = 3
 """Methods in a picture: ours, and the best rivals."""
 WIDENING = ("inc_lora", "o_lora", "ella")
 """Strategies whose adapter grows, so that the share of its slots in use falls."""
-
-
-def read(path: Path) -> Any:
-    """Read a result.
-
-    Raises:
-        typer.BadParameter: It is not there.
-    """
-    if not path.is_file():
-        raise typer.BadParameter(f"{path} is not there; run the benchmark that writes it first.")
-    return json.loads(path.read_text())
 
 
 def describe(protocol: Protocol, images: Path) -> dict[str, Any]:
@@ -351,6 +339,7 @@ def main(
         "roundings": roundings(cells),
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
+        "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip
     page.write_text(pages.get_template("page.md.j2").render(page_values))

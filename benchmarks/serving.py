@@ -357,12 +357,14 @@ def log(
     clients: Annotated[int, typer.Option(help="Clients at once.")] = 32,
     seconds: Annotated[float, typer.Option(help="Of a turn.")] = 8.0,
     rounds: Annotated[int, typer.Option(help="Turns of each server.")] = 8,
-    out: Out = RESULTS / "serving_log.json",
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go.", show_default="serving_log.json, or _tiny")
+    ] = None,
 ) -> None:
     """Requests per second with the log and without, and their ratio."""
     with learned_home(base, "fp32", max_steps=3):
         figures = measure_log(clients, seconds, rounds)
-    write_result(out, {"base": base, **figures})
+    write_result(out or RESULTS / f"serving_log{'_tiny' if base == 'tiny' else ''}.json", {"base": base, **figures})
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.output import DEAL, RESULTS, Out, bare_environment
-from benchmarks.stack import free_ports
-from benchmarks.tiny_base import EXAMPLES, NO_LIMITS, build_tiny_base
+from benchmarks.stack import free_ports, inbox_of, texts_to_land
+from benchmarks.tiny_base import NO_LIMITS, build_tiny_base
 from infra.settings import TrackingSettings
 from infra.store.local import open_store
 from infra.tracking.registry import open_registry
@@ -109,14 +109,13 @@ def one_round(home: Path, base: Path, seed: int, seconds: float, wanted: Any) ->
 
 def land(home: Path, name: str, base: Path) -> None:
     """Make two lineages that learn a task each; the tasks' files, the same in every round, then are new to them."""
-    rows = (EXAMPLES / "parcels" / "messages.jsonl").read_text().splitlines(keepends=True)
-    size = len(rows) // max(ARRIVALS.values())
+    texts = texts_to_land(max(ARRIVALS.values()))
     for letter, count in ARRIVALS.items():
         for number in range(count):
-            target = home / "store" / "inbox" / f"task-{letter}" / f"{number}.jsonl"
+            target = inbox_of(home, letter) / f"{number}.jsonl"
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text("".join(rows[number * size : (number + 1) * size]))
+                target.write_text(texts[number])
         lineage = f"{name}-{letter}"
         values = {"lineage": lineage, "base_model": str(base), "tasks": [f"task-{letter}"], **SETTINGS}
         path = home / "lineage.yaml"
