@@ -54,7 +54,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], show: 
     command = Command(arguments, {**environment, "DEAL_STAGES": "1"}, show)
     try:
         written = command.output.read()
-        code = command.process.wait()
+        code = command.wait()
     except BaseException:
         end(command.process)
         raise
@@ -87,10 +87,15 @@ class Command:
         thread.start()
         return thread
 
-    def error(self, otherwise: str) -> CommandError:
-        """Return the error of a command that has ended: its own message, or another one with its last lines."""
+    def wait(self) -> int:
+        """Wait for the command's end, and until all its messages were shown; return its exit code."""
         code = self.process.wait()
         self._listener.join()
+        return code
+
+    def error(self, otherwise: str) -> CommandError:
+        """Return the error of a command that has ended: its own message, or another one with its last lines."""
+        code = self.wait()
         return CommandError(self._error or "\n".join([otherwise, *self._lines]), code)
 
     def _listen(self, stream: IO[str]) -> None:

@@ -16,7 +16,8 @@ from tasks.context import current_store
 from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version_ref
 from tasks.lineage.settings import for_each, list_lineages
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
-from tasks.monitoring.look import MonitorResult, RolloutStatus, look_at, look_at_rollout, require_open
+from tasks.monitoring.look import MonitorResult, look_at
+from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 from tasks.progress import Stages, reporter
 from tasks.serving.vllm import ServingRoute, sync_vllm
 

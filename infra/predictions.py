@@ -32,7 +32,7 @@ FEEDBACK_SCHEMA = pa.schema([
 
 def prediction_log(home: Path, lineage: str) -> Log:
     """Return the prediction log of a lineage."""
-    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home)
+    return Log(PREDICTIONS, PREDICTION_SCHEMA, "id", lineage, home, later=ROLLOUT_COLUMNS)
 
 
 def feedback_log(home: Path, lineage: str) -> Log:

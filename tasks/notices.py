@@ -77,9 +77,9 @@ class Notice(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def of(cls, version: VersionInfo, **more: Any) -> Self:
-        """Return a notice about a registered version; `more` are the other fields."""
+        """Return a notice about a registered version; `more` are the other fields, or replace its own."""
         shared = ("lineage", "task", "version", "parent_version", "tracking_id", "run_key")
-        return cls(**{name: getattr(version, name) for name in shared}, **more)
+        return cls(**({name: getattr(version, name) for name in shared} | more))
 
 
 def announce(kind: Kind, notice: Notice, *, once: str | None = None) -> None:

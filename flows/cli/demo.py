@@ -182,11 +182,13 @@ def _make_room(picture: Path) -> None:
 
 def _draw(outcomes: Sequence[LineageOutcome], picture: Path) -> Path | None:
     """Draw the first lineage's matrix, and next to it the second's if both learned the same tasks."""
-    first, *rivals = (AccuracyMatrix.from_json(each.matrix) if each.matrix else None for each in outcomes)
+    matrices = [AccuracyMatrix.from_json(each.matrix) if each.matrix else None for each in outcomes]
+    first, rival = [*matrices, None][:2]
     if first is None:
         return None
     from infra.report.figures import result_figure, save_png
 
-    rival = next((matrix for matrix in rivals if matrix and matrix.tasks == first.tasks), None)
+    if rival is not None and rival.tasks != first.tasks:
+        rival = None
     save_png(result_figure(first, rival, name=outcomes[0].strategy, rival_name=outcomes[-1].strategy), picture)
     return picture

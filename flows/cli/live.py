@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from flows.champions import RolloutResult
     from tasks.monitoring.feedback import FeedbackResult
     from tasks.monitoring.harvest import HarvestResult
-    from tasks.monitoring.look import MonitorResult, RolloutStatus
+    from tasks.monitoring.look import MonitorResult
+    from tasks.monitoring.rollout import RolloutStatus
     from tasks.monitoring.select import SelectResult
 
 live_app = typer.Typer()
@@ -101,7 +102,7 @@ def _accuracy(found: LiveAccuracy) -> tuple[str, ...]:
 @command(rollout_app, "reading")
 def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
     """Compare the version that is tried on live traffic with the champion. Nothing is changed."""
-    from tasks.monitoring.look import look_at_rollout
+    from tasks.monitoring.rollout import look_at_rollout
 
     found = look_at_rollout(lineage)
     return CommandResult(found, show_rollout(found))

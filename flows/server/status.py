@@ -6,8 +6,8 @@ Prefect is imported only where a server may be named, because the import takes a
 from __future__ import annotations
 
 import os
-import re
 import sys
+import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -235,8 +235,12 @@ def may_name_a_server(environment: Mapping[str, str] = os.environ) -> bool:
         return True
     if any(path.exists() for path in (Path(".env"), Path("prefect.toml"), Path(home).expanduser() / "profiles.toml")):
         return True
-    project = Path("pyproject.toml")
-    return project.is_file() and re.search(r"\btool\.prefect\b", project.read_text(errors="replace")) is not None
+    try:
+        return "prefect" in tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):  # Prefect says what is wrong with it
+        return True
 
 
 async def read_server(problems: list[str]) -> ServerRuns:

@@ -72,15 +72,15 @@ def serve(
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
-        champion.begin()
-        follower.start()
-        with _predictions_logged(log):  # not before: now the lineage is known
-            ready(_url(listener), str(champion.version))
-            try:
+        try:
+            champion.begin()
+            follower.start()
+            with _predictions_logged(log):  # not before: now the lineage is known
+                ready(_url(listener), str(champion.version))
                 make_server(make_app(champion, _trusted(host, trusted_hosts), _api_key())).run([listener])
-            finally:
-                ended.set()
-                champion.stop()
+        finally:
+            ended.set()
+            champion.stop()
     if follower.is_alive():
         follower.join(JOIN_SECONDS)
     return not follower.is_alive()

@@ -28,11 +28,6 @@ Alias = Literal["champion", "challenger", "previous", "rollout"]
 """champion serves, previous served before it, and challenger is the newest version that passed its run. rollout is
 tried on live traffic."""
 ApprovalState = Literal["awaiting", "given", "refused"]
-
-
-ALWAYS_SET = (
-    "run_key", "task", "strategy", "base_sha256", "dataset_sha256", "config_sha256", "adapter_uri", "adapter_sha256",
-)
 SCORES = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer")
 
 
@@ -230,7 +225,7 @@ def as_version(version: VersionRow, aliases: Mapping[str, str]) -> VersionInfo:
     """Return the facts of a version. `aliases` are those of its registered model."""
     tags = {key.removeprefix("deal."): value for key, value in version.tags.items()}
     values: dict[str, Any] = {field.name: tags.get(field.name) for field in fields(VersionInfo)}
-    values |= {name: tags.get(name, "") for name in ALWAYS_SET}
+    values |= {each.name: tags.get(each.name, "") for each in fields(VersionFacts) if each.type == "str"}
     values |= {name: float(tags[name]) for name in SCORES if name in tags}
     values |= {
         "accepted": tags.get("gate") == "accepted",

@@ -96,7 +96,12 @@ class Tracker:
         location = None if is_server else f"{self.artifact_uri.rstrip('/')}/{lineage}"
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            return str(self.client.create_experiment(name, artifact_location=location))
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                experiment = self.client.get_experiment_by_name(name)  # another process may have been faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                    raise
         if experiment.lifecycle_stage != "active":
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)

@@ -74,7 +74,7 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a dataset's test rows. REFERENCES and REJECTED are left out where no row has them.
+    """Read columns of a dataset's test rows. REFERENCES and REJECTED are left out where the file does not have them.
 
     Raises:
         ObjectNotFoundError: The file is missing.

@@ -10,8 +10,8 @@ from deal_core.evaluation.answer_scores import scored_otherwise
 from deal_core.evaluation.answering import ServedTask, ServedVersion
 from infra.report import page as words
 from infra.store.keys import dataset_sha256
-from infra.tracking.facts import VersionFacts
-from tasks.lineage.record import SCORES, KnownTask, LineageRecord
+from infra.tracking.facts import SCORES, VersionFacts
+from tasks.lineage.record import KnownTask, LineageRecord
 
 NOT_STATED = "not stated by the base model's files; look it up before you pass this on"
 

@@ -12,7 +12,7 @@ from deal_core.config import as_stored
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.errors import DataValidationError, RegistryError
 from deal_core.evaluation.report import EvaluationReport
-from deal_core.safe_text import without_secrets
+from deal_core.safe_text import listed, without_secrets
 from infra.promotions import PromotionLog
 from infra.store.base import ObjectStore
 from infra.tracking.facts import VersionInfo
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FINDINGS_FILE = "findings.json"
 """A file next to the adapter with everything that a report needs."""
+FINDINGS = {"spec", "dataset", "evaluation", "training"}
+"""Its parts."""
 
 
 def find_parent(lineage: str) -> VersionRef | None:
@@ -88,8 +90,8 @@ def read_findings(adapter_uri: str) -> Mapping[str, Any]:
     store = current_store()
     with reading_beside(store, adapter_uri, FINDINGS_FILE):
         values = json.loads(store.get_bytes(f"{adapter_uri}/{FINDINGS_FILE}"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+        if not isinstance(values, dict) or not values.keys() >= FINDINGS:
+            raise ValueError(f"it is no JSON object with {listed(sorted(FINDINGS))}")
         return values
 
 
@@ -128,18 +130,22 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
         if open_tracker().run(run.tracking_id).is_finished():
             return
     status: Literal["FINISHED", "FAILED"] = "FAILED"
+    findings: Mapping[str, Any] | None = None
     with _logging(version, "write its report"):
-        report_findings(report_run, run, reference, read_findings(version.adapter_uri))
+        findings = read_findings(version.adapter_uri)
+        report_findings(report_run, run, reference, findings)
         status = "FINISHED"
     with _logging(version, "announce it"):
-        evaluation = EvaluationReport.from_json(read_findings(version.adapter_uri)["evaluation"])
-        announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
+        if findings is not None:
+            evaluation = EvaluationReport.from_json(findings["evaluation"])
+            announce_version(reference, task=version.task, evaluation=evaluation, tracking_id=version.tracking_id)
     with _logging(version, "end its MLflow run"):
         end_run(run, status)
     with _logging(version, "remove its work folder"):
         remove_work(run)
     with _logging(version, "delete its training rows"):
-        drop_training_rows(current_store(), read_findings(version.adapter_uri)["dataset"]["uri"])
+        if findings is not None:
+            drop_training_rows(current_store(), findings["dataset"]["uri"])
 
 
 @contextmanager

@@ -37,7 +37,6 @@ from tasks.adaptation.ingest import retains_training_rows
 
 AGE = timedelta(days=1)
 """Age at which a temporary file counts as left by a killed process."""
-KILLED = "left by a process that was killed"
 FEEDBACK_AGE = timedelta(days=7)
 """Age at which feedback is expected to have its answer in the store. Servers move answers there within minutes."""
 Kind = Literal["work folder", "adapter", "training rows", "prediction log", "feedback", "feedback without an answer",
@@ -255,7 +254,8 @@ def look_at_lineage(store: ObjectStore, registry: Registry, tracker: Tracker, li
 
 def old_temporaries(store: ObjectStore, *, now: datetime) -> tuple[Removal, ...]:
     """Return the files that killed processes left on this machine. They belong to no lineage."""
-    return tuple(_removal("", "temporary files", each, KILLED) for each in find_leftovers(store, now))
+    reason = "left by a process that was killed"
+    return tuple(_removal("", "temporary files", each, reason) for each in find_leftovers(store, now))
 
 
 def with_model_bytes(removal: Removal, remover: ArtifactRemover) -> Removal:
@@ -321,13 +321,8 @@ def find_leftovers(store: ObjectStore, now: datetime) -> list[Folder]:
     places = [HomeSettings().home / TEMPORARY]
     if isinstance(store, FileStore):
         places.append(store.root / RESERVED)
-    return _left(sorted(path for place in places if place.is_dir() for path in place.iterdir()), now)
-
-
-def _left(paths: Iterable[Path], now: datetime) -> list[Folder]:
-    """Those of the folders and files that are old enough to be left by a killed process."""
     found = []
-    for path in paths:
+    for path in sorted(path for place in places if place.is_dir() for path in place.iterdir()):
         with suppress(FileNotFoundError):  # its process has just removed it
             found.append(local_folder(path))
     return [folder for folder in found if folder.modified < now - AGE]

@@ -73,9 +73,11 @@ def _parsed(store: ObjectStore, lineage: str) -> WatchedLineage | None:
 
 def _stored_values(store: ObjectStore, lineage: Any) -> dict[str, Any]:
     """Return the values in a lineage's file, with its name; empty if there is no file or `lineage` is not a name."""
-    if not (isinstance(lineage, str) and is_name(lineage)) or _parsed(store, lineage) is None:
+    values = _read_values(store, lineage) if isinstance(lineage, str) and is_name(lineage) else None
+    if values is None:
         return {}
-    return _read_values(store, lineage) or {}
+    parse(WatchedLineage, values, store.uri_of(keys.settings_key(lineage)))
+    return values
 
 
 def _read_values(store: ObjectStore, lineage: str) -> dict[str, Any] | None:

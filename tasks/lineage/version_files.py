@@ -1,8 +1,8 @@
 """Read the files of a version in the store, and check the copy of its adapter.
 
 An error names the damaged file, its version, and what still works. A version has a digest for each file of its adapter
-(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet has one digest of
-all files together.
+(`files_sha256`): the files that the caller reads are compared. An adapter that is not registered yet, or whose version
+lost these digests, has one digest of all files together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from deal_core.adapter.files import (
     Recorded,
     as_recorded,
     digests_of,
+    find_damage,
     require_undamaged,
 )
 from deal_core.errors import DealError, StoreError
@@ -227,9 +228,11 @@ def replacing(store: ObjectStore, registry: Registry, version: VersionInfo, fold
     During the block, both the old and the new digest of a file are valid. Afterwards only the new digest is valid. A
     file that was damaged before keeps its recorded digest, so that the damage stays visible.
     """
-    recorded = version.files_sha256 or {}
+    recorded = _recorded_of(version)
     with borrowed_folder(store, version.adapter_uri) as old:
         found = digests_of(old)
+    if TOGETHER in recorded and not find_damage(found, recorded):
+        recorded = as_recorded(found)
     new = {name: sha256 for name, sha256 in digests_of(folder).items() if found.get(name) in recorded.get(name, ())}
     between = {**recorded, **{name: (found[name], sha256) for name, sha256 in new.items()}}
     registry.tag_version(version.lineage, version.version, {"files_sha256": files_tag(between)})

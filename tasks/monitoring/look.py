@@ -1,4 +1,4 @@
-"""Look at live traffic: compare that of a champion and announce what has changed, or judge a rollout."""
+"""Look at the live traffic of a lineage's champion: compare, keep the figures, and announce what has changed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 import pandas as pd
 from pydantic import BaseModel
 
-from deal_core.errors import ConfigError, RegistryError
-from deal_core.judging_config import MonitorConfig, RolloutTerms
+from deal_core.errors import ConfigError
+from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring.drift import compare, window
 from deal_core.monitoring.report import DriftReport, LiveLook, TaskDrift
-from deal_core.monitoring.rollout import RolloutReport, judge
-from infra.predictions import read_feedback, read_predictions
-from infra.promotions import Move, PromotionLog
+from infra.predictions import read_feedback
 from infra.settings import HomeSettings
 from infra.store.base import ObjectStore
 from infra.store.keys import baseline_folder, baseline_key
@@ -113,9 +111,8 @@ def _note(store: ObjectStore, info: VersionInfo, found: MonitorResult, report: D
     state, new = next_state(read_monitor_state(store, info.lineage), info.lineage, info.version, report, now)
     tracking_id = _track(info, report, state)
     for alarm in new:
-        notice = Notice(
-            lineage=info.lineage, task=alarm.task, version=info.version, parent_version=info.parent_version,
-            reasons=alarm.reasons, tracking_id=tracking_id, run_key=info.run_key,
+        notice = Notice.of(
+            info, task=alarm.task, reasons=alarm.reasons, tracking_id=tracking_id,
             accuracies=_accuracies(report.task(alarm.task)),
         )  # fmt: skip
         announce(alarm.kind, notice, once=alarm.identity(info.version))
@@ -183,58 +180,3 @@ def _drop_old_baselines(store: ObjectStore, info: VersionInfo) -> None:
     own = baseline_key(info.lineage, info.version)
     for each in [each.key for each in store.list(baseline_folder(info.lineage)) if each.key != own]:
         store.delete(each)
-
-
-class RolloutStatus(BaseModel, frozen=True):
-    """The rollout of a lineage."""
-
-    lineage: str
-    version: str | None = None
-    """The version that is tried on live traffic; None: none is."""
-    champion: str | None = None
-    since: datetime | None = None
-    terms: RolloutTerms | None = None
-    report: RolloutReport | None = None
-
-
-def look_at_rollout(lineage: str) -> RolloutStatus:
-    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
-
-    Raises:
-        RegistryError: The version was deleted in MLflow.
-        StoreError: A log is damaged, or the store does not answer.
-    """
-    store = current_store()
-    opened = PromotionLog(store).open_rollout(lineage)
-    if opened is None or opened.champion is None:
-        return RolloutStatus(lineage=lineage)
-    terms = find_version(open_registry(), lineage, opened.version).rollout
-    if terms is None:
-        raise RegistryError(
-            f"Version {opened.version} of '{lineage}' has lost its tag deal.rollout in MLflow; end its rollout with: "
-            f"deal rollout abort --lineage {lineage} --why REASON"
-        )
-    home, since = HomeSettings().home, opened.when.timestamp()
-    rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
-    report = judge(
-        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
-        candidate=opened.version,
-    )
-    return RolloutStatus(
-        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,
-        report=report,
-    )  # fmt: skip
-
-
-def require_open(store: ObjectStore, lineage: str) -> Move:
-    """Return the entry of the promotion log that began the rollout.
-
-    Raises:
-        RegistryError: No version of the lineage is tried on live traffic.
-    """
-    opened = PromotionLog(store).open_rollout(lineage)
-    if opened is None:
-        raise RegistryError(
-            f"No version of '{lineage}' is tried on live traffic; see: deal history --moves --lineage {lineage}"
-        )
-    return opened

@@ -223,10 +223,10 @@ def _published(store: ObjectStore, champion: VersionInfo, name: str, settings: V
     return folder, f"{settings.server_adapter_dir or settings.adapter_dir}/{folder.name}"
 
 
-def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: str | None = None) -> None:
+def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: str | None = None) -> bool:
     """Copy the two PEFT files of a version to a new folder, which appears at once and complete.
 
-    `config` replaces the content of adapter_config.json.
+    `config` replaces the content of adapter_config.json. The result is False if another process was faster.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -240,7 +240,10 @@ def _write_folder(store: ObjectStore, info: VersionInfo, target: Path, config: s
         if config is not None:
             (part / CONFIG_FILE).write_text(config, encoding="utf-8")
         part.chmod(0o755)
+        if target.exists():
+            return False
         part.rename(target)
+        return True
 
 
 def _require_recorded(store: ObjectStore, champion: VersionInfo, folder: Path, is_copy: bool) -> None:
@@ -337,11 +340,9 @@ def publish(
     base = model or _base_for_vllm(read_record(store, info.adapter_uri))
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)
-    is_new = not target.exists()
-    if is_new:
-        _write_folder(store, info, target, content)
-    else:
-        _require_same(target, info, content)
+    is_new = not target.exists() and _write_folder(store, info, target, content)
+    if not is_new:
+        _require_same(store, target, info, content)
     return Published(
         lineage=lineage, version=info.version, model=target.name, folder=str(target), base_model=base, is_new=is_new
     )
@@ -355,11 +356,12 @@ def _base_for_vllm(record: LineageRecord) -> str:
     return str(resolve_base(source, HomeSettings().cache_dir))
 
 
-def _require_same(target: Path, info: VersionInfo, config: str) -> None:
+def _require_same(store: ObjectStore, target: Path, info: VersionInfo, config: str) -> None:
     """Refuse to change a folder: servers that have loaded it would not notice, and others would load something else."""
-    wanted = {**(info.files_sha256 or {}), CONFIG_FILE: (hashlib.sha256(config.encode()).hexdigest(),)}
-    there = digests_of(target)
-    names = ", ".join(name for name in PEFT_FILES if there.get(name) not in wanted.get(name, ()))
+    with borrowed_adapter(store, info) as adapter:
+        wanted = digests_of(adapter, PEFT_FILES) | {CONFIG_FILE: hashlib.sha256(config.encode()).hexdigest()}
+    there = digests_of(target, PEFT_FILES)
+    names = ", ".join(name for name in PEFT_FILES if there.get(name) != wanted[name])
     if names:
         base = _base_named(target)
         other = f" It was published for the base model {base}." if base else ""

@@ -40,6 +40,7 @@ READING = [
     (["status"], LIGHT),
     (["validate", str(ROOT / "examples" / "bank" / "train.jsonl"), "--task", "bank"], SERVICES | LEARNING),
 ]
+ROLLOUT = [(["rollout", "status", "--lineage", "l"], {"prefect", "sklearn"})]
 ANSWERING = [
     (["predict", "I lost my card.", "--lineage", "l"], SERVICES | TABLES | {"sklearn"}),
     (["predict", "--data", str(ROOT / "examples" / "bank" / "test.jsonl"), "--out", "OUT", "--lineage", "l"],
@@ -47,7 +48,7 @@ ANSWERING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("commands", [READING, ANSWERING], ids=["reading", "answering"])
+@pytest.mark.parametrize("commands", [READING, ANSWERING, ROLLOUT], ids=["reading", "answering", "rollout"])
 def test_a_command_imports_only_what_it_needs(
     copied_home: Path, tmp_path: Path, commands: list[tuple[list[str], set[str]]]
 ) -> None:

@@ -283,6 +283,18 @@ def test_an_experiment_that_was_deleted_comes_back(tracker: Tracker) -> None:
         assert tracker.client.get_run(run.run_id).info.experiment_id == experiment
 
 
+def test_an_experiment_that_another_process_makes_meanwhile_is_taken(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracker.start("meanwhile", "k", name="x") as run:
+        experiment = tracker.client.get_run(run.run_id).info.experiment_id
+    look = tracker.client.get_experiment_by_name
+    looks = iter([None])
+    monkeypatch.setattr(tracker.client, "get_experiment_by_name", lambda name: next(looks, look(name)))
+    with tracker.start("meanwhile", "k2", name="x") as run:
+        assert tracker.client.get_run(run.run_id).info.experiment_id == experiment
+
+
 def test_an_address_that_does_not_answer_is_said_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     settings = TrackingSettings.model_validate({"tracking_uri": "http://somebody:hidden@127.0.0.1:9"})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from prefect.settings import get_current_settings
 
-from deal_pipeline import CommandError, Lineage
+from deal_pipeline import CommandError, Lineage, command
 from tests.adapting import PASS
 
 SETTINGS = {"train": {"max_steps": 3, "max_prompt_tokens": 96, "checkpoint_steps": 0}, "gate": PASS}
@@ -69,3 +71,16 @@ def test_a_mistake_is_one_clear_message(prefect_api: None, home: Path, tmp_path:
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:
         lineage.adapt(tmp_path / "no_such.csv", task="colours")
     assert "Traceback" not in str(error.value)
+
+
+def test_every_message_was_shown_when_the_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "import sys; [print('{\"said\": \"line\"}', file=sys.stderr) for _ in range(100)]; print('[1]')"
+    monkeypatch.setattr(command, "COMMAND", (sys.executable, "-c", said))
+    shown: list[str] = []
+
+    def show(line: str) -> None:
+        time.sleep(0.005)
+        shown.append(line)
+
+    assert command.run_command([], {}, show) == [1]
+    assert shown == ["line"] * 100

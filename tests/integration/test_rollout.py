@@ -19,7 +19,7 @@ from infra.promotions import PromotionLog
 from infra.settings import HomeSettings
 from infra.tracking.registry import open_registry
 from tasks.context import current_store
-from tasks.monitoring.look import look_at_rollout
+from tasks.monitoring.rollout import look_at_rollout
 from tests.adapting import BANK, CLINIC, PASS, run
 
 WAIT_SECONDS = 300.0

@@ -73,3 +73,12 @@ def test_a_command_ends_with_one_line_and_code_one(home: Path, capsys: pytest.Ca
     shown = capsys.readouterr().err
     assert ended.value.exit_code == FAILED
     assert shown.count("\n") == 1 and "/srv/store/x is full" in shown and "not expected" not in shown
+
+
+@pytest.mark.usefixtures("home")
+def test_errors_that_cause_each_other_are_looked_at_once() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert disk_full(first) is None
+    second.__context__, second.__cause__ = FULL, None
+    assert disk_full(first) is not None

@@ -64,6 +64,7 @@ def test_a_variable_may_name_a_server(bare: dict[str, str], name: str) -> None:
         (".env", "PREFECT_API_URL=http://127.0.0.1:4200/api"),
         ("prefect.toml", ""),
         ("pyproject.toml", '[tool.prefect]\napi.url = "http://127.0.0.1:4200/api"\n'),
+        ("pyproject.toml", "damaged ["),
         ("prefect/profiles.toml", 'active = "mine"\n'),
     ],
 )

@@ -421,3 +421,15 @@ def test_columns_of_a_rollout_are_empty_in_segments_of_earlier_releases(tmp_path
     assert [*found["shadow_of"]] == [None, None, returned, None] and [*found["is_failed"]] == [None, None, None, True]
     forget_answers(store, tmp_path, "l", {*found["input_sha256"]})
     assert read_predictions(store, tmp_path, "l", of_rollout=True).empty, "copies are forgotten too"
+
+
+def test_a_table_without_the_columns_of_a_log_is_named(tmp_path: Path, store: FileStore) -> None:
+    """Read as empty rows, it would hide the answers that deal forget has to delete."""
+    with logging_to(store, tmp_path) as log:
+        ask(log, "a")
+    (info,) = prediction_log(tmp_path, "l").stored(store)
+    other = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(store.get_bytes(info.key))).drop_columns(["input_sha256"]), other)
+    store.put_bytes(info.key, other.getvalue())
+    with pytest.raises(StoreError, match="is no segment of a log; move it elsewhere"):
+        forget_answers(store, tmp_path, "l", {"0" * 64})

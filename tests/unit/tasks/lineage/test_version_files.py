@@ -79,6 +79,12 @@ def test_a_damaged_file_is_named_by_its_reader(store: ObjectStore, key: str, con
     assert key in str(caught.value), caught.value
 
 
+def test_findings_without_a_part_are_damaged(store: ObjectStore) -> None:
+    store.put_bytes(f"{ADAPTER}/findings.json", b'{"spec": {}, "dataset": {}, "training": {}}')
+    with pytest.raises(StoreError, match=r"findings\.json, a file of version 3 of 'l', is damaged .*evaluation"):
+        read_findings(ADAPTER)
+
+
 @pytest.mark.parametrize("name", ["record.json", "findings.json"])
 def test_a_file_beside_an_adapter_is_named_with_its_version(store: ObjectStore, name: str) -> None:
     store.put_bytes(f"{ADAPTER}/{name}", b'{"schema_version": 1, "line')

@@ -127,10 +127,11 @@ def test_a_damaged_method_state_keeps_nobody_from_asking(store: FileStore, info:
         pytest.fail("it was lent")
 
 
+@pytest.mark.parametrize("lost_digests", [False, True])
 def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
-    store: FileStore, info: VersionInfo, emptied: Path
+    store: FileStore, info: VersionInfo, emptied: Path, lost_digests: bool
 ) -> None:
-    tags = Tags(info)
+    tags = Tags(replace(info, files_sha256=None) if lost_digests else info)
 
     def be_killed() -> None:
         with replacing(store, cast(Registry, tags), tags.info, emptied):
@@ -151,12 +152,13 @@ def test_emptied_rows_are_recorded_and_a_killed_call_damages_nothing(
         pytest.fail("it was lent")
 
 
+@pytest.mark.parametrize("lost_digests", [False, True])
 @pytest.mark.parametrize("name", [WEIGHTS, STATE])
 def test_damage_is_not_washed_away_by_emptying_rows(
-    store: FileStore, info: VersionInfo, emptied: Path, name: str
+    store: FileStore, info: VersionInfo, emptied: Path, name: str, lost_digests: bool
 ) -> None:
     flip(store, info, name)
-    tags = Tags(info)
+    tags = Tags(replace(info, files_sha256=None) if lost_digests else info)
     with replacing(store, cast(Registry, tags), tags.info, emptied):
         store.upload_folder(emptied, info.adapter_uri)
     with pytest.raises(IntegrityError), borrowed_parent(store, version_ref(tags.info)):

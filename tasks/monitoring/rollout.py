@@ -1,0 +1,73 @@
+"""Look at the rollout of a lineage: its entry in the promotion log, and what the prediction log says so far."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel
+
+from deal_core.errors import RegistryError
+from deal_core.judging_config import RolloutTerms
+from deal_core.monitoring.rollout import RolloutReport, judge
+from infra.predictions import read_feedback, read_predictions
+from infra.promotions import Move, PromotionLog
+from infra.settings import HomeSettings
+from infra.store.base import ObjectStore
+from infra.tracking.registry import open_registry
+from tasks.context import current_store
+from tasks.lineage.history import find_version
+
+
+class RolloutStatus(BaseModel, frozen=True):
+    """The rollout of a lineage."""
+
+    lineage: str
+    version: str | None = None
+    """The version that is tried on live traffic; None: none is."""
+    champion: str | None = None
+    since: datetime | None = None
+    terms: RolloutTerms | None = None
+    report: RolloutReport | None = None
+
+
+def look_at_rollout(lineage: str) -> RolloutStatus:
+    """Judge what the prediction log and the feedback say about the version that is tried on live traffic.
+
+    Raises:
+        RegistryError: The version was deleted in MLflow.
+        StoreError: A log is damaged, or the store does not answer.
+    """
+    store = current_store()
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None or opened.champion is None:
+        return RolloutStatus(lineage=lineage)
+    terms = find_version(open_registry(), lineage, opened.version).rollout
+    if terms is None:
+        raise RegistryError(
+            f"Version {opened.version} of '{lineage}' has lost its tag deal.rollout in MLflow; end its rollout with: "
+            f"deal rollout abort --lineage {lineage} --why REASON"
+        )
+    home, since = HomeSettings().home, opened.when.timestamp()
+    rows = read_predictions(store, home, lineage, since=since, of_rollout=True)
+    report = judge(
+        rows, read_feedback(store, home, lineage, answers=rows), terms, champion=opened.champion,
+        candidate=opened.version,
+    )
+    return RolloutStatus(
+        lineage=lineage, version=opened.version, champion=opened.champion, since=opened.when, terms=terms,
+        report=report,
+    )  # fmt: skip
+
+
+def require_open(store: ObjectStore, lineage: str) -> Move:
+    """Return the entry of the promotion log that began the rollout.
+
+    Raises:
+        RegistryError: No version of the lineage is tried on live traffic.
+    """
+    opened = PromotionLog(store).open_rollout(lineage)
+    if opened is None:
+        raise RegistryError(
+            f"No version of '{lineage}' is tried on live traffic; see: deal history --moves --lineage {lineage}"
+        )
+    return opened
