@@ -9,15 +9,19 @@ rate          the strategy at twice the learning rate: the control of `consisten
 consistency   after Learning from the Undesirable (arXiv 2511.13052), in a cheaper form: the adapter takes one step of
               length `STEP` up the loss, and the hidden states of the answers' tokens there are held to those before it
 unlabelled    before each task, one pass over `NUM_TEXTS` further texts of the task without their labels
+anchors       `deal`, and `NUM_ANCHORS` more questions a step: old tasks about `CONTENT_FREE` texts, held to the answers
+              that the adapter gave when it had just learned the task (after arXiv 2102.09690, which calibrates answers
+              by content-free texts)
 
 The rules, written before the first run. consistency: its mean accuracy is above that of both `plain` and `rate`, lower
-end of the interval over rows above 0, with both seeds. unlabelled: above `plain` in the same sense. Else an idea is
-left out.
+end of the interval over rows above 0, with both seeds. unlabelled and anchors: above `plain` in the same sense. Else an
+idea is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +30,8 @@ from unittest.mock import patch
 
 import torch
 import typer
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks.output import RESULTS, Base, Out, write_result
@@ -37,15 +42,23 @@ from deal_core.benchmark.suites import load_suite
 from deal_core.config import TrainConfig
 from deal_core.data.collate import IGNORED, NOT_READ, answer_and_text_loss
 from deal_core.evaluation.report import outcome_text
+from deal_core.method_config import RehearsalConfig
+from deal_core.strategies import deal
+from deal_core.strategies.deal import Deal
+from deal_core.strategies.questions import _on_new_texts
+from deal_core.strategies.rehearsal import Question, Rehearsal
+from deal_core.strategies.strategy import MethodState, TaskContext
 from deal_core.training import train as training
 from deal_core.training.objective import AnswerLoss, count_tokens
 from deal_core.training.trainer import AdapterTrainer
 from infra.settings import HomeSettings
 
-Arm = Literal["plain", "rate", "consistency", "unlabelled"]
+Arm = Literal["plain", "rate", "consistency", "unlabelled", "anchors"]
 STEP, WEIGHT = 0.1, 5.0
 """The paper's length of a step and weight of the term. Here the term is relative to the squared hidden states."""
 NUM_TEXTS = 300
+CONTENT_FREE = ("", "N/A", "-", "...", "none", "text", "the", "?")
+NUM_ANCHORS = 2
 TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
 """Order 1 of the suite of four."""
 TINY = 1e-12
@@ -94,6 +107,46 @@ class _ConsistentTrainer(AdapterTrainer):
         with torch.no_grad():
             for param, before in zip(params, kept, strict=True):
                 param.copy_(before)
+
+
+class _AnchoredRehearsal(Rehearsal):
+    """Adds questions about content-free texts to every step; the old tasks take turns."""
+
+    anchors: Sequence[Sequence[Question]] = ()
+
+    def draw(self, step: int) -> list[Question]:
+        places = range(step * NUM_ANCHORS, (step + 1) * NUM_ANCHORS)
+        turns = [divmod(place, len(self.anchors)) for place in places] if self.anchors else []
+        return super().draw(step) + [self.anchors[task][turn % len(CONTENT_FREE)] for turn, task in turns]
+
+
+@contextmanager
+def anchored() -> Iterator[None]:
+    """Within the block, `deal` keeps its answers to content-free texts and is held to those of old tasks."""
+    kept: dict[str, list[Question]] = {}
+    finish, make = Deal.finish, deal.make_rehearsal
+
+    def answers(context: TaskContext, model: PeftModel) -> list[Question]:
+        texts = Dataset.from_dict({"input": list(CONTENT_FREE)})
+        found = _on_new_texts(
+            RehearsalConfig(), model, replace(context, rows=texts), [(context.task, 0)], len(CONTENT_FREE)
+        )
+        return found[0]
+
+    def finish_with_answers(self: Deal) -> MethodState:
+        state = finish(self)
+        kept[self.context.task.name] = answers(self.context, self.model)
+        return state
+
+    def make_anchored(config: RehearsalConfig, model: PeftModel, context: TaskContext, *rest: Any) -> Rehearsal | None:
+        made = make(config, model, context, *rest)
+        if made is not None:
+            made.__class__ = _AnchoredRehearsal
+            made.anchors = [kept[old.name] for old in context.old_tasks]
+        return made
+
+    with patch.object(Deal, "finish", finish_with_answers), patch.object(deal, "make_rehearsal", make_anchored):
+        yield
 
 
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -150,7 +203,8 @@ def main(
                 train = replace(train, learning_rate=2 * train.learning_rate)
             with TemporaryDirectory() as folder:
                 versions = Versions(model, [suite[name] for name in names], Path(folder), strategy, train)
-                last = learn_all(versions, each, rows)  # type: ignore[arg-type]
+                with anchored() if each == "anchors" else nullcontext():
+                    last = learn_all(versions, each, rows)  # type: ignore[arg-type]
                 scores = versions.score(last, max_test_rows)
             outcomes = {name: outcome_text(found.outcomes) for name, found in scores.items()}
             accuracy = {name: 100 * text.count("1") / len(text) for name, text in outcomes.items()}
