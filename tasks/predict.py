@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.sources import resolve_base
-from deal_core.config import EvaluateConfig
 from deal_core.data.answer_files import AnswerFiles, in_chunks, output_kind, own_names, survey_rows
 from deal_core.data.check import RowChecker
 from deal_core.data.columns import find_input
@@ -22,7 +21,8 @@ from deal_core.data.prompts import render_prompt
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import file_kind, read_rows
 from deal_core.data.rows import RawRow
-from deal_core.evaluation.generation import GivenAnswer, answer_inputs, first_answer_logits, generate_answers
+from deal_core.evaluation.generation import GivenAnswer, first_answer_logits
+from deal_core.evaluation.recentring import answer_task
 from infra.settings import HomeSettings
 from infra.tracking.database import open_reader
 from infra.tracking.facts import VersionInfo, require_through_gate
@@ -83,14 +83,14 @@ def predict(text: str, *, lineage: str, task: str | None, version: str | None) -
     text = served_task(known).readable(text, "The question")
     base = lend_base(record.base)
     with borrowed_adapter(store, info) as folder, adapter_on(base.model, folder) as model:
-        limit = known.max_prompt_tokens
-        config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
-        answers = generate_answers(model, base.tokenizer, known.schema, [text], config, max_prompt_tokens=limit)
-        logits = first_answer_logits(model, base.tokenizer, known.schema, text, max_prompt_tokens=limit)
+        (given,) = answer_task(model, base.tokenizer, served_task(known), [text])
+        logits = first_answer_logits(
+            model, base.tokenizer, known.schema, text, max_prompt_tokens=known.max_prompt_tokens
+        )
     likeliest = logits.topk(NUM_TOKENS)
     tokens = (base.tokenizer.decode([index]) for index in likeliest.indices.tolist())
     return Answer(
-        answer=answers[0], prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
+        answer=given.text, prompt="".join(render_prompt(known.schema, text, base.tokenizer)),
         base_model=str(resolve_base(record.base.source, HomeSettings().cache_dir)),
         adapter=store.uri_of(info.adapter_uri), precision=str(base.model.dtype).removeprefix("torch."),
         first_token_logits=dict(zip(tokens, likeliest.values.tolist(), strict=True)),
@@ -231,16 +231,12 @@ def _alone(output: Path) -> Iterator[None]:
 @contextmanager
 def answering(asked: Asked) -> Iterator[AnswerInputs]:
     """Give a function from inputs to answers: the base model with the version's adapter."""
-    base, known = lend_base(asked.record.base), asked.known
-    config = EvaluateConfig(max_new_tokens=known.max_new_tokens)
+    base, task = lend_base(asked.record.base), served_task(asked.known)
     with (
         borrowed_adapter(current_store(), asked.info) as folder,
         adapter_on(base.model, folder) as model,
     ):
-        yield lambda inputs, on_rows: answer_inputs(
-            model, base.tokenizer, known.schema, inputs, config, max_prompt_tokens=known.max_prompt_tokens,
-            on_progress=on_rows,
-        )  # fmt: skip
+        yield lambda inputs, on_rows: answer_task(model, base.tokenizer, task, inputs, on_rows)
 
 
 def counting(on_progress: OnProgress | None, num_rows: int, num_done: int = 0) -> Callable[[int], None]:

@@ -15,10 +15,10 @@ from peft import PeftModel
 from deal_core.adapter import state as adapters
 from deal_core.adapter.state import CANDIDATE_NAME, SavedAdapter, activate, load_adapter, read_adapter, swap_adapter
 from deal_core.base_model.load import BaseModel, Precision, load_base
-from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError, DealError
 from deal_core.evaluation.answering import InputRow, ServedTask, ServedVersion, read_served
-from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
+from deal_core.evaluation.generation import Confidence, GivenAnswer
+from deal_core.evaluation.recentring import answer_task
 
 UNKNOWN_VERSION = "unknown"
 MAX_ROWS = 64
@@ -308,10 +308,8 @@ class Answerer:
             for place, (task, _) in enumerate(part.rows):
                 asked.setdefault(task, []).append((number, place))
         for task, places in asked.items():
-            answers = answer_inputs(
-                self._model, self._tokenizer, task.schema, [batch[number].rows[place][1] for number, place in places],
-                EvaluateConfig(max_new_tokens=task.max_new_tokens), max_prompt_tokens=task.max_prompt_tokens,
-            )  # fmt: skip
+            inputs = [batch[number].rows[place][1] for number, place in places]
+            answers = answer_task(self._model, self._tokenizer, task, inputs)
             for (number, place), answer in zip(places, answers, strict=True):
                 found[number][place] = answer
         for part, given in zip(batch, found, strict=True):

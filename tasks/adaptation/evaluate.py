@@ -50,7 +50,8 @@ def evaluate_version(
     """
     asked = _rows_to_ask(current_store(), parent, dataset, config, max_prompt_tokens)
     scorer = Scorer(base, config)
-    found = _score(scorer, asked, parent, adapter)
+    recentred = {each.schema.name for each in asked.all if each.has_labels} if config.recentre else set()
+    found = _score(scorer, asked, parent, adapter, recentred)
     _keep(current_store(), adapter, asked, found)
     notes = (*notes, *asked.notes, *_length_notes(scorer, asked.own(dataset), dataset), *collapse_notes(found.now))
     return _report(dataset, asked, found, scorer.num_rows, notes)
@@ -120,7 +121,9 @@ class _Found:
     facts: AdapterFacts
 
 
-def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef) -> _Found:
+def _score(
+    scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef, recentred: set[str]
+) -> _Found:
     answered = asked.answered
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
     with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
@@ -129,7 +132,7 @@ def _score(scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: Ad
         if asked.unanswered:
             more = scorer.score(before, asked.unanswered).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
-        now = scorer.score(folder, asked.all, general=True, explain=True)
+        now = scorer.score(folder, asked.all, general=True, explain=True, recentred=recentred)
         facts = _look_at(adapter, folder, parent, before)
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
@@ -194,6 +197,7 @@ def _report(
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices={each.name: each.of for each in renewal.slices},
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
+        label_offsets=now.label_offsets,
     )  # fmt: skip
 
 
@@ -277,7 +281,7 @@ def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     scorer = Scorer(record.base, config)
     scorer.expect(sets)
     with borrowed_adapter(store, version) as folder:
-        found = scorer.score(folder, sets)
+        found = scorer.score(folder, sets, recentred={each.schema.name for each in sets if each.label_offsets})
     if not has_reference(store, version.adapter_uri):
         write_reference(store, version.adapter_uri, version.lineage, sets, found.evaluations)
     return VersionScores(

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deal_core.config import MEASURED
 from deal_core.data.schema import REFERENCES, REJECTED, ROW_SCHEMA, TaskSchema
 from deal_core.errors import StoreError
 from deal_core.evaluation.answer_scores import score_answers
+from deal_core.evaluation.answering import ServedTask
 from deal_core.schema_version import require_schema_version
 from infra.report.run_report import Changed, Example
 from infra.store.base import ObjectStore, temporary_folder
@@ -41,13 +43,15 @@ MAX_CHARS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestSet:
-    """The frozen test rows of one task."""
+class TestSet(ServedTask):
+    """The frozen test rows of one task, and how the version whose record names the task serves it."""
 
-    schema: TaskSchema
     rows: Dataset
-    max_prompt_tokens: int
-    max_new_tokens: int
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether a version answers the rows with labels."""
+        return bool(self.schema.labels) and self.schema.metric not in MEASURED
 
 
 def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
@@ -69,8 +73,9 @@ def load_test_set(store: ObjectStore, known: KnownTask) -> TestSet:
     with reading_stored(store, f"{uri}/{TEST_FILE}", f"the test rows of task '{name}'", remedy):
         rows = Dataset(read_test_rows(store, uri, (*ROW_SCHEMA.names, REFERENCES.name, REJECTED.name)))
     return TestSet(
-        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
-    )
+        schema=known.schema, rows=rows, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens,
+        label_offsets=known.label_offsets,
+    )  # fmt: skip
 
 
 def read_test_rows(store: ObjectStore, dataset_uri: str, columns: Sequence[str]) -> pa.Table:

@@ -28,8 +28,9 @@ def served_version(record: LineageRecord) -> ServedVersion:
 def served_task(known: KnownTask) -> ServedTask:
     """Return the task's part of `served_version`."""
     return ServedTask(
-        schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens
-    )
+        schema=known.schema, max_prompt_tokens=known.max_prompt_tokens, max_new_tokens=known.max_new_tokens,
+        label_offsets=known.label_offsets,
+    )  # fmt: skip
 
 
 def example_rows(record: LineageRecord) -> list[dict[str, str]]:
@@ -116,6 +117,9 @@ def _limits(record: LineageRecord) -> list[str]:
         *(f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
           f"answers end after {known.max_new_tokens} tokens." for known in record.tasks),
     ]  # fmt: skip
+    if recentred := [known.schema.name for known in record.tasks if known.label_offsets]:
+        names = ", ".join(recentred)
+        lines.append(f"- {names}: judged with the label offsets of `deal.json`; PEFT alone answers without them.")
     if few:
         lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
     return [*lines, "- It has the biases of the base model and of the data. They were not measured."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,10 @@ from tasks.progress import advance
 from tasks.references import BaseRef
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from deal_core.evaluation.generation import LanguageModel
+    from deal_core.evaluation.label_scores import Floats
     from deal_core.evaluation.score import TaskEvaluation
 
 
@@ -34,6 +37,8 @@ class Scored:
     """Perplexity on plain English; None: not measured, or not defined."""
     recentred: Mapping[str, float] = field(default_factory=dict)
     """By task whose answers have collapsed: the accuracy if every label were answered as often as it occurs."""
+    label_offsets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By task with re-centred labels: the offsets to serve it with."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -62,7 +67,8 @@ class Scorer:
         self._total = sum(len(test_set.rows) for sets in passes for test_set in sets)
 
     def score(
-        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False
+        self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False,
+        recentred: Collection[str] = (),
     ) -> Scored:
         """Score one adapter (None: the untouched base model) on each test set.
 
@@ -71,30 +77,64 @@ class Scorer:
             sets: the test sets.
             general: score it on plain English too.
             explain: measure what the collapse of a task's answers costs.
+            recentred: names of tasks whose labels are re-centred. The offsets of a row come from other rows.
         """
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluation.general_ability import perplexity
-        from deal_core.evaluation.score import evaluate_task
 
-        found, answers, recentred = {}, {}, {}
+        found, answers, costs, offsets = {}, {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
             for test_set in sets:
-                config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
-                evaluation = evaluate_task(
-                    model, self._base.tokenizer, test_set.schema, test_set.rows, config,
-                    max_prompt_tokens=test_set.max_prompt_tokens,
-                    on_progress=partial(self._advance, test_set.schema.name),
-                )  # fmt: skip
+                if test_set.schema.name in recentred:
+                    evaluation, offsets[test_set.schema.name] = self._recentre(model, test_set)
+                else:
+                    evaluation = self._evaluate(model, test_set)
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
                 if explain and collapsed(evaluation.labels) is not None:
-                    recentred[evaluation.task] = self._recentred(model, test_set)
+                    costs[evaluation.task] = self._recentred(model, test_set)
             known = perplexity(model, self._base.tokenizer) if general else None
-        return Scored(found, answers, known, recentred)
+        return Scored(found, answers, known, costs, offsets)
+
+    def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
+        from deal_core.evaluation.recentring import answer_task
+        from deal_core.evaluation.score import evaluate_answers, evaluate_task
+
+        on_progress = partial(self._advance, test_set.schema.name)
+        if test_set.label_offsets:  # the version serves the task with them
+            given = answer_task(model, self._base.tokenizer, test_set, list(test_set.rows["input"]), on_progress)
+            texts, confidences = [each.text for each in given], tuple(each.confidence for each in given)
+            return evaluate_answers(test_set.schema, test_set.rows, texts, confidences)
+        config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
+        return evaluate_task(
+            model, self._base.tokenizer, test_set.schema, test_set.rows, config,
+            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=on_progress,
+        )  # fmt: skip
+
+    def _recentre(self, model: LanguageModel, test_set: TestSet) -> tuple[TaskEvaluation, tuple[float, ...]]:
+        """Score the answers with re-centred labels; return the offsets to serve the task with, too."""
+        from deal_core.evaluation.recentring import chosen_labels, label_offsets, recentred_choices
+        from deal_core.evaluation.score import evaluate_answers
+
+        log_probs_NL, targets_N = self._label_scores(model, test_set)
+        offsets_L = label_offsets(log_probs_NL, targets_N)
+        halves_N = np.array([int(digest[-1], 16) % 2 for digest in test_set.rows["sha256"]])
+        choices_N = recentred_choices(log_probs_NL, targets_N, halves_N)
+        given = chosen_labels(test_set.schema.labels, log_probs_NL, offsets_L, choices_N)
+        self._advance(test_set.schema.name, len(given))
+        texts, confidences = [each.text for each in given], tuple(each.confidence for each in given)
+        evaluation = evaluate_answers(test_set.schema, test_set.rows, texts, confidences)
+        return evaluation, tuple(round(float(each), 4) for each in offsets_L)
 
     def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
-        from deal_core.evaluation.label_scores import label_log_probs, recentred_accuracy
+        from deal_core.evaluation.recentring import recentred_accuracy
+
+        return recentred_accuracy(*self._label_scores(model, test_set))
+
+    def _label_scores(self, model: LanguageModel, test_set: TestSet) -> tuple[Floats, NDArray[np.int64]]:
+        """The labels' log-probabilities (N, L), and the number of each row's right label (N)."""
+        from deal_core.evaluation.label_scores import label_log_probs
 
         numbers = number_labels(test_set.schema.labels)
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
@@ -102,7 +142,7 @@ class Scorer:
             model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
             max_prompt_tokens=test_set.max_prompt_tokens,
         )  # fmt: skip
-        return recentred_accuracy(log_probs_NL.double().numpy(), np.array(targets))
+        return log_probs_NL.double().numpy(), np.array(targets)
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""

@@ -119,8 +119,10 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
     )  # fmt: skip
 
 
-def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
-    """Refuse an adapter that the server would refuse or ignore, by the adapter's adapter_config.json.
+def require_servable(config: dict[str, Any], record: LineageRecord, settings: VllmSettings) -> None:
+    """Refuse a version that the server would refuse, or would answer otherwise than it was judged.
+
+    `config` is the adapter's adapter_config.json.
 
     Raises:
         ConfigError: The adapter cannot be served. The message has every reason.
@@ -143,6 +145,11 @@ def require_servable(config: dict[str, Any], settings: VllmSettings) -> None:
         problems.append("its base model is an encoder-decoder, which vLLM serves no adapters on")
     if config.get("use_dora") or config.get("modules_to_save") or config.get("bias", "none") != "none":
         problems.append("it uses DoRA, a bias or whole modules, which vLLM does not take")
+    if recentred := [known.schema.name for known in record.tasks if known.label_offsets]:
+        problems.append(
+            f"the labels of {', '.join(recentred)} are re-centred, which vLLM does not do: learn with "
+            "evaluate.recentre false"
+        )
     if problems:
         raise ConfigError(f"The adapter cannot be served by vLLM: {'; '.join(problems)}. Nothing was changed.")
 
@@ -152,7 +159,7 @@ def _move(
 ) -> ServingRoute:
     """Load the champion, test it with one request, and write the route."""
     require_stored(store, champion.adapter_uri)
-    require_servable(config_of(store, champion), settings)
+    require_servable(config_of(store, champion), read_record(store, champion.adapter_uri), settings)
     name, names = model_name(champion), dict(before.names) if before else {}
     if names.setdefault(name, champion.adapter_sha256) != champion.adapter_sha256:
         raise ConfigError(
@@ -335,9 +342,9 @@ def publish(
     store, registry = current_store(), open_registry()
     info = find_version(registry, lineage, version) if version else require_champion(registry, store, lineage)
     require_exportable(store, registry, info)
-    config = config_of(store, info)
-    require_servable(config, settings)
-    base = model or _base_for_vllm(read_record(store, info.adapter_uri))
+    config, record = config_of(store, info), read_record(store, info.adapter_uri)
+    require_servable(config, record, settings)
+    base = model or _base_for_vllm(record)
     content = json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
     target = folder / model_name(info)
     is_new = not target.exists() and _write_folder(store, info, target, content)

@@ -14,7 +14,9 @@ import pytest
 from safetensors.numpy import save
 
 from deal_core.adapter.files import as_recorded, digests_of
+from deal_core.config import AdapterConfig
 from deal_core.errors import ConfigError, DealError, IntegrityError, RegistryError, StoreError
+from deal_core.evaluation.metrics import AccuracyMatrix
 from flows.champions import serve_vllm
 from infra.serving import vllm
 from infra.serving.vllm import VllmAwayError, VllmError
@@ -24,6 +26,8 @@ from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
 from infra.version_log import VersionLog
 from tasks.context import current_store
+from tasks.lineage.record import LineageRecord, write_record
+from tasks.references import BaseRef
 from tasks.serving.vllm import ServingRoute, _published, read_route, require_servable, sync_vllm
 from tests.fake_vllm import FakeVllm, running
 
@@ -35,6 +39,10 @@ FACTS = VersionFacts(
     run_key="", task="bank", strategy="deal", base_sha256="b" * 64, dataset_sha256="d" * 64, config_sha256="c" * 64,
     adapter_uri="", adapter_sha256="", parent_version=None, accepted=True, reasons=(), average_accuracy=0.5,
     forgetting=None, backward_transfer=None, forward_transfer=None,
+)  # fmt: skip
+RECORD = LineageRecord(
+    lineage="l", base=BaseRef(source="base", name="base", sha256="b" * 64), strategy="deal", adapter=AdapterConfig(),
+    tasks=(), matrix=AccuracyMatrix(),
 )  # fmt: skip
 Sync = Callable[..., ServingRoute]
 
@@ -72,6 +80,7 @@ def promote(tmp_path: Path, version: str, *, lineage: str = "l", **config: Any) 
         (folder / "adapter_model.safetensors").write_bytes(weights_of(version))
         uri = f"adapters/{lineage}/run-{version}"
         current_store().upload_folder(folder, uri)
+        write_record(current_store(), uri, RECORD)
         files = as_recorded(digests_of(folder))
         facts = replace(
             FACTS, run_key=f"{lineage}-{version}", adapter_uri=uri, adapter_sha256=version * 64, files_sha256=files
@@ -164,10 +173,11 @@ def test_an_adapter_that_the_server_would_not_take_moves_nothing(
 
 
 def test_limits_are_those_of_the_settings() -> None:
-    require_servable({**CONFIG, "r": 64}, VllmSettings(max_lora_rank=64))
-    require_servable({**CONFIG, "target_modules": ["router"]}, VllmSettings(target_modules=frozenset({"router"})))
+    require_servable({**CONFIG, "r": 64}, RECORD, VllmSettings(max_lora_rank=64))
+    router = VllmSettings(target_modules=frozenset({"router"}))
+    require_servable({**CONFIG, "target_modules": ["router"]}, RECORD, router)
     with pytest.raises(ConfigError, match="q_proj, v_proj"):
-        require_servable(CONFIG, VllmSettings(target_modules=frozenset({"router"})))
+        require_servable(CONFIG, RECORD, router)
 
 
 def test_a_server_that_comes_back_in_time_is_bridged(tmp_path: Path, server: FakeVllm, sync: Sync) -> None:

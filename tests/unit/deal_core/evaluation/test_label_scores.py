@@ -1,11 +1,10 @@
-"""Labels' log-probabilities: one batched pass gives what a pass per row and label gives. Accuracies without a bias."""
+"""Labels' log-probabilities: one batched pass gives what a pass per row and label gives."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
 from transformers import MistralConfig, MistralForCausalLM
 
 from deal_core.adapter.state import adapter_on
@@ -13,13 +12,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.label_scores import (
-    constrained_accuracy,
-    label_log_probs,
-    offsets,
-    ranking_auc,
-    recentred_accuracy,
-)
+from deal_core.evaluation.label_scores import label_log_probs, ranking_auc
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
 TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]
@@ -59,36 +52,6 @@ def test_a_sliding_window_gives_them_too(base):
     ))  # fmt: skip
     found = label_log_probs(model, base.tokenizer, TASK, TEXTS, EvaluateConfig(), max_prompt_tokens=64)
     torch.testing.assert_close(found, one_by_one(model, base.tokenizer, TASK, is_seq2seq=False), atol=1e-3, rtol=1e-4)
-
-
-def scored(num_rows: int = 900, signal: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of three labels for rows that are half label 0, a third label 1 and a sixth label 2."""
-    random = np.random.default_rng(0)
-    targets = random.choice(3, num_rows, p=[1 / 2, 1 / 3, 1 / 6])
-    scores = random.normal(size=(num_rows, 3))
-    scores[np.arange(num_rows), targets] += signal
-    return log_softmax(scores, axis=1), targets
-
-
-def test_a_favoured_label_costs_accuracy_but_no_knowledge():
-    log_probs, targets = scored()
-    shifted = log_softmax(log_probs + np.array([0.0, 0.0, 4.0]), axis=1)
-    assert constrained_accuracy(shifted, targets) < constrained_accuracy(log_probs, targets) - 0.3
-    assert recentred_accuracy(shifted, targets) == pytest.approx(recentred_accuracy(log_probs, targets), abs=1e-3)
-    assert ranking_auc(shifted, targets) == pytest.approx(ranking_auc(log_probs, targets))
-
-
-def test_without_signal_nothing_is_known():
-    log_probs, targets = scored(signal=0.0)
-    assert recentred_accuracy(log_probs, targets) == pytest.approx(1 / 4 + 1 / 9 + 1 / 36, abs=0.05)
-    assert ranking_auc(log_probs, targets) == pytest.approx(0.5, abs=0.05)
-
-
-def test_the_offsets_reach_the_shares():
-    log_probs, _ = scored()
-    goal = np.array([0.2, 0.2, 0.6])
-    shifted = np.exp(log_softmax(log_probs + offsets(log_probs, goal), axis=1))
-    assert shifted.mean(0) == pytest.approx(goal, abs=1e-4)
 
 
 def test_the_area_of_two_labels_is_that_of_their_ranks():
