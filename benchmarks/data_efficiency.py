@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,11 @@ def arms(path: Path) -> dict[str, dict[str, Any]]:
             for arm, trial in trials.items()}  # fmt: skip
 
 
+def merging(path: Path) -> dict[str, float]:
+    """Of the first seed of `benchmarks.merging`: by version, the mean accuracy over the three tasks."""
+    return {name: fmean(scores) for name, scores in read(path)["trials"][0]["scores"].items()}
+
+
 def main(
     cells: Annotated[Path, typer.Option(help="Folder of development cells.")] = RESULTS / "development",
     noisy: Annotated[Path, typer.Option(help="Folder of cells whose training rows have wrong labels.")] = RESULTS
@@ -119,6 +125,7 @@ def main(
 ) -> None:
     """Fill the page."""
     found = {"clean": tables(read_cells(cells)), "noisy": tables(read_cells(noisy)), "arms": arms(trials),
+             "merging": merging(RESULTS / "merging.json"), "unlabelled": arms(RESULTS / "arms_unlabelled.json"),
              "preferences": read(RESULTS / "preferences.json")}  # fmt: skip
     page.write_text(templates().get_template("data_efficiency.md.j2").render(found))
     typer.echo(f"{page} written")

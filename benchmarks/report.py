@@ -339,6 +339,7 @@ def main(
         "roundings": roundings(cells),
         "arms": read(results / "pairs.json")["arms"],
         "kept_labels": read(results / "kept_labels.json")["cells"],
+        "recentring": read(results / "recentring.json"),
         "coverage": read(results / "paired_coverage.json"),
         "beside": seconds_beside_steps([cell for cell in cells if len(cell["settings"]["tasks"]) == 15]),
     }  # fmt: skip

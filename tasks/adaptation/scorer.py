@@ -167,6 +167,6 @@ def collapse_notes(scored: Scored) -> tuple[str, ...]:
         notes.append(
             f"{name}: {100 * label.share:.0f} % of the answers are {answer}, but {rows:.0f} % of the test rows are. If "
             f"every label were answered as often as it occurs, accuracy would be {100 * recentred:.1f} % instead of "
-            f"{100 * found.accuracy:.1f} %"
+            f"{100 * found.accuracy:.1f} %; evaluate.recentre answers that way"
         )
     return tuple(notes)
