@@ -43,9 +43,11 @@ class Confidence(NamedTuple):
     confidence: float
     """Task with labels: the share of the answer's label among the labels' first tokens, at the first answer token. An
     answer that is no label has the largest share. Labels with the same first token share one number. Free text: the
-    mean probability of the answer's tokens, with its end token."""
+    mean probability of the answer's tokens, with its end token. Re-centred labels: the share of the whole label, with
+    the offsets."""
     label_mass: float | None
-    """Probability of all labels' first tokens together, at the first answer token; None: the task has no labels."""
+    """Probability of all labels' first tokens together, at the first answer token; None: the task has no labels.
+    Re-centred labels: that of the whole labels."""
 
 
 class ConfidenceRecorder(LogitsProcessor):

@@ -19,7 +19,14 @@ from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import LanguageModel, Prefix, batches_by_length, device_of, read_prefix
+from deal_core.evaluation.generation import (
+    MAX_LOGIT_BYTES,
+    LanguageModel,
+    Prefix,
+    batches_by_length,
+    device_of,
+    read_prefix,
+)
 
 Floats = NDArray[np.float64]
 
@@ -47,7 +54,8 @@ def label_log_probs(
     labels = [encode_answer(tokenizer, task, label, max_prompt_tokens) for label in task.labels]
     found_NL = torch.zeros(len(prompts), len(labels))
     prefix = read_prefix(model, prompts)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], config.max_batch_tokens, len(prompts)):
+    max_rows = MAX_LOGIT_BYTES // (8 * max(map(len, labels)) * model.config.vocab_size)
+    for batch in batches_by_length([len(prompt) for prompt in prompts], config.max_batch_tokens, max(1, max_rows)):
         chosen, pad = [prompts[i] for i in batch], int(tokenizer.pad_token_id or 0)
         if model.config.is_encoder_decoder:
             found_NL[batch] = _score_seq2seq(model, chosen, labels, pad)

@@ -46,33 +46,37 @@ def offsets(log_probs_NL: Floats, shares_L: Floats) -> Floats:
 def label_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
     """Return the offsets to answer with. Only the shares of the labels `targets_N` count, not whose label is which.
 
-    Few rows give smaller offsets, and every label counts once more than it occurs.
+    Few rows give smaller offsets. Every label counts once more than it occurs. A label without rows has offset 0, the
+    mean of the others: it may be too new to have test rows.
     """
     num_rows, num_labels = log_probs_NL.shape
     counts_L = np.bincount(targets_N, minlength=num_labels)
-    weight = num_rows / (num_rows + PRIOR_ROWS)
-    offsets_L: Floats = weight * offsets(log_probs_NL, (counts_L + 1) / (num_rows + num_labels))
+    is_there_L = counts_L > 0
+    shares_L = (counts_L[is_there_L] + 1) / (num_rows + is_there_L.sum())
+    offsets_L: Floats = np.zeros(num_labels)
+    offsets_L[is_there_L] = num_rows / (num_rows + PRIOR_ROWS) * offsets(log_probs_NL[:, is_there_L], shares_L)
     return offsets_L
 
 
-def recentred_choices(
+def recentred_scores(
     log_probs_NL: Floats, targets_N: NDArray[np.int64], halves_N: NDArray[np.int64], fit: Fit = label_offsets
-) -> NDArray[np.int64]:
-    """Return the number of each row's answer. The offsets of a row come from the rows of the other half, 0 or 1."""
-    choices_N = np.zeros(len(targets_N), dtype=np.int64)
+) -> Floats:
+    """Return log p + offset of every row and label. The offsets of a row come from the rows of the other half, 0 or 1.
+
+    Without rows in the other half, a row has no offsets.
+    """
+    scores_NL = log_probs_NL.copy()
     for half in (0, 1):
-        others, own = halves_N != half, halves_N == half
+        others = halves_N != half
         if others.any():
-            choices_N[own] = (log_probs_NL[own] + fit(log_probs_NL[others], targets_N[others])).argmax(1)
-        else:
-            choices_N[own] = log_probs_NL[own].argmax(1)
-    return choices_N
+            scores_NL[~others] += fit(log_probs_NL[others], targets_N[others])
+    return scores_NL
 
 
 def recentred_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
     """Accuracy if every label is answered as often as it occurs. It does not change if one label is favoured."""
-    choices_N = recentred_choices(log_probs_NL, targets_N, np.arange(len(targets_N)) % 2, _full_offsets)
-    return float((choices_N == targets_N).sum() / max(1, len(targets_N)))
+    scores_NL = recentred_scores(log_probs_NL, targets_N, np.arange(len(targets_N)) % 2, _full_offsets)
+    return float((scores_NL.argmax(1) == targets_N).sum() / max(1, len(targets_N)))
 
 
 def _full_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
@@ -101,21 +105,17 @@ def answer_task(
     found = label_log_probs(model, tokenizer, task.schema, inputs, config, max_prompt_tokens=limit).double().numpy()
     if on_progress is not None:
         on_progress(len(inputs))
-    offsets_L = np.array(task.label_offsets)
-    return chosen_labels(task.schema.labels, found, offsets_L, (found + offsets_L).argmax(1))
+    return best_labels(task.schema.labels, found, found + np.array(task.label_offsets))
 
 
-def chosen_labels(
-    labels: Sequence[str], log_probs_NL: Floats, offsets_L: Floats, choices_N: NDArray[np.int64]
-) -> list[GivenAnswer]:
-    """Return the labels of the given numbers as answers.
+def best_labels(labels: Sequence[str], log_probs_NL: Floats, scores_NL: Floats) -> list[GivenAnswer]:
+    """Return the label of each row's largest score as its answer.
 
-    The confidence of an answer is its share among the labels with their offsets. The mass is what all labels have
-    together without them.
+    The confidence of an answer is its share among the labels by their scores. The mass is what all labels have together
+    by their log-probabilities.
     """
-    shares_NL = softmax(log_probs_NL + offsets_L, axis=1)
-    masses_N = np.exp(log_probs_NL).sum(1)
+    shares_NL, masses_N = softmax(scores_NL, axis=1), np.exp(log_probs_NL).sum(1)
     return [
-        GivenAnswer(labels[choice], Confidence(float(shares[choice]), float(min(1.0, mass))), is_cut=False)
-        for choice, shares, mass in zip(choices_N.tolist(), shares_NL, masses_N, strict=True)
+        GivenAnswer(labels[shares.argmax()], Confidence(float(shares.max()), float(min(1.0, mass))), is_cut=False)
+        for shares, mass in zip(shares_NL, masses_N, strict=True)
     ]

@@ -50,10 +50,13 @@ def evaluate_version(
     """
     asked = _rows_to_ask(current_store(), parent, dataset, config, max_prompt_tokens)
     scorer = Scorer(base, config)
-    recentred = {each.schema.name for each in asked.all if each.has_labels} if config.recentre else set()
+    recentred = asked.tasks_with_labels if config.recentre else set()
     found = _score(scorer, asked, parent, adapter, recentred)
     _keep(current_store(), adapter, asked, found)
-    notes = (*notes, *asked.notes, *_length_notes(scorer, asked.own(dataset), dataset), *collapse_notes(found.now))
+    notes = (*notes, *asked.notes)
+    if dataset.task not in recentred:  # a re-centred label may be of any length
+        notes = (*notes, *_length_notes(scorer, asked.own(dataset), dataset))
+    notes = (*notes, *collapse_notes(found.now))
     return _report(dataset, asked, found, scorer.num_rows, notes)
 
 
@@ -73,8 +76,18 @@ class _Asked:
     unanswered: list[TestSet]
     """The rows of `old` without one."""
     all: list[TestSet]
-    """As the new version is asked: with the labels that its task gains."""
+    """As the new version is asked: with the labels that its task gains, without the parent's label offsets."""
     notes: tuple[str, ...]
+
+    @property
+    def tasks_with_labels(self) -> set[str]:
+        """Names of the tasks, without slices, that a version answers with labels."""
+        return {each.schema.name for each in self.all if each.has_labels} - self.slices.keys()
+
+    @property
+    def slices(self) -> dict[str, str]:
+        """For each slice its task."""
+        return {each.name: each.of for each in self.renewal.slices}
 
     def own(self, dataset: DatasetRef) -> TestSet:
         """Return the test rows of the arrival's task."""
@@ -104,7 +117,7 @@ def _rows_to_ask(
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
         record=record, renewal=renewal, old=old, new=new, answered=answered, unanswered=_unanswered(old, answered),
-        all=[*(_widened(each, dataset, renewal.slices) for each in old), *new], notes=notes,
+        all=_without_offsets([*(_widened(each, dataset, renewal.slices) for each in old), *new]), notes=notes,
     )  # fmt: skip
 
 
@@ -127,12 +140,15 @@ def _score(
     answered = asked.answered
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
     with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
-        on_base = scorer.score(None, asked.new, general=True)
-        on_parent = scorer.score(before, asked.new) if parent else Scored({}, {}, None)
+        on_base = scorer.score(None, _without_offsets(asked.new), general=True, recentred=recentred)
+        is_new = {each.schema.name for each in asked.new} & recentred if asked.renewal.known is None else set()
+        on_parent = scorer.score(before, asked.new, recentred=is_new) if parent else Scored({}, {}, None)
         if asked.unanswered:
             more = scorer.score(before, asked.unanswered).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
-        now = scorer.score(folder, asked.all, general=True, explain=True, recentred=recentred)
+        now = scorer.score(
+            folder, asked.all, general=True, explain=True, recentred=recentred, slices=asked.slices
+        )  # fmt: skip
         facts = _look_at(adapter, folder, parent, before)
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
@@ -142,8 +158,7 @@ def _keep(store: ObjectStore, adapter: AdapterRef, asked: _Asked, found: _Found)
     before = found.on_parent.answers if asked.record else found.on_base.answers
     completed = {each.schema.name: found.answered[each.schema.name] for each in asked.unanswered}
     keep_answers(store, adapter.uri, KeptAnswers(now=found.now.answers, before=before | completed))
-    slices = {each.name for each in asked.renewal.slices}
-    judging = [each for each in asked.all if each.schema.name not in slices]
+    judging = [each for each in asked.all if each.schema.name not in asked.slices]
     write_reference(store, adapter.uri, adapter.lineage, judging, found.now.evaluations)
 
 
@@ -195,9 +210,9 @@ def _report(
         ),
         adapter=found.facts, majority_rate=now.evaluations[dataset.task].majority_rate,
         metrics={each.schema.name: each.schema.metric for each in asked.all},
-        slices={each.name: each.of for each in renewal.slices},
+        slices=asked.slices,
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-        label_offsets=now.label_offsets,
+        label_offsets={name: offsets for name, offsets in now.label_offsets.items() if offsets},
     )  # fmt: skip
 
 
@@ -232,10 +247,17 @@ def _slice_sets(store: ObjectStore, record: LineageRecord, slices: Sequence[Know
 
 
 def _widened(test_set: TestSet, dataset: DatasetRef, slices: Sequence[KnownSlice] = ()) -> TestSet:
-    """The test set with the labels that its task gains with the arrival."""
+    """The test set with the labels that its task gains with the arrival. They have no offset."""
     is_slice = any(each.name == test_set.schema.name and each.of == dataset.task for each in slices)
     schema = test_set.schema
-    return replace(test_set, schema=schema.with_labels(dataset.new_labels) if is_slice else dataset.widen(schema))
+    widened = schema.with_labels(dataset.new_labels) if is_slice else dataset.widen(schema)
+    offsets = test_set.label_offsets
+    added = (0.0,) * (len(widened.labels) - len(offsets)) if offsets else ()
+    return replace(test_set, schema=widened, label_offsets=offsets + added)
+
+
+def _without_offsets(sets: Sequence[TestSet]) -> list[TestSet]:
+    return [replace(each, label_offsets=()) for each in sets]
 
 
 def _unanswered(sets: Sequence[TestSet], answered: Answers) -> list[TestSet]:

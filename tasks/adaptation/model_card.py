@@ -117,12 +117,17 @@ def _limits(record: LineageRecord) -> list[str]:
         *(f"- {known.schema.name}: prompts of more than {known.max_prompt_tokens} tokens lose the end of their text, "
           f"answers end after {known.max_new_tokens} tokens." for known in record.tasks),
     ]  # fmt: skip
-    if recentred := [known.schema.name for known in record.tasks if known.label_offsets]:
-        names = ", ".join(recentred)
-        lines.append(f"- {names}: judged with the label offsets of `deal.json`; PEFT alone answers without them.")
+    lines += recentred_limits(record)
     if few:
         lines.append(f"- Fewer than 100 test rows judge {', '.join(few)}: the accuracies there are rough.")
     return [*lines, "- It has the biases of the base model and of the data. They were not measured."]
+
+
+def recentred_limits(record: LineageRecord) -> list[str]:
+    """Say which tasks are answered otherwise by the files of the version alone."""
+    names = ", ".join(known.schema.name for known in record.tasks if known.label_offsets)
+    text = f"- {names}: judged with the label offsets of `deal.json`; the model alone answers without."
+    return [text] if names else []
 
 
 def _example(schema: TaskSchema) -> str:

@@ -22,7 +22,7 @@ from tasks.references import BaseRef
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deal_core.evaluation.generation import LanguageModel
+    from deal_core.evaluation.generation import GivenAnswer, LanguageModel
     from deal_core.evaluation.label_scores import Floats
     from deal_core.evaluation.score import TaskEvaluation
 
@@ -68,7 +68,7 @@ class Scorer:
 
     def score(
         self, adapter_folder: Path | None, sets: Sequence[TestSet], *, general: bool = False, explain: bool = False,
-        recentred: Collection[str] = (),
+        recentred: Collection[str] = (), slices: Mapping[str, str] | None = None,
     ) -> Scored:
         """Score one adapter (None: the untouched base model) on each test set.
 
@@ -78,34 +78,36 @@ class Scorer:
             general: score it on plain English too.
             explain: measure what the collapse of a task's answers costs.
             recentred: names of tasks whose labels are re-centred. The offsets of a row come from other rows.
+            slices: for each slice its task, whose offsets the slice is answered with.
         """
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluation.general_ability import perplexity
 
         found, answers, costs, offsets = {}, {}, {}, {}
         with adapter_on(self._base.model, adapter_folder) as model:
-            for test_set in sets:
-                if test_set.schema.name in recentred:
-                    evaluation, offsets[test_set.schema.name] = self._recentre(model, test_set)
+            for test_set in sorted(sets, key=lambda each: each.schema.name in (slices or {})):
+                name = test_set.schema.name
+                if name in recentred:
+                    evaluation, offsets[name] = self._recentre(model, test_set)
                 else:
-                    evaluation = self._evaluate(model, test_set)
+                    own = offsets.get((slices or {}).get(name, ""), test_set.label_offsets)
+                    evaluation = self._evaluate(model, replace(test_set, label_offsets=own))
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-                if explain and collapsed(evaluation.labels) is not None:
+                if explain and not offsets.get(name) and collapsed(evaluation.labels) is not None:
                     costs[evaluation.task] = self._recentred(model, test_set)
             known = perplexity(model, self._base.tokenizer) if general else None
         return Scored(found, answers, known, costs, offsets)
 
     def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
         from deal_core.evaluation.recentring import answer_task
-        from deal_core.evaluation.score import evaluate_answers, evaluate_task
+        from deal_core.evaluation.score import evaluate_task
 
         on_progress = partial(self._advance, test_set.schema.name)
         if test_set.label_offsets:  # the version serves the task with them
-            given = answer_task(model, self._base.tokenizer, test_set, list(test_set.rows["input"]), on_progress)
-            texts, confidences = [each.text for each in given], tuple(each.confidence for each in given)
-            return evaluate_answers(test_set.schema, test_set.rows, texts, confidences)
+            inputs = list(test_set.rows["input"])
+            return _evaluation(test_set, answer_task(model, self._base.tokenizer, test_set, inputs, on_progress))
         config = replace(self._config, max_new_tokens=test_set.max_new_tokens)
         return evaluate_task(
             model, self._base.tokenizer, test_set.schema, test_set.rows, config,
@@ -113,18 +115,20 @@ class Scorer:
         )  # fmt: skip
 
     def _recentre(self, model: LanguageModel, test_set: TestSet) -> tuple[TaskEvaluation, tuple[float, ...]]:
-        """Score the answers with re-centred labels; return the offsets to serve the task with, too."""
-        from deal_core.evaluation.recentring import chosen_labels, label_offsets, recentred_choices
-        from deal_core.evaluation.score import evaluate_answers
+        """Score the answers with re-centred labels; return the offsets to serve the task with, too.
+
+        A damaged model, whose scores are not finite, has no offsets.
+        """
+        from deal_core.evaluation.recentring import best_labels, label_offsets, recentred_scores
 
         log_probs_NL, targets_N = self._label_scores(model, test_set)
-        offsets_L = label_offsets(log_probs_NL, targets_N)
+        if not np.isfinite(log_probs_NL).all():
+            return self._evaluate(model, test_set), ()
         halves_N = np.array([int(digest[-1], 16) % 2 for digest in test_set.rows["sha256"]])
-        choices_N = recentred_choices(log_probs_NL, targets_N, halves_N)
-        given = chosen_labels(test_set.schema.labels, log_probs_NL, offsets_L, choices_N)
-        self._advance(test_set.schema.name, len(given))
-        texts, confidences = [each.text for each in given], tuple(each.confidence for each in given)
-        evaluation = evaluate_answers(test_set.schema, test_set.rows, texts, confidences)
+        scores_NL = recentred_scores(log_probs_NL, targets_N, halves_N)
+        self._advance(test_set.schema.name, len(targets_N))
+        offsets_L = label_offsets(log_probs_NL, targets_N)
+        evaluation = _evaluation(test_set, best_labels(test_set.schema.labels, log_probs_NL, scores_NL))
         return evaluation, tuple(round(float(each), 4) for each in offsets_L)
 
     def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
@@ -153,6 +157,13 @@ class Scorer:
     def _advance(self, name: str, num_rows: int) -> None:
         self._done += num_rows
         self._report(self._done, self._total, name)
+
+
+def _evaluation(test_set: TestSet, given: Sequence[GivenAnswer]) -> TaskEvaluation:
+    from deal_core.evaluation.score import evaluate_answers
+
+    confidences = tuple(each.confidence for each in given)
+    return evaluate_answers(test_set.schema, test_set.rows, [each.text for each in given], confidences)
 
 
 def collapse_notes(scored: Scored) -> tuple[str, ...]:

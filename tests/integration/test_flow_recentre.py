@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from deal_core.config import EvaluateConfig
 from deal_core.errors import ConfigError
 from deal_core.evaluation.answerer import load_answerer
 from deal_core.evaluation.answering import InputRow, read_served
+from flows.cli.app import app
 from infra.settings import HomeSettings, VllmSettings
 from infra.tracking.registry import open_registry
 from infra.tracking.tracker import open_tracker
@@ -20,6 +22,7 @@ from tasks.lineage.record import read_record
 from tasks.predict import predict
 from tasks.serving.vllm import publish
 from tests.adapting import BANK, CLINIC, run
+from tests.in_process import put_back
 
 TEXTS = ["I cannot find my card.", "The payment was taken twice.", "Why was I charged a fee?", "Where is my new card?"]
 
@@ -27,8 +30,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "home")
 
 
 def test_a_version_is_served_with_the_offsets_that_it_was_judged_with(tiny_base: Path, tmp_path: Path) -> None:
-    greedy = run(tiny_base, BANK)
-    assert greedy.status == "promoted"
+    assert run(tiny_base, BANK).status == "promoted"
     first = find_version(open_registry(), "l", "1")
     plain = predict(TEXTS[0], lineage="l", task=None, version="1").answer
 
@@ -62,3 +64,14 @@ def test_a_version_is_served_with_the_offsets_that_it_was_judged_with(tiny_base:
         publish("l", tmp_path / "vllm", VllmSettings(), model="base")
     card = (folder / "README.md").read_text()
     assert "bank, clinic: judged with the label offsets of `deal.json`" in card
+
+    with put_back():
+        added = CliRunner().invoke(app, ["labels", "bank", "--add", "swallowed card", "--lineage", "l", "--json"])
+    assert added.exit_code == 0
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(f'{{"text": "Machine {n} kept my card.", "label": "swallowed card"}}\n' for n in range(9)))
+    assert run(tiny_base, {"name": "bank", "data": str(more)}).version == "3"
+    greedy = find_version(open_registry(), "l", "3")
+    assert not any(task.label_offsets for task in read_record(current_store(), greedy.adapter_uri).tasks)
+    again = score_version(version_ref(greedy), EvaluateConfig())
+    assert again.accuracies == again.recorded, "it was judged without its parent's offsets"
