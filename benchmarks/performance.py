@@ -13,7 +13,7 @@ import typer
 from benchmarks.output import RESULTS, read, templates
 
 NAMES = ("step_cost", "sft_trainer", "evaluation", "evaluation_fp32", "evaluation_texts", "adaptation",
-         "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out", "step_profile",
+         "command_start", "number_of_tasks", "evaluation_budget", "ingest", "large_shapes", "fan_out",
          "landing", "serving", "serving_log", "serving_log_tiny", "monitoring", "selection", "label_noise",
          "two_lineages")  # fmt: skip
 """Results on the page."""

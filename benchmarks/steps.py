@@ -1,7 +1,6 @@
-"""What DEAL's training costs beside plain LoRA's: a step, its operators, and an arrival after many tasks.
+"""What DEAL's training costs beside plain LoRA's: a step, and an arrival after many tasks.
 
     python -m benchmarks.steps cost
-    python -m benchmarks.steps profile
     python -m benchmarks.steps number-of-tasks
 
 cost: step time and peak memory of plain LoRA, of DEAL, and of DEAL's core without rehearsal. Plain LoRA is also run
@@ -9,9 +8,6 @@ with PyTorch's own backward pass of attention, which `base_model.cpu_attention` 
 base model of its own. The variants take turns: one optimiser step each on the same batch, in random order, so that
 other work of the machine falls on all. The questions of the rehearsal are as long as the rows of the batch. Peak
 memory is measured in one process per variant.
-
-profile: PyTorch's profiler over such steps. Shares are of the processor's time in each operator itself, without what
-it calls.
 
 number-of-tasks: is the fiftieth adaptation as cheap as the second? Both learn the same rows from the same parent, one
 told of a single old task, the other of 49. Each old task has an instruction and labels of its own, which `deal`
@@ -31,8 +27,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as torch_profile
 
 from benchmarks.output import RESULTS, Base, Out, alone, peak_bytes, write_result
 from benchmarks.tiny_base import EXAMPLES
@@ -60,7 +54,6 @@ VARIANTS = {
 OLD_TASK = TaskSchema(name="old", labels=("first", "second"), instruction="Which of the two is it?")
 NUM_WARM_UP = 3
 """First steps, which warm allocators and kernels up and do not count."""
-NUM_OPERATORS = 12
 SECOND, FIFTIETH = 1, 49
 """Old tasks of the two arrivals that are compared."""
 
@@ -181,35 +174,6 @@ def cost(
         "base": base, "num_steps": steps, "batch": [batch_size, tokens], "rank": rank,
         "threads": torch.get_num_threads(), "variants": variants,
     })  # fmt: skip
-
-
-@app.command()
-def profile(
-    base: Base = DEFAULT_BASE,
-    steps: Annotated[int, typer.Option(help="Steps under the profiler.")] = 3,
-    batch_size: BatchSize = 8,
-    tokens: Tokens = 128,
-    out: Out = RESULTS / "step_profile.json",
-) -> None:
-    """Milliseconds of a step of plain LoRA and of DEAL, and the operators that it spends most in."""
-    disable_progress_bars()
-    found = {}
-    with tempfile.TemporaryDirectory() as parent:
-        make_parent(base, 16, Path(parent))
-        for variant in (PLAIN, "deal"):
-            stepper = Stepper(variant, base, Path(parent), batch_size, tokens)
-            stepper.step()  # warms allocators and kernels up
-            with torch_profile(activities=[ProfilerActivity.CPU]) as profiler:
-                for _ in range(steps):
-                    stepper.step()
-            events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-            total = sum(event.self_cpu_time_total for event in events)
-            operators = [
-                {"name": event.key, "share": event.self_cpu_time_total / total, "calls_per_step": event.count / steps}
-                for event in events[:NUM_OPERATORS]
-            ]
-            found[variant] = {"milliseconds_per_step": total / 1000 / steps, "operators": operators}
-    write_result(out, {"base": base, "batch": [batch_size, tokens], "num_steps": steps, **found})
 
 
 def old_task(number: int) -> TaskSchema:
