@@ -91,12 +91,14 @@ def tables(cells: Sequence[CellJson]) -> list[dict[str, Any]]:
     found = []
     for group in groups.values():
         if len(group) > 1:
-            settings = next(iter(group.values())).cell["settings"]
+            cell = next(iter(group.values())).cell
+            settings, machine = cell["settings"], cell["versions"][-1].get("machine", {})
             suite, order = name_of(tuple(settings["tasks"]))
             lines = [line_of(trial, group) for trial in group.values()]
             found.append({
                 "suite": suite, "order": order, "seed": settings["seed"], "strategy": settings["strategy"],
                 "rows": settings["rows"], "tasks": settings["tasks"],
+                "processor": "AMX" if "amx_bf16" in machine.get("bf16_instructions", []) else "AVX-512",
                 "lines": sorted(lines, key=lambda line: -line["accuracy"]),
             })  # fmt: skip
     return sorted(found, key=lambda table: (-table["rows"], table["strategy"], table["order"], table["seed"]))
