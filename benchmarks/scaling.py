@@ -1,4 +1,4 @@
-"""Write docs/scaling.md: DEAL at 8B and 70B on paper. Nothing is measured, nothing is downloaded.
+"""Write benchmarks/scaling.md: DEAL at 8B and 70B on paper. Nothing is measured, nothing is downloaded.
 
     python -m benchmarks.scaling
 
@@ -204,7 +204,7 @@ def line(config: Any, model: ModelSize, devices: int, sharded: bool, checkpointi
     }  # fmt: skip
 
 
-def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/scaling.md")) -> None:
+def main(page: Annotated[Path, typer.Option(help="Page to write.")] = Path("benchmarks/scaling.md")) -> None:
     """Fill the page."""
     models = [describe(name, config) for name, config in MODELS.items()]
     page.write_text(templates().get_template("scaling.md.j2").render(

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md", "docs/README.md": "pages.md", "docs/quickstart.ipynb": "quickstart.md",
     "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/cells.md": "cells.md",
+    "benchmarks/scaling.md": "scaling.md",
     "LICENSE": "LICENSE.txt",
 }  # fmt: skip
 """File in the repository → its name on the site. Other files of docs/ keep their names."""
