@@ -121,11 +121,9 @@ class _AnchoredRehearsal(Rehearsal):
 
 
 @contextmanager
-def anchored(kept: dict[str, list[Question]]) -> Iterator[None]:
-    """Within the block, `deal` keeps its answers to content-free texts and is held to those of old tasks.
-
-    `kept` has the answers by task; those of the tasks learned within the block are added.
-    """
+def anchored() -> Iterator[None]:
+    """Within the block, `deal` keeps its answers to content-free texts and is held to those of old tasks."""
+    kept: dict[str, list[Question]] = {}
     finish, make = Deal.finish, deal.make_rehearsal
 
     def answers(context: TaskContext, model: PeftModel) -> list[Question]:
@@ -205,7 +203,7 @@ def main(
                 train = replace(train, learning_rate=2 * train.learning_rate)
             with TemporaryDirectory() as folder:
                 versions = Versions(model, [suite[name] for name in names], Path(folder), strategy, train)
-                with anchored({}) if each == "anchors" else nullcontext():
+                with anchored() if each == "anchors" else nullcontext():
                     last = learn_all(versions, each, rows)  # type: ignore[arg-type]
                 scores = versions.score(last, max_test_rows)
             outcomes = {name: outcome_text(found.outcomes) for name, found in scores.items()}

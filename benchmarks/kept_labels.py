@@ -22,16 +22,13 @@ import numpy as np
 import typer
 
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.protocol import settings_shown, training_of
+from benchmarks.protocol import todays_cells
 from deal_core.benchmark.answers import unpack_answers
-from deal_core.benchmark.suites import load_suite, name_of
-from deal_core.benchmark.summary import CellJson, departures, final_scores, method_name, read_cells
-from deal_core.config import TrainConfig
+from deal_core.benchmark.suites import load_suite
+from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.answer_scores import plain_answer
 from deal_core.method_config import MEMORY, RehearsalConfig
 from deal_core.strategies.questions import choose_kept
-
-CELLS = ("benchmarks/results/continual", "benchmarks/results/development")
 
 
 def kept_of(config: RehearsalConfig, rows: Sequence[dict[str, Any]], seed: int) -> Counter[str]:
@@ -74,20 +71,16 @@ def figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder of tasks.")],
-    cells: Annotated[list[Path] | None, typer.Option(help="Folders of cells.", show_default=", ".join(CELLS))] = None,
+    cells: Annotated[
+        list[Path] | None, typer.Option(help="Folders of cells.", show_default="continual, development")
+    ] = None,
     out: Out = RESULTS / "kept_labels.json",
 ) -> None:
     """Write the figures of every cell of `deal` under today's training that keeps its answers to tasks with labels."""
     found: list[dict[str, Any]] = []
-    for cell in (cell for folder in cells or map(Path, CELLS) for cell in read_cells(folder)):
-        settings = cell["settings"]
-        if settings["strategy"] != "deal" or training_of(settings) != settings_shown(TrainConfig()):
-            continue
-        if pairs := [*pairs_of(cell, data)]:
-            suite, order = name_of(tuple(settings["tasks"]))
-            method = method_name("deal", departures(cell))
-            line = {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"]}
-            found.append({**line, "method": method, **figures(pairs)})
+    for cell, line in todays_cells(cells):
+        if cell["settings"]["strategy"] == "deal" and (pairs := [*pairs_of(cell, data)]):
+            found.append({**line, **figures(pairs)})
     write_result(out, {"cells": found})
 
 

@@ -14,7 +14,7 @@ figure is a mean over JUDGED, the tasks whose own adapter beats the majority cla
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from deal_core.evaluation.label_scores import constrained_accuracy, ranking_auc
 from deal_core.evaluation.recentring import recentred_accuracy
 
 CELLS = RESULTS / "development"
+CELL_FOLDERS = (RESULTS / "continual", CELLS)
 JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
 SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
@@ -64,6 +65,17 @@ def settings_shown(train: TrainConfig) -> dict[str, Any]:
 def training_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings that make the protocol of a cell."""
     return settings_shown(TrainConfig(**as_stored("train", settings["train"])))
+
+
+def todays_cells(folders: Iterable[Path] | None = None) -> Iterator[tuple[CellJson, dict[str, Any]]]:
+    """Cells under today's training, and what names each: suite, order, seed, part of the rows, method."""
+    for cell in (cell for folder in folders or CELL_FOLDERS for cell in read_cells(folder)):
+        settings = cell["settings"]
+        if training_of(settings) == settings_shown(TrainConfig()):
+            suite, order = name_of(tuple(settings["tasks"]))
+            method = method_name(settings["strategy"], departures(cell))
+            yield cell, {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"],
+                         "method": method}  # fmt: skip
 
 
 def named_changes(changes: str, settings: Mapping[str, Any]) -> str:

@@ -18,14 +18,11 @@ import numpy as np
 import typer
 
 from benchmarks.output import RESULTS, Out, write_result
-from benchmarks.protocol import JUDGED, settings_shown, training_of
+from benchmarks.protocol import JUDGED, todays_cells
 from deal_core.benchmark.answers import LabelledAnswers, unpack_answers
-from deal_core.benchmark.suites import name_of
-from deal_core.benchmark.summary import CellJson, departures, final_scores, method_name, read_cells
-from deal_core.config import TrainConfig
+from deal_core.benchmark.summary import CellJson, final_scores
 from deal_core.evaluation.recentring import label_offsets
 
-CELLS = ("benchmarks/results/continual", "benchmarks/results/development")
 NUM_DRAWS = 20
 
 
@@ -39,12 +36,11 @@ def gained(task: LabelledAnswers, num_rows: int, seed: int) -> tuple[float, floa
     return float(is_right[others].mean()), float((choices == task.targets_N[others]).mean())
 
 
-def figures(cell: CellJson, tasks: Sequence[str], row_counts: Sequence[int]) -> dict[str, Any] | None:
-    """Mean accuracy over tasks in points: greedy, and by the number of drawn rows; None if a task has no scores."""
-    scores = final_scores(cell)
-    found = [unpack_answers(scores[name]) for name in tasks]
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
+def figures(cell: CellJson, row_counts: Sequence[int]) -> dict[str, Any] | None:
+    """Mean accuracy over JUDGED in points: greedy, and by the number of drawn rows; None if there are no scores."""
+    answers = (unpack_answers(score) for name, score in final_scores(cell).items() if name in JUDGED)
+    known = [each for each in answers if each is not None]
+    if not known:
         return None
     pairs = {count: [gained(each, count, seed) for each in known for seed in range(NUM_DRAWS)] for count in row_counts}
     greedy = fmean(before for each in pairs.values() for before, _ in each)
@@ -54,20 +50,16 @@ def figures(cell: CellJson, tasks: Sequence[str], row_counts: Sequence[int]) -> 
 
 def main(
     rows: Annotated[list[int] | None, typer.Option(help="Rows to find offsets on.", show_default="36, 100")] = None,
-    cells: Annotated[list[Path] | None, typer.Option(help="Folders of cells.", show_default=", ".join(CELLS))] = None,
+    cells: Annotated[
+        list[Path] | None, typer.Option(help="Folders of cells.", show_default="continual, development")
+    ] = None,
     out: Out = RESULTS / "recentring.json",
 ) -> None:
     """Write the figures of every cell under today's training that keeps the scores of its labels."""
     counts, found = rows or [36, 100], []
-    for cell in (cell for folder in cells or map(Path, CELLS) for cell in read_cells(folder)):
-        settings = cell["settings"]
-        if training_of(settings) != settings_shown(TrainConfig()):
-            continue
-        suite, order = name_of(tuple(settings["tasks"]))
-        tasks = [name for name in settings["tasks"] if name in JUDGED]
-        if tasks and (values := figures(cell, tasks, counts)):
-            line = {"suite": suite, "order": order, "seed": settings["seed"], "part": settings["part"]}
-            found.append({**line, "method": method_name(settings["strategy"], departures(cell)), **values})
+    for cell, line in todays_cells(cells):
+        if values := figures(cell, counts):
+            found.append({**line, **values})
     write_result(out, {"row_counts": counts, "num_draws": NUM_DRAWS, "cells": found})
 
 

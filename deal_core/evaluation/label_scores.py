@@ -22,6 +22,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import (
     MAX_LOGIT_BYTES,
     LanguageModel,
+    OnProgress,
     Prefix,
     batches_by_length,
     device_of,
@@ -40,11 +41,13 @@ def label_log_probs(
     config: EvaluateConfig,
     *,
     max_prompt_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return log p(label | prompt) for every row and label of a labelled task.
 
     The log-probability of a label is the sum over its tokens and the end token. So the labels' probabilities sum to
-    less than 1 by what the model would answer outside the options.
+    less than 1 by what the model would answer outside the options. `on_progress` is called with the number of rows just
+    scored.
 
     Returns:
         Shape (N, L), fp32, on the CPU; the labels are in the schema's order.
@@ -61,6 +64,8 @@ def label_log_probs(
             found_NL[batch] = _score_seq2seq(model, chosen, labels, pad)
         else:
             found_NL[batch] = _score_decoder(model, chosen, labels, pad, prefix)
+        if on_progress is not None:
+            on_progress(len(batch))
     return found_NL
 
 

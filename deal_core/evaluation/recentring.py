@@ -101,11 +101,11 @@ def answer_task(
             model, tokenizer, task.schema, inputs, config, max_prompt_tokens=task.max_prompt_tokens,
             on_progress=on_progress,
         )  # fmt: skip
-    limit = task.max_prompt_tokens
-    found = label_log_probs(model, tokenizer, task.schema, inputs, config, max_prompt_tokens=limit).double().numpy()
-    if on_progress is not None:
-        on_progress(len(inputs))
-    return best_labels(task.schema.labels, found, found + np.array(task.label_offsets))
+    log_probs_NL = label_log_probs(
+        model, tokenizer, task.schema, inputs, config, max_prompt_tokens=task.max_prompt_tokens,
+        on_progress=on_progress,
+    ).double().numpy()  # fmt: skip
+    return best_labels(task.schema.labels, log_probs_NL, log_probs_NL + np.array(task.label_offsets))
 
 
 def best_labels(labels: Sequence[str], log_probs_NL: Floats, scores_NL: Floats) -> list[GivenAnswer]:

@@ -141,8 +141,8 @@ def _score(
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
     with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
         on_base = scorer.score(None, _without_offsets(asked.new), general=True, recentred=recentred)
-        is_new = {each.schema.name for each in asked.new} & recentred if asked.renewal.known is None else set()
-        on_parent = scorer.score(before, asked.new, recentred=is_new) if parent else Scored({}, {}, None)
+        as_new = recentred if asked.renewal.known is None else ()  # a known task is asked as the parent serves it
+        on_parent = scorer.score(before, asked.new, recentred=as_new) if parent else Scored({}, {}, None)
         if asked.unanswered:
             more = scorer.score(before, asked.unanswered).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
@@ -212,7 +212,7 @@ def _report(
         metrics={each.schema.name: each.schema.metric for each in asked.all},
         slices=asked.slices,
         labels={name: each.labels for name, each in now.evaluations.items() if each.labels},
-        label_offsets={name: offsets for name, offsets in now.label_offsets.items() if offsets},
+        label_offsets=now.label_offsets,
     )  # fmt: skip
 
 

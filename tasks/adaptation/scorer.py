@@ -22,7 +22,7 @@ from tasks.references import BaseRef
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from deal_core.evaluation.generation import GivenAnswer, LanguageModel
+    from deal_core.evaluation.generation import GivenAnswer, LanguageModel, OnProgress
     from deal_core.evaluation.label_scores import Floats
     from deal_core.evaluation.score import TaskEvaluation
 
@@ -83,20 +83,23 @@ class Scorer:
         from deal_core.adapter.state import adapter_on
         from deal_core.evaluation.general_ability import perplexity
 
-        found, answers, costs, offsets = {}, {}, {}, {}
+        found, answers, costs = {}, {}, {}
+        offsets: dict[str, tuple[float, ...]] = {}
+        slices = slices or {}
         with adapter_on(self._base.model, adapter_folder) as model:
-            for test_set in sorted(sets, key=lambda each: each.schema.name in (slices or {})):
+            for test_set in sorted(sets, key=lambda each: each.schema.name in slices):
                 name = test_set.schema.name
                 if name in recentred:
-                    evaluation, offsets[name] = self._recentre(model, test_set)
+                    evaluation, own = self._recentre(model, test_set)
+                    offsets |= {name: own} if own else {}
                 else:
-                    own = offsets.get((slices or {}).get(name, ""), test_set.label_offsets)
+                    own = offsets.get(slices.get(name, ""), test_set.label_offsets)
                     evaluation = self._evaluate(model, replace(test_set, label_offsets=own))
                 found[evaluation.task] = evaluation
                 self.num_rows[evaluation.task] = evaluation.num_rows
                 answers[evaluation.task] = dict(zip(test_set.rows["sha256"], evaluation.answers, strict=True))
-                if explain and not offsets.get(name) and collapsed(evaluation.labels) is not None:
-                    costs[evaluation.task] = self._recentred(model, test_set)
+                if explain and name not in offsets and collapsed(evaluation.labels) is not None:
+                    costs[evaluation.task] = self._recentred_accuracy(model, test_set)
             known = perplexity(model, self._base.tokenizer) if general else None
         return Scored(found, answers, known, costs, offsets)
 
@@ -121,22 +124,23 @@ class Scorer:
         """
         from deal_core.evaluation.recentring import best_labels, label_offsets, recentred_scores
 
-        log_probs_NL, targets_N = self._label_scores(model, test_set)
+        log_probs_NL, targets_N = self._label_scores(model, test_set, partial(self._advance, test_set.schema.name))
         if not np.isfinite(log_probs_NL).all():
             return self._evaluate(model, test_set), ()
         halves_N = np.array([int(digest[-1], 16) % 2 for digest in test_set.rows["sha256"]])
         scores_NL = recentred_scores(log_probs_NL, targets_N, halves_N)
-        self._advance(test_set.schema.name, len(targets_N))
         offsets_L = label_offsets(log_probs_NL, targets_N)
         evaluation = _evaluation(test_set, best_labels(test_set.schema.labels, log_probs_NL, scores_NL))
         return evaluation, tuple(round(float(each), 4) for each in offsets_L)
 
-    def _recentred(self, model: LanguageModel, test_set: TestSet) -> float:
+    def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
         from deal_core.evaluation.recentring import recentred_accuracy
 
         return recentred_accuracy(*self._label_scores(model, test_set))
 
-    def _label_scores(self, model: LanguageModel, test_set: TestSet) -> tuple[Floats, NDArray[np.int64]]:
+    def _label_scores(
+        self, model: LanguageModel, test_set: TestSet, on_progress: OnProgress | None = None
+    ) -> tuple[Floats, NDArray[np.int64]]:
         """The labels' log-probabilities (N, L), and the number of each row's right label (N)."""
         from deal_core.evaluation.label_scores import label_log_probs
 
@@ -144,7 +148,7 @@ class Scorer:
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
         log_probs_NL = label_log_probs(
             model, self._base.tokenizer, test_set.schema, list(test_set.rows["input"]), self._config,
-            max_prompt_tokens=test_set.max_prompt_tokens,
+            max_prompt_tokens=test_set.max_prompt_tokens, on_progress=on_progress,
         )  # fmt: skip
         return log_probs_NL.double().numpy(), np.array(targets)
 

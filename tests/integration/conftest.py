@@ -107,7 +107,7 @@ def no_recentred_accuracy(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     The answers of the tiny base collapse nearly always, and then the accuracy at a neutral criterion is computed.
     """
     if "recentred" not in request.keywords:
-        monkeypatch.setattr(Scorer, "_recentred", lambda self, model, test_set: 0.5)
+        monkeypatch.setattr(Scorer, "_recentred_accuracy", lambda self, model, test_set: 0.5)
 
 
 @pytest.fixture

@@ -36,11 +36,15 @@ def one_by_one(model, tokenizer, task: TaskSchema, *, is_seq2seq: bool) -> torch
 def test_a_decoder_gives_the_log_probabilities_of_single_rows(max_batch_tokens, base, train):
     folder = train("seq_lora", train=TrainConfig(max_steps=20, learning_rate=3e-2)).folder
     config = EvaluateConfig(max_batch_tokens=max_batch_tokens)
+    seen: list[int] = []
     with torch.no_grad(), adapter_on(base.model, folder) as model:
-        found = label_log_probs(model, base.tokenizer, TASK, TEXTS, config, max_prompt_tokens=64)
+        found = label_log_probs(
+            model, base.tokenizer, TASK, TEXTS, config, max_prompt_tokens=64, on_progress=seen.append
+        )  # fmt: skip
         expected = one_by_one(model, base.tokenizer, TASK, is_seq2seq=False)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert len(set(found.argmax(1).tolist())) > 1 or found.std() > 0.1
+    assert sum(seen) == len(TEXTS) and (len(seen) > 1) == (max_batch_tokens == 64), "told batch by batch"
 
 
 @torch.no_grad()
