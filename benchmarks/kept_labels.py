@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,8 @@ def pairs_of(cell: CellJson, folder: Path) -> Iterator[tuple[float, float]]:
     if None in answers_to.values():
         return
     suite = load_suite(folder, tuple(settings["tasks"]))
-    chosen = {name.partition(".")[2]: value for name, value in settings["method"].items() if "rehearsal." in name}
+    chosen = {each.name: settings["method"][f"rehearsal.{each.name}"] for each in fields(RehearsalConfig)
+              if f"rehearsal.{each.name}" in settings["method"]}  # fmt: skip
     config = RehearsalConfig(**(chosen if chosen["texts"] in ("stored", "both") else MEMORY["rows"]))
     for name in settings["tasks"][:-1]:
         found, rows = answers_to[name], suite[name].train[: settings["rows"]]

@@ -58,7 +58,7 @@ LATER: dict[str, dict[str, Any]] = {
              "rollout": "none", "rollout_share": None, "rollout_rows": 200},
     "task": {"metric": None, "assistant_turns": None, "prompt": None},
     "evaluate": {"recentre": False},
-    "rehearsal": {"max_stored_rows": None, "balance_stored": False, "parent_share": 0.0},
+    "rehearsal": {"max_stored_rows": None, "balance_stored": False},
 }
 """Section → settings that the first release did not have → the value that changes nothing."""
 

@@ -130,9 +130,6 @@ class RehearsalConfig:
     """Most rows that are kept of one arrival; None: the share alone decides."""
     balance_stored: Flag = False
     """Keep rows of every label, in the shares that the labels have; False keeps a plain random sample."""
-    parent_share: Share = 0.0
-    """Share of the parent's own answer in the target of a stored row; its label has the rest (after DER++,
-    arXiv 2004.07211). 0 holds a stored row to its label alone."""
     num_texts: Count = 256
     """Questions made of the arrival's texts, divided among the old tasks. Fewer are made if the steps use fewer."""
     rows_per_step: Count = 4

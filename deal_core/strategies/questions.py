@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 from peft import PeftModel
 from torch import Tensor
@@ -17,7 +16,7 @@ from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import answer_limit, generate
 from deal_core.method_config import RehearsalConfig
-from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label, with_target
+from deal_core.strategies.rehearsal import Question, Rehearsal, pack, unpack, with_target
 from deal_core.strategies.strategy import SEED_STRIDE, STORED_ROWS, TaskContext
 
 MIN_SHARING = 8
@@ -41,8 +40,6 @@ def make_rehearsal(
     seed += SEED_STRIDE * len(stored)  # every arrival gets a new order; otherwise only the same few rows are asked
     is_shared = bool(stored) and config.asks_about_arrival
     num_put = config.rows_per_step * context.train.num_steps(len(context.encoded)) // (2 if is_shared else 1)
-    if config.parent_share > 0:
-        stored = _with_parents_answers(config, model, context, stored, seed, num_put)
     asked = _about_arrival(config, model, context, seed, num_put) if config.asks_about_arrival else []
     rehearsal = Rehearsal(
         [stored, asked], context.collator(), num_rows=config.rows_per_step, weight=config.weight,
@@ -69,21 +66,6 @@ def choose_kept(config: RehearsalConfig, answers: Sequence[Hashable], seed: int)
         return generator.sample(range(num_rows), num_kept)
     places = generator.sample(range(num_rows), num_rows)
     return [places[i] for i in spread([answers[place] for place in places], generator.random)[:num_kept]]
-
-
-def _with_parents_answers(
-    config: RehearsalConfig,
-    model: PeftModel,
-    context: TaskContext,
-    stored: Sequence[list[Question]],
-    seed: int,
-    num_put: int,
-) -> list[list[Question]]:
-    """Mix the parent's answers into the targets of stored rows; no more rows of a task than the steps use."""
-    num_each = math.ceil(num_put / max(1, len(stored)))
-    chosen = [random.Random(seed).sample(questions, min(num_each, len(questions))) for questions in stored]
-    answered = iter(ask(model, context.collator(), list(chain(*chosen)), temperature=config.temperature))
-    return [[with_label(next(answered), config.parent_share) for _ in questions] for questions in chosen]
 
 
 def tasks_to_ask(olds: Sequence[TaskSchema], new: TaskSchema) -> list[TaskSchema]:

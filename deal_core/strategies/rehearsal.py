@@ -178,20 +178,6 @@ def with_target(question: Question, logits_KV: Tensor, temperature: float) -> Qu
     return replace(question, tokens_KN=top.indices.cpu(), shares_KN=top.values.cpu(), is_parents=True)
 
 
-def with_label(question: Question, parent_share: float) -> Question:
-    """Return the question with parent_share·distribution + (1 − parent_share)·answer as its target.
-
-    An answer's token that the distribution does not keep takes the place of the least likely one.
-    """
-    assert question.tokens_KN is not None and question.shares_KN is not None
-    tokens_KN, shares_KN = question.tokens_KN.clone(), parent_share * question.shares_KN
-    answer_K1 = torch.tensor(list(question.answer_ids))[:, None]
-    is_lost_K = ~(tokens_KN == answer_K1).any(-1)
-    tokens_KN[is_lost_K, -1], shares_KN[is_lost_K, -1] = answer_K1[is_lost_K, 0], 0.0
-    shares_KN = shares_KN + (1 - parent_share) * (tokens_KN == answer_K1)
-    return replace(question, tokens_KN=tokens_KN, shares_KN=shares_KN, is_parents=False)
-
-
 def pack(questions: Sequence[Question]) -> Tensor:
     """Write prompts and answers as one tensor of integers, for a method's state."""
     flat = [

@@ -257,8 +257,7 @@ class Replay(Strategy):
 
     name = "replay"
     reads = tuple(
-        f"rehearsal.{name}"
-        for name in ("stored_share", "max_stored_rows", "balance_stored", "parent_share", "rows_per_step", "weight")
+        f"rehearsal.{name}" for name in ("stored_share", "max_stored_rows", "balance_stored", "rows_per_step", "weight")
     )
     revision = 2  # stored rows are put in another order with every arrival
 

@@ -21,11 +21,19 @@ COLOURS = pd.DataFrame([
 ])  # fmt: skip
 
 
-def test_a_table_is_learned_and_answered_from_a_running_event_loop(home: Path, tiny_base: Path) -> None:
+@pytest.fixture
+def with_server(prefect_api: None) -> dict[str, str]:
+    """The tests' Prefect server: an API of a command's own takes as long to start as all else."""
+    return {"PREFECT_API_URL": str(get_current_settings().api.url)}
+
+
+def test_a_table_is_learned_and_answered_from_a_running_event_loop(
+    with_server: dict[str, str], home: Path, tiny_base: Path
+) -> None:
     before, shown = dict(os.environ), list[str]()
 
     async def work() -> None:
-        with Lineage("api", home=home, show=shown.append) as lineage:
+        with Lineage("api", home=home, show=shown.append, environment=with_server) as lineage:
             first = lineage.adapt(COLOURS, task="colours", base=str(tiny_base), settings=SETTINGS)
             assert first.accepted and first.version == "1"
             assert first.metrics == {"colours": "exact"} and 0 <= first.scores["colours"] <= 1
@@ -64,10 +72,8 @@ def test_a_lineage_without_a_version_is_empty_and_has_no_answers(home: Path) -> 
         lineage.predict("Number 3 is red.")
 
 
-def test_a_mistake_is_one_clear_message(prefect_api: None, home: Path, tmp_path: Path) -> None:
-    """With the tests' Prefect server: an API of the command's own takes as long to start as all else."""
-    server = str(get_current_settings().api.url)
-    lineage = Lineage("api", home=home, show=None, environment={"PREFECT_API_URL": server})
+def test_a_mistake_is_one_clear_message(with_server: dict[str, str], home: Path, tmp_path: Path) -> None:
+    lineage = Lineage("api", home=home, show=None, environment=with_server)
     with pytest.raises(CommandError, match=r"no_such\.csv") as error:
         lineage.adapt(tmp_path / "no_such.csv", task="colours")
     assert "Traceback" not in str(error.value)

@@ -214,6 +214,7 @@ def test_a_lineage_that_does_not_exist_has_no_log(home: Path, monkeypatch: pytes
         begin("../../data")
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_at_once_though_mlflow_keeps_silent(versions: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracking server accepts connections and never answers, so a call of MLflow's client takes minutes."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -65,6 +65,7 @@ def test_a_worker_image_installs_no_web_server_of_mlflow_and_no_matplotlib() -> 
     assert f"--override /tmp/{OVERRIDES.name}" in install and "mlflow-skinny" in install
 
 
+@pytest.mark.nightly
 def test_a_worker_loads_every_flow_and_writes_a_page_without_charts(tmp_path: Path) -> None:
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     modules = sorted({each["entrypoint"].rpartition(".")[0] for each in deployments})

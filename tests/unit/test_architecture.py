@@ -341,11 +341,13 @@ def foreign_imports() -> str:
     return "\n".join(sorted(lines))
 
 
+@pytest.mark.nightly
 def test_no_import_does_work(tmp_path: Path) -> None:
     result = import_each(ROOT, [module_name(path) for path in sources(*PACKAGES)], foreign_imports(), tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "source",
     [

@@ -19,7 +19,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.generation import first_answer_logits
 from deal_core.method_config import DealConfig, RehearsalConfig
 from deal_core.strategies.questions import choose_kept, make_rehearsal, tasks_to_ask
-from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack, with_label
+from deal_core.strategies.rehearsal import Question, Rehearsal, ask, pack, unpack
 from deal_core.strategies.strategy import TaskContext
 
 OLD = TaskSchema(name="sizes", labels=("large", "small"), instruction="How big is it?")
@@ -308,31 +308,3 @@ def test_kept_rows_hold_every_label_in_its_share(train, rows, base):
     labels, fair = [number % 14 for number in range(150)], replace(fair, stored_share=0.1)
     drawn = [[labels[place] for place in choose_kept(fair, labels, seed)] for seed in range(20)]
     assert all(len(kept) == 15 and len({*kept}) >= 13 for kept in drawn)
-
-
-def test_a_stored_row_is_held_to_its_label_and_to_the_parents_answer(base, collate):
-    """The target is the weighted sum; a token that the distribution does not keep is put in."""
-    asked = question(base, "about grass", "green leaf")
-    (parents,) = ask(base.model, collate, [asked], temperature=1.0)
-    rare = replace(parents, answer_ids=[int(parents.tokens_KN.max()) + 1, *parents.answer_ids[1:]])
-    for before in (parents, rare):
-        mixed = with_label(before, 0.25)
-        whole_before, whole_mixed = (
-            torch.zeros(len(before.answer_ids), 10_000).scatter_add(1, q.tokens_KN, q.shares_KN)
-            for q in (before, mixed)
-        )
-        labels = torch.nn.functional.one_hot(torch.tensor(before.answer_ids), 10_000)
-        difference = (whole_mixed - (0.25 * whole_before + 0.75 * labels)).abs()
-        assert difference.max() <= 0.25 * before.shares_KN[:, -1].max() + 1e-6
-        assert not mixed.is_parents and before.is_parents
-
-
-def test_the_share_of_the_parents_answer_changes_what_stored_rows_teach(train):
-    first = train("deal", rehearsal=RehearsalConfig(texts="stored", stored_share=0.5)).folder
-
-    def weights(share: float):
-        config = RehearsalConfig(texts="stored", stored_share=0.5, parent_share=share)
-        return load_file(train("deal", first, train=LONG, rehearsal=config).folder / "adapter_model.safetensors")
-
-    label, half = weights(0.0), weights(0.5)
-    assert any(not torch.allclose(label[name], half[name], rtol=1e-3, atol=1e-6) for name in label)

@@ -180,6 +180,7 @@ def test_seq_lora_whose_parent_was_killed_and_which_one_process_goes_on_with(bas
     assert_same(train_in_one(base, job, tmp_path), gone_on, tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_rank_ends_with_the_process_at_the_other_end_of_its_input():
     """A killed parent is noticed at any moment, not only when a step is reported."""
     code = "import threading, deal_core.training.ranks as l; l.end_with_parent(); print(1, flush=True)\n" \
