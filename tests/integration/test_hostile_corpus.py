@@ -29,9 +29,9 @@ def shown(found: Found) -> str:
 
 
 def test_some_of_the_hostile_files_do_no_harm(tmp_path: Path) -> None:
-    cases = cases_of((*hostile_texts.FAMILIES, *hostile_parquet.FAMILIES))
-    assert len(cases) >= sum(MIN_CASES.values())
-    check(cases[::50], tmp_path)
+    """Without the bombs, which take seconds to make."""
+    quick = (*hostile_texts.FAMILIES, *(family for family in hostile_parquet.FAMILIES if family.__name__ != "bombs"))
+    check(cases_of(quick)[::60], tmp_path)
 
 
 @pytest.mark.nightly
