@@ -2,11 +2,7 @@
 
 The frames have the columns of `deal_core.monitoring.predictions`; the reference has `score` too, each row's score by
 the task's metric. Each task is compared by itself. Rows of other versions must not be among the live rows.
-
-Example:
-    >>> report = compare(reference, live, MonitorConfig())  # doctest: +SKIP
-    >>> [alarm.reason for alarm in report.task("bank").alarms]  # doctest: +SKIP
-    ['labels: PSI 0.61, limit 0.2 (p = 2e-14); fee dispute 21 % → 58 %']
+An alarm reads: labels: PSI 0.61, limit 0.2 (p = 2e-14); fee dispute 21 % → 58 %
 """
 
 from __future__ import annotations
@@ -20,15 +16,7 @@ import pandas as pd
 
 from deal_core.judging_config import MonitorConfig
 from deal_core.monitoring import two_samples
-from deal_core.monitoring.report import (
-    NUM_BINS,
-    Alarm,
-    DriftReport,
-    DriftTest,
-    LiveAccuracy,
-    TaskDrift,
-    TestName,
-)
+from deal_core.monitoring.report import NUM_BINS, Alarm, DriftReport, DriftTest, LiveAccuracy, TaskDrift, TestName
 from deal_core.monitoring.two_samples import Difference
 
 MIN_MOVED = 0.05
@@ -92,15 +80,14 @@ def _look(
     baseline: pd.DataFrame | None,
 ) -> TaskDrift:
     """Make the tests of one task. Whether they are alarms depends on the number of tests of all tasks."""
-    is_rebased = baseline is not None and not baseline.empty
-    compared = baseline if is_rebased and baseline is not None else reference
+    compared = reference if baseline is None or baseline.empty else baseline
     live = window(logged, config.window_rows)
     measured = None
     if feedback is not None and not reference.empty:
         measured = measured_accuracy(reference, logged, feedback, config.window_rows)
     found = TaskDrift(
         task=name, status="no reference" if reference.empty else "too few rows", num_logged=len(logged),
-        num_live=len(live), num_reference=len(compared), is_rebased=is_rebased, measured=measured,
+        num_live=len(live), num_reference=len(compared), is_rebased=compared is not reference, measured=measured,
     )
     if reference.empty or len(live) < config.min_rows:
         return found

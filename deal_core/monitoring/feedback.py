@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -53,9 +53,6 @@ class Feedback:
     def is_reviewed(self) -> bool:
         """Whether a person stands behind it: a reviewer is named, or it came by command."""
         return self.source == "command" or self.reviewer is not None
-
-
-FEEDBACK_COLUMNS: tuple[str, ...] = tuple(each.name for each in fields(Feedback))
 
 
 @dataclass(frozen=True)

@@ -29,25 +29,20 @@ UNITS: dict[TestName, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DriftTest:
-    """One test of a task.
-
-    Attributes:
-        name: What is compared.
-        effect: Size of the difference, in the test's unit.
-        limit: Smallest effect that counts.
-        p_value: Probability of at least this difference by chance.
-        low: Lower end of the 95 % interval around an AUC; None for other tests.
-        high: Upper end.
-        is_alarm: Whether the difference is significant and large.
-    """
+    """One test of a task."""
 
     name: TestName
     effect: float
+    """Size of the difference, in the test's unit."""
     limit: float
+    """Smallest effect that counts."""
     p_value: float
+    """Probability of at least this difference by chance."""
     low: float | None = None
+    """Lower end of the 95 % interval around an AUC; None for other tests."""
     high: float | None = None
     is_alarm: bool = False
+    """Whether the difference is significant and large."""
 
     @property
     def unit(self) -> str:
@@ -65,27 +60,22 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveAccuracy:
-    """An accuracy of live answers, 0 to 1.
-
-    Attributes:
-        accuracy: The estimate.
-        low: Lower end of its 95 % Wilson interval.
-        high: Upper end.
-        num_rows: Live rows that it comes from.
-        reference: Accuracy on the reference rows; None: their scores are graded, so the two cannot be compared.
-        drop_points: Points below the reference; negative: above.
-        p_value: Probability of at least this drop if nothing has changed (Fisher's exact test, one-sided).
-        is_alarm: Whether the drop is significant and large.
-    """
+    """An accuracy of live answers, 0 to 1."""
 
     accuracy: float
     low: float
+    """Lower end of its 95 % Wilson interval."""
     high: float
     num_rows: int
+    """Live rows that it comes from."""
     reference: float | None = None
+    """Accuracy on the reference rows; None: their scores are graded, so the two cannot be compared."""
     drop_points: float | None = None
+    """Points below the reference; negative: above."""
     p_value: float | None = None
+    """Probability of at least this drop if nothing has changed (Fisher's exact test, one-sided)."""
     is_alarm: bool = False
+    """Whether the drop is significant and large."""
 
     def is_below(self, accuracy: float) -> bool:
         """Whether the whole interval is below an accuracy."""
@@ -94,37 +84,30 @@ class LiveAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDrift:
-    """The comparison of one task.
-
-    Attributes:
-        task: Name of the task.
-        status: Whether it was compared.
-        num_logged: Live rows, repeated requests included.
-        num_live: The newest live rows that are compared, without repeated requests.
-        num_reference: Rows that they are compared with.
-        is_rebased: Whether these rows are earlier live rows instead of test rows.
-        tests: The tests that could be made.
-        estimated: Accuracy estimated from confidences.
-        measured: Accuracy measured by feedback.
-        before: Accuracy that the gate measured for the version before; None: not known.
-        alarms: The alarms.
-        label_shares: Label → its share among the reference's and the live answers. An empty name: no label.
-        confidences: Shares of the reference's and the live rows in each of NUM_BINS bins of confidence.
-    """
+    """The comparison of one task."""
 
     task: str
     status: Status
     num_logged: int
+    """Live rows, repeated requests included."""
     num_live: int
+    """The newest live rows that are compared, without repeated requests."""
     num_reference: int
+    """Rows that they are compared with."""
     is_rebased: bool = False
+    """Whether these rows are earlier live rows instead of test rows."""
     tests: tuple[DriftTest, ...] = ()
     estimated: LiveAccuracy | None = None
+    """Accuracy estimated from confidences."""
     measured: LiveAccuracy | None = None
+    """Accuracy measured by feedback."""
     before: float | None = None
+    """Accuracy that the gate measured for the version before; None: not known."""
     alarms: tuple[Alarm, ...] = ()
     label_shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Label → its share among the reference's and the live answers. An empty name: no label."""
     confidences: tuple[tuple[float, float], ...] = ()
+    """Shares of the reference's and the live rows in each of NUM_BINS bins of confidence."""
 
     @property
     def num_tests(self) -> int:

@@ -34,78 +34,59 @@ Figure = Literal["accuracy", "not said to be wrong", "answered", "answers that a
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What one of the two versions has done since the rollout began.
-
-    Attributes:
-        version: Its number.
-        num_rows: Rows that it was asked.
-        num_failed: Rows on which it failed.
-        num_judged: Answers with feedback that says whether they were right.
-        num_right: Right ones of these.
-        share_no_label: Share of its answers that are no label; None: no task has labels.
-        confidence: Mean confidence of its answers; None: it has none.
-        seconds: Median seconds of a request. A shadow waits for all other requests.
-    """
+    """What one of the two versions has done since the rollout began."""
 
     version: str
     num_rows: int
+    """Rows that it was asked."""
     num_failed: int
+    """Rows on which it failed."""
     num_judged: int
+    """Answers with feedback that says whether they were right."""
     num_right: int
+    """Right ones of these."""
     share_no_label: float | None
+    """Share of its answers that are no label; None: no task has labels."""
     confidence: float | None
+    """Mean confidence of its answers; None: it has none."""
     seconds: float | None
+    """Median seconds of a request. A shadow waits for all other requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareDifference:
-    """Candidate minus champion at the last look, in points. Negative is worse.
-
-    Attributes:
-        figure: What is compared.
-        points: The difference.
-        low: Lower end of its interval.
-        high: Upper end.
-        num_rows: Rows of the candidate.
-        is_paired: Whether both answered the same rows.
-        is_worse: Whether the whole interval is below 0.
-    """
+    """Candidate minus champion at the last look, in points. Negative is worse."""
 
     figure: Figure
     points: float
     low: float
+    """Lower end of the interval around `points`."""
     high: float
     num_rows: int
+    """Rows of the candidate."""
     is_paired: bool
+    """Whether both answered the same rows."""
     is_worse: bool
+    """Whether the whole interval is below 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutReport:
-    """A rollout so far, and what has to be done.
-
-    Attributes:
-        kind: How the candidate is tried.
-        champion: The version that serves.
-        candidate: The version that is tried.
-        num_pairs: Rows that both have answered.
-        agreement: Share of these with the same answer; None: not known.
-        num_counted: Rows of the candidate that count at the last look; 0: there was no look yet.
-        num_wanted: Rows of the candidate that have to count.
-        by_feedback: Whether these are rows with feedback.
-        differences: The figures at the last look.
-        verdict: What has to be done.
-        reasons: Why.
-    """
+    """A rollout so far, and what has to be done."""
 
     kind: RolloutKind
     champion: Arm
     candidate: Arm
     num_pairs: int
+    """Rows that both have answered."""
     agreement: float | None
+    """Share of these with the same answer; None: not known."""
     num_counted: int
+    """Rows of the candidate that count at the last look; 0: there was no look yet."""
     num_wanted: int
+    """Rows of the candidate that have to count."""
     by_feedback: bool
+    """Whether these are rows with feedback."""
     differences: tuple[ShareDifference, ...]
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -135,14 +116,10 @@ def last_look(num_rows: int, wanted: int) -> Look | None:
 def judge(
     rows: pd.DataFrame, feedback: pd.DataFrame, terms: RolloutTerms, *, champion: str, candidate: str
 ) -> RolloutReport:
-    """Judge a rollout.
+    """Judge a rollout of the version `candidate` while the version `champion` serves.
 
-    Args:
-        rows: The rows of the prediction log since it began, with those of the rollout.
-        feedback: As `read_feedback` returns it: columns id, time, label and is_right.
-        terms: How the candidate is tried.
-        champion: Number of the version that serves.
-        candidate: Number of the version that is tried.
+    `rows` are those of the prediction log since it began, with those of the rollout. `feedback` is as `read_feedback`
+    returns it, with the columns id, time, label and is_right.
     """
     rows = rows[rows["version"].isin([champion, candidate])].sort_values("time", kind="stable")
     of_shadow = rows["shadow_of"].notna()
@@ -153,12 +130,10 @@ def judge(
     judged = (pairs[pairs["said"].notna()] if pairs is not None else _judged(mine, said)).sort_values("said")
     by_feedback = not judged.empty
     look = last_look(len(judged) if by_feedback else len(mine), terms.num_rows)
-    differences: list[ShareDifference] = []
     if pairs is not None:
-        differences = _of_shadow(pairs, judged, terms)
+        differences, agree = _of_shadow(pairs, judged, terms), pairs["agree"].dropna()
     else:
-        differences = _of_canary(theirs, mine, _judged(theirs, said), judged, terms)
-    agree = pairs["agree"].dropna() if pairs is not None else pd.Series(dtype=bool)
+        differences, agree = _of_canary(theirs, mine, _judged(theirs, said), judged, terms), pd.Series(dtype=bool)
     verdict, reasons = _decide(differences, look, by_feedback, terms)
     return RolloutReport(
         kind=terms.kind, champion=_arm(champion, theirs, said), candidate=_arm(candidate, mine, said, judged),

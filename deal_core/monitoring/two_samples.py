@@ -40,18 +40,14 @@ INTERVAL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The difference of two samples.
-
-    Attributes:
-        effect: Its size; the function says in which unit.
-        p_value: Probability of at least this difference if both samples come from one distribution.
-        low: Lower end of the 95 % interval around the effect; None: not computed.
-        high: Upper end.
-    """
+    """The difference of two samples."""
 
     effect: float
+    """Its size; the function says in which unit."""
     p_value: float
+    """Probability of at least this difference if both samples come from one distribution."""
     low: float | None = None
+    """Lower end of the 95 % interval around the effect; None: not computed."""
     high: float | None = None
 
 

@@ -38,30 +38,24 @@ MIN_PROMPT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """A base model's sizes.
-
-    Attributes:
-        model_type: The config's model type.
-        parameters: Number of parameters by kind: "linear layers", "embeddings", "output layer", "norms and biases". An
-            output layer that is tied to the embeddings counts as embeddings.
-        num_layers: L; of an encoder-decoder, pairs of layers.
-        hidden_size: H.
-        attention_size: Number of heads times head size.
-        intermediate_size: Size of the MLP's hidden layer.
-        num_heads: Query heads.
-        vocab_size: V.
-        modules: (out features, in features) of every module that carries the adapter.
-    """
+    """A base model's sizes."""
 
     model_type: str
     parameters: Mapping[str, int]
+    """Number of parameters by kind: "linear layers", "embeddings", "output layer", "norms and biases". An output layer
+    that is tied to the embeddings counts as embeddings."""
     num_layers: int
+    """L; of an encoder-decoder, pairs of layers."""
     hidden_size: int
     attention_size: int
+    """Number of heads times head size."""
     intermediate_size: int
+    """Size of the MLP's hidden layer."""
     num_heads: int
+    """Query heads."""
     vocab_size: int
     modules: tuple[tuple[int, int], ...]
+    """(out features, in features) of every module that carries the adapter."""
 
     @property
     def num_parameters(self) -> int:
@@ -81,19 +75,15 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """The largest batch that goes through the model at once.
-
-    Attributes:
-        num_rows: B.
-        num_tokens: T of the longest row, including the answer.
-        num_answer_tokens: K of the longest answer.
-        scores_texts: Whether the texts count in the loss, so that nearly every token has logits.
-    """
+    """The largest batch that goes through the model at once."""
 
     num_rows: int
     num_tokens: int
+    """T of the longest row, including the answer."""
     num_answer_tokens: int
+    """K of the longest answer."""
     scores_texts: bool = False
+    """Whether the texts count in the loss, so that nearly every token has logits."""
 
     @property
     def num_scored_tokens(self) -> int:
@@ -103,17 +93,14 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSize:
-    """Bytes that autograd keeps of one batch until its backward pass.
-
-    Attributes:
-        layer: Bytes of each layer.
-        rest: Bytes outside the layers, mainly the answers' log-probabilities.
-        boundary: Bytes of a layer's input; gradient checkpointing keeps only these.
-    """
+    """Bytes that autograd keeps of one batch until its backward pass."""
 
     layer: int
+    """Bytes of each layer."""
     rest: int
+    """Bytes outside the layers, mainly the answers' log-probabilities."""
     boundary: int
+    """Bytes of a layer's input; gradient checkpointing keeps only these."""
 
     def kept(self, num_layers: int, *, checkpointing: bool) -> int:
         """All kept bytes. With checkpointing: every layer's input, and the activations of one layer."""
@@ -128,21 +115,18 @@ NO_ACTIVATIONS = ActivationSize(layer=0, rest=0, boundary=0)
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on the device at the peak of a training step.
-
-    Attributes:
-        weights: The frozen base model.
-        adapter: A, B and further tensors of the method.
-        optimiser: Gradients, and AdamW's two moments.
-        activations: Tensors that autograd keeps between the passes.
-        workspace: Memory of the largest operation of the backward pass or of the parent adapter's decomposition.
-    """
+    """Bytes on the device at the peak of a training step."""
 
     weights: int
+    """The frozen base model."""
     adapter: int
+    """A, B and further tensors of the method."""
     optimiser: int
+    """Gradients, and AdamW's two moments."""
     activations: int
+    """Tensors that autograd keeps between the passes."""
     workspace: int
+    """Memory of the largest operation of the backward pass or of the parent adapter's decomposition."""
 
     @property
     def certain(self) -> int:
@@ -157,19 +141,14 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodShape:
-    """The facts of a method that decide its memory.
-
-    Attributes:
-        rank: Rank of the adapter.
-        strategy: Name of the strategy. The further tensors of O-LoRA, ELLA, EWC and LwF are not counted.
-        method: Settings of the strategies.
-        is_first_task: Whether the run starts from the base. Then every strategy trains A and B.
-    """
+    """The facts of a method that decide its memory."""
 
     rank: int
     strategy: str
+    """Name of the strategy. The further tensors of O-LoRA, ELLA, EWC and LwF are not counted."""
     method: MethodConfig
     is_first_task: bool
+    """Whether the run starts from the base. Then every strategy trains A and B."""
 
 
 def plan_memory(
@@ -197,9 +176,7 @@ def plan_memory(
         arrival - kept,  # used before the first batch, so never together with the activations
     )
     weights = model.weight_bytes(precision, train.quantize)
-    return MemoryPlan(
-        weights=weights, adapter=adapter, optimiser=optimiser, activations=kept, workspace=workspace
-    )
+    return MemoryPlan(weights=weights, adapter=adapter, optimiser=optimiser, activations=kept, workspace=workspace)
 
 
 def _method_bytes(model: ModelSize, shape: MethodShape) -> tuple[int, int, int]:
@@ -290,17 +267,14 @@ MemoryOf = Callable[[TrainConfig, str], MemoryPlan]
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """A change, and the run's memory with it.
-
-    Attributes:
-        change: Keys and values in the form of a spec.
-        total_bytes: Total of the plan with the change.
-        fits: Whether the total is within the limit.
-    """
+    """A change, and the run's memory with it."""
 
     change: str
+    """Keys and values in the form of a spec."""
     total_bytes: int
+    """Total of the plan with the change."""
     fits: bool
+    """Whether the total is within the limit."""
 
 
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:

@@ -25,7 +25,7 @@ import pytest
 
 from deal_core.errors import ConfigError, StoreError
 from deal_core.evaluation.answering import InputRow
-from deal_core.monitoring.feedback import FEEDBACK_COLUMNS, read_entry
+from deal_core.monitoring.feedback import Feedback, read_entry
 from deal_core.monitoring.predictions import COLUMNS, ROLLOUT_COLUMNS, Prediction
 from infra import log_segments
 from infra.log_segments import SegmentWriter, get_table, read_log, ship
@@ -367,7 +367,7 @@ def test_feedback_is_taken_or_refused_as_a_whole(tmp_path: Path, store: FileStor
         )  # fmt: skip
         assert (taken.status_code, taken.json()) == (202, {"taken": 6})
     found = read_feedback(store, tmp_path, "l")
-    assert [*found.columns] == [*FEEDBACK_COLUMNS]
+    assert [*found.columns] == [each.name for each in fields(Feedback)]
     rows = {row.id: (row.label, row.is_right, row.is_random, row.reviewer) for row in found.itertuples()}
     assert rows == {
         right: ("a", True, True, None), wrong: ("b", False, False, "Jo"), thumb: (None, False, False, None),
