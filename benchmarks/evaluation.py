@@ -35,7 +35,7 @@ from deal_core.base_model.sources import DEFAULT_BASE, resolve_base
 from deal_core.config import AdapterConfig, EvaluateConfig, TrainConfig
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import answer_limit, generate_answers
+from deal_core.evaluation.generation import answer_inputs, answer_limit
 from deal_core.method_config import MethodConfig
 from deal_core.training.train import TrainingSetup, train_adapter
 from infra.settings import HomeSettings
@@ -101,9 +101,10 @@ def answer_as_evaluated(model: PeftModel, base: BaseModel, tasks: Sequence[Task]
     """Generate as an adaptation's evaluation does."""
     config, answers = EvaluateConfig(max_new_tokens=max_new_tokens), []
     for task, rows in tasks:
-        answers += generate_answers(
+        given = answer_inputs(
             model, base.tokenizer, task, rows["input"], config, max_prompt_tokens=MAX_PROMPT_TOKENS
         )
+        answers += [each.text for each in given]
     return answers
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -28,8 +30,7 @@ from deal_core.benchmark.answers import unpack_answers
 from deal_core.benchmark.suites import name_of
 from deal_core.benchmark.summary import CellJson, accuracy, departures, final_scores, method_name, read_cells
 from deal_core.config import TrainConfig, as_stored
-from deal_core.evaluation.label_scores import constrained_accuracy, ranking_auc
-from deal_core.evaluation.recentring import recentred_accuracy
+from deal_core.evaluation.recentring import Floats, recentred_accuracy
 
 CELLS = RESULTS / "development"
 CELL_FOLDERS = (RESULTS / "continual", CELLS)
@@ -37,6 +38,33 @@ JUDGED = ("yelp", "amazon", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo")
 FIGURES = ("greedy", "labels", "re-centred", "AUC")
 SHOWN = ("num_epochs", "min_steps", "learning_rate", "schedule", "balance_labels", "prompt_loss_weight")
 """Training settings that make a protocol."""
+
+
+def constrained_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
+    """Accuracy if only labels may be answered."""
+    return float((log_probs_NL.argmax(1) == targets_N).mean())
+
+
+def ranking_auc(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float | None:
+    """Area under the ROC curve, averaged over pairs of labels (Hand and Till, 2001); None with fewer than two labels.
+
+    For a pair, rows of both labels are ranked by the difference of the two log-probabilities.
+    """
+    present = np.unique(targets_N)
+    areas = []
+    for i, first in enumerate(present):
+        for second in present[i + 1 :]:
+            of_pair = (targets_N == first) | (targets_N == second)
+            scores = log_probs_NL[of_pair, second] - log_probs_NL[of_pair, first]
+            is_second = targets_N[of_pair] == second
+            areas.append(_area(np.sort(scores[~is_second]), scores[is_second]))
+    return float(np.mean(areas)) if areas else None
+
+
+def _area(lower_N: Floats, upper_M: Floats) -> float:
+    """Share of pairs in which the upper score is larger, ties as half; the lower scores are sorted."""
+    num_below = np.searchsorted(lower_N, upper_M, "left") + np.searchsorted(lower_N, upper_M, "right")
+    return float(num_below.mean() / (2 * len(lower_N)))
 
 
 def figures_of(cell: CellJson) -> dict[str, Any] | None:

@@ -56,12 +56,9 @@ def load_answerer(
 ) -> Answerer:
     """Load a version for answering: its base model, found by name and checked by digest, and the adapter.
 
-    Args:
-        folder: the folder with the PEFT files and `deal.json`.
-        cache_folder: folder of downloaded base models.
-        base_source: the base model's place on this machine; None: the place that the version names.
-        precision: precision of the base model's weights. In fp32 an answer does not depend on other rows of its batch.
-        version: the version's number; answers carry it.
+    `folder` has the PEFT files and `deal.json`. `base_source` is the base model's place on this machine; None: the
+    place that the version names. With `precision` fp32, an answer does not depend on other rows of its batch. Answers
+    carry `version`, the version's number.
 
     Raises:
         AdapterStateError: the folder cannot be served.
@@ -126,13 +123,10 @@ class Answerer:
         self, rows: Sequence[InputRow], is_given_up: Callable[[], bool] = lambda: False, *,
         by_candidate: bool = False, in_background: bool = False,
     ) -> Answered:
-        """Answer rows, all with the same version.
+        """Answer rows, all with the same version: with `by_candidate` the candidate.
 
-        Args:
-            rows: the rows to answer.
-            is_given_up: returns True once the caller has gone; the remaining rows are then not answered.
-            by_candidate: whether the candidate answers.
-            in_background: whether the rows wait for all others.
+        Once `is_given_up` returns True, the caller has gone, and the remaining rows are not answered. Rows
+        `in_background` wait for all others.
 
         Raises:
             ConfigError: a row does not fit the version; then no row is answered.
@@ -158,10 +152,7 @@ class Answerer:
     def swap(self, folder: Path, version: str, base: BaseModel | None = None) -> None:
         """Let another version answer from now on. Its files are read first; only then does answering pause.
 
-        Args:
-            folder: as for `load_answerer`.
-            version: as for `load_answerer`.
-            base: another base model for the adapter; None: the version uses the loaded one.
+        `folder` and `version` are those of `load_answerer`. Without `base`, the version uses the loaded base model.
 
         Raises:
             AdapterStateError: the folder cannot be served, or does not fit the base; the previous version stays.

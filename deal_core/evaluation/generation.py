@@ -114,27 +114,6 @@ class GivenAnswer(NamedTuple):
     """Whether the answer reached its longest length before its end."""
 
 
-def generate_answers(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
-) -> list[str]:
-    """Generate one greedy answer per input, in the inputs' order. The arguments are those of `answer_inputs`.
-
-    Example:
-        >>> generate_answers(model, tokenizer, task, ["Text: …"], EvaluateConfig(), max_prompt_tokens=512)
-    """
-    found = answer_inputs(
-        model, tokenizer, task, inputs, config, max_prompt_tokens=max_prompt_tokens, on_progress=on_progress
-    )
-    return [each.text for each in found]
-
-
 @torch.inference_mode()
 def answer_inputs(
     model: LanguageModel,
@@ -148,14 +127,8 @@ def answer_inputs(
 ) -> list[GivenAnswer]:
     """Generate one greedy answer per input with its confidence, in the inputs' order.
 
-    Args:
-        model: The base model, with or without an adapter.
-        tokenizer: The base model's tokenizer.
-        task: How an input becomes a prompt.
-        inputs: One per row.
-        config: Size of batches and length of answers.
-        max_prompt_tokens: A longer prompt loses the end of its text.
-        on_progress: Called with the number of rows just answered.
+    A prompt of more than `max_prompt_tokens` loses the end of its text. `on_progress` is called with the number of rows
+    just answered.
     """
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     found: dict[int, GivenAnswer] = {}
@@ -194,17 +167,11 @@ def generate(
     with_logits: bool = False,
     recorder: ConfidenceRecorder | None = None,
 ) -> Iterator[Generated]:
-    """Continue prompts greedily, in batches of similar length. A prefix that all prompts share is computed once.
+    """Continue prompts (token ids) greedily, in batches of similar length. A prefix that all share is computed once.
 
-    Args:
-        model: The model; it is in evaluation mode afterwards.
-        tokenizer: Source of the padding and end tokens.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Most tokens of an answer.
-        max_batch_tokens: Most tokens of a batch's prompts, padding included.
-        with_logits: Whether the logits are kept. They take 8·V bytes per new token of a batch (two fp32 copies), at
-            most MAX_LOGIT_BYTES.
-        recorder: Sees the scores of each new token. It holds those of the batch that was yielded last.
+    The prompts of a batch have at most `max_batch_tokens`, padding included. With `with_logits` the logits are kept:
+    they take 8·V bytes per new token of a batch (two fp32 copies), at most MAX_LOGIT_BYTES. `recorder` sees the scores
+    of each new token; it holds those of the batch that was yielded last. The model is in evaluation mode afterwards.
     """
     model.eval()
     prefix = read_prefix(model, prompts)
@@ -274,13 +241,8 @@ class Prefix(NamedTuple):
 
 def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Compute the prefix that all prompts share, such as a task's instruction and options."""
-    if model.config.is_encoder_decoder:
-        return Prefix(0, None)
-    shared = common_prefix(prompts)
-    if not shared:
-        return Prefix(0, None)
-    ids = torch.tensor([prompts[0][:shared]], device=device_of(model))
-    cache = read_cache(model, ids)
+    shared = 0 if model.config.is_encoder_decoder else common_prefix(prompts)
+    cache = read_cache(model, torch.tensor([prompts[0][:shared]], device=device_of(model))) if shared else None
     return Prefix(shared, cache) if can_be_continued(cache) else Prefix(0, None)
 
 
@@ -293,21 +255,18 @@ def _generate(
     with_logits: bool,
     recorder: ConfidenceRecorder | None,
 ) -> tuple[list[list[int]], Tensor | None]:
-    is_seq2seq = model.config.is_encoder_decoder
-    input_ids, mask = pad_batch(
-        [prompt[prefix.length :] for prompt in prompts],
-        int(tokenizer.pad_token_id or 0),
-        side="right" if is_seq2seq else "left",
-    )
+    is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
+    pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
+    input_ids, mask = pad_batch([prompt[prefix.length :] for prompt in prompts], pad, side=side)
     # an index tensor instead of generate's default number: see answer_logits
-    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device_of(model))}
+    more: dict[str, Any] = {} if is_seq2seq else {"logits_to_keep": torch.tensor([-1], device=device)}
     if prefix.cache is not None:
         shared = torch.tensor([prompts[0][: prefix.length]]).expand(len(prompts), -1)
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
         more["cache"] = prefix.repeated(len(prompts))
     output = cast(GenerationMixin, model).generate(
-        input_ids=input_ids.to(device_of(model)),
-        attention_mask=mask.to(device_of(model)),
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

@@ -1,4 +1,4 @@
-"""Log-probabilities of a task's labels, whatever the model would answer by itself, and figures that they give.
+"""Log-probabilities of a task's labels, whatever the model would answer by itself.
 
 Shapes: N rows, B rows of a batch, T tokens of the longest prompt, L labels, V vocabulary.
 """
@@ -8,12 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from deal_core.config import EvaluateConfig
 from deal_core.data.collate import can_be_continued, pad_batch
@@ -28,8 +25,6 @@ from deal_core.evaluation.generation import (
     device_of,
     read_prefix,
 )
-
-Floats = NDArray[np.float64]
 
 
 @torch.inference_mode()
@@ -47,10 +42,7 @@ def label_log_probs(
 
     The log-probability of a label is the sum over its tokens and the end token. So the labels' probabilities sum to
     less than 1 by what the model would answer outside the options. `on_progress` is called with the number of rows just
-    scored.
-
-    Returns:
-        Shape (N, L), fp32, on the CPU; the labels are in the schema's order.
+    scored. The result has shape (N, L), fp32, on the CPU; the labels are in the schema's order.
     """
     model.eval()
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
@@ -83,18 +75,19 @@ def _score_decoder(
         use_cache=True, logits_to_keep=torch.tensor([-1], device=device),
     )  # fmt: skip
     cache, first_BV = output.cache, output.logits[:, -1].float().log_softmax(-1)
+    can_be_cut = can_be_continued(cache)  # else every label extends a copy
     found = []
     for label in labels:
         score_B = first_BV[:, label[0]]
         if len(label) > 1:
             ids = torch.tensor([list(label[:-1])], device=device).expand(num_rows, -1)
-            extended = _to_extend(cache)
             logits_BKV = model(
                 input_ids=ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
-                position_ids=lengths_B1 + torch.arange(ids.shape[1], device=device), cache=extended, use_cache=True,
+                position_ids=lengths_B1 + torch.arange(ids.shape[1], device=device), use_cache=True,
+                cache=cache if can_be_cut else copy.deepcopy(cache),
             ).logits  # fmt: skip
             score_B = score_B + _chosen(logits_BKV, label[1:])
-            if extended is cache:
+            if can_be_cut:
                 cache.crop(-ids.shape[1])
         found.append(score_B)
     return torch.stack(found, 1).cpu()
@@ -117,39 +110,7 @@ def _score_seq2seq(
     return torch.stack(found, 1).cpu()
 
 
-def _to_extend(cache: Cache) -> Cache:
-    """The cache, if it can be cut back after it was extended; else a copy."""
-    return cache if can_be_continued(cache) else copy.deepcopy(cache)
-
-
 def _chosen(logits_BKV: Tensor, tokens: Sequence[int]) -> Tensor:
     """Sum of the tokens' log-probabilities, one per row."""
     index = torch.tensor(list(tokens), device=logits_BKV.device)[None, :, None].expand(len(logits_BKV), -1, 1)
     return logits_BKV.float().log_softmax(-1).gather(-1, index).sum((1, 2))
-
-
-def constrained_accuracy(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float:
-    """Accuracy if only labels may be answered."""
-    return float((log_probs_NL.argmax(1) == targets_N).mean())
-
-
-def ranking_auc(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> float | None:
-    """Area under the ROC curve, averaged over pairs of labels (Hand and Till, 2001); None with fewer than two labels.
-
-    For a pair, rows of both labels are ranked by the difference of the two log-probabilities.
-    """
-    present = np.unique(targets_N)
-    areas = []
-    for i, first in enumerate(present):
-        for second in present[i + 1 :]:
-            of_pair = (targets_N == first) | (targets_N == second)
-            scores = log_probs_NL[of_pair, second] - log_probs_NL[of_pair, first]
-            is_second = targets_N[of_pair] == second
-            areas.append(_area(np.sort(scores[~is_second]), scores[is_second]))
-    return float(np.mean(areas)) if areas else None
-
-
-def _area(lower_N: Floats, upper_M: Floats) -> float:
-    """Share of pairs in which the upper score is larger, ties as half; the lower scores are sorted."""
-    num_below = np.searchsorted(lower_N, upper_M, "left") + np.searchsorted(lower_N, upper_M, "right")
-    return float(num_below.mean() / (2 * len(lower_N)))

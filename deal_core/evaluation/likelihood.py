@@ -29,19 +29,16 @@ READS_OF_PREFERENCE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredAnswers:
-    """What a model makes of every row's answer; float64 on the CPU.
-
-    Attributes:
-        loss_N: -log of the answer's probability, summed over its tokens, in nats.
-        num_tokens_N: Tokens of the answer, the end token included.
-        num_hits_N: Answer tokens that are the likeliest ones.
-        gradient_N: Norm of the gradient of the summed loss with respect to the logits.
-    """
+    """What a model makes of every row's answer; float64 on the CPU."""
 
     loss_N: Tensor
+    """-log of the answer's probability, summed over its tokens, in nats."""
     num_tokens_N: Tensor
+    """Tokens of the answer, the end token included."""
     num_hits_N: Tensor
+    """Answer tokens that are the likeliest ones."""
     gradient_N: Tensor
+    """Norm of the gradient of the summed loss with respect to the logits."""
 
     @property
     def mean_loss(self) -> Tensor:
@@ -56,17 +53,14 @@ class MeasuredAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadBatch:
-    """What a model makes of every answer token of a batch; on the model's device.
-
-    Attributes:
-        rows: Numbers of the batch's rows.
-        labels_BK: The answers' tokens; IGNORED where there is none. The tokens of a row have their order.
-        logits_BKV: The model's logits, in fp32.
-    """
+    """What a model makes of every answer token of a batch; on the model's device."""
 
     rows: list[int]
+    """Numbers of the batch's rows."""
     labels_BK: Tensor
+    """The answers' tokens in their order; IGNORED where there is none."""
     logits_BKV: Tensor
+    """The model's logits, in fp32."""
 
     @cached_property
     def is_token(self) -> Tensor:
@@ -101,19 +95,11 @@ def measure(
     max_answer_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> MeasuredAnswers:
-    """Read every row once and measure its answer. Rows are tokenised, cut and padded as in training.
+    """Read every row (columns input and output) once and measure its answer. Rows are tokenised and cut as in training.
 
     The memory does not depend on the number of rows, except for four numbers a row. A row's figures depend on the
-    other rows by rounding only: the batches of a chunk are made of rows of similar length.
-
-    Args:
-        model: The base model, with or without an adapter.
-        tokenizer: The base model's tokenizer.
-        task: How a row becomes a prompt.
-        rows: The rows, columns input and output.
-        max_prompt_tokens: Limit of prompts.
-        max_answer_tokens: Limit of answers, the end token included.
-        on_progress: Called with the number of rows just read.
+    other rows by rounding only: the batches of a chunk are made of rows of similar length. `max_answer_tokens` includes
+    the end token. `on_progress` is called with the number of rows just read.
     """
     found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for read in read_answers(
@@ -155,9 +141,8 @@ def read_answers(
         max_rows = max(1, MAX_LOGIT_BYTES // (12 * longest * model.config.vocab_size))
         lengths = [row["length"] for row in encoded]
         for batch in batches_by_length(lengths, EvaluateConfig().max_batch_tokens, max_rows):
-            features = {
-                name: value.to(device_of(model)) for name, value in collate([encoded[i] for i in batch]).items()
-            }
+            collated = collate([encoded[i] for i in batch])
+            features = {name: value.to(device_of(model)) for name, value in collated.items()}
             yield ReadBatch(
                 rows=[start + i for i in batch], labels_BK=features["labels"],
                 logits_BKV=answer_logits(model, features).float(),
@@ -179,10 +164,7 @@ def token_probabilities(
 ) -> list[float]:
     """Return exp(−L) for every row, L the mean negative log-likelihood of the reference's tokens and its end token.
 
-    A reference beyond `config.max_new_tokens` is cut.
-
-    Returns:
-        The geometric means of the tokens' probabilities, 0 to 1, in the rows' order.
+    This is the geometric mean of the tokens' probabilities, 0 to 1. A reference beyond `config.max_new_tokens` is cut.
     """
     rows = Dataset.from_dict({"input": list(inputs), "output": list(references)})
     found = measure(

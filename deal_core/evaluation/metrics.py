@@ -55,13 +55,10 @@ class AccuracyMatrix(VersionedJson):
     def with_row(
         self, task: str, accuracies: Mapping[str, float], *, base_accuracy: float | None, parent_accuracy: float | None
     ) -> AccuracyMatrix:
-        """A new matrix with one more version, trained on `task`.
+        """A new matrix with one more version, trained on `task`, which is new to the lineage or not.
 
-        Args:
-            task: the task just learned, new to the lineage or not.
-            accuracies: the new version's accuracy on every task so far, including `task`.
-            base_accuracy: the untouched base model's accuracy on a new task.
-            parent_accuracy: the parent's accuracy on a new task before training.
+        `accuracies` are the new version's on every task so far, including `task`. On a new task, `base_accuracy` is the
+        untouched base model's, and `parent_accuracy` the parent's before training.
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
@@ -104,10 +101,8 @@ class AccuracyMatrix(VersionedJson):
     @property
     def average_accuracy(self) -> float | None:
         """AA = mean_i R[T][i]; None before the first version."""
-        if not self.rows:
-            return None
-        last = zip(self.tasks, self.rows[-1], strict=True)
-        return mean_of_all(value for name, value in last if name not in self.slices)
+        last = self.rows[-1] if self.rows else ()
+        return mean_of_all(value for name, value in zip(self.tasks, last, strict=False) if name not in self.slices)
 
     @property
     def forgetting_by_task(self) -> dict[str, float]:
@@ -116,10 +111,7 @@ class AccuracyMatrix(VersionedJson):
         The maximum starts at the first version trained on the task. Versions that were not evaluated on the task do not
         count. A negative value is a gain. The dict is empty with one task.
         """
-        return {
-            task: max(row[column] or 0.0 for row in self.rows[first : self._last]) - self._known(-1, column)
-            for task, column, first in self._old_tasks()
-        }
+        return {task: self._best(column, first) - self._known(-1, column) for task, column, first in self._old_tasks()}
 
     @property
     def forgetting(self) -> float | None:
@@ -134,8 +126,7 @@ class AccuracyMatrix(VersionedJson):
         """
         shares: list[float | None] = []
         for task, column, first in self._old_tasks():
-            best = max(row[column] or 0.0 for row in self.rows[first : self._last])
-            span = best - (self.base[column] or 0.0)
+            span = self._best(column, first) - (self.base[column] or 0.0)
             shares.append(self.forgetting_by_task[task] / span if span > 0 else None)
         return mean_of_all(shares)
 
@@ -158,10 +149,6 @@ class AccuracyMatrix(VersionedJson):
                 gains.append(None if before is None or untouched is None else before - untouched)
         return mean_of_all(gains)
 
-    @property
-    def _last(self) -> int:
-        return len(self.rows) - 1
-
     def first_versions(self) -> list[int]:
         """Return the number of the first version that was trained on each column's task."""
         return [self.trained.index(self.slices.get(task, task)) for task in self.tasks]
@@ -170,11 +157,13 @@ class AccuracyMatrix(VersionedJson):
         """Task, column and first version of every task learned before the last version; empty with a single task."""
         if len(self.tasks) - len(self.slices) < 2:
             return []
-        return [
-            (self.tasks[column], column, first)
-            for column, first in enumerate(self.first_versions())
-            if first < self._last and self.tasks[column] not in self.slices
-        ]
+        columns = enumerate(zip(self.tasks, self.first_versions(), strict=True))
+        last = len(self.rows) - 1
+        return [(task, column, first) for column, (task, first) in columns if first < last and task not in self.slices]
+
+    def _best(self, column: int, first: int) -> float:
+        """The best accuracy of a column from a version on, without the last version."""
+        return max(row[column] or 0.0 for row in self.rows[first:-1])
 
     def _known(self, version: int, column: int) -> float:
         value = self.rows[version][column]
@@ -214,11 +203,7 @@ def paired_interval(
 ) -> PairedInterval:
     """Bootstrap the mean of first − second, drawing pairs, and give the 2.5 and 97.5 percentiles.
 
-    Args:
-        first: one value per unit (a row's score, a step's time).
-        second: the rival's values for the same units, in the same order.
-        num_resamples: bootstrap samples.
-        seed: seed of the random draws.
+    Both samples have one value per unit (a row's score, a step's time), in the same order.
 
     Raises:
         ValueError: the samples are empty or of different length.

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import Confidence, GivenAnswer, LanguageModel, OnProgress, answer_inputs
-from deal_core.evaluation.label_scores import Floats, label_log_probs
+from deal_core.evaluation.label_scores import label_log_probs
+
+Floats = NDArray[np.float64]
 
 NUM_ROUNDS = 200
 """Rounds of the fixed point that finds the offsets; it settles within some dozens."""

@@ -27,29 +27,24 @@ from deal_core.evaluation.likelihood import preferred, token_probabilities
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluation:
-    """One model's answers to a task's test rows.
-
-    Attributes:
-        task: Name of the task.
-        accuracy: Mean score by the task's metric, 0 to 1. With the metric "exact": the share of right answers.
-        rouge1: Mean unigram F1 of answer and reference, the best one if a row has several.
-        num_rows: Test rows.
-        majority_rate: Score of always giving the most common reference; None for measured metrics, which ask nothing.
-        answers: The generated answers, in the rows' order; with a measured metric, the scores as texts.
-        outcomes: Each row's score, 0 to 1, in the rows' order.
-        labels: How each label is answered; empty for an open task, and for measured metrics.
-        confidences: How sure the model was of each answer, in the rows' order; empty for measured metrics.
-    """
+    """One model's answers to a task's test rows."""
 
     task: str
     accuracy: float
+    """Mean score by the task's metric, 0 to 1. With the metric "exact": the share of right answers."""
     rouge1: float
+    """Mean unigram F1 of answer and reference, the best one if a row has several."""
     num_rows: int
     majority_rate: float | None
+    """Score of always giving the most common reference; None for measured metrics, which ask nothing."""
     answers: tuple[str, ...]
+    """The generated answers, in the rows' order; with a measured metric, the scores as texts."""
     outcomes: tuple[float, ...]
+    """Each row's score, 0 to 1, in the rows' order."""
     labels: tuple[LabelFigures, ...]
+    """How each label is answered; empty for an open task, and for measured metrics."""
     confidences: tuple[Confidence, ...] = ()
+    """How sure the model was of each answer, in the rows' order; empty for measured metrics."""
 
 
 def evaluate_task(

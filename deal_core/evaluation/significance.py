@@ -13,19 +13,16 @@ SAME = 1e-9
 
 @dataclass(frozen=True)
 class PairedDrop:
-    """The differences before − after of `num_rows` rows' scores, each from 0 to 1.
-
-    Attributes:
-        num_rows: n, rows that both versions answered.
-        total: Σd, sum of the differences.
-        squares: Σd².
-        num_changed: m, rows whose score changed.
-    """
+    """The differences before − after of `num_rows` rows' scores, each from 0 to 1."""
 
     num_rows: int
+    """n, rows that both versions answered."""
     total: float
+    """Σd, sum of the differences."""
     squares: float
+    """Σd²."""
     num_changed: int
+    """m, rows whose score changed."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> PairedDrop:

@@ -20,7 +20,7 @@ from deal_core.errors import AdapterStateError, ConfigError
 from deal_core.evaluation import recentring
 from deal_core.evaluation.answerer import MAX_ROWS_CPU, Answerer, GivenUpError, load_answerer
 from deal_core.evaluation.answering import SERVED_FILE, InputRow, ServedVersion
-from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs, generate_answers
+from deal_core.evaluation.generation import Confidence, GivenAnswer, answer_inputs
 
 TEXTS = [f"message {number} about the sea {'and more ' * (number % 4)}" for number in range(MAX_ROWS_CPU)]
 WAIT_SECONDS = 60
@@ -81,10 +81,10 @@ def test_answers_are_those_of_the_task_that_a_row_names(
 
     def alone(text: str, number: int) -> str:
         known = served_version.tasks[number]
-        return generate_answers(
+        return answer_inputs(
             answerer._model, base.tokenizer, known.schema, [text],
             EvaluateConfig(max_new_tokens=known.max_new_tokens), max_prompt_tokens=known.max_prompt_tokens,
-        )[0]  # fmt: skip
+        )[0].text  # fmt: skip
 
     assert answerer.answer(rows) == [alone("the sea", 1), alone(chat, 0), alone("the moss", 1)]
     assert answerer.answer([]) == []

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from benchmarks.protocol import ranking_auc
 from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.label_scores import label_log_probs, ranking_auc
+from deal_core.evaluation.label_scores import label_log_probs
 
 TASK = TaskSchema(name="shades", labels=("red", "dark green", "a very light blue"), instruction="Which shade is it?")
 TEXTS = ["rose", "grass and moss in the rain", "sky", "the sea on a day without wind", "ice"]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
+from benchmarks.protocol import constrained_accuracy, ranking_auc
 from deal_core.config import EvaluateConfig
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import answer_inputs
-from deal_core.evaluation.label_scores import constrained_accuracy, label_log_probs, ranking_auc
+from deal_core.evaluation.label_scores import label_log_probs
 from deal_core.evaluation.recentring import (
     PRIOR_ROWS,
     answer_task,

@@ -14,7 +14,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import MIN_PREFIX, encode_rows
 from deal_core.data.prompts import encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, generate_answers, read_prefix
+from deal_core.evaluation.generation import answer_inputs, first_answer_logits, generate, read_prefix
 from deal_core.evaluation.likelihood import token_probabilities
 from deal_core.evaluation.score import count_too_long, evaluate_task
 from tests.unit.deal_core.conftest import train_into
@@ -48,9 +48,10 @@ def test_batches_give_the_answers_of_single_rows_in_order(max_batch_tokens, base
     seen: list[int] = []
     with adapter_on(base.model, folder) as model:
         expected = [one_by_one(model, base.tokenizer, open_task, text)[0] for text in inputs]
-        found = generate_answers(
+        given = answer_inputs(
             model, base.tokenizer, open_task, inputs, config, max_prompt_tokens=64, on_progress=seen.append
         )
+    found = [each.text for each in given]
     assert found == expected
     assert len(set(found)) > 1
     assert sum(seen) == 12 and (len(seen) > 1) == (max_batch_tokens < 4096)
@@ -102,7 +103,7 @@ def test_what_all_prompts_begin_with_is_read_once(base, task, rows, monkeypatch)
     hook = base.model.register_forward_pre_hook(
         lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
     )
-    answers = generate_answers(base.model, base.tokenizer, task, inputs, ONE_TOKEN, max_prompt_tokens=64)
+    answers = answer_inputs(base.model, base.tokenizer, task, inputs, ONE_TOKEN, max_prompt_tokens=64)
     hook.remove()
     longest = max(map(len, prompts))
     assert seen == [shared, 12 * (longest - shared)] and len(answers) == 12
@@ -136,10 +137,10 @@ def test_an_answer_ends_with_the_longest_label_or_the_limit(base, task, rows):
     tokens = base.tokenizer
 
     def longest(for_task: TaskSchema, limit: int) -> int:
-        answers = generate_answers(
+        answers = answer_inputs(
             base.model, tokens, for_task, inputs, EvaluateConfig(max_new_tokens=limit), max_prompt_tokens=64
         )
-        return max(len(tokens(a, add_special_tokens=False)["input_ids"]) for a in answers)
+        return max(len(tokens(a.text, add_special_tokens=False)["input_ids"]) for a in answers)
 
     free = TaskSchema(name="open", instruction=task.instruction)
     label_tokens = max(len(tokens(" " + label, add_special_tokens=False)["input_ids"]) for label in task.labels)
@@ -156,11 +157,11 @@ def test_no_rows_score_nothing(base, task):
 def test_first_answer_logits_start_the_answer(base, task, folder):
     with adapter_on(base.model, folder) as model:
         logits = first_answer_logits(model, base.tokenizer, task, "about the sea", max_prompt_tokens=64)
-        answer = generate_answers(
+        (answer,) = answer_inputs(
             model, base.tokenizer, task, ["about the sea"], EvaluateConfig(), max_prompt_tokens=64
-        )[0]
+        )
     first = base.tokenizer.decode([int(logits.argmax())]).strip()
-    assert logits.shape == (base.model.config.vocab_size,) and answer.startswith(first)
+    assert logits.shape == (base.model.config.vocab_size,) and answer.text.startswith(first)
 
 
 def test_padding_does_not_change_a_rows_loss(base, task, rows):

@@ -9,7 +9,7 @@ from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import AnswerCollator, answer_logits, encode_rows
 from deal_core.evaluation import likelihood as module
-from deal_core.evaluation.generation import generate_answers
+from deal_core.evaluation.generation import answer_inputs
 from deal_core.evaluation.likelihood import measure
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import score_class
@@ -48,13 +48,13 @@ def test_errors_are_the_rows_that_a_generated_answer_gets_wrong(base, half_learn
     config = SelectionConfig(keep=0.5, score="errors")
     with adapter_on(base.model, half_learned) as model:
         measured = measure(model, base.tokenizer, task, data, **LIMITS)
-        answers = generate_answers(
+        given = answer_inputs(
             model, base.tokenizer, task, data["input"], EvaluateConfig(), max_prompt_tokens=64
         )
     score = score_class("errors")().score(
         Candidates(rows=data, task=task, measured=measured, config=config, seed=0)
     )
-    is_wrong = [answer != label for answer, label in zip(answers, data["output"], strict=True)]
+    is_wrong = [answer.text != label for answer, label in zip(given, data["output"], strict=True)]
     assert 0 < sum(is_wrong) < 60, "the parent answers some rows rightly and some wrongly"
     # a wrong row scores above 1, a right one at most 1
     disagreeing = [row for row, wrong in enumerate(is_wrong) if wrong != (float(score[row]) > 1)]
