@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from deal_core.data.reading.parquet_rows import open_parquet
 from deal_core.data.reading.readers import file_kind, read_rows
+from deal_core.data.rows import json_text
 from deal_core.errors import ConfigError, DataValidationError
 from deal_core.regular_file import complete_file
 
@@ -150,7 +151,7 @@ class AnswerFiles:
         added = [{self.names[name]: values.get(name) for name in OWN_COLUMNS} for values in own]
         if output_kind(self.output) == "jsonl":
             both = (_plain({**row, **more}) for row, more in zip(rows, added, strict=True))
-            lines = (json.dumps(each, ensure_ascii=False, default=_cell, allow_nan=False) + "\n" for each in both)
+            lines = (json.dumps(each, ensure_ascii=False, default=json_text, allow_nan=False) + "\n" for each in both)
             _write(path, "".join(lines))
         else:
             with complete_file(path) as part:
@@ -234,8 +235,8 @@ def _text(value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False, default=_cell)
+        return json_text(value)
+    text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False, default=json_text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -246,10 +247,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _cell(value: object) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _write(path: Path, text: str) -> None:

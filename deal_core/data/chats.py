@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +31,6 @@ _MAY_FOLLOW = {
     "tool": ("assistant", "tool"),
 }
 """The roles before a role; "": the chat begins."""
-_PLAIN_TURNS = ["user", "assistant"] * 8
 _CALL = '{"function": {"name": …, "arguments": …}}'
 
 
@@ -110,12 +110,9 @@ def earlier_turns(stored: str) -> list[Row]:
     if '"role": "assistant"' not in stored:
         return []
     messages: list[Message] = json.loads(stored)
-    places = [
-        place
-        for place, message in enumerate(messages)
-        if message["role"] == "assistant" and "tool_calls" not in message
-    ]  # fmt: skip
-    return [chat_row(messages[: place + 1]) for place in places[-MAX_EARLIER_TURNS:]]
+    is_answer = [message["role"] == "assistant" and "tool_calls" not in message for message in messages]
+    ends = [end for end, found in enumerate(is_answer, 1) if found]
+    return [chat_row(messages[:end]) for end in ends[-MAX_EARLIER_TURNS:]]
 
 
 def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -129,10 +126,8 @@ def normal_chat(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 def _from_json(value: object) -> object:
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
-        except (ValueError, RecursionError):
-            pass
     return value
 
 
@@ -152,8 +147,6 @@ def _role_and_content(message: Mapping[str, Any]) -> Message:
 
 
 def _are_in_order(roles: list[str]) -> bool:
-    if roles == _PLAIN_TURNS[: len(roles)]:  # most chats
-        return roles[-1:] == ["assistant"]
     pairs = pairwise(["", *roles])
     return roles[-1:] == ["assistant"] and all(before in _MAY_FOLLOW.get(role, ()) for before, role in pairs)
 

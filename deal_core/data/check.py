@@ -20,16 +20,7 @@ from deal_core.data.chats import (
     split_answers,
 )
 from deal_core.data.columns import Columns
-from deal_core.data.rows import (
-    Problem,
-    RawRow,
-    Reason,
-    Row,
-    message_parts,
-    normal_line_ends,
-    row_digest,
-    row_digests,
-)
+from deal_core.data.rows import Problem, RawRow, Reason, Row, message_parts, normal_line_ends, row_digest, row_digests
 from deal_core.data.schema import Format, Split, TaskSchema, label_key
 from deal_core.safe_text import shorten
 
@@ -133,7 +124,6 @@ class RowChecker:
         return list(dict.fromkeys(self._answer(each, column, problems) for each in listed))
 
     def _answer(self, listed: str, column: str, problems: list[Problem]) -> str:
-        """One of several right answers."""
         text = _as_text(listed, column, problems)
         return "" if text is None else self._of_right_length(text, column, problems)
 
@@ -221,7 +211,8 @@ class RowChecker:
             return _NO_ROW
         cell = values[wanted[0]] if len(wanted) == 1 else _joined([values[column] for column in wanted])
         cell, answers = split_answers(cell)
-        messages = parse_messages(cell, self._cell_of(values, "tools"))
+        names = self._columns.names
+        messages = parse_messages(cell, values.get(names["tools"]) if "tools" in names else None)
         if isinstance(messages, Problem):
             problems.append(messages)
             return _NO_ROW
@@ -233,10 +224,6 @@ class RowChecker:
             self._of_right_length("".join(texts), column, problems)
         others = [self._answer(each, f"a right answer in {column}", problems) for each in answers[1:]]
         return _NO_ROW if problems else chat_row(messages, others)
-
-    def _cell_of(self, values: Mapping[str, Any], name: str) -> Any:
-        """A cell of an optional column; None if there is none."""
-        return values.get(self._columns.names[name]) if name in self._columns.names else None
 
 
 def list_of_answers(cell: object) -> Sequence[str] | None:
@@ -264,9 +251,9 @@ def too_many_labels(file: str, labels: Collection[str], most: int) -> str:
     """Why a file with so many labels is refused."""
     some = ", ".join(repr(shorten(label, 30)) for label in sorted(labels)[:5])
     return (
-        f"{file} has more than {most} different labels{f', such as {some}' if some else ''}; "
-        "list the right ones in task.labels, "
-        "or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers are free text."
+        f"{file} has more than {most} different labels{f', such as {some}' if some else ''}; list the right ones in "
+        "task.labels, or set task.format to completion and task.columns to {prompt: …, completion: …} if the answers "
+        "are free text."
     )
 
 

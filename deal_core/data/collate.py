@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
@@ -60,13 +61,9 @@ def encode_rows(
     max_answer_tokens: int,
 ) -> Dataset:
     """Tokenise rows of (input, output) into columns prompt_ids, answer_ids, length and is_prompt_cut."""
-
-    def encode(row: Mapping[str, str]) -> dict[str, Any]:
-        return encode_row(
-            row, tokenizer, task, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens
-        )
-
-    return rows.map(encode, remove_columns=rows.column_names)
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_answer_tokens": max_answer_tokens}
+    how = {"tokenizer": tokenizer, "task": task, **limits}
+    return rows.map(encode_row, fn_kwargs=how, remove_columns=rows.column_names)
 
 
 def encode_row(
@@ -100,8 +97,7 @@ def add_blank_row(encoded: Dataset) -> Dataset:
 def add_text_spans(encoded: Dataset) -> Dataset:
     """Add the columns text_start and text_end: which tokens of a prompt are neither its task's first nor last ones.
 
-    Args:
-        encoded: Rows of one task, with a column prompt_ids.
+    `encoded` has rows of one task, with a column prompt_ids.
     """
     prompts = encoded["prompt_ids"]
     lengths = [len(prompt) for prompt in prompts]
@@ -167,7 +163,6 @@ class AnswerCollator:
     """Source of the padding token."""
     _: KW_ONLY
     is_seq2seq: bool
-    """Whether the model is an encoder-decoder."""
     shares_prefix: bool = False
     """Whether the first tokens that all prompts of a batch share are given once, as `prefix_ids`. The other tensors
     then hold only what follows, but the mask counts the prefix."""
@@ -252,14 +247,7 @@ def answer_collator(
     """Return the collator that pads rows to a batch for this model.
 
     On a CPU, a prefix that rows share is computed once. An accelerator reads whole rows: one more pass over a few
-    tokens would cost more than it saves.
-
-    Args:
-        model: The base model, with or without an adapter.
-        tokenizer: Source of the padding token.
-        is_recomputed: Whether activations are recomputed, so that no cache is between prefix and texts.
-        scores_texts: See AnswerCollator.
-        masks_answers: See AnswerCollator.
+    tokens would cost more than it saves. If activations are recomputed (`is_recomputed`), there is no cache to share.
     """
     is_seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     can_share = not is_seq2seq and not is_recomputed and next(model.parameters()).device.type == "cpu"
@@ -318,20 +306,11 @@ def answer_and_text_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tupl
 
 
 def _summed_loss(logits_BKV: Tensor, labels_BK: Tensor) -> Tensor:
-    return cross_entropy(
-        logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return cross_entropy(logits_BKV.flatten(0, 1).float(), labels_BK.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], value: int, *, side: str) -> tuple[Tensor, Tensor]:
     """Pad token lists to one length; return the tokens and the mask of real tokens, both B×T."""
-    tokens = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(s, dtype=torch.long) for s in sequences],
-        batch_first=True,
-        padding_value=value,
-        padding_side=side,
-    )
-    mask = torch.nn.utils.rnn.pad_sequence(
-        [torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True, padding_side=side
-    )
-    return tokens, mask
+    rows = [torch.tensor(tokens, dtype=torch.long) for tokens in sequences]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    return pad(rows, padding_value=value), pad([torch.ones_like(row) for row in rows])

@@ -27,8 +27,6 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {
 """Possible names of a column; case and outer blanks do not count. The first wins; of the others a file may have one."""
 CONTEXTS: dict[str, tuple[str, ...]] = {"instruction": ("input", "context"), "question": ("context",)}
 """A prompt's column → columns whose text belongs under the prompt, as in Alpaca and Dolly files."""
-
-
 SPLITTING = ("split", "is_random")
 """Columns that say which rows are test rows: by name, and as the rows that were drawn at random."""
 
@@ -67,12 +65,8 @@ def resolve_columns(
 ) -> Columns:
     """Find the task's columns in a file. Format "auto" becomes the format whose columns the file has.
 
-    Args:
-        file_columns: The file's column names, with repetitions.
-        task: The task.
-        source: Name of the file, for the message.
-        include_texts: Whether the message may quote unknown column names. They can be texts of a row: in a CSV without
-            a header, or as keys in JSON lines.
+    `file_columns` are the file's column names, with repetitions. With `include_texts`, the message of an error may
+    quote unknown names. They can be texts of a row: in a CSV without a header, or as keys in JSON lines.
 
     Raises:
         DataValidationError: A column or the format is missing or ambiguous.
@@ -107,10 +101,6 @@ def find_input(file_columns: Sequence[str], task: TaskSchema, source: str, colum
 
     Raises:
         DataValidationError: The column is missing or ambiguous.
-
-    Example:
-        >>> find_input(["id", "Body"], TaskSchema(name="t"), "t.csv").names
-        {'text': 'Body'}
     """
     kind = task.format
     assert kind != "auto", "a task that was learned has a format"

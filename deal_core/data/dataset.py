@@ -72,7 +72,7 @@ class Landing:
     """The files of one arrival, and the settings of their checks."""
 
     source: Path
-    """The landed file, see `read_rows`."""
+    """The landed file, see `read_batches`."""
     task: TaskSchema
     """The task; its format may be "auto", and a labelled task without labels gets the labels of the file."""
     config: DataConfig
@@ -100,10 +100,6 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
     Raises:
         ArrivalRefusedError: There are too many bad rows, no training row or no test row; quarantine.jsonl is written.
         DataValidationError: The file cannot be read to its end.
-
-    Example:
-        >>> landing = Landing(source=Path("tickets.csv"), task=TaskSchema(name="tickets"), config=DataConfig())
-        >>> build_dataset(landing, Path("out")).num_train
     """
     reader = ArrivalReader(landing)
     with DatasetFiles(folder, reader.task) as files:
@@ -118,9 +114,7 @@ def build_dataset(landing: Landing, folder: Path) -> DatasetManifest:
 def validate_file(landing: Landing, on_rows: Callable[[Sequence[Row]], None] | None = None) -> ValidationReport:
     """Only the checks of `build_dataset`: nothing is written, and a refusal is reported instead of raised.
 
-    Args:
-        landing: The files and their checks.
-        on_rows: Called with the good training rows, a part at a time.
+    `on_rows` is called with the good training rows, a part at a time.
 
     Raises:
         DataValidationError: The file cannot be read to its end.

@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deal_core.data.rows import BadRow, Row
+from deal_core.data.rows import BadRow, Row, json_text
 from deal_core.data.schema import DatasetManifest, Split, TaskSchema, stored_columns
 from deal_core.regular_file import complete_file
 
@@ -31,15 +31,13 @@ class DatasetFiles:
         self._folder = folder
         for name in ("manifest.json", "train.parquet", "test.parquet"):
             (folder / name).unlink(missing_ok=True)
-        splits: tuple[Split, Split] = ("train", "test")
-        self._tables = {
-            split: _RowWriter(folder / f"{split}.parquet.part", stored_columns(task, split)) for split in splits
+        self._tables: dict[Split, _RowWriter] = {
+            "train": _RowWriter(folder / "train.parquet.part", stored_columns(task, "train")),
+            "test": _RowWriter(folder / "test.parquet.part", stored_columns(task, "test")),
         }
         self.quarantine_path = folder / "quarantine.jsonl"
         # A lone surrogate (a byte that was not UTF-8) becomes its JSON escape.
-        self._quarantine: TextIO = self.quarantine_path.open(
-            "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        )
+        self._quarantine = self.quarantine_path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +58,7 @@ class DatasetFiles:
         entry = {"file": bad.file, "row": bad.row, "line": bad.line, **first._asdict()}
         if more:
             entry["more"] = [problem._asdict() for problem in more]
-        self._quarantine.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=_as_json) + "\n")
+        self._quarantine.write(json.dumps({**entry, "raw": raw}, ensure_ascii=False, default=json_text) + "\n")
 
     def publish(self, manifest: DatasetManifest) -> None:
         """Move the finished files to their final names."""
@@ -107,7 +105,3 @@ class _RowWriter:
         table = pa.table({name: cells[name] for name in self._schema.names}, schema=self._schema)
         self._writer.write_table(table, row_group_size=_GROUP_ROWS)
         self._waiting, self._num_chars = [], 0
-
-
-def _as_json(value: object) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -16,13 +16,8 @@ class BucketSampler(Sampler[int]):
     The order depends only on seed and epoch, so a resumed run sees the same order. transformers' LengthGroupedSampler
     draws from the global generator and does not have this property.
 
-    Args:
-        lengths: Tokens of every row.
-        batch_size: Rows of a batch.
-        seed: Decides the order.
-        group_by_length: Whether to sort by length.
-        labels: Every row's label; every batch then holds the labels in their shares. None: labels do not count.
-        blank: The row that fills up the last batch; None: the last batch may be smaller.
+    `lengths` has every row's number of tokens. With `labels`, the rows' labels, every batch holds the labels in their
+    shares. The row `blank` fills up the last batch; None: the last batch may be smaller.
     """
 
     def __init__(
@@ -44,7 +39,7 @@ class BucketSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
+        """Choose the epoch of the next iteration; accelerate calls it."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -48,10 +48,7 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
     chat template; its text is the content of the last message before the answer. With the task's `prompt: chat`, the
     prompt of a labelled task or of a completion is the one message of a chat, without the line "Answer:".
 
-    Args:
-        task: The task; its format must not be "auto".
-        input: The row's stored input.
-        tokenizer: The base model's tokenizer; only a chat template needs one.
+    `input` is as stored, and the task's format must not be "auto". Only a chat template needs the tokenizer.
 
     Raises:
         ConfigError: The tokenizer has no chat template, and the task needs one.

@@ -45,11 +45,9 @@ def near_duplicates(texts: Sequence[str]) -> dict[int, int]:
 
 
 def copies_warning(texts: Sequence[str], name_of: Callable[[int], str]) -> str | None:
-    """Return a warning about near duplicates with a few of them; None if there are none.
+    """Return a warning about near duplicates among the rows' inputs, with a few of them; None if there are none.
 
-    Args:
-        texts: The inputs of the rows.
-        name_of: Names a row, given its number.
+    `name_of` names a row, given its number.
     """
     found = near_duplicates(texts)
     if not found:
@@ -64,8 +62,7 @@ def copies_warning(texts: Sequence[str], name_of: Callable[[int], str]) -> str |
 def balance_warning(counts: Mapping[str, int]) -> str | None:
     """Return a warning if labels have no rows, or far fewer than the commonest label; None if there is no such label.
 
-    Args:
-        counts: Training rows of every label of the task.
+    `counts` has the training rows of every label of the task.
     """
     most = max(counts.values(), default=0)
     rare = sorted((count, label) for label, count in counts.items() if count * MAX_RATIO <= most)

@@ -99,6 +99,11 @@ def normal_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n")
 
 
+def json_text(value: object) -> str:
+    """A cell that JSON cannot hold, such as a date, as text: the `default` of `json.dumps`."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
 _quote = json.JSONEncoder(ensure_ascii=False).encode
 
 

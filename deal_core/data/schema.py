@@ -9,10 +9,10 @@ import string
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from deal_core.config import FORBID_UNKNOWN, check_metric
 from deal_core.errors import ConfigError, DataValidationError
@@ -259,7 +259,6 @@ class DatasetManifest(VersionedJson):
     sha256: str
     """Digest of the task's name and the rows with their split; order, file format and file name do not count."""
     source: str
-    """Name of the file that landed."""
     num_read: int
     num_train: int
     num_test: int
@@ -276,10 +275,6 @@ class DatasetManifest(VersionedJson):
     landed_sha256: str | None = None
     """Digest of the task's name and the good rows with the user's split, if any. Unlike `sha256`, it does not depend on
     the lineage's frozen test rows. None in older manifests."""
-    num_turns: int = 0
+    num_turns: Annotated[int, Field(exclude_if=lambda number: number == 0)] = 0
     """Training rows that are earlier turns of chats. num_read counts a chat once."""
     schema_version: int = SCHEMA_VERSION
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name != "num_turns" or value}

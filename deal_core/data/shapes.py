@@ -27,10 +27,6 @@ def recognise(path: Path, task: TaskSchema, *, include_texts: bool = False) -> C
 
     Raises:
         DataValidationError: The file cannot be read, or has no shape that can be learned.
-
-    Example:
-        >>> recognise(Path("alpaca.json"), TaskSchema(name="t", format="auto")).shape  # doctest: +SKIP
-        'Alpaca rows (instruction with input under it, output)'
     """
     look = known = look_at(path)
     if not look.columns and file_kind(path) == "jsonl":

@@ -62,9 +62,7 @@ def sha256_of_input(path: Path) -> str:
 def open_text(path: Path, *, newline: str) -> TextIO:
     r"""The file's text, read as UTF-8. Bytes that are not UTF-8 become lone surrogates, which the row's check finds.
 
-    Args:
-        path: The file.
-        newline: "": LF, CR and CR LF end a line. "\n": only LF ends a line. Line ends are kept in both cases.
+    With newline "", LF, CR and CR LF end a line; with "\n" only LF does. Line ends are kept in both cases.
 
     Raises:
         DataValidationError: The file is UTF-16.

@@ -135,26 +135,21 @@ def _class_names(metadata: bytes | None) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def read_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[RawRow]:
-    """The file's rows in order, streamed.
-
-    Args:
-        path: A UTF-8 file whose name ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header
-            and may use semicolons or tabs.
-        columns: The columns that `values` must hold; None: all columns. Only Parquet uses it.
-
-    Raises:
-        DataValidationError: The file cannot be read to its end.
-
-    Example:
-        >>> [row.values["label"] for row in read_rows(Path("tickets.csv"))]
-    """
-    for batch in read_batches(path, columns):
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of `read_batches`, one by one, with all columns."""
+    for batch in read_batches(path):
         yield from batch
 
 
 def read_batches(path: Path, columns: Collection[str] | None = None) -> Iterator[list[RawRow]]:
-    """The rows of `read_rows`, in batches."""
+    """The file's rows in order, streamed in batches.
+
+    The name of the UTF-8 file ends in .csv, .jsonl, .json or .parquet, each also with .gz. A CSV has a header and may
+    use semicolons or tabs. Rows of a Parquet file hold only the wanted `columns`; None: all columns.
+
+    Raises:
+        DataValidationError: The file cannot be read to its end.
+    """
     kind = file_kind(path)
     with _whole_file_faults(path):
         if kind == "jsonl":
