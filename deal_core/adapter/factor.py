@@ -49,11 +49,9 @@ class FactorNetwork(nn.Module):
             target.copy_(value)
 
     def pull_back(self, gradients: Sequence[Tensor], *, penalised: bool) -> None:
-        """Set the parameters' gradients, given those of the factor (N×R for every module).
+        """Set the parameters' gradients, given those of the loss with respect to the factor (N×R for every module).
 
-        Args:
-            gradients: Gradients of the loss with respect to the factor.
-            penalised: Whether the gradient of the penalty is added.
+        With `penalised`, the gradient of the penalty is added.
         """
         for parameter in self.parameters():
             parameter.grad = None
@@ -140,8 +138,7 @@ class SpectralFactor(FactorNetwork):
             )
 
     def _make_retention(self, sigma_MR: Tensor) -> SpectralRetention | HaarRetention:
-        config = self._config
-        return SpectralRetention(sigma_MR, config.kernel, config.widths, config.num_layers)
+        return SpectralRetention(sigma_MR, self._config.kernel, self._config.widths, self._config.num_layers)
 
     def forward(self) -> Tensor:
         """Return O: X̂ + X̂Ω + b, free slots projected out of the guarded directions."""

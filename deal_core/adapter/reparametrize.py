@@ -128,11 +128,10 @@ def _recycle(
     never receive a gradient.
     """
     core_M1R = core_MR.unsqueeze(1)
-    seeded = y_B if config.sides == "A" else y_A
-    fan_in = y_B.shape[2] if config.sides == "A" else y_A.shape[1]
-    seeds = config.seed_scale * draw_seeds(seeded, fan_in, generator)
     if config.sides == "A":
+        seeds = config.seed_scale * draw_seeds(y_B, y_B.shape[2], generator)
         return torch.where(core_M1R, y_A, 0.0), torch.where(core_M1R, y_B, seeds)
+    seeds = config.seed_scale * draw_seeds(y_A, y_A.shape[1], generator)
     return torch.where(core_M1R, y_A, seeds), torch.where(core_M1R, y_B, 0.0)
 
 

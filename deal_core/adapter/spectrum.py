@@ -16,19 +16,15 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Thin singular value decomposition ΔW = P Σ Qᵀ of M adapters, singular values in descending order.
-
-    Attributes:
-        left_MOR: P, orthonormal columns.
-        sigma_MR: The singular values.
-        right_MIR: Q, orthonormal columns.
-    """
+    """Thin singular value decomposition ΔW = P Σ Qᵀ of M adapters, singular values in descending order."""
 
     left_MOR: Tensor
+    """P, orthonormal columns."""
     sigma_MR: Tensor
     right_MIR: Tensor
+    """Q, orthonormal columns."""
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> Factors:
         """Return the balanced factors Y_A = Q Σ^½ (M×I×R) and Y_B = P Σ^½ (M×O×R), with ΔW = Y_B Y_Aᵀ."""
         root_M1R = self.sigma_MR.sqrt().unsqueeze(1)
         return self.right_MIR * root_M1R, self.left_MOR * root_M1R

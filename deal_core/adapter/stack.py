@@ -18,17 +18,14 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class LoraStack:
-    """The M modules of one shape that carry the adapter.
-
-    Attributes:
-        names: Names of the modules, in the model's order.
-        a_params: Their lora_A weights, each R×I.
-        b_params: Their lora_B weights, each O×R.
-    """
+    """The M modules of one shape that carry the adapter."""
 
     names: tuple[str, ...]
+    """The modules' names, in the model's order."""
     a_params: tuple[nn.Parameter, ...]
+    """Their lora_A weights, each R×I."""
     b_params: tuple[nn.Parameter, ...]
+    """Their lora_B weights, each O×R."""
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return copies of the factors as fp32 tensors A (M×R×I) and B (M×O×R)."""

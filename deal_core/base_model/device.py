@@ -22,18 +22,13 @@ _SIZE = re.compile(r"\s*\d+(\.\d+)?\s*([kmgt]i?b|b)?\s*", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device's memory.
-
-    Attributes:
-        name: Name for people.
-        is_cpu: Whether this is the machine's main memory.
-        free_bytes: Memory that a new process can use now.
-        total_bytes: All memory of the device.
-    """
+    """A device's memory."""
 
     name: str
     is_cpu: bool
+    """Whether this is the machine's main memory."""
     free_bytes: int
+    """Memory that a new process can use now."""
     total_bytes: int
 
 

@@ -73,12 +73,8 @@ def load_base(
 ) -> BaseModel:
     """Load a base model and its tokenizer.
 
-    Args:
-        source: as for `resolve_base`, or a folder that it returned.
-        cache_folder: as for `resolve_base`; digests are kept there too.
-        precision: of the frozen weights, see `choose_dtype`.
-        quantize: hold the linear layers in 8 or 4 bits; computations with them use `precision`.
-        on_progress: as for `resolve_base`.
+    `source` is as for `resolve_base`, or a folder that it returned. Digests are kept in `cache_folder` too. `quantize`
+    holds the linear layers in 8 or 4 bits; computations with them use `precision`, see `choose_dtype`.
 
     Raises:
         ConfigError: the source cannot be found, fetched, or loaded without pickle and foreign code. It is also raised,
@@ -202,10 +198,6 @@ def find_config(source: str, cache_folder: Path) -> BaseConfig:
 
     Raises:
         ConfigError: There is no config, or it cannot be reached or read.
-
-    Example:
-        >>> find_config("smollm2-135m-instruct", Path("cache")).config.model_type
-        'llama'
     """
     path = Path(source).expanduser()
     if source in BUILT_IN:

@@ -88,10 +88,8 @@ def fetch_snapshot(
 def resolve_base(source: str, cache_folder: Path, on_progress: Progress | None = None) -> Path:
     """Find a base model, fetch and convert it if needed, and return its local folder.
 
-    Args:
-        source: the built-in alias, the path of a GGUF file or of a folder, or a Hub id.
-        cache_folder: folder of fetched and converted models; several processes may use it at once.
-        on_progress: called during a download and a conversion.
+    `source` is the built-in alias, the path of a GGUF file or of a folder, or a Hub id. Several processes may use
+    `cache_folder` at once.
 
     Raises:
         ConfigError: the source is of another kind, cannot be reached, or holds no safetensors.
@@ -280,10 +278,8 @@ def convert_gguf(file: Path, folder: Path, on_progress: Progress | None = None) 
     try:
         config = transformers.AutoConfig.from_pretrained(file.parent, **arguments)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **arguments)
-        if hasattr(transformers, "GgufConfig"):
-            # Newer releases of transformers keep weights packed and mark the model as quantised, so it cannot be saved;
-            # dequantize=True prevents that. Older releases always dequantise.
-            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # Without dequantize=True the weights stay packed, and a model that is marked as quantised cannot be saved.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model, info = auto_class(config).from_pretrained(
             file.parent, dtype=torch.bfloat16, output_loading_info=True, **arguments
         )

@@ -86,10 +86,8 @@ def _bytes_in(folder: Path) -> int:
     """Size of the largest file below a folder that another process writes to."""
     largest = 0
     for file in folder.rglob("*"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             largest = max(largest, file.stat().st_size)
-        except FileNotFoundError:
-            continue
     return largest
 
 
