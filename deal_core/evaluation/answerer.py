@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -293,18 +294,15 @@ class Answerer:
                 batch[0].request.end(error)
 
     def _generate(self, batch: Sequence[_Part]) -> None:
-        asked: dict[ServedTask, list[tuple[int, int]]] = {}
-        found: list[dict[int, GivenAnswer]] = [{} for _ in batch]
-        for number, part in enumerate(batch):
-            for place, (task, _) in enumerate(part.rows):
-                asked.setdefault(task, []).append((number, place))
-        for task, places in asked.items():
-            inputs = [batch[number].rows[place][1] for number, place in places]
-            answers = answer_task(self._model, self._tokenizer, task, inputs)
-            for (number, place), answer in zip(places, answers, strict=True):
-                found[number][place] = answer
-        for part, given in zip(batch, found, strict=True):
-            part.request.take([given[place] for place in range(len(part.rows))])
+        rows = [row for part in batch for row in part.rows]
+        found: dict[int, GivenAnswer] = {}
+        for task in dict.fromkeys(task for task, _ in rows):
+            places = [place for place, (asked, _) in enumerate(rows) if asked == task]
+            answers = answer_task(self._model, self._tokenizer, task, [rows[place][1] for place in places])
+            found.update(zip(places, answers, strict=True))
+        given = iter([found[place] for place in range(len(rows))])
+        for part in batch:
+            part.request.take(list(islice(given, len(part.rows))))
 
 
 def _read(folder: Path, base_sha256: str) -> tuple[ServedVersion, SavedAdapter]:

@@ -15,7 +15,6 @@ from deal_core.judging_config import GateConfig
 _SLACK = 1e-9
 """Tolerance for rounding: a gain of 0.6 − 0.5 must not miss a floor of 10 points."""
 
-
 VetoKind = Literal["floor", "gain", "drop", "mean_drop", "general_ability", "adapter", "judge"]
 
 
@@ -54,12 +53,7 @@ class GateDecision:
 def decide(report: EvaluationReport, config: GateConfig) -> GateDecision:
     """Check a version against all limits, so that one run gives every reason.
 
-    Example:
-        >>> matrix = AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.45, parent_accuracy=None)
-        >>> report = EvaluationReport(task="a", accuracies={"a": 0.5}, parent_accuracies={}, base_accuracy=0.45,
-        ...                           parent_accuracy_new_task=None, num_rows={"a": 100}, matrix=matrix)
-        >>> decide(report, GateConfig(min_gain_points=10)).reasons
-        ("a: accuracy 50.0 % is below the floor of 55.0 % (base model's 45.0 % + 10.0 points).",)
+    A reason reads: a: accuracy 50.0 % is below the floor of 55.0 % (base model's 45.0 % + 10.0 points).
     """
     found = [_Drop.of(report, task, config.confidence) for task in report.parent_accuracies]
     drops, of_slices = ([each for each in found if (each.task in report.slices) == old] for old in (False, True))

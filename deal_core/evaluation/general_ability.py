@@ -55,9 +55,6 @@ TEXTS = (
 LIMIT = 1e9
 """Largest reported perplexity. Guessing among all tokens gives the vocabulary's size; far more means a broken model."""
 
-NUM_SKIPPED = 1
-"""Tokens at the start of a text that are not scored, because the first token has no context."""
-
 
 @torch.inference_mode()
 def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
@@ -73,8 +70,8 @@ def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> floa
     total, num_tokens = 0.0, 0
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]], device=device)
-        logits_KV = model(input_ids=ids).logits[0, NUM_SKIPPED - 1 : -1].float()
-        total += float(cross_entropy(logits_KV, ids[0, NUM_SKIPPED:], reduction="sum"))
+        logits_KV = model(input_ids=ids).logits[0, :-1].float()
+        total += float(cross_entropy(logits_KV, ids[0, 1:], reduction="sum"))  # the first token has no context
         num_tokens += logits_KV.shape[0]
     mean = total / num_tokens
     return math.exp(mean) if mean < math.log(LIMIT) else LIMIT  # NaN gives LIMIT too

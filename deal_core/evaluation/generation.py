@@ -31,10 +31,23 @@ from deal_core.data.prompts import answer_text, encode_answer, encode_prompt
 from deal_core.data.schema import TaskSchema, label_key
 
 OnProgress = Callable[[int], None]
+"""Called with the number of rows just read or answered."""
 LanguageModel = PreTrainedModel | PeftModel
 MAX_LOGIT_BYTES = 2**30
 """Most bytes for the logits of a batch. With a vocabulary of 128,000, a hundred answers of 50 tokens would need five
 times as many."""
+
+
+def counting(on_progress: Callable[[int, int], None], total: int) -> OnProgress:
+    """Return an `OnProgress` that reports how many of `total` rows are done so far."""
+    done = 0
+
+    def report(num_rows: int) -> None:
+        nonlocal done
+        done += num_rows
+        on_progress(done, total)
+
+    return report
 
 
 class Confidence(NamedTuple):
@@ -127,8 +140,7 @@ def answer_inputs(
 ) -> list[GivenAnswer]:
     """Generate one greedy answer per input with its confidence, in the inputs' order.
 
-    A prompt of more than `max_prompt_tokens` loses the end of its text. `on_progress` is called with the number of rows
-    just answered.
+    A prompt of more than `max_prompt_tokens` loses the end of its text.
     """
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]
     found: dict[int, GivenAnswer] = {}

@@ -41,8 +41,8 @@ def label_log_probs(
     """Return log p(label | prompt) for every row and label of a labelled task.
 
     The log-probability of a label is the sum over its tokens and the end token. So the labels' probabilities sum to
-    less than 1 by what the model would answer outside the options. `on_progress` is called with the number of rows just
-    scored. The result has shape (N, L), fp32, on the CPU; the labels are in the schema's order.
+    less than 1 by what the model would answer outside the options. The result has shape (N, L), fp32, on the CPU; the
+    labels are in the schema's order.
     """
     model.eval()
     prompts = [encode_prompt(tokenizer, task, text, max_prompt_tokens) for text in inputs]

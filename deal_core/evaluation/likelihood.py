@@ -99,7 +99,7 @@ def measure(
 
     The memory does not depend on the number of rows, except for four numbers a row. A row's figures depend on the
     other rows by rounding only: the batches of a chunk are made of rows of similar length. `max_answer_tokens` includes
-    the end token. `on_progress` is called with the number of rows just read.
+    the end token.
     """
     found_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for read in read_answers(

@@ -62,10 +62,6 @@ class AccuracyMatrix(VersionedJson):
 
         Raises:
             ValueError: an accuracy is missing, or is given for a task that the lineage does not know.
-
-        Example:
-            >>> AccuracyMatrix().with_row("a", {"a": 0.5}, base_accuracy=0.1, parent_accuracy=None).rows
-            ((0.5,),)
         """
         tasks, rows, base = self.tasks, self.rows, self.base
         if task not in tasks:

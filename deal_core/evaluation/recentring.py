@@ -93,10 +93,7 @@ def answer_task(
     inputs: Sequence[str],
     on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
-    """Answer every input as the version serves the task: greedily, or with the label of the largest score.
-
-    `on_progress` is called with the number of rows just answered.
-    """
+    """Answer every input as the version serves the task: greedily, or with the label of the largest score."""
     config = EvaluateConfig(max_new_tokens=task.max_new_tokens)
     if not task.label_offsets:
         return answer_inputs(

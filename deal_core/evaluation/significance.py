@@ -30,13 +30,8 @@ class PairedDrop:
 
         Raises:
             ValueError: the numbers of rows differ.
-
-        Example:
-            >>> PairedDrop.of([1, 1, 0, 0], [1, 0, 1, 0])
-            PairedDrop(num_rows=4, total=0.0, squares=2.0, num_changed=2)
         """
-        pairs = zip(before, after, strict=True)
-        differences = [float(first) - float(second) for first, second in pairs]
+        differences = [float(first) - float(second) for first, second in zip(before, after, strict=True)]
         changed = [difference for difference in differences if abs(difference) > SAME]
         return cls(len(differences), float(sum(changed)), float(sum(each**2 for each in changed)), len(changed))
 

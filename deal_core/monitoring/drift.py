@@ -192,9 +192,7 @@ def _against(live: Hits, reference: Hits | None, shift: float) -> LiveAccuracy:
 
 def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float | None) -> TaskDrift:
     """Mark the alarms: significant and large."""
-    tests = tuple(
-        replace(each, is_alarm=each.p_value < level and each.effect >= each.limit) for each in found.tests
-    )
+    tests = tuple(replace(each, is_alarm=each.p_value < level and each.effect >= each.limit) for each in found.tests)
     estimated, measured = (
         None if each is None else replace(each, is_alarm=_has_dropped(each, level, config))
         for each in (found.estimated, found.measured)
@@ -210,9 +208,7 @@ def _decide(found: TaskDrift, level: float, config: MonitorConfig, before: float
         if before is not None and accuracy.is_below(before) and not _contradicts(measured, accuracy, before):
             versus_gate = f"below the {100 * before:.1f} % that the gate measured for the version before"
             alarms.append(Alarm(kind="decayed", reason=f"{said}, {versus_gate}"))
-    return replace(
-        found, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms)
-    )
+    return replace(found, tests=tests, estimated=estimated, measured=measured, before=before, alarms=tuple(alarms))
 
 
 def _has_dropped(accuracy: LiveAccuracy, level: float, config: MonitorConfig) -> bool:

@@ -132,9 +132,7 @@ def texts(reference: Sequence[str], live: Sequence[str]) -> Difference | None:
         vectorized=True, batch=100, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     auc = float(_auc(from_live, from_reference))
-    return Difference(
-        effect=auc, p_value=float(test.pvalue), low=float(interval.low), high=float(interval.high)
-    )
+    return Difference(effect=auc, p_value=float(test.pvalue), low=float(interval.low), high=float(interval.high))
 
 
 def _auc(first: Floats, second: Floats, axis: int = -1) -> Floats:

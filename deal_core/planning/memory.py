@@ -96,7 +96,6 @@ class ActivationSize:
     """Bytes that autograd keeps of one batch until its backward pass."""
 
     layer: int
-    """Bytes of each layer."""
     rest: int
     """Bytes outside the layers, mainly the answers' log-probabilities."""
     boundary: int
@@ -274,7 +273,6 @@ class Remedy:
     total_bytes: int
     """Total of the plan with the change."""
     fits: bool
-    """Whether the total is within the limit."""
 
 
 def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit: int) -> tuple[Remedy, ...]:

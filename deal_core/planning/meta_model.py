@@ -31,11 +31,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "d
 
 
 def measure_model(config: Any, adapter: AdapterConfig) -> ModelSize:
-    """Return the sizes of the model that a config describes, and of the modules that carry the adapter.
-
-    Args:
-        config: A transformers config.
-        adapter: Shape of the adapter; `target_modules` None means the model type's default.
+    """Return the sizes of the model that a config of transformers describes, and of the modules with the adapter.
 
     Raises:
         ConfigError: transformers cannot build the model, or the adapter does not fit it.

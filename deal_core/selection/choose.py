@@ -25,6 +25,7 @@ from deal_core.adapter.state import adapter_on, load_method_state
 from deal_core.base_model.load import BaseModel
 from deal_core.data.row_warnings import MAX_COMPARED, balance_warning, copies_warning
 from deal_core.errors import AdapterStateError
+from deal_core.evaluation.generation import counting
 from deal_core.evaluation.likelihood import MeasuredAnswers, measure
 from deal_core.method_config import SelectionConfig
 from deal_core.regular_file import complete_file
@@ -72,13 +73,10 @@ def choose_rows(
 ) -> ChosenRows:
     """Choose training rows by `setup.method.selection`. A second call with the same arguments reads the first's choice.
 
-    Args:
-        rows: All training rows, columns input and output, and sha256 if rows are to be named by it.
-        setup: The task, the settings and the seed.
-        lend_base: Returns the base model without an adapter. It is called only if a model reads rows.
-        parent_folder: Folder of the parent version's adapter; None for the first task of a lineage.
-        journal: File of the choice; it must outlive the run's checkpoints.
-        on_progress: Called with the number of rows that the model has read, and the number that it will read.
+    `rows` are all training rows, with the columns input and output, and sha256 if rows are to be named by it.
+    `lend_base` returns the base model without an adapter; it is called only if a model reads rows. `parent_folder` is
+    None for the first task of a lineage. The file `journal` must outlive the run's checkpoints. `on_progress` is called
+    with the number of rows that the model has read, and the number that it will read.
 
     Raises:
         ConfigError: The score is not known or cannot be used.
@@ -185,18 +183,12 @@ class _Choosing:
         return replace(found, suspects=tuple(replace(each, row=rows[each.row]) for each in found.suspects))
 
     def _measure(self, rows: Sequence[int]) -> MeasuredAnswers:
-        base, done = self._lend_base(), 0
-
-        def on_progress(num_rows: int) -> None:
-            nonlocal done
-            done += num_rows
-            self._on_progress(done, len(rows))
-
+        base = self._lend_base()
         with adapter_on(base.model, self._parent_folder) as model:
             return measure(
                 model, base.tokenizer, self._task, self._rows.select(rows),
                 max_prompt_tokens=self._train.max_prompt_tokens, max_answer_tokens=self._train.max_answer_tokens,
-                on_progress=on_progress,
+                on_progress=counting(self._on_progress, len(rows)),
             )  # fmt: skip
 
     def _about_choice(self, chosen: Sequence[int]) -> Iterator[str]:
@@ -216,7 +208,6 @@ class _Choosing:
             )
 
     def _of_labels(self, chosen: Sequence[int]) -> str:
-        """How many rows of each label were chosen."""
         if self._labels is None:
             return ""
         counts = self._counts(chosen)
@@ -275,11 +266,8 @@ class _Choosing:
 def quotas(sizes: Mapping[Hashable, int], budget: int) -> dict[Hashable, int]:
     """Divide a budget among strata in proportion to their sizes, by largest remainders.
 
-    Every stratum gets at least one row if the budget has one for each. Ties go to the stratum that comes first.
-
-    Args:
-        sizes: Rows of every stratum.
-        budget: Rows to take, at most all.
+    Every stratum gets at least one row if the budget has one for each. Ties go to the stratum that comes first. The
+    budget is at most the number of all rows.
     """
     total = sum(sizes.values())
     found = {name: budget * size // total for name, size in sizes.items()}
@@ -298,12 +286,7 @@ def pick_rows(
 ) -> list[int]:
     """Return the places of the picked rows in order, `budget` of them, or all if there are fewer.
 
-    Args:
-        scores_N: The rows' scores.
-        strata: The rows' strata; None: all rows are one stratum.
-        budget: Rows to take.
-        config: How rows are picked.
-        seed: Seed of the random numbers.
+    `strata` has the stratum of every row; None: all rows are one stratum.
     """
     names = [""] * len(scores_N) if strata is None else strata
     sizes = dict(sorted(Counter(names).items(), key=lambda item: str(item[0])))

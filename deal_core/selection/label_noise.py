@@ -29,7 +29,7 @@ from deal_core.config import EvaluateConfig, TrainConfig
 from deal_core.data.collate import pad_batch
 from deal_core.data.prompts import encode_prompt
 from deal_core.data.schema import TaskSchema
-from deal_core.evaluation.generation import LanguageModel, OnProgress, batches_by_length, device_of
+from deal_core.evaluation.generation import LanguageModel, OnProgress, batches_by_length, counting, device_of
 from deal_core.evaluation.likelihood import CHUNK_ROWS
 
 NUM_FOLDS = 5
@@ -45,36 +45,28 @@ do not tell the labels apart, and a disagreement says nothing about a label."""
 
 @dataclass(frozen=True, kw_only=True)
 class SuspectedLabel:
-    """A row whose label is probably wrong.
-
-    Attributes:
-        row: The row's number.
-        label: Its label.
-        likelier: The likeliest other label.
-        share: p(label) / (p(label) + p(likelier)), at most MAX_SHARE.
-    """
+    """A row whose label is probably wrong."""
 
     row: int
     label: str
     likelier: str
+    """The likeliest other label."""
     share: float
+    """p(label) / (p(label) + p(likelier)), at most MAX_SHARE."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelCheck:
-    """The result of the check.
-
-    Attributes:
-        suspects: The rows whose label is probably wrong, the least likely label first; empty below MIN_SKILL.
-        num_checked: Rows that were checked: those of labels with at least NUM_FOLDS rows.
-        agreement: Share of these rows whose label is the classifier's likeliest.
-        skill: See MIN_SKILL.
-    """
+    """The result of the check."""
 
     suspects: tuple[SuspectedLabel, ...] = ()
+    """The rows whose label is probably wrong, the least likely label first; empty below MIN_SKILL."""
     num_checked: int = 0
+    """Rows that were checked: those of labels with at least NUM_FOLDS rows."""
     agreement: float = 0.0
+    """Share of these rows whose label is the classifier's likeliest."""
     skill: float = 0.0
+    """See MIN_SKILL."""
 
     def describe(self) -> str:
         """Say in one sentence what was found."""
@@ -101,8 +93,7 @@ def features(
 ) -> Tensor:
     """Return the last layer's hidden state at the end of every prompt; for T5, the mean over the encoder's states.
 
-    Returns:
-        Shape (N, D), fp32, on the CPU.
+    The result has shape (N, D), fp32, on the CPU.
     """
     model.eval()
     device, pad = device_of(model), int(tokenizer.pad_token_id or 0)
@@ -129,40 +120,25 @@ def check_labels(
     train: TrainConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCheck:
-    """Look for rows whose label is probably wrong. The base model reads every row once.
+    """Look for rows whose label is probably wrong. The base model, without an adapter, reads every row once.
 
-    Args:
-        base: The base model, without an adapter.
-        task: How a row becomes a prompt; it has labels.
-        rows: The rows, columns input and output.
-        train: Limit of prompts, and seed of the cross-fitting.
-        on_progress: Called with the number of rows that were read, and the number of all.
+    `train` has the limit of prompts, and the seed of the cross-fitting. `on_progress` is called with the number of rows
+    that were read, and the number of all.
     """
-    found = []
-    for start in range(0, len(rows), CHUNK_ROWS):
-        done = start
-
-        def read(num_rows: int) -> None:
-            nonlocal done
-            done += num_rows
-            on_progress(done, len(rows))
-
-        found.append(features(
+    count = counting(on_progress, len(rows))
+    found = [
+        features(
             base.model, base.tokenizer, task, rows[start : start + CHUNK_ROWS]["input"],
             max_prompt_tokens=train.max_prompt_tokens, max_batch_tokens=EvaluateConfig().max_batch_tokens,
-            on_progress=read,
-        ))  # fmt: skip
+            on_progress=count,
+        )
+        for start in range(0, len(rows), CHUNK_ROWS)
+    ]  # fmt: skip
     return suspected_labels(torch.cat(found), list(rows["output"]), seed=train.seed)
 
 
 def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -> LabelCheck:
-    """Look for rows whose label has at most the share MAX_SHARE.
-
-    Args:
-        features_ND: The rows' features, see `features`.
-        labels: The rows' labels.
-        seed: Decides the parts of the cross-fitting.
-    """
+    """Look for rows whose label has at most the share MAX_SHARE; `seed` decides the parts of the cross-fitting."""
     counts = Counter(labels)
     checked = np.array([row for row, label in enumerate(labels) if counts[label] >= NUM_FOLDS], dtype=np.int64)
     given = np.array([labels[row] for row in checked])
@@ -186,9 +162,7 @@ def suspected_labels(features_ND: Tensor, labels: Sequence[str], *, seed: int) -
     skill = (agreement - majority) / (1 - majority)
     suspected = np.flatnonzero(share_N <= MAX_SHARE) if skill >= MIN_SKILL else np.array([], dtype=np.int64)
     suspects = tuple(
-        SuspectedLabel(
-            row=int(checked[i]), label=str(given[i]), likelier=known[likelier[i]], share=float(share_N[i])
-        )
+        SuspectedLabel(row=int(checked[i]), label=str(given[i]), likelier=known[likelier[i]], share=float(share_N[i]))
         for i in suspected[np.argsort(share_N[suspected], kind="stable")]
     )
     return LabelCheck(suspects=suspects, num_checked=len(checked), agreement=agreement, skill=skill)

@@ -20,19 +20,13 @@ from deal_core.method_config import SelectionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The rows of an arrival that are scored.
-
-    Attributes:
-        rows: Training rows with the columns input and output.
-        task: How a row becomes a prompt.
-        measured: What the parent makes of each row; None unless the score reads the model.
-        config: The settings under `selection`.
-        seed: Seed of all random numbers.
-    """
+    """The rows of an arrival that are scored."""
 
     rows: Dataset
+    """Training rows with the columns input and output."""
     task: TaskSchema
     measured: MeasuredAnswers | None
+    """What the parent makes of each row; None unless the score reads the model."""
     config: SelectionConfig
     seed: int
 
