@@ -21,17 +21,14 @@ Smaller blocks are not faster, and threads wait for each other more often."""
 
 
 class FactorNetwork(nn.Module):
-    """A function from the method's parameters to one factor of every module of a stack.
-
-    Attributes:
-        is_trained: False for a side that `deal.sides` excludes; the side then has no parameters.
-    """
+    """A function from the method's parameters to one factor of every module of a stack."""
 
     start_MNR: Tensor
 
     def __init__(self, start_MNR: Tensor, *, is_trained: bool) -> None:
         super().__init__()
         self.is_trained = is_trained
+        """False for a side that `deal.sides` excludes; the side then has no parameters."""
         self.register_buffer("start_MNR", start_MNR.clone())
 
     @abstractmethod
@@ -112,14 +109,8 @@ class SpectralFactor(FactorNetwork):
     guarded_MNR: Tensor | None
 
     def __init__(
-        self,
-        start_MNR: Tensor,
-        sigma_MR: Tensor,
-        core_MR: Tensor,
-        config: DealConfig,
-        guarded_MNR: Tensor | None,
-        *,
-        is_trained: bool,
+        self, start_MNR: Tensor, sigma_MR: Tensor, core_MR: Tensor, config: DealConfig, guarded_MNR: Tensor | None,
+        *, is_trained: bool,
     ) -> None:
         super().__init__(start_MNR, is_trained=is_trained)
         self._config = config

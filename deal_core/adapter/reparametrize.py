@@ -24,17 +24,15 @@ class Reparametrization(nn.Module):
     """The factor networks of all stacks of one adapter.
 
     A checkpoint keeps its state: the parameters and the arrival's constants (spectrum, seeds, core mask).
-
-    Attributes:
-        num_core_slots: Core slots of every module, by name; empty for the literal form.
-        is_full: Names of the modules whose core was cut to leave the free share.
     """
 
     def __init__(self, stacks: Sequence[LoraStack], config: DealConfig, generator: torch.Generator) -> None:
         super().__init__()
         self._stacks = tuple(stacks)
         self.num_core_slots: dict[str, int] = {}
+        """Core slots of every module, by name; empty for the literal form."""
         self.is_full: tuple[str, ...] = ()
+        """Names of the modules whose core was cut to leave the free share."""
         self._power = self._recycled_power = 0.0
         factory = _literal_sides if config.form == "literal" else self._spectral_sides
         self._pairs = [factory(stack, config, generator) for stack in self._stacks]

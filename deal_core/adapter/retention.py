@@ -55,12 +55,12 @@ class SpectralRetention(nn.Module):
     def __init__(self, sigma_MR: Tensor, kernel: str, widths: Sequence[float], num_layers: int) -> None:
         super().__init__()
         self._log_kernel = LOG_KERNELS[kernel]
-        num_modules, num_widths = sigma_MR.shape[0], len(widths)
+        shape = (num_layers, len(sigma_MR), len(widths))
         self.register_buffer("widths_J", sigma_MR.new_tensor(list(widths)))
         top_M1 = sigma_MR[:, :1]
         self.register_buffer("normalised_MR", torch.where(top_M1 > 0, sigma_MR / top_M1.clamp(min=1e-30), 0.0))
-        self.filters_KMJ = nn.Parameter(sigma_MR.new_full((num_layers, num_modules, num_widths), 1 / num_widths))
-        self.centres_KMJ = nn.Parameter(sigma_MR.new_full((num_layers, num_modules, num_widths), START_CENTRE))
+        self.filters_KMJ = nn.Parameter(sigma_MR.new_full(shape, 1 / len(widths)))
+        self.centres_KMJ = nn.Parameter(sigma_MR.new_full(shape, START_CENTRE))
 
     def gains(self) -> Tensor:
         """Gain of every direction, shape M×R; 1 before the first step."""
@@ -138,10 +138,7 @@ class LiteralRetention(nn.Module):
 class ControlledUpdate(nn.Module):
     """Eq. 11: O = X̂ + X̂Ω + b. Ω (M×R×R) and b (M×N×R) are zero at the start, so O = X̂ before the first step.
 
-    Args:
-        start_MNR: The factor; it gives shape and device.
-        mixing: Whether Ω is trained as well as b.
-        trainable_MR: True for slots whose column of b may change; None: all may change.
+    With `mixing`, Ω is trained as well as b. `trainable_MR` is True for slots whose column of b may change; None: all.
     """
 
     trainable_M1R: Tensor | None

@@ -29,10 +29,8 @@ class LoraStack:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return copies of the factors as fp32 tensors A (M×R×I) and B (M×O×R)."""
-        return (
-            torch.stack([p.detach() for p in self.a_params]).float(),
-            torch.stack([p.detach() for p in self.b_params]).float(),
-        )
+        a_MRI, b_MOR = (torch.stack([p.detach() for p in params]) for params in (self.a_params, self.b_params))
+        return a_MRI.float(), b_MOR.float()
 
     @torch.no_grad()
     def write(self, a_MRI: Tensor, b_MOR: Tensor) -> None:

@@ -27,16 +27,8 @@ MAX_SCORES = 2**26
 
 
 def attend(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    key_BGSD: Tensor,
-    value_BGSD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
+    module: nn.Module, query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, attention_mask: Tensor | None,
+    *, dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend like transformers' "sdpa". Returns the output, shape B×T×H×D, and None for the weights."""
     is_known = query_BHTD.shape[2] == key_BGSD.shape[2] or attention_mask is not None  # all keys, or those of the mask

@@ -12,20 +12,8 @@ import transformers
 from accelerate import PartialState
 
 from deal_core.base_model import cpu_attention as attention
+from deal_core.base_model import sources
 from deal_core.base_model.device import bf16_instructions
-from deal_core.base_model.sources import (
-    BUILT_IN,
-    DEFAULT_BASE,
-    HUB_ID,
-    KINDS,
-    auto_class,
-    cache_entry,
-    fetch_snapshot,
-    require_all_weights,
-    resolve_base,
-    sha256_of_model,
-    stated_identity,
-)
 from deal_core.base_model.wheel import Progress
 from deal_core.config import Quantize
 from deal_core.errors import ConfigError
@@ -33,7 +21,7 @@ from deal_core.regular_file import sha256_of_file
 
 Precision = Literal["auto", "bf16", "fp32"]
 BUILT_IN_CONFIGS: dict[str, dict[str, Any]] = {
-    DEFAULT_BASE: {
+    sources.DEFAULT_BASE: {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
         "max_position_embeddings": 8192, "tie_word_embeddings": True,
@@ -64,11 +52,7 @@ class BaseModel:
 
 
 def load_base(
-    source: str,
-    cache_folder: Path,
-    *,
-    precision: Precision = "auto",
-    quantize: Quantize = "none",
+    source: str, cache_folder: Path, *, precision: Precision = "auto", quantize: Quantize = "none",
     on_progress: Progress | None = None,
 ) -> BaseModel:
     """Load a base model and its tokenizer.
@@ -83,16 +67,16 @@ def load_base(
     """
     dtype = choose_dtype(precision)
     quantized = {} if quantize == "none" else quantization(quantize, dtype)
-    folder = resolve_base(source, cache_folder, on_progress)
-    stated = stated_identity(folder, cache_folder)  # before its files are read
+    folder = sources.resolve_base(source, cache_folder, on_progress)
+    stated = sources.stated_identity(folder, cache_folder)  # before its files are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, info = auto_class(config).from_pretrained(
+        model, info = sources.auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **quantized,
         )  # fmt: skip
-        require_all_weights(info)
+        sources.require_all_weights(info)
         if model.config._attn_implementation == "sdpa" and config.model_type in attention.MODEL_TYPES:
             model.set_attn_implementation(attention.NAME)
     except Exception as error:  # damaged files break their readers in many ways
@@ -107,7 +91,7 @@ def load_base(
     model.eval()
     if stated is None:
         name = folder.name if Path(source).expanduser().is_dir() else source
-        stated = name, sha256_of_model(folder, cache_folder / "digests")
+        stated = name, sources.sha256_of_model(folder, cache_folder / "digests")
     name, sha256 = stated
     kind: Literal["causal", "seq2seq"] = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
     return BaseModel(model=model, tokenizer=tokenizer, name=name, sha256=sha256, kind=kind)
@@ -124,11 +108,11 @@ def choose_dtype(precision: Precision) -> torch.dtype:
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"precision is {precision!r}; give auto, bf16 or fp32.")
+    is_bf16 = precision == "bf16"
     if precision == "auto":
-        if torch.cuda.is_available():
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        return torch.bfloat16 if bf16_instructions() else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+        on_gpu = torch.cuda.is_available()
+        is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else bool(bf16_instructions())
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def precision_name(precision: Precision) -> Literal["bf16", "fp32"]:
@@ -185,10 +169,9 @@ def quantization(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """A base model's config, and the place of its weights."""
+    """A base model's config (of transformers), and the place of its weights."""
 
     config: Any
-    """A transformers config."""
     folder: Path | None
     """Local folder with the weights and the tokenizer; None if a run would first fetch or convert them."""
 
@@ -200,22 +183,22 @@ def find_config(source: str, cache_folder: Path) -> BaseConfig:
         ConfigError: There is no config, or it cannot be reached or read.
     """
     path = Path(source).expanduser()
-    if source in BUILT_IN:
-        entry = cache_entry(cache_folder, source, BUILT_IN[source].member_sha256)
+    if source in sources.BUILT_IN:
+        entry = sources.cache_entry(cache_folder, source, sources.BUILT_IN[source].member_sha256)
         if entry.is_dir():
             return BaseConfig(config=_read_config(entry, source), folder=entry)
         return BaseConfig(config=transformers.AutoConfig.for_model(**BUILT_IN_CONFIGS[source]), folder=None)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"The base model {source!r} ({path.resolve()}) has no config.json. {KINDS}")
+            raise ConfigError(f"The base model {source!r} ({path.resolve()}) has no config.json. {sources.KINDS}")
         return BaseConfig(config=_read_config(path, source), folder=path if any(path.glob("*.safetensors")) else None)
     if path.is_file() and path.suffix.lower() == ".gguf":
-        entry = cache_entry(cache_folder, path.stem, sha256_of_file(path))
+        entry = sources.cache_entry(cache_folder, path.stem, sha256_of_file(path))
         if entry.is_dir():
             return BaseConfig(config=_read_config(entry, source), folder=entry)
         return BaseConfig(config=_read_config(path.parent, source, gguf_file=path.name), folder=None)
-    if path.is_file() or not HUB_ID.fullmatch(source) or source.endswith(".gguf"):
-        raise ConfigError(f"There is no base model {source!r}. {KINDS}")
+    if path.is_file() or not sources.HUB_ID.fullmatch(source) or source.endswith(".gguf"):
+        raise ConfigError(f"There is no base model {source!r}. {sources.KINDS}")
     return _config_from_hub(source)
 
 
@@ -232,12 +215,13 @@ def _read_config(folder: Path, source: str, **options: str) -> Any:
 def _config_from_hub(source: str) -> BaseConfig:
     """The config from the Hub or its local cache; `folder` is set only if the cache has the weights."""
     try:
-        folder = fetch_snapshot(source, "model", ["config.json"])
+        folder = sources.fetch_snapshot(source, "model", ["config.json"])
     except ConfigError as error:
         raise ConfigError(
-            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. {KINDS}"
+            f"{error} Without its config.json the model's size is unknown; give a local folder that has it. "
+            f"{sources.KINDS}"
         ) from error
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"The base model {source!r} has no config.json on the Hub. {KINDS}")
+        raise ConfigError(f"The base model {source!r} has no config.json on the Hub. {sources.KINDS}")
     has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     return BaseConfig(config=_read_config(folder, source), folder=folder if has_weights else None)

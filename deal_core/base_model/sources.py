@@ -59,11 +59,7 @@ _OF_BUILT_IN = {DEFAULT_BASE: "apache-2.0"}
 
 
 def fetch_snapshot(
-    repository: str,
-    kind: Literal["model", "dataset"],
-    patterns: Sequence[str],
-    *,
-    revision: str | None = None,
+    repository: str, kind: Literal["model", "dataset"], patterns: Sequence[str], *, revision: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Path:
     """Fetch the files of a repository (OWNER/NAME, or NAME) from the Hub, and return their folder.
