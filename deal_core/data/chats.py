@@ -133,8 +133,6 @@ def _from_json(value: object) -> object:
 
 def _role_and_content(message: Mapping[str, Any]) -> Message:
     role, content = message.get("role"), message.get("content")
-    if type(role) is str and type(content) is str:
-        return {"role": role, "content": normal_line_ends(content)}
     if role is None and "from" in message:  # ShareGPT
         role, content = message["from"], message.get("value")
         role = _ROLE_OF_SHAREGPT.get(role, role) if isinstance(role, str) else role
@@ -152,10 +150,7 @@ def _are_in_order(roles: list[str]) -> bool:
 
 
 def _add_tools(messages: Sequence[Message], cells: Sequence[Mapping[str, Any]], tools: object) -> str | None:
-    """Add what a chat template needs for tools; return what is wrong, or None.
-
-    A call with a text that no tool answers is left out.
-    """
+    """Add what a chat template needs for tools, except calls with a text that no tool answers; return what is wrong."""
     if all(message["role"] != "tool" and message["content"].strip() for message in messages):
         return None
     followers = [*(message["role"] for message in messages[1:]), ""]

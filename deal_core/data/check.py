@@ -9,16 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from deal_core.data.chats import (
-    NOT_UTF8,
-    UNDECODABLE,
-    as_messages,
-    chat_row,
-    is_any_empty,
-    normal_chat,
-    parse_messages,
-    split_answers,
-)
+from deal_core.data import chats
 from deal_core.data.columns import Columns
 from deal_core.data.rows import Problem, RawRow, Reason, Row, message_parts, normal_line_ends, row_digest, row_digests
 from deal_core.data.schema import Format, Split, TaskSchema, label_key
@@ -38,7 +29,7 @@ _NO_ROW = Row("", "", b"", b"", None)
 def normal_input(kind: Format, text: str) -> str:
     """An input in the form in which datasets store it. The model learned this form, so questions must use it too."""
     if kind == "chat":
-        return json.dumps(normal_chat(json.loads(text)), ensure_ascii=False)
+        return json.dumps(chats.normal_chat(json.loads(text)), ensure_ascii=False)
     text = normal_line_ends(text)
     return text.strip() if kind == "labelled" else text
 
@@ -95,7 +86,7 @@ class RowChecker:
     def _conversation(self, values: Mapping[str, Any], problems: list[Problem]) -> str:
         """The messages before the wanted answer."""
         column = self._columns.names["messages"]
-        messages = as_messages(values.get(column))
+        messages = chats.as_messages(values.get(column))
         if messages is not None and (messages[-1].get("role") or messages[-1].get("from")) in _ASKING:
             messages = [*messages, {"role": "assistant", "content": "-"}]  # the checks expect an answer at the end
         row = self._chat({**values, column: messages} if messages else values, None, problems)
@@ -210,20 +201,20 @@ class RowChecker:
             problems += [Problem("missing column", column, column) for column in missing]
             return _NO_ROW
         cell = values[wanted[0]] if len(wanted) == 1 else _joined([values[column] for column in wanted])
-        cell, answers = split_answers(cell)
+        cell, answers = chats.split_answers(cell)
         names = self._columns.names
-        messages = parse_messages(cell, values.get(names["tools"]) if "tools" in names else None)
+        messages = chats.parse_messages(cell, values.get(names["tools"]) if "tools" in names else None)
         if isinstance(messages, Problem):
             problems.append(messages)
             return _NO_ROW
         column = " and ".join(wanted)
-        if is_any_empty(messages):
+        if chats.is_any_empty(messages):
             problems.append(_told("empty text", f"a message in {column} is empty"))
         else:
             texts = [part for message in messages for part in message_parts(message)[1:]]
             self._of_right_length("".join(texts), column, problems)
         others = [self._answer(each, f"a right answer in {column}", problems) for each in answers[1:]]
-        return _NO_ROW if problems else chat_row(messages, others)
+        return _NO_ROW if problems else chats.chat_row(messages, others)
 
 
 def list_of_answers(cell: object) -> Sequence[str] | None:
@@ -264,7 +255,7 @@ def _told(reason: Reason, why: str) -> Problem:
 
 def _joined(cells: Sequence[object]) -> object:
     """One list of several lists; the first cell that is not a list, if there is one."""
-    lists = [as_messages(cell) for cell in cells]
+    lists = [chats.as_messages(cell) for cell in cells]
     joined = [message for messages in lists if messages is not None for message in messages]
     return joined if None not in lists else cells[lists.index(None)]
 
@@ -282,8 +273,8 @@ def _as_text(value: object, column: str, problems: list[Problem]) -> str | None:
         text = str(int(value))  # whole numbers are floats in a column with gaps
     else:
         text = str(value)
-    if bad := UNDECODABLE.search(text):
+    if bad := chats.UNDECODABLE.search(text):
         shown = shorten(text[max(0, bad.start() - 20) :])
-        problems.append(Problem("bad encoding", shown, f"{column} has {NOT_UTF8}"))
+        problems.append(Problem("bad encoding", shown, f"{column} has {chats.NOT_UTF8}"))
         return None
     return text

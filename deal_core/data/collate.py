@@ -53,11 +53,7 @@ Row = TypeVar("Row", bound=HasPrompt)
 
 
 def encode_rows(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    *,
-    max_prompt_tokens: int,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, *, max_prompt_tokens: int,
     max_answer_tokens: int,
 ) -> Dataset:
     """Tokenise rows of (input, output) into columns prompt_ids, answer_ids, length and is_prompt_cut."""
@@ -67,11 +63,7 @@ def encode_rows(
 
 
 def encode_row(
-    row: Mapping[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    *,
-    max_prompt_tokens: int,
+    row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, task: TaskSchema, *, max_prompt_tokens: int,
     max_answer_tokens: int,
 ) -> dict[str, Any]:
     """Tokenise one row of (input, output) into prompt_ids, answer_ids, length and is_prompt_cut."""
@@ -237,11 +229,7 @@ def _only(start: int, end: int, tokens: Sequence[int]) -> list[int]:
 
 
 def answer_collator(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    is_recomputed: bool,
-    scores_texts: bool = False,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, is_recomputed: bool, scores_texts: bool = False,
     masks_answers: bool = False,
 ) -> AnswerCollator:
     """Return the collator that pads rows to a batch for this model.

@@ -70,10 +70,6 @@ def resolve_columns(
 
     Raises:
         DataValidationError: A column or the format is missing or ambiguous.
-
-    Example:
-        >>> resolve_columns(["id", "Body", "category"], TaskSchema(name="t"), "t.csv").names
-        {'text': 'Body', 'label': 'category'}
     """
     formats = _possible_formats(task)
     overview = _describe(file_columns, task, source, include_texts)

@@ -21,14 +21,8 @@ class BucketSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        seed: int,
-        *,
-        group_by_length: bool,
-        labels: Sequence[Hashable] | None = None,
-        blank: int | None = None,
+        self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool,
+        labels: Sequence[Hashable] | None = None, blank: int | None = None,
     ) -> None:
         self._lengths = list(lengths)
         self._batch_size = batch_size
@@ -39,7 +33,7 @@ class BucketSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; accelerate calls it."""
+        """Choose the epoch of the next iteration; the data loader of the training calls it."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -52,11 +52,6 @@ def render_prompt(task: TaskSchema, input: str, tokenizer: PreTrainedTokenizerBa
 
     Raises:
         ConfigError: The tokenizer has no chat template, and the task needs one.
-
-    Example:
-        >>> task = TaskSchema(name="t", labels=("a", "b"), instruction="Which?")
-        >>> "".join(render_prompt(task, "Some text", tokenizer))
-        'Which?\nOption: a, b\nSome text\nAnswer:'
     """
     if task.uses_chat_template:
         assert tokenizer is not None, "a chat needs the tokenizer's template"

@@ -60,10 +60,7 @@ def copies_warning(texts: Sequence[str], name_of: Callable[[int], str]) -> str |
 
 
 def balance_warning(counts: Mapping[str, int]) -> str | None:
-    """Return a warning if labels have no rows, or far fewer than the commonest label; None if there is no such label.
-
-    `counts` has the training rows of every label of the task.
-    """
+    """Return a warning if labels have no rows, or far fewer than the commonest; None if no label is that rare."""
     most = max(counts.values(), default=0)
     rare = sorted((count, label) for label, count in counts.items() if count * MAX_RATIO <= most)
     if not rare:

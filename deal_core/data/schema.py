@@ -72,10 +72,6 @@ def label_key(label: str) -> str:
 class TaskSchema:
     """One task (domain): the form of its rows and of its prompts.
 
-    Example:
-        >>> TaskSchema(name="billing", labels=("refund", "card lost"), instruction="Which request is this?").format
-        'labelled'
-
     Raises:
         ConfigError: A field is not valid; the message names the field and what to give.
     """
@@ -154,10 +150,6 @@ class TaskSchema:
 
     def with_labels(self, labels: Iterable[str]) -> TaskSchema:
         """The same task with new labels appended in order; known labels are ignored.
-
-        Example:
-            >>> TaskSchema(name="t", labels=("b", "a")).with_labels(["c", " A "]).labels
-            ('b', 'a', 'c')
 
         Raises:
             ConfigError: A label is not valid, or the task's format has no labels.

@@ -88,14 +88,13 @@ def _has_end(text: str) -> bool:
     return len(text) < MAX_LINE_CHARS or text.endswith(("\n", "\r"))
 
 
-def too_many_rows(name: str, num_rows: int, size: int) -> DataValidationError | None:
-    """The error for a packed file with more rows than its size has room for; None if the number is plausible."""
-    if num_rows <= max(FREE_ROWS, size // 2):
-        return None
-    return DataValidationError(
-        f"{name} has {num_rows:,} rows in {size:,} bytes, and different texts do not pack so small. If the file is "
-        "right, land it as unpacked JSON lines."
-    )
+def check_num_rows(name: str, num_rows: int, size: int) -> None:
+    """Refuse a packed file with more rows than its size has room for."""
+    if num_rows > max(FREE_ROWS, size // 2):
+        raise DataValidationError(
+            f"{name} has {num_rows:,} rows in {size:,} bytes, and different texts do not pack so small. If the file is "
+            "right, land it as unpacked JSON lines."
+        )
 
 
 class _UnpackGuard(io.RawIOBase):
@@ -121,8 +120,7 @@ class _UnpackGuard(io.RawIOBase):
                 "If the file is right, land it unpacked."
             )
         self._num_lines += bytes(buffer[:count]).count(b"\n")
-        if problem := too_many_rows(self._name, self._num_lines, self._size):
-            raise problem
+        check_num_rows(self._name, self._num_lines, self._size)
         return count
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ from deal_core.data.reading.lines import (
     MAX_LINE_CHARS,
     MAX_UNPACKED_BYTES,
     MAX_UNPACKED_RATIO,
+    check_num_rows,
     open_bytes,
-    too_many_rows,
 )
 from deal_core.data.rows import Problem, RawRow
 from deal_core.errors import DataValidationError
@@ -108,8 +108,7 @@ def _check_footer(metadata: pq.FileMetaData, path: Path) -> None:
     """Refuse a file that holds too much for its size."""
     size = path.stat().st_size
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    if problem := too_many_rows(path.name, sum(group.num_rows for group in groups), size):
-        raise problem
+    check_num_rows(path.name, sum(group.num_rows for group in groups), size)
     if sum(group.total_byte_size for group in groups) > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * size):
         raise _too_much(path, MAX_UNPACKED_RATIO)
     for group in groups:
