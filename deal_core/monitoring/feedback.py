@@ -49,11 +49,6 @@ class Feedback:
     reviewer: str | None
     """The person who gave the right answer; None: nobody is named."""
 
-    @property
-    def is_reviewed(self) -> bool:
-        """Whether a person stands behind it: a reviewer is named, or it came by command."""
-        return self.source == "command" or self.reviewer is not None
-
 
 @dataclass(frozen=True)
 class FeedbackEntry:
@@ -155,11 +150,7 @@ def _truth(given: Mapping[str, Any], name: str, place: str) -> bool | None:
 
 
 def select_rows(
-    rows: pd.DataFrame,
-    number: int,
-    *,
-    random_share: float = RANDOM_SHARE,
-    known: Collection[str] = frozenset(),
+    rows: pd.DataFrame, number: int, *, random_share: float = RANDOM_SHARE, known: Collection[str] = frozenset(),
     seed: int = 0,
 ) -> pd.DataFrame:
     """Choose the answered rows of one task that are worth labelling. An input is chosen once, with its newest answer.
@@ -171,15 +162,9 @@ def select_rows(
     The random rows are drawn first, from all rows that may be chosen. So they stand for all of them, and the accuracy
     on them is that of all. The result is shuffled: a person who stops in the middle has seen both kinds.
 
-    Args:
-        rows: Answered rows with the columns `time`, `input_sha256` and `confidence`; other columns are kept.
-        number: Most rows of the result.
-        random_share: Share of the result that is drawn at random, above 0; it is rounded up.
-        known: Inputs that are never chosen, by `input_sha256`.
-        seed: Of the draw and of the order. Neither depends on the order of `rows`.
-
-    Returns:
-        The chosen rows with the column `is_random`.
+    `rows` have the columns `time`, `input_sha256` and `confidence`; other columns are kept. The result has at most
+    `number` rows and one more column, `is_random`. The share of random rows is above 0 and is rounded up. Inputs that
+    are `known`, by `input_sha256`, are never chosen. Draw and order depend on `seed`, not on the order of `rows`.
 
     Raises:
         ConfigError: `number` or `random_share` is not valid.

@@ -28,12 +28,6 @@ def test_cells_of_a_csv_file_are_read_as_their_values() -> None:
     assert (found.label, found.is_right, found.is_random, found.reviewer) == ("b", None, False, None)
 
 
-def test_a_person_stands_behind_a_file_and_behind_what_a_reviewer_sent() -> None:
-    entry = {"id": ID, "label": "b"}
-    assert read(entry).feedback.is_reviewed and read({**entry, "reviewer": "Jo"}, "api").feedback.is_reviewed
-    assert not read(entry, "api").feedback.is_reviewed
-
-
 def test_a_label_gets_the_tasks_spelling_and_another_is_refused() -> None:
     entry = read({"id": ID, "label": "card  LOST"})
     for task in ("bank", None):
