@@ -58,10 +58,6 @@ def rouge_l(answer: str, expected: str) -> float:
 
     Words are runs of letters, digits and underscores of any script, case-folded and not stemmed. Two texts without
     words are equal. A language without spaces between words gives long "words", so the score is coarse there.
-
-    Example:
-        >>> rouge_l("the cat sat", "the big cat")
-        0.6666666666666666
     """
     answer_words, expected_words = (_WORD.findall(text.casefold()) for text in (answer, expected))
     num_words = len(answer_words) + len(expected_words)
@@ -118,22 +114,12 @@ probabilities. preference: whether the model prefers the better of two answers; 
 
 
 def metric_name(metric: str) -> str:
-    """Name of a metric for people.
-
-    Example:
-        >>> metric_name("exact"), metric_name("ours.metrics:politeness")
-        ('accuracy', 'politeness')
-    """
+    """Name of a metric for people; of a function, its name without the module."""
     return METRICS[metric][0] if metric in METRICS else metric.rpartition(":")[2]
 
 
 def scored_otherwise(metrics: Mapping[str, str]) -> str:
-    """Say which tasks are not scored by exact match; empty if there are none.
-
-    Example:
-        >>> scored_otherwise({"bank": "exact", "notes": "rouge_l"})
-        'Scored otherwise than by exact match: notes by ROUGE-L.'
-    """
+    """Say which tasks are not scored by exact match; empty if there are none."""
     others = [f"{task} by {metric_name(metric)}" for task, metric in metrics.items() if metric != "exact"]
     return f"Scored otherwise than by exact match: {', '.join(others)}." if others else ""
 

@@ -40,7 +40,6 @@ class Answered(NamedTuple):
     version: str
     """The version's number."""
     confidences: list[Confidence]
-    """How sure the model was of each answer."""
     ids: Sequence[str] = ()
     """The ids of the rows in the prediction log; empty: the rows are not logged."""
     is_cut: Sequence[bool] = ()
@@ -48,11 +47,7 @@ class Answered(NamedTuple):
 
 
 def load_answerer(
-    folder: Path,
-    cache_folder: Path,
-    base_source: str | None = None,
-    *,
-    precision: Precision = "auto",
+    folder: Path, cache_folder: Path, base_source: str | None = None, *, precision: Precision = "auto",
     version: str = UNKNOWN_VERSION,
 ) -> Answerer:
     """Load a version for answering: its base model, found by name and checked by digest, and the adapter.

@@ -129,14 +129,8 @@ class GivenAnswer(NamedTuple):
 
 @torch.inference_mode()
 def answer_inputs(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
+    config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
     """Generate one greedy answer per input with its confidence, in the inputs' order.
 
@@ -170,14 +164,8 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    max_batch_tokens: int,
-    with_logits: bool = False,
-    recorder: ConfidenceRecorder | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    *, max_batch_tokens: int, with_logits: bool = False, recorder: ConfidenceRecorder | None = None,
 ) -> Iterator[Generated]:
     """Continue prompts (token ids) greedily, in batches of similar length. A prefix that all share is computed once.
 
@@ -259,13 +247,8 @@ def read_prefix(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Prefi
 
 
 def _generate(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    prefix: Prefix,
-    with_logits: bool,
-    recorder: ConfidenceRecorder | None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+    prefix: Prefix, with_logits: bool, recorder: ConfidenceRecorder | None,
 ) -> tuple[list[list[int]], Tensor | None]:
     is_seq2seq, device = model.config.is_encoder_decoder, device_of(model)
     pad, side = int(tokenizer.pad_token_id or 0), "right" if is_seq2seq else "left"
@@ -277,18 +260,11 @@ def _generate(
         input_ids, mask = torch.cat([shared, input_ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
         more["cache"] = prefix.repeated(len(prompts))
     output = cast(GenerationMixin, model).generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-        output_logits=with_logits,
-        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
-        **more,
-    )
+        input_ids=input_ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
+        do_sample=False, num_beams=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([] if recorder is None else [recorder]), output_logits=with_logits,
+        return_dict_in_generate=True, **more,
+    )  # fmt: skip
     assert isinstance(output, (GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput))
     new_tokens: list[list[int]] = output.sequences[:, 1 if is_seq2seq else input_ids.shape[1] :].tolist()
     return new_tokens, None if output.logits is None else torch.stack(output.logits, dim=1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,17 +28,13 @@ from deal_core.evaluation.generation import (
     read_prefix,
 )
 
+Floats = NDArray[np.float64]
+
 
 @torch.inference_mode()
 def label_log_probs(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
+    config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return log p(label | prompt) for every row and label of a labelled task.
 

@@ -86,14 +86,8 @@ class ReadBatch:
 
 
 def measure(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    *,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset,
+    *, max_prompt_tokens: int, max_answer_tokens: int, on_progress: OnProgress | None = None,
 ) -> MeasuredAnswers:
     """Read every row (columns input and output) once and measure its answer. Rows are tokenised and cut as in training.
 
@@ -116,14 +110,8 @@ def measure(
 
 @torch.inference_mode()
 def read_answers(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    *,
-    max_prompt_tokens: int,
-    max_answer_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset,
+    *, max_prompt_tokens: int, max_answer_tokens: int, on_progress: OnProgress | None = None,
 ) -> Iterator[ReadBatch]:
     """Read every row once, with its answer given. See `measure` for the arguments."""
     model.eval()
@@ -152,15 +140,8 @@ def read_answers(
 
 
 def token_probabilities(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    references: Sequence[str],
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
+    references: Sequence[str], config: EvaluateConfig, *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return exp(−L) for every row, L the mean negative log-likelihood of the reference's tokens and its end token.
 
@@ -176,14 +157,8 @@ def token_probabilities(
 
 
 def preferred(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
+    *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Return for every row whether the model prefers the better answer (output) to the worse one (rejected).
 

@@ -24,11 +24,9 @@ class AccuracyMatrix(VersionedJson):
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
     tasks: tuple[str, ...] = ()
-    """Columns, in order of first arrival."""
     trained: tuple[str, ...] = ()
     """The task that each row's version was trained on."""
     rows: tuple[tuple[float | None, ...], ...] = ()
-    """One row per version, one cell per task."""
     base: tuple[float | None, ...] = ()
     """Accuracy of the untouched base model on each task."""
     slices: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -19,9 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answering import ServedTask
 from deal_core.evaluation.generation import Confidence, GivenAnswer, LanguageModel, OnProgress, answer_inputs
-from deal_core.evaluation.label_scores import label_log_probs
-
-Floats = NDArray[np.float64]
+from deal_core.evaluation.label_scores import Floats, label_log_probs
 
 NUM_ROUNDS = 200
 """Rounds of the fixed point that finds the offsets; it settles within some dozens."""
@@ -87,10 +85,7 @@ def _full_offsets(log_probs_NL: Floats, targets_N: NDArray[np.int64]) -> Floats:
 
 
 def answer_task(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: ServedTask,
-    inputs: Sequence[str],
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: ServedTask, inputs: Sequence[str],
     on_progress: OnProgress | None = None,
 ) -> list[GivenAnswer]:
     """Answer every input as the version serves the task: greedily, or with the label of the largest score."""

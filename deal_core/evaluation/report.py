@@ -108,7 +108,6 @@ class EvaluationReport(VersionedJson):
     perplexity: float | None = None
     """Perplexity of plain English that belongs to no task; None if the model has none (an encoder-decoder)."""
     base_perplexity: float | None = None
-    """The untouched base model's perplexity."""
     adapter: AdapterFacts | None = None
     """None: not examined."""
     majority_rate: float | None = None

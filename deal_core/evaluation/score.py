@@ -48,14 +48,8 @@ class TaskEvaluation:
 
 
 def evaluate_task(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    rows: Dataset,
-    config: EvaluateConfig,
-    *,
-    max_prompt_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, rows: Dataset, config: EvaluateConfig,
+    *, max_prompt_tokens: int, on_progress: OnProgress | None = None,
 ) -> TaskEvaluation:
     """Answer every row's input, and score the answer against the row's right answers by the task's metric.
 

@@ -84,12 +84,7 @@ class PairedDrop:
 
 
 def smallest_clear_drop(num_rows: int, confidence: float) -> float | None:
-    """The smallest drop in points that `num_rows` right answers can distinguish from noise; None: they cannot.
-
-    Example:
-        >>> smallest_clear_drop(100, 0.95)
-        4.0
-    """
+    """The smallest drop in points that `num_rows` right answers can distinguish from noise; None: they cannot."""
     for num_lost in range(1, num_rows + 1):
         drop = PairedDrop.of_hits(num_rows, num_lost, 0)
         if drop.lower_bound(confidence) > 0:

@@ -151,14 +151,8 @@ class MethodShape:
 
 
 def plan_memory(
-    model: ModelSize,
-    activations: ActivationSize,
-    batch: BatchShape,
-    shape: MethodShape,
-    *,
-    train: TrainConfig,
-    precision: str,
-    on_cpu: bool,
+    model: ModelSize, activations: ActivationSize, batch: BatchShape, shape: MethodShape, *, train: TrainConfig,
+    precision: str, on_cpu: bool,
 ) -> MemoryPlan:
     """Add up the memory of a training step.
 
@@ -230,12 +224,8 @@ def limits_of(train: TrainConfig, num_rows: int) -> BatchShape:
 
 
 def longest_of(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    old_tasks: Sequence[TaskSchema],
-    train: TrainConfig,
-    num_rows: int,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, old_tasks: Sequence[TaskSchema],
+    train: TrainConfig, num_rows: int,
 ) -> BatchShape:
     """Return a batch of `num_rows` rows that are as long as the longest training row.
 
@@ -312,9 +302,9 @@ def find_remedies(memory_of: MemoryOf, train: TrainConfig, precision: str, limit
         )
         found.append(("all of these together", everything, "bf16"))
     before = memory_of(train, precision).total
-    totals = [memory_of(changed, each_precision).total for _, changed, each_precision in found]
+    totals = {change: memory_of(changed, each_precision).total for change, changed, each_precision in found}
     return tuple(
         Remedy(change=change, total_bytes=total, fits=total <= limit)
-        for (change, _, _), total in zip(found, totals, strict=True)
+        for change, total in totals.items()
         if total < before  # for example, a lower limit of prompts saves nothing if the rows are short
     )

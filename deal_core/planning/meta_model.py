@@ -168,13 +168,7 @@ class _Kept(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    is_fused: bool,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, is_fused: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
     if is_fused:

@@ -63,13 +63,8 @@ class ChosenRows(VersionedJson):
 
 
 def choose_rows(
-    rows: Dataset,
-    setup: TrainingSetup,
-    lend_base: Callable[[], BaseModel],
-    *,
-    parent_folder: Path | None,
-    journal: Path,
-    on_progress: OnProgress = lambda done, total: None,
+    rows: Dataset, setup: TrainingSetup, lend_base: Callable[[], BaseModel], *, parent_folder: Path | None,
+    journal: Path, on_progress: OnProgress = lambda done, total: None,
 ) -> ChosenRows:
     """Choose training rows by `setup.method.selection`. A second call with the same arguments reads the first's choice.
 
@@ -113,11 +108,7 @@ class _Choosing:
     """One choice while it is made. Rows are meant by their numbers in all training rows."""
 
     def __init__(
-        self,
-        rows: Dataset,
-        setup: TrainingSetup,
-        lend_base: Callable[[], BaseModel],
-        parent_folder: Path | None,
+        self, rows: Dataset, setup: TrainingSetup, lend_base: Callable[[], BaseModel], parent_folder: Path | None,
         on_progress: OnProgress,
     ) -> None:
         self._rows, self._task, self._train = rows, setup.task, setup.train

@@ -15,7 +15,7 @@ from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.likelihood import MeasuredAnswers
 from deal_core.method_config import SelectionConfig
 from deal_core.selection import score_class
-from deal_core.selection.score import Candidates
+from deal_core.selection.score import Candidates, RowScore
 
 LABELLED = TaskSchema(name="shapes", labels=("round", "flat"), instruction="Which shape has it?", format="labelled")
 FREE = TaskSchema(name="texts", instruction="Go on.", format="completion")
@@ -31,20 +31,19 @@ def check_score(name: str) -> None:
     """
     cls = score_class(name)
     for task in (LABELLED, FREE):
-        found = _score(cls.name, task, range(NUM_ROWS))
+        found = _score(cls, task)
         assert found.shape == (NUM_ROWS,), f"{task.name}: the shape is {tuple(found.shape)}; give a number per row."
         assert bool(found.isfinite().all()), f"{task.name}: a number is not finite."
         before = torch.get_rng_state()
-        again = _score(cls.name, task, range(NUM_ROWS))
+        again = _score(cls, task)
         assert torch.equal(found, again), f"{task.name}: the same rows and the same seed gave other numbers."
         assert torch.equal(before, torch.get_rng_state()), (
             f"{task.name}: the global generator was used; make one from Candidates.seed."
         )
 
 
-def _score(name: str, task: TaskSchema, rows: range) -> Tensor:
-    cls = score_class(name)
-    answers = task.labels or ("one more word", "no")
+def _score(cls: type[RowScore], task: TaskSchema) -> Tensor:
+    rows, answers = range(NUM_ROWS), task.labels or ("one more word", "no")
     data = Dataset.from_list([{"input": f"thing number {row}", "output": answers[row % 2]} for row in rows])
     measured = None
     if cls.reads_model:
@@ -55,5 +54,5 @@ def _score(name: str, task: TaskSchema, rows: range) -> Tensor:
             gradient_N=num_tokens_N.double().sqrt(),
             num_hits_N=(num_tokens_N - torch.tensor([row % 2 for row in rows])).double(),
         )  # fmt: skip
-    config = SelectionConfig(keep=0.5, score=name)
+    config = SelectionConfig(keep=0.5, score=cls.name)
     return cls().score(Candidates(rows=data, task=task, measured=measured, config=config, seed=3))

@@ -82,14 +82,8 @@ class LabelCheck:
 
 @torch.inference_mode()
 def features(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskSchema,
-    inputs: Sequence[str],
-    *,
-    max_prompt_tokens: int,
-    max_batch_tokens: int,
-    on_progress: OnProgress | None = None,
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, task: TaskSchema, inputs: Sequence[str],
+    *, max_prompt_tokens: int, max_batch_tokens: int, on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Return the last layer's hidden state at the end of every prompt; for T5, the mean over the encoder's states.
 
@@ -114,10 +108,7 @@ def features(
 
 
 def check_labels(
-    base: BaseModel,
-    task: TaskSchema,
-    rows: Dataset,
-    train: TrainConfig,
+    base: BaseModel, task: TaskSchema, rows: Dataset, train: TrainConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelCheck:
     """Look for rows whose label is probably wrong. The base model, without an adapter, reads every row once.
