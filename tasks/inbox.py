@@ -70,13 +70,11 @@ class InboxState(Stored):
     def is_open(self, info: ObjectInfo, now: datetime, *, beside: str = "", retry_now: bool) -> bool:
         """Return whether the watch has to handle this content of a file.
 
-        A failed file may succeed with other companions, so their stamp `beside` counts too. With `retry_now`, a failed
-        file is tried again without a pause.
+        A file whose hold a person ended is open too. A failed file may succeed with other companions, so their stamp
+        `beside` counts. With `retry_now`, a failed file is tried again without a pause.
         """
         handled = self.files.get(info.key)
-        if handled is None or handled.etag != info.etag:
-            return True
-        if handled.outcome == "requeued":  # a person ended a hold; see `tasks.arrival_runs`
+        if handled is None or handled.etag != info.etag or handled.outcome == "requeued":
             return True
         if handled.outcome in ("refused", "failed") and handled.beside != beside:
             return True
@@ -109,9 +107,9 @@ class InboxState(Stored):
 
     def drop_gone(self, store: ObjectStore) -> None:
         """Drop the notes of files that are gone. Notes with a version stay, because they name the arrival."""
-        gone = [key for key, handled in self.files.items() if handled.version is None and not store.exists(key)]
-        for key in gone:
-            del self.files[key]
+        for key, handled in list(self.files.items()):
+            if handled.version is None and not store.exists(key):
+                del self.files[key]
 
 
 def read_state(store: ObjectStore, lineage: str) -> InboxState:
@@ -156,13 +154,8 @@ def list_arrivals(listing: Iterable[ObjectInfo], companions: Iterable[str] = ())
     return sorted(arrivals, key=lambda info: (info.modified, info.key))
 
 
-def _misplaced_keys(listing: Iterable[ObjectInfo], companions: Collection[str]) -> dict[str, str]:
-    """The keys in a wrong folder, with the problem and the remedy. Hidden files and task files do not count."""
-    problems = ((info.key, _misplacement(info.key)) for info in listing if info.key not in companions)
-    return {key: problem for key, problem in problems if problem is not None}
-
-
 def _misplacement(key: str) -> str | None:
+    """Why a key is in a wrong folder, and the remedy; None: it is not. Hidden files and task files do not count."""
     folder, *names = key.split("/")
     if len(names) == 2 or names[-1] == TASK_FILE or any(name.startswith(".") for name in names):
         return None
@@ -189,11 +182,6 @@ def _list_beside(listing: Iterable[ObjectInfo], companions: Collection[str]) -> 
         task: Beside(" ".join(info.etag for info in infos), max(info.modified for info in infos))
         for task, infos in found.items()
     }
-
-
-def stamp_of(info: ObjectInfo, beside: Beside | None) -> str:
-    """Return a text that changes with the content of a file and of its companions."""
-    return info.etag if beside is None else f"{info.etag} {beside.stamp}"
 
 
 class TaskFile(TaskFields):
@@ -251,7 +239,8 @@ def look(store: ObjectStore, test_files: TestFiles | None = None) -> InboxLook:
     known.clear()
     known.update(found)
     companions = {key for key in found.values() if key}
-    misplaced = _misplaced_keys(listing, companions)
+    problems = ((info.key, _misplacement(info.key)) for info in listing if info.key not in companions)
+    misplaced = {key: problem for key, problem in problems if problem is not None}
     for key, problem in misplaced.items():
         store.warn_once(key, f"Skipped {key!r}: it {problem}.")
     return InboxLook(tuple(list_arrivals(listing, companions)), _list_beside(listing, companions), misplaced)
@@ -279,7 +268,7 @@ def settle(
     for info in inbox.open_for(state, tasks, retry_now=retry_now):
         beside = inbox.beside.get(task_of(info.key))
         changed = max(info.modified, beside.modified) if beside else info.modified
-        stamps[info.key] = stamp_of(info, beside)
+        stamps[info.key] = f"{info.etag} {inbox.stamp(info)}".strip()
         is_old = now - changed.astimezone(UTC) >= timedelta(seconds=settle_seconds)
         is_same = seen.get(info.key) == stamps[info.key]
         (found.complete if is_old or is_same else found.growing).append(info)

@@ -23,7 +23,6 @@ from tasks.inbox import (
     look,
     read_state,
     settle,
-    stamp_of,
     task_spec,
     write_state,
 )
@@ -134,8 +133,8 @@ def test_a_file_refused_before_counts_its_tries_anew() -> None:
 def test_what_lies_beside_a_file_must_be_complete_too() -> None:
     old, young = recent(age=50), Beside("2", recent(age=0.5).modified)
     assert settled(old, {}, {"bank": young}) == ([], [old])
-    assert settled(old, {old.key: stamp_of(old, Beside("1", NOW))}, {"bank": young}) == ([], [old])
-    assert settled(old, {old.key: stamp_of(old, young)}, {"bank": young}) == ([old], [])
+    assert settled(old, {old.key: f"{old.etag} 1"}, {"bank": young}) == ([], [old])
+    assert settled(old, {old.key: f"{old.etag} {young.stamp}"}, {"bank": young}) == ([old], [])
     assert settled(old, {}, {"clinic": young}) == ([old], [])
 
 
