@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import right_answers, score_answers
@@ -24,7 +24,6 @@ from tasks.adaptation.frozen_rows import (
     within_budget,
 )
 from tasks.adaptation.ingest import new_task, read_manifest
-from tasks.adaptation.scorer import Scored, Scorer, collapse_notes
 from tasks.context import current_store
 from tasks.lineage.record import KnownSlice, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
@@ -32,6 +31,9 @@ from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
 from tasks.monitoring.rows import has_reference, write_reference
 from tasks.references import AdapterRef, BaseRef, DatasetRef, VersionRef, VersionScores
+
+if TYPE_CHECKING:
+    from tasks.adaptation.scorer import Scored, Scorer
 
 
 def evaluate_version(
@@ -48,6 +50,8 @@ def evaluate_version(
     stay as a slice. If a task gains labels, the new version is asked with the new labels and the parent without them,
     as each of them serves.
     """
+    from tasks.adaptation.scorer import Scorer, collapse_notes
+
     asked = _rows_to_ask(current_store(), parent, dataset, config, max_prompt_tokens)
     scorer = Scorer(base, config)
     recentred = asked.tasks_with_labels if config.recentre else set()
@@ -55,7 +59,7 @@ def evaluate_version(
     _keep(current_store(), adapter, asked, found)
     notes = (*notes, *asked.notes)
     if dataset.task not in recentred:  # a re-centred label may be of any length
-        notes = (*notes, *_length_notes(scorer, asked.own(dataset), dataset))
+        notes = (*notes, *_length_notes(scorer, asked, dataset))
     notes = (*notes, *collapse_notes(found.now))
     return _report(dataset, asked, found, scorer.num_rows, notes)
 
@@ -89,11 +93,6 @@ class _Asked:
         """For each slice its task."""
         return {each.name: each.of for each in self.renewal.slices}
 
-    def own(self, dataset: DatasetRef) -> TestSet:
-        """Return the test rows of the arrival's task."""
-        (own,) = (each for each in self.all if each.schema.name == dataset.task)
-        return own
-
 
 def _rows_to_ask(
     store: ObjectStore, parent: VersionRef | None, dataset: DatasetRef, config: EvaluateConfig, max_prompt_tokens: int
@@ -111,8 +110,7 @@ def _rows_to_ask(
         new = [load_test_set(store, new_task(store, dataset, max_prompt_tokens, config.max_new_tokens))]
     else:
         notes = tuple(_notes_on_known_task(store, record, dataset))
-    kept = read_answers(store, parent.adapter_uri) if parent else None
-    answered = kept.now if kept else {}
+    answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
     return _Asked(
@@ -137,6 +135,9 @@ class _Found:
 def _score(
     scorer: Scorer, asked: _Asked, parent: VersionRef | None, adapter: AdapterRef, recentred: set[str]
 ) -> _Found:
+    from deal_core.adapter.state import adapter_norm
+    from tasks.adaptation.scorer import Scored
+
     answered = asked.answered
     scorer.expect(asked.new, [*asked.new, *asked.unanswered] if parent else [], asked.all)
     with borrowed_parent(current_store(), parent) as before, borrowed_adapter(current_store(), adapter) as folder:
@@ -146,10 +147,11 @@ def _score(
         if asked.unanswered:
             more = scorer.score(before, asked.unanswered).answers
             answered = answered | {name: answered.get(name, {}) | answers for name, answers in more.items()}
-        now = scorer.score(
-            folder, asked.all, general=True, explain=True, recentred=recentred, slices=asked.slices
+        now = scorer.score(folder, asked.all, general=True, explain=True, recentred=recentred, slices=asked.slices)
+        facts = AdapterFacts(
+            norm=adapter_norm(folder), parent_norm=adapter_norm(before) if before else None,
+            is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
         )  # fmt: skip
-        facts = _look_at(adapter, folder, parent, before)
     return _Found(on_base=on_base, on_parent=on_parent, now=now, answered=answered, facts=facts)
 
 
@@ -162,8 +164,9 @@ def _keep(store: ObjectStore, adapter: AdapterRef, asked: _Asked, found: _Found)
     write_reference(store, adapter.uri, adapter.lineage, judging, found.now.evaluations)
 
 
-def _length_notes(scorer: Scorer, own: TestSet, dataset: DatasetRef) -> Iterator[str]:
+def _length_notes(scorer: Scorer, asked: _Asked, dataset: DatasetRef) -> Iterator[str]:
     """Notes about right answers that are longer than the answers may be."""
+    (own,) = (each for each in asked.all if each.schema.name == dataset.task)
     if num_too_long := scorer.count_too_long(own, right_answers(own.rows)):
         effect = "so no answer can match them" if own.schema.metric == "exact" else "so answers to them are cut"
         yield (
@@ -276,28 +279,19 @@ def _outcomes(test_set: TestSet, answers: Mapping[str, str]) -> Scores:
     return score_answers(test_set.schema.metric, given, right_answers(test_set.rows))
 
 
-def _look_at(adapter: AdapterRef, folder: Path, parent: VersionRef | None, parent_folder: Path | None) -> AdapterFacts:
-    from deal_core.adapter.state import adapter_norm
-
-    return AdapterFacts(
-        norm=adapter_norm(folder),
-        parent_norm=adapter_norm(parent_folder) if parent_folder else None,
-        is_changed=parent is None or parent.adapter_sha256 != adapter.sha256,
-    )
-
-
 def score_version(version: VersionRef, config: EvaluateConfig) -> VersionScores:
     """Score a registered version again on the frozen test rows of its own evaluation.
 
     A version without a reference for its live traffic gets one.
     """
+    from tasks.adaptation.scorer import Scorer
+
     store = current_store()
-    record, kept = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri)
+    record, answered = read_record(store, version.adapter_uri), read_answers(store, version.adapter_uri).now
     sets, unjudged = [], {}
     for known in record.tasks:
         try:
-            answered = kept.now.get(known.schema.name, {}) if kept else {}
-            sets.append(answered_rows(load_test_set(store, known), answered))
+            sets.append(answered_rows(load_test_set(store, known), answered.get(known.schema.name, {})))
         except TestRowsForgottenError as error:
             unjudged[known.schema.name] = str(error)
     scorer = Scorer(record.base, config)

@@ -151,15 +151,15 @@ def keep_answers(store: ObjectStore, adapter_uri: str, answers: KeptAnswers) -> 
     store.put_bytes(f"{adapter_uri}/{ANSWERS_FILE}", json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers | None:
-    """Read the answers next to an adapter; None: there are none, for example after `deal forget`.
+def read_answers(store: ObjectStore, adapter_uri: str) -> KeptAnswers:
+    """Read the answers next to an adapter. There may be none, for example after `deal forget`.
 
     Raises:
         StoreError: The file is damaged or has another schema version.
     """
     key = f"{adapter_uri}/{ANSWERS_FILE}"
     if not store.exists(key):
-        return None
+        return KeptAnswers({}, {})
     remedy = "Restore it from a backup of the store, or delete it: the next evaluation then asks the rows again."
     with reading_stored(store, key, "the kept answers of a version", remedy):
         values = json.loads(store.get_bytes(key))
@@ -187,13 +187,11 @@ def compare_answers(
     `include_texts`; otherwise they have only the digests of the rows.
     """
     kept = read_answers(store, adapter_uri)
-    if kept is None:
-        return ()
-    parent = read_answers(store, parent_uri) if parent_uri else None
+    of_parent = read_answers(store, parent_uri).now if parent_uri else {}
     found = []
     for known in read_record(store, adapter_uri).tasks:
         name = known.schema.name
-        before = kept.before.get(name) or (parent.now.get(name) if parent else None)
+        before = kept.before.get(name) or of_parent.get(name)
         if before and name in kept.now:
             table = read_test_rows(store, known.dataset_uri, _Row._fields)
             rows = [_Row(**values) for values in table.to_pylist()]

@@ -73,13 +73,12 @@ def _pairs_of_tasks(
     store: ObjectStore, parent: VersionRef, adapter: AdapterRef, dataset: DatasetRef, max_rows: int
 ) -> Iterator[tuple[str, list[_Pair]]]:
     """The rows of each task of free answers that both versions answered, at most `max_rows` of a task."""
-    kept, of_parent = read_answers(store, adapter.uri), read_answers(store, parent.adapter_uri)
     from deal_core.data.prompts import readable_prompt
 
-    assert kept is not None, "the evaluation has kept the answers"
+    kept, of_parent = read_answers(store, adapter.uri), read_answers(store, parent.adapter_uri).now
     for known in _tasks(store, parent, dataset):
         name = known.schema.name
-        before = kept.before.get(name) or (of_parent.now.get(name) if of_parent else None) or {}
+        before = kept.before.get(name) or of_parent.get(name, {})
         is_written = not known.schema.labels and known.schema.metric not in MEASURED
         if not is_written or forgotten_tests(store, name, known.dataset_uri) is not None:
             continue

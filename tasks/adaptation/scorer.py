@@ -1,4 +1,7 @@
-"""Scores adapters on test rows, and says when the answers to a task have collapsed to one label."""
+"""Scores adapters on test rows, and says when the answers to a task have collapsed to one label.
+
+The module imports torch, so a stage imports it only when it scores.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,30 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from deal_core.adapter.state import adapter_on
 from deal_core.config import EvaluateConfig
 from deal_core.evaluation.answer_scores import collapsed, number_labels, plain_answer
+from deal_core.evaluation.general_ability import perplexity
+from deal_core.evaluation.generation import GivenAnswer, LanguageModel, OnProgress
+from deal_core.evaluation.label_scores import Floats, label_log_probs
+from deal_core.evaluation.recentring import (
+    answer_task,
+    best_labels,
+    label_offsets,
+    recentred_accuracy,
+    recentred_scores,
+)
 from deal_core.evaluation.report import Scores
+from deal_core.evaluation.score import TaskEvaluation, count_too_long, evaluate_answers, evaluate_task
 from deal_core.safe_text import brief
 from tasks.adaptation.frozen_rows import Answers, TestSet
 from tasks.base import lend_base
 from tasks.progress import advance
 from tasks.references import BaseRef
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from deal_core.evaluation.generation import GivenAnswer, LanguageModel, OnProgress
-    from deal_core.evaluation.label_scores import Floats
-    from deal_core.evaluation.score import TaskEvaluation
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,6 @@ class Scorer:
             recentred: names of tasks whose labels are re-centred. The offsets of a row come from other rows.
             slices: for each slice its task, whose offsets the slice is answered with.
         """
-        from deal_core.adapter.state import adapter_on
-        from deal_core.evaluation.general_ability import perplexity
-
         found, answers, costs = {}, {}, {}
         offsets: dict[str, tuple[float, ...]] = {}
         slices = slices or {}
@@ -104,9 +109,6 @@ class Scorer:
         return Scored(found, answers, known, costs, offsets)
 
     def _evaluate(self, model: LanguageModel, test_set: TestSet) -> TaskEvaluation:
-        from deal_core.evaluation.recentring import answer_task
-        from deal_core.evaluation.score import evaluate_task
-
         on_progress = partial(self._advance, test_set.schema.name)
         if test_set.label_offsets:  # the version serves the task with them
             inputs = list(test_set.rows["input"])
@@ -122,8 +124,6 @@ class Scorer:
 
         A damaged model, whose scores are not finite, has no offsets.
         """
-        from deal_core.evaluation.recentring import best_labels, label_offsets, recentred_scores
-
         log_probs_NL, targets_N = self._label_scores(model, test_set, partial(self._advance, test_set.schema.name))
         if not np.isfinite(log_probs_NL).all():
             return self._evaluate(model, test_set), ()
@@ -134,16 +134,12 @@ class Scorer:
         return evaluation, tuple(round(float(each), 4) for each in offsets_L)
 
     def _recentred_accuracy(self, model: LanguageModel, test_set: TestSet) -> float:
-        from deal_core.evaluation.recentring import recentred_accuracy
-
         return recentred_accuracy(*self._label_scores(model, test_set))
 
     def _label_scores(
         self, model: LanguageModel, test_set: TestSet, on_progress: OnProgress | None = None
     ) -> tuple[Floats, NDArray[np.int64]]:
         """The labels' log-probabilities (N, L), and the number of each row's right label (N)."""
-        from deal_core.evaluation.label_scores import label_log_probs
-
         numbers = number_labels(test_set.schema.labels)
         targets = [numbers[plain_answer(reference)] for reference in test_set.rows["output"]]
         log_probs_NL = label_log_probs(
@@ -154,8 +150,6 @@ class Scorer:
 
     def count_too_long(self, test_set: TestSet, references: Sequence[str | Sequence[str]]) -> int:
         """Rows whose references no answer can match."""
-        from deal_core.evaluation.score import count_too_long
-
         return count_too_long(self._base.tokenizer, test_set.schema, references, test_set.max_new_tokens)
 
     def _advance(self, name: str, num_rows: int) -> None:
@@ -164,8 +158,6 @@ class Scorer:
 
 
 def _evaluation(test_set: TestSet, given: Sequence[GivenAnswer]) -> TaskEvaluation:
-    from deal_core.evaluation.score import evaluate_answers
-
     confidences = tuple(each.confidence for each in given)
     return evaluate_answers(test_set.schema, test_set.rows, [each.text for each in given], confidences)
 
