@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import transformers
@@ -44,7 +44,7 @@ from infra.store.keys import TRAIN_FILE
 from tasks.adaptation.ingest import choose_schema, landing_of
 from tasks.context import current_store
 from tasks.lineage.choices import choose_adapter, choose_base, choose_strategy, with_memory_of
-from tasks.lineage.record import LineageRecord, read_record
+from tasks.lineage.record import read_record
 from tasks.lineage.settings import arrival_of
 from tasks.lineage.version_files import borrowed_parent
 from tasks.references import VersionRef
@@ -135,8 +135,8 @@ def plan(
         ConfigError: The config of the base model cannot be read, or a setting does not fit.
         DataValidationError: The whole file is refused.
     """
-    champion = known_champion(spec.lineage)
-    record = read_record(current_store(), champion.adapter_uri) if champion else None
+    store, arrival, champion = current_store(), arrival_of(spec), known_champion(spec.lineage)
+    record = read_record(store, champion.adapter_uri) if champion else None
     spec = with_memory_of(spec, record)
     on_progress("reading the base model's config")
     source = choose_base(spec, record)
@@ -145,7 +145,8 @@ def plan(
     num_versions = len(record.matrix.trained) if record else 0
     on_progress("reading the file")
     with temporary_folder() as folder:
-        manifest = _check_rows(spec, record, folder / "dataset")
+        with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
+            manifest = build_dataset(landing, folder / "dataset")  # by the rules of ingest
         rows = Dataset.from_parquet(str(folder / "dataset" / TRAIN_FILE), cache_dir=str(folder / "cache"))
         run = _Run(
             source=source, base=base, precision=precision_name(precision), champion=champion,
@@ -159,13 +160,6 @@ def plan(
         return _plan_rows(run, manifest, rows, device_memory, probe, on_progress)
 
 
-def _check_rows(spec: AdaptSpec, record: LineageRecord | None, folder: Path) -> DatasetManifest:
-    """Make the arrival's dataset in a local folder, by the rules of ingest."""
-    arrival, store = arrival_of(spec), current_store()
-    with landing_of(store, arrival, choose_schema(store, arrival, record), record, spec.data) as landing:
-        return build_dataset(landing, folder)
-
-
 def _plan_rows(
     run: _Run, manifest: DatasetManifest, rows: Dataset, device_memory: str | None, probe: bool, on_progress: OnProgress
 ) -> PlanResult:
@@ -177,11 +171,7 @@ def _plan_rows(
     if device_memory is not None:
         num_bytes = parse_bytes(device_memory)
         device = Device(name="the device planned for", is_cpu=here.is_cpu, free_bytes=num_bytes, total_bytes=num_bytes)
-
-    def memory_of(changed: TrainConfig, precision: str) -> MemoryPlan:
-        shape = replace(_cut(batch, changed), num_rows=run.largest_batch(changed))
-        return _memory(run, model, shape, changed, precision, device)
-
+    memory_of = partial(_memory, run, model, batch, device)
     memory, limit = memory_of(train, run.precision), device.free_bytes
     refused = memory.total > limit
     seconds, notes = _time_step(run, rows, here, probe and not refused and memory.total <= here.free_bytes, on_progress)
@@ -252,9 +242,8 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run.base.folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can raise any error
-        raise ConfigError(
-            f"The tokenizer of {run.source!r} cannot be read ({type(error).__name__}: {error})."
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"The tokenizer of {run.source!r} cannot be read ({why}).") from error
     return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows)
 
 
@@ -266,9 +255,11 @@ def _cut(batch: BatchShape, train: TrainConfig) -> BatchShape:
 
 
 def _memory(
-    run: _Run, model: ModelSize, batch: BatchShape, train: TrainConfig, precision: str, device: Device
+    run: _Run, model: ModelSize, batch: BatchShape, device: Device, train: TrainConfig, precision: str
 ) -> MemoryPlan:
+    """The memory with other settings of the training and another precision than those of the run."""
     setup, on_cpu = run.setup, device.is_cpu
+    batch = replace(_cut(batch, train), num_rows=run.largest_batch(train))
     adapter = replace(setup.adapter, rank=run.rank)
     activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
     shape = MethodShape(

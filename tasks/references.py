@@ -5,12 +5,12 @@ A `uri` is relative to the root of the object store, so a store can be moved.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from deal_core.config import AdapterConfig, Quantize
-from deal_core.data.schema import DatasetManifest, TaskSchema
+from deal_core.data.schema import TaskSchema
 from deal_core.judging_config import RolloutTerms
 
 Standing = Literal[
@@ -62,17 +62,6 @@ class DatasetRef(Reference):
     """As `DatasetManifest.landed_sha256`."""
     new_labels: tuple[str, ...] = ()
     """Labels that were added by command and that the task lacks in the parent version."""
-
-    @classmethod
-    def of(
-        cls, manifest: DatasetManifest, uri: str, *, quarantine: str | None = None, new_labels: tuple[str, ...] = ()
-    ) -> Self:
-        """Return the reference to the dataset with this manifest."""
-        return cls(
-            task=manifest.task.name, uri=uri, sha256=manifest.sha256, num_train=manifest.num_train,
-            num_test=manifest.num_test, num_rejected=manifest.num_rejected, quarantine=quarantine,
-            landed_sha256=manifest.landed_sha256, new_labels=new_labels,
-        )  # fmt: skip
 
     def widen(self, schema: TaskSchema) -> TaskSchema:
         """Add the new labels to the schema of the dataset's task; other schemas stay as they are."""

@@ -50,6 +50,7 @@ def landing_of(
         DataValidationError: There is no such file.
         StoreError: The lineage's test rows are damaged.
     """
+    known = record.task(arrival.task) if record else None
     with (
         local_file(store, arrival.data) as source,
         local_file(store, arrival.test_data) if arrival.test_data else nullcontext() as test_source,
@@ -57,7 +58,8 @@ def landing_of(
         yield Landing(
             source=source, task=schema, config=config, test_source=test_source,
             frozen_test_inputs=_frozen_test_inputs(store, record, arrival.task),
-            renews_tests=_renews_tests(store, record, arrival.task), on_progress=on_progress,
+            renews_tests=bool(record and known and is_renewal_asked(store, record.lineage, known)),
+            on_progress=on_progress,
         )  # fmt: skip
 
 
@@ -107,12 +109,6 @@ def _schema_fields(given: Mapping[str, Any], known: Sequence[str]) -> dict[str, 
     return {**given, "labels": labels, "label_names": dict(names)}
 
 
-def _renews_tests(store: ObjectStore, record: LineageRecord | None, task_name: str) -> bool:
-    """Return whether `deal tests renew` lets the arrival bring new test rows."""
-    known = record.task(task_name) if record else None
-    return record is not None and known is not None and is_renewal_asked(store, record.lineage, known)
-
-
 def _frozen_test_inputs(store: ObjectStore, record: LineageRecord | None, task_name: str) -> Collection[bytes]:
     """Return the digests of the task's frozen test texts, and of its test texts from before a renewal.
 
@@ -138,12 +134,8 @@ def ingest_arrival(
 ) -> DatasetRef:
     """Check an arrival and store its dataset. Bad rows go to quarantine.
 
-    Args:
-        arrival: The file and the settings of its task.
-        config: Settings of the checks and the split.
-        parent: The version that knows the task's labels and test rows.
-        lineage: The lineage of the dataset. Each lineage has a dataset of its own, which it may delete.
-        again: Accept forgotten rows.
+    The parent version knows the task's labels and test rows. Each lineage has a dataset of its own, which it may
+    delete. With `again`, forgotten rows are accepted.
 
     Raises:
         DataValidationError: The whole file is refused. The quarantine has the bad rows.
@@ -205,7 +197,11 @@ def _publish(
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
-    return DatasetRef.of(manifest, uri, quarantine=quarantine, new_labels=new_labels)
+    shared = ("sha256", "num_train", "num_test", "num_rejected", "landed_sha256")
+    return DatasetRef(
+        task=manifest.task.name, uri=uri, quarantine=quarantine, new_labels=new_labels,
+        **{name: getattr(manifest, name) for name in shared},
+    )  # fmt: skip
 
 
 def _publish_quarantine(
