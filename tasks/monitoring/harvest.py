@@ -70,7 +70,6 @@ class _Row(NamedTuple):
     """A row to harvest."""
 
     digest: str
-    input_sha256: str
     values: dict[str, Any]
 
 
@@ -140,10 +139,8 @@ def _choose(
         right = said["label"]
         digest = row_digest(answer["input_sha256"], label_key(right) if schema.labels else right).hex()
         found.pop(answer["input_sha256"], None)
-        found[answer["input_sha256"]] = _Row(
-            digest, answer["input_sha256"],
-            {**row_columns(schema, answer["input"], right, answer["output"]), **_origin(said, answer)},
-        )  # fmt: skip
+        values = row_columns(schema, answer["input"], right, answer["output"])
+        found[answer["input_sha256"]] = _Row(digest, values | _origin(said, answer))
     rows = [row for row in found.values() if row.digest not in harvested]
     if len(rows) < len(found):
         skipped[KNOWN] += len(found) - len(rows)

@@ -58,12 +58,9 @@ class MonitorResult(BaseModel, frozen=True):
 def look_at(lineage: str, data: str | None = None, rebase: bool = False) -> MonitorResult:
     """Compare the live traffic of a lineage's champion with its reference.
 
-    Args:
-        lineage: The lineage.
-        data: File of answers instead of the prediction log; see `rows_of_file`. Nothing is announced, and the state
-            stays as it was.
-        rebase: Let the present live rows take the reference's place in the tests of drift, until another version is
-            champion. Accuracies are still compared with the reference.
+    `data` is a file of answers instead of the prediction log; see `rows_of_file`. Then nothing is announced, and the
+    state stays as it was. With `rebase`, the present live rows take the reference's place in the tests of drift, until
+    another version is champion. Accuracies are still compared with the reference.
 
     Raises:
         RegistryError: The lineage has no champion.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,12 +143,9 @@ def logged_rows(store: ObjectStore, lineage: str, version: str) -> pd.DataFrame:
 
 def champion_since(store: ObjectStore, lineage: str, version: str) -> float | None:
     """Return when a version became champion the last time, in UTC seconds; None: the log does not say."""
-    found = None
-    for move in reversed(PromotionLog(store).moves(lineage)):
-        if move.champion != version:
-            break
-        found = move.when.timestamp()
-    return found
+    newest_first = reversed(PromotionLog(store).moves(lineage))
+    own = list(takewhile(lambda move: move.champion == version, newest_first))
+    return own[-1].when.timestamp() if own else None
 
 
 class FileRows(NamedTuple):

@@ -29,7 +29,6 @@ from deal_core.monitoring.predictions import COLUMNS, answer_facts
 from deal_core.regular_file import complete_file
 from infra.predictions import feedback_ids, read_predictions
 from infra.settings import HomeSettings
-from infra.store.base import ObjectStore
 from tasks.context import current_store
 from tasks.housekeeping.arrivals import task_inputs
 from tasks.lineage.record import choose_task, read_record
@@ -95,8 +94,10 @@ def select_to_label(
     asked = Asked(info, record, choose_task(record, task))
     schema = as_landed(store, asked.known.schema)
     _check_columns(schema)
-    logged = read_predictions(store, HomeSettings().home, lineage, task=task)
-    known = _with_feedback(store, lineage, logged) | task_inputs(store, schema)
+    home = HomeSettings().home
+    logged = read_predictions(store, home, lineage, task=task)
+    has_feedback = logged["id"].isin(feedback_ids(store, home, lineage))  # whatever version answered
+    known = frozenset(logged.loc[has_feedback, "input_sha256"]) | task_inputs(store, schema)
     if data is None:
         found = _logged_texts(logged[logged["version"] == info.version], asked)
         rows = found[[not has_earlier_answers(schema, text) for text in found["input"]]]
@@ -134,12 +135,6 @@ def _check_columns(schema: TaskSchema) -> None:
             f"Task '{schema.name}' calls a column {', '.join(sorted(doubled))}, which means something else in a file "
             "to fill in; give its files another name for the column (task.columns)."
         )
-
-
-def _with_feedback(store: ObjectStore, lineage: str, logged: pd.DataFrame) -> frozenset[str]:
-    """The inputs of a task that have feedback, whatever version answered."""
-    ids = feedback_ids(store, HomeSettings().home, lineage)
-    return frozenset(logged.loc[logged["id"].isin(ids), "input_sha256"])
 
 
 def _logged_texts(logged: pd.DataFrame, asked: Asked) -> pd.DataFrame:
@@ -196,7 +191,6 @@ def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress | None) 
 
 
 def _to_fill_in(schema: TaskSchema, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the file to fill in."""
     return {
         "id": row["id"] if isinstance(row["id"], str) else "", **input_columns(schema, row["input"]),
         answer_column(schema): "", CHAMPION_ANSWER: row["output"], "confidence": round(row["confidence"], 4),
