@@ -165,9 +165,7 @@ async def hold_cancelled(
         run = next((run for run in runs if run.at >= since[info.key] and run.id != over), None)
         if run is not None:
             message = f"Its run {run.name} was cancelled on {run.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC."
-            state.record(
-                info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info), cancelled_run=run.id
-            )
+            state.record(info, "held", message, now=datetime.now(UTC), beside=inbox.stamp(info), cancelled_run=run.id)
             held.append(info)
     if held:
         write_state(store, lineage, state)

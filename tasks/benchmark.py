@@ -22,15 +22,10 @@ CellStatus = Literal["done", "stored", "busy"]
 
 
 def make_cell_file(base: BaseRef, cell: Cell, method: MethodConfig, data: Path, out: Path, work: Path) -> CellStatus:
-    """Run a cell and store its figures as one JSON file.
+    """Run a cell and store its figures as one JSON file in the folder `out`.
 
-    Args:
-        base: The base model.
-        cell: The tasks, the strategy and the seed.
-        method: Settings of the strategies. The cell records the settings that its strategy reads.
-        data: Folder of the tasks.
-        out: Folder of the results.
-        work: Folder of the checkpoints and locks. Processes that share cells share this folder.
+    The cell records those settings of `method` that its strategy reads. The folder `data` has the tasks, and `work` the
+    checkpoints and locks. Processes that share cells share `work`.
 
     Returns:
         "busy": another process runs the cell, or makes the first version that this cell shares with another one.

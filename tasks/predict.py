@@ -63,13 +63,9 @@ class Answer(BaseModel, frozen=True):
 
 
 def predict(text: str, *, lineage: str, task: str | None, version: str | None) -> Answer:
-    """Answer a text with the prompt of a task.
+    """Answer a text with the prompt of a task, by default the task learned last.
 
-    Args:
-        text: The text; for a chat task the JSON list of messages.
-        lineage: The lineage.
-        task: The task; None: the task learned last.
-        version: Number of the version; None: the champion.
+    The text for a chat task is the JSON list of messages. `version` is a number; None: the champion.
 
     Raises:
         ConfigError: The lineage does not know the task, or the text does not fit the task's format.
@@ -232,10 +228,7 @@ def _alone(output: Path) -> Iterator[None]:
 def answering(asked: Asked) -> Iterator[AnswerInputs]:
     """Give a function from inputs to answers: the base model with the version's adapter."""
     base, task = lend_base(asked.record.base), served_task(asked.known)
-    with (
-        borrowed_adapter(current_store(), asked.info) as folder,
-        adapter_on(base.model, folder) as model,
-    ):
+    with borrowed_adapter(current_store(), asked.info) as folder, adapter_on(base.model, folder) as model:
         yield lambda inputs, on_rows: answer_task(model, base.tokenizer, task, inputs, on_rows)
 
 

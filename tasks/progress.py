@@ -120,18 +120,17 @@ def raise_if_stopped() -> None:
 
 
 def advance(stage: str, total: float | None = None) -> Callable[..., None]:
-    """Return a callback `(done, total=None, detail="")` that reports the progress of `stage`.
+    """Return a callback `(done, total=total, detail="")` that reports the progress of `stage`.
 
     Raises:
         Interrupted: From the callback: the run was asked to stop.
     """
     context = _context()  # the caller's context; the callback may run in another thread
-    default_total = total
 
-    def callback(done: float, total: float | None = None, detail: str = "") -> None:
+    def callback(done: float, total: float | None = total, detail: str = "") -> None:
         if context.stop.is_set():
             raise Interrupted
-        context.reporter.advanced(stage, done, default_total if total is None else total, detail)
+        context.reporter.advanced(stage, done, total, detail)
 
     return callback
 

@@ -185,12 +185,8 @@ class LineageSpec(BaseModel, frozen=True, extra="forbid"):
         )  # fmt: skip
 
     @model_validator(mode="after")
-    def _check_memory(self) -> Self:
+    def _check_parts(self) -> Self:
         self.rehearsal.with_memory(self.memory)
-        return self
-
-    @model_validator(mode="after")
-    def _check_score(self) -> Self:
         check_score_name(self.selection.score)
         return self
 

@@ -125,7 +125,7 @@ def validate(
     arrival = Arrival(task=read.task.name, data=file, test_data=test_data, given=read.task.given())
     schema, config = choose_schema(store, arrival, record), replace(read.data, include_texts=True)
     with landing_of(store, arrival, schema, record, config, on_progress) as landing:
-        kept = _TrainingRows(MAX_COMPARED)
+        kept = _TrainingRows()
         report = validate_file(landing, kept.add)
     manifest = report.manifest
     checked = None
@@ -161,15 +161,14 @@ def _result(
 class _TrainingRows:
     """The first training rows of a file, and its labels' counts."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self._counts: Counter[str] = Counter()
         self._is_counted = True
 
     def add(self, rows: Sequence[Row]) -> None:
-        first = rows[: self._most - len(self.inputs)]
+        first = rows[: MAX_COMPARED - len(self.inputs)]
         self.inputs += [row.input for row in first]
         self.outputs += [row.output for row in first]
         if self._is_counted:
@@ -185,7 +184,6 @@ class _TrainingRows:
 def _check_labels(
     task: TaskSchema, rows: _TrainingRows, source: str, train: TrainConfig, on_model: Callable[[int, int], None]
 ) -> LabelCheck:
-    """Look for wrong labels with the base model."""
     from datasets import Dataset
 
     from deal_core.base_model.load import load_base

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from deal_core.data.schema import TaskSchema
 from deal_core.evaluation.answer_scores import scored_otherwise
@@ -60,8 +59,10 @@ def write_card(record: LineageRecord, facts: VersionFacts, licence: str | None, 
         f"- licence: {licence or NOT_STATED}; the adapter alone is of no use without it",
         "", "The base model's weights are not part of this folder.", "",
         "## Data", "",
-        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "test rows"),
-                [_data_row(known) for known in record.tasks]), "",
+        *words.markdown_table(("task", "format", "dataset whose test rows judge it (sha256)", "test rows"), [
+            (known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`", str(known.num_test))
+            for known in record.tasks
+        ]), "",
         f"Dataset of this version: {facts.task}, sha256 `{facts.dataset_sha256}`. Settings: sha256 "
         f"`{facts.config_sha256}`. Run: `{facts.run_key}`.", "",
         "## Accuracy", "",
@@ -89,10 +90,6 @@ def _front_matter(record: LineageRecord, licence: str | None) -> list[str]:
         lines.append(f"base_model: {json.dumps(record.base.name)}")
     lines += [f"license: {json.dumps(licence)}"] if licence else []
     return [*lines, "tags: [lora, continual-learning]", "---"]
-
-
-def _data_row(known: KnownTask) -> Sequence[str]:
-    return known.schema.name, known.schema.format, f"`{dataset_sha256(known.dataset_uri)}`", str(known.num_test)
 
 
 def _matrix(record: LineageRecord) -> list[str]:

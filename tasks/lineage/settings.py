@@ -127,9 +127,7 @@ def list_lineages(store: ObjectStore) -> list[WatchedLineage]:
     return found.good
 
 
-async def for_each(
-    names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str
-) -> list[Found]:
+async def for_each(names: Sequence[str], act: Callable[[str], Awaitable[Found]], failure: str) -> list[Found]:
     """Call `act` for several lineages, one after another; return the results. A failed call does not stop the others.
 
     Raises:
@@ -288,9 +286,7 @@ def _over(stored: Mapping[str, Any], values: Mapping[str, Any], model: type[Line
     """
     merged = {name: value for name, value in stored.items() if name in model.model_fields}
     if values.get("memory") is not None and isinstance(merged.get("rehearsal"), Mapping):
-        merged["rehearsal"] = {
-            name: value for name, value in merged["rehearsal"].items() if name not in MEMORY["rows"]
-        }
+        merged["rehearsal"] = {name: value for name, value in merged["rehearsal"].items() if name not in MEMORY["rows"]}
     if isinstance(rehearsal := values.get("rehearsal"), Mapping) and rehearsal.keys() & MEMORY["rows"].keys():
         merged.pop("memory", None)
     for name, value in values.items():

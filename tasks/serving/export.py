@@ -284,7 +284,6 @@ def _logits(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Tenso
 def _compared(
     info: VersionInfo, to: Target, address: str, precision: str, served: Sequence[Tensor], exported: Sequence[Tensor]
 ) -> Exported:
-    """Compare logits."""
     differences = [float((one - other).abs().max()) for one, other in zip(served, exported, strict=True)]
     largest = max(differences)
     if not largest <= TOLERANCE:
@@ -299,7 +298,6 @@ def _compared(
 
 
 def _merged_card(record: LineageRecord, info: VersionInfo, licence: str | None, found: Exported) -> str:
-    """Return the model card of a merged model as Markdown."""
     tasks = ", ".join(known.schema.name for known in record.tasks)
     return "\n".join([
         "---", "library_name: transformers", *([f"license: {json.dumps(licence)}"] if licence else []), "---",
