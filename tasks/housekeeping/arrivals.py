@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
@@ -20,24 +19,11 @@ from deal_core.data.check import RowChecker
 from deal_core.data.reading.lines import sha256_of_input
 from deal_core.data.reading.readers import read_rows
 from deal_core.data.rows import stored_input_digest
-from deal_core.data.schema import DatasetManifest, Format, TaskSchema
+from deal_core.data.schema import DatasetManifest, TaskSchema
 from deal_core.data.shapes import recognise
 from deal_core.errors import ConfigError, DataValidationError
 from infra.store import keys
 from infra.store.base import ObjectInfo, ObjectStore
-from infra.store.keys import (
-    DATASETS,
-    FORGOTTEN,
-    INBOX,
-    MANIFEST_FILE,
-    QUARANTINE,
-    TASK_FILE,
-    TEST_FILE,
-    TRAIN_FILE,
-    dataset_sha256,
-    quarantine_folder,
-    task_of,
-)
 from infra.tracking.registry import Registry
 from tasks.adaptation.ingest import read_manifest
 from tasks.data_files import local_file
@@ -72,13 +58,12 @@ class KnownArrival:
 
     def inbox_files(self, store: ObjectStore, registry: Registry) -> list[ObjectInfo]:
         """Return the arrival's files in the inbox, found by their bytes or by the state of a watch."""
-        listing = [info for info in store.list(keys.inbox_folder(self.task)) if keys.file_name(info.key) != TASK_FILE]
-        handled = {
-            (each.key, each.etag) for each in _handled(store, registry, self.task) if each.sha256 in self.sha256s
-        }
+        known = _handled(store, registry, self.task)
+        handled = {(each.key, each.etag) for each in known if each.sha256 in self.sha256s}
+        listing = store.list(keys.inbox_folder(self.task))
         return [
-            info for info in listing
-            if info.key == self.key or (info.key, info.etag) in handled or _digest_of(store, info.key) in self.files
+            info for info in listing if keys.file_name(info.key) != keys.TASK_FILE
+            and (info.key == self.key or (info.key, info.etag) in handled or _digest_of(store, info.key) in self.files)
         ]  # fmt: skip
 
 
@@ -90,12 +75,12 @@ def find_arrival(store: ObjectStore, registry: Registry, named: str) -> KnownArr
     """
     root = store.uri.rstrip("/") + "/"
     key = named.removeprefix(root)
-    if key.startswith(f"{INBOX}/"):
+    if key.startswith(f"{keys.INBOX}/"):
         return _by_key(store, registry, key)
     if not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", named):
         raise ConfigError(
             f"{named!r} is neither a digest (or {MIN_PREFIX} and more of its first characters) nor a key such as "
-            f"{INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
+            f"{keys.INBOX}/TASK/FILE; deal history --json shows the digests as dataset_sha256."
         )
     found = sorted({(task, sha256) for task, sha256 in _known_digests(store, registry) if sha256.startswith(named)})
     if not found:
@@ -130,14 +115,14 @@ def with_every_split(store: ObjectStore, registry: Registry, arrival: KnownArriv
 
 def manifests_of(store: ObjectStore, task: str) -> Iterator[tuple[str, DatasetManifest]]:
     """Yield the digest and the manifest of every dataset of a task, once for each lineage with the dataset."""
-    for info in store.list(f"{DATASETS}/{task}"):
+    for info in store.list(f"{keys.DATASETS}/{task}"):
         folder, _, name = info.key.rpartition("/")
-        if name == MANIFEST_FILE:
-            yield dataset_sha256(folder), read_manifest(store, folder)
+        if name == keys.MANIFEST_FILE:
+            yield keys.dataset_sha256(folder), read_manifest(store, folder)
 
 
 def _by_key(store: ObjectStore, registry: Registry, key: str) -> KnownArrival:
-    task = task_of(key)
+    task = keys.task_of(key)
     landed = {_digest_of(store, key)} if store.exists(key) else set()
     found = {sha256 for sha256, manifest in manifests_of(store, task) if landed & set(manifest.files)}
     found |= {each.sha256 for each in _handled(store, registry, task) if each.key == key}
@@ -164,7 +149,7 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
     )
     tombstone = find_tombstone(store, task, [sha256])
     files |= dict.fromkeys(tombstone.files if tombstone else ())
-    if not files and any(True for _ in store.list(quarantine_folder(task, sha256))):
+    if not files and any(True for _ in store.list(keys.quarantine_folder(task, sha256))):
         files = {sha256: None}  # the whole file was refused
     if key is not None and store.exists(key):
         files |= {_digest_of(store, key): None}
@@ -172,11 +157,11 @@ def _known(store: ObjectStore, task: str, sha256: str, *, key: str | None) -> Kn
 
 
 def _known_digests(store: ObjectStore, registry: Registry) -> Iterator[tuple[str, str]]:
-    for folder in (DATASETS, QUARANTINE):
+    for folder in (keys.DATASETS, keys.QUARANTINE):
         for info in store.list(folder):
             yield keys.task_and_digest(info.key)
-    for info in store.list(FORGOTTEN):
-        task, _, name = info.key.removeprefix(f"{FORGOTTEN}/").partition("/")
+    for info in store.list(keys.FORGOTTEN):
+        task, _, name = info.key.removeprefix(f"{keys.FORGOTTEN}/").partition("/")
         tombstone = find_tombstone(store, task, [name.removesuffix(".json")])
         if tombstone is not None:
             yield task, tombstone.sha256
@@ -197,7 +182,7 @@ def _handled(store: ObjectStore, registry: Registry, task: str) -> Iterator[_Han
         lineage = keys.lineage_of_watch(info.key)
         sha256_of = {version.version: version.dataset_sha256 for version in registry.versions(lineage)}
         for key, handled in read_state(store, lineage).files.items():
-            if task_of(key) == task and handled.version in sha256_of:
+            if keys.task_of(key) == task and handled.version in sha256_of:
                 yield _Handled(key, handled.etag, sha256_of[handled.version])
 
 
@@ -223,11 +208,7 @@ def arrival_inputs(
 ) -> ArrivalInputs:
     """Return the digests of the inputs of an arrival, from its stored rows and from its files in the inbox.
 
-    Args:
-        store: The object store.
-        arrival: The arrival.
-        inbox_keys: Its files in the inbox.
-        manifests: The digests and the manifests of its task's datasets.
+    `inbox_keys` are these files. `manifests` has the digests and the manifests of its task's datasets.
     """
     own = [manifest for sha256, manifest in manifests if sha256 in arrival.sha256s]
     schemas = {manifest.task.sha256: manifest.task for manifest in own}
@@ -236,17 +217,14 @@ def arrival_inputs(
     files_read: set[str] = set()
     has_training_rows = False
     for schema in schemas.values():
-        assert schema.format != "auto", "a dataset's task has a format"
         for key in inbox_keys:
-            with local_file(store, store.uri_of(key)) as path:
-                texts, is_whole = _of_file(path, schema)
-                if is_whole:
-                    files_read.add(sha256_of_input(path))
-            found.update(_digests(schema.format, texts))
+            digests, whole_file = _of_file(store, key, schema)
+            found |= digests
+            files_read |= {whole_file} if whole_file else set()
         for sha256 in arrival.sha256s:
-            for name, texts in _of_dataset(store, arrival.task, sha256):
-                found.update(_digests(schema.format, texts))
-                has_training_rows |= name == TRAIN_FILE
+            for name, digests in _of_dataset(store, schema, sha256):
+                found |= digests
+                has_training_rows |= name == keys.TRAIN_FILE
     has_training_rows |= bool(files_read & training_files) or (
         bool(arrival.files) and files_read.issuperset(arrival.files)
     )
@@ -256,50 +234,47 @@ def arrival_inputs(
 def task_inputs(store: ObjectStore, schema: TaskSchema) -> frozenset[str]:
     """Return the digests of a task's inputs that have landed: those of its files in the inbox and of its stored rows.
 
-    Training rows that the store no longer keeps, and whose file is not in the inbox, are not among them.
-
-    Args:
-        store: The object store.
-        schema: The task, with the names of columns that its files in the inbox have.
+    Training rows that the store no longer keeps, and whose file is not in the inbox, are not among them. The schema has
+    the names of columns that the files in the inbox have.
     """
-    assert schema.format != "auto", "a task that was learned has a format"
     found: set[str] = set()
     for info in list_arrivals(store.list(keys.inbox_folder(schema.name))):
-        with local_file(store, store.uri_of(info.key)) as path:
-            texts, _ = _of_file(path, schema)
-        found.update(_digests(schema.format, texts))
-    listing = store.list(f"{DATASETS}/{schema.name}")
-    for sha256 in {dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == MANIFEST_FILE}:
-        for _, texts in _of_dataset(store, schema.name, sha256):
-            found.update(_digests(schema.format, texts))
+        found |= _of_file(store, info.key, schema)[0]
+    listing = store.list(f"{keys.DATASETS}/{schema.name}")
+    for sha256 in {keys.dataset_sha256(info.key) for info in listing if keys.file_name(info.key) == keys.MANIFEST_FILE}:
+        for _, digests in _of_dataset(store, schema, sha256):
+            found |= digests
     return frozenset(found)
 
 
-def _of_dataset(store: ObjectStore, task: str, sha256: str) -> Iterator[tuple[str, list[str]]]:
+def _of_dataset(store: ObjectStore, schema: TaskSchema, sha256: str) -> Iterator[tuple[str, set[str]]]:
     """The inputs of a dataset's stored rows, with the name of their file, once for each lineage with the dataset."""
-    for info in store.list(keys.dataset_folder(task, sha256)):
-        if (name := keys.file_name(info.key)) in (TRAIN_FILE, TEST_FILE):
+    for info in store.list(keys.dataset_folder(schema.name, sha256)):
+        if (name := keys.file_name(info.key)) in (keys.TRAIN_FILE, keys.TEST_FILE):
             table = pq.read_table(io.BytesIO(store.get_bytes(info.key)), columns=["input"])
-            yield name, table.column("input").to_pylist()
+            yield name, set(_digests(schema, table.column("input").to_pylist()))
 
 
-def _of_file(path: Path, schema: TaskSchema) -> tuple[list[str], bool]:
-    """The inputs of a file's rows in stored form, and whether the file was read to its end.
+def _of_file(store: ObjectStore, key: str, schema: TaskSchema) -> tuple[set[str], str | None]:
+    """The inputs of a file's rows, and the digest of the file; None: it could not be read to its end.
 
     Single rows that cannot be read were never learned.
     """
-    found: list[str] = []
-    try:
-        checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
-        found.extend(text for raw in read_rows(path) if isinstance(text := checker.check_input(raw), str))
-    except DataValidationError:
-        return found, False
-    return found, True
+    found: set[str] = set()
+    with local_file(store, store.uri_of(key)) as path:
+        try:
+            checker = RowChecker(schema, recognise(path, schema), sys.maxsize)
+            texts = (text for row in read_rows(path) if isinstance(text := checker.check_input(row), str))
+            found.update(_digests(schema, texts))
+        except DataValidationError:
+            return found, None
+        return found, sha256_of_input(path)
 
 
-def _digests(kind: Format, texts: Iterable[str]) -> Iterator[str]:
+def _digests(schema: TaskSchema, texts: Iterable[str]) -> Iterator[str]:
     """The digests of inputs, and those of a chat's earlier turns, which are learned as rows of their own."""
+    assert schema.format != "auto", "a task that was learned has a format"
     for stored in texts:
-        yield stored_input_digest(kind, stored).hex()
-        if kind == "chat":
+        yield stored_input_digest(schema.format, stored).hex()
+        if schema.format == "chat":
             yield from (row.input_digest.hex() for row in earlier_turns(stored))

@@ -23,12 +23,7 @@ from infra.tracking.tracker import Tracker
 from tasks.adaptation.frozen_rows import ANSWERS_FILE
 from tasks.context import work_folder
 from tasks.housekeeping.arrivals import KnownArrival, arrival_inputs, manifests_of, with_every_split
-from tasks.housekeeping.garbage import (
-    find_leftovers,
-    list_all_lineages,
-    list_logged_lineages,
-    remove_local,
-)
+from tasks.housekeeping.garbage import find_leftovers, list_all_lineages, list_logged_lineages, remove_local
 from tasks.inbox import read_state, write_state
 from tasks.lineage.record import RECORD_FILE, read_record
 from tasks.lineage.version_files import replacing
@@ -104,9 +99,7 @@ def affected_versions(versions: Sequence[VersionInfo], sha256s: Collection[str])
     return tuple(found.values())
 
 
-def plan_forgetting(
-    store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival
-) -> ForgetPlan:
+def plan_forgetting(store: ObjectStore, registry: Registry, tracker: Tracker, arrival: KnownArrival) -> ForgetPlan:
     """Find every place with rows of an arrival. Nothing is changed."""
     arrival = with_every_split(store, registry, arrival)
     remover = ArtifactRemover(tracker)
@@ -284,12 +277,8 @@ def _references(store: ObjectStore, versions: Iterable[VersionInfo], task: str) 
 
 
 def _artifacts(remover: ArtifactRemover, run_ids: Iterable[str]) -> list[Held]:
-    found = []
-    for run_id in sorted(run_ids):
-        paths = artifacts_with_rows(remover.run_files(run_id))
-        if paths:
-            found.append(Held(kind="artifacts", address=", ".join(paths), run_id=run_id))
-    return found
+    found = ((run_id, artifacts_with_rows(remover.run_files(run_id))) for run_id in sorted(run_ids))
+    return [Held(kind="artifacts", address=", ".join(paths), run_id=run_id) for run_id, paths in found if paths]
 
 
 def _kept_by_method(
@@ -328,13 +317,11 @@ def _empty_method_rows(
     from deal_core.adapter.state import empty_stored_rows
 
     versions = registry.versions(lineage)
-    for version, names in _method_rows(store, versions, sha256s).items():
-        if not names:
-            continue
-        info = next(each for each in versions if each.version == version)
+    names = _method_rows(store, versions, sha256s)
+    for info in [version for version in versions if names[version.version]]:
         with temporary_folder() as folder:
             _download_method(store, info.adapter_uri, folder)
-            empty_stored_rows(folder, names)
+            empty_stored_rows(folder, names[info.version])
             with replacing(store, registry, info, folder):
                 store.upload_folder(folder, info.adapter_uri)
             remover.replace_in_model(info.model_id, folder)

@@ -117,9 +117,7 @@ def plan_removals(held: Holdings, *, now: datetime, older_than: timedelta) -> tu
     return tuple(found)
 
 
-def _removal(
-    lineage: str, kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None
-) -> Removal:
+def _removal(lineage: str, kind: Kind, folder: Folder, reason: str, version: VersionInfo | None = None) -> Removal:
     number, model_id = (version.version, version.model_id) if version else (None, None)
     return Removal(
         lineage=lineage, kind=kind, address=folder.address, num_bytes=folder.num_bytes, reason=reason, version=number,
@@ -128,24 +126,18 @@ def _removal(
 
 
 def kept_versions(versions: Sequence[VersionInfo], cutoff: datetime) -> set[str]:
-    """Return the numbers of the versions whose adapter stays.
+    """Return the numbers of the versions whose adapter stays. `versions` are those of a lineage, oldest first.
 
     These are the accepted versions that no person rejected, versions with an alias, young versions, and all ancestors
     of these versions.
     """
-    by_number = {version.version: version for version in versions}
     kept: set[str] = set()
-    waiting = [
-        v.version for v in versions
-        if (v.accepted and v.approval != "refused") or v.aliases or v.created > cutoff
-    ]  # fmt: skip
-    while waiting:
-        number = waiting.pop()
-        if number in kept or number not in by_number:
-            continue
-        kept.add(number)
-        parent = by_number[number].parent_version
-        waiting += [parent] if parent else []
+    parents: set[str | None] = set()
+    for each in reversed(versions):  # a parent is older than its children
+        is_good = each.accepted and each.approval != "refused"
+        if is_good or each.aliases or each.created > cutoff or each.version in parents:
+            kept.add(each.version)
+            parents.add(each.parent_version)
     return kept
 
 
@@ -280,9 +272,7 @@ def remove(store: ObjectStore, remover: ArtifactRemover, removal: Removal, now: 
     store.delete(removal.address)
 
 
-def _require_registry_of(
-    store: ObjectStore, registry: Registry, lineage: str, versions: Iterable[VersionInfo]
-) -> None:
+def _require_registry_of(store: ObjectStore, registry: Registry, lineage: str, versions: Iterable[VersionInfo]) -> None:
     known, ledger = {version.run_key for version in versions}, Ledger(store)
     for info in store.list(keys.ledger_folder(lineage)):
         entry = ledger.find(lineage, keys.file_name(info.key).removesuffix(".json"))
