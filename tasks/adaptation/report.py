@@ -139,25 +139,12 @@ def problem_of(entry: Mapping[str, Any], include_texts: bool) -> str:
 
 def report_run(
     run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
-    seconds: Mapping[str, float], *, include_texts: bool = False,
+    seconds: Mapping[str, float], *, include_texts: bool = False, in_prefect: bool = True,
 ) -> None:
-    """Write the report of a run to MLflow and Prefect.
+    """Write the report of a run to MLflow and, with `in_prefect`, to Prefect.
 
     `seconds` is the wall time by stage. The page shows texts of rows only with `include_texts`.
     """
-    found = write_report(run, version, dataset, report, summary, seconds, include_texts=include_texts)
-    patient(create_markdown_artifact)(
-        key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
-        markdown=markdown_of(found, report),
-        description=f"Version {version.version} of {run.lineage}: {report.task}",
-    )
-
-
-def write_report(
-    run: RunRef, version: VersionRef, dataset: DatasetRef, report: EvaluationReport, summary: TrainSummary,
-    seconds: Mapping[str, float], *, include_texts: bool,
-) -> RunReport:
-    """Write the part of `report_run` that is in MLflow. The arguments are the same."""
     tracked = open_tracker().run(run.tracking_id)
     tracked.log_metrics({  # undefined scores are left out
         **scores_of(report.matrix),
@@ -175,7 +162,12 @@ def write_report(
     tracked.log_json(REPORT_FILE, found.model_dump(mode="json"))
     tracked.log_text(PAGE_FILE, render_page(found, report))
     tracked.set_tags({"deal.version": version.version, "deal.gate": "accepted" if version.accepted else "rejected"})
-    return found
+    if in_prefect:
+        patient(create_markdown_artifact)(
+            key=re.sub("[^a-z0-9]+", "-", f"adapt-{run.lineage}".lower()).strip("-"),
+            markdown=markdown_of(found, report),
+            description=f"Version {version.version} of {run.lineage}: {report.task}",
+        )
 
 
 def read_page(tracking_id: str) -> tuple[RunReport, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ def _finish_run(registry: Registry, version: VersionInfo, reference: VersionRef)
     findings: Mapping[str, Any] | None = None
     with _logging(version, "write its report"):
         findings = read_findings(version.adapter_uri)
-        report_findings(report_run, run, reference, findings)
+        report_findings(run, reference, findings)
         status = "FINISHED"
     with _logging(version, "announce it"):
         if findings is not None:
@@ -162,14 +162,11 @@ def _logging(version: VersionInfo, doing: str) -> Iterator[None]:
 
 
 def report_findings(
-    write: Callable[..., object], run: RunRef, reference: VersionRef, findings: Mapping[str, Any]
+    run: RunRef, reference: VersionRef, findings: Mapping[str, Any], *, in_prefect: bool = True
 ) -> None:
-    """Write the report of a version again from its findings.
-
-    `write` is `report_run`, or `write_report` for the part in MLflow only.
-    """
-    write(
+    """Write the report of a version again from its findings; for `in_prefect` see `report_run`."""
+    report_run(
         run, reference, DatasetRef.model_validate(findings["dataset"]),
         EvaluationReport.from_json(findings["evaluation"]), TrainSummary.model_validate(findings["training"]), {},
-        include_texts=findings["spec"]["data"]["include_texts"],
+        include_texts=findings["spec"]["data"]["include_texts"], in_prefect=in_prefect,
     )  # fmt: skip

@@ -25,7 +25,6 @@ from infra.tracking.tracker import open_tracker
 from infra.version_log import StoredVersion, VersionLog
 from tasks.adaptation.promote import tags_of
 from tasks.adaptation.register import log_adapter
-from tasks.adaptation.report import write_report
 from tasks.adaptation.resume import read_findings, report_findings
 from tasks.adaptation.run import run_tags
 from tasks.context import current_store
@@ -172,7 +171,7 @@ def _end_run(registry: Registry, stored: StoredVersion, run: RunRef, problems: l
     try:
         findings = read_findings(stored.facts.adapter_uri)
         if info := registry.version(stored.lineage, stored.version):
-            report_findings(write_report, run, version_ref(info), findings)
+            report_findings(run, version_ref(info), findings, in_prefect=False)
     except Exception as error:  # a failed report must not stop the rebuild
         reason = without_secrets(str(error).split("\n")[0])
         logger.error("Cannot write the report of version %s again: %s", stored.version, reason)
