@@ -36,11 +36,7 @@ def lend_base(reference: BaseRef) -> BaseModel:
 
 
 def require_base(reference: BaseRef, sha256: str) -> None:
-    """Refuse a base model with another digest than that of the reference.
-
-    Raises:
-        ConfigError: The model at this source has changed since the reference was made.
-    """
+    """Raise ConfigError if the base model has another digest than the reference: it has changed since."""
     if sha256 != reference.sha256:
         raise ConfigError(
             f"The base model {reference.source} has changed ({reference.sha256[:12]} before, {sha256[:12]} now); "

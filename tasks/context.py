@@ -27,11 +27,7 @@ def work_folder(lineage: str, short_key: str) -> Path:
 
 @contextmanager
 def only_process(lock: Path, busy: str) -> Iterator[None]:
-    """Keep other processes from the block by a lock file.
-
-    Raises:
-        ConfigError: Another process is in the block. The message is `busy`.
-    """
+    """Raise ConfigError with the message `busy` if another process is in a block with this lock file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     file = FileLock(lock)
     try:

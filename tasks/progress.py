@@ -110,11 +110,7 @@ def is_stopped() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """Stop here if the run was asked to stop.
-
-    Raises:
-        Interrupted: The run was asked to stop.
-    """
+    """Raise Interrupted if the run was asked to stop."""
     if is_stopped():
         raise Interrupted
 

@@ -259,11 +259,7 @@ class TaskFieldsError(ConfigError, DataValidationError):
 
 @contextmanager
 def reading_the_task() -> Iterator[None]:
-    """Turn a ConfigError in the block into a TaskFieldsError, which a later try cannot cure.
-
-    Raises:
-        TaskFieldsError: A setting of the arrival's task is not valid.
-    """
+    """Turn a ConfigError in the block into a TaskFieldsError, which a later try cannot cure."""
     try:
         yield
     except ConfigError as error:

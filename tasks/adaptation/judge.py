@@ -30,11 +30,7 @@ _PREFERS = {("A", "B"): 1.0, ("B", "A"): 0.0}
 
 
 def require_judge(config: GateConfig) -> None:
-    """Require that the judge is named on this machine if the gate asks for it, before anything is trained.
-
-    Raises:
-        ConfigError: The judge's address or model is not set.
-    """
+    """Raise ConfigError if the gate asks for a judge whose address or model is not set on this machine."""
     if config.judge != "none":
         open_judge()
 

@@ -118,11 +118,7 @@ def write_record(store: ObjectStore, adapter_uri: str, record: LineageRecord) ->
 
 
 def require_same_base(record: LineageRecord, base: BaseRef) -> None:
-    """Require the lineage's base model.
-
-    Raises:
-        ConfigError: The base model is another model.
-    """
+    """Raise ConfigError if `base` is not the lineage's base model."""
     if record.base.sha256 != base.sha256:
         raise ConfigError(
             f"Lineage '{record.lineage}' adapts the base model {record.base.name} ({record.base.sha256[:12]}), you "

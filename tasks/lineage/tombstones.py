@@ -80,11 +80,7 @@ def put_tombstone(store: ObjectStore, tombstone: Tombstone) -> None:
 
 
 def refuse_forgotten(store: ObjectStore, task: str, sha256s: Iterable[str], rows: str = "rows") -> None:
-    """Refuse forgotten rows, by the digests of the rows or of their files. The message calls them `rows`.
-
-    Raises:
-        ForgottenRowsError: There is a tombstone under one of the digests.
-    """
+    """Raise ForgottenRowsError if rows or files with one of these digests were forgotten. The message says `rows`."""
     found = find_tombstone(store, task, sha256s)
     if found is not None:
         raise ForgottenRowsError(
@@ -101,11 +97,7 @@ def forgotten_tests(store: ObjectStore, task: str, dataset_uri: str) -> Tombston
 
 
 def require_test_rows(store: ObjectStore, task: str, dataset_uri: str) -> None:
-    """Require the test rows of a task.
-
-    Raises:
-        TestRowsForgottenError: The test rows were forgotten.
-    """
+    """Raise TestRowsForgottenError if the test rows of a task were forgotten."""
     found = forgotten_tests(store, task, dataset_uri)
     if found is not None:
         raise TestRowsForgottenError(

@@ -196,11 +196,7 @@ def borrowed_adapter(store: ObjectStore, adapter: Adapter, *, with_method: bool 
 
 @contextmanager
 def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[Path | None]:
-    """Give a local copy of the parent's adapter with the method's state, or None without a parent.
-
-    Raises:
-        IntegrityError: As for `borrowed_adapter`.
-    """
+    """Do the same as `borrowed_adapter` for a parent, with the method's state. Without a parent, give None."""
     if parent is None:
         yield None
         return
@@ -209,10 +205,9 @@ def borrowed_parent(store: ObjectStore, parent: VersionRef | None) -> Iterator[P
 
 
 def require_recorded(store: ObjectStore, adapter: Adapter, folder: Path, *, with_method: bool = False) -> None:
-    """Compare a folder with all files of an adapter with the recorded digests.
+    """Raise IntegrityError if a file that the caller reads has not its recorded digest.
 
-    Raises:
-        IntegrityError: As for `borrowed_adapter`.
+    `folder` is a copy of the adapter's folder.
     """
     recorded, names = _recorded_of(adapter), ADAPTER_FILES if with_method else PEFT_FILES
     found = digests_of(folder, ADAPTER_FILES if TOGETHER in recorded else names)
