@@ -247,19 +247,14 @@ def _batch(run: _Run, rows: Dataset) -> BatchShape:
     return longest_of(rows, tokenizer, setup.task, setup.old_tasks, setup.train, num_rows)
 
 
-def _cut(batch: BatchShape, train: TrainConfig) -> BatchShape:
-    """The batch with other limits of the rows' length."""
-    answer = min(batch.num_answer_tokens, train.max_answer_tokens)
-    prompt = min(batch.num_tokens - batch.num_answer_tokens, train.max_prompt_tokens)
-    return replace(batch, num_tokens=prompt + answer, num_answer_tokens=answer)
-
-
 def _memory(
     run: _Run, model: ModelSize, batch: BatchShape, device: Device, train: TrainConfig, precision: str
 ) -> MemoryPlan:
     """The memory with other settings of the training and another precision than those of the run."""
     setup, on_cpu = run.setup, device.is_cpu
-    batch = replace(_cut(batch, train), num_rows=run.largest_batch(train))
+    answer = min(batch.num_answer_tokens, train.max_answer_tokens)
+    prompt = min(batch.num_tokens - batch.num_answer_tokens, train.max_prompt_tokens)
+    batch = replace(batch, num_rows=run.largest_batch(train), num_tokens=prompt + answer, num_answer_tokens=answer)
     adapter = replace(setup.adapter, rank=run.rank)
     activations = measure_activations(run.base.config, adapter, batch, precision, on_cpu=on_cpu)
     shape = MethodShape(

@@ -147,7 +147,7 @@ class Asked(NamedTuple):
 
 def predict_file(
     data: Path, *, lineage: str, task: str | None, version: str | None, out: Path | None, column: str | None,
-    on_progress: OnProgress | None = None, chunk_rows: int = CHUNK_ROWS,
+    on_progress: OnProgress = lambda done, total: None, chunk_rows: int = CHUNK_ROWS,
 ) -> FileAnswers:
     """Answer every row of a file with the prompt of a task.
 
@@ -197,8 +197,7 @@ def predict_file(
             else:
                 num_resumed += counts.num_rows
             num_bad, num_done = num_bad + counts.num_bad, num_done + counts.num_rows
-            if on_progress is not None:
-                on_progress(num_done, survey.num_rows)
+            on_progress(num_done, survey.num_rows)
         files.merge(index + 1)
     return FileAnswers(
         data=str(data), out=str(output), num_rows=num_done, num_bad=num_bad, num_resumed=num_resumed,
@@ -232,14 +231,13 @@ def answering(asked: Asked) -> Iterator[AnswerInputs]:
         yield lambda inputs, on_rows: answer_task(model, base.tokenizer, task, inputs, on_rows)
 
 
-def counting(on_progress: OnProgress | None, num_rows: int, num_done: int = 0) -> Callable[[int], None]:
+def counting(on_progress: OnProgress, num_rows: int, num_done: int = 0) -> Callable[[int], None]:
     """Return a callback that takes the number of rows just answered, and reports how many of `num_rows` are done."""
 
     def on_rows(count: int) -> None:
         nonlocal num_done
         num_done += count
-        if on_progress is not None:
-            on_progress(num_done, num_rows)
+        on_progress(num_done, num_rows)
 
     return on_rows
 

@@ -25,7 +25,7 @@ from tasks.adaptation.frozen_rows import (
 )
 from tasks.adaptation.ingest import new_task, read_manifest
 from tasks.context import current_store
-from tasks.lineage.record import KnownSlice, LineageRecord, read_record
+from tasks.lineage.record import KnownSlice, KnownTask, LineageRecord, read_record
 from tasks.lineage.requests import Renewal, find_renewal, is_renewal_asked
 from tasks.lineage.tombstones import TestRowsForgottenError, forgotten_tests
 from tasks.lineage.version_files import borrowed_adapter, borrowed_parent
@@ -106,10 +106,10 @@ def _rows_to_ask(
     notes: tuple[str, ...] = ()
     if renewal.known is not None:
         new = [_widened(load_test_set(store, renewal.known.judged_by(dataset)), dataset)]
-    elif record is None or record.task(dataset.task) is None:
+    elif record is None or (known := record.task(dataset.task)) is None:
         new = [load_test_set(store, new_task(store, dataset, max_prompt_tokens, config.max_new_tokens))]
     else:
-        notes = tuple(_notes_on_known_task(store, record, dataset))
+        notes = tuple(_notes_on_known_task(store, record.lineage, known, dataset))
     answered = read_answers(store, parent.adapter_uri).now if parent else {}
     if renewal.new_slice is not None:
         answered = {**answered, renewal.new_slice: answered.get(dataset.task, {})}
@@ -219,16 +219,15 @@ def _report(
     )  # fmt: skip
 
 
-def _notes_on_known_task(store: ObjectStore, record: LineageRecord, dataset: DatasetRef) -> Iterator[str]:
+def _notes_on_known_task(store: ObjectStore, lineage: str, known: KnownTask, dataset: DatasetRef) -> Iterator[str]:
     """Notes about unused test rows of an arrival, and about labels that came after the test rows were frozen."""
-    known = record.task(dataset.task)
-    is_frozen = known is not None and dataset_sha256(known.dataset_uri) == dataset.sha256
-    if known and dataset.num_test and not is_frozen and read_manifest(store, dataset.uri).split == "given":
+    is_frozen = dataset_sha256(known.dataset_uri) == dataset.sha256
+    if dataset.num_test and not is_frozen and read_manifest(store, dataset.uri).split == "given":
         yield (
             f"{dataset.task} stays judged on the {known.num_test} test rows of its first arrival; the "
             f"{dataset.num_test} test rows of this arrival are neither learned nor asked"
         )
-    if known and record and not dataset.num_test and is_renewal_asked(store, record.lineage, known):
+    if not dataset.num_test and is_renewal_asked(store, lineage, known):
         yield f"new test rows of {dataset.task} were asked for, but this arrival has none; the next one may bring them"
     if dataset.new_labels:
         yield (

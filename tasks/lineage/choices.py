@@ -14,9 +14,7 @@ from tasks.spec import DEFAULT_STRATEGY, AdaptSpec
 
 REHEARSING = ("deal", "replay")
 """This project's strategies that ask kept rows again."""
-LOGGED_PARTS = (
-    "memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate",
-)  # fmt: skip
+LOGGED_PARTS = ("memory", "deal", "rehearsal", "rivals", "selection", "token_mask", "train", "evaluate", "data", "gate")
 """Parts of a spec that a run's log shows."""
 
 

@@ -90,7 +90,10 @@ def harvest_feedback(task: str, lineage: str) -> HarvestResult:
     if task not in schemas:
         raise ConfigError(f"Lineage '{lineage}' knows no task '{task}'; it knows {', '.join(schemas)}.")
     with _alone(lineage, task):
-        done = _read_state(store, lineage, task)
+        done = read_stored(
+            store, harvest_key(lineage, task), Harvested, what="the note of harvested feedback",
+            remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
+        ) or Harvested()  # fmt: skip
         if done.pending is not None:  # the process before may have died before or after it wrote the file
             landed = done.pending.rows if store.exists(done.pending.key) else ()
             done = Harvested(rows=(*done.rows, *landed))
@@ -180,14 +183,6 @@ def _land(store: ObjectStore, lineage: str, task: str, rows: Sequence[_Row], don
     store.put_bytes(key, content, if_absent=True)
     write_stored(store, harvest_key(lineage, task), Harvested(rows=(*done.rows, *digests)))
     return key
-
-
-def _read_state(store: ObjectStore, lineage: str, task: str) -> Harvested:
-    found = read_stored(
-        store, harvest_key(lineage, task), Harvested, what="the note of harvested feedback",
-        remedy="Restore it; if it is deleted, the feedback that is still in the log lands again.",
-    )  # fmt: skip
-    return found or Harvested()
 
 
 def _alone(lineage: str, task: str) -> AbstractContextManager[None]:

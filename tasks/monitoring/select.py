@@ -64,7 +64,7 @@ class SelectResult(BaseModel, frozen=True):
 
 def select_to_label(
     task: str, lineage: str, *, data: Path | None = None, column: str | None = None, out: Path | None = None,
-    number: int = 50, random_share: float = RANDOM_SHARE, on_progress: OnProgress | None = None,
+    number: int = 50, random_share: float = RANDOM_SHARE, on_progress: OnProgress = lambda done, total: None,
 ) -> SelectResult:
     """Write a file of texts that are worth labelling: those with the least certain answers, and a random share.
 
@@ -150,8 +150,7 @@ def _logged_texts(logged: pd.DataFrame, asked: Asked) -> pd.DataFrame:
 
 
 def _answered_texts(
-    data: Path, column: str | None, schema: TaskSchema, asked: Asked, known: frozenset[str],
-    on_progress: OnProgress | None,
+    data: Path, column: str | None, schema: TaskSchema, asked: Asked, known: frozenset[str], on_progress: OnProgress
 ) -> tuple[pd.DataFrame, int]:
     """The different texts of a file as rows of the log, and the number of rows without one.
 
@@ -179,7 +178,7 @@ def _answered_texts(
     return pd.DataFrame(rows, columns=[*COLUMNS]), num_unusable
 
 
-def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress | None) -> list[dict[str, Any]]:
+def _answer(texts: Sequence[str], asked: Asked, on_progress: OnProgress) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     on_rows = counting(on_progress, len(texts))
     with answering(asked) as answer:

@@ -89,7 +89,8 @@ def sync_vllm(lineage: str, settings: VllmSettings) -> ServingRoute:
         _unload_others(client, route, settings.grace_seconds)
         _remove_other_copies(settings, route)
     except DealError as error:
-        _write(store, _behind(read_route(store, lineage), client, champion, error))
+        route = _behind(read_route(store, lineage), client, champion, error)
+        write_stored(store, keys.route_key(lineage), route)
         raise
     return route
 
@@ -120,12 +121,9 @@ def read_route(store: ObjectStore, lineage: str) -> ServingRoute | None:
 
 
 def require_servable(config: dict[str, Any], record: LineageRecord, settings: VllmSettings) -> None:
-    """Refuse a version that the server would refuse, or would answer otherwise than it was judged.
+    """Raise ConfigError, with every reason, if the server would refuse a version or answer otherwise than judged.
 
     `config` is the adapter's adapter_config.json.
-
-    Raises:
-        ConfigError: The adapter cannot be served. The message has every reason.
     """
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     targets = config["target_modules"]
@@ -190,7 +188,7 @@ def _move(
         since=before.since if before and is_same else datetime.now(UTC),
     )  # fmt: skip
     if route != before:
-        _write(store, route)
+        write_stored(store, keys.route_key(route.lineage), route)
     return route
 
 
@@ -301,10 +299,6 @@ def _behind(before: ServingRoute | None, client: VllmClient, champion: VersionIn
         return ServingRoute(lineage=champion.lineage, url=without_secrets(client.url), state="behind", **problem)
     state = "in step" if before.version == champion.version else "behind"
     return before.model_copy(update={**problem, "state": state})
-
-
-def _write(store: ObjectStore, route: ServingRoute) -> None:
-    write_stored(store, keys.route_key(route.lineage), route)
 
 
 class Published(BaseModel, frozen=True):
