@@ -140,8 +140,10 @@ def _decide_url(notice: Notice) -> str | None:
     except Exception as error:  # the notice is sent without the link
         logger.warning("The notice has no link to decide: %s: %s", type(error).__name__, without_secrets(str(error)))
         return None
+    if page is None:
+        return None
     given = {"lineage": notice.lineage, "version": notice.version}
-    return page and f"{page}/run?parameters={quote(json.dumps(given))}"
+    return f"{page}/run?parameters={quote(json.dumps(given))}"
 
 
 @patient

@@ -197,10 +197,10 @@ def _publish(
             files=tuple(dict.fromkeys((*before.files, *manifest.files))),
         )
         store.put_bytes(f"{uri}/{MANIFEST_FILE}", json.dumps(merged.to_json(), ensure_ascii=False, indent=2).encode())
-    shared = ("sha256", "num_train", "num_test", "num_rejected", "landed_sha256")
     return DatasetRef(
-        task=manifest.task.name, uri=uri, quarantine=quarantine, new_labels=new_labels,
-        **{name: getattr(manifest, name) for name in shared},
+        task=manifest.task.name, uri=uri, sha256=manifest.sha256, num_train=manifest.num_train,
+        num_test=manifest.num_test, num_rejected=manifest.num_rejected, quarantine=quarantine,
+        landed_sha256=manifest.landed_sha256, new_labels=new_labels,
     )  # fmt: skip
 
 
