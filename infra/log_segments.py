@@ -140,9 +140,9 @@ def new_segment() -> str:
 
 
 def ship(store: ObjectStore, log: Log, *, everything: bool = False) -> int:
-    """Move the segments of this machine that are no longer written into the store; return their number.
+    """Move the segments of this machine that are no longer written, or all, into the store; return their number.
 
-    With `everything`, all segments are moved. Their writers go on with new ones.
+    The writer of a segment that was moved goes on with a new one.
 
     Raises:
         StoreError: The store does not answer, or a segment is damaged or belongs to another user.
@@ -253,12 +253,7 @@ def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
 
 
 def _locked(path: Path, mode: Literal["rb", "r+b", "xb"], *, waits: bool = False) -> FileIO:
-    """Open a segment and lock it, until it is closed.
-
-    Raises:
-        BlockingIOError: Another process has locked it, and `waits` is not set.
-        FileNotFoundError: It was shipped.
-    """
+    """Open a segment and lock it, until it is closed; raise one of TAKEN if that is not possible."""
     file = open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,14 +266,10 @@ def _locked(path: Path, mode: Literal["rb", "r+b", "xb"], *, waits: bool = False
 
 
 @contextmanager
-def _usable(path: Path) -> Iterator[Path]:
-    """Report that a file of a log cannot be used. A file that is gone is not reported.
-
-    Raises:
-        StoreError: Another user owns the file, say.
-    """
+def _usable(path: Path) -> Iterator[None]:
+    """Raise StoreError if a file of a log cannot be used, for example because another user owns it."""
     try:
-        yield path
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:

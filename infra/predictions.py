@@ -1,4 +1,8 @@
-"""Read the prediction log and the feedback of a lineage, and remove rows from them."""
+"""Read the prediction log and the feedback of a lineage, and remove rows from them.
+
+`home` is this machine's home folder, whose segments need not be in the store yet. All functions that take a store raise
+StoreError if the store does not answer or a segment is damaged.
+"""
 
 from __future__ import annotations
 
@@ -41,32 +45,15 @@ def feedback_log(home: Path, lineage: str) -> Log:
 
 
 def read_predictions(
-    store: ObjectStore,
-    home: Path,
-    lineage: str,
-    *,
-    task: str | None = None,
-    version: str | None = None,
-    since: float | None = None,
-    of_rollout: bool = False,
+    store: ObjectStore, home: Path, lineage: str, *,
+    task: str | None = None, version: str | None = None, since: float | None = None, of_rollout: bool = False,
 ) -> pd.DataFrame:
     """Return logged answers, oldest first, with the columns of `Prediction`. A row counts once.
 
-    Only a rollout has rows without an answer that was returned. They, and their columns, are left out.
+    `task`, `version` and `since` (seconds since 1970, UTC) leave out other answers. Only a rollout has rows without an
+    answer that was returned. They, and their columns, are left out unless `of_rollout` is True.
 
     Texts and truth values that are missing are None, missing numbers NaN.
-
-    Args:
-        store: The object store.
-        home: This machine's home folder, whose segments need not be in the store yet.
-        lineage: The lineage.
-        task: Only answers of this task.
-        version: Only answers of this version.
-        since: Only answers from this time on, in seconds since 1970 (UTC).
-        of_rollout: Whether all rows of a rollout are returned, with their columns.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
     """
     # a row may be a little older than its segment
     day = None if since is None else (datetime.fromtimestamp(since, UTC) - timedelta(days=1)).date()
@@ -87,15 +74,7 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.D
     Of several entries for one answer, those that a person stands behind come first, then the newest. An entry with a
     label tells whether the answer was right if the log still has the answer and its task has labels. If the chosen
     entry does not tell it, the newest entry that does counts. An answer was chosen at random if one entry says so.
-
-    Args:
-        store: The object store.
-        home: This machine's home folder, whose segments need not be in the store yet.
-        lineage: The lineage.
-        answers: The rows of the log, if the caller has read those that matter to it; None: they are read.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
+    `answers` are the rows of the log that matter to the caller; None: all are read.
     """
     found = _frame(read_log(store, feedback_log(home, lineage))).drop(columns="entry")
     if found["label"].notna().any():
@@ -121,19 +100,14 @@ def read_feedback(store: ObjectStore, home: Path, lineage: str, *, answers: pd.D
 
 
 def feedback_ids(store: ObjectStore, home: Path, lineage: str) -> set[str]:
-    """Return the ids of the answers with feedback.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
-    """
+    """Return the ids of the answers with feedback."""
     return set(read_log(store, feedback_log(home, lineage), columns=["id"]).column("id").to_pylist())
 
 
 def answers_to(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> set[str]:
     """Return the ids of the logged answers to these inputs, which are named by `input_sha256`."""
-    table = read_log(store, prediction_log(home, lineage), columns=["id", "input_sha256"])
-    return {name for name, digest in zip(*(column.to_pylist() for column in table.columns), strict=True)
-            if digest in inputs}
+    answers = _frame(read_log(store, prediction_log(home, lineage), columns=["id", "input_sha256"]))
+    return set(answers.loc[answers["input_sha256"].isin(inputs), "id"])
 
 
 def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before: float) -> set[str]:
@@ -141,9 +115,6 @@ def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before
 
     `before` leaves out newer feedback, in seconds since 1970: a server on another machine may not have moved the answer
     into the store yet. Nothing is moved into the store.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
     """
     table = read_log(store, feedback_log(home, lineage), columns=["id", "time"], ships=False)
     said = _frame(table).groupby("id")["time"].max()
@@ -155,20 +126,12 @@ def feedback_without_answer(store: ObjectStore, home: Path, lineage: str, before
 
 
 def remove_feedback(store: ObjectStore, home: Path, lineage: str, ids: Collection[str]) -> None:
-    """Remove the feedback on these answers.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
-    """
+    """Remove the feedback on these answers."""
     remove_rows(store, feedback_log(home, lineage), ids)
 
 
 def forget_answers(store: ObjectStore, home: Path, lineage: str, inputs: Collection[str]) -> None:
-    """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
-    """
+    """Remove the logged answers to these inputs, and the feedback on the answers. The call can be repeated."""
     ids = answers_to(store, home, lineage, inputs)
     remove_feedback(store, home, lineage, ids)  # first, because only the answers tell the ids
     remove_rows(store, prediction_log(home, lineage), ids)

@@ -8,9 +8,9 @@ follows the log.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from deal_core.judging_config import RolloutKind
 from infra.store import keys
@@ -42,14 +42,9 @@ class Change(BaseModel):
     why: str
     run: str | None = None
     """Key of the adaptation run, if a run made the change."""
-    rollout: RolloutKind | None = None
-    """How the version is tried on live traffic; only of the action `rollout`."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out an empty `rollout`, which earlier releases do not know."""
-        values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name != "rollout" or value is not None}
+    rollout: RolloutKind | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    """How the version is tried on live traffic; only of the action `rollout`. Earlier releases do not know the field,
+    so it is written only then."""
 
 
 class Move(Change):

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
@@ -51,15 +52,11 @@ class PredictionLog:
         self._queue: Queue[_Waiting] = Queue(MAX_QUEUED)
         self._tasks: OrderedDict[str, str] = OrderedDict()
         self._changing = threading.Lock()
-        self._num_dropped = 0
+        self.num_dropped = 0
+        """Rows that were lost since the server started."""
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write, name="prediction-log", daemon=True)
         self._shipper = threading.Thread(target=self._ship, name="prediction-log-shipper", daemon=True)
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows that were lost since the server started."""
-        return self._num_dropped
 
     def start(self) -> None:
         """Start to write, and to ship what earlier servers left."""
@@ -126,17 +123,15 @@ class PredictionLog:
     def _put(self, rows: Iterable[_Waiting]) -> int:
         """Queue rows until there is no room; return their number."""
         number = 0
-        try:
+        with suppress(Full):
             for row in rows:
                 self._queue.put_nowait(row)
                 number += 1
-        except Full:
-            pass
         return number
 
     def _drop(self, number: int) -> None:
         with self._changing:
-            self._num_dropped += number
+            self.num_dropped += number
 
     def _write(self) -> None:
         writers = [SegmentWriter(log) for log in self._logs]
@@ -155,11 +150,9 @@ class PredictionLog:
 
     def _waiting(self) -> list[_Waiting]:
         found: list[_Waiting] = []
-        while len(found) < MAX_QUEUED:
-            try:
+        with suppress(Empty):
+            while len(found) < MAX_QUEUED:
                 found.append(self._queue.get_nowait())
-            except Empty:
-                break
         return found
 
     def _ship(self) -> None:
