@@ -144,27 +144,15 @@ def _version_of(folder: Path, lineage: str) -> str:
 
 
 def write_served_folder(
-    adapter: Path,
-    target: Path,
-    *,
-    card: str,
-    served: Mapping[str, Any],
-    served_file: str,
-    example: Sequence[Mapping[str, str]],
-    run_id: str,
+    adapter: Path, target: Path, *, card: str, served: Mapping[str, Any], served_file: str,
+    example: Sequence[Mapping[str, str]], run_id: str,
 ) -> None:
-    """Write the folder of a version's logged model: the PEFT files and MLflow's files.
+    """Write the folder of a version's logged model: the files of the plain PEFT folder `adapter`, and MLflow's files.
 
     The method's state is left out: only training needs it, and training reads it from the object store.
 
-    Args:
-        adapter: A plain PEFT folder. It is not changed.
-        target: An empty or missing folder.
-        card: The model card, which becomes README.md.
-        served: Values for the loader, which become `served_file`.
-        served_file: Name of the file.
-        example: Rows of input and task.
-        run_id: The MLflow run of the version.
+    `card` becomes README.md. `served` has the values for the loader, and becomes the file `served_file`. `example` has
+    rows of input and task.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in PEFT_FILES:

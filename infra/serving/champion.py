@@ -98,11 +98,8 @@ class Champion:
     ) -> Answered:
         """Answer rows, all with one version, and log the answers; errors are those of `Answerer.ask`.
 
-        Args:
-            rows: The rows.
-            is_given_up: As for `Answerer.ask`.
-            key: In a canary's rollout, requests with the same key go to the same version.
-            version: The version that the request names; None: none.
+        In a canary's rollout, requests with the same `key` go to the same version. `version` is the version that the
+        request names, if it names one.
         """
         assert self._answerer is not None and self.rollout is not None, "requests come after the champion was loaded"
         begun, served = time.perf_counter(), self.served
@@ -114,7 +111,8 @@ class Champion:
         except (ConfigError, GivenUpError):
             raise
         except Exception:
-            self.rollout.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
+            if self.log is not None and self.rollout.trial is not None:  # a rollout compares failures too
+                self.log.note_failure(rows, served, self._answerer.version, time.perf_counter() - begun)
             raise
         if self.log is None:
             return answered
@@ -125,8 +123,7 @@ class Champion:
     def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
         """Return the model for one request. Like MLflow's servers, it checks tables against the model's signature.
 
-        The model stops when `is_given_up` returns True, because the client has closed the connection. For `key` see
-        `ask`.
+        The arguments are those of `ask`.
         """
         assert self._meta is not None, "requests come after the champion was loaded"
         return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(_Caller(self, key), is_given_up))
@@ -207,10 +204,11 @@ class Champion:
             with temporary_folder() as temporary:
                 self._load(version, temporary / "version")
         except Exception as error:  # a full disk, damaged files, too little memory: the loaded version must serve on
+            kind = ""
             if not isinstance(error, DealError | OSError):
+                kind = f"{type(error).__name__}: "
                 LOG.exception("Version %s does not load", version)
             self._failed = version, time.monotonic()
-            kind = "" if isinstance(error, DealError | OSError) else f"{type(error).__name__}: "
             serving = f"; version {self.version} continues to serve" if self.version else ""
             self._note(f"Version {version} does not load: {kind}{' '.join(str(error).split()).rstrip('.')}{serving}.")
         else:

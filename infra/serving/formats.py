@@ -40,13 +40,9 @@ REFUSED = {"tools": "tools", "functions": "functions", "logprobs": "log-probabil
 
 
 class RefusalError(Exception):
-    """A request that is not answered.
+    """A request that is not answered. `message` tells the client what is wrong and what to send.
 
-    Args:
-        status: HTTP status.
-        message: What is wrong and what to send, for the client.
-        headers: More headers of the answer.
-        code: OpenAI's name of the error, if it has one.
+    `code` is OpenAI's name of the error, if it has one.
     """
 
     def __init__(
@@ -204,11 +200,7 @@ class ApiRequest:
     """The client's name of its user; None: it gives none."""
 
     def require_version(self, version: str | None, canary: str | None = None) -> None:
-        """Require the version that the model's name has.
-
-        Raises:
-            RefusalError: `version` answers, which is another one, and so is `canary`.
-        """
+        """Raise RefusalError if the model's name has a version, and neither `version` nor `canary` is that one."""
         if self.version is not None and self.version not in (version, canary):
             message = f"Version {self.version} does not answer here; version {version} does."
             raise RefusalError(404, message, code=NOT_FOUND)

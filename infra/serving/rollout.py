@@ -75,14 +75,10 @@ class Rollout:
         self._told = ""
         self._failed: tuple[Trial, float] | None = None
         self._copies: Queue[Copy] = Queue(MAX_COPIES)
-        self._num_dropped = 0
+        self.num_dropped = 0
+        """Requests that were not copied since the server started, because the shadow is slower than they come."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def num_dropped(self) -> int:
-        """Requests that were not copied since the server started, because the shadow is slower than they come."""
-        return self._num_dropped
 
     @property
     def canary(self) -> str | None:
@@ -101,15 +97,11 @@ class Rollout:
         if wanted == self.trial:
             return
         if self.trial is not None:
-            self.end()
+            self.trial = None
+            self._answerer.drop_candidate()
         if wanted is not None and (self._failed is None or self._failed[0] != wanted
                                    or time.monotonic() - self._failed[1] > PAUSE_SECONDS):
             self._try(wanted)
-
-    def end(self) -> None:
-        """Remove the candidate."""
-        self.trial = None
-        self._answerer.drop_candidate()
 
     def stop(self) -> None:
         """End the thread of the shadow."""
@@ -120,11 +112,8 @@ class Rollout:
     ) -> Answered | None:
         """Let the candidate answer a request of the canary's share; None: the champion has to answer.
 
-        Args:
-            rows: The rows; each names its task.
-            is_given_up: As for `Answerer.ask`.
-            key: What makes requests of one user go to the same version; None: the request itself.
-            version: The version that the request names; None: none.
+        Each row names its task. Requests with the same `key` go to the same version; without a key, the same requests
+        do. `version` is the version that the request names, if it names one.
         """
         trial = self.trial
         if trial is None or trial.kind != "canary" or version not in (None, trial.version):
@@ -141,12 +130,7 @@ class Rollout:
         try:
             self._copies.put_nowait(Copy(trial, rows, answered.served, answered.ids))
         except Full:
-            self._num_dropped += 1
-
-    def note_failure(self, rows: Sequence[InputRow], served: ServedVersion, version: str, seconds: float) -> None:
-        """Log that the champion failed while a version is tried."""
-        if self.trial is not None and self._log is not None:
-            self._log.note_failure(rows, served, version, seconds)
+            self.num_dropped += 1
 
     def _wanted(self, candidate: VersionInfo | None, champion: str | None) -> Trial | None:
         """Return what has to be tried. `problem` says why a version with the alias is not."""

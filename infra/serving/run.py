@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from deal_core.errors import ConfigError
 from infra.logs import MAX_BYTES
 from infra.serving.champion import Champion, Say
-from infra.serving.prediction_log import LOG, PredictionLog, open_prediction_log
+from infra.serving.prediction_log import LOG, open_prediction_log
 from infra.serving.server import LOOPBACK_NAMES, make_app
 from infra.settings import ServingSettings
 
@@ -35,27 +35,16 @@ EVERYWHERE = ("0.0.0.0", "::", "")
 
 
 def serve(
-    lineage: str,
-    home: Path,
-    *,
-    host: str,
-    port: int,
-    trusted_hosts: Sequence[str],
-    say: Say,
-    ready: Callable[[str, str], None],
-    settle: Callable[[], object],
+    lineage: str, home: Path, *, host: str, port: int, trusted_hosts: Sequence[str],
+    say: Say, ready: Callable[[str, str], None], settle: Callable[[], object],
 ) -> bool:
     """Serve the champion until SIGINT or SIGTERM. Open requests are answered first; a second SIGINT ends them.
 
-    Args:
-        lineage: The lineage of the champion.
-        home: Folder for the server's log and the prediction log.
-        host: Address to listen on.
-        port: Port; 0: any free port.
-        trusted_hosts: Host names that clients may use, in addition to those of loopback and `host`.
-        say: Called with each message for the user.
-        ready: Called once with the address and the version that answers.
-        settle: Called when the alias has moved, before its version is loaded; it may set the alias back.
+    `home` gets the server's log and the prediction log. The port 0 is any free one. `trusted_hosts` are names that
+    clients may use, in addition to those of loopback and `host`.
+
+    `say` gets each message for the user. `ready` is called once, with the address and the version that answers.
+    `settle` is called when the alias has moved, before its version is loaded; it may set the alias back.
 
     Returns:
         Whether all threads have ended. False: a thread waits for MLflow and would delay the process's end by minutes.
@@ -69,18 +58,23 @@ def serve(
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
     champion, ended = Champion(lineage, say, log, settle), threading.Event()
+    api_key = ServingSettings().serve_api_key
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
         try:
             champion.begin()
             follower.start()
-            with _predictions_logged(log):  # not before: now the lineage is known
-                ready(_url(listener), str(champion.version))
-                make_server(make_app(champion, _trusted(host, trusted_hosts), _api_key())).run([listener])
+            if log is not None:
+                log.start()  # not before: now the lineage is known
+            ready(_url(listener), str(champion.version))
+            app = make_app(champion, _trusted(host, trusted_hosts), api_key and api_key.get_secret_value())
+            make_server(app).run([listener])
         finally:
             ended.set()
             champion.stop()
+            if log is not None:
+                log.close()
     if follower.is_alive():
         follower.join(JOIN_SECONDS)
     return not follower.is_alive()
@@ -149,18 +143,6 @@ class ImpatientProtocol(H11Protocol):
 
 
 @contextmanager
-def _predictions_logged(log: PredictionLog | None) -> Iterator[None]:
-    """Run the threads of the prediction log, if there is one."""
-    if log is not None:
-        log.start()
-    try:
-        yield
-    finally:
-        if log is not None:
-            log.close()
-
-
-@contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Send the logs of the server and asyncio to a file of limited size, not to the screen."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,11 +159,6 @@ def _logged_to(path: Path) -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(handler)
         handler.close()
-
-
-def _api_key() -> str | None:
-    key = ServingSettings().serve_api_key
-    return None if key is None else key.get_secret_value()
 
 
 def _trusted(host: str, more: Sequence[str]) -> list[str]:

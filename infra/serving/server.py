@@ -68,12 +68,9 @@ Work = Callable[[Champion, bytes, Caller], HttpAnswer]
 
 
 def make_app(serving: Champion, trusted_hosts: Sequence[str] = LOOPBACK_NAMES, api_key: str | None = None) -> Starlette:
-    """Return the web application.
+    """Return the web application. `trusted_hosts` are host names that clients may use; "*" allows all.
 
-    Args:
-        serving: The champion.
-        trusted_hosts: Host names that clients may use; "*" allows all.
-        api_key: The token that requests for answers and models must have; None: none.
+    `api_key` is the token that requests for answers and models must have; None: none.
     """
     pool = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="answer")
     places = asyncio.Semaphore(MAX_IN_FLIGHT)
@@ -174,12 +171,7 @@ async def _read(request: Request) -> bytes:
 
 
 async def _answer(serving: Champion, pool: ThreadPoolExecutor, request: Request, body: bytes, work: Work) -> HttpAnswer:
-    """Answer in a thread; give up the work when the client leaves or the time ends.
-
-    Raises:
-        ClientDisconnect: The client has closed the connection.
-        RefusalError: The request cannot be answered.
-    """
+    """Answer in a thread; give up the work when the client leaves or the time ends."""
     given_up = threading.Event()
     caller = Caller(given_up.is_set, request.headers.get(KEY_HEADER))
     working = asyncio.get_running_loop().run_in_executor(pool, work, serving, body, caller)
