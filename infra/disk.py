@@ -48,11 +48,7 @@ def disk_full_unexpected(error: Exception) -> DiskFullError | None:
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
-    """Require free space before work begins that a full disk would interrupt.
-
-    Raises:
-        DiskFullError: Less than `num_bytes` are free.
-    """
+    """Raise DiskFullError if less than `num_bytes` are free, before work begins that a full disk would interrupt."""
     if _free(folder) < num_bytes:
         raise _full_error(folder, f"; at least {num_bytes >> 20} MB are needed to begin")
 

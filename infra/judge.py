@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -38,14 +37,13 @@ class JudgeError(DealError):
 
 
 class Judge:
-    """Asks one model. Threads may share it."""
+    """Asks one model, and keeps the verdicts in a folder. Threads may share it.
+
+    Raises:
+        ConfigError: The address or the model is not set, or the address has no host.
+    """
 
     def __init__(self, settings: JudgeSettings, folder: Path) -> None:
-        """Make a judge whose verdicts are kept in `folder`.
-
-        Raises:
-            ConfigError: The address or the model is not set, or the address has no host.
-        """
         if settings.url is None or not settings.model:
             raise ConfigError(
                 "gate.judge asks for a judge, and this machine knows none; set DEAL_JUDGE_URL to the address of a "
@@ -62,8 +60,7 @@ class Judge:
             timeout=settings.seconds, follow_redirects=False,
         )
         self._num_failed = 0
-        """Failed requests in a row. Threads share it."""
-        self._lock = threading.Lock()
+        """Failed requests in a row. Threads share it; a count that is lost costs one more request."""
 
     def better(self, request: str, references: Sequence[str], first: str, second: str) -> Verdict:
         """Which of two answers to a request is better: A is the first one, B the second.
@@ -89,17 +86,14 @@ class Judge:
 
     def _counted(self, messages: Sequence[dict[str, str]]) -> Verdict:
         """Ask, unless the last MAX_FAILURES requests failed: a judge that is away must not hold a run for hours."""
-        with self._lock:
-            if self._num_failed >= MAX_FAILURES:
-                raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
+        if self._num_failed >= MAX_FAILURES:
+            raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
         try:
             verdict = self._ask(messages)
         except JudgeError:
-            with self._lock:
-                self._num_failed += 1
+            self._num_failed += 1
             raise
-        with self._lock:
-            self._num_failed = 0
+        self._num_failed = 0
         return verdict
 
     def _ask(self, messages: Sequence[dict[str, str]]) -> Verdict:
@@ -121,9 +115,5 @@ class Judge:
 
 
 def open_judge() -> Judge:
-    """Return the judge of the environment.
-
-    Raises:
-        ConfigError: The address or the model is not set.
-    """
+    """Return the judge of the environment; errors are those of `Judge`."""
     return Judge(JudgeSettings(), HomeSettings().home / "judge")

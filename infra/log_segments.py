@@ -2,6 +2,8 @@
 
 Who writes a segment or moves it into the store locks the file for that moment. A writer whose segment was moved begins
 another one. A segment that is moved twice, because of a kill, is stored once, under its name.
+
+All functions raise StoreError if the store does not answer, or if a segment is damaged or belongs to another user.
 """
 
 from __future__ import annotations
@@ -143,9 +145,6 @@ def ship(store: ObjectStore, log: Log, *, everything: bool = False) -> int:
     """Move the segments of this machine that are no longer written, or all, into the store; return their number.
 
     The writer of a segment that was moved goes on with a new one.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged or belongs to another user.
     """
     num_shipped = 0
     finished = f"{datetime.now(UTC) - timedelta(seconds=SEGMENT_SECONDS):{TIME_FORM}}"
@@ -170,12 +169,7 @@ def put_table(store: ObjectStore, log: Log, segment: str, table: pa.Table) -> No
 
 
 def read_segment(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a segment on this machine. A line that was not written to its end is skipped.
-
-    Raises:
-        StoreError: The segment has a row of another form, or belongs to another user.
-        FileNotFoundError: The segment was moved meanwhile.
-    """
+    """Read a segment on this machine; raise FileNotFoundError if it was moved. A half-written line is skipped."""
     with _usable(path):
         content = path.read_bytes()
     *lines, _ = content.split(b"\n")  # after the last line end stands nothing, or a half-written line
@@ -193,9 +187,6 @@ def get_table(store: ObjectStore, key: str, log: Log, columns: Sequence[str] | N
     """Read a segment in the store; a segment that was deleted meanwhile has no rows. `columns` are read; None: all.
 
     A column of `later` that the segment does not have is empty.
-
-    Raises:
-        StoreError: The store does not answer, or the segment is damaged.
     """
     try:
         content = store.get_bytes(key)
@@ -238,11 +229,7 @@ def read_log(
 
 
 def remove_rows(store: ObjectStore, log: Log, ids: Collection[str]) -> None:
-    """Remove the rows about these answers, in the store and on this machine. Each step can be repeated.
-
-    Raises:
-        StoreError: The store does not answer, or a segment is damaged.
-    """
+    """Remove the rows about these answers, in the store and on this machine. Each step can be repeated."""
     ship(store, log, everything=True)
     wanted = pa.array(sorted(ids), pa.string())
     for info in log.stored(store):

@@ -138,10 +138,10 @@ class ServingSettings(_Settings):
     """Days after which `deal gc` removes rows of the prediction log and their feedback (DEAL_LOG_RETENTION_DAYS)."""
 
 
-class VllmSettings(BaseSettings):
+class VllmSettings(_Settings):
     """A vLLM server that serves a lineage's champion, and the options that the server was started with."""
 
-    model_config = SettingsConfigDict(env_prefix="DEAL_VLLM_", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DEAL_VLLM_")
 
     url: str | None = None
     """Address of the server (DEAL_VLLM_URL), for example http://127.0.0.1:8000."""
@@ -163,10 +163,10 @@ class VllmSettings(BaseSettings):
     """Number of attempts of a request, with growing pauses (DEAL_VLLM_MAX_ATTEMPTS)."""
 
 
-class JudgeSettings(BaseSettings):
+class JudgeSettings(_Settings):
     """A language model that compares answers, for `gate.judge`."""
 
-    model_config = SettingsConfigDict(env_prefix="DEAL_JUDGE_", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DEAL_JUDGE_")
 
     url: SecretStr | None = None
     """Address of a server that speaks OpenAI's chat completions, with its /v1 (DEAL_JUDGE_URL). It is a secret, because
@@ -180,11 +180,7 @@ class JudgeSettings(BaseSettings):
 
 
 def host_of(url: str, setting: str) -> str:
-    """Return the host of an address. The address itself is in no message, because it may contain a token.
-
-    Raises:
-        ConfigError: The address has no host.
-    """
+    """Return the host of an address, or raise ConfigError. No message has the address: it may contain a token."""
     try:
         host = urlsplit(url).hostname
     except ValueError:  # such as https://[abc

@@ -93,13 +93,13 @@ def _last_result(state: tenacity.RetryCallState) -> Any:
     return state.outcome.result()
 
 
-def open_webhook(settings: NoticeSettings | None = None) -> Webhook | None:
-    """Return the webhook of `settings`, or of the environment; None: there is no address.
+def open_webhook() -> Webhook | None:
+    """Return the webhook of the environment; None: there is no address.
 
     Raises:
         ConfigError: The secret is missing or not valid, or the address is not safe.
     """
-    settings = settings or NoticeSettings()
+    settings = NoticeSettings()
     if settings.webhook_url is None:
         return None
     if settings.webhook_secret is None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -36,9 +35,7 @@ DARK_FROM = 68.0
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty white figure that arranges its axes itself. Sizes are in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -143,11 +143,7 @@ class RunReport(ReportPart):
 
     @classmethod
     def from_json(cls, values: Any) -> RunReport:
-        """Read the result of `model_dump(mode="json")`.
-
-        Raises:
-            RegistryError: The report has another schema version, or is damaged.
-        """
+        """Read the result of `model_dump(mode="json")`; raise RegistryError if it does not fit."""
         require_schema_version(values, 1, REPORT_FILE, RegistryError)
         try:
             return cls.model_validate(values)

@@ -3,6 +3,8 @@
 A model's name in OpenAI's API is the lineage, with a version, a task, or both: support, support@7, support/billing,
 support@7/billing. The server renders the task's prompt. A task of chats takes the messages; any other task takes one
 user message.
+
+A request that cannot be answered raises RefusalError, with status 500 if the model fails.
 """
 
 from __future__ import annotations
@@ -73,11 +75,7 @@ class Caller(NamedTuple):
 
 
 def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
-    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs.
-
-    Raises:
-        RefusalError: 400: the body is no valid table of rows. 500: the model fails.
-    """
+    """Answer a body in MLflow's format: JSON with dataframe_records, dataframe_split, instances or inputs."""
     model = serving.model(caller.is_given_up, caller.key)
     values = _decode_object(body, TABLE_BODY)
     values.pop("params", None)  # MLflow's clients may send params; the model has none
@@ -96,11 +94,7 @@ def predict(serving: Champion, body: bytes, caller: Caller) -> HttpAnswer:
 
 
 def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -> HttpAnswer:
-    """Answer a body in the form of OpenAI's API.
-
-    Raises:
-        RefusalError: 400 or 404: the request cannot be answered. 500: the model fails.
-    """
+    """Answer a body in the form of OpenAI's API."""
     asked = read_request(_decode_object(body, OPENAI_BODY), serving.served, is_chat=is_chat)
     asked.require_version(serving.version, serving.canary)
     with _refusing():
@@ -111,11 +105,7 @@ def complete(serving: Champion, body: bytes, caller: Caller, *, is_chat: bool) -
 
 
 def give_feedback(serving: Champion, body: bytes, _: Caller) -> HttpAnswer:
-    """Log feedback on answers. A wrong entry refuses all entries.
-
-    Raises:
-        RefusalError: 400: an entry is wrong. 409: the log is off. 503: there is no room now.
-    """
+    """Log feedback on answers. A wrong entry refuses all entries."""
     values, log = _decode(body, FEEDBACK_BODY), serving.log
     if log is None:
         raise RefusalError(409, "The prediction log is off; start deal serve with DEAL_LOG_PREDICTIONS.")
@@ -255,9 +245,6 @@ def read_request(values: Mapping[str, Any], served: ServedVersion, *, is_chat: b
 
     Sampling settings (temperature, top_p, seed, max_tokens, stop) have no effect: an answer is the most likely one, up
     to the task's longest answer.
-
-    Raises:
-        RefusalError: The model is not served here, or the request asks for something that the server does not have.
     """
     version, task_name = _version_and_task(values, served)
     for key, what in REFUSED.items():

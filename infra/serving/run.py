@@ -51,9 +51,7 @@ def serve(
 
     Raises:
         ConfigError: The server cannot listen on the address, or the lineage has no valid name.
-        NoChampionError: There is no champion.
-        RegistryError: The champion may not serve, or the registry does not answer.
-        ServingError: The champion does not load.
+        DealError: The champion cannot be loaded; see `Champion.begin`.
     """
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)

@@ -44,7 +44,12 @@ class LoadedModel:
 
 
 class VllmClient:
-    """A client of one server."""
+    """A client of one server.
+
+    Raises:
+        VllmAwayError: In every method: the server does not answer.
+        VllmError: In every method: the server refuses, or gives something else.
+    """
 
     def __init__(self, settings: VllmSettings) -> None:
         if not settings.url:
@@ -66,12 +71,7 @@ class VllmClient:
         }
 
     def load(self, name: str, path: str) -> None:
-        """Load an adapter from a path on the server.
-
-        Raises:
-            VllmError: The server refuses the adapter.
-            VllmAwayError: The server does not answer.
-        """
+        """Load an adapter from a path on the server."""
         try:
             self._send(f"load {path}", "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         except VllmError:
@@ -88,11 +88,7 @@ class VllmClient:
                 raise
 
     def complete(self, model: str, prompt: str, max_tokens: int) -> str:
-        """Return a greedy completion by a model.
-
-        Raises:
-            VllmError: There is no completion, or another model answered.
-        """
+        """Return a greedy completion by a model."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         answer = self._send(f"ask {model}", "POST", "/v1/completions", body).json()
         if answer.get("model") != model or not answer.get("choices"):

@@ -98,18 +98,15 @@ class ObjectStore(ABC):
 
     Raises:
         StoreError: In every method: the key is not valid, or the store does not answer.
+        ObjectNotFoundError: In methods that read: there is no such object.
+        UnusableObjectError: In methods that read: the store does not read the object.
     """
 
     uri: str
 
     @abstractmethod
     def get_bytes(self, key: str, *, at_most: int | None = None) -> bytes:
-        """Return the object's content, or its first `at_most` bytes.
-
-        Raises:
-            ObjectNotFoundError: No object has this key.
-            UnusableObjectError: The key names no regular file, or a link that leads elsewhere.
-        """
+        """Return the object's content, or its first `at_most` bytes."""
 
     @abstractmethod
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
@@ -163,18 +160,10 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def download_file(self, key: str, local: Path) -> None:
-        """Write the object to `local` in pieces that fit into memory. A reader sees the complete file or none.
-
-        Raises:
-            ObjectNotFoundError: No object has this key.
-        """
+        """Write the object to `local` in pieces that fit into memory. A reader sees the complete file or none."""
 
     def delete(self, prefix: str) -> int:
-        """Delete the object `prefix` and all objects below it; return the number of deleted objects.
-
-        Raises:
-            StoreError: The prefix is empty, so the whole store would be deleted.
-        """
+        """Delete the object `prefix` and all objects below it; return their number. An empty prefix is refused."""
         whole = check_key(prefix.removesuffix("/"))
         keys = [info.key for info in self.list(whole)] + [whole] * self.exists(whole)
         for key in keys:
@@ -211,23 +200,18 @@ class ObjectStore(ABC):
 
         A new folder appears when all its files exist. In an existing folder, files are replaced one by one, and its
         other files are kept.
-
-        Raises:
-            ObjectNotFoundError: There is no object below `prefix`.
         """
+        keys = [info.key for info in self.list(prefix)]
+        if not keys:
+            raise ObjectNotFoundError(f"There is nothing below {prefix!r} in {self.uri}; check the name.")
         local.parent.mkdir(parents=True, exist_ok=True)
-        start = len(folder_of(prefix))
         with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=local.parent) as part:
             folder = local if local.is_dir() else Path(part) / "complete"
-            num_files = 0
-            for info in self.list(prefix):
-                self.download_file(info.key, folder / info.key[start:])
-                num_files += 1
-            if not num_files:
-                raise ObjectNotFoundError(f"There is nothing below {prefix!r} in {self.uri}; check the name.")
+            for key in keys:
+                self.download_file(key, folder / key.removeprefix(folder_of(prefix)))
             if folder != local:
                 folder.rename(local)
-        return num_files
+        return len(keys)
 
 
 @contextmanager

@@ -32,11 +32,9 @@ INBOX = "inbox"
 DATASETS = "datasets"
 QUARANTINE = "quarantine"
 ADAPTERS = "adapters"
-LEDGER = "ledger"
 VERSIONS = "versions"
 PROMOTIONS = "promotions"
 LINEAGES = "lineages"
-LABELS = "labels"
 WATCH = "watch"
 FORGOTTEN = "forgotten"
 PREDICTIONS = "predictions"
@@ -165,7 +163,7 @@ def is_arrival(key: str) -> bool:
 
 def ledger_folder(lineage: str) -> str:
     """Return the folder of a lineage's ledger entries."""
-    return f"{LEDGER}/{lineage}"
+    return f"ledger/{lineage}"
 
 
 def ledger_key(lineage: str, sha256: str) -> str:
@@ -200,7 +198,7 @@ def settings_key(lineage: str) -> str:
 
 def labels_key(lineage: str, task: str) -> str:
     """Return the key of the labels that were added to a task by command."""
-    return f"{LABELS}/{lineage}/{task}.json"
+    return f"labels/{lineage}/{task}.json"
 
 
 def renewal_key(lineage: str, task: str) -> str:

@@ -125,11 +125,7 @@ class FileStore(ObjectStore):
                     path.rmdir()
 
     def path_of(self, key: str) -> Path:
-        """Return the path of an object that is to be read.
-
-        Raises:
-            UnusableObjectError: A link leads out of the key's top folder.
-        """
+        """Return the path of an object to read; raise UnusableObjectError if a link leads out of its top folder."""
         path = self._path(key)
         if self._leads_out(key):
             top = key.split("/")[0]

@@ -30,11 +30,7 @@ Model = TypeVar("Model", bound=Stored)
 
 
 def read_stored(store: ObjectStore, key: str, model: type[Model], *, what: str, remedy: str) -> Model | None:
-    """Read the file under `key`; None: there is none. For `what` and `remedy` see `reading_stored`.
-
-    Raises:
-        StoreError: The file is damaged, or another release wrote it.
-    """
+    """Read the file under `key`; None: there is none. `what`, `remedy` and errors are those of `reading_stored`."""
     try:
         content = store.get_bytes(key)
     except ObjectNotFoundError:

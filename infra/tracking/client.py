@@ -34,11 +34,7 @@ _address_lock = threading.Lock()
 
 
 def installed_version(name: str) -> str:
-    """Return the version of an installed distribution; of `mlflow`, that of its client.
-
-    Raises:
-        PackageNotFoundError: It is not installed.
-    """
+    """Return the version of a distribution (of `mlflow`, that of its client), or raise PackageNotFoundError."""
     return importlib.metadata.version(MLFLOW if name == "mlflow" else name)
 
 

@@ -32,11 +32,7 @@ DELETED = "Deleted_Internal"
 
 
 def open_reader(settings: TrackingSettings | None = None) -> RegistryReader:
-    """Return a reader of the registry of `settings`, or of the environment.
-
-    Raises:
-        RegistryError: The registry does not answer.
-    """
+    """Return a reader of the registry of `settings`, or of the environment; errors are those of `open_client`."""
     settings = settings or TrackingSettings()
     file = database_file(settings.tracking_uri)
     if file is not None and _schema_of(file) in KNOWN_SCHEMAS:
@@ -134,11 +130,7 @@ class DatabaseReader(RegistryReader):
 
     @contextmanager
     def _reading(self, action: str, values: dict[str, Any]) -> Iterator[Callable[[str], list[tuple[Any, ...]]]]:
-        """Give a function that runs a query with these values. All queries see the same state of the database.
-
-        Raises:
-            RegistryError: The database cannot be read.
-        """
+        """Give a function that runs a query with these values. All queries see the same state of the database."""
         try:
             with closing(_connect(self._file)) as database:
                 database.execute("BEGIN")

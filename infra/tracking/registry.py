@@ -58,14 +58,10 @@ class Registry(RegistryReader):
     def register(self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str) -> VersionInfo:
         """Register a version, or return the version that was registered with the same run key.
 
+        `tracking_id` names the MLflow run, and `model_id` is the result of `TrackedRun.log_adapter`.
+
         MLflow's client repeats a call whose answer is lost, which may make a second version. The oldest version with a
         run key counts, here and in `find_version`.
-
-        Args:
-            lineage: Name of the registered model.
-            facts: They become the version's tags.
-            tracking_id: The MLflow run.
-            model_id: The result of `TrackedRun.log_adapter`.
 
         Raises:
             RegistryError: A registered model with this name exists and is no lineage, or MLflow refuses.
@@ -75,16 +71,15 @@ class Registry(RegistryReader):
             return known
         with report_errors(f"register a version of {lineage!r}", self.uri):
             self._require_lineage(lineage)
-            self.make_version(lineage, facts, tracking_id=tracking_id, model_id=model_id)
+            self.make_version(lineage, facts, tracking_id, model_id)
             first = self.find_version(facts.run_key)
             assert first is not None, "the version was made just now"
             self.show_version(lineage, first.version, model_id)
         return first
 
     def make_version(
-        self, lineage: str, facts: VersionFacts, *, tracking_id: str, model_id: str,
-        more: Mapping[str, str] | None = None,
-    ) -> str:
+        self, lineage: str, facts: VersionFacts, tracking_id: str, model_id: str, more: Mapping[str, str] | None = None
+    ) -> int:
         """Make a version of an existing lineage; return its number, which follows the highest number.
 
         The arguments are those of `register`; `more` are further tags `deal.<name>`, which replace tags of the facts.
@@ -95,7 +90,7 @@ class Registry(RegistryReader):
                 lineage, source=f"models:/{model_id}", run_id=tracking_id, tags=tags, description=_describe(facts),
                 model_id=model_id,
             )
-        return str(made.version)
+        return int(made.version)
 
     def show_version(self, lineage: str, version: str, model_id: str) -> None:
         """Tag a logged model with its version, so that MLflow's pages of the model show the version."""
@@ -257,8 +252,7 @@ class LineageRebuild:
     def begin(self) -> None:
         """Make a new registered model, whose numbers start at 1. It replaces the result of an interrupted rebuild.
 
-        Raises:
-            RegistryError: As `refuse_what_is_known`.
+        Errors are those of `refuse_what_is_known`.
         """
         self.refuse_what_is_known()
         with report_errors(f"make {self._lineage!r} again", self._registry.uri):
@@ -276,7 +270,7 @@ class LineageRebuild:
         Raises:
             RegistryError: MLflow has used this number already.
         """
-        while (made := self._make(facts, tracking_id, model_id, more)) < number:
+        while (made := self._registry.make_version(self._lineage, facts, tracking_id, model_id, more)) < number:
             self._delete(made)
         if made > number:
             raise RegistryError(
@@ -291,7 +285,7 @@ class LineageRebuild:
         `facts` are those of any version, and `tracking_id` and `model_id` name its MLflow run and its logged model.
         """
         while made < last:
-            made = self._make(facts, tracking_id, model_id, {})
+            made = self._registry.make_version(self._lineage, facts, tracking_id, model_id)
             self._delete(made)
 
     def end(self, aliases: Mapping[Alias, str]) -> None:
@@ -300,10 +294,6 @@ class LineageRebuild:
             self._registry.set_alias(self._lineage, alias, version)
         with report_errors(f"end the rebuild of {self._lineage!r}", self._registry.uri):
             self._client.delete_registered_model_tag(self._lineage, REBUILDING)
-
-    def _make(self, facts: VersionFacts, tracking_id: str, model_id: str, more: Mapping[str, str]) -> int:
-        made = self._registry.make_version(self._lineage, facts, tracking_id=tracking_id, model_id=model_id, more=more)
-        return int(made)
 
     def _delete(self, number: int) -> None:
         with report_errors(f"leave out version {number} of {self._lineage!r}", self._registry.uri):

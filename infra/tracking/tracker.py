@@ -177,13 +177,10 @@ class TrackedRun:
             for key, value in tags.items():
                 self.client.set_tag(self.run_id, key, value)
 
-    def log_dataset(
-        self, name: str, sha256: str, uri: str, counts: Mapping[str, int], *, context: str = "training"
-    ) -> None:
+    def log_dataset(self, name: str, sha256: str, uri: str, counts: Mapping[str, int]) -> None:
         """Log a task's dataset as the run's input: its digest, its address in the store and its numbers of rows.
 
-        MLflow's digest field has the first 36 characters of the digest, and a tag has all. `context` is "training" or
-        "evaluation".
+        MLflow's digest field has the first 36 characters of the digest, and a tag has all.
         """
         dataset = Dataset(
             name=name,
@@ -192,7 +189,7 @@ class TrackedRun:
             source=json.dumps({"uri": uri}),
             profile=json.dumps(dict(counts)),
         )
-        tags = [InputTag("mlflow.data.context", context), InputTag("deal.dataset_sha256", sha256)]
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("deal.dataset_sha256", sha256)]
         with self._report_errors("log the dataset"):
             self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
 
@@ -226,7 +223,7 @@ class TrackedRun:
             except ValueError:
                 raise RegistryError(f"{file} of run {self.run_id} is damaged; it is no JSON.") from None
 
-    def log_adapter(self, folder: Path, name: str, *, sha256: str, params: Mapping[str, Any] | None = None) -> str:
+    def log_adapter(self, folder: Path, name: str, *, sha256: str) -> str:
         """Log the adapter's plain PEFT folder as a logged model of the run; return the model's id.
 
         A continued run completes or returns its logged model of the same adapter. A run that was trained again on
@@ -238,8 +235,7 @@ class TrackedRun:
             found = self.client.search_logged_models([run.info.experiment_id], own, max_results=1)
             model = found[0] if found else self.client.create_logged_model(
                 run.info.experiment_id, name=re.sub(r"[^A-Za-z0-9_-]", "-", name), source_run_id=self.run_id,
-                tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, params=dict(_flatten(params or {})),
-                model_type=MODEL_TYPE,
+                tags={RUN_KEY: run.data.tags[RUN_KEY], ADAPTER_SHA256: sha256}, model_type=MODEL_TYPE,
             )
             model_id = str(model.model_id)
             if str(model.status) != "READY":
