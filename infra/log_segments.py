@@ -221,10 +221,7 @@ def read_log(
         infos = log.stored(store, since)
         tables += pool.map(lambda info: get_table(store, info.key, log, read), infos)
     table = pa.concat_tables([log.schema.empty_table().select(read), *tables])
-    places: dict[str, int] = {}
-    for place, name in enumerate(table.column(log.key).to_pylist()):
-        places.setdefault(name, place)
-    table = table if len(places) == table.num_rows else table.take(list(places.values()))
+    table = table.filter(pa.array(~table.column(log.key).to_pandas().duplicated()))
     return table if columns is None else table.select(columns)
 
 

@@ -71,13 +71,10 @@ def is_full(log: Path) -> bool:
 
 
 def cut_log(log: Path) -> None:
-    """Copy a log to LOG.1, which is replaced, and empty the log.
+    """Copy a log to LOG.1, which is replaced, and empty the log. Without space for the copy, OSError is raised first.
 
     Processes that have opened the log to append continue at its new end. A line that is written during the copy may be
     lost.
-
-    Raises:
-        OSError: There is no space for the copy; the log is not changed.
     """
     shutil.copyfile(log, _old(log))
     os.truncate(log, 0)

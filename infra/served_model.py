@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlflow.pyfunc
 import pandas as pd
@@ -55,27 +55,17 @@ class ServingError(DealError):
     """A version does not load, or may not be loaded."""
 
 
-class AnswersRows(Protocol):
-    """Anything that answers rows as `Answerer.ask` does."""
-
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
-        """Answer rows, all with the same version."""
-
-
 class ServedModel:
-    """A version that MLflow calls for predictions."""
+    """A version that MLflow calls for predictions. `ask` answers rows, all with the same version."""
 
-    def __init__(self, answerer: AnswersRows, is_given_up: Callable[[], bool] = lambda: False) -> None:
-        self.answerer = answerer
-        self._is_given_up = is_given_up
+    def __init__(self, ask: Callable[[Sequence[InputRow]], Answered]) -> None:
+        self.ask = ask
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answer a table with the columns `input` and optionally `task`. A row without a task gets the newest task.
 
-        MLflow passes `params`, which are not used.
-
-        Raises:
-            MlflowException: A row is not valid. A server then answers 400.
+        MLflow passes `params`, which are not used. A row that is not valid raises MlflowException, for which a server
+        answers 400.
         """
         inputs = model_input["input"].tolist()
         tasks = model_input["task"].tolist() if "task" in model_input else [None] * len(inputs)
@@ -85,7 +75,7 @@ class ServedModel:
                     raise ConfigError(f"Row {number} has no text as its input; give the text to answer.")
             named = [task if isinstance(task, str) else None for task in tasks]  # a missing task is NaN
             rows = [InputRow(text, task) for text, task in zip(inputs, named, strict=True)]
-            found = self.answerer.ask(rows, self._is_given_up)
+            found = self.ask(rows)
         except ConfigError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         table = pd.DataFrame({
@@ -126,9 +116,10 @@ def _load_pyfunc(data_path: str) -> ServedModel:
     folder = Path(data_path)
     settings = ServingSettings()
     version = _version_of(folder, read_served(folder).lineage)
-    return ServedModel(load_answerer(
+    answerer = load_answerer(
         folder, HomeSettings().cache_dir, settings.base_model, precision=settings.serving_precision, version=version
-    ))
+    )
+    return ServedModel(answerer.ask)
 
 
 def _version_of(folder: Path, lineage: str) -> str:

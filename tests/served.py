@@ -50,7 +50,8 @@ class Champion:
         return {"version": self.version}
 
     def model(self, is_given_up: Callable[[], bool], key: str | None = None) -> PyFuncModel:
-        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=ServedModel(self, is_given_up))
+        model = ServedModel(lambda rows: self.ask(rows, is_given_up))
+        return PyFuncModel(model_meta=Model(signature=SIGNATURE), model_impl=model)
 
     def ask(
         self, rows: Sequence[InputRow], is_given_up: Callable[[], bool], key: str | None = None,

@@ -184,12 +184,7 @@ def points(share: float, *, sign: bool = False) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun.
-
-    Example:
-        >>> count(2, "task")
-        '2 tasks'
-    """
+    """Return a number with its noun, such as "2 tasks"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

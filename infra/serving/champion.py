@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,8 @@ class Champion:
         The arguments are those of `ask`.
         """
         assert self._meta is not None, "requests come after the champion was loaded"
-        return PyFuncModel(model_meta=self._meta, model_impl=ServedModel(_Caller(self, key), is_given_up))
+        model = ServedModel(lambda rows: self.ask(rows, is_given_up, key))
+        return PyFuncModel(model_meta=self._meta, model_impl=model)
 
     def begin(self) -> None:
         """Load the champion.
@@ -242,14 +242,3 @@ class Champion:
         if problem != self._problem:
             self._say(problem)
         self._problem = problem
-
-
-@dataclass(frozen=True)
-class _Caller:
-    """A client of the champion. It answers rows as the champion does."""
-
-    champion: Champion
-    key: str | None
-
-    def ask(self, rows: Sequence[InputRow], is_given_up: Callable[[], bool]) -> Answered:
-        return self.champion.ask(rows, is_given_up, self.key)

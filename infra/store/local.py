@@ -34,11 +34,9 @@ NUM_TRIES = 20
 
 
 def open_store(uri: str, settings: StoreSettings | None = None) -> ObjectStore:
-    """Return the store at `uri`. Nothing is read or written yet.
+    """Return the store at `uri`: file:///folder, s3://bucket, s3://bucket/prefix, or the path of a folder.
 
-    Args:
-        uri: file:///folder, s3://bucket, s3://bucket/prefix, or the path of a folder.
-        settings: Address and keys of the S3 server; None: read from the environment.
+    Nothing is read or written yet. `settings` have the S3 server's address and keys; None: those of the environment.
 
     Raises:
         ConfigError: The uri has another form, or it contains a user or a password.

@@ -29,6 +29,7 @@ from benchmarks.serving import LINEAGE, Clients, Expected, answers_of, learn_ver
 from deal_core.adapter.state import adapter_on
 from deal_core.base_model.load import load_base
 from deal_core.errors import ConfigError
+from deal_core.evaluation.answerer import Answerer
 from infra.predictions import read_feedback, read_predictions
 from infra.served_model import _load_pyfunc
 from infra.serving.champion import NoChampionError
@@ -299,8 +300,8 @@ def test_what_is_set_for_this_machine_counts(
     versions: Expected, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = registered_folder("2", tmp_path)
-    model = _load_pyfunc(str(folder))
-    assert (model.answerer.version, model.answerer._model.dtype) == ("2", torch.float32)
+    answerer = loaded(folder)
+    assert (answerer.version, answerer._model.dtype) == ("2", torch.float32)
     monkeypatch.setenv("DEAL_SERVED_VERSION", "7")
     monkeypatch.setenv("DEAL_SERVING_PRECISION", "bf16")
     moved = json.loads((folder / "deal.json").read_text())
@@ -308,14 +309,18 @@ def test_what_is_set_for_this_machine_counts(
     with pytest.raises(ConfigError, match="/was/there/once"):
         _load_pyfunc(str(folder))
     monkeypatch.setenv("DEAL_BASE_MODEL", str(tiny_base))
-    model = _load_pyfunc(str(folder))
-    assert (model.answerer.version, model.answerer._model.dtype) == ("7", torch.bfloat16)
+    answerer = loaded(folder)
+    assert (answerer.version, answerer._model.dtype) == ("7", torch.bfloat16)
     monkeypatch.delenv("DEAL_SERVED_VERSION")
     (folder / "registered_model_meta").write_text("model_name: copy\nmodel_version: 4\n")
-    copied = _load_pyfunc(str(folder)).answerer.version
-    assert copied == "copy/4", "a copy's number would name another version of the lineage"
+    assert loaded(folder).version == "copy/4", "a copy's number would name another version of the lineage"
     (folder / "registered_model_meta").unlink()
-    assert _load_pyfunc(str(folder)).answerer.version == "unknown"
+    assert loaded(folder).version == "unknown"
+
+
+def loaded(folder: Path) -> Answerer:
+    """The answerer of the version in a folder, as MLflow loads the folder."""
+    return _load_pyfunc(str(folder)).ask.__self__  # type: ignore[attr-defined, no-any-return]
 
 
 def registered_folder(version: str, tmp_path: Path) -> Path:
