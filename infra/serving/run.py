@@ -56,7 +56,8 @@ def serve(
     listener = _listen(host, port)
     log = open_prediction_log(home, lineage)
     champion, ended = Champion(lineage, say, log, settle), threading.Event()
-    api_key = ServingSettings().serve_api_key
+    secret = ServingSettings().serve_api_key
+    api_key = None if secret is None else secret.get_secret_value()
     follower = threading.Thread(target=champion.follow, args=(ended,), name="champion", daemon=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the champion loads
     with listener, _logged_to(home / "logs" / f"serve-{lineage}.log"), suppress(KeyboardInterrupt):
@@ -66,7 +67,7 @@ def serve(
             if log is not None:
                 log.start()  # not before: now the lineage is known
             ready(_url(listener), str(champion.version))
-            app = make_app(champion, _trusted(host, trusted_hosts), api_key and api_key.get_secret_value())
+            app = make_app(champion, _trusted(host, trusted_hosts), api_key)
             make_server(app).run([listener])
         finally:
             ended.set()
