@@ -6,16 +6,14 @@ import json
 import os
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
+import httpx
 import pandas as pd
 
 from deal_pipeline.command import Command, CommandError, Show, end, run_command
@@ -23,6 +21,8 @@ from deal_pipeline.command import Command, CommandError, Show, end, run_command
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Rows: TypeAlias = "str | Path | pd.DataFrame | Dataset"
+"""A file, an address, or a table with the columns that a file would have."""
 ANSWER_SECONDS = 330.0
 """Longest wait for an answer; the server itself gives up a little earlier."""
 NUM_ROWS = 64
@@ -31,8 +31,6 @@ KEY = "DEAL_SERVE_API_KEY"
 """The variable that makes the server ask for a token."""
 NO_VERSION = "has no champion here"
 """Part of the message of a lineage without a version."""
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks the server itself, whatever proxy the environment names: texts and token stay on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +79,7 @@ class Lineage:
     """
 
     def __init__(
-        self,
-        name: str = "default",
-        *,
-        home: str | Path | None = None,
-        show: Show | None = print,
+        self, name: str = "default", *, home: str | Path | None = None, show: Show | None = print,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
@@ -99,22 +93,13 @@ class Lineage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def adapt(
-        self,
-        data: str | Path | pd.DataFrame | Dataset,
-        *,
-        task: str | Mapping[str, Any],
-        test_data: str | Path | pd.DataFrame | Dataset | None = None,
-        base: str | None = None,
-        strategy: str | None = None,
-        memory: Literal["none", "rows"] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        again: bool = False,
+        self, data: Rows, *, task: str | Mapping[str, Any], test_data: Rows | None = None, base: str | None = None,
+        strategy: str | None = None, memory: Literal["none", "rows"] | None = None,
+        settings: Mapping[str, Any] | None = None, again: bool = False,
     ) -> Adaptation:
         """Learn one arrival, judge it, and promote it if it passes the gate. A stopped call goes on when repeated.
 
@@ -230,7 +215,7 @@ class Lineage:
         given = {"--lineage": self.name, **options}
         return [part for name, value in given.items() if value is not None for part in (name, str(value))]
 
-    def _as_file(self, data: str | Path | pd.DataFrame | Dataset) -> str:
+    def _as_file(self, data: Rows) -> str:
         """A file's path from the root, or an address as it is; a table as a Parquet file that a requeue reads again."""
         if isinstance(data, str | os.PathLike):
             return os.fspath(data) if "://" in str(data) else os.path.abspath(Path(data).expanduser())
@@ -269,14 +254,14 @@ class _Server:
         return self._process.poll() is None
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        body = json.dumps({"dataframe_records": rows}).encode()
+        body = json.dumps({"dataframe_records": rows})
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json", **key})
-        try:
-            with DIRECT.open(request, timeout=ANSWER_SECONDS) as answered:
-                values = json.load(answered)
-        except urllib.error.HTTPError as error:
-            raise CommandError(json.load(error)["error"], 1) from None
-        except OSError as error:  # URLError and TimeoutError are of this kind
+        headers = {"Content-Type": "application/json", **key}
+        try:  # without the environment's proxies: texts and token stay on this machine
+            answered = httpx.post(self._url, content=body, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
+        except httpx.TransportError as error:
             raise CommandError(f"The server at {self._url} does not answer ({error}); call predict again.", 1) from None
+        values = answered.json()
+        if answered.is_error:
+            raise CommandError(values["error"], 1)
         return [str(row["output"]) for row in values["predictions"]]
