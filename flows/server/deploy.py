@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import prefect
 import yaml
@@ -60,7 +60,7 @@ async def deploy_all(
         raise ConfigError("No Prefect server is named; set PREFECT_API_URL, or start one here with: deal up")
     store = current_store()
     store.check()
-    ours = Place(home=str(home), store=without_secrets(store.uri))
+    ours = {"home": str(home), "store": without_secrets(store.uri)}
     async with get_client() as client:
         if not replace:
             await _require_own(client, ours)
@@ -72,33 +72,23 @@ async def deploy_all(
         await apply_notifications(client)
         is_paused = any(not each.enabled for each in await client.read_automations_by_name(LANDED))
     _deploy_file(home, is_paused)
-    await Variable.aset(STORE_VARIABLE, ours.store, overwrite=True)
+    await Variable.aset(STORE_VARIABLE, ours["store"], overwrite=True)
 
 
-class Place(NamedTuple):
-    """What the runs of the deployments work in."""
-
-    home: str
-    store: str
-
-
-async def _require_own(client: PrefectClient, ours: Place) -> None:
+async def _require_own(client: PrefectClient, ours: dict[str, str]) -> None:
     """Refuse to overwrite deployments that work in another home or store.
 
     Prefect keeps the home as the working directory of each run. Earlier releases did not write the store.
-
-    Raises:
-        ConfigError: They do.
     """
     deployments = await client.read_deployments(deployment_filter=learning_deployment())
     steps = [step for deployment in deployments for step in deployment.pull_steps or ()]
     homes = [str(settings["directory"]) for step in steps for settings in step.values() if "directory" in settings]
     if not homes:
         return
-    theirs = Place(home=homes[0], store=str(await Variable.aget(STORE_VARIABLE, default="")))
+    theirs = {"home": homes[0], "store": str(await Variable.aget(STORE_VARIABLE, default=""))}
     differing = [
-        f"the {name} is {there}, here it is {here}"
-        for name, there, here in zip(Place._fields, theirs, ours, strict=True) if there not in ("", here)
+        f"the {name} is {theirs[name]}, here it is {here}" for name, here in ours.items()
+        if theirs[name] not in ("", here)
     ]
     if differing:
         raise ConfigError(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from deal_core.errors import ConfigError, RegistryError
 from flows.cli.app import app
 from flows.promote import decide, reject
-from flows.server.deploy import Place, _require_own, deploy_all
+from flows.server.deploy import _require_own, deploy_all
 from infra.promotions import Move
 from infra.tracking.registry import open_registry
 from tasks.adaptation.promote import complete_version
@@ -112,7 +112,7 @@ def check_another_home_or_store_is_not_overwritten(
 
     async def require_own() -> None:
         async with get_client() as client:
-            await _require_own(client, Place(home=str(deployed), store=current_store().uri))
+            await _require_own(client, {"home": str(deployed), "store": current_store().uri})
 
     asyncio.run(require_own())  # its own home may deploy again, which another deploy would show too, but not as fast
     with monkeypatch.context() as patch:
