@@ -15,6 +15,7 @@ from deal_core.evaluation.report import EvaluationReport
 from deal_core.safe_text import listed
 from flows.lock import hold_lineage
 from infra.disk import disk_full
+from tasks.adaptation import run as runs
 from tasks.adaptation.evaluate import evaluate_version
 from tasks.adaptation.ingest import drop_training_rows, ingest_arrival
 from tasks.adaptation.judge import judge_version, require_judge
@@ -22,18 +23,6 @@ from tasks.adaptation.promote import promote_version
 from tasks.adaptation.register import register_version
 from tasks.adaptation.report import report_run
 from tasks.adaptation.resume import find_parent, keep_findings
-from tasks.adaptation.run import (
-    count_attempts,
-    end_run,
-    fail_run,
-    find_own,
-    find_registered,
-    find_repeat,
-    identify_base,
-    make_run_key,
-    remove_work,
-    start_run,
-)
 from tasks.adaptation.train import train_version
 from tasks.base import refuse_what_cannot_fit
 from tasks.context import current_store
@@ -133,27 +122,27 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
     adapter, strategy = choose_adapter(spec, record), choose_strategy(spec, record)
     dataset = await stages.run("ingest", ingest_arrival, arrival_of(spec), spec.data, parent, spec.lineage, again)
     stages.done("ingest", _describe_dataset(dataset))
-    if known := await stages.run("repeat", find_own if again else find_repeat, dataset, spec.lineage):
+    if known := await stages.run("repeat", runs.find_own if again else runs.find_repeat, dataset, spec.lineage):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     source, num_versions = choose_base(spec, record), len(record.matrix.trained) if record else 0
     await asyncio.to_thread(
         refuse_what_cannot_fit, source, adapter, strategy, spec.method, spec.train, num_versions=num_versions
     )
-    base = await stages.run("base", identify_base, source, spec.train.quantize)
+    base = await stages.run("base", runs.identify_base, source, spec.train.quantize)
     stages.done("base", base.name)
     if record:
         require_same_base(record, base)
     config_sha256 = spec.config_sha256(adapter, strategy)
-    attempt = await stages.run("repeat", count_attempts, spec.lineage, dataset) if again else 0
-    run_key = make_run_key(
+    attempt = await stages.run("repeat", runs.count_attempts, spec.lineage, dataset) if again else 0
+    run_key = runs.make_run_key(
         lineage=spec.lineage, base=base, dataset=dataset, parent=parent, config_sha256=config_sha256, attempt=attempt,
     )
-    if known := await stages.run("repeat", find_registered, run_key):
+    if known := await stages.run("repeat", runs.find_registered, run_key):
         drop_training_rows(current_store(), dataset.uri)
         return repeated(known, dataset)
     params = {**settings_of(spec, adapter, strategy), "attempt": attempt}
-    run = await stages.run("start", start_run, run_key, base, parent, dataset, spec.lineage, params)
+    run = await stages.run("start", runs.start_run, run_key, base, parent, dataset, spec.lineage, params)
     try:
         job = AdaptationJob(
             run=run, base=base, parent=parent, dataset=dataset, adapter=adapter, strategy=strategy,
@@ -161,10 +150,10 @@ async def _learn_arrival(spec: AdaptSpec, again: bool) -> AdaptResult:
         )
         result = await _learn(spec, job, stages)
     except BaseException:
-        fail_run(run)
+        runs.fail_run(run)
         raise
-    end_run(run, "FINISHED")
-    remove_work(run)
+    runs.end_run(run, "FINISHED")
+    runs.remove_work(run)
     drop_training_rows(current_store(), dataset.uri)
     return result
 

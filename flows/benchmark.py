@@ -35,7 +35,6 @@ from tasks.references import BaseRef
 from tasks.spec import Address, parse
 
 logger = logging.getLogger(__name__)
-SUMMARY_FILE = "summary.json"
 LOOK_SECONDS = 2.0
 PROTOCOL: dict[str, Any] = {"max_prompt_tokens": 160, "checkpoint_steps": 0}
 """The benchmark's own defaults of TrainConfig. No checkpoints are needed: a cell continues at its unfinished task."""
@@ -178,12 +177,8 @@ def spec_from_options(
 ) -> BenchmarkSpec:
     """Make a spec from a command's options. Options that are None or empty keep their defaults.
 
-    Args:
-        data: Folder of tasks, or hf://datasets/OWNER/NAME, which is downloaded.
-        train: Changes to the training settings, as a JSON object.
-        methods: Changes to the methods' settings, one JSON object per cell.
-        adapter: Changes to the adapter's shape, as a JSON object.
-        options: The other fields.
+    `data` may be hf://datasets/OWNER/NAME, which is downloaded. `train`, `adapter` and each of `methods` are JSON
+    objects: changes to the settings of that name. `options` are the other fields.
 
     Raises:
         ConfigError: A text is no JSON object, a value is invalid, or the Hub cannot be reached.
@@ -235,6 +230,6 @@ def write_summary(out: Path) -> list[dict[str, Any]]:
         {"suite": each.suite, "protocol": json.loads(each.key), "lifted": each.lifted(), "rows": summarise(each)}
         for each in protocols(read_cells(out))
     ]
-    with complete_file(out / SUMMARY_FILE) as part:
+    with complete_file(out / "summary.json") as part:
         part.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
     return tables

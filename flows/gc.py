@@ -15,18 +15,8 @@ from infra.tracking.registry import open_registry
 from infra.tracking.runs import ArtifactRemover
 from infra.tracking.tracker import open_tracker
 from tasks.context import current_store
-from tasks.housekeeping.garbage import (
-    Removal,
-    list_all_lineages,
-    list_logged_lineages,
-    lonely_feedback,
-    look_at_lineage,
-    old_logs,
-    old_temporaries,
-    plan_removals,
-    remove,
-    with_model_bytes,
-)
+from tasks.housekeeping import garbage
+from tasks.housekeeping.garbage import Removal
 from tasks.progress import raise_if_stopped, reporter
 
 UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
@@ -61,7 +51,7 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
     """
     limit, now = parse_age(older_than), datetime.now(UTC)
     store, registry, tracker = current_store(), open_registry(), open_tracker()
-    known, logged = list_all_lineages(store), list_logged_lineages(store)
+    known, logged = garbage.list_all_lineages(store), garbage.list_logged_lineages(store)
     if lineage is not None and lineage not in {*known, *logged}:
         raise ConfigError(f"There is no lineage {lineage!r} here; known are: {', '.join(known) or 'none'}.")
     remover = ArtifactRemover(tracker)
@@ -72,16 +62,16 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
     def apply(plan: tuple[Removal, ...]) -> None:
         for planned in plan:
             raise_if_stopped()
-            removal = with_model_bytes(planned, remover)
+            removal = garbage.with_model_bytes(planned, remover)
             if not dry_run:
-                remove(store, remover, removal, now)
+                garbage.remove(store, remover, removal, now)
             removals.append(removal)
 
     for name in known if lineage is None else {lineage} & {*known}:
         try:
             async with hold_lineage(name, wait=False):
-                held = look_at_lineage(store, registry, tracker, name)
-                apply(plan_removals(held, now=now, older_than=limit))
+                held = garbage.look_at_lineage(store, registry, tracker, name)
+                apply(garbage.plan_removals(held, now=now, older_than=limit))
         except LineageBusyError as error:
             reporter().said(f"{error} The lineage was skipped.")
             busy.append(name)
@@ -89,15 +79,15 @@ async def gc(lineage: str | None = None, older_than: str = "30d", dry_run: bool 
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     days, with_logs = ServingSettings().log_retention_days, logged if lineage is None else {lineage} & {*logged}
-    apply(old_logs(store, with_logs, now=now, days=days))
+    apply(garbage.old_logs(store, with_logs, now=now, days=days))
     for name in with_logs:
         try:
-            apply(lonely_feedback(store, name, now=now))
+            apply(garbage.lonely_feedback(store, name, now=now))
         except DealError as error:
             reporter().said(f"Lineage '{name}': {error}")
             problems[name] = str(error)
     if lineage is None:
-        apply(old_temporaries(store, now=now))
+        apply(garbage.old_temporaries(store, now=now))
     num_bytes = sum(removal.num_bytes for removal in removals)
     return GcResult(dry_run=dry_run, removals=tuple(removals), num_bytes=num_bytes, busy=tuple(busy), problems=problems)
 

@@ -124,10 +124,7 @@ def _write(log: PromotionLog, last: Move | None, change: Change) -> Decision:
             f"The champion of '{change.lineage}' has just changed; look at deal history --lineage {change.lineage}, "
             "and try again."
         )
-    return Decision(
-        action=change.action, lineage=change.lineage, version=change.version, before=change.before,
-        champion=change.champion,
-    )
+    return Decision.model_validate(change, from_attributes=True)
 
 
 def promote_to(lineage: str, version: str, *, who: str, why: str, run: str | None = None) -> Decision:

@@ -22,14 +22,7 @@ from flows.lock import LineageBusyError, hold_lineage, is_held_on_server
 from infra.store.base import ObjectInfo, ObjectStore
 from infra.store.keys import INBOX, task_of
 from infra.store.s3 import open_landing_queue
-from tasks.arrival_runs import (
-    announce,
-    announce_again,
-    drop_announcement,
-    hold_cancelled,
-    note_begun,
-    read_announcements,
-)
+from tasks import arrival_runs
 from tasks.context import current_store
 from tasks.inbox import (
     InboxLook,
@@ -194,11 +187,11 @@ class InboxWorker:
         if not get_current_settings().api.url:
             return ()
         name = self.spec.lineage
-        announced = read_announcements(self.store, name, inbox, arrivals)
-        held = await hold_cancelled(self.store, name, inbox, arrivals, announced)
+        announced = arrival_runs.read_announcements(self.store, name, inbox, arrivals)
+        held = await arrival_runs.hold_cancelled(self.store, name, inbox, arrivals, announced)
         for info in arrivals:
             if info.key not in held and info.key not in announced:
-                note_begun(self.store, name, info, inbox.stamp(info))
+                arrival_runs.note_begun(self.store, name, info, inbox.stamp(info))
         return held
 
     def is_held(self) -> bool:
@@ -218,7 +211,7 @@ class InboxWorker:
         state.drop_gone(store)
         write_state(store, lineage, state)
         if handled.due() is None:
-            drop_announcement(store, lineage, info, beside)
+            arrival_runs.drop_announcement(store, lineage, info, beside)
         self.files.append(Seen(key=info.key, outcome=handled.outcome, message=handled.message, version=handled.version))
         if run and self.once:
             self.runs.append(run)
@@ -241,27 +234,25 @@ class Learned(NamedTuple):
 async def _adapt_to(store: ObjectStore, spec: LineageSpec, info: ObjectInfo) -> Learned:
     """Adapt to one file. A refused file is not tried again, a failed one is."""
     reporter().said(f"{info.key.removeprefix(INBOX + '/')} has landed")
-    is_final = False
-    outcome: Outcome
     try:
         run = await adapt_held(await _spec_of(store, spec, info.key))
-        return Learned(run.status, run.message, run)
     except DataValidationError as error:
-        outcome, message = "refused", in_one_line(error)
-        reporter().said(f"Refused: {message}")
+        reporter().said(f"Refused: {in_one_line(error)}")
+        return Learned("refused", in_one_line(error))
     except Interrupted:
         raise
     except Exception as error:
         logger.exception("The run for %s failed", info.key)
-        outcome, message = "failed", in_one_line(error)
-        if isinstance(error, TrainingDivergedError):  # with the same seed and settings, it diverges at the same step
-            is_final = True
+        message = in_one_line(error)
+        is_final = isinstance(error, TrainingDivergedError)  # same seed and settings: it diverges at the same step
+        if is_final:
             message = (
                 f"{message.rstrip('.')}. It is not tried again automatically: change the settings and try it with deal "
                 f"watch --once --lineage {spec.lineage} --spec SPEC, or change file, task.yaml or test rows."
             )
         reporter().said(f"Failed: {message}")
-    return Learned(outcome, message, is_final=is_final)
+        return Learned("failed", message, is_final=is_final)
+    return Learned(run.status, run.message, run)
 
 
 async def _spec_of(store: ObjectStore, spec: LineageSpec, key: str) -> AdaptSpec:
@@ -320,16 +311,18 @@ async def _announce_all(
     except DealError as error:
         logger.error("The inbox could not be read: %s", error)
         return Announced(0, 1)
-    all_found = []
+    num_announced = num_growing = 0
     for lineage in lineages:
         seen = stamps.setdefault(lineage.lineage, {})
         try:
             state = states.read(store, lineage.lineage)
-            all_found.append(await announce_open(store, inbox, lineage, state, seen, settle_seconds))
+            found = await announce_open(store, inbox, lineage, state, seen, settle_seconds)
         except DealError as error:  # continue with the other lineages
             logger.error("The inbox could not be read for lineage %s: %s", lineage.lineage, error)
-            all_found.append(Announced(0, 1))
-    return Announced(sum(found.num_announced for found in all_found), sum(found.num_growing for found in all_found))
+            found = Announced(0, 1)
+        num_announced += found.num_announced
+        num_growing += found.num_growing
+    return Announced(num_announced, num_growing)
 
 
 async def announce_open(
@@ -344,20 +337,18 @@ async def announce_open(
     if lineage.held is not None:
         return Announced(0, 0)
     settled, growing = settle(inbox, state, lineage.tasks, seen, settle_seconds=settle_seconds, retry_now=False)
-    num_announced = 0
-    announced = read_announcements(store, name, inbox, settled)
+    announced = arrival_runs.read_announcements(store, name, inbox, settled)
+    new = [info for info in settled if info.key not in announced]
     lost = [info for info in settled if info.key in announced]
     released = {info.key: known.at for info in settled if (known := state.requeued(info))}
-    for info in settled:
-        if info.key in announced:
-            continue
-        announce(store, name, info, inbox.stamp(info), released.get(info.key))
+    for info in new:
+        arrival_runs.announce(store, name, info, inbox.stamp(info), released.get(info.key))
         reporter().said(f"{info.key} has landed for lineage '{name}'")
-        num_announced += 1
+    num_announced = len(new)
     if lost and not await is_held_on_server(name):
-        held = await hold_cancelled(store, name, inbox, lost, announced)
+        held = await arrival_runs.hold_cancelled(store, name, inbox, lost, announced)
         for info in [info for info in lost if info.key not in held][:1]:  # its run handles all open files
-            num_announced += announce_again(
+            num_announced += arrival_runs.announce_again(
                 store, name, info, inbox.stamp(info), datetime.now(UTC), released.get(info.key)
             )
     return Announced(num_announced, len(growing))

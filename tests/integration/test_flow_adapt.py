@@ -378,7 +378,7 @@ def test_a_report_cut_short_is_completed_by_the_next_run(
 
     with monkeypatch.context() as patch:
         patch.setattr("flows.adapt.report_run", die)
-        patch.setattr("flows.adapt.fail_run", die)  # a crashed machine: the status of the run stays RUNNING
+        patch.setattr("tasks.adaptation.run.fail_run", die)  # a crashed machine: the status of the run stays RUNNING
         with pytest.raises(Killed):
             run(tiny_base, CLINIC, gate=gate)
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
