@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows.cli.housekeeping import housekeeping_app
-from flows.cli.learn import learn_app
-from flows.cli.live import live_app, rollout_app
-from flows.cli.plan import model_app, try_app
-from flows.cli.serve import serve_app, vllm_app
-from flows.cli.server import lineage_app, server_app, ui_app
-from flows.cli.versions import tests_app, versions_app
+import flows.cli.housekeeping  # adds its commands to main_app
+import flows.cli.learn  # noqa: F401
+from flows.cli.live import rollout_app
+from flows.cli.plan import model_app
+from flows.cli.serve import vllm_app
+from flows.cli.server import lineage_app
+from flows.cli.session import main_app
+from flows.cli.versions import tests_app
 
 TOPICS = {
     "Learn": ("demo", "plan", "validate", "adapt", "watch", "predict"),
@@ -46,19 +47,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(learn_app)
-app.add_typer(ui_app)
+app.add_typer(main_app)
 app.add_typer(model_app, name="model")
 app.add_typer(lineage_app, name="lineage")
-app.add_typer(try_app)
-app.add_typer(versions_app)
 app.add_typer(tests_app, name="tests")
-app.add_typer(housekeeping_app)
-app.add_typer(serve_app)
 app.add_typer(vllm_app, name="vllm")
-app.add_typer(live_app)
 app.add_typer(rollout_app, name="rollout")
-app.add_typer(server_app)
 
 
 def _say_version(is_asked: bool) -> None:

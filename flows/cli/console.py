@@ -93,10 +93,7 @@ class Screen:
     @contextmanager
     def working(self, doing: str = "") -> Iterator[None]:
         """Draw bars for the stages reported inside. `doing` is shown until the first stage begins."""
-        if not self.draws:
-            yield
-            return
-        if self._progress is not None:  # drawn already: a flow inside a command
+        if not self.draws or self._progress is not None:  # nothing is drawn, or a flow inside a command is
             if doing:
                 self.stage_started(doing)
             yield
@@ -207,7 +204,8 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     color = {"promoted": "green", "rejected": "red"}.get(run.status, "yellow")
     shown: list[RenderableType] = []
     if run.matrix is not None and run.scores is not None:
-        shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), _scores(run.scores)]
+        scores = "   ".join(f"{name} [bold]{value}[/]" for name, value in named_scores(run.scores).items())
+        shown += [heading(f"Accuracy of {run.lineage}, %"), matrix_table(run.matrix), scores]
         if told := scored_otherwise(run.metrics):
             shown.append(escape(told))
     shown.append(f"[bold {color}]{escape(run.message)}[/]")
@@ -215,13 +213,9 @@ def show_adaptation(run: AdaptResult) -> Sequence[RenderableType]:
     return shown
 
 
-def _scores(scores: Scores) -> str:
-    return "   ".join(
-        f"{name} [bold]{percent(value)}[/]"
-        for name, value in (
-            ("AA", scores.average_accuracy),
-            ("forgetting", scores.forgetting),
-            ("BWT", scores.backward_transfer),
-            ("FWT", scores.forward_transfer),
-        )
-    )
+def named_scores(scores: Scores) -> dict[str, str]:
+    """The scores of a version in percent, under their short names."""
+    return {
+        "AA": percent(scores.average_accuracy), "forgetting": percent(scores.forgetting),
+        "BWT": percent(scores.backward_transfer), "FWT": percent(scores.forward_transfer),
+    }

@@ -10,39 +10,32 @@ import typer
 from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table
-from flows.cli.session import CommandResult, Session, command
+from flows.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
     from flows.forget import ForgetResult
     from flows.gc import GcResult
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
-housekeeping_app = typer.Typer()
 
 
-@command(housekeeping_app, "looking")
+@command(main_app, "looking")
 def gc(
     deal: Session,
     lineage: Annotated[str | None, Option("--lineage", "-l", help="Only this lineage.", show_default="all")] = None,
-    older_than: Annotated[
-        str, Option("--older-than", metavar="AGE", help="Minimum age of what is removed: 12h, 30d, 4w.")
-    ] = "30d",
+    older_than: Annotated[str, Option(metavar="AGE", help="Minimum age of what is removed: 12h, 30d, 4w.")] = "30d",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult:
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
-    from flows.gc import gc as gc_flow
-
-    outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
-    return CommandResult(outcome, show_gc(outcome), failed=bool(outcome.problems))
+    outcome: GcResult = deal.run("flows.gc:gc", lineage, older_than, dry_run, doing="looking", makes_room=True)
+    return CommandResult(outcome, _show_gc(outcome), failed=bool(outcome.problems))
 
 
-def show_gc(result: GcResult) -> Sequence[RenderableType]:
-    """What was removed, or would be."""
+def _show_gc(result: GcResult) -> Sequence[RenderableType]:
     left = [f"[yellow]{escape(name)} was at work and left alone.[/]" for name in result.busy]
     left += [f"[red]{escape(f'{name}: {problem}')}[/]" for name, problem in result.problems.items()]
     if not result.removals:
@@ -56,27 +49,27 @@ def show_gc(result: GcResult) -> Sequence[RenderableType]:
     return [*left, heading("Would be removed" if result.dry_run else "Removed"), table, f"[bold]{total}[/]"]
 
 
-@command(housekeeping_app)
+@command(main_app)
 def forget(
     deal: Session,
     arrival: Annotated[str, Argument(help="Digest of the dataset, its first characters, or its key inbox/TASK/FILE.")],
-    reason: Annotated[str, Option("--reason", help="Reason, for the history. Quote no rows.")] = "",
+    reason: Annotated[str, Option(help="Reason, for the history. Quote no rows.")] = "",
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> CommandResult:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
     with deal.screen.working("looking"):
-        from flows.forget import forget as forget_flow
         from flows.forget import plan_forget
 
         plan = plan_forget(arrival)
-    shown = [*show_forget_plan(plan)]
+    shown = show_forget_plan(plan, "Would be removed")
     if dry_run:
         return CommandResult(plan, shown)
     if not yes:
         _confirm(deal, shown)
-    outcome = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
-    return CommandResult(outcome, show_forgotten(outcome))
+    done: ForgetResult = deal.run("flows.forget:forget", arrival, reason, doing="forgetting", makes_room=True)
+    said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
+    return CommandResult(done, [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"])
 
 
 def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
@@ -87,21 +80,13 @@ def _confirm(deal: Session, shown: Iterable[RenderableType]) -> None:
     """
     if deal.screen.as_json or not sys.stdin.isatty():
         raise ConfigError("Rows that are removed cannot be brought back: give --yes, or --dry-run to see which.")
-    for renderable in shown:
-        deal.screen.out.print(renderable, soft_wrap=isinstance(renderable, str))
+    deal.screen.result(None, *shown)
     typer.confirm("Remove all this? It cannot be undone.", abort=True)
 
 
-def show_forget_plan(plan: ForgetPlan) -> Sequence[RenderableType]:
-    """What would be removed, what cannot be, and what follows."""
-    return [*_held(plan, "Would be removed"), *_learned(plan.learned), *_follows(plan)]
-
-
-def show_forgotten(result: ForgetResult) -> Sequence[RenderableType]:
-    """What was removed, and which versions learned from it."""
-    plan = result.plan
-    said = f"Arrival {plan.sha256[:12]} of {plan.task} was {result.tombstone.said}."
-    return [*_held(plan, "Removed"), *_learned(plan.learned), *_follows(plan), f"[bold]{escape(said)}[/]"]
+def show_forget_plan(plan: ForgetPlan, title: str) -> Sequence[RenderableType]:
+    """What is removed, what cannot be, and what follows."""
+    return [*_held(plan, title), *_learned(plan.learned), *_follows(plan)]
 
 
 def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
@@ -116,7 +101,7 @@ def _held(plan: ForgetPlan, title: str) -> Iterable[RenderableType]:
 def _learned(learned: Sequence[AffectedVersion]) -> Iterable[RenderableType]:
     if not learned:
         return ["No version has learned from it."]
-    table: Table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])
+    table = new_table("lineage", "version", "task", "how", "gate", "alias", right=["version"])
     for each in learned:
         table.add_row(
             escape(each.lineage), each.version, escape(each.task),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -13,8 +13,17 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError
-from flows.cli.console import heading, home_option, matrix_table, new_table, percent, show_adaptation, show_held
-from flows.cli.session import Column, CommandResult, Lineage, Session, command
+from flows.cli.console import (
+    heading,
+    home_option,
+    matrix_table,
+    named_scores,
+    new_table,
+    percent,
+    show_adaptation,
+    show_held,
+)
+from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
 
 if TYPE_CHECKING:
     from flows.adapt import AdaptResult
@@ -25,7 +34,6 @@ if TYPE_CHECKING:
     from tasks.lineage.history import HistoryEntry
     from tasks.predict import FileAnswers
 
-learn_app = typer.Typer()
 
 Base = Annotated[str | None, Option(
     "--base", help="Hub id, local folder or GGUF file.", show_default="the lineage's own, else smollm2-135m-instruct"
@@ -43,27 +51,22 @@ SpecLineage = Annotated[
 Version = Annotated[str | None, Option("--version", help="Adapter version.", show_default="the champion")]
 
 
-@command(learn_app, "starting")
+@command(main_app, "starting")
 def demo(
     deal: Session,
     compare: Annotated[
         bool, Option("--compare", help="Also let plain continued LoRA learn the same arrivals.")
     ] = False,
-    base: Annotated[
-        str | None, Option("--base", help="Another base model.", show_default="smollm2-135m-instruct")
-    ] = None,
+    base: Annotated[str | None, Option(help="Another base model.", show_default="smollm2-135m-instruct")] = None,
     picture: Annotated[
-        Path | None, Option("--picture", help="File for the picture of the result (PNG).", show_default="HOME/demo.png")
+        Path | None, Option(help="File for the picture of the result (PNG).", show_default="HOME/demo.png")
     ] = None,
 ) -> CommandResult:
     """Let three example domains arrive one after another and show what the adapter keeps of each."""
-
-    def start() -> Coroutine[Any, Any, DemoResult]:
-        from flows.cli.demo import run_demo
-
-        return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
-
-    outcome = deal.run(start, trains=True)
+    outcome: DemoResult = deal.run(
+        "flows.cli.demo:run_demo", picture=picture or deal.home / "demo.png", compare=compare, base_model=base,
+        trains=True,
+    )
     return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
 
 
@@ -78,12 +81,8 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
         if outcome.matrix is None or outcome.scores is None:
             continue
         shown += [heading(f"Accuracy of {outcome.lineage} ({outcome.strategy}), %"), matrix_table(outcome.matrix)]
-        scores = outcome.scores
-        comparison.add_row(
-            outcome.lineage, outcome.strategy, percent(scores.average_accuracy), percent(scores.forgetting),
-            percent(scores.backward_transfer), percent(scores.forward_transfer),
-            f"version {outcome.champion}" if outcome.champion else "none",
-        )
+        champion = f"version {outcome.champion}" if outcome.champion else "none"
+        comparison.add_row(outcome.lineage, outcome.strategy, *named_scores(outcome.scores).values(), champion)
     if comparison.row_count:
         shown += [heading("In the end"), comparison]
     for outcome in result.outcomes:
@@ -101,13 +100,13 @@ def show_demo(result: DemoResult, home: Path) -> Sequence[RenderableType]:
     )]
 
 
-@command(learn_app, "starting")
+@command(main_app, "starting")
 def adapt(
     deal: Session,
     spec: Annotated[Path | None, Argument(help="Spec file (YAML).", show_default=False)] = None,
     task: Annotated[str | None, Option("--task", "-t", help="Task the file belongs to.")] = None,
     data: Annotated[str | None, Option("--data", "-d", help="File or address: CSV, JSON lines or Parquet.")] = None,
-    test_data: Annotated[str | None, Option("--test-data", help="File of test rows.")] = None,
+    test_data: Annotated[str | None, Option(help="File of test rows.")] = None,
     lineage: SpecLineage = None,
     base: Base = None,
     strategy: Strategy = None,
@@ -123,23 +122,15 @@ def adapt(
         deal.store, spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
     )
-
-    def start() -> Coroutine[Any, Any, AdaptResult]:
-        from flows.adapt import adapt as adapt_flow
-
-        return adapt_flow(adapt_spec, again=again)
-
-    outcome = deal.run(start, trains=True)
+    outcome: AdaptResult = deal.run("flows.adapt:adapt", adapt_spec, again=again, trains=True)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 
-@command(learn_app, "starting")
+@command(main_app, "starting")
 def watch(
     deal: Session,
     once: Annotated[bool, Option("--once", help="Handle the files that are there, then end.")] = False,
-    spec: Annotated[
-        Path | None, Option("--spec", help="Lineage settings (a spec without its task).", show_default=False)
-    ] = None,
+    spec: Annotated[Path | None, Option(help="Lineage settings (a spec without its task).", show_default=False)] = None,
     task: Annotated[list[str] | None, Option(
         "--task", "-t", help="Only this task's files.", show_default="the lineage's tasks, else all"
     )] = None,
@@ -147,7 +138,7 @@ def watch(
     base: Base = None,
     strategy: Strategy = None,
     memory: Memory = None,
-    poll: Annotated[float, Option("--poll", min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
+    poll: Annotated[float, Option(min=0.1, help="Seconds between two checks of the inbox.")] = 2.0,
 ) -> CommandResult:
     """Adapt to files as they land in the inbox (STORE/inbox/TASK/FILE), each once."""
     from tasks.lineage.settings import watched_from_options
@@ -155,13 +146,7 @@ def watch(
     watched = watched_from_options(
         deal.store, spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
-
-    def start() -> Coroutine[Any, Any, WatchResult]:
-        from flows.watch import watch as watch_flow
-
-        return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll)
-
-    outcome = deal.run(start)
+    outcome: WatchResult = deal.run("flows.watch:watch", watched, tasks=watched.tasks, once=once, poll_seconds=poll)
     return CommandResult(
         outcome, show_watch(outcome), failed=outcome.num_refused > 0, rejected=outcome.num_rejected > 0
     )
@@ -177,35 +162,25 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
     return [heading(f"Handled for {result.lineage}"), table]
 
 
-@command(learn_app, "starting")
+@command(main_app, "starting")
 def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
     """Score a version again on the frozen test rows of every task that it knows."""
-
-    def start() -> Coroutine[Any, Any, EvaluateResult]:
-        from flows.champions import evaluate as evaluate_flow
-
-        return evaluate_flow(lineage, version)
-
-    outcome = deal.run(start, trains=True)
-    return CommandResult(outcome, show_evaluation(outcome))
-
-
-def show_evaluation(result: EvaluateResult) -> Sequence[RenderableType]:
-    """New accuracies next to the recorded ones."""
+    found: EvaluateResult = deal.run("flows.champions:evaluate", lineage, version, trains=True)
     numbers = ["now", "at its run", "test rows"]
     table = new_table("task", *numbers, right=numbers)
-    for task, value in result.accuracies.items():
-        table.add_row(task, percent(value), percent(result.recorded.get(task)), str(result.num_rows[task]))
-    unjudged = [f"[yellow]{escape(why)}[/]" for why in result.unjudged.values()]
-    return [heading(f"Accuracy of {result.lineage}, version {result.version}, %"), table, *unjudged]
+    for task, value in found.accuracies.items():
+        table.add_row(task, percent(value), percent(found.recorded.get(task)), str(found.num_rows[task]))
+    unjudged = [f"[yellow]{escape(why)}[/]" for why in found.unjudged.values()]
+    title = heading(f"Accuracy of {found.lineage}, version {found.version}, %")
+    return CommandResult(found, [title, table, *unjudged])
 
 
-@command(learn_app, "reading")
+@command(main_app, "reading")
 def history(
     deal: Session,
     lineage: Lineage = "default",
     at: Annotated[datetime | None, Option(
-        "--at", metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
+        metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"],
         help="Show which version was champion at this local time: 2026-11-01T09:30, or a date.", show_default=False
     )] = None,
     moves: Annotated[bool, Option("--moves", help="Show the promotion log instead.")] = False,
@@ -230,7 +205,7 @@ def history(
         return CommandResult({"at": at.astimezone().isoformat(), "champion": champion}, [f"At {at}, {text}."])
     if moves:
         log = read_moves(lineage)
-        return CommandResult(log, show_moves(lineage, log))
+        return CommandResult(log, [heading(f"Moves of {lineage}"), _moves(log)])
     held, limit = find_held(deal.store, lineage), 0 if deal.screen.as_json else newest
     try:
         entries = read_history(lineage, limit + 1 if limit else None)
@@ -243,7 +218,7 @@ def history(
     return CommandResult(entries, [*more, *versions, *show_held(lineage, held)])
 
 
-_APPROVAL = {"awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
+_APPROVAL = {None: "", "awaiting": ", awaits approval", "given": ", approved", "refused": ", [red]refused[/]"}
 
 
 def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[RenderableType]:
@@ -251,9 +226,7 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     numbers = ["version", "parent", "AA", "forgetting"]
     table = new_table(*numbers, "task", "strategy", "gate", "alias", "when", right=numbers)
     for entry in entries:
-        gate = "[green]accepted[/]" if entry.accepted else "[red]rejected[/]"
-        if entry.approval is not None:
-            gate += _APPROVAL[entry.approval]
+        gate = ("[green]accepted[/]" if entry.accepted else "[red]rejected[/]") + _APPROVAL[entry.approval]
         if "rollout" in entry.aliases:
             gate += ", in rollout"
         table.add_row(
@@ -264,18 +237,17 @@ def show_history(lineage: str, entries: Sequence[HistoryEntry]) -> Sequence[Rend
     return [heading(f"Lineage {lineage}"), table, *reasons]
 
 
-def show_moves(lineage: str, moves: Sequence[Move]) -> Sequence[RenderableType]:
-    """The promotion log."""
+def _moves(moves: Sequence[Move]) -> RenderableType:
     table = new_table("when", "what", "version", "champion", "who", "why", right=["version", "champion"])
     for move in moves:
         table.add_row(
             f"{move.when.astimezone():%Y-%m-%d %H:%M:%S}", move.action, move.version, move.champion or "–",
             escape(move.who), escape(move.why),
         )
-    return [heading(f"Moves of {lineage}"), table]
+    return table
 
 
-@command(learn_app)
+@command(main_app)
 def predict(
     deal: Session,
     text: Annotated[str | None, Argument(help="Text to answer; - reads standard input.", show_default=False)] = None,
@@ -311,11 +283,10 @@ def predict(
             data, lineage=lineage, task=task, version=version, out=out, column=column,
             on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
         )
-    return CommandResult(outcome, show_file_answers(outcome))
+    return CommandResult(outcome, [*map(escape, _about_file(outcome))])
 
 
-def show_file_answers(result: FileAnswers) -> Sequence[RenderableType]:
-    """Where the answers are."""
+def _about_file(result: FileAnswers) -> list[str]:
     resumed = f", {result.num_resumed} of them by an earlier call" if result.num_resumed else ""
     shown = [
         f"{result.out}: {result.num_rows} rows answered by version {result.version} of {result.lineage} "
@@ -326,4 +297,4 @@ def show_file_answers(result: FileAnswers) -> Sequence[RenderableType]:
     renamed = [name for name, column in result.columns.items() if name != column]
     if renamed:
         shown.append(f"The file has columns of these names already, so ours are called deal_…: {', '.join(renamed)}")
-    return [escape(line) for line in shown]
+    return shown

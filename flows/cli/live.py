@@ -13,24 +13,20 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, percent
-from flows.cli.session import Column, CommandResult, Lineage, Session, command
+from flows.cli.session import Column, CommandResult, Lineage, Session, command, main_app
 from flows.cli.versions import Why, show_decision
 
 if TYPE_CHECKING:
-    from deal_core.monitoring.report import LiveAccuracy, TaskDrift
+    from deal_core.monitoring.report import TaskDrift
     from deal_core.monitoring.rollout import Arm, RolloutReport
-    from flows.champions import RolloutResult
-    from tasks.monitoring.feedback import FeedbackResult
-    from tasks.monitoring.harvest import HarvestResult
     from tasks.monitoring.look import MonitorResult
     from tasks.monitoring.rollout import RolloutStatus
     from tasks.monitoring.select import SelectResult
 
-live_app = typer.Typer()
 rollout_app = typer.Typer(help="A new version on live traffic, before it becomes champion.", no_args_is_help=True)
 
 
-@command(live_app, "starting")
+@command(main_app, "starting")
 def monitor(
     deal: Session,
     lineage: Lineage = "default",
@@ -44,27 +40,27 @@ def monitor(
     ] = False,
 ) -> CommandResult:
     """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
-    from flows.champions import monitor as monitor_flow
-
     file = None if data is None else str(data.absolute())
-    outcome = deal.run(lambda: monitor_flow(lineage, file, rebase))
-    return CommandResult(outcome, show_monitor(outcome))
+    outcome: MonitorResult = deal.run("flows.champions:monitor", lineage, file, rebase)
+    return CommandResult(outcome, _show_monitor(outcome))
 
 
-def show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
-    """The tests of each task, its accuracies, and its alarms."""
+def _show_monitor(result: MonitorResult) -> Sequence[RenderableType]:
     if result.drift is None:
         return [escape(result.problem or "")]
     drift = result.drift
     shown: list[RenderableType] = [
-        heading(f"Live traffic of {result.lineage}, version {result.version}"), _tests(drift.tasks), *_said(result),
+        heading(f"Live traffic of {result.lineage}, version {result.version}"), _tests(drift.tasks),
     ]
-    table = new_table("task", "accuracy", "now", "from", "to", "rows", "test rows",
-                      right=["now", "from", "to", "rows", "test rows"])
+    alarms = [f"{each.task}: {alarm.kind}: {alarm.reason}" for each in drift.tasks for alarm in each.alarms]
+    shown += [f"  [red]•[/] {escape(alarm)}" for alarm in alarms] or ["No alarm."]
+    numbers = ["now", "from", "to", "rows", "test rows"]
+    table = new_table("task", "accuracy", *numbers, right=numbers)
     for each in drift.tasks:
-        for word, accuracy in (("measured", each.measured), ("estimated", each.estimated)):
-            if accuracy is not None:
-                table.add_row(escape(each.task), word, *_accuracy(accuracy))
+        for word, found in (("measured", each.measured), ("estimated", each.estimated)):
+            if found is not None:
+                shares = percent(found.accuracy), percent(found.low), percent(found.high)
+                table.add_row(escape(each.task), word, *shares, str(found.num_rows), percent(found.reference))
     if table.row_count:
         shown += [heading("Accuracy, %"), table]
     shown.append(f"[dim]An alarm is significant (p < {drift.level:.1e}, for {drift.num_tests} tests) and large.[/]")
@@ -85,27 +81,13 @@ def _tests(tasks: Sequence[TaskDrift]) -> RenderableType:
     return table
 
 
-def _said(result: MonitorResult) -> list[RenderableType]:
-    assert result.drift is not None
-    return [
-        f"  [red]•[/] {escape(f'{each.task}: {alarm.kind}: {alarm.reason}')}"
-        for each in result.drift.tasks for alarm in each.alarms
-    ] or ["No alarm."]
-
-
-def _accuracy(found: LiveAccuracy) -> tuple[str, ...]:
-    return (
-        percent(found.accuracy), percent(found.low), percent(found.high), str(found.num_rows), percent(found.reference)
-    )
-
-
 @command(rollout_app, "reading")
 def status(deal: Session, lineage: Lineage = "default") -> CommandResult:
     """Compare the version that is tried on live traffic with the champion. Nothing is changed."""
     from tasks.monitoring.rollout import look_at_rollout
 
     found = look_at_rollout(lineage)
-    return CommandResult(found, show_rollout(found))
+    return CommandResult(found, _show_rollout(found))
 
 
 @command(rollout_app, "looking")
@@ -114,41 +96,39 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
     from flows.champions import check_rollout
 
     found = check_rollout(lineage)
-    is_rejected = found.decision is not None and found.decision.action == "rejected"
-    return CommandResult(found, show_checked(found), rejected=is_rejected)
+    shown = _show_rollout(found.status)
+    if found.decision is None:
+        return CommandResult(found, shown)
+    return CommandResult(found, [*shown, *show_decision(found.decision)], rejected=found.decision.action == "rejected")
 
 
 @command(rollout_app, "promoting")
 def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.champions import finish_rollout
+    from flows.promote import promote_to
+    from tasks.monitoring.rollout import require_open
 
-    done = finish_rollout(lineage, who=deal.account, why=why)
+    done = promote_to(lineage, require_open(deal.store, lineage).version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
 @command(rollout_app, "rejecting")
 def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.champions import abort_rollout
+    from flows.promote import reject_version
+    from tasks.monitoring.rollout import require_open
 
-    done = abort_rollout(lineage, who=deal.account, why=why)
+    done = reject_version(lineage, require_open(deal.store, lineage).version, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
-def show_checked(result: RolloutResult) -> Sequence[RenderableType]:
-    """A rollout, and how it ended."""
-    return [*show_rollout(result.status), *(show_decision(result.decision) if result.decision else ())]
-
-
-def show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
-    """Both versions side by side, the differences, and what follows."""
+def _show_rollout(found: RolloutStatus) -> Sequence[RenderableType]:
     if found.report is None or found.since is None:
         return [f"No version of {escape(found.lineage)} is tried on live traffic."]
     report = found.report
     head = f"Version {found.version} of {found.lineage}, {report.kind} of version {found.champion}"
-    sides = new_table("", f"version {report.champion.version}", f"version {report.candidate.version}",
-                      right=[f"version {each.version}" for each in (report.champion, report.candidate)])
+    versions = [f"version {each.version}" for each in (report.champion, report.candidate)]
+    sides = new_table("", *versions, right=versions)
     for name, before, now in zip(_FIGURES, _figures(report.champion), _figures(report.candidate), strict=True):
         sides.add_row(name, before, now)
     shown: list[RenderableType] = [
@@ -182,15 +162,13 @@ def _compared(report: RolloutReport) -> list[RenderableType]:
     return [table]
 
 
-@command(live_app)
+@command(main_app, "reading")
 def select(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose texts are chosen.")],
     lineage: Lineage = "default",
     number: Annotated[int, Option("--number", "-n", min=1, help="Most texts in the file.")] = 50,
-    random_share: Annotated[
-        float, Option("--random-share", max=1.0, help="Share that is drawn at random, above 0.")
-    ] = 0.25,
+    random_share: Annotated[float, Option(max=1.0, help="Share that is drawn at random, above 0.")] = 0.25,
     data: Annotated[Path | None, Option(
         "--data", "-d", help="File of texts that the champion answers first: CSV, JSON lines or Parquet.",
         show_default="the prediction log"
@@ -203,19 +181,18 @@ def select(
     """Write a file of texts that are worth labelling: the least certain answers, and a random share."""
     if column is not None and data is None:
         raise ConfigError("--column goes with --data; give both, or neither.")
-    with deal.screen.working("reading"):
-        from flows.server.embedded import calm_libraries
-        from tasks.monitoring.select import select_to_label
+    from flows.server.embedded import calm_libraries
+    from tasks.monitoring.select import select_to_label
 
-        calm_libraries()
-        done = select_to_label(
-            task, lineage, data=data, column=column, out=out, number=number, random_share=random_share,
-            on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
-        )
+    calm_libraries()
+    done = select_to_label(
+        task, lineage, data=data, column=column, out=out, number=number, random_share=random_share,
+        on_progress=lambda done, total: deal.screen.advanced("answering", done, total),
+    )
     return CommandResult(done, _show_selected(done))
 
 
-@command(live_app, "reading")
+@command(main_app, "reading")
 def feedback(
     deal: Session,
     file: Annotated[Path, Argument(help="CSV, JSON lines or Parquet with id, and label, answer or is_right.")],
@@ -225,10 +202,15 @@ def feedback(
     from tasks.monitoring.feedback import take_feedback_file
 
     taken = take_feedback_file(file, lineage)
-    return CommandResult(taken, _show_taken(taken))
+    shown = [f"Feedback on {taken.num_taken} answers was taken."]
+    if taken.num_blank:
+        shown.append(f"{taken.num_blank} rows have no feedback.")
+    if taken.num_unknown:
+        shown.append(f"The log does not have {taken.num_unknown} of the answers; feedback on them cannot be learned.")
+    return CommandResult(taken, [*map(escape, shown)])
 
 
-@command(live_app)
+@command(main_app, "reading")
 def harvest(
     deal: Session,
     task: Annotated[str, Argument(help="Task whose reviewed answers land in its inbox.")],
@@ -237,9 +219,10 @@ def harvest(
     """Write reviewed right answers into the inbox, as an ordinary file. Each lands once."""
     from tasks.monitoring.harvest import harvest_feedback
 
-    with deal.screen.working("reading"):
-        done = harvest_feedback(task, lineage)
-    return CommandResult(done, _show_harvest(done))
+    done = harvest_feedback(task, lineage)
+    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to harvest."]
+    shown += [f"  not harvested: {number}, {reason}" for reason, number in done.skipped.items()]
+    return CommandResult(done, [*map(escape, shown)])
 
 
 def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
@@ -258,19 +241,4 @@ def _show_selected(done: SelectResult) -> Sequence[RenderableType]:
     else:
         shown.append(f"{fill_in} and delete the rows that are left empty, then give: deal adapt --task {done.task} "
                      f"--data {done.out} --lineage {done.lineage}")
-    return [escape(each) for each in shown]
-
-
-def _show_taken(taken: FeedbackResult) -> Sequence[RenderableType]:
-    shown = [f"Feedback on {taken.num_taken} answers was taken."]
-    if taken.num_blank:
-        shown.append(f"{taken.num_blank} rows have no feedback.")
-    if taken.num_unknown:
-        shown.append(f"The log does not have {taken.num_unknown} of the answers; feedback on them cannot be learned.")
-    return [escape(each) for each in shown]
-
-
-def _show_harvest(done: HarvestResult) -> Sequence[RenderableType]:
-    shown = [f"{done.num_rows} rows landed as {done.key}." if done.key else "There is nothing to harvest."]
-    shown += [f"  not harvested: {number}, {reason}" for reason, number in done.skipped.items()]
     return [escape(each) for each in shown]

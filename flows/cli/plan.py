@@ -13,29 +13,26 @@ from typer import Argument, Option
 
 from deal_core.safe_text import listed, shorten
 from flows.cli.console import heading, interval, new_table, points
-from flows.cli.session import CommandResult, Session, command
+from flows.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
     from flows.benchmark import BenchmarkResult
     from tasks.planning import PlanResult
     from tasks.validate import ShownRow, ValidateResult
 
-try_app = typer.Typer()
 _SHOWN_CHARS = 1000
 _SHOWN_LABELS = 20
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 
 
-@command(try_app, "reading")
+@command(main_app, "reading")
 def plan(
     deal: Session,
     spec: Annotated[Path, Argument(help="Spec file (YAML).", show_default=False)],
     device_memory: Annotated[str | None, Option(
-        "--device-memory", help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
+        help="Plan for another machine: 24GiB, 80GB.", show_default="what is free here"
     )] = None,
-    precision: Annotated[
-        str, Option("--precision", help="Precision of the weights: bf16, fp32, or auto (this machine's).")
-    ] = "auto",
+    precision: Annotated[str, Option(help="Precision of the weights: bf16, fp32, or auto (this machine's).")] = "auto",
     probe: Annotated[
         bool, Option("--probe/--no-probe", help="Time three training steps if the base model is on this machine.")
     ] = True,
@@ -51,7 +48,7 @@ def plan(
         asked, device_memory=device_memory, precision=precision, probe=probe,  # type: ignore[arg-type]
         on_progress=deal.screen.stage_started,
     )
-    return CommandResult(found, show_plan(found), failed=found.refused)
+    return CommandResult(found, _show_plan(found), failed=found.refused)
 
 
 @command(model_app, "fetch")
@@ -78,8 +75,7 @@ _VERDICTS = {
 }
 
 
-def show_plan(found: PlanResult) -> Sequence[RenderableType]:
-    """What a run takes, and what to change if it does not fit."""
+def _show_plan(found: PlanResult) -> Sequence[RenderableType]:
     total = sum(found.parameters.values())
     kinds = ", ".join(f"{count / 1e6:,.1f} M {kind}" for kind, count in found.parameters.items() if count)
     rehearsed = f" and {found.rehearsed_per_step} questions about old tasks" if found.rehearsed_per_step else ""
@@ -138,17 +134,13 @@ def _remedies(found: PlanResult) -> list[RenderableType]:
     return shown
 
 
-@command(try_app, "validate")
+@command(main_app, "validate")
 def validate(
     deal: Session,
     file: Annotated[str, Argument(help="File or address: CSV, JSON lines or Parquet.")],
-    spec: Annotated[
-        Path | None, Option("--spec", help="Spec whose task and data settings apply.", show_default=False)
-    ] = None,
+    spec: Annotated[Path | None, Option(help="Spec whose task and data settings apply.", show_default=False)] = None,
     task: Annotated[str, Option("--task", "-t", help="Task the file belongs to.")] = "unnamed",
-    test_data: Annotated[
-        str | None, Option("--test-data", help="File of test rows.", show_default="the spec's")
-    ] = None,
+    test_data: Annotated[str | None, Option(help="File of test rows.", show_default="the spec's")] = None,
     lineage: Annotated[str | None, Option(
         "--lineage", "-l", help="Lineage that will learn the file.", show_default="the spec's, else default"
     )] = None,
@@ -167,9 +159,7 @@ def validate(
     return CommandResult(outcome, show_validation(outcome), failed=not outcome.accepted)
 
 
-def show_row(row: ShownRow) -> Sequence[RenderableType]:
-    """A row's prompt and answer; the middle of a long text is left out."""
-
+def _show_row(row: ShownRow) -> Sequence[RenderableType]:
     def shown(text: str) -> str:
         is_short = len(text) <= _SHOWN_CHARS
         return escape(text if is_short else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}")
@@ -192,7 +182,7 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
         f"format {result.format}" + (f", labels {escape(listed(result.labels))}" if result.labels else ""),
     ]
     if result.example:
-        shown += [heading("One row as the model sees it"), *show_row(result.example)]
+        shown += [heading("One row as the model sees it"), *_show_row(result.example)]
     if result.bad_rows:
         table = new_table("row", "line", "reason", right=["row", "line"])
         for bad in result.bad_rows:
@@ -211,46 +201,40 @@ def show_validation(result: ValidateResult) -> Sequence[RenderableType]:
     return shown
 
 
-@command(try_app, "starting")
+@command(main_app, "starting")
 def benchmark(
     deal: Session,
     data: Annotated[
         str, Option("--data", "-d", help="Folder of tasks, or hf://datasets/OWNER/NAME.", show_default=False)
     ],
     suite: Annotated[str | None, Option(
-        "--suite", help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False
+        help="3, 4, 8, 9 or 15 (labels), superni or superni8 (texts).", show_default=False
     )] = None,
-    order: Annotated[list[str] | None, Option("--order", help="Order of the suite's tasks.", show_default="1")] = None,
+    order: Annotated[list[str] | None, Option(help="Order of the suite's tasks.", show_default="1")] = None,
     task: Annotated[list[str] | None, Option("--task", "-t", help="Tasks of your own, in order.")] = None,
     strategy: Annotated[list[str] | None, Option(
-        "--strategy",
         help="A strategy, or a bound: base, frozen_head, knn, knn_means, per_task, joint_memory, joint.",
         show_default="deal, seq_lora"
     )] = None,
-    seed: Annotated[list[int] | None, Option("--seed", help="Seed of weights and row order.", show_default="0")] = None,
-    rows: Annotated[int, Option("--rows", help="Training rows per task.")] = 300,
-    part: Annotated[str, Option("--part", help="Test rows: dev (for choosing settings) or reported.")] = "reported",
-    max_test_rows: Annotated[
-        int | None, Option("--max-test-rows", help="Use only the first N test rows.", show_default="all")
-    ] = None,
+    seed: Annotated[list[int] | None, Option(help="Seed of weights and row order.", show_default="0")] = None,
+    rows: Annotated[int, Option(help="Training rows per task.")] = 300,
+    part: Annotated[str, Option(help="Test rows: dev (for choosing settings) or reported.")] = "reported",
+    max_test_rows: Annotated[int | None, Option(help="Use only the first N test rows.", show_default="all")] = None,
     scored: Annotated[
-        str, Option("--scored", help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
+        str, Option(help="Entries of the accuracy matrix: all, ends (diagonal and end) or last.")
     ] = "all",
-    prompt: Annotated[
-        str, Option("--prompt", help="Prompts: plain, or chat (the base model's chat template).")
-    ] = "plain",
+    prompt: Annotated[str, Option(help="Prompts: plain, or chat (the base model's chat template).")] = "plain",
     adapter: Annotated[
-        str, Option("--adapter", help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
+        str, Option(help="Changes to the adapter's shape, as JSON: rank, alpha, target_modules.")
     ] = "{}",
-    train: Annotated[str, Option("--train", help="Changes to the training settings, as JSON.")] = "{}",
+    train: Annotated[str, Option(help="Changes to the training settings, as JSON.")] = "{}",
     method: Annotated[list[str] | None, Option(
-        "--method", help="Changes to the methods' settings, as JSON. Repeat it to compare several."
+        help="Changes to the methods' settings, as JSON. Repeat it to compare several."
     )] = None,
-    base: Annotated[str | None, Option("--base", help="Base model.", show_default="smollm2-135m-instruct")] = None,
-    out: Annotated[Path | None, Option("--out", help="Folder of the cells.", show_default="HOME/benchmark")] = None,
+    base: Annotated[str | None, Option(help="Base model.", show_default="smollm2-135m-instruct")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult:
     """Compare strategies on a suite of tasks. Finished cells are kept; several commands can share the work."""
-    from flows.benchmark import benchmark as benchmark_flow
     from flows.benchmark import spec_from_options
 
     spec = spec_from_options(
@@ -258,12 +242,11 @@ def benchmark(
         part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
         adapter=adapter, train=train, methods=method or [],
     )
-    outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
-    return CommandResult(outcome, show_benchmark(outcome), failed=outcome.num_failed > 0)
+    outcome: BenchmarkResult = deal.run("flows.benchmark:benchmark", spec, trains=True)
+    return CommandResult(outcome, _show_benchmark(outcome), failed=outcome.num_failed > 0)
 
 
-def show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
-    """A table per suite, and the cells that failed."""
+def _show_benchmark(result: BenchmarkResult) -> Sequence[RenderableType]:
     from deal_core.benchmark.summary import method_name
 
     shown: list[RenderableType] = []

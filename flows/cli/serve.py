@@ -5,38 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.console import RenderableType
 from rich.markup import escape
 from typer import Argument, Option
 
 from deal_core.errors import ConfigError, RegistryError
 from deal_core.safe_text import printable_json
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import CommandResult, Lineage, Session, command, main_app
 from infra.store.keys import route_key
 
 if TYPE_CHECKING:
-    from tasks.serving.export import Exported
-    from tasks.serving.vllm import Published, ServingRoute
+    from tasks.serving.vllm import ServingRoute
 
-serve_app = typer.Typer()
 vllm_app = typer.Typer(help="vLLM servers that serve a lineage's champion.", no_args_is_help=True)
 
 
-@command(serve_app)
+@command(main_app)
 def serve(
     deal: Session,
     lineage: Lineage = "default",
-    port: Annotated[int, Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 5001,
     host: Annotated[
-        str, Option("--host", help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
+        str, Option(help="Address to listen on. DEAL_SERVE_API_KEY sets a token for clients.")
     ] = "127.0.0.1",
     trusted_host: Annotated[list[str] | None, Option(
-        "--trusted-host", envvar="DEAL_TRUSTED_HOSTS", show_default=False,
+        envvar="DEAL_TRUSTED_HOSTS", show_default=False,
         help="Host name that clients may use, in addition to localhost. Repeat it for several; * allows all."
     )] = None,
 ) -> None:
@@ -77,18 +73,20 @@ def serve(
 def sync(
     deal: Session,
     lineage: Lineage = "default",
-    url: Annotated[
-        str | None, Option("--url", help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")
-    ] = None,
+    url: Annotated[str | None, Option(help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")] = None,
 ) -> CommandResult:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
-    from flows.champions import serve_vllm
     from tasks.spec import refuse_secrets
 
     if url:
         refuse_secrets(url)
-    route = cast("ServingRoute", deal.run(lambda: serve_vllm(lineage, url)))  # one lineage, so one route
-    return CommandResult(route, show_route(route))
+    route: ServingRoute = deal.run("flows.champions:serve_vllm", lineage, url)
+    shown = [
+        f"[bold green]{escape(route.lineage)}[/] is answered by [bold]{escape(route.model or '–')}[/] "
+        f"(version {escape(route.version or '–')}) at {escape(route.url)}",
+        f"  requests name it as their model; the name stands in STORE/{escape(route_key(route.lineage))}",
+    ]
+    return CommandResult(route, shown)
 
 
 @command(vllm_app, "publishing")
@@ -100,7 +98,7 @@ def publish(
     lineage: Lineage = "default",
     version: Annotated[str | None, Option("--version", "-v", help="Its number.", show_default="the champion")] = None,
     model: Annotated[str | None, Option(
-        "--model", help="The model that `vllm serve` was started with, word for word.",
+        help="The model that `vllm serve` was started with, word for word.",
         show_default="the base model's Hub id or folder"
     )] = None,
 ) -> CommandResult:
@@ -109,25 +107,21 @@ def publish(
     from tasks.serving.vllm import publish as publish_version
 
     found = publish_version(lineage, folder, VllmSettings(), version=version, model=model)
-    return CommandResult(found, show_published(found))
-
-
-def show_published(found: Published) -> Sequence[RenderableType]:
-    """The name for requests, and what the servers must have been started with."""
     state = "is in" if found.is_new else "was already in"
-    return [
+    shown = [
         f"[bold green]{escape(found.model)}[/] {state} {escape(found.folder)}: version {escape(found.version)} of "
         f"{escape(found.lineage)}",
         f"  requests name it as their model; the servers run: vllm serve {escape(found.base_model)}",
     ]
+    return CommandResult(found, shown)
 
 
-@command(serve_app, "exporting")
+@command(main_app, "exporting")
 def export(
     deal: Session,
     version: Annotated[str, Argument(help="Number of the version.")],
     target: Annotated[str, Argument(help="New folder; with --to hub: OWNER/NAME of the repository.")],
-    to: Annotated[str, Option("--to", help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")],
+    to: Annotated[str, Option(help="merged: a transformers folder. hub: the PEFT folder, on the Hub.")],
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Export a version for other programs, and compare its logits with the served version."""
@@ -136,22 +130,9 @@ def export(
     if to not in get_args(Target):
         raise ConfigError(f"--to is {to!r}; give one of {', '.join(get_args(Target))}.")
     found = export_version(lineage, version, cast("Target", to), target)
-    return CommandResult(found, show_exported(found))
-
-
-def show_exported(found: Exported) -> Sequence[RenderableType]:
-    """Where the export is, and how far its logits are from the served version's."""
-    return [
+    shown = [
         f"[bold green]Version {escape(found.version)} of {escape(found.lineage)}[/] is in {escape(found.address)}",
         f"  logits differ from the served version by {found.max_difference:.2g} at most, on {found.num_prompts} "
         f"prompts of its tasks, in {found.precision} ({found.tolerance:g} is allowed)",
     ]
-
-
-def show_route(route: ServingRoute) -> Sequence[RenderableType]:
-    """Which model name answers for a lineage."""
-    return [
-        f"[bold green]{escape(route.lineage)}[/] is answered by [bold]{escape(route.model or '–')}[/] "
-        f"(version {escape(route.version or '–')}) at {escape(route.url)}",
-        f"  requests name it as their model; the name stands in STORE/{escape(route_key(route.lineage))}",
-    ]
+    return CommandResult(found, shown)

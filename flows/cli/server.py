@@ -15,49 +15,38 @@ from typer import Argument, Option
 
 from deal_core.errors import ConfigError
 from flows.cli.console import heading, new_table, show_held
-from flows.cli.session import CommandResult, Session, command
+from flows.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
-    from flows.server.local_processes import LocalStack
     from flows.server.status import RunStatus, Status
-    from tasks.lineage.rebuild import RebuildResult
 
-server_app = typer.Typer()
-ui_app = typer.Typer()
 lineage_app = typer.Typer(help="Lineages that learn from the inbox automatically.", no_args_is_help=True)
 
 
-@command(server_app, "starting")
+@command(main_app, "starting")
 def up(
     deal: Session,
-    prefect_port: Annotated[int, Option("--prefect-port", help="Prefect's port on loopback.")] = 4200,
-    mlflow_port: Annotated[int, Option("--mlflow-port", help="MLflow's port on loopback.")] = 5000,
-    trainings: Annotated[int, Option("--trainings", min=1, help="Lineages that may train at the same time.")] = 1,
+    prefect_port: Annotated[int, Option(help="Prefect's port on loopback.")] = 4200,
+    mlflow_port: Annotated[int, Option(help="MLflow's port on loopback.")] = 5000,
+    trainings: Annotated[int, Option(min=1, help="Lineages that may train at the same time.")] = 1,
 ) -> CommandResult:
     """Start servers, deployments and workers on this machine. New files in the inbox are then learned automatically."""
     from flows.server.local_stack import bring_up
 
-    stack = asyncio.run(
-        bring_up(
-            deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings,
-            say=deal.screen.said,
-        )
-    )
-    return CommandResult(stack, show_stack(stack))
-
-
-def show_stack(stack: LocalStack) -> Sequence[RenderableType]:
-    """What runs, and where to look."""
-    return [
+    stack = asyncio.run(bring_up(
+        deal.home, prefect_port=prefect_port, mlflow_port=mlflow_port, num_trainings=trainings, say=deal.screen.said
+    ))
+    shown = [
         "[bold green]Everything is up.[/] Files that land in the inbox are adapted automatically.",
         f"  runs        {stack.prefect_url}",
         f"  versions    {stack.mlflow_url}",
         "  what waits  deal status",
         "  end it      deal down",
     ]
+    return CommandResult(stack, shown)
 
 
-@command(server_app, "ending")
+@command(main_app, "ending")
 def down(deal: Session) -> CommandResult:
     """End what `deal up` started, and nothing else."""
     from flows.server.local_processes import stop
@@ -67,7 +56,7 @@ def down(deal: Session) -> CommandResult:
     return CommandResult({"ended": ended}, [escape(text)])
 
 
-@command(server_app, "deploying")
+@command(main_app, "deploying")
 def deploy(
     deal: Session,
     pool_type: Annotated[
@@ -84,18 +73,17 @@ def deploy(
     return CommandResult({"deployed": True}, ["Pools, automations and deployments are on the server."])
 
 
-@command(server_app, "looking")
+@command(main_app, "looking")
 def status(deal: Session) -> CommandResult:
     """Show what runs, waits, failed (and why) or is damaged. Exit code 1: a process is gone or data is damaged."""
     from flows.server.status import read_status
 
     found = asyncio.run(read_status(deal.home))
     is_broken = bool(found.damaged) or any(not part.is_alive for part in found.parts)
-    return CommandResult(found, show_status(found), failed=is_broken)
+    return CommandResult(found, _show_status(found), failed=is_broken)
 
 
-def show_status(status: Status) -> Sequence[RenderableType]:
-    """Processes, lineages, runs."""
+def _show_status(status: Status) -> Sequence[RenderableType]:
     shown: list[RenderableType] = []
     if status.parts:
         table = new_table("process", "state", "log")
@@ -136,11 +124,11 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-@command(ui_app)
+@command(main_app)
 def ui(
     deal: Session,
     open_: Annotated[bool, Option("--open", help="Start MLflow's own server here and open it.")] = False,
-    port: Annotated[int, Option("--port", help="Port on the loopback address.")] = 5000,
+    port: Annotated[int, Option(help="Port on the loopback address.")] = 5000,
 ) -> None:
     """Show where MLflow lists the runs, or open it."""
     from flows.server.embedded import open_ui, ui_address
@@ -168,8 +156,8 @@ def add(
 
     lineage = parse(WatchedLineage, read_lineage_values(spec), str(spec))
     address = add_lineage(deal.store, lineage)
-    value = {"lineage": lineage.lineage, "file": address}
-    return CommandResult(value, [escape(f"{lineage.lineage} is in {address}")])
+    shown = escape(f"{lineage.lineage} is in {address}")
+    return CommandResult({"lineage": lineage.lineage, "file": address}, [shown])
 
 
 @command(lineage_app, "rebuild")
@@ -180,16 +168,12 @@ def rebuild(deal: Session, lineage: Annotated[str, Argument(help="Name of the li
 
     with reporting_to(deal.screen):
         found = asyncio.run(rebuild_held(lineage))
-    return CommandResult(found, show_rebuild(found), failed=bool(found.problems))
-
-
-def show_rebuild(found: RebuildResult) -> Sequence[RenderableType]:
-    """The versions that were registered again, and the problems."""
     names = ", ".join(f"{alias} {version}" for alias, version in found.aliases.items()) or "no alias"
     lines = [f"Lineage {found.lineage}: {len(found.versions)} versions are registered again ({names})."]
     if found.left_out:
         lines.append(f"Numbers that stay unused: {', '.join(found.left_out)}.")
-    return [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
+    shown = [*map(escape, lines), *(f"[red]•[/] {escape(problem)}" for problem in found.problems)]
+    return CommandResult(found, shown, failed=bool(found.problems))
 
 
 @command(lineage_app, name="list")
@@ -212,7 +196,7 @@ LineageName = Annotated[str, Argument(help="Name of the lineage.")]
 def hold(
     deal: Session,
     lineage: LineageName,
-    why: Annotated[str, Option("--why", help="Reason, for people who look at the lineage.")] = "by command",
+    why: Annotated[str, Option(help="Reason, for people who look at the lineage.")] = "by command",
 ) -> CommandResult:
     """Let a lineage learn nothing that lands. A run that has begun ends; files wait until `resume`."""
     from tasks.lineage.settings import hold_lineage_file

@@ -10,14 +10,15 @@ import functools
 import getpass
 import inspect
 import os
+import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -43,10 +44,10 @@ Column = Annotated[str | None, Option(
     "--column", help="With --data: the column that holds the texts.", show_default="found by its name"
 )]
 
+main_app = typer.Typer()
+"""The commands that belong to no group, such as `deal adapt`."""
 COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
 """Name, annotation and default of the options that every command has."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,18 @@ class Session:
             return "unknown account"
 
     def run(
-        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,
-        makes_room: bool = False, trains: bool = False,
-    ) -> Result:
+        self, flow: str, *args: Any, doing: str = "starting", makes_room: bool = False, trains: bool = False,
+        **options: Any,
+    ) -> Any:
         """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 
         Args:
-            start: imports the flow and gives its coroutine, while Prefect's API starts.
+            flow: module:name, such as flows.adapt:adapt. The module is imported while Prefect's API starts.
+            args: the flow's arguments.
             doing: shown until the first stage begins.
             makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
-            trains: the flow needs torch, Transformers and PEFT. They are imported while the API starts.
+            trains: the flow needs torch, Transformers and PEFT. They too are imported while the API starts.
+            options: the flow's arguments by name.
 
         Raises:
             DiskFullError: the disk of the home folder is too full to begin.
@@ -116,7 +119,7 @@ class Session:
             api = start_api()
             if trains and not api.done():
                 import deal_core.training.train  # noqa: F401
-            coroutine = start()
+            coroutine = pkgutil.resolve_name(flow)(*args, **options)
             calm_libraries()
             api.result()
             previous = signal.getsignal(signal.SIGINT)

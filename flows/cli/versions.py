@@ -13,19 +13,19 @@ from typer import Argument, Option
 
 from deal_core.safe_text import listed
 from flows.cli.console import heading, new_table, show_adaptation, show_held
-from flows.cli.session import CommandResult, Lineage, Session, command
+from flows.cli.session import CommandResult, Lineage, Session, command, main_app
 from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
+    from flows.adapt import AdaptResult
     from flows.promote import Decision, LeftBehind
 
-versions_app = typer.Typer()
 
 Version = Annotated[str, Argument(help="Number of the version.")]
 Why = Annotated[str, Option("--why", help="Reason, for the promotion log.")]
 
 
-@command(versions_app, "reading")
+@command(main_app, "reading")
 def report(
     deal: Session,
     version: Version,
@@ -42,13 +42,11 @@ def report(
     return CommandResult(written, [*map(escape, (written.summary, *reasons, f"Page: {written.file}"))])
 
 
-@command(versions_app, "reading")
+@command(main_app, "reading")
 def labels(
     deal: Session,
     task: Annotated[str, Argument(help="Task that the lineage knows.")],
-    add: Annotated[
-        list[str], Option("--add", help="Label that the task's next arrivals may use. Repeat it for several.")
-    ],
+    add: Annotated[list[str], Option(help="Label that the task's next arrivals may use. Repeat it for several.")],
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Add labels to a task that the lineage has learned."""
@@ -81,7 +79,7 @@ def renew(
     return CommandResult(found, [escape(shown), escape(kept)])
 
 
-@command(versions_app, "promoting")
+@command(main_app, "promoting")
 def promote(deal: Session, version: Version, lineage: Lineage = "default", why: Why = "approved") -> CommandResult:
     """Make a version champion that continues the current champion. The next arrival continues from it."""
     from flows.promote import promote_to
@@ -90,11 +88,11 @@ def promote(deal: Session, version: Version, lineage: Lineage = "default", why: 
     return CommandResult(done, show_decision(done))
 
 
-@command(versions_app, "rolling back")
+@command(main_app, "rolling back")
 def rollback(
     deal: Session,
     to: Annotated[
-        str | None, Option("--to", help="Version to go back to.", show_default="the one that the champion continues")
+        str | None, Option(help="Version to go back to.", show_default="the one that the champion continues")
     ] = None,
     lineage: Lineage = "default",
     why: Why = "rolled back by hand",
@@ -106,11 +104,11 @@ def rollback(
     return CommandResult(done, show_decision(done))
 
 
-@command(versions_app, "rejecting")
+@command(main_app, "rejecting")
 def reject(
     deal: Session,
     version: Version,
-    why: Annotated[str, Option("--why", help="Reason, for the promotion log.", show_default=False)],
+    why: Annotated[str, Option(help="Reason, for the promotion log.", show_default=False)],
     lineage: Lineage = "default",
 ) -> CommandResult:
     """Reject a version. It can never become champion."""
@@ -137,7 +135,7 @@ def show_decision(done: Decision) -> Sequence[RenderableType]:
     return shown
 
 
-@command(versions_app, "reading")
+@command(main_app, "reading")
 def requeue(
     deal: Session,
     what: Annotated[list[str] | None, Argument(
@@ -151,7 +149,6 @@ def requeue(
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
-    from flows.requeue import requeue as requeue_flow
     from tasks.arrival_runs import release
     from tasks.inbox import find_held
     from tasks.lineage.history import NoVersionError
@@ -170,14 +167,13 @@ def requeue(
             if not held:
                 raise
             found = ()  # its first arrival is held
-        return CommandResult(found, [*show_left_behind(lineage, found), *show_held(lineage, held)])
-    runs = deal.run(lambda: requeue_flow(lineage, versions, arrivals))
-    shown_runs = [line for run in runs for line in show_adaptation(run)] or show_left_behind(lineage, ())
+        return CommandResult(found, [*_show_left_behind(lineage, found), *show_held(lineage, held)])
+    runs: list[AdaptResult] = deal.run("flows.requeue:requeue", lineage, versions, arrivals)
+    shown_runs = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown_runs, rejected=any(run.rejected for run in runs))
 
 
-def show_left_behind(lineage: str, found: Sequence[LeftBehind]) -> Sequence[RenderableType]:
-    """Arrivals that the champion has not learned."""
+def _show_left_behind(lineage: str, found: Sequence[LeftBehind]) -> Sequence[RenderableType]:
     if not found:
         return [f"The champion of {escape(lineage)} has learned every accepted arrival."]
     return [heading(f"Left behind in {lineage}"), _learned(found), _remedy(lineage)]

@@ -361,7 +361,7 @@ def test_the_log_forgets_an_arrivals_rows_and_keeps_the_others(first: AdaptResul
         store.put_bytes(f"inbox/other/{name}.jsonl", f"{row}\n3\n{{".encode())
     plan = asyncio.run(forget(first.dataset.sha256)).plan
     assert plan.harvested == ("inbox/other/feedback-1.jsonl",) and store.exists(plan.harvested[0])
-    assert any("inbox/other/feedback-1.jsonl" in str(each) for each in show_forget_plan(plan))
+    assert any("inbox/other/feedback-1.jsonl" in str(each) for each in show_forget_plan(plan, "Removed"))
     assert [*read_predictions(store, home, "l")["id"]] == [other] == [*read_feedback(store, home, "l")["id"]]
     assert not holding(home, SECRET)
 
