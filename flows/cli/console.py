@@ -108,8 +108,7 @@ class Screen:
             try:
                 yield
             finally:
-                self._bar = None
-        self._progress = None
+                self._bar = self._progress = None
 
     def result(self, value: Any, *shown: RenderableType) -> None:
         """Print a command's result: `value` as JSON with --json, else the lines and tables of `shown`."""

@@ -12,13 +12,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import deal_core.evaluation.score
 from benchmarks.tiny_base import EXAMPLES, NO_LIMITS
 from flows.cli.app import app
 from flows.forget import forget
 from flows.promote import find_left_behind, roll_back
 from flows.requeue import requeue
 from infra.tracking.registry import open_registry
+from tasks.adaptation import scorer
 from tasks.adaptation.ingest import read_manifest
 from tasks.context import current_store
 from tasks.lineage.record import read_record
@@ -61,13 +61,13 @@ def more(tmp_path: Path) -> Path:
 def keep_what_is_asked(patch: pytest.MonkeyPatch) -> list[tuple[str, bool, int]]:
     """Each test set that a model answers from now on: task, whether the new label is offered, number of rows."""
     asked: list[tuple[str, bool, int]] = []
-    evaluate_task = deal_core.evaluation.score.evaluate_task
+    evaluate_task = scorer.evaluate_task
 
     def evaluate(model: Any, tokenizer: Any, task: Any, rows: Any, *args: Any, **options: Any) -> Any:
         asked.append((task.name, NEW in task.labels, len(rows)))
         return evaluate_task(model, tokenizer, task, rows, *args, **options)
 
-    patch.setattr(deal_core.evaluation.score, "evaluate_task", evaluate)
+    patch.setattr(scorer, "evaluate_task", evaluate)
     return asked
 
 
