@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-import httpx
 import pandas as pd
 
 from deal_pipeline.command import Command, CommandError, Show, end, run_command
@@ -254,6 +253,8 @@ class _Server:
         return self._process.poll() is None
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        import httpx  # a program that imports this package need not pay for it
+
         body = json.dumps({"dataframe_records": rows})
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         headers = {"Content-Type": "application/json", **key}

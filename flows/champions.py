@@ -17,7 +17,7 @@ from tasks.lineage.history import ROLLOUT, find_version, known_lineages, version
 from tasks.lineage.settings import for_each, list_lineages
 from tasks.monitoring.harvest import HarvestResult, harvest_feedback
 from tasks.monitoring.look import MonitorResult, look_at
-from tasks.monitoring.rollout import RolloutStatus, look_at_rollout
+from tasks.monitoring.rollout import RolloutStatus, look_at_rollout, require_open
 from tasks.progress import Stages, reporter
 from tasks.serving.vllm import ServingRoute, sync_vllm
 
@@ -165,6 +165,24 @@ def check_rollout(lineage: str) -> RolloutResult:
         run = find_version(open_registry(), lineage, status.version).run_key
         decision = promote_to(lineage, status.version, who=ROLLOUT, why=why, run=run)
     return RolloutResult(status=status, decision=decision)
+
+
+def finish_rollout(lineage: str, *, who: str, why: str) -> Decision:
+    """Make the version that is tried on live traffic the champion, whatever the figures say.
+
+    Raises:
+        RegistryError: There is no rollout, or the version cannot become champion.
+    """
+    return promote_to(lineage, require_open(current_store(), lineage).version, who=who, why=why)
+
+
+def abort_rollout(lineage: str, *, who: str, why: str) -> Decision:
+    """Reject the version that is tried on live traffic.
+
+    Raises:
+        RegistryError: There is no rollout.
+    """
+    return reject_version(lineage, require_open(current_store(), lineage).version, who=who, why=why)
 
 
 def _run_name() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,8 @@ class Judge:
             timeout=settings.seconds, follow_redirects=False,
         )
         self._num_failed = 0
-        """Failed requests in a row. Threads share it; a count that is lost costs one more request."""
+        """Failed requests in a row. Threads share it."""
+        self._lock = threading.Lock()
 
     def better(self, request: str, references: Sequence[str], first: str, second: str) -> Verdict:
         """Which of two answers to a request is better: A is the first one, B the second.
@@ -86,14 +88,17 @@ class Judge:
 
     def _counted(self, messages: Sequence[dict[str, str]]) -> Verdict:
         """Ask, unless the last MAX_FAILURES requests failed: a judge that is away must not hold a run for hours."""
-        if self._num_failed >= MAX_FAILURES:
-            raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
+        with self._lock:
+            if self._num_failed >= MAX_FAILURES:
+                raise JudgeError(f"the judge at {self._shown} was asked no more after {MAX_FAILURES} failed requests")
         try:
             verdict = self._ask(messages)
         except JudgeError:
-            self._num_failed += 1
+            with self._lock:
+                self._num_failed += 1
             raise
-        self._num_failed = 0
+        with self._lock:
+            self._num_failed = 0
         return verdict
 
     def _ask(self, messages: Sequence[dict[str, str]]) -> Verdict:

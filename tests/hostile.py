@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ class Case:
     """Of the case, for who reads a failure."""
     file: str
     """Name of the file that is validated, taken from the case's own folder."""
-    content: bytes | None
-    """What the file holds; None where `files` or nothing makes it."""
+    content: bytes | Callable[[], bytes] | None
+    """What the file holds, or a function that makes it, as a bomb takes seconds; None where nothing makes it."""
     num_good: int = 0
     """So many good rows it has at least, which must be found."""
     spec: bytes | None = None
@@ -67,7 +67,7 @@ def run_cases(cases: Iterable[Case], folder: Path) -> list[Found]:
         place = folder / f"{number:04}"
         place.mkdir()
         if case.content is not None:
-            (place / case.file).write_bytes(case.content)
+            (place / case.file).write_bytes(case.content() if callable(case.content) else case.content)
         if case.spec is not None:
             (place / "spec.yaml").write_bytes(case.spec)
         spec = str(place / "spec.yaml") if case.spec is not None else None

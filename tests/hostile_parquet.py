@@ -9,6 +9,7 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -133,41 +134,42 @@ def bombs() -> Iterator[Case]:
     """Small files that unpack to much, each of another kind."""
     good = {"text": TEXT, "label": LABEL}
     long = "x" * 20_000_000
-    yield Case("bomb: a dictionary", "a.parquet", written(
-        {"text": repeated(long, [0] * 1000), "label": ["late"] * 1000}))  # fmt: skip
-    yield Case("bomb: a dictionary of texts of 300 kB", "a.parquet", written(
-        {"text": repeated("y" * 300_000, [0] * 90_000), "label": repeated("late", [0] * 90_000)}))  # fmt: skip
-    yield Case("bomb: a dictionary as label", "a.parquet", written({**good, "label": repeated(long, [0] * 40)}))
-    yield Case("bomb: one row of it", "a.parquet", written(
-        {"text": repeated(long, [0, *range(1, 41)], *TEXT), "label": ["late", *LABEL]}), NUM_GOOD)  # fmt: skip
+    yield Case("bomb: a dictionary", "a.parquet", partial(
+        written, {"text": repeated(long, [0] * 1000), "label": ["late"] * 1000}))  # fmt: skip
+    yield Case("bomb: a dictionary of texts of 300 kB", "a.parquet", partial(
+        written, {"text": repeated("y" * 300_000, [0] * 90_000), "label": repeated("late", [0] * 90_000)}))  # fmt: skip
+    yield Case("bomb: a dictionary as label", "a.parquet", partial(
+        written, {**good, "label": repeated(long, [0] * 40)}))  # fmt: skip
+    yield Case("bomb: one row of it", "a.parquet", partial(
+        written, {"text": repeated(long, [0, *range(1, 41)], *TEXT), "label": ["late", *LABEL]}), NUM_GOOD)  # fmt: skip
     lists = pa.ListArray.from_arrays(pa.array([0, *[1000] * 40], pa.int32()), repeated(long, [0] * 1000))
-    yield Case("bomb: a list of a dictionary", "a.parquet", written({**good, "other": lists}))
+    yield Case("bomb: a list of a dictionary", "a.parquet", partial(written, {**good, "other": lists}))
     for million in (8, 50):
         nulls = pa.ListArray.from_arrays(
             pa.array([0, *[million * 10**6] * 40], pa.int32()), pa.nulls(million * 10**6, pa.int8())
         )
-        content = written({**good, "other": nulls})
+        content = partial(written, {**good, "other": nulls})
         yield Case(f"bomb: a list of {million} million", "a.parquet", content, (NUM_GOOD - 1) * (million == 8))
     nothing = pa.nulls(50_000_000, pa.int8())
-    yield Case("bomb: 50 million nulls", "a.parquet", written(
-        {"text": nothing, "label": nothing}, row_group_size=10**8))  # fmt: skip
+    yield Case("bomb: 50 million nulls", "a.parquet", partial(
+        written, {"text": nothing, "label": nothing}, row_group_size=10**8))  # fmt: skip
     nothing = pa.nulls(40_000, pa.string())
-    yield Case("bomb: 40,000 nulls", "a.parquet", written({"text": nothing, "label": nothing}))
+    yield Case("bomb: 40,000 nulls", "a.parquet", partial(written, {"text": nothing, "label": nothing}))
     for column, texts in (("text", ["z" * 500_000] * 600), ("other", [["z" * 500_000] * 600] + [None] * 599)):
         others = {"text": "PLAIN", "label": "PLAIN", "other.list.element": "DELTA_BYTE_ARRAY"}
         encodings = {"text": "DELTA_BYTE_ARRAY", "label": "PLAIN"} if column == "text" else others
         table = {"text": ["late"] * 600, "label": ["late"] * 600, column: texts}
-        content = written(table, use_dictionary=False, column_encoding=encodings)
+        content = partial(written, table, use_dictionary=False, column_encoding=encodings)
         yield Case(f"bomb: differences in {column}", "a.parquet", content)
     for megabytes in (60, 140):
-        content = written({"text": ["x" * megabytes * 10**6], "label": ["late"]}, use_dictionary=False)
+        content = partial(written, {"text": ["x" * megabytes * 10**6], "label": ["late"]}, use_dictionary=False)
         yield Case(f"bomb: a text of {megabytes} MB", "a.parquet", content)
     wide = ["🚚" + "x" * 900_000] * 60
-    yield Case("bomb: texts that take four bytes a character", "a.parquet", written(
-        {"text": wide, "label": ["late"] * 60}))  # fmt: skip
+    yield Case("bomb: texts that take four bytes a character", "a.parquet", partial(
+        written, {"text": wide, "label": ["late"] * 60}))  # fmt: skip
     many = {f"c{number}": repeated("x" * 900_000, [0] * 300) for number in range(40)}
-    yield Case("bomb: many columns of dictionaries", "a.parquet", written(
-        {"text": ["late"] * 300, "label": ["late"] * 300, **many}))  # fmt: skip
+    yield Case("bomb: many columns of dictionaries", "a.parquet", partial(
+        written, {"text": ["late"] * 300, "label": ["late"] * 300, **many}))  # fmt: skip
 
 
 def _say(role: Any, content: Any) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from flows.cli.console import heading, new_table
 from flows.cli.session import CommandResult, Session, command, main_app
 
 if TYPE_CHECKING:
-    from flows.forget import ForgetResult
     from flows.gc import GcResult
     from tasks.housekeeping.forgetting import AffectedVersion, ForgetPlan
 
@@ -31,7 +30,9 @@ def gc(
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="Only list what would be removed.")] = False,
 ) -> CommandResult:
     """Remove what is no longer needed: checkpoints, old rejected adapters, stored training rows, old logs."""
-    outcome: GcResult = deal.run("flows.gc:gc", lineage, older_than, dry_run, doing="looking", makes_room=True)
+    from flows.gc import gc as gc_flow
+
+    outcome = deal.run(lambda: gc_flow(lineage, older_than, dry_run), "looking", makes_room=True)
     return CommandResult(outcome, _show_gc(outcome), failed=bool(outcome.problems))
 
 
@@ -59,6 +60,7 @@ def forget(
 ) -> CommandResult:
     """Remove an arrival's rows from everything that is stored, and list every version that learned from it."""
     with deal.screen.working("looking"):
+        from flows.forget import forget as forget_flow
         from flows.forget import plan_forget
 
         plan = plan_forget(arrival)
@@ -67,7 +69,7 @@ def forget(
         return CommandResult(plan, shown)
     if not yes:
         _confirm(deal, shown)
-    done: ForgetResult = deal.run("flows.forget:forget", arrival, reason, doing="forgetting", makes_room=True)
+    done = deal.run(lambda: forget_flow(arrival, reason), "forgetting", makes_room=True)
     said = f"Arrival {done.plan.sha256[:12]} of {done.plan.task} was {done.tombstone.said}."
     return CommandResult(done, [*show_forget_plan(done.plan, "Removed"), f"[bold]{escape(said)}[/]"])
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -63,10 +63,13 @@ def demo(
     ] = None,
 ) -> CommandResult:
     """Let three example domains arrive one after another and show what the adapter keeps of each."""
-    outcome: DemoResult = deal.run(
-        "flows.cli.demo:run_demo", picture=picture or deal.home / "demo.png", compare=compare, base_model=base,
-        trains=True,
-    )
+
+    def start() -> Coroutine[Any, Any, DemoResult]:
+        from flows.cli.demo import run_demo
+
+        return run_demo(picture=picture or deal.home / "demo.png", compare=compare, base_model=base)
+
+    outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_demo(outcome, deal.home), failed=outcome.failed, rejected=outcome.rejected)
 
 
@@ -122,7 +125,13 @@ def adapt(
         deal.store, spec, task=task, data=data, test_data=test_data,
         lineage=lineage, base_model=base, strategy=strategy, memory=memory,
     )
-    outcome: AdaptResult = deal.run("flows.adapt:adapt", adapt_spec, again=again, trains=True)
+
+    def start() -> Coroutine[Any, Any, AdaptResult]:
+        from flows.adapt import adapt as adapt_flow
+
+        return adapt_flow(adapt_spec, again=again)
+
+    outcome = deal.run(start, trains=True)
     return CommandResult(outcome, show_adaptation(outcome), rejected=outcome.rejected)
 
 
@@ -146,7 +155,13 @@ def watch(
     watched = watched_from_options(
         deal.store, spec, tasks=task or None, lineage=lineage, base_model=base, strategy=strategy, memory=memory
     )
-    outcome: WatchResult = deal.run("flows.watch:watch", watched, tasks=watched.tasks, once=once, poll_seconds=poll)
+
+    def start() -> Coroutine[Any, Any, WatchResult]:
+        from flows.watch import watch as watch_flow
+
+        return watch_flow(watched, tasks=watched.tasks, once=once, poll_seconds=poll)
+
+    outcome = deal.run(start)
     return CommandResult(
         outcome, show_watch(outcome), failed=outcome.num_refused > 0, rejected=outcome.num_rejected > 0
     )
@@ -165,7 +180,13 @@ def show_watch(result: WatchResult) -> Sequence[RenderableType]:
 @command(main_app, "starting")
 def evaluate(deal: Session, lineage: Lineage = "default", version: Version = None) -> CommandResult:
     """Score a version again on the frozen test rows of every task that it knows."""
-    found: EvaluateResult = deal.run("flows.champions:evaluate", lineage, version, trains=True)
+
+    def start() -> Coroutine[Any, Any, EvaluateResult]:
+        from flows.champions import evaluate as evaluate_flow
+
+        return evaluate_flow(lineage, version)
+
+    found = deal.run(start, trains=True)
     numbers = ["now", "at its run", "test rows"]
     table = new_table("task", *numbers, right=numbers)
     for task, value in found.accuracies.items():

@@ -40,8 +40,10 @@ def monitor(
     ] = False,
 ) -> CommandResult:
     """Compare the champion's live traffic with its test rows: drift, estimated and measured accuracy."""
+    from flows.champions import monitor as monitor_flow
+
     file = None if data is None else str(data.absolute())
-    outcome: MonitorResult = deal.run("flows.champions:monitor", lineage, file, rebase)
+    outcome = deal.run(lambda: monitor_flow(lineage, file, rebase))
     return CommandResult(outcome, _show_monitor(outcome))
 
 
@@ -105,20 +107,18 @@ def check(deal: Session, lineage: Lineage = "default") -> CommandResult:
 @command(rollout_app, "promoting")
 def finish(deal: Session, lineage: Lineage = "default", why: Why = "rollout finished by hand") -> CommandResult:
     """Make the version that is tried on live traffic the champion, whatever the figures say."""
-    from flows.promote import promote_to
-    from tasks.monitoring.rollout import require_open
+    from flows.champions import finish_rollout
 
-    done = promote_to(lineage, require_open(deal.store, lineage).version, who=deal.account, why=why)
+    done = finish_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 
 @command(rollout_app, "rejecting")
 def abort(deal: Session, lineage: Lineage = "default", why: Why = "rollout aborted by hand") -> CommandResult:
     """Reject the version that is tried on live traffic. It can never become champion."""
-    from flows.promote import reject_version
-    from tasks.monitoring.rollout import require_open
+    from flows.champions import abort_rollout
 
-    done = reject_version(lineage, require_open(deal.store, lineage).version, who=deal.account, why=why)
+    done = abort_rollout(lineage, who=deal.account, why=why)
     return CommandResult(done, show_decision(done))
 
 

@@ -235,6 +235,7 @@ def benchmark(
     out: Annotated[Path | None, Option(help="Folder of the cells.", show_default="HOME/benchmark")] = None,
 ) -> CommandResult:
     """Compare strategies on a suite of tasks. Finished cells are kept; several commands can share the work."""
+    from flows.benchmark import benchmark as benchmark_flow
     from flows.benchmark import spec_from_options
 
     spec = spec_from_options(
@@ -242,7 +243,7 @@ def benchmark(
         part=part, max_test_rows=max_test_rows, scored=scored, prompt=prompt, base_model=base, out=out,
         adapter=adapter, train=train, methods=method or [],
     )
-    outcome: BenchmarkResult = deal.run("flows.benchmark:benchmark", spec, trains=True)
+    outcome = deal.run(lambda: benchmark_flow(spec), trains=True)
     return CommandResult(outcome, _show_benchmark(outcome), failed=outcome.num_failed > 0)
 
 

@@ -76,11 +76,12 @@ def sync(
     url: Annotated[str | None, Option(help="Address of the vLLM server.", show_default="DEAL_VLLM_URL")] = None,
 ) -> CommandResult:
     """Load the lineage's champion into a vLLM server, once. Nothing changes if the server has it already."""
+    from flows.champions import serve_vllm
     from tasks.spec import refuse_secrets
 
     if url:
         refuse_secrets(url)
-    route: ServingRoute = deal.run("flows.champions:serve_vllm", lineage, url)
+    route = cast("ServingRoute", deal.run(lambda: serve_vllm(lineage, url)))  # one lineage, so one route
     shown = [
         f"[bold green]{escape(route.lineage)}[/] is answered by [bold]{escape(route.model or '–')}[/] "
         f"(version {escape(route.version or '–')}) at {escape(route.url)}",

@@ -10,15 +10,14 @@ import functools
 import getpass
 import inspect
 import os
-import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -48,6 +47,8 @@ main_app = typer.Typer()
 """The commands that belong to no group, such as `deal adapt`."""
 COMMON = (("home", Home, None), ("as_json", Json, False), ("debug", Debug, False))
 """Name, annotation and default of the options that every command has."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,16 @@ class Session:
             return "unknown account"
 
     def run(
-        self, flow: str, *args: Any, doing: str = "starting", makes_room: bool = False, trains: bool = False,
-        **options: Any,
-    ) -> Any:
+        self, start: Callable[[], Coroutine[Any, Any, Result]], doing: str = "starting", *,
+        makes_room: bool = False, trains: bool = False,
+    ) -> Result:
         """Run a flow and show its stages. Ctrl-C stops it at its next step, a second Ctrl-C at once.
 
         Args:
-            flow: module:name, such as flows.adapt:adapt. The module is imported while Prefect's API starts.
-            args: the flow's arguments.
+            start: imports the flow and gives its coroutine, while Prefect's API starts.
             doing: shown until the first stage begins.
             makes_room: the flow removes more than it writes, so it may begin on a nearly full disk.
-            trains: the flow needs torch, Transformers and PEFT. They too are imported while the API starts.
-            options: the flow's arguments by name.
+            trains: the flow needs torch, Transformers and PEFT. They are imported while the API starts.
 
         Raises:
             DiskFullError: the disk of the home folder is too full to begin.
@@ -119,7 +118,7 @@ class Session:
             api = start_api()
             if trains and not api.done():
                 import deal_core.training.train  # noqa: F401
-            coroutine = pkgutil.resolve_name(flow)(*args, **options)
+            coroutine = start()
             calm_libraries()
             api.result()
             previous = signal.getsignal(signal.SIGINT)

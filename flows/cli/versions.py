@@ -17,7 +17,6 @@ from flows.cli.session import CommandResult, Lineage, Session, command, main_app
 from infra.store.keys import INBOX
 
 if TYPE_CHECKING:
-    from flows.adapt import AdaptResult
     from flows.promote import Decision, LeftBehind
 
 
@@ -149,6 +148,7 @@ def requeue(
 ) -> CommandResult:
     """List the arrivals that a rollback left behind or that a cancelled run holds, or let them be learned."""
     from flows.promote import find_left_behind
+    from flows.requeue import requeue as requeue_flow
     from tasks.arrival_runs import release
     from tasks.inbox import find_held
     from tasks.lineage.history import NoVersionError
@@ -168,7 +168,7 @@ def requeue(
                 raise
             found = ()  # its first arrival is held
         return CommandResult(found, [*_show_left_behind(lineage, found), *show_held(lineage, held)])
-    runs: list[AdaptResult] = deal.run("flows.requeue:requeue", lineage, versions, arrivals)
+    runs = deal.run(lambda: requeue_flow(lineage, versions, arrivals))
     shown_runs = [line for run in runs for line in show_adaptation(run)] or _show_left_behind(lineage, ())
     return CommandResult(runs, shown_runs, rejected=any(run.rejected for run in runs))
 

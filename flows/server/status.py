@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -257,15 +257,18 @@ async def read_server(problems: list[str]) -> ServerRuns:
     if not api:
         return ServerRuns()
     now = datetime.now(UTC)
-    runs: dict[str, Any] = {}
+    running: list[RunStatus] = []
+    waiting: list[RunStatus] = []
+    failed: list[RunStatus] = []
     try:
         async with get_client() as client:
-            runs["running"] = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-            runs["waiting"] = [run for run in await _newest(client, [StateType.SCHEDULED]) if run.since <= now]
-            runs["failed"] = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=now - DAY)
+            running = await _newest(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+            waiting = [run for run in await _newest(client, [StateType.SCHEDULED]) if run.since <= now]
+            failed = await _newest(client, [StateType.FAILED, StateType.CRASHED], since=now - DAY)
     except (httpx.HTTPError, PrefectException, RuntimeError) as error:
         problems.append(without_secrets(f"Prefect at {api} does not answer: {in_one_line(error)}"))
-    return ServerRuns(prefect_url=without_secrets(api.removesuffix("/api")), **runs)
+    url = without_secrets(api.removesuffix("/api"))
+    return ServerRuns(prefect_url=url, running=running, waiting=waiting, failed=failed)
 
 
 async def read_runs(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from deal_core.errors import RegistryError
 from deal_core.judging_config import RolloutTerms
-from flows.champions import check_rollout, rollouts
+from flows.champions import abort_rollout, check_rollout, finish_rollout, rollouts
 from flows.cli.app import app
 from flows.promote import decide, find_left_behind, promote_to, reject_version, roll_back
 from infra.promotions import PromotionLog
@@ -21,7 +21,6 @@ from tasks.adaptation.promote import complete_version
 from tasks.adaptation.resume import find_parent
 from tasks.context import current_store
 from tasks.lineage.history import descent, find_version, standing_of
-from tasks.monitoring.rollout import require_open
 from tests.in_process import KilledError
 from tests.registering import register
 
@@ -88,7 +87,7 @@ def test_a_newer_version_takes_the_place_of_the_one_in_rollout() -> None:
     begin("b")
     assert (in_rollout(), standing("4")) == ("5", "left behind")
     assert [each.version for each in find_left_behind("l")] == ["4"]
-    promote_to("l", "5", **BY)
+    finish_rollout("l", **BY)
     assert (in_rollout(), champion(), newest_move()) == (None, "5", ("promoted", "5", "5", "Ada"))
 
 
@@ -105,12 +104,13 @@ def test_a_person_or_the_rollout_rejects_the_version() -> None:
     reject_version("l", "4", **BY)
     assert (in_rollout(), standing("4")) == (None, "rejected by a person")
     begin("b")
-    assert reject_version("l", "5", who="rollout", why="worse").action == "rejected"
+    assert abort_rollout("l", who="rollout", why="worse").action == "rejected"
     assert (in_rollout(), champion(), standing("5")) == (None, "3", "rejected by its rollout")
     with pytest.raises(RegistryError, match="was rejected by its rollout"):
         promote_to("l", "5", **BY)
-    with pytest.raises(RegistryError, match="No version of 'l' is tried"):
-        require_open(current_store(), "l")
+    for act in (abort_rollout, finish_rollout):
+        with pytest.raises(RegistryError, match="No version of 'l' is tried"):
+            act("l", **BY)
 
 
 @pytest.mark.parametrize("by_form", [False, True])
@@ -138,7 +138,7 @@ def test_a_rollout_that_was_cut_short_is_completed_by_whoever_looks_next(monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "drop_alias", die)
         with pytest.raises(KilledError):
-            reject_version("l", "4", **BY)
+            abort_rollout("l", **BY)
     assert find_parent("l") is not None and in_rollout() is None
     open_registry().set_alias("l", "rollout", "4")  # by hand, in MLflow
     assert asyncio.run(rollouts())[0].status.version is None and in_rollout() is None

@@ -200,7 +200,7 @@ def test_requeue_exits_3_where_the_gate_rejects(
     deal: Deal, monkeypatch: pytest.MonkeyPatch, rejected: bool, code: int
 ) -> None:
     runs = [SimpleNamespace(rejected=each, model_dump=lambda mode: {}) for each in (False, rejected)]
-    monkeypatch.setattr("flows.cli.session.Session.run", lambda self, flow, *args: runs)
+    monkeypatch.setattr("flows.cli.session.Session.run", lambda self, start: runs)
     monkeypatch.setattr("flows.cli.versions.show_adaptation", lambda run: ["learned"])
     assert deal("requeue", "2", "3").exit_code == code
 

@@ -77,13 +77,12 @@ def test_what_trains_is_imported_while_the_api_starts(
 ) -> None:
     """The import is made to fail. An API that is up leaves nothing to wait for."""
 
-    async def learn(arrival: str) -> str:
-        return f"learned {arrival}"
+    async def flow() -> str:
+        return "learned"
 
     api = SimpleNamespace(done=lambda: is_up, result=lambda: None)
     monkeypatch.setattr("flows.server.embedded.start_api", lambda: api)
     monkeypatch.setitem(sys.modules, "deal_core.training.train", None)
-    monkeypatch.setitem(sys.modules, "flows.adapt", SimpleNamespace(learn=learn))
     session = Session(home=tmp_path, screen=Screen(as_json=True))
     with pytest.raises(ModuleNotFoundError) if imports else nullcontext():
-        assert session.run("flows.adapt:learn", "a", trains=trains) == "learned a"
+        assert session.run(flow, trains=trains) == "learned"

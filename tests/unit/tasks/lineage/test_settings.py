@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,11 +172,12 @@ def given_to(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def invoke(flow: str, *words: str) -> SimpleNamespace:
         found: list[SimpleNamespace] = []
 
-        def seen(self: Session, named: str, spec: Any, **options: Any) -> None:
+        def seen(spec: Any, **options: Any) -> None:
             found.append(SimpleNamespace(spec=spec, **options))
             raise ConfigError("seen")
 
-        monkeypatch.setattr(Session, "run", seen)
+        monkeypatch.setitem(sys.modules, f"flows.{flow}", SimpleNamespace(**{flow: seen}))
+        monkeypatch.setattr(Session, "run", lambda self, start, **_: start())
         result = CliRunner().invoke(app, [flow, *words])
         assert found, result.output
         return found[0]
